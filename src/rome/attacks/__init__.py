@@ -1,0 +1,7 @@
+"""Attacks: they search inside a threat for images that raise the model's loss."""
+
+from rome.attacks.apgd import APGD
+from rome.attacks.base import Attack, Found
+from rome.attacks.pgd import PGD
+
+__all__ = ["APGD", "PGD", "Attack", "Found"]

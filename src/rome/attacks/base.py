@@ -1,0 +1,206 @@
+"""The contract of every attack, and the one engine beneath them.
+
+An attack is a value: settings, no state. :meth:`Attack.__call__` checks, freezes the model, sorts the batch so that
+the examples of a threat are one slice, lets the subclass search, and checks what came back. The subclass writes only
+the search, on slices of one tensor: one forward and one input-gradient backward per step serve the whole batch,
+whatever mixture of threats it holds.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rome.component import Component
+from rome.errors import UserError
+from rome.randomness import Stream, stream
+from rome.threats import PerExample, Threat
+
+Model = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] to logits (B, classes)."""
+
+
+class Found(NamedTuple):
+    """What an attack found for each example of a batch."""
+
+    images: Tensor
+    """(B, C, H, W): what a method trains on (PGD: the last iterate; APGD: the one with the highest loss)."""
+    adversarial: Tensor
+    """(B, C, H, W): a misclassified iterate where there was one, otherwise ``images``."""
+    robust: Tensor
+    """bool (B,): classified correctly at every iterate the attack looked at."""
+    loss: Tensor
+    """(B,): cross-entropy at ``images`` as the attack saw it; NaN where it did not look."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The examples of one threat within the sorted batch."""
+
+    threat: Threat
+    rows: slice
+    steps: int
+
+
+def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy per example (B,), correctness (B,) and input gradient (B, C, H, W), in one forward and backward.
+
+    The loss is summed, so that an example's gradient does not depend on its batch mates.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x).float()
+        loss = F.cross_entropy(logits, y, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), logits.detach().argmax(1) == y, gradient
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every flag as it was afterwards.
+
+    BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+class Attack(Component):
+    """Searches inside a threat for images that raise the model's loss."""
+
+    default_kind = "pgd"
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat | PerExample,
+        *,
+        generator: torch.Generator | Stream | None = None,
+    ) -> Tensor:
+        """Adversarial images for ``x``: (B, C, H, W), same dtype and device, inside threat and box.
+
+        Args:
+            model: logits from images in [0, 1]. Its train/eval flags, ``requires_grad``, BatchNorm statistics and the
+                global random state are as before afterwards.
+            x: images (B, C, H, W), floating point, in [0, 1].
+            y: labels (B,), int64.
+            threat: one threat for all, or one for each example.
+            generator: random numbers for the start. None uses seed 0 at every call: right for a repeatable
+                evaluation; give your own in a training loop.
+
+        Raises:
+            UserError: shapes, dtypes or ranges that cannot be right, or a threat this attack does not know.
+        """
+        return self.run(model, x, y, threat, generator=generator).images
+
+    def run(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat | PerExample,
+        *,
+        generator: torch.Generator | Stream | None = None,
+    ) -> Found:
+        """Like calling the attack, with all it found (see :class:`Found`)."""
+        _check_shapes(x, y, threat)
+        if generator is None:
+            generator = stream(0, "attack")
+        source = generator if isinstance(generator, Stream) else Stream(generator)
+        x, y = x.detach(), y.detach()
+
+        members = threat.groups() if isinstance(threat, PerExample) else [(threat, torch.arange(len(x)))]
+        # the groups that finish first stand last, so that they leave as a slice
+        members = sorted((part for part in members if len(part[1])), key=lambda part: -self.steps_for(part[0]))
+        groups: list[Group] = []
+        for member, where in members:
+            start = groups[-1].rows.stop if groups else 0
+            groups.append(Group(member, slice(start, start + len(where)), self.steps_for(member)))
+        if not groups:
+            return Found(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x[:, 0, 0, 0]))
+        noise = source.uniform(x.shape, x.device) if self.uses_noise else x
+        if len(groups) > 1:
+            order = torch.cat([where for _, where in members])
+            sort = order.to(x.device, non_blocking=True)
+            with frozen(model), torch.no_grad():
+                found = self.search(model, x[sort], y[sort], groups, noise[sort])
+            _check_found(x[sort], found, groups)
+            unsort = torch.argsort(order).to(x.device, non_blocking=True)
+            return Found(*(part[unsort] for part in found))
+        with frozen(model), torch.no_grad():
+            found = self.search(model, x.contiguous(), y, groups, noise)
+        _check_found(x, found, groups)
+        return found
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether the search starts at random; if not, nothing is drawn."""
+        return True
+
+    @abstractmethod
+    def steps_for(self, threat: Threat) -> int:
+        """Number of steps under this threat.
+
+        Raises:
+            UserError: this attack cannot search inside that threat.
+        """
+
+    @abstractmethod
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        """The attack itself, on a sorted batch, without gradient tracking and with the model frozen.
+
+        Args:
+            groups: contiguous slices that cover the batch, the most steps first.
+            noise: U[0, 1) of the shape of ``x``, for random starts.
+        """
+
+
+def _check_shapes(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise UserError(f"images must be floating point (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise UserError(f"labels of {len(x)} images must be int64 ({len(x)},), not {y.dtype} {tuple(y.shape)}")
+    if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
+        raise UserError(f"{len(x)} images need {len(x)} threat labels, not {tuple(threat.labels.shape)}")
+    if isinstance(threat, PerExample) and (wrong := set(threat.labels.tolist()) - set(range(len(threat.threats)))):
+        raise UserError(f"threat labels must lie in 0..{len(threat.threats) - 1}, not {sorted(wrong)}")
+    if not isinstance(threat, (Threat, PerExample)):
+        raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
+
+
+def _check_found(x: Tensor, found: Found, groups: list[Group]) -> None:
+    """One wait for the device per attack: input in the box, result inside its threat and finite."""
+    for images in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
+        allowed = torch.cat([group.threat.contains(images[group.rows], x[group.rows]) for group in groups])
+        if not bool(allowed.all()):
+            if not bool(((x >= 0) & (x <= 1)).all()):
+                raise UserError(
+                    f"images must lie in [0, 1], these lie in [{x.min():.3g}, {x.max():.3g}]: "
+                    "put the normalisation inside the model (rome.create_model does)"
+                )
+            bad = (~allowed).sum().item()
+            if not bool(images.isfinite().all()):
+                raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
+            raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")

@@ -1,0 +1,292 @@
+"""One YAML file and ``key=value`` overrides become a validated, frozen config.
+
+A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
+names another ``kind`` replaces the parent's whole. Every mistake is reported at once, with file, line and nearest name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from rome.attacks import PGD, Attack
+from rome.component import Component, Settings
+from rome.data import Data
+from rome.errors import UserError, did_you_mean
+from rome.evaluate import Suite
+from rome.experts import Experts
+from rome.methods import Method, Random
+from rome.models import ModelSettings
+from rome.optim import AdamW, Optimizer, Schedule
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
+
+DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
+"""The budgets a data set is attacked with unless the config says otherwise."""
+
+
+def _threats(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in NAMED_BUDGETS:
+            raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
+        return NAMED_BUDGETS[value]
+    return value
+
+
+class Evaluation(Settings):
+    """The ``evaluation`` part of a config: what ``rome evaluate`` does unless told otherwise."""
+
+    suite: Suite = Field(default_factory=lambda: Suite.of_kind("apgd")())
+    n: int | None = Field(default=1000, ge=1)
+    """First n test examples; null for all."""
+    batch_size: int = Field(default=250, ge=1)
+    seed: int = 0
+
+
+class Paper(Settings):
+    """Which result of the paper a config reproduces, and the paper's numbers in percent."""
+
+    table: str
+    row: str
+    numbers: dict[str, float] = Field(default_factory=dict)
+
+
+class Config(Settings):
+    """Everything that determines a run."""
+
+    name: str = ""
+    """Shown in tables; the file's name if empty."""
+    about: str = ""
+    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per update, over all processes and accumulation steps."""
+    accumulate: int = Field(default=1, ge=1)
+    """Forward and backward passes per update; must divide the batch."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
+    workers: int = Field(default=0, ge=0)
+    """Processes that read images (folders of images only)."""
+    imports: tuple[str, ...] = ()
+    """Python modules to import first: they register attacks, methods, data sets by subclassing."""
+    data: Data
+    model: ModelSettings
+    experts: Experts | None = None
+    method: Method = Field(default_factory=Random)
+    attack: Attack = Field(default_factory=PGD)
+    threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1)] = ()
+    optimizer: Optimizer = Field(default_factory=AdamW)
+    schedule: Schedule = Field(default_factory=Schedule)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    paper: Paper | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that :func:`parse` turns into the same config."""
+        return self.model_dump(mode="json")
+
+
+class _Where:
+    """Remembers the place of every value, for messages."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[str | int, ...], str] = {}
+
+    def of(self, path: Sequence[str | int]) -> str:
+        """The place of a value, or of the nearest mapping around it."""
+        parts = tuple(path)
+        while parts and parts not in self.places:
+            parts = parts[:-1]
+        return self.places.get(parts, "")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply ``key=value`` overrides such as ``attack.steps=5`` or ``model.args.depth=6``.
+
+    Raises:
+        UserError: every mistake, one line each, with file, line and nearest name.
+    """
+    where = _Where()
+    data = _read(Path(path), where, ())
+    for text in overrides:
+        data = _merge(data, _override(text, where), where, ())
+    data.setdefault("name", Path(path).stem)
+    return parse(data, where)
+
+
+def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
+    """Validate plain data.
+
+    Raises:
+        UserError: every mistake, one line each.
+    """
+    where = where or _Where()
+    for module in data.get("imports") or ():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"{where.of(('imports',))}imports: {module} cannot be imported: {error}") from error
+    data = dict(data)
+    if not data.get("threats") and isinstance(data.get("data"), (dict, str)):
+        kind = data["data"] if isinstance(data["data"], str) else data["data"].get("kind", Data.default_kind)
+        if kind in DATA_BUDGETS:
+            data["threats"] = DATA_BUDGETS[kind]
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error, data, where)) from None
+    _consistent(config, where)
+    return config
+
+
+def _consistent(config: Config, where: _Where) -> None:
+    problems = []
+    if config.batch_size % config.accumulate:
+        problems.append(
+            f"{where.of(('accumulate',))}accumulate: {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    names = [threat.name for threat in config.threats]
+    if len(set(names)) < len(names):
+        problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
+    for threat in config.threats:
+        try:
+            config.attack.steps_for(threat)
+        except UserError as error:
+            problems.append(f"{where.of(('attack',))}attack: {error}")
+    if not all(isinstance(threat, LpBall) for threat in config.threats):
+        problems.append(f"{where.of(('threats',))}threats: only Lp balls can be trained on so far")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if node is None or not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: a config is a mapping of keys to values")
+    own = _Where()
+    data = _plain(node, path, own, ())
+    parent = data.pop("extends", None)
+    if parent is None:
+        where.places.update(own.places)
+        return dict(data)
+    if not isinstance(parent, str):
+        raise UserError(f"{own.of(('extends',))}extends: name one parent file, not {parent!r}")
+    inherited = _read(path.parent / parent, where, (*seen, path.resolve()))
+    merged = _merge(inherited, data, where, ())
+    where.places.update(own.places)
+    return merged
+
+
+def _plain(node: yaml.Node, path: Path, where: _Where, place: tuple[str | int, ...]) -> Any:
+    """A YAML node as plain data; notes the line of everything and refuses duplicate keys."""
+    where.places[place] = f"{path}:{node.start_mark.line + 1}: "
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in result:
+                raise UserError(f"{path}:{key_node.start_mark.line + 1}: {key!r} is given twice; keep one")
+            result[key] = _plain(value_node, path, where, (*place, key))
+            where.places[(*place, key)] = f"{path}:{key_node.start_mark.line + 1}: "
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, path, where, (*place, i)) for i, child in enumerate(node.value)]
+    return yaml.SafeLoader("").construct_object(node)
+
+
+def _override(text: str, where: _Where) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {text!r}: write key=value, such as epochs=5 or attack.steps=10")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: {value!r} is not a valid value") from error
+    for depth in range(1, len(parts) + 1):
+        where.places[tuple(parts[:depth])] = f"override {text!r}: "
+    result: Any = parsed
+    for part in reversed(parts):
+        result = {part: result}
+    return dict(result)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any], where: _Where, place: tuple[str, ...]) -> dict[str, Any]:
+    if "kind" in change and "kind" in base and change["kind"] != base["kind"]:
+        return change
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, str) and place + (key,) != ("model", "name"):
+            old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
+        both = isinstance(value, dict) and isinstance(old, dict)
+        merged[key] = _merge(old, value, where, (*place, key)) if both else value
+    return merged
+
+
+def _explain(error: ValidationError, data: dict[str, Any], where: _Where) -> str:
+    lines: dict[tuple[str | int, ...], str] = {}
+    for mistake in error.errors(include_url=False):
+        path = list(takewhile(_is_key, mistake["loc"]))  # a union adds the names of the types it tried
+        message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if mistake["type"] == "extra_forbidden":
+            message = f"unknown key.{did_you_mean(path[-1], _keys(data, path[:-1]))}"
+        elif mistake["type"] == "missing":
+            message = "is missing"
+        elif mistake["type"] not in ("unknown_kind", "missing_kind", "fraction", "value_error"):
+            message = f"{message[0].lower()}{message[1:]}, not {_short(mistake['input'])}"
+        lines.setdefault(tuple(path), f"{where.of(path)}{'.'.join(map(str, path))}: {message}")
+    return "\n".join(lines.values())
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
+
+
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys(data: Any, path: Sequence[str | int]) -> list[str]:
+    """The valid keys of the settings at a path in the data."""
+    owner: type[Settings] | None = Config
+    value = data
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else value[part] if isinstance(value, list) else None
+        field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
+        if field is not None:
+            owner = next(_settings_in(field.annotation), None)
+        if owner is not None and issubclass(owner, Component) and isinstance(value, dict):
+            owner = owner.members().get(value.get("kind", owner.kind or owner.default_kind), owner)
+    return list(owner.model_fields) if owner is not None else []
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _settings_in(part)
+
+
+__all__ = ["Config", "Evaluation", "Paper", "load", "parse"]

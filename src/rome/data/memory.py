@@ -1,0 +1,98 @@
+"""Data sets small enough to be held in memory as one tensor, and the smallest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rome.data.base import Data, Split, SplitName
+from rome.randomness import stream
+
+
+class MemorySplit(Split):
+    """Images held as one uint8 tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
+
+    Augmentation pads with ``pad`` zeros on every side, crops at random and, with ``flip``, mirrors half of the images.
+
+    Args:
+        images: uint8 (N, C, H, W) with values 0..levels.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        *,
+        levels: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augment: bool,
+        pad: int,
+        flip: bool,
+    ) -> None:
+        _, channels, height, width = images.shape
+        super().__init__(classes, (channels, height, width), labels, mean, std)
+        self._levels, self._augment, self._pad, self._flip = levels, augment, pad, flip
+        self._held = {torch.device("cpu"): (images.contiguous(), labels)}
+
+    def _batches(
+        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        home = device if device.type == "cuda" else torch.device("cpu")
+        if home not in self._held:
+            images, labels = self._held[torch.device("cpu")]
+            self._held[home] = images.to(home), labels.to(home)
+        images, labels = self._held[home]
+        draws = None
+        if augment_seed is not None and self._augment:
+            draws = stream(augment_seed, "augment").uniform(torch.Size((len(self), 3)), home)
+        for indices in order:
+            chosen = indices.to(home, non_blocking=True)
+            x = images[chosen]
+            if draws is not None:
+                x = self._crop_and_flip(x, draws[chosen])
+            yield x.float().div_(self._levels).to(device), labels[chosen].to(device)
+
+    def _crop_and_flip(self, x: Tensor, draws: Tensor) -> Tensor:
+        """Each image's own crop and flip from its three numbers in [0, 1): row, column, mirror."""
+        padded = F.pad(x, (self._pad,) * 4)
+        crops = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view: (B, C, rows, columns, H, W)
+        corner = (draws[:, :2] * (2 * self._pad + 1)).long().clamp_(max=2 * self._pad)
+        x = crops[torch.arange(len(x), device=x.device), :, corner[:, 0], corner[:, 1]]
+        return torch.where(draws[:, 2, None, None, None] < 0.5, x.flip(3), x) if self._flip else x
+
+
+class Digits(Data):
+    """Handwritten digits, 8x8 gray, inside scikit-learn: 1,437 to train and 360 to test, nothing to download.
+
+    The split is fixed and stratified. Augmentation (off unless asked for) shifts by up to one pixel.
+    """
+
+    kind = "digits"
+    path: None = None
+    augment: bool = False
+
+    def open(self, split: SplitName) -> Split:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        rows = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
+        rows = rows[0 if split == "train" else 1]
+        rows = rows[: self._count(split, len(rows), "digits")]
+        return MemorySplit(
+            torch.from_numpy(digits.images[rows]).to(torch.uint8)[:, None],
+            torch.from_numpy(digits.target[rows]).long(),
+            tuple("0123456789"),
+            levels=16,
+            mean=(0.3053,),
+            std=(0.376,),
+            augment=self.augment,
+            pad=1,
+            flip=False,
+        )

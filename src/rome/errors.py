@@ -1,0 +1,22 @@
+"""The one error a user can cause, and the help that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: config, data, checkpoint, shapes or an existing run.
+
+    The message says what was given, what is valid and what to do. The command line prints it without a traceback
+    and exits with code 2.
+    """
+
+
+def did_you_mean(given: object, valid: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, if one is near, and all of them."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Valid: {', '.join(names) or 'none'}."

@@ -1,0 +1,291 @@
+"""Finished work on disk: one file for each batch of each attack, written whole or not at all.
+
+    settings.json                        what determines the result, and where it came from
+    batches/clean.safetensors            which examples are classified correctly
+    batches/CASE/0-apgd-ce-00003.safetensors
+                                         one attack on one batch: indices, correct, images of those it fooled
+    matrix.npz, result.json              written last
+
+A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rome.attacks.base import Model
+from rome.errors import UserError
+
+SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
+_NOT_COMPARED = ("provenance", "environment", "save_images")
+
+
+@dataclass
+class Unit:
+    """What one attack did to one batch."""
+
+    indices: np.ndarray
+    """int64 (b,): which examples."""
+    correct: np.ndarray
+    """bool (b,): which of them are still classified correctly."""
+    images: Tensor | None = None
+    """float32 (fooled, C, H, W): the images of those that are not, in order; None if images are not kept."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """JSON data: ``seconds`` and ``warnings``."""
+
+
+class Store:
+    """The folder of one evaluation; with ``directory`` None nothing is kept."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.fingerprint = ""
+        """Of the settings; a unit written under others counts as absent."""
+
+    def stored_settings(self) -> dict[str, Any] | None:
+        """The settings of what is there, None where nothing is."""
+        if self.directory is None or not (self.directory / SETTINGS).exists():
+            return None
+        return read_json(self.directory / SETTINGS)
+
+    def open(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
+        """Begin or go on with these settings; returns the stored ones.
+
+        Raises:
+            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off.
+        """
+        compared = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
+        self.fingerprint = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+        if self.directory is None:
+            return settings
+        if overwrite:
+            self.clear()
+        stored = self.stored_settings()
+        if stored is None:
+            write(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+            return settings
+        advice = "choose another folder, or overwrite=True to throw that evaluation away"
+        if not resume:
+            raise UserError(f"{self.directory} already holds an evaluation: resume=True goes on with it; or {advice}")
+        differing = differences(stored, settings)
+        if differing:
+            raise UserError(
+                f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
+            )
+        return stored
+
+    def clear(self) -> None:
+        """Remove an earlier evaluation's files, and nothing else."""
+        if self.directory is not None:
+            for name in (RESULT, MATRIX):
+                (self.directory / name).unlink(missing_ok=True)
+            for path in (self.directory / BATCHES).glob("**/*.safetensors*"):
+                path.unlink(missing_ok=True)
+            (self.directory / SETTINGS).unlink(missing_ok=True)  # last: without it the rest would be taken as new
+
+    def path(self, key: str) -> Path | None:
+        return self.directory / BATCHES / f"{key}.safetensors" if self.directory else None
+
+    def read(self, key: str, indices: np.ndarray) -> Unit | None:
+        """The finished unit of this name for exactly these examples; None where it is absent or damaged."""
+        path = self.path(key)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = (file.metadata() or {}).get("facts", "")
+                digest = (file.metadata() or {}).get("sha256", "")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError, ValueError):
+            return None
+        if digest != self._digest(tensors, facts) or not np.array_equal(tensors["indices"].numpy(), indices):
+            return None
+        return Unit(indices, tensors["correct"].numpy(), tensors.get("images"), json.loads(facts))
+
+    def write(self, key: str, unit: Unit) -> None:
+        path = self.path(key)
+        if path is None:
+            return
+        tensors = {"indices": torch.from_numpy(unit.indices), "correct": torch.from_numpy(unit.correct)}
+        if unit.images is not None:
+            tensors["images"] = unit.images.contiguous()
+        facts = json.dumps(unit.facts)
+        metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
+        write(path, safetensors.torch.save(tensors, metadata))
+
+    def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
+        digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def finish(self, arrays: Mapping[str, np.ndarray], result: dict[str, Any]) -> None:
+        """The matrix, then the readable result, whose presence means that the evaluation is finished."""
+        if self.directory is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
+            write(self.directory / MATRIX, buffer.getvalue())
+            write(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+
+    @property
+    def finished(self) -> bool:
+        """Whether every case is there."""
+        if self.directory is None or not (self.directory / RESULT).exists() or not (self.directory / MATRIX).exists():
+            return False
+        return not read_json(self.directory / RESULT)["failed"]
+
+
+def example_images(directory: str | Path, case: str, k: int | None = None) -> tuple[np.ndarray, Tensor]:
+    """The first ``k`` adversarial images kept for a case, by the order of the examples; None is all of them.
+
+    Returns:
+        The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU. Each one is
+        misclassified; examples that no attack fooled have none, so there may be fewer than ``k``.
+
+    Raises:
+        UserError: no such case, or the images were not kept.
+    """
+    folder = Path(directory) / BATCHES / case
+    places: list[tuple[int, Path, int]] = []
+    files = sorted(folder.glob("*.safetensors"))
+    kept = False
+    for path in files:
+        with safe_open(str(path), framework="pt") as file:
+            kept |= "images" in file.keys()  # noqa: SIM118
+            fooled = file.get_tensor("indices")[~file.get_tensor("correct")].tolist()
+            places += [(index, path, row) for row, index in enumerate(fooled)]
+    if not files or not kept:
+        why = f"no case {case!r} in {directory}" if not files else f"the images of {case!r} were not kept (save_images)"
+        raise UserError(f"{why}: evaluate into this folder with save_images=True")
+    chosen = sorted(places)[:k]
+    images: dict[int, Tensor] = {}
+    for path in {path for _, path, _ in chosen}:
+        with safe_open(str(path), framework="pt") as file:
+            part = file.get_slice("images")
+            images |= {index: part[row : row + 1] for index, where, row in chosen if where == path}
+    indices = np.array([index for index, _, _ in chosen], dtype=np.int64)
+    if len(indices):
+        return indices, torch.cat([images[int(index)] for index in indices])
+    with safe_open(str(files[0]), framework="pt") as file:
+        return indices, file.get_tensor("images")[:0]
+
+
+def write(path: Path, content: bytes) -> None:
+    """The whole file or none of it, also when the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    if os.name == "posix":  # make the new name itself durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises:
+    UserError: the file is absent or damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: there is no finished evaluation in {path.parent}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: evaluate again with overwrite=True, or into another folder")
+    return content
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What determines the result and is not the same, as 'name: stored there, now here'."""
+    there, here = _flat({**stored}), _flat(json.loads(json.dumps(now, default=str)))
+    names = [name for name in {**there, **here} if name.split(".")[0] not in _NOT_COMPARED]
+    found = [
+        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} now"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if now.get("save_images") and not stored.get("save_images"):
+        found.append("save_images: false there, true now")
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "..." + text[-1]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted names; the entries of a list go by their ``name`` or number."""
+    if isinstance(value, list):
+        value = {str(part.get("name", i) if isinstance(part, dict) else i): part for i, part in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= _flat(part, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def hash_data(x: Tensor, y: Tensor) -> str:
+    """SHA-256 of images and labels: shapes, types and values."""
+    digest = hashlib.sha256()
+    for tensor in (x, y):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        for start in range(0, len(tensor), 256):
+            digest.update(_bytes(tensor[start : start + 256]))
+    return digest.hexdigest()
+
+
+def hash_model(model: Model) -> str | None:
+    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out; the same with
+    and without ``torch.compile``. None for a function that is no module: its weights cannot be seen."""
+    if not isinstance(model, nn.Module):
+        return None
+    digest = hashlib.sha256()
+    entries = {**dict(model.named_buffers()), **model.state_dict()}
+    for name, value in sorted((name.replace("_orig_mod.", ""), value) for name, value in entries.items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(_bytes(value))
+        else:  # a module's extra state
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose code determines a result."""
+    found = {}
+    for name in ("rome-robust", "torch", "pyautoattack", "timm", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

@@ -1,0 +1,146 @@
+"""Which attacks are run against which threat. A suite turns threats into cases; a case is data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from rome.attacks.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_targets
+from rome.attacks.base import Attack
+from rome.component import Component, Settings
+from rome.errors import UserError
+from rome.threats import LpBall, Threat
+
+
+class Case(Settings):
+    """One column of the matrix: the examples that stay correct under all these attacks, within one threat.
+
+    The attacks run in this order, each only on the examples that are still correct.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    threat: Threat
+    attacks: tuple[Attack, ...] = Field(min_length=1)
+    note: str = ""
+    """What a reader of the result should know about this choice of attacks."""
+
+    def dump(self) -> dict[str, Any]:
+        """The case as plain data."""
+        return {
+            "name": self.name,
+            "threat": self.threat.dump(),
+            "attacks": [attack.dump() for attack in self.attacks],
+            "note": self.note,
+        }
+
+
+class Suite(Component):
+    """A choice of attacks for every threat."""
+
+    @abstractmethod
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        """The cases for these threats (column name -> threat), on a model with this many classes.
+
+        Raises:
+            UserError: the suite has no attack for one of the threats.
+        """
+
+
+class _LpSuite(Suite):
+    iterations: int = Field(default=100, ge=5)
+    """Iterations of APGD and FAB; AutoAttack's is 100, fewer are for tests and quick looks."""
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        made = []
+        for name, threat in threats.items():
+            if not isinstance(threat, LpBall):
+                raise UserError(
+                    f"suite {self.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
+                    "Give threats such as LpBall(norm='Linf', eps=8/255)"
+                )
+            attacks, note = self.attacks(threat, classes), ""
+            if classes < MIN_CLASSES_DLR:
+                attacks = [attack for attack in attacks if not isinstance(attack, APGDT)]
+                if not any(isinstance(attack, FABT) for attack in attacks):
+                    attacks.insert(1, self.fab(threat, classes))
+                note = (
+                    f"apgd-t needs {MIN_CLASSES_DLR} classes for its loss and the model has {classes}; "
+                    f"run instead: {', '.join(attack.kind for attack in attacks)}"
+                )
+            made.append(Case(name=name, threat=threat, attacks=tuple(attacks), note=note))
+        return made
+
+    @abstractmethod
+    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
+        """The attacks where there are classes enough."""
+
+    def apgd(self, threat: LpBall, classes: int) -> list[Attack]:
+        targets = min(standard_targets(APGDT.kind, threat), classes - 1)
+        return [
+            APGDCE(iterations=self.iterations, restarts=5 if threat.norm == "L1" else 1),
+            APGDT(iterations=self.iterations, targets=targets),
+        ]
+
+    def fab(self, threat: LpBall, classes: int) -> Attack:
+        return FABT(iterations=self.iterations, targets=min(standard_targets(FABT.kind, threat), classes - 1))
+
+
+class APGDSuite(_LpSuite):
+    """APGD-CE, then APGD-T: the protocol of E-AT and RAMP."""
+
+    kind = "apgd"
+
+    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
+        return self.apgd(threat, classes)
+
+
+class AutoAttackSuite(_LpSuite):
+    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T, Square."""
+
+    kind = "autoattack"
+    square_queries: int = Field(default=5000, ge=1)
+
+    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
+        return [*self.apgd(threat, classes), self.fab(threat, classes), Square(queries=self.square_queries)]
+
+
+def as_suite(suite: str | Suite) -> Suite:
+    """The suite of that name with its default settings, or the suite itself.
+
+    Raises:
+        UserError: no such suite.
+    """
+    if isinstance(suite, Suite):
+        return suite
+    try:
+        return Suite.of_kind(suite)()
+    except PydanticCustomError as error:
+        raise UserError(str(error)) from None
+
+
+def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:
+    """Column name -> threat.
+
+    Raises:
+        UserError: no threat, something that is none, or two with one name.
+    """
+    if isinstance(threats, Threat):
+        threats = (threats,)
+    if isinstance(threats, Mapping):
+        pairs: list[tuple[str, Any]] = list(threats.items())
+    else:
+        pairs = [(threat.name if isinstance(threat, Threat) else "", threat) for threat in threats]
+    for _, threat in pairs:
+        if not isinstance(threat, Threat):
+            raise UserError(f"a threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
+    named = dict(pairs)
+    if not named:
+        raise UserError("no threats were given; give at least one, such as rome.CIFAR10")
+    if len(named) < len(pairs):
+        names = ", ".join(name for name, _ in pairs)
+        raise UserError(f"two threats have one name ({names}): give a mapping from names to threats")
+    return named

@@ -1,0 +1,159 @@
+"""Putting experts beside existing layers, in place (paper 4.2 and 5.1)."""
+
+from __future__ import annotations
+
+import fnmatch
+from abc import abstractmethod
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, field_validator
+from torch import nn
+
+from rome.component import Component
+from rome.errors import UserError
+from rome.experts.diversity import Diversification, Regularizer
+from rome.experts.gating import DualScale, Gate
+from rome.experts.mixture import MixtureLinear
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Experts(Component):
+    """Settings of the experts beside a backbone."""
+
+    default_kind = "low-rank"
+
+    regularizer: Regularizer | None = Field(default_factory=Diversification)
+    """Loss on the gates while training; null for none."""
+
+    @abstractmethod
+    def inject(self, model: Module) -> Module:
+        """Add the experts to ``model`` in place and return it."""
+
+
+class LowRank(Experts):
+    """K low-rank experts with a gate beside each chosen Linear layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
+
+    kind = "low-rank"
+    experts: int = Field(default=4, ge=1)
+    rank: int = Field(default=16, ge=1)
+    layers: tuple[str, ...] = Field(default=("qkv", "proj"), min_length=1)
+    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``) or a pattern for the whole of
+    it (``blocks.*.mlp.fc?``)."""
+    gate: Gate = Field(default_factory=DualScale)
+    projection: Literal["frozen", "trainable", "none"] = "frozen"
+    """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent."""
+    projection_dim: int = Field(default=100, ge=1)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def inject(self, model: Module) -> Module:
+        chosen = find_layers(model, self.layers)
+        blocks = block_numbers(list(chosen))
+        for name, linear in chosen.items():
+            if self.rank > min(linear.in_features, linear.out_features):
+                raise UserError(
+                    f"experts.rank {self.rank} exceeds layer {name} ({linear.in_features} -> {linear.out_features}); "
+                    f"choose at most {min(linear.in_features, linear.out_features)}"
+                )
+        for name, linear in chosen.items():
+            gate = self.gate.build(linear.in_features, self.experts, block=blocks[name], blocks=max(blocks.values()))
+            mixture = MixtureLinear(
+                linear,
+                experts=self.experts,
+                rank=self.rank,
+                gate=gate,
+                projection_dim=0 if self.projection == "none" else self.projection_dim,
+                train_projection=self.projection == "trainable",
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, mixture)
+        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
+        return model
+
+
+def add_experts(model: Module, **settings: Any) -> Module:
+    """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
+
+    Args:
+        model: any module with Linear layers: a timm model, one from :func:`rome.create_model`, your own.
+        settings: those of :class:`LowRank`: ``experts=4, rank=16, layers=("qkv", "proj"), gate=DualScale(s=4, b=2),
+            projection="frozen", projection_dim=100``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: nothing matches ``layers``, or a match cannot be adapted; the model is unchanged then.
+        pydantic.ValidationError: a setting is unknown or out of range.
+    """
+    return LowRank(**settings).inject(model)
+
+
+def find_layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The Linear layers whose names match, in module order.
+
+    Raises:
+        UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UserError("this model is compiled already: add the experts first, then compile")
+    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLinear))
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(adapted)
+    }
+    unmatched = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in linears)]
+    if unmatched:
+        ends = sorted({name.rpartition(".")[2] for name, module in linears.items() if type(module) is nn.Linear})
+        raise UserError(
+            f"no Linear layer matches {', '.join(map(repr, unmatched))}; this model has layers ending in "
+            f"{', '.join(ends) or '(no Linear layers at all)'}"
+        )
+    chosen = {name: m for name, m in linears.items() if any(_matches(name, pattern) for pattern in patterns)}
+    names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in {id(m) for m in chosen.values()} and names.setdefault(id(module), name) != name:
+            raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
+    for name, module in chosen.items():
+        reason = _refusal(model, name, module)
+        if reason:
+            raise UserError(f"layer {name} cannot hold experts: {reason}. Leave it out of experts.layers.")
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+    if isinstance(module, MixtureLinear):
+        return "it has experts already"
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            return f"{type(parent).__name__} reads its weight without calling it"
+        if type(parent).__name__ == "WindowAttention":
+            return "its input is windows of an image, whose global gate is not built yet"
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, not a plain Linear"
+    return None
+
+
+def block_numbers(names: list[str]) -> dict[str, int]:
+    """The block l = 1..L of each layer, for beta(l): layers share a block if their names agree up to the last number.
+
+    ``blocks.3.attn.qkv`` and ``blocks.3.attn.proj`` share a block; a name without a number is a block of its own.
+    """
+    keys: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        keys[name] = ".".join(parts[: numbers[-1] + 1]) if numbers else name
+    order = {key: i + 1 for i, key in enumerate(dict.fromkeys(keys.values()))}
+    return {name: order[key] for name, key in keys.items()}

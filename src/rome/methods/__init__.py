@@ -1,0 +1,6 @@
+"""Methods: they turn a batch and some threats into a loss."""
+
+from rome.methods.base import Method, Outcome, Setting
+from rome.methods.mixing import Average, Maximum, Random
+
+__all__ = ["Average", "Maximum", "Method", "Outcome", "Random", "Setting"]

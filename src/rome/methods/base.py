@@ -1,0 +1,104 @@
+"""The contract of a training method: it turns a batch and some threats into a loss.
+
+A method owns its settings and its state; the training loop never asks which one it runs. State that must survive a
+kill goes through :meth:`Method.state` and :meth:`Method.load_state` into the checkpoint.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rome.attacks import Attack
+from rome.component import Component
+from rome.experts import Regularizer, record_gates
+from rome.randomness import Stream
+from rome.threats import Threat
+
+
+@dataclass
+class Setting:
+    """What a method works with, the same for every update of a run."""
+
+    model: nn.Module
+    """The model to train; its forward may be wrapped for several processes."""
+    attacked: nn.Module
+    """The same model without that wrapping: what attacks call."""
+    threats: tuple[Threat, ...]
+    attack: Attack
+    regularizer: Regularizer | None
+    """None where the model has no experts."""
+    attack_stream: Stream
+    """Random starts."""
+    threat_stream: Stream
+    """Which example meets which threat."""
+
+
+@dataclass
+class Outcome:
+    """The loss of one batch, and what the log tells about it."""
+
+    loss: Tensor
+    """Scalar to call backward on."""
+    labels: Tensor
+    """(B',) int64 on the CPU: threat of each training example."""
+    correct: Tensor
+    """(B',) bool: classified correctly in the training forward."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Named scalars, detached: ``cross_entropy``, ``regularizer`` ..."""
+
+
+class Method(Component):
+    """How adversarial examples of several threats become one loss."""
+
+    default_kind = "random"
+
+    @abstractmethod
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        """Attack the batch (B, C, H, W), run the training forward and return the loss."""
+
+    def epoch_start(self, setting: Setting, epoch: int) -> None:
+        """Called before the first update of each epoch (counted from 0)."""
+
+    def epoch_end(self, setting: Setting, epoch: int) -> None:
+        """Called after the last update of each epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that must survive a kill."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+
+def training_forward(
+    setting: Setting, images: Tensor, y: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One forward of the training model on adversarial images.
+
+    Returns:
+        cross-entropy per example (B',), correctness (B',), and the weighted regularizer (scalar) or None.
+    """
+    regularizer = setting.regularizer
+    with record_gates(setting.attacked) if regularizer is not None else nullcontext() as recorder:
+        logits = setting.model(images).float()
+    losses = F.cross_entropy(logits, y, reduction="none")
+    correct = logits.detach().argmax(dim=1) == y
+    if regularizer is None or recorder is None:
+        return losses, correct, None
+    penalty = regularizer.loss(list(recorder.complete()), labels, len(setting.threats))
+    return losses, correct, regularizer.weight * penalty
+
+
+def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:
+    """Cross-entropy plus weighted regularizer (Eq. 9) as an outcome."""
+    parts = {"cross_entropy": loss.detach()}
+    if penalty is not None:
+        parts["regularizer"] = penalty.detach()
+        loss = loss + penalty
+    return Outcome(loss, labels, correct, parts)

@@ -1,0 +1,71 @@
+"""RANDOM, AVG and MAX: three ways to join the losses of several threats (paper 3, Eq. 1)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rome.methods.base import Method, Outcome, Setting, combine, training_forward
+from rome.threats import PerExample
+
+
+class Random(Method):
+    """RANDOM (SAT): each example, or each batch, meets one threat drawn uniformly (Madaan et al. 2021).
+
+    ``per: example`` draws stratified: every threat gets an equal share of the global batch, in random order, and the
+    whole mixture is attacked at once (spec F1). ``per: batch`` is the original: one threat for all.
+    """
+
+    kind = "random"
+    per: Literal["example", "batch"] = "example"
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        stream = setting.threat_stream
+        threats = len(setting.threats)
+        first = int(stream.permutation(threats)[0])
+        if self.per == "batch":
+            labels = torch.full((len(x),), first)
+        else:  # ``first`` decides which threats get the examples that do not divide evenly
+            drawn = (stream.permutation(len(x) * stream.world) + first) % threats
+            labels = drawn[stream.rank * len(x) : (stream.rank + 1) * len(x)]
+        mixture = PerExample(setting.threats, labels)
+        images = setting.attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
+        losses, correct, penalty = training_forward(setting, images, y, labels)
+        return combine(losses.mean(), penalty, labels, correct)
+
+
+class _Every(Method):
+    """Attacks every example under every threat; one forward over all of them."""
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        threats = len(setting.threats)
+        mixture = PerExample.repeated(setting.threats, len(x))
+        images, labels = x.repeat(threats, 1, 1, 1), y.repeat(threats)
+        images = setting.attack(setting.attacked, images, labels, mixture, generator=setting.attack_stream)
+        losses, correct, penalty = training_forward(setting, images, labels, mixture.labels)
+        return combine(self.join(losses.view(threats, len(x))), penalty, mixture.labels, correct)
+
+    @abstractmethod
+    def join(self, losses: Tensor) -> Tensor:
+        """Losses (threats, B) to a scalar."""
+
+
+class Average(_Every):
+    """AVG: the mean of the threats' losses, one step (Tramèr and Boneh 2019)."""
+
+    kind = "avg"
+
+    def join(self, losses: Tensor) -> Tensor:
+        return losses.mean()
+
+
+class Maximum(_Every):
+    """MAX: for each example the threat with the largest loss (Tramèr and Boneh 2019)."""
+
+    kind = "max"
+
+    def join(self, losses: Tensor) -> Tensor:
+        return losses.amax(dim=0).mean()

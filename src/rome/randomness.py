@@ -1,0 +1,43 @@
+"""Named random streams that do not depend on how the work is split.
+
+Every draw is made for the global batch and each process keeps its own rows, so two processes see the numbers that one
+process with the same global batch sees. Streams are saved with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for a named purpose, the same on every machine."""
+    text = ":".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One source of random numbers, shared by ``world`` processes of which this is number ``rank``."""
+
+    generator: torch.Generator
+    rank: int = 0
+    world: int = 1
+
+    def uniform(self, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        """U[0, 1) of this shape, whose first dimension counts this process's examples."""
+        rows = shape[0]
+        draw = torch.rand((rows * self.world, *shape[1:]), generator=self.generator, device=self.generator.device)
+        return draw[self.rank * rows : (self.rank + 1) * rows].to(device, non_blocking=True)
+
+    def permutation(self, n: int) -> Tensor:
+        """A random order of 0..n-1, the same in every process; int64 (n,) on the CPU."""
+        return torch.randperm(n, generator=self.generator, device=self.generator.device).cpu()
+
+
+def stream(seed: int, name: str, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Stream:
+    """A fresh stream for a named purpose."""
+    return Stream(torch.Generator(device=device).manual_seed(derive_seed(seed, name)), rank, world)

@@ -1,0 +1,163 @@
+"""A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
+
+config.yaml         the resolved config
+last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
+model.safetensors   the finished model, config in its metadata
+log.jsonl           one line an update and one an epoch
+tensorboard/        the same for TensorBoard
+evaluation/SUITE/   what `rome evaluate` found
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rome.config import Config, parse
+from rome.errors import UserError
+
+CHECKPOINT_FORMAT = 1
+FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
+"""Config keys that do not change what is computed, so a resumed run may change them."""
+
+
+class Run:
+    """The folder of one training run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config_file = self.folder / "config.yaml"
+        self.checkpoint_file = self.folder / "last.pt"
+        self.model_file = self.folder / "model.safetensors"
+        self.log_file = self.folder / "log.jsonl"
+        self.tensorboard = self.folder / "tensorboard"
+
+    @property
+    def finished(self) -> bool:
+        return self.model_file.exists()
+
+    @property
+    def config(self) -> Config:
+        """The resolved config this run was started with.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        if not self.config_file.is_file():
+            raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
+        try:
+            return parse(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.config_file} is not valid YAML; restore it or train again") from error
+
+    def prepare(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Make the folder ready for this config; the checkpoint to go on from, if there is one.
+
+        Raises:
+            UserError: it holds another run, a finished one, or a checkpoint that cannot be read.
+        """
+        if overwrite and not resume:
+            self._clear()
+        elif self.finished:
+            raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
+        elif self.config_file.exists() and not resume:
+            raise UserError(
+                f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
+            )
+        elif not self.config_file.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+        if resume and self.config_file.exists():
+            self._same(config)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False))
+        return self.load_checkpoint() if self.checkpoint_file.exists() else None
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint in one step; a kill leaves the old or the new one, never a part."""
+        partial = self.checkpoint_file.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save({**state, "format": CHECKPOINT_FORMAT}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.checkpoint_file)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint, on the CPU.
+
+        Raises:
+            UserError: it cannot be read, or another version wrote it.
+        """
+        try:
+            state = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.checkpoint_file} cannot be read ({str(error).splitlines()[0]}); "
+                "restore it, or pass --overwrite to start anew"
+            ) from error
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"{self.checkpoint_file} is not a checkpoint of this version; pass --overwrite to start anew"
+            )
+        return state
+
+    def rewind_log(self, updates: int) -> None:
+        """Drop log lines of updates after the checkpoint, and a line that a kill cut short."""
+        if not self.log_file.exists():
+            return
+        kept = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["update"] <= updates:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue
+        write_text(self.log_file, "".join(line + "\n" for line in kept))
+
+    def log(self) -> list[dict[str, Any]]:
+        """All lines of the log."""
+        if not self.log_file.exists():
+            return []
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+
+    def _same(self, config: Config) -> None:
+        old, new = flatten(self.config.dump()), flatten(config.dump())
+        changed = [
+            f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
+        ]
+        if changed:
+            raise UserError(
+                f"{self.folder} was started with other settings: {'; '.join(changed[:5])}; use another --out"
+            )
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for file in (self.config_file, self.checkpoint_file, self.model_file, self.log_file):
+            file.unlink(missing_ok=True)
+        for folder in (self.tensorboard, self.folder / "evaluation"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found

@@ -1,0 +1,141 @@
+"""Which perturbations are allowed: threats, and the budgets of the paper.
+
+Images are float tensors (B, C, H, W) in [0, 1]; every threat includes that box.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, overload
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from rome.component import Component, Number
+from rome.projections import project_l1, project_l2, project_linf
+
+RTOL = 1e-5
+"""Relative tolerance on a budget, for rounding in x + delta - x."""
+
+
+class Threat(Component):
+    """A set of allowed images around every image."""
+
+    default_kind = "lp"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short unique name for columns and logs, such as ``Linf``."""
+
+    @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it."""
+
+    @abstractmethod
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """How large each perturbation is in the threat's own measure: (B,)."""
+
+    @abstractmethod
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which examples are allowed, up to rounding: bool (B,)."""
+
+
+def _norm(value: Any) -> Any:
+    text = str(value).lower().lstrip("l")
+    return {"1": "L1", "1.0": "L1", "2": "L2", "2.0": "L2", "inf": "Linf", "infinity": "Linf"}.get(text, value)
+
+
+Norm = Annotated[Literal["L1", "L2", "Linf"], BeforeValidator(_norm)]
+
+
+class LpBall(Threat):
+    """All images in [0,1] within ``eps`` of the original in the L1, L2 or Linf norm over C*H*W."""
+
+    kind = "lp"
+    norm: Norm
+    eps: Number = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        return self.norm
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Onto ball and box. L1: exact on their intersection; Linf: likewise; L2: the ball, then the box, which stays
+        inside the ball but is not always the nearest point (as in AutoAttack)."""
+        origin = x.flatten(1)
+        delta = x_adv.flatten(1) - origin
+        if self.norm == "L1":
+            delta = project_l1(delta, self.eps, -origin, 1 - origin)
+        elif self.norm == "L2":
+            delta = project_l2(delta, self.eps)
+        else:
+            delta = project_linf(delta, self.eps)
+        return (origin + delta).clamp_(0, 1).view_as(x)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        delta = (x_adv - x).flatten(1).double() if x.device.type != "mps" else (x_adv - x).flatten(1)
+        ord = {"L1": 1, "L2": 2, "Linf": float("inf")}[self.norm]
+        return torch.linalg.vector_norm(delta, ord=ord, dim=1)
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+        # x + delta is rounded to a float near 1, so a coordinate is off by up to half a unit in its last place
+        return box & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + torch.finfo(x.dtype).eps)
+
+
+class Budgets(tuple[LpBall, ...]):
+    """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
+
+    __slots__ = ()
+
+    @overload  # type: ignore[override]
+    def __getitem__(self, key: str) -> LpBall: ...
+    @overload
+    def __getitem__(self, key: int) -> LpBall: ...
+    def __getitem__(self, key: str | int) -> LpBall:
+        if isinstance(key, str):
+            for threat in self:
+                if threat.name == key:
+                    return threat
+            raise KeyError(f"no threat {key!r}; there are {', '.join(t.name for t in self)}")
+        return super().__getitem__(key)
+
+
+def budgets(l1: float, l2: float, linf: float) -> Budgets:
+    """The three Lp balls with these radii, in the paper's order L1, L2, Linf."""
+    return Budgets((LpBall(norm="L1", eps=l1), LpBall(norm="L2", eps=l2), LpBall(norm="Linf", eps=linf)))
+
+
+CIFAR10 = budgets(12, 0.5, 8 / 255)
+"""CIFAR-10's budgets (paper 5.1)."""
+IMAGENET = budgets(255, 2, 4 / 255)
+"""Budgets for ImageNet-100 and ImageNet-1K (paper 5.1)."""
+DIGITS = budgets(1.0, 0.35, 0.1)
+"""Budgets for the 8x8 digits: about as hard for a small model as CIFAR-10's are for a large one."""
+NAMED_BUDGETS = {"cifar10": CIFAR10, "imagenet": IMAGENET, "digits": DIGITS}
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """A batch in which every example carries its own threat: ``threats[labels[i]]`` for example i.
+
+    ``labels`` is an int64 tensor (B,) on the CPU, so that no attack has to ask the device how the batch divides.
+    """
+
+    threats: tuple[Threat, ...]
+    labels: Tensor
+
+    @staticmethod
+    def repeated(threats: Iterable[Threat], batch: int) -> PerExample:
+        """Every example under every threat, threat by threat: labels 0..0 1..1 2..2 for a batch repeated in a row."""
+        chosen = tuple(threats)
+        return PerExample(chosen, torch.arange(len(chosen)).repeat_interleave(batch))
+
+    def groups(self) -> list[tuple[Threat, Tensor]]:
+        """Each threat that occurs, with the positions of its examples (int64, CPU)."""
+        found = [(threat, (self.labels == i).nonzero().flatten()) for i, threat in enumerate(self.threats)]
+        return [(threat, where) for threat, where in found if len(where)]

@@ -1,0 +1,419 @@
+"""The training loop: any method, any model, one or many processes, and it survives a kill.
+
+All random numbers of an update are a function of the seed and the update's number, drawn for the global batch. So a
+run that is killed and resumed, or spread over processes, computes what one undisturbed process computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rome.config import Config
+from rome.data import Split
+from rome.errors import UserError
+from rome.methods import Outcome, Setting
+from rome.models import build_model, save_model
+from rome.randomness import derive_seed, stream
+from rome.runs import Run
+
+FABRIC_PRECISION = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed"}
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or NaN; the last good checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; a checkpoint was written. ``code`` is the exit code by convention."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did, over all processes."""
+
+    number: int
+    """Updates so far, from 1."""
+    epoch: float
+    """Epochs so far."""
+    loss: float
+    parts: dict[str, float]
+    accuracy: dict[str, float]
+    """Training accuracy under each threat of this update, 0..1."""
+    lr: float
+    images_per_second: float
+
+
+class Progress(Protocol):
+    """What shows the training to a person."""
+
+    def update(self, update: Update) -> None: ...
+    def epoch(self, summary: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class _Position:
+    """Where the run stands."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Config, int, int], Any] | None = None,
+) -> Run:
+    """Train as the config says, into a folder.
+
+    Args:
+        config: from :func:`rome.config.load`.
+        out: the run's folder (see :mod:`rome.runs`).
+        resume: go on from the folder's checkpoint, or start if there is none yet.
+        overwrite: remove what an earlier run left there.
+        progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: bad settings, data or folder, or a non-finite loss.
+        Interrupted: SIGINT or SIGTERM; resume with ``resume=True``.
+    """
+    run = Run(out)
+    fabric = _fabric(config)
+    world, rank = fabric.world_size, fabric.global_rank
+    micro = config.batch_size // config.accumulate
+    if micro % world:
+        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    split = config.data.open("train")
+    steps = len(split) // config.batch_size
+    if not steps:
+        raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")
+
+    torch.manual_seed(config.seed)
+    model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    checkpoint = None
+    if rank == 0:
+        checkpoint = run.prepare(config, resume=resume, overwrite=overwrite)
+    fabric.barrier()
+    if rank and run.checkpoint_file.exists():
+        checkpoint = run.load_checkpoint()
+
+    model = model.to(fabric.device)
+    optimizer = config.optimizer.build(model)
+    position = _Position()
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        config.method.load_state(checkpoint["method"])
+        position = _Position(checkpoint["epoch"], checkpoint["step"], checkpoint["seconds"])
+    if config.compile:
+        model.compile()
+    trained, optimizer = fabric.setup(model, optimizer)
+
+    setting = Setting(
+        model=trained,
+        attacked=model,
+        threats=config.threats,
+        attack=config.attack,
+        regularizer=config.experts.regularizer if config.experts is not None else None,
+        attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=fabric.device),
+        threat_stream=stream(config.seed, "threats", rank=rank, world=world),
+    )
+    loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position)
+    if progress is not None and rank == 0:
+        with progress(config, steps * config.epochs, loop.updates) as shown:
+            loop.run_all(shown)
+    else:
+        loop.run_all(None)
+    if rank == 0:
+        save_model(model, run.model_file, config=config.dump())
+        run.checkpoint_file.unlink(missing_ok=True)
+    fabric.barrier()
+    return run
+
+
+class _Loop:
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        fabric: Any,
+        setting: Setting,
+        optimizer: torch.optim.Optimizer,
+        split: Split,
+        steps: int,
+        position: _Position,
+    ) -> None:
+        self.config, self.run, self.fabric, self.setting = config, run, fabric, setting
+        self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
+        self.stop = 0
+        self.log_file: Any = None
+        self.board: Any = None
+
+    @property
+    def updates(self) -> int:
+        return self.position.epoch * self.steps + self.position.step
+
+    def run_all(self, shown: Progress | None) -> None:
+        with self._logs(), self._signals():
+            while self.position.epoch < self.config.epochs:
+                self._epoch(shown)
+                self.position = _Position(self.position.epoch + 1, 0, self.position.seconds)
+                self._checkpoint()
+
+    def _epoch(self, shown: Progress | None) -> None:
+        config, epoch = self.config, self.position.epoch
+        batches = self.split.batches(
+            self._order(epoch, self.position.step),
+            augment_seed=derive_seed(config.seed, "augment", epoch) if config.data.augment else None,
+            device=self.fabric.device,
+            workers=config.workers,
+        )
+        self.setting.model.train()
+        config.method.epoch_start(self.setting, epoch)
+        done: list[Update] = []
+        for step in range(self.position.step, self.steps):
+            update = self._update(batches)
+            self.position.step = step + 1
+            done.append(update)
+            self._write({"event": "update", **_plain(update)})
+            if shown is not None:
+                shown.update(update)
+            if self.stop and self.position.step < self.steps:
+                self._checkpoint()
+                raise Interrupted(128 + self.stop, f"stopped by {signal.Signals(self.stop).name}; resume with --resume")
+        config.method.epoch_end(self.setting, epoch)
+        if done:
+            summary = {"event": "epoch", "update": done[-1].number, "epoch": epoch + 1, **_average(done)}
+            summary["seconds"] = round(self.position.seconds, 3)
+            self._write(summary)
+            if shown is not None:
+                shown.epoch(summary)
+
+    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
+        config, setting, number = self.config, self.setting, self.updates
+        started = time.perf_counter()
+        for source, name in ((setting.attack_stream, "attack"), (setting.threat_stream, "threats")):
+            source.generator.manual_seed(derive_seed(config.seed, name, number))
+        torch.manual_seed(derive_seed(config.seed, "model", number, self.fabric.global_rank))  # dropout
+        lr = config.optimizer.lr * config.schedule.factor((number + 1) / (self.steps * config.epochs))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        tally = _Tally(len(setting.threats), self.fabric.device)
+        for part in range(config.accumulate):
+            x, y = next(batches)
+            with self.fabric.autocast():
+                outcome = config.method.loss(setting, x, y)
+            with self.fabric.no_backward_sync(setting.model, enabled=part + 1 < config.accumulate):
+                self.fabric.backward(outcome.loss / config.accumulate)
+            tally.add(outcome)
+        loss, parts, accuracy, stop = tally.read(self.fabric, config.accumulate, self.stop)
+        self.stop = stop
+        if not all(map(_finite, (loss, *parts.values()))):
+            kept = (
+                f"; the last good checkpoint is kept in {self.run.folder}" if self.run.checkpoint_file.exists() else ""
+            )
+            raise NonFiniteLoss(
+                f"the loss became {loss} at update {number + 1} (epoch {self.position.epoch + 1}, lr {lr:.3g}){kept}. "
+                "Lower optimizer.lr or experts.regularizer.weight, or use precision=fp32."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        self.position.seconds += seconds
+        names = [threat.name for threat in setting.threats]
+        return Update(
+            number=number + 1,
+            epoch=round((number + 1) / self.steps, 6),
+            loss=loss,
+            parts=parts,
+            accuracy={names[i]: value for i, value in accuracy.items()},
+            lr=lr,
+            images_per_second=config.batch_size / seconds,
+        )
+
+    def _order(self, epoch: int, first: int) -> list[Tensor]:
+        """This process's share of every micro-batch from update ``first`` of the epoch on."""
+        order = stream(self.config.seed, f"order:{epoch}").permutation(len(self.split))
+        micro = self.config.batch_size // self.config.accumulate
+        share, rank = micro // self.fabric.world_size, self.fabric.global_rank
+        starts = range(first * self.config.batch_size, self.steps * self.config.batch_size, micro)
+        return [order[start + rank * share : start + (rank + 1) * share] for start in starts]
+
+    def _checkpoint(self) -> None:
+        if self.fabric.global_rank:
+            return
+        self.run.save_checkpoint(
+            {
+                "epoch": self.position.epoch,
+                "step": self.position.step,
+                "seconds": self.position.seconds,
+                "model": self.setting.attacked.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "method": self.config.method.state(),
+            }
+        )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.log_file is None:
+            return
+        self.log_file.write(json.dumps(line) + "\n")
+        self.log_file.flush()
+        for key, value in _scalars(line):
+            self.board.add_scalar(f"{line['event']}/{key}", value, line["update"])
+
+    @contextmanager
+    def _logs(self) -> Iterator[None]:
+        if self.fabric.global_rank:
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run.rewind_log(self.updates)
+        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=self.updates + 1)
+        with open(self.run.log_file, "a", encoding="utf-8") as self.log_file:
+            try:
+                yield
+            finally:
+                self.board.close()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends after the current update with a checkpoint; a second SIGINT at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop = number
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Tally:
+    """Sums over accumulation steps and processes, read once an update."""
+
+    def __init__(self, threats: int, device: torch.device) -> None:
+        self.threats, self.device = threats, device
+        self.loss = torch.zeros((), device=device)
+        self.parts: dict[str, Tensor] = {}
+        self.correct = torch.zeros(2, threats, device=device)
+
+    def add(self, outcome: Outcome) -> None:
+        self.loss += outcome.loss.detach()
+        for name, value in outcome.parts.items():
+            self.parts[name] = self.parts.get(name, torch.zeros_like(self.loss)) + value
+        labels = outcome.labels.to(self.device, non_blocking=True)
+        ones = torch.ones_like(labels, dtype=self.correct.dtype)
+        self.correct[0].index_add_(0, labels, outcome.correct.to(ones.dtype))
+        self.correct[1].index_add_(0, labels, ones)
+
+    def read(self, fabric: Any, accumulate: int, stop: int) -> tuple[float, dict[str, float], dict[int, float], int]:
+        """Mean loss and parts, accuracy by threat, and the largest stop signal of any process."""
+        means = torch.stack([self.loss, *self.parts.values()]) / accumulate
+        row = torch.cat([means, self.correct.flatten(), torch.tensor([float(stop)], device=self.device)])
+        if fabric.world_size > 1:
+            rows = fabric.all_gather(row).view(fabric.world_size, -1)
+            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : -1].sum(0), rows[:, -1:].amax(0)])
+        values = row.tolist()
+        right, seen = values[len(means) : -1][: self.threats], values[len(means) : -1][self.threats :]
+        accuracy = {i: right[i] / seen[i] for i in range(self.threats) if seen[i]}
+        return values[0], dict(zip(self.parts, values[1 : len(means)], strict=True)), accuracy, int(values[-1])
+
+
+def _fabric(config: Config) -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning_fabric import Fabric
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=local,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+        precision=FABRIC_PRECISION[config.precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _plain(update: Update) -> dict[str, Any]:
+    return {
+        "update": update.number,
+        "epoch": update.epoch,
+        "loss": update.loss,
+        **update.parts,
+        "accuracy": update.accuracy,
+        "lr": update.lr,
+        "images_per_second": round(update.images_per_second, 2),
+    }
+
+
+def _average(updates: list[Update]) -> dict[str, Any]:
+    """Means over the updates of an epoch; each threat over the updates in which it occurred."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    threats = dict.fromkeys(name for update in updates for name in update.accuracy)
+    return {
+        "loss": mean([update.loss for update in updates]),
+        **{name: mean([update.parts[name] for update in updates]) for name in updates[0].parts},
+        "accuracy": {name: mean([u.accuracy[name] for u in updates if name in u.accuracy]) for name in threats},
+        "lr": updates[-1].lr,
+        "images_per_second": round(len(updates) / sum(1 / update.images_per_second for update in updates), 2),
+    }
+
+
+def _scalars(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, float):
+            yield prefix + key, value
+
+
+__all__ = ["Interrupted", "NonFiniteLoss", "Progress", "Update", "train"]

@@ -1,0 +1,132 @@
+"""Shared fixtures: the digits, small models, and noise that a test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from rome.attacks import PGD
+from rome.randomness import Stream, stream
+from rome.threats import DIGITS, LpBall, PerExample
+
+torch.set_num_threads(1)
+
+
+class Digits(NamedTuple):
+    """scikit-learn's 8x8 digits in [0, 1]: images (N, 1, 8, 8) and labels (N,)."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """1,437 training and 360 test images, in the order of the file."""
+    raw, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(raw / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels, dtype=torch.int64)
+    return Digits((x[:1437], y[:1437]), (x[1437:], y[1437:]))
+
+
+@pytest.fixture(scope="session")
+def digits_model(digits: Digits) -> nn.Module:
+    """A small CNN trained for seconds against a mixture of the three norms: its robust accuracy is in mid-range."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 48, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(48 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
+        )  # fmt: skip
+    x, y = digits.train
+    order, noise = stream(0, "order"), stream(0, "noise")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    attack = PGD(steps=4)
+    for epoch in range(8):
+        for batch in order.permutation(len(x)).split(96):
+            images, labels = x[batch], y[batch]
+            if epoch >= 2:
+                mixed = PerExample(tuple(DIGITS), torch.arange(len(batch)) % 3)
+                images = attack(model, images, labels, mixed, generator=noise)
+            optimiser.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimiser.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=["L1", "L2", "Linf"])
+def norm(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+RADII = {"L1": 1.5, "L2": 0.6, "Linf": 0.1}
+
+
+@pytest.fixture
+def ball(norm: str) -> LpBall:
+    """A ball of middling radius for the small images of :func:`problem`."""
+    return LpBall(norm=norm, eps=RADII[norm])
+
+
+class Problem(NamedTuple):
+    """A nonlinear float64 classifier, images with some pixels at a bound, and its own predictions as labels."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def __call__(self, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+        return self.model, self.x[:n], self.y[:n]
+
+
+@pytest.fixture(scope="session")
+def problem() -> Problem:
+    """24 images 3x4x4, five classes. float64, so that batching changes no digit that an attack could amplify."""
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).double()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=p.dtype) * (0.6 if p.ndim > 1 else 0.1)
+    x = torch.rand(24, 3, 4, 4, generator=g, dtype=torch.float64)
+    x = (1.6 * x - 0.3).clamp(0, 1)
+    return Problem(model.eval().requires_grad_(False), x, model(x).argmax(1))
+
+
+class FixedNoise(Stream):
+    """A stream whose draws are rows of a given tensor, so that a run on some rows sees the noise of a run on all."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__(torch.Generator())
+        object.__setattr__(self, "noise", noise)
+
+    def uniform(self, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        assert tuple(shape) == tuple(self.noise.shape)
+        return self.noise.to(device)
+
+
+class Calls(NamedTuple):
+    """What a model was asked: one batch of images per forward, one batch size per backward."""
+
+    forwards: list[Tensor]
+    backwards: list[int]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[Calls]:
+    """Record the forwards of a module and the backwards through its output."""
+    calls = Calls([], [])
+
+    def seen(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        calls.forwards.append(args[0].detach().clone())
+        if out.requires_grad:
+            out.register_hook(lambda g: calls.backwards.append(len(g)))
+
+    handle = model.register_forward_hook(seen)
+    try:
+        yield calls
+    finally:
+        handle.remove()

@@ -1,0 +1,540 @@
+"""Data: the same example is the same image whoever reads it, and broken files are named."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from contextlib import suppress
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+from torchvision import datasets as torchvision_datasets
+
+from rome.component import Settings
+from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Split
+from rome.errors import UserError
+
+
+def png(pixels: np.ndarray[Any, Any], format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def noise(n: int, height: int = 32, width: int = 32, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def write_parquet(file: Path, images: list[bytes | None], labels: list[Any], column: str = "img", **extra: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"bytes": image, "path": None} for image in images]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({column: pa.array(rows, kind), "label": extra.get("label_array", pa.array(labels))})
+    pq.write_table(table.replace_schema_metadata(extra.get("metadata")), file)
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """40 training and 8 test images of noise, as PNG."""
+    for split, n, seed in (("train", 40, 0), ("test", 8, 1)):
+        images = [png(pixels) for pixels in noise(n, seed=seed)]
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", images, [i % 10 for i in range(n)])
+    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of PNGs of 20x14 pixels: 4 each to train, 2 each to validate."""
+    root = tmp_path / "images"
+    for split, n in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("cat", "dog", "eel")):
+            (root / split / name).mkdir(parents=True)
+            for i, pixels in enumerate(noise(n, 14, 20, seed=label + 10 * n)):
+                (root / split / name / f"{i}.png").write_bytes(png(pixels))
+    return root
+
+
+@pytest.fixture(params=["digits", "cifar10", "folder"])
+def data(request: pytest.FixtureRequest) -> Data:
+    if request.param == "digits":
+        return Digits(augment=True)
+    path = str(request.getfixturevalue("parquet" if request.param == "cifar10" else "folder"))
+    return Cifar10(path=path) if request.param == "cifar10" else ImageFolder(path=path, size=8, scale=(0.3, 1))
+
+
+def in_order(split: Split, *order: list[int], **options: Any) -> tuple[Tensor, Tensor]:
+    batches = list(split.batches([torch.tensor(batch, dtype=torch.int64) for batch in order], **options))
+    assert [len(x) for x, _ in batches] == [len(batch) for batch in order]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+# every kind ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_contiguous_floats_in_the_unit_box_and_labels_match(data: Data) -> None:
+    split = data.open("train")
+    for seed in (None, 3):
+        x, y = next(iter(split.batches([torch.tensor([5, 0, 5])], augment_seed=seed)))
+        assert x.shape == (3, *split.shape)
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+        assert 0 <= x.min() < x.max() <= 1
+        assert x.max() > 0.5  # not 255 times too dark
+        assert torch.equal(y, split.labels[[5, 0, 5]])
+        assert torch.equal(x[0], x[2])
+    assert y.dtype == split.labels.dtype == torch.int64
+    assert split.labels.max() < len(split.classes)
+    assert len(split.mean) == len(split.std) == split.shape[0]
+
+
+def test_augmentation_depends_on_seed_and_example_number_only(data: Data) -> None:
+    split = data.open("train")
+    x, _ = in_order(split, [0, 1, 2, 3, 4, 5, 6, 7], augment_seed=1)
+    shuffled, _ = in_order(split, [7, 2], [5], [], [0, 1, 3, 4, 6], augment_seed=1)
+    assert torch.equal(shuffled, x[[7, 2, 5, 0, 1, 3, 4, 6]])
+    torch.manual_seed(99)
+    random.seed(99)
+    again, _ = in_order(data.open("train"), [3], augment_seed=1)
+    assert torch.equal(again[0], x[3])
+    other, _ = in_order(split, [0, 1, 2, 3, 4, 5, 6, 7], augment_seed=2)
+    plain, _ = split.first(8)
+    assert sum(not torch.equal(a, b) for a, b in zip(x, other, strict=True)) > 4
+    assert sum(not torch.equal(a, b) for a, b in zip(x, plain, strict=True)) > 4
+
+
+def test_augmentation_of_an_example_is_the_same_under_a_limit(data: Data) -> None:
+    whole, _ = in_order(data.open("train"), [0, 1, 2], augment_seed=1)
+    part, _ = in_order(data.model_copy(update={"train_limit": 3}).open("train"), [0, 1, 2], augment_seed=1)
+    assert torch.equal(whole, part)
+
+
+def test_augment_false_leaves_images_alone(data: Data) -> None:
+    split = data.model_copy(update={"augment": False}).open("train")
+    assert torch.equal(in_order(split, [0, 1, 2, 3], augment_seed=1)[0], split.first(4)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_global_random_state_is_untouched(data: Data, workers: int) -> None:
+    if workers and not isinstance(data, ImageFolder):
+        pytest.skip("data in memory has no workers")
+
+    def state() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    before = state()
+    split = data.open("train")
+    for _ in split.batches([torch.tensor([0, 1]), torch.tensor([2])], augment_seed=7, workers=workers):
+        assert state() == before
+    split.first(2)
+    assert state() == before
+
+
+def test_limits_keep_the_first_examples(data: Data) -> None:
+    limited = data.model_copy(update={"train_limit": 5, "test_limit": 2})
+    for name, n in (("train", 5), ("test", 2)):
+        part, whole = limited.open(name), data.open(name)
+        assert len(part) == n
+        assert all(torch.equal(a, b) for a, b in zip(part.first(n), whole.first(n), strict=True))
+
+
+def test_a_limit_beyond_the_split_says_how_many_there_are(data: Data) -> None:
+    n = len(data.open("test"))
+    with pytest.raises(UserError, match=rf"test_limit=5000 .* {n} examples"):
+        data.model_copy(update={"test_limit": 5000}).open("test")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.tensor([0, -1]), "no example -1: this split has"),
+        (torch.tensor([10**6]), "no example 1000000: this split has"),
+        (torch.tensor([0.0]), "batch 1 .* int64 .*float32"),
+        (torch.tensor([True]), "batch 1 .* int64 .*bool"),
+        (torch.tensor(3), r"batch 1 .* int64 tensor \(B,\)"),
+    ],
+)
+def test_wrong_indices_are_refused_before_anything_is_read(data: Data, batch: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        data.open("test").batches([torch.tensor([0]), batch])
+
+
+def test_first_refuses_more_than_there_are(data: Data) -> None:
+    split = data.open("test")
+    with pytest.raises(UserError, match=f"this split has {len(split)}"):
+        split.first(len(split) + 1)
+    assert split.first(0)[0].shape == (0, *split.shape)
+    assert list(split.batches([])) == []
+
+
+def test_negative_workers_are_refused(data: Data) -> None:
+    with pytest.raises(UserError, match="workers must be 0"):
+        data.open("test").batches([], workers=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_on_a_gpu_are_those_on_the_cpu(data: Data) -> None:
+    split = data.open("train")
+    for seed in (None, 5):
+        x, y = in_order(split, [3, 1], [0], augment_seed=seed)
+        x_gpu, y_gpu = in_order(split, [3, 1], [0], augment_seed=seed, device="cuda")
+        assert x_gpu.is_cuda
+        assert y_gpu.is_cuda
+        torch.testing.assert_close(x_gpu.cpu(), x, rtol=0, atol=1e-7)
+        assert torch.equal(y_gpu.cpu(), y)
+
+
+def test_kinds_are_found_by_name_and_have_one_sentence() -> None:
+    class Config(Settings):
+        data: Data
+
+    assert Config.model_validate({"data": "digits"}).data == Digits()
+    assert Config.model_validate({"data": {"kind": "cifar10", "path": "x"}}).data == Cifar10(path="x")
+    assert set(Data.members()) == {"cifar10", "digits", "folder"}
+    assert all(kind.summary().endswith(".") for kind in Data.members().values())
+    with pytest.raises(ValidationError, match="Did you mean 'cifar10'"):
+        Config.model_validate({"data": "cifar"})
+
+
+# digits -------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    train, test = Digits().open("train"), Digits().open("test")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.shape == (1, 8, 8)
+    rows = torch.cat([train.first(1437)[0], test.first(360)[0]]).flatten(1)
+    assert len(rows.unique(dim=0)) == 1797  # no two digits are equal, so none is in both
+    share = train.labels.bincount() / torch.cat([train.labels, test.labels]).bincount()
+    torch.testing.assert_close(share, torch.full((10,), 0.8), rtol=0, atol=0.01)
+    assert train.labels[:10].tolist() == [3, 9, 1, 3, 1, 9, 4, 4, 2, 8]
+    torch.testing.assert_close(rows.mean(), torch.tensor(train.mean[0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.std(), torch.tensor(train.std[0]), rtol=0, atol=1e-3)
+
+
+def test_digits_are_not_augmented_unless_asked() -> None:
+    split = Digits().open("train")
+    assert torch.equal(in_order(split, [0, 1], augment_seed=1)[0], split.first(2)[0])
+
+
+def test_digits_take_no_path() -> None:
+    with pytest.raises(ValidationError, match="path"):
+        Digits.model_validate({"path": "somewhere"})
+
+
+def crops(image: Tensor, pad: int, flip: bool) -> dict[tuple[int, int, bool], Tensor]:
+    """Every crop of the zero-padded image (C, H, W), by row, column and mirrored."""
+    _, height, width = image.shape
+    padded = torch.zeros(len(image), height + 2 * pad, width + 2 * pad)
+    padded[:, pad : pad + height, pad : pad + width] = image
+    found = {}
+    for row in range(2 * pad + 1):
+        for column in range(2 * pad + 1):
+            crop = padded[:, row : row + height, column : column + width]
+            found[row, column, False] = crop
+            if flip:
+                found[row, column, True] = crop.flip(2)
+    return found
+
+
+@pytest.mark.parametrize(("name", "pad", "flip"), [("digits", 1, False), ("cifar10", 4, True)])
+def test_augmented_images_are_crops_of_the_padded_image(name: str, pad: int, flip: bool, parquet: Path) -> None:
+    split = (Digits(augment=True) if name == "digits" else Cifar10(path=str(parquet))).open("train")
+    x, _ = split.first(40)
+    seen = []
+    for seed in range(4):
+        augmented, _ = in_order(split, list(range(40)), augment_seed=seed)
+        for plain, image in zip(x, augmented, strict=True):
+            matches = [key for key, crop in crops(plain, pad, flip).items() if torch.equal(crop, image)]
+            assert matches
+            seen.append(matches[0])
+    for axis in (0, 1):  # every shift occurs, and mirroring about half of the time
+        assert {key[axis] for key in seen} == set(range(2 * pad + 1))
+    mirrored = sum(key[2] for key in seen) / len(seen)
+    assert 0.35 < mirrored < 0.65 if flip else mirrored == 0
+
+
+# CIFAR-10 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "column"), [(".", "img"), (".", "image"), ("plain_text", "img")])
+def test_parquet_images_come_back_exactly(tmp_path: Path, where: str, column: str) -> None:
+    pixels = noise(4)
+    write_parquet(tmp_path / where / "test-00000-of-00001.parquet", [png(p) for p in pixels], [9, 0, 3, 4], column)
+    x, y = Cifar10(path=str(tmp_path)).open("test").first(4)
+    assert torch.equal(x, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    assert y.tolist() == [9, 0, 3, 4]
+
+
+def test_parquet_may_hold_jpeg_and_come_in_shards(tmp_path: Path) -> None:
+    smooth = np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2)
+    for shard, label in ((0, 1), (1, 2)):
+        file = tmp_path / f"train-{shard:05}-of-00002.parquet"
+        write_parquet(file, [png(smooth, "JPEG")], [label])
+    x, y = Cifar10(path=str(tmp_path)).open("train").first(2)
+    torch.testing.assert_close(x[0], torch.from_numpy(smooth).permute(2, 0, 1) / 255, rtol=0, atol=0.05)
+    assert y.tolist() == [1, 2]
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match=r"has 1 of the 2 files train-"):
+        Cifar10(path=str(tmp_path)).open("train")
+
+
+def test_one_parquet_file_or_its_folder_may_be_given(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [png(noise(1)[0])], [7])
+    for path in (tmp_path, tmp_path / "test.parquet"):
+        assert Cifar10(path=str(path)).open("test").labels.tolist() == [7]
+
+
+GOOD = png(noise(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "extra", "message"),
+    [
+        ([GOOD, GOOD[:600]], [0, 1], {}, r"test\.parquet: row 1 is not an image"),
+        ([GOOD, png(noise(1)[0], "JPEG")[:600]], [0, 1], {}, r"test\.parquet: row 1 is not an image"),
+        ([GOOD, b"nonsense"], [0, 1], {}, r"test\.parquet: row 1 is not an image"),
+        ([GOOD, b""], [0, 1], {}, r"row 1 is not an image \(no bytes\)"),
+        ([GOOD, None], [0, 1], {}, r"row 1 is not an image \(no bytes\)"),
+        ([GOOD, png(noise(1, 28, 30)[0])], [0, 1], {}, r"row 1 is an image of 30x28 pixels; CIFAR-10 is 32x32"),
+        ([GOOD, GOOD], [0, 10], {}, r"test\.parquet: row 1 has the label 10"),
+        ([GOOD, GOOD], [0, -1], {}, r"row 1 has the label -1"),
+        ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
+        ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),
+        ([GOOD, GOOD], ["cat", "dog"], {}, r"column label is string"),
+        ([], [], {"label_array": pa.array([], pa.int64())}, r"has no rows"),
+        ([GOOD], [0], {"column": "picture"}, r"has the columns picture, label; CIFAR-10 has a column img or image"),
+        (
+            [GOOD],
+            [0],
+            {"metadata": {"huggingface": '{"info": {"features": {"label": {"names": ["0", "1", "2"]}}}}'}},
+            r"its classes are 0, 1, 2\.\.\.: another data set",
+        ),
+    ],
+)
+def test_what_is_wrong_inside_a_parquet_file_is_named(
+    tmp_path: Path, images: list[bytes | None], labels: list[Any], extra: dict[str, Any], message: str
+) -> None:
+    write_parquet(tmp_path / "test.parquet", images, labels, **extra)
+    with pytest.raises(UserError, match=message) as caught:
+        Cifar10(path=str(tmp_path)).open("test")
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_columns_of_the_wrong_type_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"img": [[1, 2]], "label": [1]}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="column img is list"):
+        Cifar10(path=str(tmp_path)).open("test")
+    pq.write_table(pa.table({"img": [[1, 2]], "fine_label": [1]}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="has the columns img, fine_label"):
+        Cifar10(path=str(tmp_path)).open("test")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
+def test_a_truncated_parquet_file_is_named(parquet: Path, keep: float) -> None:
+    file = parquet / "test-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else int(keep)])
+    with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet: not a readable Parquet file"):
+        Cifar10(path=str(parquet)).open("test")
+
+
+def test_bytes_changed_inside_a_parquet_file_raise_no_other_error(parquet: Path) -> None:
+    file = parquet / "test-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    for start in range(0, len(whole) - 40, len(whole) // 40):
+        file.write_bytes(whole[:start] + b"\xff" * 40 + whole[start + 40 :])
+        with suppress(UserError):
+            Cifar10(path=str(parquet)).open("test")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_path_without_cifar10_says_what_is_expected(tmp_path: Path, exists: bool) -> None:
+    path = tmp_path if exists else tmp_path / "missing"
+    with pytest.raises(UserError, match=r"cifar-10-batches-py .*train-\*\.parquet.*data\.download=true") as caught:
+        Cifar10(path=str(path)).open("train")
+    assert str(path) in str(caught.value)
+    assert ("is not a folder" in str(caught.value)) != exists
+
+
+@pytest.fixture
+def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torchvision's layout with 3 images a file, and torchvision made to expect these files."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        data = pickle.dumps(content)
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(data)
+        return [name, md5(data).hexdigest()]
+
+    def batch(seed: int) -> dict[str, Any]:
+        return {"data": noise(3, seed=seed).transpose(0, 3, 1, 2).reshape(3, -1), "labels": [seed, 0, 9]}
+
+    meta = write("batches.meta", {"label_names": list(CIFAR10_CLASSES)})
+    monkeypatch.setattr(
+        torchvision_datasets.CIFAR10, "train_list", [write(f"data_batch_{i}", batch(i)) for i in range(1, 6)]
+    )
+    monkeypatch.setattr(torchvision_datasets.CIFAR10, "test_list", [write("test_batch", batch(6))])
+    monkeypatch.setattr(
+        torchvision_datasets.CIFAR10, "meta", {"filename": meta[0], "md5": meta[1], "key": "label_names"}
+    )
+    return tmp_path
+
+
+def test_torchvision_files_come_back_exactly(batches: Path) -> None:
+    for path in (batches, batches / "cifar-10-batches-py"):
+        train = Cifar10(path=str(path), test_limit=2)
+        assert len(train.open("train")) == 15
+        x, y = train.open("test").first(2)
+        assert torch.equal(x, torch.from_numpy(noise(3, seed=6)[:2]).permute(0, 3, 1, 2) / 255)
+        assert y.tolist() == [6, 0]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_broken_torchvision_files_are_named_and_never_unpickled(batches: Path, name: str) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return pytest.fail, ("unpickled a file with the wrong checksum",)
+
+    file = batches / "cifar-10-batches-py" / name
+    file.write_bytes(pickle.dumps(Harm()))
+    with pytest.raises(UserError, match=rf"{name} differs from the original .*data\.download=true"):
+        Cifar10(path=str(batches)).open("train")
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing: set data\.download=true"):
+        Cifar10(path=str(batches)).open("train")
+
+
+def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: torchvision_datasets.CIFAR10) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision_datasets.CIFAR10, "download", offline)
+    with pytest.raises(UserError, match=r"data_batch_1 is missing: the download failed \(no route to host\)"):
+        Cifar10(path=str(tmp_path), download=True).open("train")
+
+
+# image folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_do_not_change_the_batches(folder: Path) -> None:
+    split = ImageFolder(path=str(folder), size=8).open("train")
+    for seed in (None, 4):
+        here = in_order(split, [0, 5, 2], [11], [1], augment_seed=seed)
+        there = in_order(split, [0, 5, 2], [11], [1], augment_seed=seed, workers=2)
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_folder_reads_every_file_once_with_its_class(folder: Path) -> None:
+    split = ImageFolder(path=str(folder), size=14, crop_pct=1).open("test")
+    assert split.classes == ("cat", "dog", "eel")
+    x, y = split.first(6)
+    for label, name in enumerate(split.classes):
+        for i in range(2):  # the shorter side is 14 already: the image is only cropped
+            pixels = np.asarray(Image.open(folder / "val" / name / f"{i}.png"))[:, 3:17]
+            expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+            assert [int(y[k]) for k in range(6) if torch.equal(x[k], expected)] == [label]
+
+
+def test_folder_order_mixes_the_classes_and_does_not_depend_on_the_place(folder: Path) -> None:
+    split = ImageFolder(path=str(folder), size=8).open("train")
+    assert split.labels.tolist() != sorted(split.labels.tolist())
+    x, y = split.first(12)
+    moved = ImageFolder(path=str(folder.rename(folder.parent / "moved")), size=8).open("train")
+    assert all(torch.equal(a, b) for a, b in zip((x, y), moved.first(12), strict=True))
+
+
+def test_augmentation_crops_resizes_and_mirrors(folder: Path) -> None:
+    wide = np.zeros((20, 20, 3), dtype=np.uint8)
+    wide[:, :10] = 255  # white on the left, so mirroring shows
+    for file in (folder / "train").glob("*/*.png"):
+        file.write_bytes(png(wide))
+    split = ImageFolder(path=str(folder), size=8, scale=(0.9, 1), ratio=(1, 1)).open("train")
+    x = torch.cat([in_order(split, list(range(12)), augment_seed=seed)[0] for seed in range(5)])
+    left, right = x[..., :2].mean((1, 2, 3)), x[..., -2:].mean((1, 2, 3))
+    assert ((left - right).abs() > 0.9).all()
+    assert 0.3 < (left > right).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"nonsense", png(noise(1, 64, 64)[0])[:3000]])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_broken_image_file_is_named_when_read(folder: Path, content: bytes, workers: int) -> None:
+    (folder / "val" / "dog" / "1.png").write_bytes(content)
+    split = ImageFolder(path=str(folder), size=8).open("test")
+    with pytest.raises(UserError, match=r"val/dog/1\.png: cannot be read as an image .*replace or remove it") as caught:
+        list(split.batches([torch.arange(6)], workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_vanished_is_named(folder: Path) -> None:
+    split = ImageFolder(path=str(folder), size=8).open("test")
+    (folder / "val" / "dog" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"val/dog/1\.png: cannot be read"):
+        split.first(6)
+
+
+def test_gray_and_transparent_images_become_colour(folder: Path) -> None:
+    Image.fromarray(np.full((9, 9), 51, dtype=np.uint8)).save(folder / "val" / "cat" / "0.png")
+    Image.fromarray(np.full((9, 9, 4), 51, dtype=np.uint8)).save(folder / "val" / "cat" / "1.png")
+    split = ImageFolder(path=str(folder), size=8).open("test")
+    x, y = split.first(6)
+    torch.testing.assert_close(x[y == 0], torch.full((2, 3, 8, 8), 0.2), rtol=0, atol=1e-6)
+
+
+def test_class_folders_must_agree(folder: Path) -> None:
+    (folder / "val" / "eel").rename(folder / "val" / "fox")
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"differ in 2: eel is in .*train and not in .*val"):
+            ImageFolder(path=str(folder), size=8).open(split)  # type: ignore[arg-type]
+
+
+def test_an_empty_class_folder_is_named(folder: Path) -> None:
+    (folder / "train" / "fox").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*train/fox has no images"):
+        ImageFolder(path=str(folder)).open("train")
+
+
+@pytest.mark.parametrize("place", ["stray.png", "cat/deeper/stray.png", ".hidden/stray.png"])
+def test_images_outside_class_folders_are_named(folder: Path, place: str) -> None:
+    (folder / "train" / place).parent.mkdir(exist_ok=True)
+    (folder / "train" / place).write_bytes(GOOD)
+    with pytest.raises(UserError, match=rf"{place} is not in .*train/CLASS/"):
+        ImageFolder(path=str(folder)).open("train")
+
+
+def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is not a folder: data\.path must contain train/CLASS"):
+        ImageFolder(path=str(tmp_path / "nowhere")).open("train")
+    with pytest.raises(UserError, match="has no folder val or validation or test"):
+        ImageFolder(path=str(folder / "train")).open("test")
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="bare/train has no images"):
+        ImageFolder(path=str(tmp_path / "bare")).open("train")
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_evaluation_needs_no_training_images(folder: Path, name: str) -> None:
+    (folder / "train").rename(folder.parent / "elsewhere")
+    (folder / "val").rename(folder / name)
+    assert len(ImageFolder(path=str(folder), size=8).open("test")) == 6
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"crop_pct": 1.5}, {"scale": [1, 0.5]}, {"ratio": [0, 1]}, {"interpolation": "bicubick"}]
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        ImageFolder.model_validate({"path": "x", **wrong})

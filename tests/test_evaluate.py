@@ -1,0 +1,497 @@
+"""The evaluator: one matrix, the same after any interruption; it refuses what would make it wrong."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from rome.attacks.autoattack import AttackWarning
+from rome.attacks.base import Attack, Found
+from rome.attacks.pgd import PGD
+from rome.errors import UserError
+from rome.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.evaluation.report import wilson
+from rome.evaluation.suites import APGDSuite, AutoAttackSuite
+from rome.threats import DIGITS, LpBall, Threat
+
+QUICK = APGDSuite(iterations=10)
+LINF = [DIGITS["Linf"]]
+
+
+def digits(n: int) -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    return torch.tensor(data.images[:n] / 16, dtype=torch.float32)[:, None], torch.tensor(data.target[:n]).long()
+
+
+def trained(classes: int = 10, steps: int = 40) -> nn.Module:
+    """A small net that knows the digits (modulo the number of classes)."""
+    torch.manual_seed(0)
+    x, y = digits(1000)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, classes))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y % classes).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return trained()
+
+
+# -------- what follows from the matrix
+
+
+def report(rows: list[str], cases: tuple[str, ...] = ("clean", "L1", "L2", "Linf"), **more: Any) -> Report:
+    correct = np.array([[mark == "1" for mark in row] for row in rows])
+    return Report(correct, cases, np.zeros(len(rows), np.int64), np.arange(len(rows)), **more)
+
+
+def test_union_is_per_example_and_average_over_cases() -> None:
+    found = report(["1111", "1011", "1101", "1110", "1000"])
+    assert found.clean == 1
+    assert found.robust == {"L1": 0.6, "L2": 0.6, "Linf": 0.6}
+    assert found.average == pytest.approx(0.6)
+    assert found.union == 0.2
+    assert found.union_of(["L1", "L2"]) == 0.4
+
+
+def test_wrong_without_attack_is_wrong_everywhere() -> None:
+    found = report(["0111", "1111"])
+    assert found.correct.tolist() == [[False] * 4, [True] * 4]
+    assert found.union == found.average == 0.5
+
+
+def test_interval_is_wilsons() -> None:
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)  # z^2 / (n + z^2)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    found = report(["1111"] * 5 + ["1011"] * 5)
+    assert found.interval("union") == found.interval("L1") == wilson(5, 10)
+    with pytest.raises(UserError, match=r"no case 'Linff'.*Did you mean 'Linf'"):
+        found.interval("Linff")
+
+
+def test_union_is_unavailable_where_a_case_failed() -> None:
+    found = report(["111", "110"], ("clean", "L1", "L2"), failed={"Linf": "RuntimeError: no"})
+    assert math.isnan(found.union)
+    assert math.isnan(found.average)
+    assert math.isnan(found.interval("union")[0])
+    assert found.to_json()["union"] is None
+    assert found.union_of(["L1", "L2"]) == 0.5
+
+
+# -------- what it measures
+
+
+@pytest.mark.parametrize("threat", DIGITS, ids=lambda threat: threat.name)
+def test_same_verdicts_as_run_standard_evaluation(model: nn.Module, threat: LpBall, tmp_path: Path) -> None:
+    x, y = digits(40)
+    reference = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=7)
+    reference.square.n_queries = 100
+    expected, _ = reference.run_standard_evaluation(x, y, batch_size=16)
+    suite = AutoAttackSuite(square_queries=100)
+    found = evaluate(model, x, y, threats=threat, suite=suite, batch_size=16, seed=7, out=tmp_path)
+    verdicts = (model(expected).argmax(1) == y).numpy()
+    assert 0 < verdicts.mean() < 1
+    assert (found.correct[:, 1] == verdicts).all()
+    indices, images = example_images(tmp_path, threat.name)
+    assert torch.allclose(images, expected[indices], rtol=0, atol=1e-5)
+
+
+def test_both_suites_and_any_attack(model: nn.Module) -> None:
+    x, y = digits(30)
+    quick = evaluate(model, x, y, threats=DIGITS, suite=QUICK)
+    full = evaluate(model, x, y, threats=DIGITS, suite=AutoAttackSuite(iterations=10, square_queries=20))
+    assert quick.cases == full.cases == ("clean", "L1", "L2", "Linf")
+    assert (full.correct <= quick.correct).all()
+    assert list(full.after["L2"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert full.after["L2"]["apgd-t"] == quick.robust["L2"]
+    assert evaluate(model, x, y, threats=DIGITS, suite=_Own(attacks=(PGD(steps=5),))).union >= quick.union
+
+
+def test_the_batch_size_decides_only_the_noise(model: nn.Module) -> None:
+    x, y = digits(30)
+    a, b = (evaluate(model, x, y, threats=LINF, suite=QUICK, batch_size=size) for size in (7, 30))
+    assert (a.correct == b.correct).mean() > 0.95
+
+
+def test_few_classes() -> None:
+    x, y = digits(24)
+    five, three = trained(5), trained(3)
+    found = evaluate(five, x, y % 5, threats=DIGITS, suite=QUICK)
+    assert [attack["targets"] for attack in (case["attacks"][1] for case in found.settings["cases"])] == [4, 4, 4]
+    assert not found.warnings
+    for suite, kinds in (("apgd", ["apgd-ce", "fab-t"]), ("autoattack", ["apgd-ce", "fab-t", "square"])):
+        chosen = Suite.of_kind(suite)(iterations=10, **({"square_queries": 10} if suite == "autoattack" else {}))
+        found = evaluate(three, x, y % 3, threats=LINF, suite=chosen)
+        assert [attack["kind"] for attack in found.settings["cases"][0]["attacks"]] == kinds
+        assert found.warnings[0]["check"] == "fewer-attacks"
+        assert "the model has 3" in found.warnings[0]["message"]
+
+
+def test_names_of_columns(model: nn.Module) -> None:
+    x, y = digits(8)
+    threats = {"Linf-weak": LpBall(norm="Linf", eps=0.01), "Linf-strong": LpBall(norm="Linf", eps=0.2)}
+    found = evaluate(model, x, y, threats=threats, suite=QUICK)
+    assert found.robust["Linf-weak"] >= found.robust["Linf-strong"]
+    with pytest.raises(UserError, match="two threats have one name"):
+        evaluate(model, x, y, threats=threats.values(), suite=QUICK)
+
+
+def test_everything_is_as_it_was(model: nn.Module) -> None:
+    def tracer(*_: object) -> None:
+        return None
+
+    x, y = digits(8)
+    weights = hash_model(model)
+    torch_state, numpy_state, trace = torch.get_rng_state(), np.random.get_state()[1].copy(), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        evaluate(model, x.permute(0, 1, 3, 2), y, threats=DIGITS, suite=QUICK)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(trace)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert hash_model(model) == weights
+
+
+def test_compiled_model_counts_as_the_same(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    plain = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)
+    compiled = torch.compile(model, backend="eager")
+    assert (evaluate(compiled, x, y, threats=LINF, suite=QUICK).correct == plain.correct).all()
+    assert (evaluate(compiled, x, y, threats=LINF, suite=QUICK, out=tmp_path).correct == plain.correct).all()
+
+
+def test_black_box_beating_white_box_is_a_warning(model: nn.Module) -> None:
+    """Rounding the input gives gradients of zero: only Square makes progress."""
+
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner((x * 4).round() / 4)
+
+    x, y = digits(30)
+    suite = AutoAttackSuite(iterations=10, square_queries=100)
+    found = evaluate(Rounded().eval(), x, y, threats=LpBall(norm="Linf", eps=0.3), suite=suite)
+    checks = {warning["check"]: warning for warning in found.warnings}
+    assert checks["black-box-beats-white-box"]["attack"] == "square"
+    assert checks["zero-gradients"]["examples"] > 0
+
+
+# -------- it checks attacks
+
+
+class _Own(Suite):
+    """Any attacks; without a kind, so not registered."""
+
+    attacks: tuple[Attack, ...]
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        return [Case(name=name, threat=threat, attacks=self.attacks) for name, threat in threats.items()]
+
+
+class _Liar(Attack):
+    """Returns what it should not; without a kind, so not registered."""
+
+    how: str
+
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: Any, *, generator: Any = None) -> Found:
+        wrong = 1 - x if self.how == "outside" else torch.full_like(x, float("nan"))
+        if self.how == "raises" and threat.norm == "L2":
+            raise RuntimeError("the attack broke")
+        if self.how == "warns":
+            warnings.warn(AttackWarning("tested", "so it goes", 2), stacklevel=2)
+            wrong = x
+        return Found(wrong, wrong, torch.zeros_like(y, dtype=torch.bool), y.float())
+
+    def steps_for(self, threat: Threat) -> int:
+        return 1
+
+    def search(self, *_: Any) -> Found:
+        raise NotImplementedError
+
+
+def lie(how: str) -> _Own:
+    return _Own(attacks=(_Liar(how=how),))
+
+
+def test_images_outside_the_ball_are_projected_and_judged_anew(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(20)
+    found = evaluate(model, x, y, threats=LINF, suite=lie("outside"), out=tmp_path)
+    expected = (model(LINF[0].project(1 - x, x)).argmax(1) == y).numpy() & found.correct[:, 0]
+    assert (model(1 - x).argmax(1) == y).float().mean() < found.robust["Linf"]
+    assert (found.correct[:, 1] == expected).all()
+    (warning,) = found.warnings
+    assert (warning["check"], warning["examples"]) == ("left-threat", found.correct[:, 0].sum())
+    indices, images = example_images(tmp_path, "Linf")
+    assert LINF[0].contains(images, x[indices]).all()
+
+
+def test_images_that_are_not_finite_do_not_count(model: nn.Module) -> None:
+    x, y = digits(20)
+    found = evaluate(model, x, y, threats=LINF, suite=lie("nan"))
+    assert found.robust["Linf"] == found.clean
+    assert found.warnings[0]["check"] == "broken-image"
+
+
+def test_warnings_of_attacks_are_in_the_report(model: nn.Module) -> None:
+    x, y = digits(20)
+    found = evaluate(model, x, y, threats=LINF, suite=lie("warns"), batch_size=10)
+    assert [(w["check"], w["examples"], w["case"]) for w in found.warnings] == [("tested", 4, "Linf")]
+
+
+def test_a_failing_case_does_not_lose_the_others(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(20)
+    found = evaluate(model, x, y, threats=DIGITS, suite=lie("raises"), out=tmp_path)
+    assert found.cases == ("clean", "L1", "Linf")
+    assert found.failed == {"L2": "RuntimeError: the attack broke"}
+    assert json.loads((tmp_path / "result.json").read_text())["union"] is None
+    assert Report.load(tmp_path).failed == found.failed
+    with pytest.raises(RuntimeError, match="the attack broke"):
+        evaluate(model, x, y, threats=DIGITS["L2"], suite=lie("raises"))
+
+
+# -------- it goes on
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_evaluate import DIGITS, QUICK, digits, evaluate, trained
+evaluate(trained(), *digits(48), threats=DIGITS, suite=QUICK, batch_size=4, out=sys.argv[1])
+"""
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("batches/**/*.safetensors")}
+
+
+def test_kill_and_resume_give_the_same_matrix(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(48)
+    whole = evaluate(model, x, y, threats=DIGITS, suite=QUICK, batch_size=4)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)])
+    deadline = time.monotonic() + 60
+    while len(files(tmp_path)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = files(tmp_path)
+    assert len(before) >= 5
+    assert not (tmp_path / "result.json").exists()
+    resumed = evaluate(model, x, y, threats=DIGITS, suite=QUICK, batch_size=4, out=tmp_path)
+    assert (resumed.correct == whole.correct).all()
+    after = files(tmp_path)
+    assert len(after) > len(before)
+    assert {name: after[name] for name in before} == before
+
+
+def test_damaged_batches_are_done_again(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(24)
+
+    def run() -> Report:
+        return evaluate(model, x, y, threats=LINF, suite=QUICK, batch_size=8, out=tmp_path)
+
+    first, before = run(), files(tmp_path)
+    (tmp_path / "result.json").unlink()
+    truncated, flipped, *_ = sorted((tmp_path / "batches" / "Linf").iterdir())
+    truncated.write_bytes(truncated.read_bytes()[:-7])
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    damaged = files(tmp_path)
+    assert (run().correct == first.correct).all()
+    after = files(tmp_path)
+    assert {name for name in after if after[name] != damaged[name]} == {str(truncated), str(flipped)}
+    assert set(after) == set(before)
+
+
+def test_finished_result_comes_from_disk(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    calls = []
+    counting = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    settings = {"threats": DIGITS, "suite": QUICK, "out": tmp_path}
+    first = evaluate(model, x, y, **settings, provenance={"config": "a.yaml"})
+    assert calls
+    calls.clear()
+    again = evaluate(model, x, y, **settings, save_images=False)
+    counting.remove()
+    assert not calls
+    for loaded in (again, Report.load(tmp_path)):
+        assert (loaded.correct == first.correct).all()
+        assert loaded.to_json() == first.to_json()
+    assert first.settings["provenance"] == {"config": "a.yaml"}
+    assert (np.load(tmp_path / "matrix.npz")["labels"] == y.numpy()).all()
+    assert json.loads((tmp_path / "result.json").read_text())["intervals"]["union"] == list(first.interval("union"))
+
+
+def test_other_settings_are_refused_by_name(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    settings = {"threats": LINF, "suite": QUICK, "out": tmp_path, "save_images": False}
+    evaluate(model, x, y, **settings)
+    with pytest.raises(UserError, match=r"other settings \(seed: 0 there, 1 now\).*another folder, or overwrite=True"):
+        evaluate(model, x, y, **settings, seed=1)
+    with pytest.raises(UserError, match=r"suite.iterations: 10 there, 20 now"):
+        evaluate(model, x, y, **(settings | {"suite": APGDSuite(iterations=20)}))
+    with pytest.raises(UserError, match=r"threats.Linf.eps: 0.1 there, 0.2 now"):
+        evaluate(model, x, y, **(settings | {"threats": LpBall(norm="Linf", eps=0.2)}))
+    with pytest.raises(UserError, match=r"model.sha256"):
+        evaluate(trained(steps=1), x, y, **settings)
+    with pytest.raises(UserError, match=r"n: 12 there, 11 now.*data.sha256"):
+        evaluate(model, x[1:], y[1:], **settings)
+    with pytest.raises(UserError, match=r"save_images: false there, true now"):
+        evaluate(model, x, y, **(settings | {"save_images": True}))
+    with pytest.raises(UserError, match=r"already holds an evaluation: resume=True"):
+        evaluate(model, x, y, **settings, resume=False)
+    (tmp_path / "mine.txt").write_text("kept")
+    changed = evaluate(model, x, y, **settings, seed=1, overwrite=True)
+    assert changed.settings["seed"] == Report.load(tmp_path).settings["seed"] == 1
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_batches_of_other_settings_do_not_count(model: nn.Module, tmp_path: Path) -> None:
+    """Should the settings be lost, batches of another model must not slip in."""
+    x, y = digits(24)
+    evaluate(trained(steps=3), x, y, threats=LINF, suite=QUICK, out=tmp_path)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "result.json").unlink()
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)
+    assert (found.correct == evaluate(model, x, y, threats=LINF, suite=QUICK).correct).all()
+
+
+def test_example_images(model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(30)
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, batch_size=7, out=tmp_path)
+    fooled = np.flatnonzero(found.correct[:, 0] & ~found.correct[:, 1])
+    indices, images = example_images(tmp_path, "Linf", 3)
+    assert indices.tolist() == fooled[:3].tolist()
+    assert (model(images).argmax(1) != y[indices]).all()
+    assert DIGITS["Linf"].contains(images, x[indices]).all()
+    everything, _ = example_images(tmp_path, "Linf")
+    assert everything.tolist() == fooled.tolist()
+    with pytest.raises(UserError, match="no case 'L7'"):
+        example_images(tmp_path, "L7", 1)
+    evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "b", save_images=False)
+    with pytest.raises(UserError, match="were not kept"):
+        example_images(tmp_path / "b", "Linf", 1)
+
+
+def test_loading_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished evaluation"):
+        Report.load(tmp_path)
+
+
+# -------- it says how far
+
+
+def test_progress_counts_up_to_the_end(model: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[str, int, int, float, float | None]] = []
+    x, y = digits(30)
+    found = evaluate(
+        model, x, y, threats=DIGITS, suite=QUICK, batch_size=10, progress=lambda *state: seen.append(state)
+    )
+    assert [case for case, done, total, *_ in seen if done == total] == ["L1", "L2", "Linf"]
+    assert all(later[1] == 1 or later[1] == before[1] + 1 for before, later in itertools.pairwise(seen))
+    assert all(left is not None and left >= 0 for *_, left in seen)
+    assert seen[-1][3:] == (found.robust["Linf"], 0)
+    evaluate(model, x, y, threats=LINF, suite=QUICK, progress=True)
+    assert f"Linf: {100 * found.robust['Linf']:.1f}% robust" in capsys.readouterr().err
+
+
+# -------- it refuses
+
+
+class _Answers(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer(x.flatten(1)[:, 20:30])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.softmax(1), "probabilities.*return the logits"),
+        (lambda x: x / 0, "not finite for .* of 12 clean images"),
+        (lambda x: x + torch.rand_like(x), "answers differently when asked again.*randomised"),
+        (lambda x: nn.functional.dropout(x), "answers differently when asked again.*randomised"),
+        (lambda x: x[:, 0], r"must return logits \(12, classes >= 2\), not torch.float32 \(12,\)"),
+        (lambda x: x[:, :5], "largest label is 9 but the model has 5 classes"),
+    ],
+)
+def test_refuses_answers_that_are_no_repeatable_logits(answer: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(_Answers(answer).eval(), *digits(12))
+
+
+def test_rounding_of_kernels_is_no_randomness() -> None:
+    noisy = _Answers(lambda x: 10 * x + 1e-6 * torch.rand_like(x))
+    assert 0 <= evaluate(noisy.eval(), *digits(12), threats=LINF, suite=QUICK).union <= 1
+
+
+def test_refuses_training_mode(model: nn.Module) -> None:
+    part = trained()
+    part[2].train()
+    with pytest.raises(UserError, match=r"training mode \(1 modules: 2\).*call model.eval\(\)"):
+        evaluate(part, *digits(12))
+    assert part[2].training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x * 16, y), r"lie in \[0, 16\].*divide by 255"),
+        (lambda x, y: (x - 0.5, y), r"lie in \[-0.5, 0.5\].*normalisation inside"),
+        (lambda x, y: (x * float("nan"), y), "must lie in"),
+        (lambda x, y: (x.double(), y), r"float32 tensor .* not torch.float64 \(12, 1, 8, 8\)"),
+        (lambda x, y: (x.numpy(), y), "not ndarray"),
+        (lambda x, y: (x[:, 0], y), r"\(n, C, H, W\)"),
+        (lambda x, y: (x, y[1:]), r"int64 tensor \(12,\) for 12 images, not torch.int64 \(11,\)"),
+        (lambda x, y: (x, y.float()), "int64"),
+        (lambda x, y: (x, y - 1), "smallest here is -1"),
+        (lambda x, y: (x, y + 1), "largest label is 10 but"),
+        (lambda x, y: (x[:0], y[:0]), "no images"),
+    ],
+)
+def test_refuses_data(model: nn.Module, change: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(model, *change(*digits(12)))
+
+
+def test_refuses_what_it_does_not_know(model: nn.Module) -> None:
+    x, y = digits(12)
+    with pytest.raises(UserError, match=r"unknown suite kind 'autoatack'.*Did you mean 'autoattack'"):
+        evaluate(model, x, y, suite="autoatack")
+    with pytest.raises(UserError, match="no threats"):
+        evaluate(model, x, y, threats=[])
+    with pytest.raises(UserError, match="a threat must be a Threat"):
+        evaluate(model, x, y, threats=["Linf"])
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        evaluate(model, x, y, batch_size=0)
+    with pytest.raises(UserError, match=r"model is on cpu: call model.to\('meta'\)"):
+        evaluate(model, x, y, device="meta")
