@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -645,16 +646,14 @@ def test_a_small_budget_is_not_mistaken_for_a_bug(threat: LpBall) -> None:
 def test_bfloat16_images_are_attacked_or_refused() -> None:
     g = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)).bfloat16()
-    try:
+    with contextlib.suppress(UserError):
         APGD()(model, torch.rand(8, 3, 32, 32, generator=g).bfloat16(), torch.arange(8) % 4, CIFAR10["L2"])
-    except UserError:
-        pass
 
 
 @pytest.mark.xfail(strict=True, reason="PGD returns the last iterate even where only an earlier one was misclassified")
 def test_pgd_keeps_its_promise_about_adversarial(digits: Digits, digits_model: nn.Module) -> None:
     x, y = digits.test
-    found = PGD(steps=3, step_size=2 * DIGITS["L2"].eps).run(digits_model, x, y, DIGITS["L2"])
+    found = PGD(steps=6, step_size=3.0).run(digits_model, x, y, MIXED["L1"])
     wrong = digits_model(found.adversarial).argmax(1) != y
     assert wrong[~found.robust].all()
 

@@ -1,4 +1,4 @@
-"""Components: named by kind, validated, written as plain data; mistakes answer with their place and the nearest name."""
+"""Components: named by kind, validated, plain data; mistakes answer with their place and the nearest name."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Basket(Fruit):
     kind = "basket"
     size: int
     first: Fruit
-    others: list[Fruit] = []
-    by_name: dict[str, Fruit] = {}
+    others: tuple[Fruit, ...] = ()
+    by_name: dict[str, Fruit] = Field(default_factory=dict)
 
     def taste(self) -> str:
         return "mixed"
@@ -156,7 +156,7 @@ def test_every_mistake_is_reported_at_once_with_its_place() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("8/255", 8 / 255), ("8 / 255", 8 / 255), ("0.5", 0.5), (".5/2", 0.25), (3, 3.0), ("1e-3", 1e-3)],
+    [("8/255", 8 / 255), ("8 / 255", 8 / 255), ("0.5", 0.5), (3, 3.0), ("1e-3", 1e-3)],
 )
 def test_numbers_may_be_fractions(text: Any, value: float) -> None:
     assert Apple(weight=text).weight == value
@@ -169,8 +169,8 @@ def test_other_texts_are_no_numbers(text: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [Apple(weight="1/3"), Basket(size=2, first=Cider(), others=[Apple(), Basket(size=0, first=Apple())]), PGD(), CIFAR10[2],
-     APGD(steps={"L1": 3}), PGD(steps={"L1": 3}, step_size="2/255")],
+    [Apple(weight="1/3"), Basket(size=2, first=Cider(), others=(Apple(), Basket(size=0, first=Apple()))),
+     PGD(), CIFAR10[2], APGD(steps={"L1": 3}), PGD(steps={"L1": 3}, step_size="2/255")],
     ids=lambda value: value.kind,
 )  # fmt: skip
 def test_a_dump_is_plain_data_that_reads_back(value: Component) -> None:

@@ -116,7 +116,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     where = _Where()
     data = _read(Path(path), where, ())
     for text in overrides:
-        data = _merge(data, _override(text, where), where, ())
+        data = _merge(data, _override(text, where))
     data.setdefault("name", Path(path).stem)
     return parse(data, where)
 
@@ -189,7 +189,7 @@ def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise UserError(f"{own.of(('extends',))}extends: name one parent file, not {parent!r}")
     inherited = _read(path.parent / parent, where, (*seen, path.resolve()))
-    merged = _merge(inherited, data, where, ())
+    merged = _merge(inherited, data)
     where.places.update(own.places)
     return merged
 
@@ -228,16 +228,15 @@ def _override(text: str, where: _Where) -> dict[str, Any]:
     return dict(result)
 
 
-def _merge(base: dict[str, Any], change: dict[str, Any], where: _Where, place: tuple[str, ...]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if "kind" in change and "kind" in base and change["kind"] != base["kind"]:
         return change
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, str) and place + (key,) != ("model", "name"):
+        if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
-        both = isinstance(value, dict) and isinstance(old, dict)
-        merged[key] = _merge(old, value, where, (*place, key)) if both else value
+        merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
 
 
@@ -273,7 +272,10 @@ def _keys(data: Any, path: Sequence[str | int]) -> list[str]:
     owner: type[Settings] | None = Config
     value = data
     for part in path:
-        value = value.get(part) if isinstance(value, dict) else value[part] if isinstance(value, list) else None
+        if isinstance(value, dict):
+            value = value.get(part)
+        else:
+            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
         field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
         if field is not None:
             owner = next(_settings_in(field.annotation), None)

@@ -14,6 +14,14 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):  # noqa: N818
+    """A signal asked to stop, and what was done is saved. ``code`` is the exit code by convention."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def did_you_mean(given: object, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid name, if one is near, and all of them."""
     names = sorted(valid)

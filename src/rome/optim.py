@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 from pydantic import Field, field_validator
-from timm.optim import param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 
 from rome.component import Component, Number, Settings
@@ -33,7 +33,7 @@ class Optimizer(Component):
             return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": self.weight_decay}]
         backbone = getattr(model, "backbone", model)
         skip = {f"backbone.{name}" for name in getattr(backbone, "no_weight_decay", set)()}
-        return param_groups_weight_decay(model, self.weight_decay, skip)
+        return list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
 
 
 class AdamW(Optimizer):

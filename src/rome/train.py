@@ -21,25 +21,15 @@ from torch import Tensor, nn
 
 from rome.config import Config
 from rome.data import Split
-from rome.errors import UserError
+from rome.errors import Interrupted, UserError
 from rome.methods import Outcome, Setting
 from rome.models import build_model, save_model
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 
-FABRIC_PRECISION = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed"}
 
-
-class NonFiniteLoss(UserError):
+class NonFiniteLossError(UserError):
     """The loss became infinite or NaN; the last good checkpoint is kept."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop; a checkpoint was written. ``code`` is the exit code by convention."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -234,7 +224,7 @@ class _Loop:
             kept = (
                 f"; the last good checkpoint is kept in {self.run.folder}" if self.run.checkpoint_file.exists() else ""
             )
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the loss became {loss} at update {number + 1} (epoch {self.position.epoch + 1}, lr {lr:.3g}){kept}. "
                 "Lower optimizer.lr or experts.regularizer.weight, or use precision=fp32."
             )
@@ -370,7 +360,7 @@ def _fabric(config: Config) -> Any:
         devices=local,
         num_nodes=world // local,
         strategy="ddp" if world > 1 else "auto",
-        precision=FABRIC_PRECISION[config.precision],
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
     )
     fabric.launch()
     return fabric
@@ -416,4 +406,4 @@ def _scalars(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield prefix + key, value
 
 
-__all__ = ["Interrupted", "NonFiniteLoss", "Progress", "Update", "train"]
+__all__ = ["NonFiniteLossError", "Progress", "Update", "train"]

@@ -1,0 +1,96 @@
+"""Evaluating what was saved: model, data and settings of a run or a file, and where the result goes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rome.config import Config, parse
+from rome.errors import UserError
+from rome.evaluate import Report, Suite, evaluate
+from rome.models import build_model, file_hash, load_model, read_tensors
+from rome.runs import Run
+
+
+def evaluate_saved(
+    target: str | Path,
+    *,
+    suite: str | None = None,
+    n: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> tuple[Report, Path]:
+    """Evaluate a run's folder, its ``last.pt``, or a ``model.safetensors`` on the test set of its config.
+
+    What is not given is the config's. The result goes to ``evaluation/SUITE-N`` beside the model.
+
+    Returns:
+        The report and the folder it was saved in.
+
+    Raises:
+        UserError: no such model, no config in it, or a setting that does not fit.
+    """
+    file = Path(target)
+    if file.is_dir():
+        file = Run(file).model_file
+    model, config = (_from_checkpoint if file.suffix == ".pt" else _from_file)(file)
+    settings = config.evaluation
+    chosen: Suite = settings.suite if suite in (None, settings.suite.kind) else _suite(str(suite))
+    split = config.data.open("test")
+    wanted = n if n is not None else settings.n
+    if n is not None and n > len(split):
+        raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
+    x, y = split.first(min(wanted or len(split), len(split)))
+    folder = Path(out) if out is not None else file.parent / "evaluation" / f"{chosen.kind}-{len(x)}"
+    place = _device(device or config.device)
+    report = evaluate(
+        model.to(place),
+        x,
+        y,
+        threats=config.threats,  # type: ignore[arg-type]
+        suite=chosen,
+        batch_size=batch_size or settings.batch_size,
+        seed=settings.seed,
+        out=folder,
+        overwrite=overwrite,
+        provenance={"config": config.dump(), "checkpoint": file.name, "checkpoint_sha256": file_hash(file)},
+        progress=True,
+    )
+    return report, folder
+
+
+def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
+    metadata, _ = read_tensors(file)
+    if not metadata.get("config"):
+        raise UserError(f"{file} holds no config, so its data set is unknown; use rome.evaluate(model, x, y) in Python")
+    return load_model(file), parse(metadata["config"])
+
+
+def _from_checkpoint(file: Path) -> tuple[torch.nn.Module, Config]:
+    run = Run(file.parent)
+    state: dict[str, Any] = run.load_checkpoint()
+    config = run.config
+    split = config.data.open("test")
+    model = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    model.load_state_dict(state["model"])
+    print(f"{file} is an unfinished run, after {state['epoch']} epochs", file=sys.stderr)
+    return model.eval(), config
+
+
+def _suite(kind: str) -> Suite:
+    from rome.evaluation.suites import as_suite
+
+    return as_suite(kind)
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for but torch sees no CUDA device; use --device cpu")
+    return torch.device(asked)

@@ -1,0 +1,186 @@
+"""The command line: demo, train, evaluate, report, cost, list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rome.errors import Interrupted, UserError
+
+app = typer.Typer(
+    help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
+
+
+class Family(StrEnum):
+    """What `rome list` can list."""
+
+    methods = "methods"
+    attacks = "attacks"
+    models = "models"
+    data = "data"
+    experiments = "experiments"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Train RANDOM and RoME+RANDOM on real digits, attack both under L1, L2 and Linf, set them side by side."""
+    from rome.demo import run_demo
+
+    run_demo(out, overwrite=overwrite)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model as a config says. Under torchrun, on as many processes as it starts."""
+    from rome.config import load
+    from rome.progress import show_training
+    from rome.train import train as run_training
+
+    spec = load(config, overrides or ())
+    run = run_training(
+        spec, out or Path("runs") / spec.name, resume=resume, overwrite=overwrite, progress=show_training
+    )
+    _say(f"{run.model_file}\nnext: rome evaluate {run.folder}")
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run's folder or a model.safetensors of ours.")],
+    suite: Annotated[str | None, typer.Option(help="apgd or autoattack; the config's if not given.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples at a time.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; in the run's folder if not given.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Attack a trained model under every threat; goes on where an earlier call was killed."""
+    from rome.assess import evaluate_saved
+
+    report, folder = evaluate_saved(
+        target, suite=suite, n=n, batch_size=batch_size, device=device, out=out, overwrite=overwrite
+    )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        from rome.report import show
+
+        show([(folder.parent.parent.name, report)])
+        _say(f"saved in {folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs to set side by side.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+) -> None:
+    """Compare evaluated runs: a table here, Markdown, and an HTML page with pictures."""
+    from rome.report import write_report
+
+    _say(f"open {write_report(runs, out)}")
+
+
+@app.command()
+def cost(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Overrides = None,
+    timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Parameters, multiply-accumulates, seconds per update and latency of a config (paper Table 6)."""
+    from rome.config import load
+    from rome.cost import measure
+
+    facts = measure(load(config, overrides or ()), repeats=repeats, timing=timing)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    from rome.report import show_cost
+
+    show_cost(facts)
+
+
+@app.command("list")
+def list_(
+    family: Annotated[Family, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Only models whose name matches, such as 'vit_*'.")] = "*",
+) -> None:
+    """List what configs can name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in _listing(family, pattern):
+        table.add_row(f"[bold]{name}[/bold]", text)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def _listing(family: Family, pattern: str) -> list[tuple[str, str]]:
+    if family is Family.models:
+        import timm
+
+        names = timm.list_models(pattern)
+        if not names:
+            raise UserError(f"no timm model matches {pattern!r}; try 'vit_*' or '*tiny*'")
+        return [(name, "timm") for name in names]
+    if family is Family.experiments:
+        from rome.experiments import listing
+
+        return listing()
+    from rome.attacks import Attack
+    from rome.component import Component
+    from rome.data import Data
+    from rome.methods import Method
+
+    families: dict[Family, type[Component]] = {Family.methods: Method, Family.attacks: Attack, Family.data: Data}
+    return [(kind, member.summary()) for kind, member in families[family].members().items()]
+
+
+def _say(text: str) -> None:
+    """To standard error, so that standard output holds results only."""
+    print(text, file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point. Exit codes: 0 done, 2 a mistake the message explains, 130 or 143 stopped by a signal."""
+    try:
+        app(arguments, prog_name="rome")
+    except UserError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except Interrupted as stopped:
+        _say(str(stopped))
+        sys.exit(stopped.code)
+    except KeyboardInterrupt:
+        _say("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What a config costs: parameters, multiply-accumulates, seconds per update, latency (paper Table 6)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rome.config import Config
+from rome.data import Split
+from rome.experts import expert_layers
+from rome.methods import Setting
+from rome.models import build_model
+from rome.randomness import stream
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Counts: all, trainable, and what the experts add (frozen projections counted, as in the paper)."""
+    added = sum(
+        parameter.numel()
+        for layer in expert_layers(model).values()
+        for name, parameter in layer.named_parameters()
+        if name not in ("weight", "bias")
+    )
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "experts": added,
+    }
+
+
+def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image's forward pass (half of torch's FLOP count; matrix products and convolutions)."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *shape, device=device))
+    return counter.get_total_flops() // 2
+
+
+def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[str, Any]:
+    """All costs of a config on this machine.
+
+    Args:
+        config: the config; its data set gives classes and image shape, and the images of the timed updates.
+        repeats: timed updates and latency passes, after one warm-up each; medians are reported.
+        timing: False leaves out everything that takes time.
+
+    Returns:
+        ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update`` (attack, forward,
+        backward, optimizer on one batch) and ``latency_ms`` (one image, forward).
+    """
+    split = config.data.open("train")
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), split.shape)}
+    if timing:
+        device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+        model = model.to(device)
+        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        facts["batch_size"] = config.batch_size
+        facts["latency_ms"] = 1000 * _median(lambda: _forward(model, split.shape, device), repeats * 5, device)
+        facts["seconds_per_update"] = _seconds_per_update(config, model, split, repeats, device)
+    return facts
+
+
+def _seconds_per_update(config: Config, model: nn.Module, split: Split, repeats: int, device: torch.device) -> float:
+    optimizer = config.optimizer.build(model)
+    setting = Setting(
+        model=model.train(),
+        attacked=model,
+        threats=config.threats,
+        attack=config.attack,
+        regularizer=config.experts.regularizer if config.experts is not None else None,
+        attack_stream=stream(config.seed, "attack", device=device),
+        threat_stream=stream(config.seed, "threats"),
+    )
+    order = [torch.arange(config.batch_size // config.accumulate) % len(split)]
+    x, y = next(iter(split.batches(order, device=device)))
+    reduced = config.precision == "bf16"
+
+    def update() -> None:
+        for _ in range(config.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                outcome = config.method.loss(setting, x, y)
+            (outcome.loss / config.accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _median(update, repeats, device)
+
+
+def _forward(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> None:
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *shape, device=device))
+
+
+def _median(work: Any, repeats: int, device: torch.device) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
