@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import RADII, Digits, FixedNoise, Problem, recorded
 from rome.attacks import APGD, PGD, Attack
-from rome.attacks.base import Group
+from rome.attacks.base import Group, loss_and_gradient
 from rome.attacks.pgd import random_start, top_signs
 from rome.errors import UserError
 from rome.randomness import stream
@@ -413,6 +413,15 @@ def test_batch_mates_and_their_order_do_not_matter(attack: Attack, problem: Prob
             model, x[part], y[part], PerExample(tuple(MIXED), labels[part]), generator=FixedNoise(noise[part])
         )
         torch.testing.assert_close(again, whole[part], rtol=0, atol=1e-6)
+
+
+def test_a_gradient_is_that_of_its_own_example(problem: Problem) -> None:
+    """The sum of the losses is differentiated, not their mean: tiny gradients do not shrink with the batch."""
+    model, x, y = problem(8)
+    whole = loss_and_gradient(model, x, y)
+    for i in range(8):
+        for part, alone in zip(whole, loss_and_gradient(model, x[i : i + 1], y[i : i + 1]), strict=True):
+            torch.testing.assert_close(part[i : i + 1], alone)
 
 
 class Stateful(nn.Module):

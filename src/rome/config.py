@@ -66,6 +66,9 @@ class Config(Settings):
     about: str = ""
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=20, ge=1)
+    natural_epochs: int = Field(default=0, ge=0)
+    """The first so many of the epochs train on unperturbed images, without regularizer: a start for models that are
+    not pretrained."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update, over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
@@ -151,6 +154,10 @@ def _consistent(config: Config, where: _Where) -> None:
     if config.batch_size % config.accumulate:
         problems.append(
             f"{where.of(('accumulate',))}accumulate: {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    if config.natural_epochs >= config.epochs:
+        problems.append(
+            f"{where.of(('natural_epochs',))}natural_epochs: {config.natural_epochs} leaves none of {config.epochs} epochs"
         )
     names = [threat.name for threat in config.threats]
     if len(set(names)) < len(names):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.config import Config
-from rome.data import Split
 from rome.experts import expert_layers
 from rome.methods import Setting
 from rome.models import build_model
@@ -34,18 +33,27 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass (half of torch's FLOP count; matrix products and convolutions)."""
+    """Multiply-accumulates of one image's forward pass: half of torch's FLOP count, matrix products and convolutions."""
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(torch.zeros(1, *shape, device=device))
     return counter.get_total_flops() // 2
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, taught the in-place product that the experts end in."""
+
+    def addmm_flop(_: Any, left: Any, right: Any, **unused: Any) -> int:
+        return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
 
 
 def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[str, Any]:
     """All costs of a config on this machine.
 
     Args:
-        config: the config; its data set gives classes and image shape, and the images of the timed updates.
+        config: the config. Weights and images are random: the cost depends on neither.
         repeats: timed updates and latency passes, after one warm-up each; medians are reported.
         timing: False leaves out everything that takes time.
 
@@ -53,21 +61,25 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
         ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update`` (attack, forward,
         backward, optimizer on one batch) and ``latency_ms`` (one image, forward).
     """
-    split = config.data.open("train")
+    shape, classes = config.data.form()
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), split.shape)}
+    # the cost does not depend on the weights
+    untrained = config.model.model_copy(update={"pretrained": False, "weights": None})
+    model = build_model(untrained, config.experts, classes=classes, shape=shape)
+    facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
     if timing:
         device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
         model = model.to(device)
         facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         facts["batch_size"] = config.batch_size
-        facts["latency_ms"] = 1000 * _median(lambda: _forward(model, split.shape, device), repeats * 5, device)
-        facts["seconds_per_update"] = _seconds_per_update(config, model, split, repeats, device)
+        facts["latency_ms"] = 1000 * _median(lambda: _forward(model, shape, device), repeats * 5, device)
+        facts["seconds_per_update"] = _seconds_per_update(config, model, shape, classes, repeats, device)
     return facts
 
 
-def _seconds_per_update(config: Config, model: nn.Module, split: Split, repeats: int, device: torch.device) -> float:
+def _seconds_per_update(
+    config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, repeats: int, device: torch.device
+) -> float:
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model.train(),
@@ -78,8 +90,10 @@ def _seconds_per_update(config: Config, model: nn.Module, split: Split, repeats:
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
     )
-    order = [torch.arange(config.batch_size // config.accumulate) % len(split)]
-    x, y = next(iter(split.batches(order, device=device)))
+    batch = config.batch_size // config.accumulate
+    source = torch.Generator().manual_seed(config.seed)
+    x = torch.rand(batch, *shape, generator=source).to(device)
+    y = torch.randint(classes, (batch,), generator=source).to(device)
     reduced = config.precision == "bf16"
 
     def update() -> None:

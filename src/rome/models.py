@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -96,8 +97,9 @@ def create_model(
             backbone = _own_function(name)(num_classes=num_classes, **sizes, **args)
         else:
             if not timm.is_model(name):
-                near = timm.list_models(f"*{name.split('_')[0]}*") or timm.list_models()
-                raise UserError(f"unknown model {name!r}.{did_you_mean(name, near[:40])}")
+                near = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.5)
+                hint = did_you_mean(name, near) if near else " timm.list_models() names all."
+                raise UserError(f"unknown model {name!r}.{hint}")
             backbone = timm.create_model(
                 name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **sizes, **args
             )
@@ -234,7 +236,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
-    from rome import __version__
+    from rome import __version__  # late: rome imports this module
 
     return {
         "format": kind,

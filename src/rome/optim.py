@@ -31,8 +31,8 @@ class Optimizer(Component):
         """Parameter groups with and without weight decay."""
         if self.decay_all:
             return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": self.weight_decay}]
-        backbone = getattr(model, "backbone", model)
-        skip = {f"backbone.{name}" for name in getattr(backbone, "no_weight_decay", set)()}
+        backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
+        skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
         return list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
 
 

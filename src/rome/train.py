@@ -12,13 +12,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rome.attacks import PGD
 from rome.config import Config
 from rome.data import Split
 from rome.errors import Interrupted, UserError
@@ -142,6 +143,11 @@ def train(
     return run
 
 
+def natural(setting: Setting) -> Setting:
+    """The same setting without attack and regularizer."""
+    return replace(setting, attack=PGD(steps=0, random_start=False), regularizer=None)
+
+
 class _Loop:
     def __init__(
         self,
@@ -179,11 +185,12 @@ class _Loop:
             device=self.fabric.device,
             workers=config.workers,
         )
-        self.setting.model.train()
-        config.method.epoch_start(self.setting, epoch)
+        setting = self.setting if epoch >= config.natural_epochs else natural(self.setting)
+        setting.model.train()
+        config.method.epoch_start(setting, epoch)
         done: list[Update] = []
         for step in range(self.position.step, self.steps):
-            update = self._update(batches)
+            update = self._update(setting, batches)
             self.position.step = step + 1
             done.append(update)
             self._write({"event": "update", **_plain(update)})
@@ -192,7 +199,7 @@ class _Loop:
             if self.stop and self.position.step < self.steps:
                 self._checkpoint()
                 raise Interrupted(128 + self.stop, f"stopped by {signal.Signals(self.stop).name}; resume with --resume")
-        config.method.epoch_end(self.setting, epoch)
+        config.method.epoch_end(setting, epoch)
         if done:
             summary = {"event": "epoch", "update": done[-1].number, "epoch": epoch + 1, **_average(done)}
             summary["seconds"] = round(self.position.seconds, 3)
@@ -200,8 +207,8 @@ class _Loop:
             if shown is not None:
                 shown.epoch(summary)
 
-    def _update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
-        config, setting, number = self.config, self.setting, self.updates
+    def _update(self, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
+        config, number = self.config, self.updates
         started = time.perf_counter()
         for source, name in ((setting.attack_stream, "attack"), (setting.threat_stream, "threats")):
             source.generator.manual_seed(derive_seed(config.seed, name, number))

@@ -1,7 +1,8 @@
 """Attacks: they search inside a threat for images that raise the model's loss."""
 
 from rome.attacks.apgd import APGD
+from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
 from rome.attacks.pgd import PGD
 
-__all__ = ["APGD", "PGD", "Attack", "Found"]
+__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "Found", "Square"]

@@ -132,7 +132,7 @@ class APGDCE(AutoAttackPart):
         return 3 * self.iterations * (self.restarts or (5 if threat.norm == "L1" else 1))
 
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
-        _set_iterations(suite.apgd, self.iterations)
+        set_iterations(suite.apgd, self.iterations)
         if self.restarts is not None:
             suite.apgd.n_restarts = self.restarts
         suite.apgd.loss = "ce"
@@ -160,7 +160,7 @@ class APGDT(AutoAttackPart):
                 f"{self.kind} needs at least {MIN_CLASSES_DLR} classes for its loss, this model has {classes}: "
                 "use fab-t instead (the suites do)"
             )
-        _set_iterations(suite.apgd_targeted, self.iterations)
+        set_iterations(suite.apgd_targeted, self.iterations)
         suite.apgd_targeted.n_target_classes = _targets(self.targets, suite.apgd_targeted.n_target_classes, classes)
         return suite.apgd_targeted
 
@@ -214,7 +214,7 @@ def _targets(asked: int | None, standard: int, classes: int) -> int:
     return min(standard if asked is None else asked, classes - 1)
 
 
-def _set_iterations(apgd: Any, iterations: int) -> None:
+def set_iterations(apgd: Any, iterations: int) -> None:
     """What APGD's constructor derives from the number of iterations, which AutoAttack's constructor fixes at 100."""
     apgd.n_iter = apgd.n_iter_orig = iterations
     apgd.n_iter_2 = max(int(0.22 * iterations), 1)

@@ -105,6 +105,11 @@ class Data(Component):
     test_limit: int | None = Field(None, ge=1)
     """Use only the first so many test examples."""
 
+    def form(self) -> tuple[tuple[int, int, int], int]:
+        """Image shape (C, H, W) and number of classes, without the files where the data set fixes them."""
+        split = self.open("test")
+        return split.shape, len(split.classes)
+
     @abstractmethod
     def open(self, split: SplitName) -> Split:
         """The training or test examples, ready to read.

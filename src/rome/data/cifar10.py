@@ -34,6 +34,9 @@ class Cifar10(Data):
     path: str = "data/cifar10"
     download: bool = False
 
+    def form(self) -> tuple[tuple[int, int, int], int]:
+        return (3, 32, 32), len(CIFAR10_CLASSES)
+
     def open(self, split: SplitName) -> Split:
         root = Path(self.path).expanduser()
         if root.name == "cifar-10-batches-py" or root.suffix == ".parquet":

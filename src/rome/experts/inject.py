@@ -38,8 +38,8 @@ class LowRank(Experts):
     experts: int = Field(default=4, ge=1)
     rank: int = Field(default=16, ge=1)
     layers: tuple[str, ...] = Field(default=("qkv", "proj"), min_length=1)
-    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``) or a pattern for the whole of
-    it (``blocks.*.mlp.fc?``)."""
+    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
+    (``blocks.*.mlp.fc?``)."""
     gate: Gate = Field(default_factory=DualScale)
     projection: Literal["frozen", "trainable", "none"] = "frozen"
     """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent."""
@@ -127,7 +127,7 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Lin
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
@@ -142,6 +142,8 @@ def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
             return "its input is windows of an image, whose global gate is not built yet"
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain Linear"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed at each call (spectral_norm, weight_norm)"
     return None
 
 

@@ -54,7 +54,8 @@ class MixtureLinear(nn.Linear):
         self.gate = gate
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
         if self.projection is not None:
-            self.projection.requires_grad_(train_projection)
+            self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
+            self.projection.weight.requires_grad_(train_projection)
         self.sink: list[Recorded] | None = None
         self.to(device=linear.weight.device, dtype=linear.weight.dtype)
         self.train(linear.training)

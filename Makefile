@@ -1,0 +1,36 @@
+# make demo | test | check | test-slow | test-gpu | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format test-slow test-gpu clean
+demo: $(VENV)/ready
+	$(BIN)/rome demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -m gpu
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rome needs Python >= 3.11; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@echo "making the environment in $(VENV) (a few minutes: torch is large) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

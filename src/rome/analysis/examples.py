@@ -1,0 +1,168 @@
+"""A few test images with what each threat did to them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from rome.analysis.compared import Evaluated
+from rome.attacks import APGD
+from rome.errors import UserError
+from rome.evaluate import example_images
+
+LOOKED_AT = 64
+"""Saved adversarial images of a case to choose from."""
+SMALLEST = 96
+"""Pixels; smaller images are enlarged by a whole factor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """One image under one threat."""
+
+    threat: str
+    image: str
+    """Data URI of the adversarial image."""
+    perturbation: str
+    """Data URI of the magnified perturbation."""
+    prediction: str
+    fooled: bool
+    size: float
+    """Of the perturbation, in the threat's own norm."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One test image, classified right as it is, under every threat."""
+
+    number: int
+    label: str
+    image: str
+    shots: list[Shot]
+
+
+def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
+    """Up to ``k`` examples that every run gets right when clean, those that broke most often first, classes differing.
+
+    Where an attack fooled a run, its saved image is at hand.
+    """
+    reports = [run.report for run in runs]
+    usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
+    broken = np.zeros(len(usable), dtype=int)
+    for run, report in zip(runs, reports, strict=True):
+        for column, case in enumerate(report.cases[1:], start=1):
+            fooled = report.correct[:, 0] & ~report.correct[:, column]
+            broken += fooled
+            kept = _saved(run, case)
+            if kept is not None:
+                fooled[list(kept)] = False
+                usable &= ~fooled
+    order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
+    labels = reports[0].labels
+    seen: set[int] = set()
+    distinct = [row for row in order if int(labels[row]) not in seen and not seen.add(int(labels[row]))]  # type: ignore[func-returns-value]
+    return [*distinct, *(row for row in order if row not in set(distinct))][:k]
+
+
+def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Case -> images (k, C, H, W) for these examples: those the evaluation saved, APGD's where none broke the model."""
+    device = next(model.parameters()).device
+    chosen = torch.tensor(rows)
+    found = {}
+    for case, threat in run.threats.items():
+        saved = _saved(run, case) or {}
+        images = APGD(steps=15).run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
+        for place, row in enumerate(rows):
+            if row in saved:
+                images[place] = saved[row]
+        found[case] = images
+    return found
+
+
+def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
+    """Case -> largest change of any pixel in these images: where the colours of the perturbations are full."""
+    return {
+        case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0
+        for case in (found[0] if found else ())
+    }
+
+
+def describe(
+    run: Evaluated,
+    model: nn.Module,
+    clean: Tensor,
+    labels: Tensor,
+    rows: Sequence[int],
+    images: dict[str, Tensor],
+    scale: dict[str, float],
+    classes: Sequence[str],
+) -> list[Example]:
+    """The pictures and predictions of :func:`adversarial`."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        predicted = {case: model(batch.to(device)).argmax(1).cpu() for case, batch in images.items()}
+    sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items()}
+    return [
+        Example(
+            number=row,
+            label=classes[int(labels[i])],
+            image=picture(clean[i]),
+            shots=[
+                Shot(
+                    threat=case,
+                    image=picture(batch[i]),
+                    perturbation=diverging(batch[i] - clean[i], scale[case]),
+                    prediction=classes[int(predicted[case][i])],
+                    fooled=bool(predicted[case][i] != labels[i]),
+                    size=float(sizes[case][i]),
+                )
+                for case, batch in images.items()
+            ],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def picture(image: Tensor) -> str:
+    """(C, H, W) in [0, 1] as a PNG data URI; one channel is gray, more than three show their mean."""
+    return _png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def diverging(delta: Tensor, scale: float) -> str:
+    """A perturbation (C, H, W) as a PNG data URI.
+
+    One channel: blue darkens, red brightens, white is no change. Colour: gray is no change, each channel moves from it.
+    """
+    relative = (delta / scale).clamp(-1, 1)
+    if len(relative) == 3:
+        return picture((relative + 1) / 2)
+    colours = matplotlib.colormaps["RdBu_r"]((relative.mean(dim=0).numpy() + 1) / 2)
+    return _png((colours[..., :3] * 255).round().astype(np.uint8))
+
+
+def _saved(run: Evaluated, case: str) -> dict[int, Tensor] | None:
+    """Example -> adversarial image, for the first that were fooled; None if images were not kept."""
+    try:
+        rows, images = example_images(run.folder, case, LOOKED_AT)
+    except UserError:
+        return None
+    return dict(zip(rows.tolist(), images, strict=True))
+
+
+def _png(pixels: np.ndarray) -> str:
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    factor = -(-SMALLEST // min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

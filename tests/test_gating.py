@@ -1,0 +1,262 @@
+"""Gates: softmaxes of a local and a global Linear, mixed by the block's beta (Eq. 3-5); numbering blocks; recording."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rome.errors import UserError
+from rome.experts import DualScale, LowRank, MixtureLinear, add_experts, expert_layers, record_gates
+from rome.experts.gating import DualScaleGate
+from rome.experts.inject import block_numbers
+
+
+def softmax(scores: list[float]) -> list[float]:
+    top = max(scores)
+    exps = [math.exp(s - top) for s in scores]
+    return [e / sum(exps) for e in exps]
+
+
+def affine(linear: nn.Linear, h: list[float]) -> list[float]:
+    rows, bias = linear.weight.tolist(), linear.bias.tolist()
+    return [sum(w * v for w, v in zip(row, h, strict=True)) + b for row, b in zip(rows, bias, strict=True)]
+
+
+def gate_of(tokens: Tensor, *, experts: int = 3, block: int = 2, blocks: int = 5) -> DualScaleGate:
+    torch.manual_seed(0)
+    gate = DualScale(s=3.0, b=1.0).build(tokens.shape[-1], experts, block=block, blocks=blocks).to(tokens.dtype)
+    assert isinstance(gate, DualScaleGate)
+    return gate
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """(B=2, T=4, d=5), float64."""
+    return torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_equations_3_to_5_read_literally(tokens: Tensor) -> None:
+    gate = gate_of(tokens, block=2, blocks=5)
+    g, u, v = gate(tokens @ gate.rows().t())
+    beta = 1 / (1 + math.exp(-(3.0 * (1 - 2 / 5) - 1.0)))
+    for image in range(2):
+        mean = [sum(tokens[image, :, d].tolist()) / 4 for d in range(5)]
+        v_here = softmax(affine(gate.whole, mean))
+        assert v[image].tolist() == pytest.approx(v_here)
+        for token in range(4):
+            u_here = softmax(affine(gate.local, tokens[image, token].tolist()))
+            assert u[image, token].tolist() == pytest.approx(u_here)
+            mixed = [(1 - beta) * a + beta * b for a, b in zip(u_here, v_here, strict=True)]
+            assert g[image, token].tolist() == pytest.approx(mixed)
+
+
+def test_every_gate_is_a_distribution_over_experts(tokens: Tensor) -> None:
+    gate = gate_of(tokens)
+    for weights in gate(20 * tokens @ gate.rows().t()):
+        assert (weights >= 0).all()
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_the_global_gate_ignores_token_order_and_the_local_one_follows_it(tokens: Tensor) -> None:
+    gate = gate_of(tokens)
+    order = torch.tensor([2, 0, 3, 1])
+    _, u, v = gate(tokens @ gate.rows().t())
+    _, u_shuffled, v_shuffled = gate(tokens[:, order] @ gate.rows().t())
+    torch.testing.assert_close(v_shuffled, v)
+    torch.testing.assert_close(u_shuffled, u[:, order])
+
+
+@pytest.mark.parametrize(("block", "beta"), [(1, 0.841), (6, 0.5), (12, 0.119)])
+def test_beta_of_twelve_blocks(block: int, beta: float) -> None:
+    assert DualScale().beta(block, 12) == pytest.approx(beta, abs=5e-4)
+
+
+def test_beta_falls_with_depth_and_is_symmetric_about_the_middle() -> None:
+    betas = [DualScale().beta(block, 12) for block in range(1, 13)]
+    assert betas == sorted(betas, reverse=True)
+    assert betas[0] + betas[10] == pytest.approx(1)  # l=1 and l=11, since l=6 is the middle
+
+
+def test_s_and_b_shape_beta() -> None:
+    assert DualScale(s=0, b=0).beta(3, 7) == 0.5
+    assert DualScale(s=0, b=50).beta(3, 7) < 1e-20  # local only
+    assert DualScale(s=0, b=-50).beta(3, 7) == 1  # global only
+
+
+# Block numbers
+
+
+def test_layers_of_a_vit_block_share_its_number() -> None:
+    names = [f"backbone.blocks.{i}.attn.{leaf}" for i in range(12) for leaf in ("qkv", "proj")]
+    assert block_numbers(names) == {name: int(name.split(".")[2]) + 1 for name in names}
+
+
+def test_blocks_of_a_swin_count_on_through_its_stages() -> None:
+    depths = (2, 2, 18, 2)
+    names = [f"layers.{s}.blocks.{i}.attn.qkv" for s, depth in enumerate(depths) for i in range(depth)]
+    assert list(block_numbers(names).values()) == list(range(1, 25))
+
+
+def test_a_name_without_number_is_a_block_of_its_own() -> None:
+    assert block_numbers(["stem.proj", "blocks.0.qkv", "blocks.0.proj", "head"]) == {
+        "stem.proj": 1,
+        "blocks.0.qkv": 2,
+        "blocks.0.proj": 2,
+        "head": 3,
+    }
+
+
+def test_injected_layers_hold_the_beta_of_their_block() -> None:
+    model = add_experts(Blocks(), rank=2)
+    betas = {name: layer.gate.beta for name, layer in expert_layers(model).items()}
+    assert betas == {
+        "blocks.0.qkv": DualScale().beta(1, 2),
+        "blocks.0.proj": DualScale().beta(1, 2),
+        "blocks.1.qkv": DualScale().beta(2, 2),
+        "blocks.1.proj": DualScale().beta(2, 2),
+    }
+
+
+# Recording
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.proj(self.qkv(h).tanh())
+
+
+class Blocks(nn.Module):
+    """Two blocks on (B, T, 6); ``skip`` leaves the second one out, ``around`` reads a weight without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.skip = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.blocks[0](h)
+        return h @ self.blocks[1].qkv.weight.t() if self.skip else self.blocks[1](h)
+
+
+@pytest.fixture
+def model() -> Blocks:
+    torch.manual_seed(0)
+    return add_experts(Blocks(), experts=3, rank=2)
+
+
+@pytest.fixture
+def h() -> Tensor:
+    return torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_gates_come_by_name_in_module_order_with_their_shapes(model: Blocks, h: Tensor) -> None:
+    with record_gates(model) as recorder:
+        model(h)
+    assert list(recorder.gates) == ["blocks.0.qkv", "blocks.0.proj", "blocks.1.qkv", "blocks.1.proj"]
+    for gates in recorder.gates.values():
+        assert gates.weights.shape == gates.local.shape == (2, 5, 3)
+        assert gates.whole.shape == (2, 3)
+
+
+def test_gates_are_the_ones_that_weighed_the_experts(model: Blocks, h: Tensor) -> None:
+    first = model.blocks[0].qkv
+    with record_gates(model) as recorder:
+        model(h)
+    expected = first.gate(h @ first.gate.rows().t())
+    for found, wanted in zip(recorder.gates["blocks.0.qkv"], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_recorded_gates_carry_gradient_to_the_gate_and_the_input(model: Blocks, h: Tensor) -> None:
+    h.requires_grad_()
+    with record_gates(model) as recorder:
+        model(h)
+    gates = recorder.gates["blocks.1.proj"]
+    (gates.local.square().sum() + gates.whole.square().sum()).backward()
+    gate = model.blocks[1].proj.gate
+    for parameter in (*gate.parameters(), h, model.blocks[0].qkv.weight):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_recording_ends_with_its_context_even_by_an_error(model: Blocks, h: Tensor) -> None:
+    with pytest.raises(ZeroDivisionError), record_gates(model) as recorder:
+        model(h)
+        raise ZeroDivisionError
+    assert len(recorder.records) == 4
+    model(h)
+    assert len(recorder.records) == 4
+    assert all(layer.sink is None for layer in expert_layers(model).values())
+
+
+def test_layers_keep_no_tensor_of_a_forward(model: Blocks, h: Tensor) -> None:
+    def tensors(module: nn.Module) -> set[int]:
+        held = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+        return {id(t) for t in [*held, *module.parameters(), *module.buffers()]}
+
+    before = tensors(model)
+    with record_gates(model):
+        model(h)
+    assert tensors(model) == before
+
+
+def test_the_latest_of_several_forwards_counts(model: Blocks, h: Tensor) -> None:
+    with record_gates(model) as last:
+        model(2 * h)
+    with record_gates(model) as both:
+        model(h)
+        model(2 * h)
+    assert len(both.records) == 8
+    for name, gates in last.gates.items():
+        assert torch.equal(both.gates[name].weights, gates.weights)
+
+
+def test_a_cleared_recorder_has_nothing(model: Blocks, h: Tensor) -> None:
+    with record_gates(model) as recorder:
+        model(h)
+        recorder.clear()
+        with pytest.raises(UserError, match="never called"):
+            recorder.complete()
+        model(h)
+    assert len(recorder.complete()) == 4
+
+
+def test_recording_does_not_change_the_output(model: Blocks, h: Tensor) -> None:
+    plain = model(h)
+    with record_gates(model):
+        assert torch.equal(model(h), plain)
+
+
+def test_nested_recording_is_refused_and_the_outer_goes_on(model: Blocks, h: Tensor) -> None:
+    with record_gates(model) as outer:
+        with pytest.raises(UserError, match="being recorded already"), record_gates(model):
+            pass
+        model(h)
+    assert len(outer.complete()) == 4
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no experts.*add_experts"), record_gates(Blocks()):
+        pass
+
+
+def test_a_layer_whose_weight_is_read_without_a_call_is_named(model: Blocks, h: Tensor) -> None:
+    model.skip = True
+    with record_gates(model) as recorder:
+        model(h)
+    with pytest.raises(UserError, match=r"blocks\.1\.qkv, blocks\.1\.proj were never called"):
+        _ = recorder.gates
+
+
+def test_layers_without_a_projection_are_recorded_too(h: Tensor) -> None:
+    model = LowRank(rank=2, projection="none").inject(Blocks())
+    with record_gates(model) as recorder:
+        model(h)
+    assert all(isinstance(r.layer, MixtureLinear) and r.layer.projection is None for r in recorder.complete())
