@@ -35,6 +35,8 @@ class Evaluated:
     folder: Path
     """Of the evaluation."""
     report: Report
+    others: tuple[str, ...] = ()
+    """The run's evaluations that were not chosen, such as ``apgd-1000``."""
 
     @property
     def threats(self) -> dict[str, Threat]:
@@ -86,18 +88,13 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
     chosen = max(common, key=lambda key: (key[0] == PREFERRED_SUITE, key[1], key[0]))
     names = _names(runs, configs)
     evaluated = [
-        Evaluated(name, run, config, each[chosen][0], each[chosen][1])
+        Evaluated(name, run, config, *each[chosen], tuple(_key(key) for key in sorted(each) if key != chosen))
         for name, run, config, each in zip(names, runs, configs, found, strict=True)
     ]
     for run in evaluated:
         _fresh(run)
         _same(evaluated[0], run)
     return evaluated
-
-
-def others(run: Evaluated) -> list[str]:
-    """The run's evaluations that were not chosen, such as ``apgd-1000``."""
-    return sorted(_key(key) for key, (folder, _) in _evaluations(run.run).items() if folder != run.folder)
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:

@@ -67,9 +67,11 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
                 usable &= ~fooled
     order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
     labels = reports[0].labels
-    seen: set[int] = set()
-    distinct = [row for row in order if int(labels[row]) not in seen and not seen.add(int(labels[row]))]  # type: ignore[func-returns-value]
-    return [*distinct, *(row for row in order if row not in set(distinct))][:k]
+    first_of_class: dict[int, int] = {}
+    for row in order:
+        first_of_class.setdefault(int(labels[row]), row)
+    distinct = list(first_of_class.values())
+    return [*distinct, *(row for row in order if row not in distinct)][:k]
 
 
 def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:

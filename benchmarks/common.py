@@ -1,0 +1,387 @@
+"""What the benchmarks share: models, images, fair timing, hardware, tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rome.data import Cifar10
+from rome.models import create_model
+
+CONSOLE = Console(width=160, highlight=False)
+
+TIMM: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit-b": ("vit_base_patch16_224", {"patch_size": 4}),
+    "vit-s": ("vit_small_patch16_224", {"patch_size": 4}),
+    "vit-ti": ("vit_tiny_patch16_224", {"patch_size": 4}),
+    # 4 blocks, 17 tokens: like the model for the digits, bound by overhead rather than arithmetic
+    "vit-micro": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 4, "embed_dim": 64, "num_heads": 4}),
+}
+"""Models at 32 pixels: a timm name and its arguments."""
+MODELS = (*TIMM, "resnet18")
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the options every benchmark has; ``defaults`` for ``models``, ``batch`` and ``repeats``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=defaults["models"])
+    parser.add_argument("--batch", nargs="+", type=int, default=defaults["batch"])
+    parser.add_argument("--repeats", type=int, default=defaults["repeats"], help="rounds; every case once in each")
+    parser.add_argument("--threads", type=int, help="CPU threads; all cores unless given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write settings, hardware and every single time there")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
+    return parser
+
+
+def start(options: argparse.Namespace) -> torch.device:
+    """Seed and threads as asked; the device."""
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
+
+
+# -- models and images -------------------------------------------------------------------------------------------------
+
+
+def make_model(name: str, device: torch.device, seed: int = 0) -> nn.Module:
+    """A model for 10 classes of 32x32 images, with seeded random weights; ResNet-18 with pyautoattack's for CIFAR-10.
+
+    In evaluation mode.
+    """
+    torch.manual_seed(seed)
+    if name == "resnet18":
+        model = _resnet18()
+    else:
+        kind, settings = TIMM[name]
+        model = create_model(kind, num_classes=10, img_size=32, **settings)
+    return model.to(device).eval()
+
+
+def _resnet18() -> nn.Module:
+    found = importlib.util.find_spec("pyautoattack")
+    assert found is not None and found.origin is not None  # noqa: PT018
+    folder = Path(found.origin).parent / "examples"
+    spec = importlib.util.spec_from_file_location("pyautoattack_resnet", folder / "resnet.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model: nn.Module = module.ResNet18()
+    model.load_state_dict(torch.load(folder / "model_test.pt", map_location="cpu", weights_only=True))
+    return model
+
+
+@functools.lru_cache(maxsize=4)
+def _cifar(path: str, n: int) -> tuple[Tensor, Tensor]:
+    return Cifar10(path=path, test_limit=n).open("test").first(n)
+
+
+def images(n: int, data: str | None, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The first n test images of CIFAR-10 at ``data`` with labels, or random images and labels."""
+    if data is not None:
+        x, y = _cifar(data, n)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.rand(n, 3, 32, 32, generator=generator)
+        y = torch.randint(10, (n,), generator=generator)
+    return x.to(device), y.to(device)
+
+
+# -- what is timed -----------------------------------------------------------------------------------------------------
+
+
+def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """The bare minimum of an attack step: one forward, one backward to the input. Freeze the parameters first."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x).float(), y, reduction="sum"), x)
+    return gradient
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """No gradient for any parameter inside."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def cast(device: torch.device, precision: str) -> Any:
+    """The context a forward runs in: bf16 autocast, or nothing. Sets what fp32 products may use."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    cases: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    shortest: float = 0.1,
+    every_call: bool = False,
+) -> dict[str, list[float]]:
+    """Time several cases in turn, A B C, B C A, ...: what disturbs the machine disturbs all of them.
+
+    Args:
+        warmup: untimed calls of each case first (compiling, allocating, choosing kernels).
+        shortest: a timing repeats its case until it lasts about that many seconds, at most 200 times.
+        every_call: wait for the device after every call rather than after every timing: latency, not throughput.
+
+    Returns:
+        Seconds per call of each case, one number a round; the same round has the same place in every list.
+    """
+
+    def timed(case: Callable[[], object], calls: int) -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(calls):
+            case()
+            if every_call:
+                synchronize(device)
+        synchronize(device)
+        return (time.perf_counter() - started) / calls
+
+    calls: dict[str, int] = {}
+    for name, case in cases.items():
+        seconds = math.inf
+        for _ in range(max(warmup, 1)):
+            seconds = min(seconds, timed(case, 1))
+        calls[name] = min(max(math.ceil(shortest / seconds), 1), 200)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    names = list(cases)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(timed(cases[name], calls[name]))
+    return times
+
+
+class Ratio(NamedTuple):
+    """Median, least and largest of ratios between times of the same round."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """``times`` over ``reference``, round by round."""
+    paired = [a / b for a, b in zip(times, reference, strict=True)]
+    return Ratio(statistics.median(paired), min(paired), max(paired))
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    return f"{1000 * statistics.median(times):.4g}"
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of the matrix products and convolutions for one image: two for each MAC."""
+
+    forward: int
+    gradient: int
+    """Forward and backward to the input only."""
+    training: int
+    """Forward and backward to all parameters; the first layer needs no input gradient."""
+
+
+def count_flops(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> Flops:
+    """Counted by torch on the meta device, whatever the hardware; attention as two plain products.
+
+    Recomputation (as fused attention does in its backward) does not count. Call it before compiling the model.
+    """
+    twin = copy.deepcopy(model).to("meta")
+    x, y = torch.empty(1, *shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+
+    def counted(work: Callable[[], object]) -> int:
+        mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_inplace})
+        with sdpa_kernel(SDPBackend.MATH), mode:
+            work()
+        return int(mode.get_total_flops())
+
+    def forward() -> None:
+        with torch.no_grad():
+            twin(x)
+
+    def both(x: Tensor) -> None:  # the counter's module tracker does not support autograd.grad to a leaf
+        F.cross_entropy(twin(x), y).backward()
+
+    with frozen_parameters(twin):
+        totals = counted(forward), counted(lambda: both(x.clone().requires_grad_()))
+    twin.train()
+    return Flops(*totals, counted(lambda: both(x)))
+
+
+def _addmm_inplace(own: Any, left: Any, right: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """torch's counter knows addmm but not addmm_."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
+_PEAKS: dict[str, tuple[float, float, float]] = {
+    # dense, without sparsity, in TFLOP/s: fp32 (no tensor cores), tf32, bf16. NVIDIA's data sheets; first match wins.
+    "H200 NVL": (60.0, 417.5, 835.5),
+    "H200": (66.9, 494.7, 989.4),
+    "H100 PCIe": (51.2, 378.0, 756.0),
+    "H100 NVL": (60.0, 417.5, 835.5),
+    "H100": (66.9, 494.7, 989.4),
+    "A100": (19.5, 156.0, 312.0),
+}
+
+
+class Peak(NamedTuple):
+    """The most FLOP/s the hardware can do."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(device: torch.device, precision: str, *, size: int | None = None) -> Peak:
+    """From the data sheet for a known GPU, otherwise the best of ten square matrix products of that precision."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peaks in _PEAKS.items():
+            if known in name:
+                return Peak(1e12 * dict(zip(("fp32", "tf32", "bf16"), peaks, strict=True))[precision], "data sheet")
+    return Peak(matmul_flops(device, precision, size=size), "measured matrix product")
+
+
+def matmul_flops(device: torch.device, precision: str, *, size: int | None = None) -> float:
+    """FLOP/s of a large square matrix product, the best of ten: what can be had in practice."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = interleave({"product": lambda: a @ b}, device, rounds=10, warmup=3, shortest=0.02)["product"]
+    return 2 * size**3 / min(times)
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers were taken on."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit the numbers belong to, with ``+`` if files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = [
+            subprocess.run(["git", "-C", str(root), *ask], capture_output=True, text=True, check=True).stdout.strip()
+            for ask in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done[0] + ("+" if done[1] else "")
+
+
+class Report:
+    """Collects rows; prints them as Markdown and writes them as JSON."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, argv: Sequence[str] | None) -> None:
+        self.options = options
+        script = Path(sys.modules["__main__"].__file__ or "").name if argv is None else ""
+        self.head: dict[str, Any] = {
+            "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]) if argv is None else list(argv),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "settings": vars(options).copy(),
+            "hardware": hardware(device),
+        }
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.notes: list[str] = []
+        CONSOLE.print(f"{self.head['date']}, commit {self.head['commit']}, seed {options.seed}")
+        CONSOLE.print(", ".join(f"{key} {value}" for key, value in self.head["hardware"].items()) + "\n")
+
+    def table(self, title: str, rows: list[dict[str, str]], data: list[dict[str, Any]]) -> None:
+        """Print one table; ``data`` is what the JSON file keeps of it."""
+        table = Table(title=title, title_justify="left", box=MARKDOWN)
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name in ("model", "case", "what", "part") else "right")
+        for row in rows:
+            table.add_row(*row.values())
+        CONSOLE.print(table)
+        self.tables.setdefault(title, []).extend(data)
+
+    def note(self, text: str) -> None:
+        CONSOLE.print(text + "\n", markup=False)
+        self.notes.append(text)
+
+    def finish(self) -> dict[str, Any]:
+        """All of it as plain data, written to ``--json``."""
+        everything = {**self.head, "tables": self.tables, "notes": self.notes}
+        everything["load_at_end"] = [round(value, 2) for value in os.getloadavg()]
+        if self.options.json:
+            Path(self.options.json).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+            CONSOLE.print(f"wrote {self.options.json}")
+        return everything

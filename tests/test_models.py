@@ -1,0 +1,407 @@
+"""Models take images in [0, 1]; saving and loading is exact; what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rome import __version__
+from rome.errors import UserError
+from rome.experts import LowRank, add_experts, expert_layers
+from rome.models import (
+    Classifier,
+    ModelSettings,
+    build_model,
+    create_model,
+    load_experts,
+    load_model,
+    load_weights,
+    read_tensors,
+    save_experts,
+    save_model,
+)
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+OWN = """
+from torch import nn
+
+class Means(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x.mean((2, 3))
+
+def means(num_classes, factor=1.0):
+    return Means(factor)
+
+def sized(num_classes, img_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * img_size**2, num_classes))
+
+def number(num_classes):
+    return 3
+
+constant = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with functions that build models; ``means`` gives the mean of each channel as the network sees it."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    return file
+
+
+def tiny(seed: int = 0, **changes: Any) -> Classifier:
+    torch.manual_seed(seed)
+    return create_model("vit_tiny_patch16_224", **({"num_classes": 10} | TINY | changes))
+
+
+def grown(seed: int = 0) -> Classifier:
+    """A small ViT whose experts are not at their start."""
+    model = add_experts(tiny(seed), experts=3, rank=2)
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.B)
+    return model
+
+
+def images(channels: int = 3) -> Tensor:
+    return torch.rand(3, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Equal tensors under equal names, to the last bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Normalisation and building
+
+
+def test_normalisation_is_inside(own: Path) -> None:
+    model = create_model(f"{own}:means", num_classes=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
+    x = images()
+    expected = (x.mean((2, 3)) - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.5, 0.25, 2])
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_normalisation_is_saved_but_not_trained(own: Path) -> None:
+    model = create_model(f"{own}:means", num_classes=3)
+    assert not list(model.parameters())
+    assert set(model.state_dict()) == {"mean", "std"}
+
+
+def test_a_timm_model_brings_its_own_normalisation() -> None:
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    model = create_model("resnet10t", num_classes=10)
+    for buffer, values in zip((model.mean, model.std), imagenet, strict=True):
+        torch.testing.assert_close(buffer, torch.tensor(values).view(1, 3, 1, 1))
+    assert (tiny().mean == 0.5).all()  # ViT's
+    x = images()
+    normalised = (x - model.mean) / model.std
+    assert torch.equal(model.eval()(x), model.backbone(normalised))
+
+
+def test_one_channel_takes_the_mean_over_the_models_three() -> None:
+    model = create_model("resnet10t", num_classes=10, in_chans=1)
+    assert model.mean.flatten().tolist() == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert model.std.flatten().tolist() == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+    assert model.eval()(images(1)).shape == (3, 10)
+
+
+def test_own_models_default_to_one_half_and_one_value_serves_all_channels(own: Path) -> None:
+    model = create_model(f"{own}:means", num_classes=3)
+    assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5] * 3
+    model = create_model(f"{own}:means", num_classes=3, mean=(0.25,), std=(2,))
+    assert model.mean.flatten().tolist() == [0.25] * 3
+
+
+def test_own_function_gets_sizes_and_arguments(own: Path) -> None:
+    x = images()
+    model = create_model(f"{own}:means", num_classes=3, mean=(0,), std=(1,), factor=4.0)
+    torch.testing.assert_close(model(x), 4 * x.mean((2, 3)))
+    assert create_model(f"{own}:sized", num_classes=7, img_size=32)(x).shape == (3, 7)
+
+
+def test_a_function_of_an_installed_module_is_found_by_name() -> None:
+    model = create_model("timm.models:vit_tiny_patch16_224", num_classes=4, depth=1, img_size=32)
+    assert model(images()).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("vit_base_patch16_244", "vit_base_patch16_224"),
+        ("vitt_base_patch16_224", "vit_base_patch16_224"),
+        ("deit_tiny_patch16", "deit_tiny_patch16_224"),
+        ("resnet81", "resnet18"),
+    ],
+)
+def test_an_unknown_name_answers_with_the_nearest(given: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown model '{given}'.*{nearest}") as error:
+        create_model(given, num_classes=10)
+    assert len(str(error.value)) < 600
+
+
+def test_a_name_like_no_other_is_refused_too() -> None:
+    with pytest.raises(UserError, match=r"unknown model '@@@'\. timm\.list_models"):
+        create_model("@@@", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("vit_tiny_patch16_224", {"depht": 2}, r"vit_tiny_patch16_224 cannot be built with .*depht=2.*depht"),
+        ("vit_tiny_patch16_224", {"embed_dim": 31}, r"cannot be built with .*embed_dim=31"),
+        ("resnet10t", {"patch_size": 4}, r"cannot be built with patch_size=4"),
+        ("{own}:means", {"width": 2}, r"cannot be built with .*width=2"),
+        ("{own}:means", {"mean": (0.1, 0.2)}, r"model\.mean has 2 values but images have 3 channels"),
+        ("{own}:means", {"std": (0.1, 0.0, 1)}, r"model\.std must be positive"),
+        ("{own}:number", {}, r"returned a int, not a torch module"),
+        ("{own}:constant", {}, r"cannot be built"),
+        ("{own}:absent", {}, r"cannot be imported.*absent"),
+        ("{own}x.py:means", {}, r"cannot be imported.*No such file"),
+        ("no.such.package:means", {}, r"cannot be imported.*no"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_is_explained(own: Path, name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_model(name.format(own=own), num_classes=3, **args)
+
+
+# A config's model
+
+
+def settings(**changes: Any) -> ModelSettings:
+    return ModelSettings(
+        **({"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "args": small()} | changes)
+    )
+
+
+def small() -> dict[str, Any]:
+    return {"embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def test_a_configs_model_takes_classes_and_channels_from_the_data() -> None:
+    model = build_model(settings(), LowRank(rank=2), classes=7, shape=(1, 32, 32))
+    assert model.training
+    assert list(expert_layers(model)) == ["backbone.blocks.0.attn.qkv", "backbone.blocks.0.attn.proj"]
+    assert model(images(1)).shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 9}, r"num_classes is 9 but the data has 10"),
+        ({"in_chans": 1}, r"in_chans is 1 but the data has 3"),
+        ({"img_size": 64}, r"does not take images of 3x32x32.*img_size"),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_the_data_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(settings(**changes), None, classes=10, shape=(3, 32, 32))
+
+
+def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
+    with pytest.raises(UserError, match=r"gives outputs \(2, 3\) for 2 images, not \(2, 10\)"):
+        build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))
+
+
+def test_training_can_start_from_saved_weights_with_or_without_experts(tmp_path: Path) -> None:
+    for source in (tiny(3, depth=1), add_experts(tiny(3, depth=1), rank=2)):
+        save_model(source, tmp_path / "start.safetensors")
+        weights = str(tmp_path / "start.safetensors")
+        model = build_model(settings(weights=weights), LowRank(rank=2), classes=10, shape=(3, 32, 32))
+        assert torch.equal(model.eval()(images()), source.eval()(images()))
+
+
+# Saving and loading
+
+
+def test_a_whole_model_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    for number, model in enumerate((tiny(), grown(), create_model("resnet10t", num_classes=5).train())):
+        model(images())  # moves BatchNorm's statistics
+        file = tmp_path / "deep" / f"{number}.safetensors"
+        save_model(model, file)
+        torch.manual_seed(99)
+        loaded = load_model(file)
+        assert same(loaded, model)
+        assert not loaded.training
+        assert torch.equal(loaded(images()), model.eval()(images()))
+        assert [p.name for p in file.parent.iterdir() if "partial" in p.name] == []
+
+
+def test_an_own_model_comes_back_from_its_function(own: Path, tmp_path: Path) -> None:
+    model = create_model(f"{own}:sized", num_classes=4, img_size=32, mean=(0.1, 0.2, 0.3))
+    save_model(model, tmp_path / "m.safetensors")
+    assert same(load_model(tmp_path / "m.safetensors"), model)
+
+
+def test_the_setting_of_the_experts_comes_back_too(tmp_path: Path) -> None:
+    gate = {"kind": "dual-scale", "s": 3, "b": 1}
+    model = LowRank(experts=2, rank=3, gate=gate, layers="qkv", projection="trainable").inject(tiny())
+    save_model(model, tmp_path / "m.safetensors")
+    loaded = load_model(tmp_path / "m.safetensors")
+    for name, layer in expert_layers(model).items():
+        other = expert_layers(loaded)[name]
+        assert (other.experts, other.rank, other.gate.beta) == (layer.experts, layer.rank, layer.gate.beta)
+        assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in layer.parameters()]
+
+
+def test_experts_alone_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    model, file = grown(), tmp_path / "experts.safetensors"
+    save_experts(model, file)
+    stored = load_file(file)
+    assert stored
+    assert not any(name.endswith(("qkv.weight", "proj.bias", "head.weight")) for name in stored)
+    for target in (tiny(0), add_experts(tiny(0), experts=3, rank=2)):  # the same backbone, without and with experts
+        assert same(load_experts(target, file), model)
+
+
+def test_experts_leave_another_backbone_alone(tmp_path: Path) -> None:
+    save_experts(grown(0), tmp_path / "e.safetensors")
+    other = tiny(1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    load_experts(other, tmp_path / "e.safetensors")
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+
+
+def test_metadata_says_what_the_file_holds(tmp_path: Path) -> None:
+    model = grown()
+    save_model(model, tmp_path / "m.safetensors", config={"epochs": 20})
+    save_experts(model, tmp_path / "e.safetensors")
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:  # readable without rome
+        metadata = json.loads(file.metadata()["rome"])
+    assert metadata["format"] == "model"
+    assert metadata["version"] == __version__
+    assert metadata["config"] == {"epochs": 20}
+    assert metadata["model"] == {
+        "name": "vit_tiny_patch16_224", "num_classes": 10, "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, **TINY
+    }  # fmt: skip
+    assert metadata["experts"] == LowRank(experts=3, rank=2).dump()
+    assert read_tensors(tmp_path / "e.safetensors")[0]["format"] == "experts"
+
+
+def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
+    model = tiny()
+    save_model(model, tmp_path / "model.safetensors")
+    assert same(load_model(tmp_path), model)
+
+
+def test_a_file_loads_into_your_own_module(tmp_path: Path) -> None:
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    source = add_experts(mlp(), layers=("1", "3"), rank=2)
+    save_model(source, tmp_path / "m.safetensors")
+    target = mlp()
+    assert load_model(tmp_path / "m.safetensors", target) is target  # gets its experts first
+    assert same(target, source)
+    with pytest.raises(UserError, match="does not say how its model is built; pass the module"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def changed(file: Path, **tensors: Tensor | None) -> Path:
+    """The file with tensors replaced, added or (None) removed."""
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    merged = load_file(file) | {name.replace("__", "."): value for name, value in tensors.items()}
+    new = file.with_name("changed.safetensors")
+    save_file({name: value for name, value in merged.items() if value is not None}, new, metadata)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"backbone__head__bias": None}, r"backbone\.head\.bias is missing in the file"),
+        ({"backbone__tail": torch.zeros(2)}, r"backbone\.tail is not in the model"),
+        ({"backbone__head__bias": torch.zeros(4)}, r"head\.bias is \(4,\) in the file, \(10,\) in the model"),
+        ({f"extra{i}": torch.zeros(1) for i in range(5)}, r"extra0 is .*; and 2 more"),
+    ],
+    ids=["missing", "unexpected", "other shape", "many"],
+)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded(
+    tmp_path: Path, tensors: dict[str, Tensor | None], message: str
+) -> None:
+    save_model(tiny(0), tmp_path / "m.safetensors")
+    file = changed(tmp_path / "m.safetensors", **tensors)
+    target = tiny(1)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_model(file, target)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    if "unexpected" not in message and "extra0" not in message and "tail" not in message:
+        with pytest.raises(UserError, match=message):
+            load_weights(target, file)
+
+
+def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
+    save_experts(grown(), tmp_path / "e.safetensors")
+    with pytest.raises(UserError, match=r"qkv\.A is \(6, 32\) in the file, \(12, 32\) in the model"):
+        load_experts(add_experts(tiny(), experts=3, rank=4), tmp_path / "e.safetensors")
+
+
+def test_a_model_without_experts_has_none_to_save(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no experts to save"):
+        save_experts(tiny(), tmp_path / "e.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_file_without_experts_gives_none_to_load(tmp_path: Path) -> None:
+    save_model(tiny(), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="does not say which experts"):
+        load_experts(tiny(), tmp_path / "m.safetensors")
+
+
+def test_experts_alone_are_not_a_model(tmp_path: Path) -> None:
+    save_experts(grown(), tmp_path / "e.safetensors")
+    with pytest.raises(UserError, match="is missing in the file"):
+        load_model(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\xff" * 64])
+def test_a_corrupt_file_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a readable safetensors file"):
+        load_model(tmp_path)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_model(tiny(), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
+        load_model(file)
+
+
+def test_a_folder_that_is_no_run_and_one_that_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model at .*model\.safetensors; give a finished run's folder"):
+        load_model(tmp_path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match=r"not finished: rome train .* --resume"):
+        load_model(tmp_path)
+
+
+def test_saving_replaces_the_old_file_whole(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_model(tiny(0), file)
+    with pytest.raises(TypeError):
+        save_model(tiny(1), file, config={"bad": object()})
+    assert same(load_model(file), tiny(0))
+    save_model(tiny(1), file)
+    assert same(load_model(file), tiny(1))
+    assert list(tmp_path.iterdir()) == [file]
