@@ -23,11 +23,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 from rome.experts import Diversification, MixtureLinear, add_experts, expert_layers, record_gates
 
 
@@ -121,7 +121,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         return common.interleave(cases, device, rounds=options.repeats, warmup=3, **settings)
 
     found: dict[str, dict[str, list[float]]] = {}
-    for key, model in models.items():
+    for model in models.values():
         model.eval().requires_grad_(False)
     found["forward"] = timed({key: partial(forward, model, context, x) for key, model in models.items()})
     found["latency"] = timed(
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     "ms": common.milliseconds(row["seconds"]),
                     "x plain": str(row["ratio"]),
                     "arithmetic": f"{row['arithmetic']:.3f}",
-                    "GMAC/image": f"{row['gmacs_per_image']:.2f}",
+                    "GMAC/image": f"{row['gmacs_per_image']:.3g}",
                 }
                 for row in data
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,9 +36,7 @@ def test_default_schedule_turns_at_the_papers_epochs(epochs: int, knots: dict[in
 def test_schedule_is_continuous_and_peaks_at_one() -> None:
     values = [Schedule().factor(i / 1000) for i in range(1001)]
     assert max(values) == 1
-    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) == pytest.approx(
-        1 / 200
-    )  # warm-up's slope
+    assert max(abs(a - b) for a, b in pairwise(values)) == pytest.approx(1 / 200)  # warm-up's slope
 
 
 def test_own_points_and_steps() -> None:

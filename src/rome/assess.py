@@ -52,7 +52,7 @@ def evaluate_saved(
         model.to(place),
         x,
         y,
-        threats=config.threats,  # type: ignore[arg-type]
+        threats=config.threats,
         suite=chosen,
         batch_size=batch_size or settings.batch_size,
         seed=settings.seed,
@@ -68,15 +68,21 @@ def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
     metadata, _ = read_tensors(file)
     if not metadata.get("config"):
         raise UserError(f"{file} holds no config, so its data set is unknown; use rome.evaluate(model, x, y) in Python")
-    return load_model(file), parse(metadata["config"])
+    config = parse(metadata["config"])  # first: it imports what the model may be built of
+    return load_model(file), config
 
 
 def _from_checkpoint(file: Path) -> tuple[torch.nn.Module, Config]:
     run = Run(file.parent)
+    if file != run.checkpoint_file or not file.is_file():
+        raise UserError(
+            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours"
+        )
     state: dict[str, Any] = run.load_checkpoint()
     config = run.config
     split = config.data.open("test")
-    model = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    untrained = config.model.model_copy(update={"pretrained": False, "weights": None})  # the checkpoint has all weights
+    model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     model.load_state_dict(state["model"])
     print(f"{file} is an unfinished run, after {state['epoch']} epochs", file=sys.stderr)
     return model.eval(), config
@@ -93,4 +99,8 @@ def _device(asked: str) -> torch.device:
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for but torch sees no CUDA device; use --device cpu")
+    if asked not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {asked!r}; give cpu, cuda or mps")
+    if asked == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for but torch sees none; use --device cpu")
     return torch.device(asked)

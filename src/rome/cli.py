@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -65,7 +66,8 @@ def train(
     run = run_training(
         spec, out or Path("runs") / spec.name, resume=resume, overwrite=overwrite, progress=show_training
     )
-    _say(f"{run.model_file}\nnext: rome evaluate {run.folder}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+        _say(f"{run.model_file}\nnext: rome evaluate {run.folder}")
 
 
 @app.command()

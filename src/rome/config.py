@@ -120,7 +120,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = _read(Path(path), where, ())
     for text in overrides:
         data = _merge(data, _override(text, where))
-    data.setdefault("name", Path(path).stem)
+    data["name"] = data.get("name") or Path(path).stem
     return parse(data, where)
 
 
@@ -131,11 +131,15 @@ def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
         UserError: every mistake, one line each.
     """
     where = where or _Where()
-    for module in data.get("imports") or ():
+    if not isinstance(data, dict):
+        raise UserError("a config is a mapping of keys to values")
+    modules = data.get("imports")
+    for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"{where.of(('imports',))}imports: {module} cannot be imported: {error}") from error
+        except Exception as error:  # whatever the user's module raises
+            problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
+            raise UserError(f"{where.of(('imports',))}imports: {problem}") from error
     data = dict(data)
     if not data.get("threats") and isinstance(data.get("data"), (dict, str)):
         kind = data["data"] if isinstance(data["data"], str) else data["data"].get("kind", Data.default_kind)
@@ -156,9 +160,10 @@ def _consistent(config: Config, where: _Where) -> None:
             f"{where.of(('accumulate',))}accumulate: {config.accumulate} does not divide batch_size {config.batch_size}"
         )
     if config.natural_epochs >= config.epochs:
-        problems.append(
-            f"{where.of(('natural_epochs',))}natural_epochs: {config.natural_epochs} leaves none of {config.epochs} epochs"
-        )
+        place = where.of(("natural_epochs",))
+        problems.append(f"{place}natural_epochs: {config.natural_epochs} leaves none of the {config.epochs} epochs")
+    if not config.threats:
+        problems.append(f"threats: is missing; data kind {config.data.kind!r} has no budgets of its own")
     names = [threat.name for threat in config.threats]
     if len(set(names)) < len(names):
         problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
@@ -181,14 +186,14 @@ def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: a config is a mapping of keys to values")
+        own = _Where()
+        data = _plain(node, path, own, ())
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    if node is None or not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: a config is a mapping of keys to values")
-    own = _Where()
-    data = _plain(node, path, own, ())
     parent = data.pop("extends", None)
     if parent is None:
         where.places.update(own.places)
@@ -225,7 +230,7 @@ def _override(text: str, where: _Where) -> dict[str, Any]:
         raise UserError(f"override {text!r}: write key=value, such as epochs=5 or attack.steps=10")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {text!r}: {value!r} is not a valid value") from error
     for depth in range(1, len(parts) + 1):
         where.places[tuple(parts[:depth])] = f"override {text!r}: "
@@ -251,6 +256,8 @@ def _explain(error: ValidationError, data: dict[str, Any], where: _Where) -> str
     lines: dict[tuple[str | int, ...], str] = {}
     for mistake in error.errors(include_url=False):
         path = list(takewhile(_is_key, mistake["loc"]))  # a union adds the names of the types it tried
+        if mistake["type"] == "extra_forbidden":  # any text can be a key here
+            path = [*takewhile(_is_key, mistake["loc"][:-1]), mistake["loc"][-1]]
         message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if mistake["type"] == "extra_forbidden":
             message = f"unknown key.{did_you_mean(path[-1], _keys(data, path[:-1]))}"

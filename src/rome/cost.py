@@ -33,7 +33,7 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass: half of torch's FLOP count, matrix products and convolutions."""
+    """Multiply-accumulates of one image's forward pass: half of torch's FLOP count, products and convolutions."""
     device = next(model.parameters()).device
     with flop_counter() as counter, torch.no_grad():
         model(torch.zeros(1, *shape, device=device))
@@ -100,7 +100,7 @@ def _seconds_per_update(
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
                 outcome = config.method.loss(setting, x, y)
-            (outcome.loss / config.accumulate).backward()
+            torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -134,6 +134,9 @@ def build_model(
     if settings.in_chans not in (None, shape[0]):
         raise UserError(f"model.in_chans is {settings.in_chans} but the data has {shape[0]} channels; leave it out")
     own = settings.model_dump(exclude={"args", "weights"}, exclude_none=True)
+    twice = sorted(set(settings.args) & (set(ModelSettings.model_fields) - {"args", "weights"}))
+    if twice:
+        raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
     model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0]}, **settings.args)
     if settings.weights is not None:
         load_weights(model, settings.weights)

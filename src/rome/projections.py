@@ -35,6 +35,8 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
     """
     size = delta.abs()
     wide = torch.float32 if delta.device.type == "mps" else torch.float64
+    if (lower is None) != (upper is None):
+        raise ValueError("give both bounds or none")
     if lower is None or upper is None:
         room = size
         breaks, order = size.sort(dim=1)

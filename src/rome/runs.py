@@ -63,6 +63,9 @@ class Run:
         Raises:
             UserError: it holds another run, a finished one, or a checkpoint that cannot be read.
         """
+        held = self.folder.exists() and not self.config_file.exists()
+        if held and (not self.folder.is_dir() or any(not _partial(file) for file in self.folder.iterdir())):
+            raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
         if overwrite and not resume:
             self._clear()
         elif self.finished:
@@ -71,11 +74,12 @@ class Run:
             raise UserError(
                 f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
             )
-        elif not self.config_file.exists() and self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
         if resume and self.config_file.exists():
             self._same(config)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --out") from error
         write_text(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False))
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
 
@@ -139,11 +143,11 @@ class Run:
             )
 
     def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else."""
-        for file in (self.config_file, self.checkpoint_file, self.model_file, self.log_file):
-            file.unlink(missing_ok=True)
+        """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
         for folder in (self.tensorboard, self.folder / "evaluation"):
             shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.checkpoint_file, self.model_file, self.log_file, self.config_file):
+            file.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -151,6 +155,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _partial(file: Path) -> bool:
+    """Whether a kill left this file half written."""
+    return file.name.startswith(".") and file.name.endswith(".partial")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

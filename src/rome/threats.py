@@ -77,14 +77,22 @@ class LpBall(Threat):
         return (origin + delta).clamp_(0, 1).view_as(x)
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        delta = (x_adv - x).flatten(1).double() if x.device.type != "mps" else (x_adv - x).flatten(1)
+        return self._length(_wide(x_adv) - _wide(x))
+
+    def _length(self, delta: Tensor) -> Tensor:
         ord = {"L1": 1, "L2": 2, "Linf": float("inf")}[self.norm]
-        return torch.linalg.vector_norm(delta, ord=ord, dim=1)
+        return torch.linalg.vector_norm(delta.flatten(1), ord=ord, dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
-        # x + delta is rounded to a float near 1, so a coordinate is off by up to half a unit in its last place
-        return box & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + torch.finfo(x.dtype).eps)
+        # x + delta is rounded to a float below 1, so each moved coordinate may be off by a unit in the last place of 1
+        rounding = torch.finfo(x.dtype).eps * self._length((x_adv != x).to(_wide(x).dtype))
+        return box & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 class Budgets(tuple[LpBall, ...]):

@@ -102,21 +102,22 @@ def train(
 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    checkpoint = None
-    if rank == 0:
-        checkpoint = run.prepare(config, resume=resume, overwrite=overwrite)
-    fabric.barrier()
-    if rank and run.checkpoint_file.exists():
-        checkpoint = run.load_checkpoint()
+    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
 
     model = model.to(fabric.device)
     optimizer = config.optimizer.build(model)
     position = _Position()
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        config.method.load_state(checkpoint["method"])
-        position = _Position(checkpoint["epoch"], checkpoint["step"], checkpoint["seconds"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            config.method.load_state(checkpoint["method"])
+            position = _Position(checkpoint["epoch"], checkpoint["step"], checkpoint["seconds"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{run.checkpoint_file} does not fit this config ({str(error).splitlines()[0]}); "
+                "restore it, or pass --overwrite to start anew"
+            ) from error
     if config.compile:
         model.compile()
     trained, optimizer = fabric.setup(model, optimizer)
@@ -143,6 +144,20 @@ def train(
     return run
 
 
+def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The first process makes the folder ready; what it finds wrong is raised in every process, so that none waits."""
+    checkpoint, problem = None, ""
+    if fabric.global_rank == 0:
+        try:
+            checkpoint = run.prepare(config, resume=resume, overwrite=overwrite)
+        except UserError as error:
+            problem = str(error)
+    problem, goes_on = fabric.broadcast((problem, checkpoint is not None))
+    if problem:
+        raise UserError(problem)
+    return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
+
+
 def natural(setting: Setting) -> Setting:
     """The same setting without attack and regularizer."""
     return replace(setting, attack=PGD(steps=0, random_start=False), regularizer=None)
@@ -162,7 +177,10 @@ class _Loop:
     ) -> None:
         self.config, self.run, self.fabric, self.setting = config, run, fabric, setting
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
+        self.asked = 0
+        """The signal this process got."""
         self.stop = 0
+        """The signal that all processes know of since the latest update."""
         self.log_file: Any = None
         self.board: Any = None
 
@@ -176,6 +194,8 @@ class _Loop:
                 self._epoch(shown)
                 self.position = _Position(self.position.epoch + 1, 0, self.position.seconds)
                 self._checkpoint()
+                if self.stop and self.position.epoch < self.config.epochs:
+                    raise self._interrupted()
 
     def _epoch(self, shown: Progress | None) -> None:
         config, epoch = self.config, self.position.epoch
@@ -188,24 +208,33 @@ class _Loop:
         setting = self.setting if epoch >= config.natural_epochs else natural(self.setting)
         setting.model.train()
         config.method.epoch_start(setting, epoch)
-        done: list[Update] = []
+        done = self._logged()
         for step in range(self.position.step, self.steps):
             update = self._update(setting, batches)
             self.position.step = step + 1
-            done.append(update)
-            self._write({"event": "update", **_plain(update)})
+            done.append({"event": "update", **_plain(update)})
+            self._write(done[-1])
             if shown is not None:
                 shown.update(update)
             if self.stop and self.position.step < self.steps:
                 self._checkpoint()
-                raise Interrupted(128 + self.stop, f"stopped by {signal.Signals(self.stop).name}; resume with --resume")
+                raise self._interrupted()
         config.method.epoch_end(setting, epoch)
-        if done:
-            summary = {"event": "epoch", "update": done[-1].number, "epoch": epoch + 1, **_average(done)}
-            summary["seconds"] = round(self.position.seconds, 3)
-            self._write(summary)
-            if shown is not None:
-                shown.epoch(summary)
+        summary = {"event": "epoch", "update": self.updates, "epoch": epoch + 1, **_average(done)}
+        summary["seconds"] = round(self.position.seconds, 3)
+        self._write(summary)
+        if shown is not None:
+            shown.epoch(summary)
+
+    def _logged(self) -> list[dict[str, Any]]:
+        """The updates of this epoch that were done before the run was interrupted."""
+        if not self.position.step or self.fabric.global_rank:
+            return []
+        first = self.position.epoch * self.steps
+        return [line for line in self.run.log() if line["event"] == "update" and line["update"] > first]
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(128 + self.stop, f"stopped by {signal.Signals(self.stop).name}; resume with --resume")
 
     def _update(self, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
         config, number = self.config, self.updates
@@ -220,21 +249,17 @@ class _Loop:
         tally = _Tally(len(setting.threats), self.fabric.device)
         for part in range(config.accumulate):
             x, y = next(batches)
-            with self.fabric.autocast():
-                outcome = config.method.loss(setting, x, y)
+            try:
+                with self.fabric.autocast():
+                    outcome = config.method.loss(setting, x, y)
+            except FloatingPointError as error:  # the attack met gradients that are not finite
+                raise self._diverged(str(error), lr) from error
             with self.fabric.no_backward_sync(setting.model, enabled=part + 1 < config.accumulate):
                 self.fabric.backward(outcome.loss / config.accumulate)
             tally.add(outcome)
-        loss, parts, accuracy, stop = tally.read(self.fabric, config.accumulate, self.stop)
-        self.stop = stop
+        loss, parts, accuracy, self.stop = tally.read(self.fabric, config.accumulate, self.asked)
         if not all(map(_finite, (loss, *parts.values()))):
-            kept = (
-                f"; the last good checkpoint is kept in {self.run.folder}" if self.run.checkpoint_file.exists() else ""
-            )
-            raise NonFiniteLossError(
-                f"the loss became {loss} at update {number + 1} (epoch {self.position.epoch + 1}, lr {lr:.3g}){kept}. "
-                "Lower optimizer.lr or experts.regularizer.weight, or use precision=fp32."
-            )
+            raise self._diverged(f"the loss became {loss}", lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
@@ -250,6 +275,13 @@ class _Loop:
             images_per_second=config.batch_size / seconds,
         )
 
+    def _diverged(self, what: str, lr: float) -> NonFiniteLossError:
+        kept = f"; the last good checkpoint is kept in {self.run.folder}" if self.run.checkpoint_file.exists() else ""
+        return NonFiniteLossError(
+            f"{what} at update {self.updates + 1} of epoch {self.position.epoch + 1} (lr {lr:.3g}){kept}. "
+            "Lower optimizer.lr or experts.regularizer.weight, or use precision=fp32."
+        )
+
     def _order(self, epoch: int, first: int) -> list[Tensor]:
         """This process's share of every micro-batch from update ``first`` of the epoch on."""
         order = stream(self.config.seed, f"order:{epoch}").permutation(len(self.split))
@@ -259,6 +291,9 @@ class _Loop:
         return [order[start + rank * share : start + (rank + 1) * share] for start in starts]
 
     def _checkpoint(self) -> None:
+        """Replace the checkpoint, unless the weights are not finite: nothing could go on from those."""
+        if not all(bool(p.isfinite().all()) for p in self.setting.attacked.parameters()):
+            raise self._diverged("weights became infinite or NaN", self.optimizer.param_groups[0]["lr"])
         if self.fabric.global_rank:
             return
         self.run.save_checkpoint(
@@ -300,9 +335,9 @@ class _Loop:
         """The first SIGINT or SIGTERM ends after the current update with a checkpoint; a second SIGINT at once."""
 
         def ask(number: int, frame: Any) -> None:
-            if self.stop and number == signal.SIGINT:
+            if self.asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop = number
+            self.asked = number
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -389,19 +424,22 @@ def _plain(update: Update) -> dict[str, Any]:
     }
 
 
-def _average(updates: list[Update]) -> dict[str, Any]:
-    """Means over the updates of an epoch; each threat over the updates in which it occurred."""
+def _average(updates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the log lines of an epoch's updates; each threat over the updates in which it occurred."""
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    threats = dict.fromkeys(name for update in updates for name in update.accuracy)
+    threats = dict.fromkeys(name for update in updates for name in update["accuracy"])
+    own = ("event", "update", "epoch", "accuracy", "lr", "images_per_second")
     return {
-        "loss": mean([update.loss for update in updates]),
-        **{name: mean([update.parts[name] for update in updates]) for name in updates[0].parts},
-        "accuracy": {name: mean([u.accuracy[name] for u in updates if name in u.accuracy]) for name in threats},
-        "lr": updates[-1].lr,
-        "images_per_second": round(len(updates) / sum(1 / update.images_per_second for update in updates), 2),
+        **{name: mean([update[name] for update in updates]) for name in updates[0] if name not in own},
+        "accuracy": {
+            name: mean([update["accuracy"][name] for update in updates if name in update["accuracy"]])
+            for name in threats
+        },
+        "lr": updates[-1]["lr"],
+        "images_per_second": round(len(updates) / sum(1 / max(u["images_per_second"], 0.01) for u in updates), 2),
     }
 
 

@@ -24,7 +24,7 @@ SERIES = 6
 """Colours before they repeat."""
 _VARIABLES = ["ink", "muted", "line", *(f"run-{i}" for i in range(SERIES)), *(f"threat-{i}" for i in range(SERIES))]
 _STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(_VARIABLES)}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rome",
     "font.size": 11,
@@ -85,13 +85,14 @@ def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) 
     """
     lines = {name: [_quantities(event) for event in events] for name, events in logs.items()}
     quantities = dict.fromkeys(key for events in lines.values() for event in events for key in event)
-    return [
-        _history(quantity, {name: (logs[name], lines[name]) for name in logs}, natural) for quantity in quantities
-    ]
+    return [_history(quantity, {name: (logs[name], lines[name]) for name in logs}, natural) for quantity in quantities]
 
 
 def densities(samples: Mapping[str, np.ndarray], title: str, limits: tuple[float, float]) -> str:
-    """Gaussian kernel densities of one expert's gate weight, a curve for each group (name -> values (n,))."""
+    """Gaussian kernel densities of one expert's gate weight, a curve for each group (name -> values (n,)).
+
+    The first group is filled, so that the others can be seen against it.
+    """
     grid = np.linspace(*limits, 240)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(2.9, 1.9), layout="constrained")
@@ -100,7 +101,8 @@ def densities(samples: Mapping[str, np.ndarray], title: str, limits: tuple[float
             curve = kernel_density(values, grid, least=(limits[1] - limits[0]) / 100)
             colour = _colour("threat", i)
             axes.plot(grid, curve, color=colour, lw=1.6)
-            axes.fill_between(grid, curve, color=colour, alpha=0.12, lw=0)
+            if i == 0:
+                axes.fill_between(grid, curve, color=colour, alpha=0.18, lw=0)
         axes.set_xlim(*limits)
         axes.set_ylim(bottom=0)
         axes.set_yticks([])
@@ -111,10 +113,14 @@ def densities(samples: Mapping[str, np.ndarray], title: str, limits: tuple[float
 
 
 def kernel_density(values: np.ndarray, grid: np.ndarray, *, least: float) -> np.ndarray:
-    """Density of ``values`` (n,) at ``grid`` (m,), Silverman's bandwidth 1.06 s n^(-1/5) but at least ``least``."""
+    """Density on [0, 1] of ``values`` (n,) at ``grid`` (m,): Gaussian kernels, reflected at 0 and 1.
+
+    Silverman's bandwidth 1.06 s n^(-1/5), but at least ``least``.
+    """
     width = max(1.06 * float(values.std()) * len(values) ** -0.2, least)
-    kernels = np.exp(-0.5 * ((grid[:, None] - values[None]) / width) ** 2)
-    return np.asarray(kernels.mean(axis=1) / (width * math.sqrt(2 * math.pi)))
+    mirrored = np.stack([values, -values, 2 - values])
+    kernels = np.exp(-0.5 * ((grid[:, None, None] - mirrored) / width) ** 2)
+    return np.asarray(kernels.sum(axis=1).mean(axis=1) / (width * math.sqrt(2 * math.pi)))
 
 
 def limits(values: np.ndarray, *, least: float = 0.2) -> tuple[float, float]:
@@ -153,7 +159,7 @@ def _quantities(event: Mapping[str, Any]) -> dict[str, float]:
     """The curves of an epoch event; the sum is left out where its parts are there and it is no more than they."""
     known = {"event", "update", "epoch", "accuracy", "lr", "images_per_second", "seconds", "loss"}
     parts = {key: value for key, value in event.items() if key not in known and isinstance(value, (int, float))}
-    loss = {} if set(parts) == {"cross_entropy"} else {"loss": event["loss"]} if "loss" in event else {}
+    loss = {"loss, all parts": event["loss"]} if "loss" in event and set(parts) != {"cross_entropy"} else {}
     accuracy = {f"accuracy under {name}": value for name, value in event.get("accuracy", {}).items()}
     return {**parts, **loss, **accuracy}
 
@@ -172,7 +178,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     used = set(re.findall(r"(?:url\(|xlink:href=\")#([^)\"]+)", text))
     mark = hashlib.sha256((label + text).encode()).hexdigest()[:8]

@@ -111,8 +111,8 @@ def paired(a: Report, b: Report) -> Difference:
     With b and c examples that only one of the two gets right, half an example added to each cell of the 2 x 2 table:
     d = (b - c) / (n + 2), standard error sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
     """
-    right_a, right_b = a.correct.all(axis=1), b.correct.all(axis=1)
-    only_a, only_b, n = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum()), len(right_a) + 2
+    right_a, right_b = np.asarray(a.correct.all(axis=1)), np.asarray(b.correct.all(axis=1))
+    only_a, only_b, n = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum()), a.n + 2
     middle = (only_a - only_b) / n
     half = _Z95 * math.sqrt(max(only_a + only_b + 1 - (only_a - only_b) ** 2 / n, 0)) / n
     return Difference(float(np.mean(right_a) - np.mean(right_b)), max(-1.0, middle - half), min(1.0, middle + half))

@@ -146,7 +146,7 @@ def diverging(delta: Tensor, scale: float) -> str:
     relative = (delta / scale).clamp(-1, 1)
     if len(relative) == 3:
         return picture((relative + 1) / 2)
-    colours = matplotlib.colormaps["RdBu_r"]((relative.mean(dim=0).numpy() + 1) / 2)
+    colours = matplotlib.colormaps["RdBu_r"](0.5 + 0.4 * relative.mean(dim=0).numpy())  # without the near-black ends
     return _png((colours[..., :3] * 255).round().astype(np.uint8))
 
 

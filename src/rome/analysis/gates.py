@@ -81,10 +81,10 @@ def collect(
     names = (NATURAL, *threats)
     parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in names]
     layers: tuple[str, ...] = ()
-    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         mixture = PerExample.repeated(threats.values(), len(images))
         adversarial = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
-        for part, group in zip(parts, (images, *adversarial.split(len(images))), strict=True):
+        for part, group in zip(parts, (images, *torch.split(adversarial, len(images))), strict=True):
             with torch.no_grad(), record_gates(model) as recorder:
                 model(group)
             gates = recorder.gates
@@ -151,7 +151,9 @@ def summary(sample: GateSample) -> str:
             f"the threats are routed {_called(max(local, whole))}."
         )
         differs = max(pair.top_differs for pair in among)
-        text.append(f"Between two threats the top expert of the last layer changes for at most {differs:.1%} of images.")
+        text.append(
+            f"Between two threats the top expert of the last layer changes for at most {differs:.1%} of images."
+        )
     natural = [pair for pair in every if NATURAL in pair[:2]]
     if natural:
         apart = max(max(pair.local_mean, pair.whole_mean) for pair in natural)

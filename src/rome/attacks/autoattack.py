@@ -58,6 +58,7 @@ class AutoAttackPart(Attack):
         threat: Threat | PerExample,
         *,
         generator: torch.Generator | Stream | None = None,
+        verdict: bool = True,
     ) -> Found:
         if isinstance(generator, Stream):
             generator = generator.generator
@@ -65,7 +66,7 @@ class AutoAttackPart(Attack):
             raise UserError(f"{self.kind} works on float32 images, not {x.dtype}: give x.float()")
         with torch.random.fork_rng(devices=cuda_in_use()), _silent():
             torch.manual_seed(0 if generator is None else generator.initial_seed())
-            return super().run(model, x, y, threat, generator=generator)
+            return super().run(model, x, y, threat, generator=generator, verdict=verdict)
 
     @property
     def uses_noise(self) -> bool:

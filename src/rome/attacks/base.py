@@ -33,11 +33,15 @@ class Found(NamedTuple):
     images: Tensor
     """(B, C, H, W): what a method trains on (PGD: the last iterate; APGD: the one with the highest loss)."""
     adversarial: Tensor
-    """(B, C, H, W): a misclassified iterate where there was one, otherwise ``images``."""
+    """(B, C, H, W): misclassified wherever ``robust`` is False; otherwise ``images``."""
     robust: Tensor
-    """bool (B,): classified correctly at every iterate the attack looked at."""
+    """bool (B,): nothing the attack answers for was misclassified (PGD: its last iterate; APGD: every iterate)."""
     loss: Tensor
-    """(B,): cross-entropy at ``images`` as the attack saw it; NaN where it did not look."""
+    """(B,): cross-entropy at ``images``; NaN where an attack of another loss did not compute it."""
+
+
+UNSEEN = torch.empty(0)
+"""Stands for the loss of images that a search did not look at."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Attack(Component):
         Raises:
             UserError: shapes, dtypes or ranges that cannot be right, or a threat this attack does not know.
         """
-        return self.run(model, x, y, threat, generator=generator).images
+        return self.run(model, x, y, threat, generator=generator, verdict=False).images
 
     def run(
         self,
@@ -123,14 +127,25 @@ class Attack(Component):
         threat: Threat | PerExample,
         *,
         generator: torch.Generator | Stream | None = None,
+        verdict: bool = True,
     ) -> Found:
-        """Like calling the attack, with all it found (see :class:`Found`)."""
+        """Like calling the attack, with all it found (see :class:`Found`).
+
+        ``verdict=False`` spares a forward pass if the search did not see its own result: ``robust`` and ``loss`` may
+        then be missing (all True, NaN).
+        """
         _check_shapes(x, y, threat)
         if generator is None:
             generator = stream(0, "attack")
         source = generator if isinstance(generator, Stream) else Stream(generator)
-        x, y = x.detach(), y.detach()
+        with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
+            if x.is_inference():
+                x = x.clone()
+            return self._run(model, x.detach(), y.detach(), threat, source, verdict)
 
+    def _run(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat | PerExample, source: Stream, verdict: bool
+    ) -> Found:
         members = threat.groups() if isinstance(threat, PerExample) else [(threat, torch.arange(len(x)))]
         # the groups that finish first stand last, so that they leave as a slice
         members = sorted((part for part in members if len(part[1])), key=lambda part: -self.steps_for(part[0]))
@@ -141,18 +156,21 @@ class Attack(Component):
         if not groups:
             return Found(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x[:, 0, 0, 0]))
         noise = source.uniform(x.shape, x.device) if self.uses_noise else x
+        order = torch.cat([where for _, where in members])
+        sort = order.to(x.device, non_blocking=True)
         if len(groups) > 1:
-            order = torch.cat([where for _, where in members])
-            sort = order.to(x.device, non_blocking=True)
-            with frozen(model), torch.no_grad():
-                found = self.search(model, x[sort], y[sort], groups, noise[sort])
-            _check_found(x[sort], found, groups)
-            unsort = torch.argsort(order).to(x.device, non_blocking=True)
-            return Found(*(part[unsort] for part in found))
+            x, y, noise = x[sort], y[sort], noise[sort]
         with frozen(model), torch.no_grad():
             found = self.search(model, x.contiguous(), y, groups, noise)
+            if verdict and found.loss is UNSEEN:
+                found = _verdict(model, found.images, y)
         _check_found(x, found, groups)
-        return found
+        if found.loss is UNSEEN:
+            found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
+        if len(groups) == 1:
+            return found
+        unsort = torch.argsort(order).to(x.device, non_blocking=True)
+        return Found(*(part[unsort] for part in found))
 
     @property
     def uses_noise(self) -> bool:
@@ -174,12 +192,20 @@ class Attack(Component):
         Args:
             groups: contiguous slices that cover the batch, the most steps first.
             noise: U[0, 1) of the shape of ``x``, for random starts.
+
+        Returns:
+            What it found; ``loss=UNSEEN`` if it did not look at its result.
         """
 
 
+def _verdict(model: Model, images: Tensor, y: Tensor) -> Found:
+    logits = model(images).float()
+    return Found(images, images, logits.argmax(1) == y, F.cross_entropy(logits, y, reduction="none"))
+
+
 def _check_shapes(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise UserError(f"images must be floating point (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise UserError(f"labels of {len(x)} images must be int64 ({len(x)},), not {y.dtype} {tuple(y.shape)}")
     if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
@@ -192,15 +218,19 @@ def _check_shapes(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
 
 def _check_found(x: Tensor, found: Found, groups: list[Group]) -> None:
     """One wait for the device per attack: input in the box, result inside its threat and finite."""
-    for images in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
-        allowed = torch.cat([group.threat.contains(images[group.rows], x[group.rows]) for group in groups])
-        if not bool(allowed.all()):
-            if not bool(((x >= 0) & (x <= 1)).all()):
-                raise UserError(
-                    f"images must lie in [0, 1], these lie in [{x.min():.3g}, {x.max():.3g}]: "
-                    "put the normalisation inside the model (rome.create_model does)"
-                )
-            bad = (~allowed).sum().item()
-            if not bool(images.isfinite().all()):
-                raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
-            raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
+    distinct = (found.images,) if found.adversarial is found.images else (found.images, found.adversarial)
+    allowed = torch.stack(
+        [torch.cat([group.threat.contains(part[group.rows], x[group.rows]) for group in groups]) for part in distinct]
+    )
+    inside = (x >= 0) & (x <= 1)
+    if bool(allowed.all() & inside.all()):
+        return
+    if not bool(inside.all()):
+        raise UserError(
+            f"images must lie in [0, 1], these lie in [{x.min():.3g}, {x.max():.3g}]: "
+            "put the normalisation inside the model (rome.create_model does)"
+        )
+    bad = int((~allowed).any(dim=0).sum())
+    if not all(bool(part.isfinite().all()) for part in distinct):
+        raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
+    raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")

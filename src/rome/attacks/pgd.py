@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, loss_and_gradient
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient
 from rome.component import Number
 from rome.errors import UserError
 from rome.projections import project_l1, project_l2, project_linf
@@ -22,6 +22,7 @@ _STEPS = {
 _MADAAN_STEP_SIZE = {"L1": 1.0, "L2": 30 / 255, "Linf": 1 / 255}
 
 Steps = Annotated[int, Field(ge=0)]
+StepSize = Annotated[Number, Field(ge=0)]
 
 
 class PGD(Attack):
@@ -35,10 +36,13 @@ class PGD(Attack):
     preset: Literal["tramer", "madaan"] = "tramer"
     steps: Steps | dict[Norm, Steps] | None = None
     """One number for all norms or one for each; None takes the preset's."""
-    step_size: Number | dict[Norm, Number] | None = None
+    step_size: StepSize | dict[Norm, StepSize] | None = None
     """In the units of the norm (L1: mass per step); None takes the preset's."""
     percentile: Number = Field(default=99, ge=0, lt=100)
     """L1: only coordinates whose gradient reaches this percentile of its absolute values move."""
+    l1_projection: Literal["ball", "ball-and-box"] = "ball"
+    """L1: onto the ball, then clip to the box, as published; or exactly onto their intersection, which spends the
+    whole budget and is stronger where many coordinates meet the box."""
     random_start: bool = True
 
     @property
@@ -58,20 +62,17 @@ class PGD(Attack):
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         x_adv = x.clone()
-        robust = torch.ones_like(y, dtype=torch.bool)
         if self.random_start:
             for group in groups:
                 x_adv[group.rows] = random_start(group.threat, x[group.rows], noise[group.rows])
         for step in range(groups[0].steps):
             alive = [group for group in groups if group.steps > step]
             end = alive[-1].rows.stop
-            _, correct, gradient = loss_and_gradient(model, x_adv[:end], y[:end])
-            robust[:end] &= correct
+            _, _, gradient = loss_and_gradient(model, x_adv[:end], y[:end])
             for group in alive:
                 rows = group.rows
                 x_adv[rows] = self._step(group.threat, x_adv[rows], x[rows], gradient[rows])
-        unseen = torch.full_like(y, float("nan"), dtype=torch.float32)
-        return Found(x_adv, x_adv, robust, unseen)
+        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 
     def _step(self, threat: Threat, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         assert isinstance(threat, LpBall)
@@ -85,7 +86,10 @@ class PGD(Attack):
             delta = project_l2(point + size * g - origin, threat.eps)
         else:
             direction = top_signs(inward(g, point), self.percentile)
-            delta = project_l1(point + size * direction - origin, threat.eps)
+            moved = point + size * direction
+            if self.l1_projection == "ball-and-box":
+                return threat.project(moved.view_as(x), x)
+            delta = project_l1(moved - origin, threat.eps)
         return (origin + delta).clamp_(0, 1).view_as(x)
 
 

@@ -42,11 +42,12 @@ class _Every(Method):
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         threats = len(setting.threats)
-        mixture = PerExample.repeated(setting.threats, len(x))
-        images, labels = x.repeat(threats, 1, 1, 1), y.repeat(threats)
+        # example by example, so that the draws of a process's examples are a slice of the global batch's
+        mixture = PerExample(setting.threats, torch.arange(threats).repeat(len(x)))
+        images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
         images = setting.attack(setting.attacked, images, labels, mixture, generator=setting.attack_stream)
         losses, correct, penalty = training_forward(setting, images, labels, mixture.labels)
-        return combine(self.join(losses.view(threats, len(x))), penalty, mixture.labels, correct)
+        return combine(self.join(losses.view(len(x), threats).t()), penalty, mixture.labels, correct)
 
     @abstractmethod
     def join(self, losses: Tensor) -> Tensor:

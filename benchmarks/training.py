@@ -1,0 +1,382 @@
+"""Images per second and share of the hardware's peak of whole training updates, and where their time goes.
+
+    python benchmarks/training.py --device cuda --precision bf16 --compile --profile --json training.json
+    python benchmarks/training.py --models vit-ti --batch 16 --steps-scale 0.1       # on a CPU; ViT-B too, with time
+
+Runs rome.train itself, on CIFAR-10 of ``--data`` or random images: the paper's RANDOM (PGD 20/20/10, one mixed batch,
+AdamW) and RoME+RANDOM (experts and L_div), both in the same run, one update each in turn. A time is that of a whole
+update: images from the data set, attack, training step, optimizer, log. ``--steps-scale`` shortens the attacks.
+
+How to read it: ``x RANDOM`` is the median over updates of (RoME's time / RANDOM's in the same round), least and
+largest in brackets. ``MFU`` is the counted arithmetic of the update (matrix products and convolutions, two operations
+per MAC, recomputation not counted) over time x peak; the peak is the data sheet's for known GPUs, otherwise that of a
+measured matrix product, and ``of product`` is over that product's on the same machine. ``20 epochs`` is the time of
+20 x 50,000 images at the full 20/20/10 steps: measured images/s, or where ``--steps-scale`` is not 1 extrapolated by
+the counted arithmetic (marked ~). Aim: ViT-B in at most 30 minutes on one H100; RoME at most 1.10 x RANDOM on a CPU.
+``--profile`` adds two tables per case: the parts of an update (with a wait for the device around each, in a round of
+its own) and torch.profiler's top operations by self time; ``busy`` is how much of the update the device computed.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
+
+import common
+import rome.attacks.apgd
+import rome.attacks.pgd
+import rome.methods.mixing
+from rome.attacks import PGD, Attack
+from rome.config import Config, parse
+from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
+from rome.models import build_model
+from rome.threats import CIFAR10
+from rome.train import train
+
+METHODS = ("RANDOM", "RoME+RANDOM")
+STEPS = {"L1": 20, "L2": 20, "Linf": 10}
+CIFAR10_IMAGES, EPOCHS = 50_000, 20
+
+
+class RandomImages(Data):
+    """As many random images, with random labels, as CIFAR-10 has: where there is no CIFAR-10."""
+
+    kind = "benchmark-random-images"
+
+    def open(self, split: SplitName) -> Split:
+        generator = torch.Generator().manual_seed(0)
+        count = self._count(split, CIFAR10_IMAGES, "random images")
+        return MemorySplit(
+            torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
+            torch.randint(10, (count,), generator=generator),
+            CIFAR10_CLASSES,
+            levels=255,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            augment=self.augment,
+            pad=4,
+            flip=True,
+        )
+
+
+def make_config(name: str, method: str, batch: int, scale: float, options: Any, device: torch.device) -> Config:
+    """The paper's run on CIFAR-10, as a config file would say it."""
+    kind, settings = common.TIMM[name]
+    data = {"kind": "cifar10", "path": options.data} if options.data else {"kind": RandomImages.kind}
+    limit = max(20 * batch, 1000) if options.quick else None
+    model = {"name": kind, "img_size": 32, "patch_size": settings["patch_size"]}
+    model["args"] = {key: value for key, value in settings.items() if key != "patch_size"}
+    return parse(
+        {
+            "seed": options.seed,
+            "epochs": EPOCHS,
+            "batch_size": batch,
+            "device": device.type,
+            "precision": options.precision,
+            "compile": options.compile,
+            "data": {**data, "train_limit": limit},
+            "model": model,
+            "experts": "low-rank" if method.startswith("RoME") else None,
+            "method": "random",
+            "attack": {"kind": "pgd", "steps": {norm: max(round(n * scale), 1) for norm, n in STEPS.items()}},
+            "threats": "cifar10",
+        }
+    )
+
+
+def count_update(config: Config, *, full: bool = False) -> float:
+    """Counted FLOPs of one update for each image of its batch."""
+    model = build_model(config.model, config.experts, classes=10, shape=(3, 32, 32))
+    flops = common.count_flops(model)
+    attack = PGD() if full else config.attack
+    steps = statistics.mean(attack.steps_for(threat) for threat in CIFAR10)
+    return steps * flops.gradient + flops.training
+
+
+# -- several trainings, one update each in turn ------------------------------------------------------------------------
+
+
+class Enough(BaseException):
+    """Ends a training from inside its progress display: nothing is saved."""
+
+
+class Training:
+    """A rome.train in a thread of its own, which does one update whenever it is told to."""
+
+    def __init__(self, config: Config, device: torch.device, folder: str) -> None:
+        self.config, self.device, self.folder = config, device, folder
+        self.threads = torch.get_num_threads()
+        self.go, self.stop = threading.Event(), False
+        self.before: Callable[[], None] | None = None
+        self.results: queue.Queue[float | BaseException] = queue.Queue()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def step(self, before: Callable[[], None] | None = None) -> float:
+        """Seconds of the next update; ``before`` is called first, in the training's own thread."""
+        self.before = before
+        self.go.set()
+        result = self.results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def end(self) -> None:
+        """Stop without saving anything."""
+        self.stop = True
+        self.go.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        try:
+            torch.set_num_threads(self.threads)
+            train(self.config, self.folder, overwrite=True, progress=self._shown)
+            raise RuntimeError("the training ended before the benchmark: fewer --repeats or smaller --batch")
+        except Enough:
+            pass
+        except BaseException as error:  # the main thread raises it
+            self.results.put(error)
+
+    @contextmanager
+    def _shown(self, config: Config, total: int, done: int) -> Iterator[Training]:
+        self._wait()
+        yield self
+
+    def update(self, update: Any) -> None:
+        common.synchronize(self.device)
+        self.results.put(time.perf_counter() - self.started)
+        self._wait()
+
+    def epoch(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def _wait(self) -> None:
+        self.go.wait()
+        self.go.clear()
+        if self.stop:
+            raise Enough
+        if self.before is not None:
+            self.before()
+        common.synchronize(self.device)
+        self.started = time.perf_counter()
+
+
+def measure(name: str, batch: int, options: Any, device: torch.device, report: common.Report) -> list[dict[str, Any]]:
+    """Times of both methods' updates."""
+    common.cast(device, options.precision)  # sets what fp32 products may use
+    scale = options.steps_scale
+    configs = {method: make_config(name, method, batch, scale, options, device) for method in METHODS}
+    flops = {method: count_update(config) for method, config in configs.items()}
+    full = {method: count_update(config, full=True) for method, config in configs.items()}
+    peak = common.peak_flops(device, options.precision, size=256 if options.quick else None)
+    known = peak.source == "data sheet"
+    product = common.matmul_flops(device, options.precision) if known else peak.flops
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainings: dict[str, Training] = {}
+        try:
+            warmup: dict[str, float] = {}
+            for method, config in configs.items():
+                trainings[method] = Training(config, device, f"{folder}/{method}")
+                warmup[method] = sum(trainings[method].step() for _ in range(options.warmup))
+            times: dict[str, list[float]] = {method: [] for method in METHODS}
+            for turn in range(options.repeats):
+                for method in METHODS if turn % 2 == 0 else METHODS[::-1]:
+                    times[method].append(trainings[method].step())
+            memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+            if options.profile:
+                for method, training in trainings.items():
+                    show_profile(f"{name}, batch {batch}, {method}", training, device, report)
+        finally:
+            for training in trainings.values():
+                training.end()
+    rows = []
+    for method, seconds in times.items():
+        middle = statistics.median(seconds)
+        achieved = flops[method] * batch / middle
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "case": method,
+                "attack_steps": configs[method].attack.dump()["steps"],
+                "seconds": seconds,
+                "warmup_seconds": warmup[method],
+                "images_per_second": batch / middle,
+                "ratio": common.ratio(seconds, times["RANDOM"]),
+                "arithmetic": flops[method] / flops["RANDOM"],
+                "flops_per_image": flops[method],
+                "achieved_flops": achieved,
+                "peak_flops": peak.flops,
+                "peak_source": peak.source,
+                "product_flops": product,
+                "mfu": achieved / peak.flops,
+                "of_product": achieved / product,
+                "extrapolated": scale != 1,
+                "minutes_20_epochs": EPOCHS * CIFAR10_IMAGES * full[method] / achieved / 60,
+                "gpu_memory_gib_both": memory,
+            }
+        )
+    return rows
+
+
+# -- profile -----------------------------------------------------------------------------------------------------------
+
+PARTS = ("attack: model", "attack: steps", "training forward", "backward", "optimizer", "rest")
+
+
+class Clock:
+    """Seconds in each part of an update, by wrapping the functions that do them; waits for the device around each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
+
+    def now(self) -> float:
+        common.synchronize(self.device)
+        return time.perf_counter()
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = self.now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += self.now() - started
+
+        return wrapper
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Wraps inside the context."""
+        places: list[tuple[Any, str, str]] = [
+            (rome.attacks.pgd, "loss_and_gradient", "attack: model"),
+            (rome.attacks.apgd, "loss_and_gradient", "attack: model"),
+            (Attack, "run", "attack: steps"),  # all of the attack; less the model afterwards
+            (rome.methods.mixing, "training_forward", "training forward"),
+            (Fabric, "backward", "backward"),
+        ]
+        originals = [getattr(owner, attribute) for owner, attribute, _ in places]
+        started = 0.0
+
+        def before(*_: Any) -> None:
+            nonlocal started
+            started = self.now()
+
+        def after(*_: Any) -> None:
+            self.seconds["optimizer"] += self.now() - started
+
+        hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        try:
+            for (owner, attribute, part), original in zip(places, originals, strict=True):
+                setattr(owner, attribute, self.timed(part, original))
+            yield
+        finally:
+            for (owner, attribute, _), original in zip(places, originals, strict=True):
+                setattr(owner, attribute, original)
+            for hook in hooks:
+                hook.remove()
+
+
+def show_profile(title: str, training: Training, device: torch.device, report: common.Report, top: int = 12) -> None:
+    """The parts of one update, then the operations of another."""
+    clock = Clock(device)
+    with clock.running():
+        total = training.step()
+    clock.seconds["attack: steps"] -= clock.seconds["attack: model"]
+    clock.seconds["rest"] = total - sum(clock.seconds.values())
+    rows = [
+        {"part": part, "ms": f"{1000 * seconds:.4g}", "share": f"{seconds / total:.1%}"}
+        for part, seconds in clock.seconds.items()
+    ]
+    report.table(f"Parts of an update: {title}", rows, [{"total": total, **clock.seconds}])
+
+    cuda = device.type == "cuda"
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+    total = training.step(before=profiler.start)  # started in the thread it shall see
+    training.step(before=profiler.stop)
+    events = profiler.key_averages()
+
+    def own(event: Any) -> float:
+        return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
+
+    busy = sum(map(own, events))
+    data = [
+        {"part": event.key, "seconds": own(event) / 1e6, "calls": event.count, "share": own(event) / max(busy, 1)}
+        for event in sorted(events, key=own, reverse=True)[:top]
+    ]
+    rows = [
+        {
+            "part": str(line["part"])[:70],
+            "ms": f"{1000 * line['seconds']:.4g}",
+            "calls": str(line["calls"]),
+            "share": f"{line['share']:.1%}",
+        }
+        for line in data
+    ]
+    report.table(f"Operations by self time ({'device' if cuda else 'CPU'}): {title}", rows, data)
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    report.note(f"profiled update {total:.3f} s, busy {busy / 1e6 / total:.0%}" + f", {launches} launches" * cuda)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__, models=["vit-ti", "vit-s", "vit-b"], batch=[64], repeats=5)
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile: true in the config")
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="times the attacks' 20, 20, 10 steps")
+    parser.add_argument("--warmup", type=int, default=2, help="updates of each training that are not counted")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.models, options.batch, options.repeats, options.warmup = ["vit-micro"], [6], 2, 1
+        options.steps_scale = 0.1
+    if "resnet18" in options.models:
+        parser.error("resnet18 takes no experts; choose ViTs")
+    device = common.start(options)
+    report = common.Report(options, device, argv)
+    compiled = "compiled" if options.compile else "eager"
+    for name in options.models:
+        for batch in options.batch:
+            data = measure(name, batch, options, device, report)
+            rows = []
+            for row in data:
+                minutes, mark = row["minutes_20_epochs"], "~" if row["extrapolated"] else ""
+                rows.append(
+                    {
+                        "model": row["model"],
+                        "batch": str(row["batch"]),
+                        "steps": "/".join(map(str, row["attack_steps"].values())),
+                        "case": row["case"],
+                        "ms/update": common.milliseconds(row["seconds"]),
+                        "images/s": f"{row['images_per_second']:.4g}",
+                        "x RANDOM": str(row["ratio"]),
+                        "arithmetic": f"{row['arithmetic']:.3f}",
+                        "TFLOP/s": f"{row['achieved_flops'] / 1e12:.3g}",
+                        "MFU": f"{row['mfu']:.1%}",
+                        "of product": f"{row['of_product']:.1%}",
+                        "20 epochs": f"{mark}{minutes / 60:.3g} h" if minutes > 120 else f"{mark}{minutes:.3g} min",
+                    }
+                )
+            report.table(f"Training updates, {options.precision}, {compiled}", rows, data)
+            peak, memory = data[0]["peak_flops"] / 1e12, data[0]["gpu_memory_gib_both"]
+            report.note(
+                f"peak {peak:.3g} TFLOP/s ({data[0]['peak_source']}), product {data[0]['product_flops'] / 1e12:.3g}"
+                + (f"; both trainings together took at most {memory:.1f} GiB" if memory else "")
+            )
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Each benchmark runs at a tiny size and reports what it promises; its numbers are not judged here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+Run = Callable[..., dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("common")
+
+
+@pytest.fixture
+def run(common: ModuleType, tmp_path: Path) -> Run:
+    """Runs a benchmark with ``--quick`` and reads its tables back from the JSON file."""
+
+    def run(name: str, *options: str) -> dict[str, list[dict[str, Any]]]:
+        file = tmp_path / f"{name}.json"
+        settings = ["--quick", "--device", "cpu", "--json", str(file), *options]
+        importlib.import_module(name).main(settings)
+        report = json.loads(file.read_text())
+        assert report["command"] == settings
+        assert {"cpu", "cores", "threads", "torch", "load"} <= set(report["hardware"])
+        assert {"date", "commit", "settings", "load_at_end"} <= set(report)
+        return dict(report["tables"])
+
+    return run
+
+
+def cases(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["case"] for row in rows}
+
+
+def test_experts_compares_plain_rome_and_a_loop_that_computes_the_same(run: Run) -> None:
+    (rows,) = run("experts").values()
+    assert {row["what"] for row in rows} == {"forward", "latency", "input gradient", "training step"}
+    assert cases(rows) == {"plain", "rome", "loop", "rome + L_div"}
+    assert all(row["disagreement"] <= 1e-5 for row in rows)
+    assert all(row["ratio"] == [1, 1, 1] and row["arithmetic"] == 1 for row in rows if row["case"] == "plain")
+    assert all(row["arithmetic"] > 1 for row in rows if row["case"] != "plain")
+
+
+def test_attacks_are_timed_at_equal_steps_and_inside_their_balls(run: Run) -> None:
+    (rows,) = run("attacks").values()
+    assert {row["norm"] for row in rows} == {"L1", "L2", "Linf"}
+    assert {"limit", "rome PGD", "rome APGD"} <= cases(rows)
+    for row in rows:
+        if row["case"].startswith("rome"):
+            forwards, backwards = row["passes"]
+            assert backwards == row["steps"]
+            assert forwards == row["steps"] + (row["case"] == "rome APGD")
+            assert row["size"] <= 1 + 1e-4
+
+
+def test_mixed_computes_the_same_images_with_fewer_forwards(run: Run) -> None:
+    (rows,) = run("mixed").values()
+    for workload in ("RANDOM", "MAX"):
+        forwards = {row["case"]: row["forwards"] for row in rows if row["what"] == workload}
+        assert forwards == {"mixed": 2, "separate": 2 + 2 + 1}
+    assert all(row["same"] == 1 for row in rows)
+
+
+def test_training_runs_real_updates_of_both_methods_and_says_where_the_time_goes(run: Run) -> None:
+    tables = run("training", "--profile")
+    rows = next(rows for title, rows in tables.items() if title.startswith("Training updates"))
+    assert cases(rows) == {"RANDOM", "RoME+RANDOM"}
+    for row in rows:
+        assert row["attack_steps"] == {"L1": 2, "L2": 2, "Linf": 1}
+        assert row["extrapolated"]
+        assert 0 < row["mfu"] < 1
+        assert row["minutes_20_epochs"] > 0
+    for (parts,) in (rows for title, rows in tables.items() if title.startswith("Parts")):
+        total = parts.pop("total")
+        assert sum(parts.values()) == pytest.approx(total)
+        assert all(seconds > 0 for seconds in parts.values())
+
+
+def test_cases_take_turns(common: ModuleType) -> None:
+    order: list[str] = []
+    work = {name: (lambda name=name: order.append(name)) for name in "ABC"}
+    times = common.interleave(work, torch.device("cpu"), rounds=3, warmup=1, shortest=0)
+    assert "".join(order) == "ABC" + "ABC" + "BCA" + "CAB"
+    assert {name: len(found) for name, found in times.items()} == {"A": 3, "B": 3, "C": 3}
+
+
+def test_ratios_pair_the_times_of_a_round(common: ModuleType) -> None:
+    assert common.ratio([2, 9, 3], [1, 3, 2]) == (2, 1.5, 3)
+
+
+def test_counted_arithmetic_is_the_closed_form(common: ModuleType) -> None:
+    """A linear model: forward one product; to the input two; to the parameters forward and weight gradient."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    assert common.count_flops(model, shape=(3, 2, 2)) == (120, 240, 240)
+
+
+def test_counted_arithmetic_of_vit_b_is_the_papers(common: ModuleType) -> None:
+    """5.60 G MACs (paper, table 6)."""
+    with torch.device("meta"):
+        model = common.create_model("vit_base_patch16_224", num_classes=10, img_size=32, patch_size=4)
+    assert round(common.count_flops(model).forward / 2e9, 2) == 5.60
