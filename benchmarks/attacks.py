@@ -121,7 +121,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
     model, x, y = problem(name, batch, options, device)
     steps = options.steps
     if options.compile:
-        model.compile()
+        common.compile_models(model)
 
     def forwards(n: int) -> None:
         with torch.no_grad():

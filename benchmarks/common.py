@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from rome.cost import flop_counter
 from rome.data import Cifar10
 from rome.models import create_model
 
@@ -147,6 +148,15 @@ def cast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def compile_models(*models: nn.Module) -> None:
+    """Compile in place, forgetting what was compiled before. Falling back to eager unnoticed is made an error."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # all models share the code of one forward, and each has several modes
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for model in models:
+        model.compile()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was asked to."""
     if device.type == "cuda":
@@ -241,7 +251,7 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> 
     x, y = torch.empty(1, *shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
 
     def counted(work: Callable[[], object]) -> int:
-        mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_inplace})
+        mode = flop_counter()
         with sdpa_kernel(SDPBackend.MATH), mode:
             work()
         return int(mode.get_total_flops())
@@ -257,11 +267,6 @@ def count_flops(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> 
         totals = counted(forward), counted(lambda: both(x.clone().requires_grad_()))
     twin.train()
     return Flops(*totals, counted(lambda: both(x)))
-
-
-def _addmm_inplace(own: Any, left: Any, right: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """torch's counter knows addmm but not addmm_."""
-    return int(2 * left[0] * left[1] * right[1])
 
 
 _PEAKS: dict[str, tuple[float, float, float]] = {
@@ -365,7 +370,8 @@ class Report:
 
     def table(self, title: str, rows: list[dict[str, str]], data: list[dict[str, Any]]) -> None:
         """Print one table; ``data`` is what the JSON file keeps of it."""
-        table = Table(title=title, title_justify="left", box=MARKDOWN)
+        CONSOLE.print(f"{title}\n")
+        table = Table(box=MARKDOWN)
         for name in rows[0]:
             table.add_column(name, justify="left" if name in ("model", "case", "what", "part") else "right")
         for row in rows:

@@ -112,8 +112,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         raise AssertionError(f"{name}: RoME and the loop differ by {apart:.1e}; they must agree before they are timed")
     flops = {key: common.count_flops(model) for key, model in models.items()}
     if options.compile:
-        for model in models.values():
-            model.compile()
+        common.compile_models(*models.values())
     context = partial(common.cast, device, options.precision)
     labels = torch.arange(batch) % 3
 

@@ -175,6 +175,7 @@ class Training:
 def measure(name: str, batch: int, options: Any, device: torch.device, report: common.Report) -> list[dict[str, Any]]:
     """Times of both methods' updates."""
     common.cast(device, options.precision)  # sets what fp32 products may use
+    common.compile_models()  # train compiles the models
     scale = options.steps_scale
     configs = {method: make_config(name, method, batch, scale, options, device) for method in METHODS}
     flops = {method: count_update(config) for method, config in configs.items()}

@@ -347,6 +347,28 @@ def test_apgd_l1_moves_a_twentieth_first_but_at_least_twelve() -> None:
         assert ((calls.forwards[1] != x).flatten(1).sum(1) == moved).all()
 
 
+def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the engine casts the weights of products once for an attack, and gives them back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
+    model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attack, mixture = PGD(steps=3), PerExample(tuple(CIFAR10), torch.arange(6) % 3)
+    dtypes: list[torch.dtype] = []
+    hook = model[0].register_forward_hook(lambda layer, given, out: dtypes.append(layer.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        once = attack(model, x, y, mixture)
+        assert set(dtypes) == {torch.bfloat16}
+        monkeypatch.setattr("rome.attacks.base._autocast_weights", lambda model: iter(()))
+        every_time = attack(model, x, y, mixture)
+    hook.remove()
+    assert torch.equal(once, every_time)
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
 def test_l1_projected_onto_ball_and_box_spends_more_of_the_budget(digits: Digits, digits_model: nn.Module) -> None:
     x, y = digits.test
     threat = LpBall(norm=1, eps=2.0)

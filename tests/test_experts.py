@@ -429,3 +429,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 def test_a_second_group_of_layers_can_be_adapted_differently() -> None:
     model = add_experts(add_experts(tiny_vit(), layers="qkv", rank=2), layers=("fc1", "fc2"), rank=3)
     assert [layer.rank for layer in expert_layers(model).values()] == [2, 3, 3, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("rank", 0), ("experts", -1), ("layers", ()), ("projection", "learned")]
+)
+def test_add_experts_names_the_setting_that_is_out_of_range(setting: str, value: Any) -> None:
+    model = tiny_vit()
+    with pytest.raises(UserError, match=setting):
+        add_experts(model, **{setting: value})
+    assert not expert_layers(model)

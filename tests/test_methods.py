@@ -137,7 +137,7 @@ def test_random_loss_is_the_mean_over_examples_each_attacked_by_its_own_threat(b
 
 def three_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy (3, B) of three separate attacks and forwards, with the noise that one joint draw would give."""
-    noise = stream(0, "attack").uniform((3 * len(x), *x.shape[1:])).view(3, *x.shape)
+    noise = stream(0, "attack").uniform((3 * len(x), *x.shape[1:])).view(len(x), 3, *x.shape[1:]).transpose(0, 1)
     losses = []
     for threat, start in zip(BUDGETS, noise, strict=True):
         images = PGD(steps=3)(model, x, y, threat, generator=FixedNoise(start))
@@ -176,7 +176,7 @@ def test_gradient_of_max_is_that_of_the_worst_threats_alone(batch: tuple[Tensor,
 def test_avg_and_max_train_on_every_example_under_every_threat(method: Method, batch: tuple[Tensor, Tensor]) -> None:
     model = network(experts=False)
     outcome = method.loss(setting_of(model), *batch)
-    assert outcome.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert outcome.labels.tolist() == [0, 1, 2] * 8  # an example's three stand together
     assert outcome.correct.shape == (24,)
 
 
@@ -189,11 +189,27 @@ def test_every_image_is_inside_the_threat_of_its_label(method: Method, batch: tu
     model = network(experts=False)
     with recorded(model) as calls:
         outcome = method.loss(setting_of(model), x, y)
-    images, originals = calls.forwards[-1], x.repeat(len(outcome.labels) // len(x), 1, 1, 1)
+    images, originals = calls.forwards[-1], x.repeat_interleave(len(outcome.labels) // len(x), dim=0)
     inside = torch.stack([threat.contains(images, originals) for threat in BUDGETS])
     assert inside[outcome.labels, torch.arange(len(images))].all()
     assert not inside.all()  # the threats are not interchangeable here
     assert ((images - originals).flatten(1).abs().sum(1) > 0.1).all()
+
+
+@each_method
+def test_two_processes_train_on_the_images_of_one(method: Method, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    model = network(experts=True)
+
+    def images(rows: slice, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        with recorded(model) as calls:
+            outcome = method.loss(setting_of(model, rank=rank, world=world), x[rows], y[rows])
+        return calls.forwards[-1], outcome.labels
+
+    first, second = images(slice(0, 4), 0, 2), images(slice(4, 8), 1, 2)
+    whole = images(slice(None), 0, 1)
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), whole[0])
+    assert torch.equal(torch.cat([first[1], second[1]]), whole[1])
 
 
 @each_method
@@ -204,7 +220,7 @@ def test_correct_says_how_the_training_forward_went(method: Method, batch: tuple
     with recorded(model) as calls:
         outcome = method.loss(setting_of(model, attack=PGD(steps=1, step_size=1e-3, random_start=False)), x, y)
     predicted = model(calls.forwards[-1]).argmax(1)
-    expected = predicted == y.repeat(len(outcome.labels) // len(y))
+    expected = predicted == y.repeat_interleave(len(outcome.labels) // len(y))
     assert torch.equal(outcome.correct, expected)
     assert 0 < expected.sum() < len(expected)
     assert outcome.correct.dtype == torch.bool

@@ -365,15 +365,37 @@ def test_a_model_without_experts_has_none_to_save(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_file_without_experts_gives_none_to_load(tmp_path: Path) -> None:
-    save_model(tiny(), tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="does not say which experts"):
+def test_a_whole_model_is_not_read_as_experts(tmp_path: Path) -> None:
+    save_model(grown(), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="holds a whole model, not experts alone"):
         load_experts(tiny(), tmp_path / "m.safetensors")
+
+
+def test_a_model_that_the_file_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
+    save_model(grown(), tmp_path / "m.safetensors")
+    save_experts(grown(), tmp_path / "e.safetensors")
+    for load, file in ((load_model, "m"), (load_experts, "e")):
+        other = create_model("vit_tiny_patch16_224", num_classes=7, img_size=16, patch_size=8, depth=1, embed_dim=96)
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(UserError, match="does not fit the model"):
+            load(*((tmp_path / f"{file}.safetensors", other) if file == "m" else (other, tmp_path / "e.safetensors")))
+        assert other.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_recipe_that_json_cannot_hold_does_not_lose_the_weights(tmp_path: Path) -> None:
+    model = create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=8, patch_size=4, depth=1, act_layer=torch.nn.ReLU
+    )
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="pass the module to load it into"):
+        load_model(tmp_path / "m.safetensors")
+    load_model(tmp_path / "m.safetensors", model)
 
 
 def test_experts_alone_are_not_a_model(tmp_path: Path) -> None:
     save_experts(grown(), tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="is missing in the file"):
+    with pytest.raises(UserError, match="holds experts alone"):
         load_model(tmp_path / "e.safetensors")
 
 

@@ -44,6 +44,7 @@ def test_own_points_and_steps() -> None:
     assert [constant.factor(share) for share in (0, 0.3, 1)] == [1, 1, 1]
     step = Schedule(points=((0, 1), (0.5, 1), (0.5, 0.1), (1, 0.1)))
     assert [step.factor(share) for share in (0, 0.5, 0.500001, 1)] == pytest.approx([1, 1, 0.1, 0.1])
+    assert Schedule(points=((0, 0.5), (0, 1), (1, 0))).factor(0) == 1  # a jump at the very start has happened
 
 
 @pytest.mark.parametrize(

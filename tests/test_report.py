@@ -139,7 +139,7 @@ class TestTable:
     def test_the_best_of_a_column_is_marked_and_equals_share_the_mark(self) -> None:
         _, rows = tabulate([("a", A), ("b", B)])
         assert [cell.best for cell in rows[0]] == [True, True, False, True, True, True]
-        assert [cell.best for cell in rows[1]] == [False, True, True, False, True, True] or rows[1][4].value < A.average
+        assert [cell.best for cell in rows[1]] == [False, True, True, False, True, True]
 
     def test_one_run_has_no_best(self) -> None:
         assert not any(cell.best for cell in tabulate([("a", A)])[1][0])
@@ -157,7 +157,7 @@ class TestTable:
         assert all(len(line) <= 80 for line in text.splitlines())
         assert "\x1b" not in text
         assert text.splitlines()[1].split() == ["random", "*100.0", "*50.0", "50.0", "*75.0", "*58.3", "*25.0"]
-        assert "4 test examples, suite apgd" in text
+        assert "n = 4, suite apgd;" in text
 
     def test_in_a_pipe_a_long_name_stays_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
         name = "a-rather-long-name-of-a-run-" * 4
@@ -173,7 +173,7 @@ class TestTable:
         show([("random", A), ("rome-random", B)])
         text = capsys.readouterr().out
         assert re.search(r"\x1b\[1m *100\.0", text)
-        assert not re.search(r"\x1b\[1m *25\.0\x1b.*\n.*rome", text)
+        assert len(re.findall(r"\x1b\[1m *75\.0", text)) == 2  # L2 and Linf, and not the clean 75.0
         assert "*" not in text
         assert all(len(re.sub(r"\x1b\[[\d;]*m", "", line)) <= 80 for line in text.splitlines())
 
@@ -254,16 +254,16 @@ class TestWhatMayBeCompared:
 
     def test_autoattack_goes_first_then_the_most_examples(self, runs: tuple[Path, Path]) -> None:
         for run in runs:
-            evaluate_saved(run, n=25)
+            evaluate_saved(run, n=2)
         first, second = gather(runs)
-        assert (first.report.n, second.report.n) == (25, 25)
-        assert first.others == ("apgd-24",)
+        assert (first.report.n, second.report.n) == (24, 24)
+        assert first.others == ("apgd-2",)
         for run in runs:
-            folder = shutil.copytree(run / "evaluation/apgd-24", run / "evaluation/autoattack-24")
+            folder = shutil.copytree(run / "evaluation/apgd-2", run / "evaluation/autoattack-2")
             settings = json.loads((folder / "settings.json").read_text())
             settings["suite"]["kind"] = "autoattack"
             (folder / "settings.json").write_text(json.dumps(settings))
-        assert [run.folder.name for run in gather(runs)] == ["autoattack-24"] * 2
+        assert [run.folder.name for run in gather(runs)] == ["autoattack-2"] * 2
 
     def test_an_evaluation_of_other_weights(self, runs: tuple[Path, Path], made: tuple[Path, Path]) -> None:
         shutil.copy(made[1] / "model.safetensors", runs[0])
@@ -419,7 +419,7 @@ class TestExamples:
     def test_colour_perturbations_diverge_from_gray_in_each_channel(self) -> None:
         delta = torch.zeros(3, 32, 32)
         delta[0], delta[2] = 0.2, -0.4
-        assert np.abs(pixels(examples.diverging(delta, 0.4))[0, 0] - np.array([191, 128, 0])).max() <= 1
+        assert np.abs(pixels(examples.diverging(delta, 0.4))[0, 0] - np.array([178, 128, 26])).max() <= 1
 
     def test_picks_what_all_runs_get_right_and_shows_the_saved_images(self, made: tuple[Path, Path]) -> None:
         compared = gather(made)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rome.config import Config, parse
+from rome.device import pick_device
 from rome.errors import UserError
 from rome.evaluate import Report, Suite, evaluate
 from rome.models import build_model, file_hash, load_model, read_tensors
@@ -46,8 +47,10 @@ def evaluate_saved(
     if n is not None and n > len(split):
         raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
     x, y = split.first(min(wanted or len(split), len(split)))
-    folder = Path(out) if out is not None else file.parent / "evaluation" / f"{chosen.kind}-{len(x)}"
-    place = _device(device or config.device)
+    unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
+    name = f"{chosen.kind}-{len(x)}{unfinished}"
+    folder = Path(out) if out is not None else file.parent / "evaluation" / name
+    place = pick_device(device or config.device)
     report = evaluate(
         model.to(place),
         x,
@@ -92,15 +95,3 @@ def _suite(kind: str) -> Suite:
     from rome.evaluation.suites import as_suite
 
     return as_suite(kind)
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for but torch sees no CUDA device; use --device cpu")
-    if asked not in ("cpu", "cuda", "mps"):
-        raise UserError(f"unknown device {asked!r}; give cpu, cuda or mps")
-    if asked == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps was asked for but torch sees none; use --device cpu")
-    return torch.device(asked)

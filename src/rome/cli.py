@@ -92,7 +92,7 @@ def evaluate(
     else:
         from rome.report import show
 
-        show([(folder.parent.parent.name, report)])
+        show([(report.settings["provenance"]["config"]["name"], report)])
         _say(f"saved in {folder}")
 
 
@@ -136,10 +136,11 @@ def list_(
     """List what configs can name."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in _listing(family, pattern):
-        table.add_row(f"[bold]{name}[/bold]", text)
+        table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.config import Config
+from rome.device import pick_device
 from rome.experts import expert_layers
 from rome.methods import Setting
 from rome.models import build_model
@@ -68,9 +69,9 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
     model = build_model(untrained, config.experts, classes=classes, shape=shape)
     facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
     if timing:
-        device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+        device = pick_device(config.device)
         model = model.to(device)
-        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         facts["batch_size"] = config.batch_size
         facts["latency_ms"] = 1000 * _median(lambda: _forward(model, shape, device), repeats * 5, device)
         facts["seconds_per_update"] = _seconds_per_update(config, model, shape, classes, repeats, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -9,6 +10,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from rome.component import Settings
 from rome.errors import UserError, did_you_mean
-from rome.experts import Experts, expert_layers
+from rome.experts import Experts, expert_layers, record_gates
 
 
 class Classifier(nn.Module):
@@ -103,7 +105,7 @@ def create_model(
             backbone = timm.create_model(
                 name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **sizes, **args
             )
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
         raise UserError(f"model {name} cannot be built with {given}: {_first_line(error)}") from error
     except OSError as error:
@@ -144,7 +146,7 @@ def build_model(
         experts.inject(model)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), record_gates(model) if experts is not None else nullcontext() as recorder:
             logits = model(torch.zeros(2, *shape))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
@@ -153,6 +155,13 @@ def build_model(
         ) from error
     if logits.shape != (2, classes):
         raise UserError(f"model {settings.name} gives outputs {tuple(logits.shape)} for 2 images, not (2, {classes})")
+    if recorder is not None:
+        for name, gates in recorder.gates.items():
+            if len(gates.whole) != 2:
+                raise UserError(
+                    f"layer {name} sees {len(gates.whole)} inputs for 2 images (windows, perhaps), so its global gate "
+                    "would not average over the image. Leave it out of experts.layers."
+                )
     return model.train()
 
 
@@ -173,12 +182,17 @@ def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
         UserError: not such a file, or it does not fit the model (the message names the tensors).
     """
     metadata, tensors = read_tensors(path)
+    if metadata.get("format") not in (None, "experts"):
+        raise UserError(f"{path} holds a whole model, not experts alone; use rome.load_model(path, model)")
+    target = model
     if not expert_layers(model):
-        settings = metadata.get("experts")
-        if not settings:
+        if not metadata.get("experts"):
             raise UserError(f"{path} does not say which experts it holds; call rome.add_experts(model, ...) first")
-        _experts(settings, path).inject(model)
-    _fit(model, tensors, expected=set(_expert_state(model)), path=path)
+        target = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+    _fit(target, tensors, expected=set(_expert_state(target)), path=path)
+    if target is not model:
+        _experts(metadata["experts"], path).inject(model)
+        _fit(model, tensors, expected=set(_expert_state(model)), path=path)
     return model
 
 
@@ -193,11 +207,15 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         UserError: not such a file, or it does not fit.
     """
     metadata, tensors = read_tensors(path)
+    if metadata.get("format") == "experts":
+        raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
     if model is None:
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
         model = create_model(**metadata["model"])
     if metadata.get("experts") and not expert_layers(model):
+        trial = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+        _fit(trial, tensors, expected=set(trial.state_dict()), path=path)
         _experts(metadata["experts"], path).inject(model)
     _fit(model, tensors, expected=set(model.state_dict()), path=path)
     return model.eval()
@@ -241,10 +259,15 @@ def file_hash(path: str | Path) -> str:
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
     from rome import __version__  # late: rome imports this module
 
+    recipe = getattr(model, "recipe", None)
+    try:
+        json.dumps(recipe)
+    except TypeError:  # an argument such as act_layer=nn.GELU: such a model has to be built by its owner
+        recipe = None
     return {
         "format": kind,
         "version": __version__,
-        "model": getattr(model, "recipe", None),
+        "model": recipe,
         "experts": getattr(model, "experts_settings", None),
         "config": config,
     }
@@ -254,7 +277,10 @@ def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any])
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"rome": json.dumps(metadata)})
+    own = {
+        name: tensor.detach().clone().contiguous() for name, tensor in state.items()
+    }  # tied weights are written twice
+    save_file(own, partial, {"rome": json.dumps(metadata)})
     os.replace(partial, file)
 
 

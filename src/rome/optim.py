@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from pydantic import Field, field_validator
@@ -36,12 +37,15 @@ class Optimizer(Component):
         return list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
 
 
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
 class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019); the paper's optimizer, lr 1e-3 on CIFAR-10, 1e-4 on ImageNet."""
 
     kind = "adamw"
     lr: Number = Field(default=1e-3, gt=0)
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = next(model.parameters()).is_cuda
@@ -74,6 +78,8 @@ class Schedule(Settings):
     @classmethod
     def _in_order(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         shares = [share for share, _ in points]
+        if any(factor < 0 for _, factor in points):
+            raise ValueError("factors on the learning rate cannot be negative")
         if len(points) < 2 or shares[0] != 0 or shares[-1] != 1 or any(a > b for a, b in pairwise(shares)):
             raise ValueError("points must run from share 0 to share 1 in order, such as [[0, 0], [0.2, 1], [1, 0]]")
         return points

@@ -95,8 +95,10 @@ def show(rows: list[tuple[str, Report]]) -> None:
     if not console.is_terminal:  # a pipe has no width: nothing may be cut or wrapped
         console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
-    best = f" {star or 'Bold'} is best." if len(rows) > 1 else ""
-    console.print(f"{_covered(rows)}: % classified right, 95% interval below.{best}", style="dim", soft_wrap=True)
+    counts, suites = _counts_and_suites(rows)
+    best = f"; {star or 'bold'} is best" if len(rows) > 1 else ""
+    caption = f"n = {counts}, suite {suites}; percent right over its 95% interval{best}"
+    console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
         for case, reason in report.failed.items():
             console.print(f"{name}: {case} failed ({reason}), so there is no average and no union", soft_wrap=True)
@@ -323,9 +325,14 @@ def _value(report: Report, column: str) -> float:
 
 def _covered(rows: Sequence[tuple[str, Report]]) -> str:
     """``360 test examples, suite apgd``."""
-    suites = dict.fromkeys(_suite(report) for _, report in rows)
+    counts, suites = _counts_and_suites(rows)
+    return f"{counts} test examples, suite {suites}"
+
+
+def _counts_and_suites(rows: Sequence[tuple[str, Report]]) -> tuple[str, str]:
     counts = dict.fromkeys(str(report.n) for _, report in rows)
-    return f"{' / '.join(counts)} test examples, suite {' / '.join(suites)}"
+    suites = dict.fromkeys(_suite(report) for _, report in rows)
+    return " / ".join(counts), " / ".join(suites)
 
 
 def _suite(report: Report) -> str:

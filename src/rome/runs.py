@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,10 @@ class Run:
         """
         try:
             state = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file raises almost any kind, some without a message
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.checkpoint_file} cannot be read ({str(error).splitlines()[0]}); "
+                f"{self.checkpoint_file} cannot be read ({reason}); "
                 "restore it, or pass --overwrite to start anew"
             ) from error
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:

@@ -7,6 +7,7 @@ run that is killed and resumed, or spread over processes, computes what one undi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -102,6 +103,12 @@ def train(
 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if world > 1 and config.natural_epochs and any(name.endswith(".projection.weight") for name in trains):
+        raise UserError(  # DistributedDataParallel waits for the gradient of every parameter
+            "natural epochs give no gradient to a trainable projection, which several processes wait for; "
+            "use experts.projection=frozen, natural_epochs=0 or one process"
+        )
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
 
     model = model.to(fabric.device)
@@ -179,8 +186,8 @@ class _Loop:
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
         self.asked = 0
         """The signal this process got."""
-        self.stop = 0
-        """The signal that all processes know of since the latest update."""
+        self.agreed = 0
+        """The signal that every process knows of since the latest update."""
         self.log_file: Any = None
         self.board: Any = None
 
@@ -194,7 +201,7 @@ class _Loop:
                 self._epoch(shown)
                 self.position = _Position(self.position.epoch + 1, 0, self.position.seconds)
                 self._checkpoint()
-                if self.stop and self.position.epoch < self.config.epochs:
+                if self._stop and self.position.epoch < self.config.epochs:
                     raise self._interrupted()
 
     def _epoch(self, shown: Progress | None) -> None:
@@ -216,7 +223,7 @@ class _Loop:
             self._write(done[-1])
             if shown is not None:
                 shown.update(update)
-            if self.stop and self.position.step < self.steps:
+            if self._stop and self.position.step < self.steps:
                 self._checkpoint()
                 raise self._interrupted()
         config.method.epoch_end(setting, epoch)
@@ -233,8 +240,13 @@ class _Loop:
         first = self.position.epoch * self.steps
         return [line for line in self.run.log() if line["event"] == "update" and line["update"] > first]
 
+    @property
+    def _stop(self) -> int:
+        """The signal to stop at: all processes at the same update, so that none waits for another."""
+        return self.agreed if self.fabric.world_size > 1 else self.asked
+
     def _interrupted(self) -> Interrupted:
-        return Interrupted(128 + self.stop, f"stopped by {signal.Signals(self.stop).name}; resume with --resume")
+        return Interrupted(128 + self._stop, f"stopped by {signal.Signals(self._stop).name}; resume with --resume")
 
     def _update(self, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
         config, number = self.config, self.updates
@@ -257,7 +269,7 @@ class _Loop:
             with self.fabric.no_backward_sync(setting.model, enabled=part + 1 < config.accumulate):
                 self.fabric.backward(outcome.loss / config.accumulate)
             tally.add(outcome)
-        loss, parts, accuracy, self.stop = tally.read(self.fabric, config.accumulate, self.asked)
+        loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.asked)
         if not all(map(_finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         self.optimizer.step()
@@ -374,7 +386,9 @@ class _Tally:
         means = torch.stack([self.loss, *self.parts.values()]) / accumulate
         row = torch.cat([means, self.correct.flatten(), torch.tensor([float(stop)], device=self.device)])
         if fabric.world_size > 1:
-            rows = fabric.all_gather(row).view(fabric.world_size, -1)
+            gathered = [torch.empty_like(row) for _ in range(fabric.world_size)]
+            torch.distributed.all_gather(gathered, row)
+            rows = torch.stack(gathered)
             row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : -1].sum(0), rows[:, -1:].amax(0)])
         values = row.tolist()
         right, seen = values[len(means) : -1][: self.threats], values[len(means) : -1][self.threats :]
@@ -388,6 +402,7 @@ def _fabric(config: Config) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lightning_fabric import Fabric
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")

@@ -54,7 +54,7 @@ def accuracies(rows: Sequence[tuple[str, Report]]) -> str:
     names = [*rows[0][1].cases, "union"]
     offset = min(0.2, 0.7 / len(rows))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 0.6 + len(names) * max(0.42, 0.24 * len(rows))), layout="constrained")
+        figure = Figure(figsize=(4.9, 0.6 + len(names) * max(0.42, 0.24 * len(rows))), layout="constrained")
         axes: Axes = figure.subplots()
         for i, (_, report) in enumerate(rows):
             values = [100 * _value(report, name) for name in names]

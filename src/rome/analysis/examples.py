@@ -143,10 +143,10 @@ def diverging(delta: Tensor, scale: float) -> str:
 
     One channel: blue darkens, red brightens, white is no change. Colour: gray is no change, each channel moves from it.
     """
-    relative = (delta / scale).clamp(-1, 1)
+    relative = 0.5 + 0.4 * (delta / scale).clamp(-1, 1)  # without the near-black ends
     if len(relative) == 3:
-        return picture((relative + 1) / 2)
-    colours = matplotlib.colormaps["RdBu_r"](0.5 + 0.4 * relative.mean(dim=0).numpy())  # without the near-black ends
+        return picture(relative)
+    colours = matplotlib.colormaps["RdBu_r"](relative.mean(dim=0).numpy())
     return _png((colours[..., :3] * 255).round().astype(np.uint8))
 
 

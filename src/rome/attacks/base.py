@@ -68,25 +68,47 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; every flag as it was afterwards.
+    """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.
 
-    BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only.
+    BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only. Under autocast the
+    weights of matrix products are cast once instead of at every step: autocast's own cache skips frozen weights. The
+    results are the same to the last bit.
     """
     if not isinstance(model, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    full: dict[nn.Parameter, Tensor] = {}
     try:
         model.eval()
         for parameter in wanted:
             parameter.requires_grad_(False)
+        for parameter, reduced in _autocast_weights(model):
+            full[parameter] = parameter.data
+            parameter.data = parameter.data.to(reduced)
         yield
     finally:
+        for parameter, data in full.items():
+            parameter.data = data
         for module, training in modes:
             module.training = training
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    """The float32 weights that autocast, if it is on, casts before every product, and to what."""
+    first = next(model.parameters(), None)
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return
+    reduced = torch.get_autocast_dtype(first.device.type)
+    products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for module in model.modules():
+        if isinstance(module, products):  # with the experts' A and B, which belong to a Linear
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1 and parameter.dtype == torch.float32:
+                    yield parameter, reduced
 
 
 class Attack(Component):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from abc import abstractmethod
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from rome.component import Component
@@ -45,6 +46,12 @@ class LowRank(Experts):
     """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent."""
     projection_dim: int = Field(default=100, ge=1)
 
+    @model_validator(mode="after")
+    def _projection_learns_something(self) -> Self:
+        if self.projection == "trainable" and self.regularizer is None:
+            raise ValueError("projection: trainable learns from the regularizer alone, and there is none; use frozen")
+        return self
+
     @field_validator("layers", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
@@ -75,22 +82,47 @@ class LowRank(Experts):
         return model
 
 
-def add_experts(model: Module, **settings: Any) -> Module:
+def add_experts(
+    model: Module,
+    *,
+    experts: int = 4,
+    rank: int = 16,
+    layers: Sequence[str] | str = ("qkv", "proj"),
+    gate: Gate | None = None,
+    projection: Literal["frozen", "trainable", "none"] = "frozen",
+    projection_dim: int = 100,
+) -> Module:
     """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
 
     Args:
         model: any module with Linear layers: a timm model, one from :func:`rome.create_model`, your own.
-        settings: those of :class:`LowRank`: ``experts=4, rank=16, layers=("qkv", "proj"), gate=DualScale(s=4, b=2),
-            projection="frozen", projection_dim=100``.
+        experts: K, experts for each layer.
+        rank: r, of every expert.
+        layers: which layers; see :class:`LowRank`.
+        gate: how experts are weighed; None is ``DualScale(s=4, b=2)``.
+        projection: of the global gate in the diversification loss (Eq. 7).
+        projection_dim: K', its size.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: nothing matches ``layers``, or a match cannot be adapted; the model is unchanged then.
-        pydantic.ValidationError: a setting is unknown or out of range.
+        UserError: nothing matches ``layers``, a match cannot be adapted, or a setting is out of range; the model is
+            unchanged then.
     """
-    return LowRank(**settings).inject(model)
+    try:
+        settings = LowRank(
+            experts=experts,
+            rank=rank,
+            layers=(layers,) if isinstance(layers, str) else tuple(layers),
+            gate=gate or DualScale(),
+            projection=projection,
+            projection_dim=projection_dim,
+        )
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        raise UserError("; ".join(mistakes)) from None
+    return settings.inject(model)
 
 
 def find_layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -133,6 +165,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
     if isinstance(module, MixtureLinear):
         return "it has experts already"
+    if not name:
+        return "it is the model itself; put it into a module"
     parts = name.split(".")
     for depth in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
@@ -144,6 +178,8 @@ def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
         return f"it is a {type(module).__name__}, not a plain Linear"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed at each call (spectral_norm, weight_norm)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which would be lost"
     return None
 
 

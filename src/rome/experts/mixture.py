@@ -62,7 +62,7 @@ class MixtureLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         output = F.linear(input, self.weight, self.bias)
-        h = input.reshape(len(input), -1, self.in_features)
+        h = input.reshape(len(input), math.prod(input.shape[1:-1]), self.in_features)
         read = F.linear(h, torch.cat([self.A, self.gate.rows()]))  # expert codes and gate scores in one product
         codes, scores = read[..., : self.A.shape[0]], read[..., self.A.shape[0] :]
         gates: Gates = self.gate(scores)

@@ -1,0 +1,23 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from rome.errors import UserError
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device a config or an option names; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: unknown, or not in this machine.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        asked = next(name for name, usable in there.items() if usable)
+    if asked not in there:
+        raise UserError(f"unknown device {asked!r}; valid: auto, {', '.join(there)}")
+    if not there[asked]:
+        raise UserError(f"device {asked} was asked for but torch sees none here; use auto or cpu")
+    return torch.device(asked)

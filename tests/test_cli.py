@@ -1,0 +1,318 @@
+"""The command line: results on standard output, words on standard error, an exit code, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rome.cli import main
+from rome.errors import Interrupted
+from rome.runs import Run
+from rome.train import train
+from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
+
+COMMANDS = ("demo", "train", "evaluate", "report", "cost", "list")
+
+
+class Ended(NamedTuple):
+    code: Any
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rome(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call ``rome ARGUMENTS`` in an empty folder. Anything but an exit would be a traceback, and fails the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert no_traceback(out + err)
+        return Ended(ended.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that other tests only read."""
+    return train(tiny(name="tiny"), tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def run(finished: Run, tmp_path: Path) -> Run:
+    """A copy of it."""
+    shutil.copytree(finished.folder, tmp_path / "runs" / "tiny")
+    return Run(tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_yaml(tmp_path / "tiny.yaml", changed(epochs=1, data__train_limit=12))
+
+
+def plain(text: str) -> str:
+    """Without colours and boxes, in one line."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+# Help and lists
+
+
+def test_help_names_every_command(rome: Any) -> None:
+    ended = rome("--help")
+    assert ended.code == 0
+    assert all(command in ended.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("demo", ["--out", "--overwrite", "RoME+RANDOM"]),
+        ("train", ["config", "key=value", "--out", "--resume", "--overwrite", "torchrun"]),
+        ("evaluate", ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack"]),
+        ("report", ["runs", "--out", "report.html"]),
+        ("cost", ["config", "--no-timing", "--repeats", "--json"]),
+        ("list", ["family", "methods|attacks|models|", "pattern"]),
+    ],
+)
+def test_each_command_explains_itself(command: str, words: list[str], rome: Any) -> None:
+    ended = rome(command, "--help")
+    assert ended.code == 0
+    told = plain(ended.out).replace(" ", "").lower()  # words may be wrapped
+    assert all(word.lower() in told for word in words), told
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("methods", ["avg", "max", "random"]),
+        ("attacks", ["apgd", "pgd"]),
+        ("data", ["cifar10", "digits", "folder"]),
+        ("experiments", ["digits/rome-random.yaml", "table1/rome-max-apgd.yaml", "clean 82.5"]),
+    ],
+)
+def test_a_family_is_listed_with_a_sentence_each(family: str, names: list[str], rome: Any) -> None:
+    ended = rome("list", family)
+    assert (ended.code, ended.err) == (0, "")
+    assert all(name in plain(ended.out) for name in names)
+    if family != "experiments":
+        first = [line.split(maxsplit=1) for line in ended.out.splitlines() if not line.startswith(" ")]
+        assert set(names) <= {words[0] for words in first}
+        assert all(len(words) == 2 for words in first)
+
+
+def test_models_are_listed_by_pattern(rome: Any) -> None:
+    ended = rome("list", "models", "vit_tiny_patch16_*")
+    assert ended.code == 0
+    assert "vit_tiny_patch16_224" in ended.out
+    assert all(line.startswith("vit_tiny_patch16_") for line in ended.out.splitlines())
+    assert rome("list", "models", "no-such-*").code == 2
+
+
+@pytest.mark.parametrize("arguments", [["list", "nothing"], ["trian"], ["train"], ["evaluate", "x", "--n", "0"], []])
+def test_wrong_usage_ends_with_2(arguments: list[str], rome: Any) -> None:
+    assert rome(*arguments).code == 2
+
+
+# Train
+
+
+def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_path: Path) -> None:
+    ended = rome("train", config, "name=mine")
+    assert (ended.code, ended.out) == (0, "")
+    assert Run(tmp_path / "runs" / "mine").finished
+    assert ended.err.splitlines()[-1] == "next: rome evaluate runs/mine"
+    assert re.search(r"mine: epoch 1/1  loss \d\.\d+  L1 .*% L2 .*% Linf .*%  \d+ img/s  0 s left", ended.err)
+    again = rome("train", config, "name=mine")
+    assert again.code == 2
+    assert again.err == "error: runs/mine holds a finished run; choose another --out or pass --overwrite\n"
+    assert rome("train", config, "name=mine", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "there is no config nowhere.yaml"),
+        (["."], "there is no config"),
+        (["tiny.yaml", "epoch=3"], "epoch: unknown key. Did you mean 'epochs'?"),
+        (["tiny.yaml", "epochs"], "write key=value"),
+        (["tiny.yaml", "epochs=[1"], "is not a valid value"),
+        (["tiny.yaml", "attack.steps=-1"], "attack.steps: input should be greater than or equal to 0"),
+        (["tiny.yaml", "attack=fgsm"], "unknown attack kind 'fgsm'"),
+        (["tiny.yaml", "experts.layers=[nothing]"], "no Linear layer matches 'nothing'"),
+        (["tiny.yaml", "experts.rank=500"], "experts.rank 500 exceeds layer"),
+        (["tiny.yaml", "batch_size=13"], "batch_size 13 exceeds the 12 training examples"),
+        (["tiny.yaml", "model.name=vit_tiny_patch16_225"], "Did you mean 'vit_tiny_patch16_224'?"),
+        (["tiny.yaml", "model.name=nowhere.py:net"], "cannot be imported"),
+        (["tiny.yaml", "model.args.dept=3"], "cannot be built"),
+        (["tiny.yaml", "model.args.num_heads=0"], "cannot be built"),
+        (["tiny.yaml", "model.args.num_heads=3"], "cannot be built"),
+        (["tiny.yaml", "model.args.depth=none"], "cannot be built"),
+        (["tiny.yaml", "model.args.patch_size=4"], "patch_size is a setting of the model itself"),
+        (["tiny.yaml", "model.img_size=9"], "img_size"),
+        (["tiny.yaml", "model.weights=nowhere.safetensors"], "there is no model at nowhere.safetensors"),
+        (["tiny.yaml", "model.weights=other.safetensors"], "does not fit the model"),
+        (["tiny.yaml", "model.weights=tiny.yaml"], "is not a readable safetensors file"),
+        (["tiny.yaml", "data={kind: cifar10, path: nowhere}"], "nowhere is not a folder"),
+        (["tiny.yaml", "data={kind: folder, path: nowhere}"], "nowhere is not a folder"),
+        (["tiny.yaml", "imports=[no_such_module]"], "no_such_module cannot be imported"),
+        (["tiny.yaml", "--out", "tiny.yaml"], "choose another --out"),
+        (["tiny.yaml", "--out", "tiny.yaml/run"], "choose another --out"),
+        (["tiny.yaml", "--out", "."], "is not empty and holds no run"),
+        (["tiny.yaml", "--out", ".", "--overwrite"], "is not empty and holds no run"),
+        (["tiny.yaml", "optimizer.lr=1e30", "data.train_limit=36"], "Lower optimizer.lr"),
+    ],
+)
+def test_a_mistake_ends_train_with_2_and_a_reason(
+    arguments: list[str], message: str, config: Path, rome: Any, tmp_path: Path
+) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    before = config.read_bytes()
+    ended = rome("train", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert message in ended.err
+    assert config.read_bytes() == before
+
+
+# Evaluate
+
+
+def test_evaluate_json_is_one_object_and_a_second_call_returns_it(run: Run, rome: Any) -> None:
+    ended = rome("evaluate", run.folder, "--json")
+    assert ended.code == 0
+    assert ended.out.count("\n") == 1
+    result = json.loads(ended.out)
+    assert result["n"] == 20
+    assert set(result["robust"]) == {"L1", "L2", "Linf"}
+    assert 0 <= result["union"] <= min(result["robust"].values()) <= max(result["robust"].values()) <= result["clean"]
+    assert result["settings"]["provenance"]["checkpoint"] == "model.safetensors"
+    folder = run.folder / "evaluation" / "apgd-20"
+    files = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    assert {"settings.json", "matrix.npz", "result.json"} <= {file.name for file in files}
+    again = rome("evaluate", run.folder, "--json")
+    assert json.loads(again.out) == result
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == files
+    assert json.loads(rome("evaluate", run.model_file, "--json").out) == result, "the file stands for its run"
+
+
+def test_options_of_evaluate_replace_the_configs(run: Run, rome: Any, tmp_path: Path) -> None:
+    ended = rome("evaluate", run.folder, "--n", 6, "--batch-size", 4, "--out", tmp_path / "result", "--json")
+    result = json.loads(ended.out)
+    assert (result["n"], result["settings"]["n"], result["settings"]["batch_size"]) == (6, 6, 4)
+    assert (tmp_path / "result" / "matrix.npz").exists()
+    refused = rome("evaluate", run.folder, "--n", 7, "--out", tmp_path / "result")
+    assert refused.code == 2, "the folder holds an evaluation of six examples"
+    told = rome("evaluate", run.folder, "--n", 7, "--out", tmp_path / "result", "--overwrite", "--json")
+    assert json.loads(told.out)["n"] == 7
+
+
+def test_without_json_there_is_a_table(run: Run, rome: Any) -> None:
+    ended = rome("evaluate", run.folder, "--n", 6)
+    assert ended.code == 0
+    assert all(word in ended.out.lower() for word in ("tiny", "clean", "l1", "l2", "linf", "union"))
+    assert str(run.folder / "evaluation" / "apgd-6") in ended.err
+
+
+def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    stop = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 7 else None)
+    with pytest.raises(Interrupted):
+        train(tiny(), run.folder, progress=stop)
+    refused = rome("evaluate", run.folder)
+    assert refused.code == 2
+    assert "the run is not finished: rome train ... --resume" in refused.err
+    ended = rome("evaluate", run.checkpoint_file, "--n", 6, "--json")
+    assert ended.code == 0
+    assert "is an unfinished run, after 1 epochs" in ended.err
+    settings = json.loads(ended.out)["settings"]
+    assert settings["provenance"]["checkpoint"] == "last.pt"
+    run.checkpoint_file.rename(run.folder / "other.pt")
+    assert "there is no model at" in rome("evaluate", run.folder / "other.pt").err
+
+
+def test_what_the_checkpoint_was_started_from_is_not_needed(rome: Any, tmp_path: Path) -> None:
+    """The weights to start from may be gone when a checkpoint is evaluated."""
+    plain_run = train(tiny(experts=None, epochs=1, data__train_limit=12), tmp_path / "start")
+    stop = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 1 else None)
+    with pytest.raises(Interrupted):
+        train(tiny(model__weights=str(plain_run.folder)), tmp_path / "run", progress=stop)
+    shutil.rmtree(plain_run.folder)
+    assert rome("evaluate", tmp_path / "run" / "last.pt", "--n", 4, "--json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no model at nowhere"),
+        (["nowhere/model.safetensors"], "there is no model at"),
+        (["nowhere/last.pt"], "there is no model at nowhere/last.pt"),
+        (["."], "give a finished run's folder or a .safetensors file"),
+        (["runs/tiny", "--suite", "pgd"], "apgd, autoattack"),
+        (["runs/tiny", "--n", "41"], "--n 41 exceeds the 40 test examples of digits"),
+        (["runs/tiny", "--device", "tpu"], "unknown device 'tpu'"),
+        (["other.safetensors"], "holds no config"),
+        (["runs/tiny/config.yaml"], "is not a readable safetensors file"),
+        (["cut.safetensors"], "is not a readable safetensors file"),
+    ],
+)
+def test_a_mistake_ends_evaluate_with_2_and_a_reason(
+    arguments: list[str], message: str, run: Run, rome: Any, tmp_path: Path
+) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(run.model_file.read_bytes()[:-50])
+    ended = rome("evaluate", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert message in ended.err
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused(run: Run, rome: Any) -> None:
+    from rome.models import read_tensors
+
+    metadata, _ = read_tensors(run.folder)
+    tensors = load_file(run.model_file)
+    tensors["backbone.head.bias"].fill_(float("nan"))
+    save_file(tensors, run.model_file, {"rome": json.dumps(metadata)})
+    ended = rome("evaluate", run.folder)
+    assert ended.code == 2
+    assert "finite" in ended.err
+
+
+# Cost and report
+
+
+def test_cost_json_is_one_object(config: Path, rome: Any) -> None:
+    ended = rome("cost", config, "--json", "--repeats", 1)
+    assert ended.code == 0
+    facts = json.loads(ended.out)
+    assert {"parameters", "trainable", "experts", "macs", "seconds_per_update", "latency_ms"} <= set(facts)
+    table = rome("cost", config, "--no-timing")
+    assert table.code == 0
+    assert "arameters" in table.out
+
+
+def test_a_mistake_ends_cost_with_2(config: Path, rome: Any) -> None:
+    assert "unknown key" in rome("cost", config, "sede=1").err
+    assert rome("cost", config, "--repeats", 0).code == 2
+    assert "unknown model" in rome("cost", config, "model.name=vit_tinny").err
+
+
+def test_a_report_needs_evaluated_runs(run: Run, rome: Any) -> None:
+    for target in ("nowhere", run.folder):
+        ended = rome("report", target)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith("error: ")

@@ -1,0 +1,91 @@
+"""What a config costs, against the paper's Table 6 and against counting by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rome.cli import main
+from rome.cost import macs, measure, parameters
+from rome.experiments import folder
+from tiny_runs import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "gmacs"),
+    [("random-pgd", 85_152_010, "5.60"), ("rome-random-pgd", 88_850_602, "5.84")],
+)
+def test_vit_b_costs_what_the_paper_says(
+    name: str, expected: int, gmacs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Table 6: 85.15 and 88.85 million parameters, 5.61 and 5.84 G (the paper's 5.61 counts norms too)."""
+    with pytest.raises(SystemExit) as ended:
+        main(["cost", str(folder() / "table1" / f"{name}.yaml"), "--no-timing", "--json"])
+    assert ended.value.code == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == expected
+    assert facts["parameters"] - facts["experts"] == 85_152_010
+    assert f"{facts['macs'] / 1e9:.2f}" == gmacs
+    # each of the 24 frozen projections is a Linear(4, 100)
+    assert facts["parameters"] - facts["trainable"] == (24 * 500 if facts["experts"] else 0)
+
+
+TOKENS, WIDTH, DEPTH = 5, 16, 2
+"""An 8x8 image in patches of 4, and the class token."""
+
+
+@pytest.mark.parametrize(("experts", "rank"), [(0, 0), (2, 2), (3, 4)])
+def test_multiply_accumulates_and_parameters_in_closed_form(experts: int, rank: int) -> None:
+    d, t = WIDTH, TOKENS
+    block = t * d * 3 * d + 2 * t * t * d + t * d * d + 2 * t * d * 4 * d
+    macs = 4 * 16 * d + DEPTH * block + d * 10
+    added = 0
+    for d_out in (3 * d, d) if experts else ():
+        codes, scores = experts * rank, 2 * experts
+        macs += DEPTH * (t * d * (codes + scores) + t * codes * d_out)
+        # A, B, two gates with bias, the projection with bias
+        added += DEPTH * (codes * d + d_out * codes + 2 * (d * experts + experts) + experts * 100 + 100)
+    config = tiny(experts={"experts": experts, "rank": rank} if experts else None)
+    facts = measure(config, timing=False)
+    assert facts["macs"] == macs
+    assert facts["experts"] == added
+    assert facts["parameters"] == measure(tiny(experts=None), timing=False)["parameters"] + added
+    assert set(facts) == {"name", "parameters", "trainable", "experts", "macs"}
+
+
+def test_parameters_that_do_not_train_are_told_apart() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model[0].requires_grad_(False)
+    total = 4 * 27 + 4 + 8 + 4 * 36 * 5 + 5
+    assert parameters(model) == {"parameters": total, "trainable": total - 112, "experts": 0}
+    assert macs(model.eval(), (3, 8, 8)) == 36 * 4 * 27 + 4 * 36 * 5
+
+
+def test_pretrained_and_starting_weights_are_not_needed() -> None:
+    facts = measure(tiny(model__pretrained=True, model__weights="nowhere.safetensors"), timing=False)
+    assert facts["parameters"] == measure(tiny(), timing=False)["parameters"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"method": "max", "precision": "bf16"}])
+def test_timing_runs_whole_updates(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from rome.methods import Method
+
+    batches: list[tuple[int, ...]] = []
+    method = tiny(**changes).method
+    loss = type(method).loss
+
+    def spy(self: Method, setting: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+        batches.append(tuple(x.shape))
+        return loss(self, setting, x, y)
+
+    monkeypatch.setattr(type(method), "loss", spy)
+    facts = measure(tiny(**changes), repeats=2)
+    parts = changes.get("accumulate", 1)
+    assert batches == [(12 // parts, 1, 8, 8)] * (3 * parts), "one to warm up and two to time"
+    assert facts["seconds_per_update"] > 0
+    assert facts["latency_ms"] > 0
+    assert facts["batch_size"] == 12

@@ -1,0 +1,191 @@
+"""Several processes compute what one computes, and a mistake or a signal ends all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rome.errors import Interrupted
+from rome.runs import Run
+from rome.train import train
+from tiny_runs import (
+    STEPS,
+    Child,
+    Ended,
+    Moment,
+    changed,
+    no_traceback,
+    tiny,
+    two_processes,
+    updates,
+    wait_for,
+    watched,
+    weights,
+    write_yaml,
+)
+
+
+def both(children: list[Child]) -> list[Ended]:
+    return [child.wait() for child in children]
+
+
+def assert_same_run(run: Run, alone: Run) -> None:
+    """Losses, their parts and accuracies of every update, and the weights at the end, up to rounding."""
+    found, expected = updates(run.log()), updates(alone.log())
+    assert len(found) == len(expected) == 2 * STEPS
+    for line, one in zip(found, expected, strict=True):
+        assert line.keys() == one.keys()
+        for name in line.keys() - {"images_per_second", "accuracy", "event"}:
+            assert line[name] == pytest.approx(one[name], abs=1e-5), (name, line, one)
+        assert line["accuracy"] == pytest.approx(one["accuracy"], abs=1e-6)
+    end, one_end = weights(run.folder), weights(alone.folder)
+    assert end.keys() == one_end.keys()
+    for name in end:
+        torch.testing.assert_close(end[name], one_end[name], atol=2e-4, rtol=1e-3)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "RANDOM+experts": {},
+    "RANDOM per batch": {"experts": None, "method": {"kind": "random", "per": "batch"}},
+    "RANDOM per batch+experts": {"method": {"kind": "random", "per": "batch"}},
+    "MAX+experts": {"method": "max"},
+    "MAX+experts, two steps": {"method": "max", "attack__steps": 2, "batch_size": 8, "data__train_limit": 40},
+    "AVG, accumulated": {"method": "avg", "experts": None, "accumulate": 3},
+    "trainable projection": {"experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
+    "a natural epoch first": {"natural_epochs": 1, "method": "avg"},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **changes))
+    run = Run(tmp_path / "two")
+    ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    assert_same_run(run, train(tiny(**changes), tmp_path / "one"))
+
+
+def test_only_the_first_process_speaks(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=1, data__train_limit=12))
+    first, second = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert first.err.splitlines()[-3].startswith("tiny: epoch 1/1")
+    assert first.err.splitlines()[-1].startswith("next: rome evaluate")
+    assert "Warning" not in first.err
+    assert (second.out, second.err) == ("", "")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch_size=13"], "2 processes do not divide batch_size/accumulate = 13"),
+        (["batch_size=12", "accumulate=4"], "2 processes do not divide batch_size/accumulate = 3"),
+        (["batch_size=66"], "batch_size 66 exceeds the 64 training examples"),
+        (["natural_epochs=1", "experts.projection=trainable"], "use experts.projection=frozen, natural_epochs=0"),
+    ],
+)
+def test_settings_that_do_not_suit_several_processes_end_every_process(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    ended = both(two_processes("train", config, *overrides, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [2, 2]
+    assert all(message in process.err and no_traceback(process.err) for process in ended)
+
+
+@pytest.mark.parametrize("case", ["finished", "unfinished", "foreign", "corrupt", "other settings"])
+def test_a_folder_that_cannot_be_used_ends_every_process_at_once(case: str, tmp_path: Path) -> None:
+    """The first process finds it; the others must not wait for it."""
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    run, options, overrides = Run(tmp_path / "run"), [], []
+    if case == "foreign":
+        run.folder.mkdir()
+        (run.folder / "thesis.tex").write_text("mine")
+    else:
+        run.prepare(tiny(), resume=False, overwrite=False)
+    if case == "finished":
+        run.model_file.write_text("a model")
+    if case in ("corrupt", "other settings"):
+        run.checkpoint_file.write_text("not a checkpoint")
+        options = ["--resume"]
+    if case == "other settings":
+        overrides = ["seed=5"]
+    ended = [
+        child.wait(timeout=20)
+        for child in two_processes("train", config, *overrides, "--out", run.folder, *options, logs=tmp_path / "logs")
+    ]
+    assert [process.code for process in ended] == [2, 2]
+    assert all(f"error: {run.folder}" in process.err and no_traceback(process.err) for process in ended)
+
+
+def test_a_loss_that_is_not_finite_ends_every_process(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    ended = both(two_processes("train", config, "optimizer.lr=1e30", "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [2, 2]
+    assert all("Lower optimizer.lr" in process.err and no_traceback(process.err) for process in ended)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_path: Path) -> None:
+    """torchrun signals every process, but not at one moment; here only one of them hears of it."""
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    run = Run(tmp_path / "run")
+    arguments = ("train", config, "--out", run.folder)
+    # ``update`` counts log lines, which every process passes
+    struck = Moment("update", STEPS + 2, signal.SIGTERM, rank=rank)
+    ended = both(two_processes(*arguments, logs=tmp_path / "logs", at=struck))
+    assert [process.code for process in ended] == [143, 143]
+    assert all("stopped by SIGTERM; resume with --resume" in process.err for process in ended)
+    assert all(no_traceback(process.err) for process in ended)
+    state = run.load_checkpoint()
+    assert (state["epoch"], state["step"]) == (1, 3), "the update in which all of them knew"
+    ended = both(two_processes(*arguments, "--resume", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0]
+    assert_same_run(run, train(tiny(), tmp_path / "one"))
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    run = Run(tmp_path / "run")
+    struck = Moment("update", 3, signal.SIGTERM)
+    both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs", at=struck))
+    assert_same_run(train(tiny(), run.folder, resume=True), train(tiny(), tmp_path / "one"))
+
+
+def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200))
+    run = Run(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "rome.cli", "train", str(config), "--out", str(run.folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(command, stdout=err, stderr=err, env=env)
+    try:
+        wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 2 * STEPS, 120)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    state, lines = run.load_checkpoint(), updates(run.log())
+    assert state["epoch"] * STEPS + state["step"] == len(lines) < 200 * STEPS
+    assert "stopped by SIGTERM" in (tmp_path / "err").read_text()
+
+    one = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == STEPS else None)
+    with pytest.raises(Interrupted):
+        train(tiny(epochs=200), tmp_path / "one", progress=one)
+    for line, expected in zip(lines[:STEPS], updates(Run(tmp_path / "one").log()), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)

@@ -1,0 +1,87 @@
+"""What only a CUDA device can show: no waiting inside the attacks' loops, bf16 and compiled training, equal results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from rome.attacks import APGD, PGD, Attack
+from rome.attacks.base import Group, frozen
+from rome.config import load
+from rome.experiments import folder
+from rome.experts import add_experts, record_gates
+from rome.models import create_model
+from rome.projections import project_l1
+from rome.threats import CIFAR10, PerExample
+from rome.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SMALL = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 96, "num_heads": 3}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("attack", [PGD(steps=3), APGD(steps=5)], ids=["pgd", "apgd"])
+def test_the_search_never_waits_for_the_device(attack: Attack) -> None:
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).cuda()
+    add_experts(model)
+    x, y = torch.rand(12, 3, 32, 32, device="cuda"), torch.randint(10, (12,), device="cuda")
+    groups = [Group(threat, slice(4 * i, 4 * i + 4), attack.steps_for(threat)) for i, threat in enumerate(CIFAR10)]
+    noise = torch.rand_like(x)
+    with frozen(model), torch.no_grad():
+        attack.search(model, x, y, groups, noise)  # libraries may wait the first time they are used
+        with no_waiting():
+            attack.search(model, x, y, groups, noise)
+
+
+def test_the_projection_agrees_with_the_cpu() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, delta = torch.rand(8, 3072, generator=g), torch.randn(8, 3072, generator=g) * 0.1
+    on_cpu = project_l1(delta, 12.0, -x, 1 - x)
+    on_gpu = project_l1(delta.cuda(), 12.0, -x.cuda(), (1 - x).cuda())
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mixed_batch_equals_separate_runs_on_the_gpu() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).cuda().eval()
+    x, y = torch.rand(9, 3, 32, 32, device="cuda"), torch.randint(10, (9,), device="cuda")
+    labels = torch.arange(9) % 3
+    attack = PGD(steps=2, random_start=False)
+    mixed = attack(model, x, y, PerExample(CIFAR10, labels))
+    for i, threat in enumerate(CIFAR10):
+        alone = attack(model, x[labels == i], y[labels == i], threat)
+        torch.testing.assert_close(mixed[labels == i], alone, rtol=0, atol=1e-2)
+        assert bool(threat.contains(alone, x[labels == i]).all())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_bf16_training_learns_and_records_gates(compiled: bool, tmp_path: Path) -> None:
+    overrides = ["device=cuda", "precision=bf16", "epochs=3", "natural_epochs=1", f"compile={str(compiled).lower()}"]
+    run = train(load(folder() / "digits" / "rome-random.yaml", overrides), tmp_path / "run")
+    losses = [line["loss"] for line in run.log() if line["event"] == "epoch"]
+    assert losses[-1] < losses[0]
+    assert all("regularizer" in line for line in run.log() if line["event"] == "epoch" and line["epoch"] > 1)
+
+
+def test_gates_on_the_gpu_sum_to_one() -> None:
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).cuda()
+    add_experts(model)
+    with record_gates(model) as recorder, torch.autocast("cuda", torch.bfloat16):
+        model(torch.rand(2, 3, 32, 32, device="cuda"))
+    for gates in recorder.gates.values():
+        torch.testing.assert_close(gates.weights.sum(-1).float(), torch.ones(2, 17, device="cuda"), rtol=0, atol=1e-2)
