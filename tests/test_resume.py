@@ -97,6 +97,17 @@ def test_a_kill_from_outside_at_a_random_moment_of_the_second_epoch(
     assert_as_undisturbed(resume(run), undisturbed)
 
 
+def test_tensorboard_shows_every_update_once_after_a_kill(config: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(tmp_path / "run")
+    at = Moment("logged", 2)
+    rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait()
+    resume(run)
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    assert [point.step for point in events.Scalars("update/loss")] == list(range(1, 2 * STEPS + 1))
+
+
 def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path / "run")
     for number in (3, STEPS + 2, 4):
@@ -104,6 +115,21 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
             "train", config, "--out", run.folder, "--resume", logs=tmp_path / "logs", at=Moment("update", number)
         ).wait()
     assert_as_undisturbed(resume(run), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__augment": True, "model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.3}},
+        {"method": {"kind": "random", "per": "batch"}, "accumulate": 3, "optimizer": "sgd"},
+        {"method": "max", "natural_epochs": 1, "precision": "bf16", "attack": {"kind": "apgd", "steps": 2}},
+    ],
+    ids=["dropout+augmentation", "batch+accumulate+sgd", "natural+bf16+apgd"],
+)
+def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    interrupted(run, STEPS + 2, **changes)
+    assert_as_undisturbed(resume(run, **changes), train(tiny(**changes), tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("tail", ['{"event": "upd', '{"event": "update", "update": 6}', "\n\n"])

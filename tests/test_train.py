@@ -102,17 +102,29 @@ def test_every_method_logs_its_loss_and_the_accuracy_under_every_threat(
 
 
 def test_without_perturbation_avg_and_max_are_the_clean_cross_entropy(tmp_path: Path) -> None:
-    found = {}
+    found, accuracies = {}, []
     for method in METHODS:
         config = tiny(
-            method=method, experts=None, epochs=1, data__train_limit=12, attack={"steps": 0, "random_start": False}
+            method=method,
+            experts=None,
+            epochs=1,
+            batch_size=48,
+            data__train_limit=48,
+            attack={"steps": 0, "random_start": False},
         )
-        found[method] = losses(train(config, tmp_path / method))
+        run = train(config, tmp_path / method)
+        found[method] = losses(run)
+        if method != "random":  # there, a threat has the accuracy of its third of the examples
+            accuracies += updates(run.log())[0]["accuracy"].values()
     model = start(config)
-    x, y = config.data.open("train").first(12)
+    x, y = config.data.open("train").first(48)
     with torch.no_grad():
-        clean = F.cross_entropy(model(x), y).item()
+        logits = model(x)
+    clean = F.cross_entropy(logits, y).item()
     assert {method: pytest.approx(loss) for method, loss in found.items()} == {method: [clean] for method in METHODS}
+    share = (logits.argmax(1) == y).float().mean().item()
+    assert 0 < share < 0.5
+    assert accuracies == pytest.approx([share] * 6)
 
 
 def test_max_is_at_least_avg_on_the_same_adversarial_examples(tmp_path: Path) -> None:
@@ -170,7 +182,7 @@ def test_accumulation_does_not_change_the_update(method: str, tmp_path: Path) ->
 # Natural epochs
 
 
-def test_natural_epochs_meet_no_attack_and_no_regularizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natural_epochs_meet_no_attack_and_nothing_to_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import rome.attacks.pgd as pgd
 
     gradients: list[int] = []
@@ -187,9 +199,13 @@ def test_natural_epochs_meet_no_attack_and_no_regularizer(tmp_path: Path, monkey
     )
     assert met == [0] * STEPS + list(range(1, STEPS + 1))
     lines = updates(run.log())
-    assert ["regularizer" in line for line in lines] == [False] * STEPS + [True] * STEPS
-    clean = lines[0]["accuracy"]
-    assert len(set(clean.values())) == 1, "the three copies of an image are the image"
+    for line in lines[:STEPS]:
+        assert set(line["accuracy"]) == {"clean"}
+        assert line["loss"] == line["cross_entropy"]
+        assert line["regularizer"] == 0, "one threat alone has none to be parted from"
+    for line in lines[STEPS:]:
+        assert set(line["accuracy"]) == THREATS
+        assert line["regularizer"] < 0
 
 
 def test_the_first_natural_loss_is_that_of_clean_images(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from rome.errors import UserError
 from rome.evaluate import Report
 from rome.evaluation.store import hash_data
 from rome.experts import expert_layers
+from rome.files import replace_file
 from rome.models import load_model
-from rome.runs import write_text
 
 AVERAGE, UNION = "average", "union"
 DASH = "\N{EN DASH}"
@@ -181,7 +181,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
     pages.filters["md"] = _markdown
     out.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.html"):
-        write_text(out / name, pages.get_template(name).render(context))
+        replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from rome.config import Config, parse
 from rome.errors import UserError
+from rome.files import flatten, replace_file
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
@@ -63,7 +64,7 @@ class Run:
             UserError: it holds another run, a finished one, or a checkpoint that cannot be read.
         """
         held = self.folder.exists() and not self.config_file.exists()
-        if held and (not self.folder.is_dir() or any(not _partial(file) for file in self.folder.iterdir())):
+        if held and (not self.folder.is_dir() or any(file.suffix != ".partial" for file in self.folder.iterdir())):
             raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
         if overwrite and not resume:
             self._clear()
@@ -79,7 +80,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --out") from error
-        write_text(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False))
+        replace_file(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False).encode())
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -102,8 +103,7 @@ class Run:
         except Exception as error:  # a damaged file raises almost any kind, some without a message
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.checkpoint_file} cannot be read ({reason}); "
-                "restore it, or pass --overwrite to start anew"
+                f"{self.checkpoint_file} cannot be read ({reason}); restore it, or pass --overwrite to start anew"
             ) from error
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(
@@ -115,20 +115,20 @@ class Run:
         """Drop log lines of updates after the checkpoint, and a line that a kill cut short."""
         if not self.log_file.exists():
             return
-        kept = []
-        for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["update"] <= updates:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue
-        write_text(self.log_file, "".join(line + "\n" for line in kept))
+        kept = [json.dumps(line) for line in self.log() if line["update"] <= updates]
+        replace_file(self.log_file, "".join(line + "\n" for line in kept).encode())
 
     def log(self) -> list[dict[str, Any]]:
         """All lines of the log."""
         if not self.log_file.exists():
             return []
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+        lines = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # a kill cut it short
+                continue
+        return lines
 
     def _same(self, config: Config) -> None:
         old, new = flatten(self.config.dump()), flatten(config.dump())
@@ -148,25 +148,3 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.checkpoint_file, self.model_file, self.log_file, self.config_file):
             file.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _partial(file: Path) -> bool:
-    """Whether a kill left this file half written."""
-    return file.name.startswith(".") and file.name.endswith(".partial")
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found

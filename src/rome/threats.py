@@ -95,6 +95,18 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
+class Unperturbed(LpBall):
+    """No perturbation at all: the ball of radius 0, under the name ``clean``."""
+
+    kind = "none"
+    norm: Norm = "Linf"
+    eps: Number = Field(default=0, ge=0, le=0)
+
+    @property
+    def name(self) -> str:
+        return "clean"
+
+
 class Budgets(tuple[LpBall, ...]):
     """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
 

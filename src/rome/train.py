@@ -28,6 +28,7 @@ from rome.methods import Outcome, Setting
 from rome.models import build_model, save_model
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
+from rome.threats import Unperturbed
 
 
 class NonFiniteLossError(UserError):
@@ -103,12 +104,6 @@ def train(
 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if world > 1 and config.natural_epochs and any(name.endswith(".projection.weight") for name in trains):
-        raise UserError(  # DistributedDataParallel waits for the gradient of every parameter
-            "natural epochs give no gradient to a trainable projection, which several processes wait for; "
-            "use experts.projection=frozen, natural_epochs=0 or one process"
-        )
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
 
     model = model.to(fabric.device)
@@ -139,11 +134,12 @@ def train(
         threat_stream=stream(config.seed, "threats", rank=rank, world=world),
     )
     loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position)
-    if progress is not None and rank == 0:
-        with progress(config, steps * config.epochs, loop.updates) as shown:
-            loop.run_all(shown)
-    else:
-        loop.run_all(None)
+    with _numerics(config):
+        if progress is not None and rank == 0:
+            with progress(config, steps * config.epochs, loop.updates) as shown:
+                loop.run_all(shown)
+        else:
+            loop.run_all(None)
     if rank == 0:
         save_model(model, run.model_file, config=config.dump())
         run.checkpoint_file.unlink(missing_ok=True)
@@ -166,8 +162,8 @@ def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: 
 
 
 def natural(setting: Setting) -> Setting:
-    """The same setting without attack and regularizer."""
-    return replace(setting, attack=PGD(steps=0, random_start=False), regularizer=None)
+    """The same setting without perturbations. The regularizer stays, and is 0: there are no two threats to part."""
+    return replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
 
 
 class _Loop:
@@ -262,7 +258,7 @@ class _Loop:
         for part in range(config.accumulate):
             x, y = next(batches)
             try:
-                with self.fabric.autocast():
+                with torch.autocast(self.fabric.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     outcome = config.method.loss(setting, x, y)
             except FloatingPointError as error:  # the attack met gradients that are not finite
                 raise self._diverged(str(error), lr) from error
@@ -396,6 +392,22 @@ class _Tally:
         return values[0], dict(zip(self.parts, values[1 : len(means)], strict=True)), accuracy, int(values[-1])
 
 
+@contextmanager
+def _numerics(config: Config) -> Iterator[None]:
+    """TF32 if asked for, and room for the variants of a compiled model (training, attack, batches that shrink)."""
+    import torch._dynamo
+
+    before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = max(limit, 32)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch._dynamo.config.recompile_limit = limit
+
+
 def _fabric(config: Config) -> Any:
     import warnings
 
@@ -408,8 +420,6 @@ def _fabric(config: Config) -> Any:
         raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     fabric = Fabric(
@@ -417,7 +427,7 @@ def _fabric(config: Config) -> Any:
         devices=local,
         num_nodes=world // local,
         strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        precision="32-true",  # bf16 is autocast in _update: Fabric's plugin would round the adversarial images too
     )
     fabric.launch()
     return fabric

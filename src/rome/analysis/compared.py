@@ -14,8 +14,9 @@ from rome.config import Config
 from rome.errors import UserError
 from rome.evaluate import Case, Report
 from rome.evaluation.store import RESULT, SETTINGS
+from rome.files import flatten
 from rome.models import file_hash
-from rome.runs import Run, flatten
+from rome.runs import Run
 from rome.threats import Threat
 
 PREFERRED_SUITE = "autoattack"

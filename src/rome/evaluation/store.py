@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from rome.attacks.base import Model
 from rome.errors import UserError
+from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 _NOT_COMPARED = ("provenance", "environment", "save_images")
@@ -76,7 +76,7 @@ class Store:
             self.clear()
         stored = self.stored_settings()
         if stored is None:
-            write(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+            replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
             return settings
         advice = "choose another folder, or overwrite=True to throw that evaluation away"
         if not resume:
@@ -125,7 +125,7 @@ class Store:
             tensors["images"] = unit.images.contiguous()
         facts = json.dumps(unit.facts)
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
-        write(path, safetensors.torch.save(tensors, metadata))
+        replace_file(path, safetensors.torch.save(tensors, metadata))
 
     def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
@@ -139,8 +139,8 @@ class Store:
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
-            write(self.directory / MATRIX, buffer.getvalue())
-            write(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+            replace_file(self.directory / MATRIX, buffer.getvalue())
+            replace_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
     @property
     def finished(self) -> bool:
@@ -185,23 +185,6 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
         return indices, file.get_tensor("images")[:0]
 
 
-def write(path: Path, content: bytes) -> None:
-    """The whole file or none of it, also when the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":  # make the new name itself durable
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Raises:
     UserError: the file is absent or damaged.
@@ -219,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What determines the result and is not the same, as 'name: stored there, now here'."""
-    there, here = _flat({**stored}), _flat(json.loads(json.dumps(now, default=str)))
+    there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
     names = [name for name in {**there, **here} if name.split(".")[0] not in _NOT_COMPARED]
     found = [
         f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} now"
@@ -234,18 +217,6 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:12] + "..." + text[-1]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted names; the entries of a list go by their ``name`` or number."""
-    if isinstance(value, list):
-        value = {str(part.get("name", i) if isinstance(part, dict) else i): part for i, part in enumerate(value)}
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for name, part in value.items():
-        flat |= _flat(part, f"{prefix}.{name}" if prefix else name)
-    return flat
 
 
 def hash_data(x: Tensor, y: Tensor) -> str:
