@@ -16,8 +16,8 @@ from rome.attacks import APGD, PGD, Attack
 from rome.config import Config, load, parse
 from rome.errors import UserError
 from rome.experiments import files
+from rome.files import flatten
 from rome.methods import Average, Random
-from rome.runs import flatten
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import TINY, tiny
 
@@ -437,4 +437,4 @@ def test_a_config_cannot_be_changed() -> None:
 
 
 def test_flatten_gives_dotted_keys() -> None:
-    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None, "f": {}}) == {"a.b": 1, "a.c.d.0": 2, "e": None, "f": {}}

@@ -210,7 +210,6 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
 def _arm(at: Moment) -> None:
     """Make this process send itself a signal at that moment."""
     import rome.models
-    import rome.runs
 
     loop = sys.modules["rome.train"]._Loop  # the name rome.train is the function
     calls = 0
@@ -234,15 +233,16 @@ def _arm(at: Moment) -> None:
 
         loop._write = logged
     elif at.place == "writing":
-        fsync = os.fsync
+        save = torch.save
 
-        def half(descriptor: int) -> None:
+        def half(state: Any, file: Any) -> None:
+            save(state, file)
             if reached():
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+                file.flush()
+                os.ftruncate(file.fileno(), file.tell() // 2)
                 strike()
-            fsync(descriptor)
 
-        rome.runs.os.fsync = half
+        torch.save = half
     else:
         assert at.place == "model"
         save_file = rome.models.save_file

@@ -92,6 +92,7 @@ def train(
         Interrupted: SIGINT or SIGTERM; resume with ``resume=True``.
     """
     run = Run(out)
+    config = config.model_copy(deep=True)  # the method's state belongs to this run alone
     fabric = _fabric(config)
     world, rank = fabric.world_size, fabric.global_rank
     micro = config.batch_size // config.accumulate
