@@ -290,6 +290,7 @@ def test_a_failing_case_does_not_lose_the_others(model: nn.Module, tmp_path: Pat
 
 SCRIPT = """
 import sys, torch
+torch.set_num_threads(1)  # as in conftest: other sums would make another model
 sys.path.insert(0, sys.argv[2])
 from test_evaluate import DIGITS, QUICK, digits, evaluate, trained
 evaluate(trained(), *digits(40), threats=DIGITS[1:], suite=QUICK, batch_size=4, out=sys.argv[1])
