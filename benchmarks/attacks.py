@@ -1,6 +1,6 @@
 """What an attack costs beyond its model: our PGD and APGD, and others', against the bare limit at equal steps.
 
-    python benchmarks/attacks.py --data ../shared/data/cifar10-jpeg       # ResNet-18 and ViT-Ti, 10 steps
+    python benchmarks/attacks.py --data PATH       # ResNet-18 and ViT-Ti, 10 steps
     python benchmarks/attacks.py --models resnet18 --batch 128 --steps 20 --json attacks.json
 
 The bare limit is steps x (forward + input gradient) of the same model on the same images with frozen parameters, and
