@@ -302,9 +302,9 @@ def test_a_missing_config_answers_with_the_nearest_file(folder: Path) -> None:
     ("overrides", "messages"),
     [
         (["batch_size=10", "accumulate=3"], ["accumulate: 3 does not divide batch_size 10"]),
-        (["epochs=4", "natural_epochs=4"], ["natural_epochs: 4 leaves none of the 4 epochs"]),
+        (["epochs=4", "natural_epochs=5"], ["natural_epochs: 5 exceeds epochs 4"]),
         (["threats=[{norm: L2, eps: 1}, {norm: L2, eps: 2}]"], ["threats: L2, L2 are not distinct"]),
-        (["epochs=2", "natural_epochs=5", "accumulate=7"], ["accumulate: 7 does not", "natural_epochs: 5 leaves"]),
+        (["epochs=2", "natural_epochs=5", "accumulate=7"], ["accumulate: 7 does not", "natural_epochs: 5 exceeds"]),
     ],
 )
 def test_settings_that_contradict_each_other_are_all_told(

@@ -16,6 +16,7 @@ from rome.attacks import PGD, Attack
 from rome.errors import UserError
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
 from rome.methods import Average, Maximum, Method, Outcome, Random, Setting
+from rome.optim import AdamW
 from rome.randomness import stream
 from rome.threats import PerExample, budgets
 
@@ -53,6 +54,7 @@ def setting_of(
         regularizer=regularizer,
         attack_stream=stream(seed, "attack", rank=rank, world=world),
         threat_stream=stream(seed, "threats", rank=rank, world=world),
+        optimizer=AdamW(),
     )
 
 

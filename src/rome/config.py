@@ -68,7 +68,7 @@ class Config(Settings):
     epochs: int = Field(default=20, ge=1)
     natural_epochs: int = Field(default=0, ge=0)
     """The first so many of the epochs train on unperturbed images, without regularizer: a start for models that are
-    not pretrained."""
+    not pretrained. All of them: standard training."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update, over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
@@ -159,19 +159,18 @@ def _consistent(config: Config, where: _Where) -> None:
         problems.append(
             f"{where.of(('accumulate',))}accumulate: {config.accumulate} does not divide batch_size {config.batch_size}"
         )
-    if config.natural_epochs >= config.epochs:
+    if config.natural_epochs > config.epochs:
         place = where.of(("natural_epochs",))
-        problems.append(f"{place}natural_epochs: {config.natural_epochs} leaves none of the {config.epochs} epochs")
+        problems.append(f"{place}natural_epochs: {config.natural_epochs} exceeds epochs {config.epochs}")
     if not config.threats:
         problems.append(f"threats: is missing; data kind {config.data.kind!r} has no budgets of its own")
     names = [threat.name for threat in config.threats]
     if len(set(names)) < len(names):
         problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
-    for threat in config.threats:
-        try:
-            config.attack.steps_for(threat)
-        except UserError as error:
-            problems.append(f"{where.of(('attack',))}attack: {error}")
+    try:
+        config.method.trained(config.threats, config.attack)
+    except UserError as error:
+        problems.append(f"{where.of(('method',))}{config.method.kind}: {error}")
     if not all(isinstance(threat, LpBall) for threat in config.threats):
         problems.append(f"{where.of(('threats',))}threats: only Lp balls can be trained on so far")
     if problems:

@@ -85,12 +85,14 @@ def _seconds_per_update(
     setting = Setting(
         model=model.train(),
         attacked=model,
-        threats=config.threats,
+        threats=config.method.trained(config.threats, config.attack),
         attack=config.attack,
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
+        optimizer=config.optimizer,
     )
+    config.method.prepare(setting)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
@@ -104,6 +106,7 @@ def _seconds_per_update(
             torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        config.method.update_end(setting)
 
     return _median(update, repeats, device)
 

@@ -24,31 +24,16 @@ from rome.attacks import PGD
 from rome.config import Config
 from rome.data import Split
 from rome.errors import Interrupted, UserError
-from rome.methods import Outcome, Setting
+from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
+from rome.updates import Tally, Update, epoch_means, finite, log_line, scalars
 
 
 class NonFiniteLossError(UserError):
     """The loss became infinite or NaN; the last good checkpoint is kept."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update did, over all processes."""
-
-    number: int
-    """Updates so far, from 1."""
-    epoch: float
-    """Epochs so far."""
-    loss: float
-    parts: dict[str, float]
-    accuracy: dict[str, float]
-    """Training accuracy under each threat of this update, 0..1."""
-    lr: float
-    images_per_second: float
 
 
 class Progress(Protocol):
@@ -109,6 +94,17 @@ def train(
 
     model = model.to(fabric.device)
     optimizer = config.optimizer.build(model)
+    setting = Setting(
+        model=model,
+        attacked=model,
+        threats=config.method.trained(config.threats, config.attack),
+        attack=config.attack,
+        regularizer=config.experts.regularizer if config.experts is not None else None,
+        attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=fabric.device),
+        threat_stream=stream(config.seed, "threats", rank=rank, world=world),
+        optimizer=config.optimizer,
+    )
+    config.method.prepare(setting)
     position = _Position()
     if checkpoint is not None:
         try:
@@ -123,17 +119,7 @@ def train(
             ) from error
     if config.compile:
         model.compile()
-    trained, optimizer = fabric.setup(model, optimizer)
-
-    setting = Setting(
-        model=trained,
-        attacked=model,
-        threats=config.threats,
-        attack=config.attack,
-        regularizer=config.experts.regularizer if config.experts is not None else None,
-        attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=fabric.device),
-        threat_stream=stream(config.seed, "threats", rank=rank, world=world),
-    )
+    setting.model, optimizer = fabric.setup(model, optimizer)
     loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position)
     with _numerics(config):
         if progress is not None and rank == 0:
@@ -162,9 +148,9 @@ def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: 
     return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
 
 
-def natural(setting: Setting) -> Setting:
-    """The same setting without perturbations. The regularizer stays, and is 0: there are no two threats to part."""
-    return replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
+def natural(setting: Setting) -> tuple[Method, Setting]:
+    """Training without perturbations. The regularizer stays, and is 0: there are no two threats to part."""
+    return Random(), replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
 
 
 class _Loop:
@@ -209,22 +195,25 @@ class _Loop:
             device=self.fabric.device,
             workers=config.workers,
         )
-        setting = self.setting if epoch >= config.natural_epochs else natural(self.setting)
+        method, setting = config.method, self.setting
+        if epoch < config.natural_epochs:
+            method, setting = natural(setting)
         setting.model.train()
-        config.method.epoch_start(setting, epoch)
+        if not self.position.step:
+            method.epoch_start(setting, epoch)
         done = self._logged()
         for step in range(self.position.step, self.steps):
-            update = self._update(setting, batches)
+            update = self._update(method, setting, batches)
             self.position.step = step + 1
-            done.append({"event": "update", **_plain(update)})
+            done.append({"event": "update", **log_line(update)})
             self._write(done[-1])
             if shown is not None:
                 shown.update(update)
             if self._stop and self.position.step < self.steps:
                 self._checkpoint()
                 raise self._interrupted()
-        config.method.epoch_end(setting, epoch)
-        summary = {"event": "epoch", "update": self.updates, "epoch": epoch + 1, **_average(done)}
+        method.epoch_end(setting, epoch)
+        summary = {"event": "epoch", "update": self.updates, "epoch": epoch + 1, **epoch_means(done)}
         summary["seconds"] = round(self.position.seconds, 3)
         self._write(summary)
         if shown is not None:
@@ -245,7 +234,7 @@ class _Loop:
     def _interrupted(self) -> Interrupted:
         return Interrupted(128 + self._stop, f"stopped by {signal.Signals(self._stop).name}; resume with --resume")
 
-    def _update(self, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
+    def _update(self, method: Method, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
         config, number = self.config, self.updates
         started = time.perf_counter()
         for source, name in ((setting.attack_stream, "attack"), (setting.threat_stream, "threats")):
@@ -254,23 +243,25 @@ class _Loop:
         lr = config.optimizer.lr * config.schedule.factor((number + 1) / (self.steps * config.epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        setting.lr = lr
 
-        tally = _Tally(len(setting.threats), self.fabric.device)
+        tally = Tally(len(setting.threats), self.fabric.device)
         for part in range(config.accumulate):
             x, y = next(batches)
             try:
                 with torch.autocast(self.fabric.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    outcome = config.method.loss(setting, x, y)
+                    outcome = method.loss(setting, x, y)
             except FloatingPointError as error:  # the attack met gradients that are not finite
                 raise self._diverged(str(error), lr) from error
             with self.fabric.no_backward_sync(setting.model, enabled=part + 1 < config.accumulate):
                 self.fabric.backward(outcome.loss / config.accumulate)
             tally.add(outcome)
         loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.asked)
-        if not all(map(_finite, (loss, *parts.values()))):
+        if not all(map(finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        method.update_end(setting)
         seconds = time.perf_counter() - started
         self.position.seconds += seconds
         names = [threat.name for threat in setting.threats]
@@ -321,7 +312,7 @@ class _Loop:
             return
         self.log_file.write(json.dumps(line) + "\n")
         self.log_file.flush()
-        for key, value in _scalars(line):
+        for key, value in scalars(line):
             self.board.add_scalar(f"{line['event']}/{key}", value, line["update"])
 
     @contextmanager
@@ -360,39 +351,6 @@ class _Loop:
                 signal.signal(number, handler)
 
 
-class _Tally:
-    """Sums over accumulation steps and processes, read once an update."""
-
-    def __init__(self, threats: int, device: torch.device) -> None:
-        self.threats, self.device = threats, device
-        self.loss = torch.zeros((), device=device)
-        self.parts: dict[str, Tensor] = {}
-        self.correct = torch.zeros(2, threats, device=device)
-
-    def add(self, outcome: Outcome) -> None:
-        self.loss += outcome.loss.detach()
-        for name, value in outcome.parts.items():
-            self.parts[name] = self.parts.get(name, torch.zeros_like(self.loss)) + value
-        labels = outcome.labels.to(self.device, non_blocking=True)
-        ones = torch.ones_like(labels, dtype=self.correct.dtype)
-        self.correct[0].index_add_(0, labels, outcome.correct.to(ones.dtype))
-        self.correct[1].index_add_(0, labels, ones)
-
-    def read(self, fabric: Any, accumulate: int, stop: int) -> tuple[float, dict[str, float], dict[int, float], int]:
-        """Mean loss and parts, accuracy by threat, and the largest stop signal of any process."""
-        means = torch.stack([self.loss, *self.parts.values()]) / accumulate
-        row = torch.cat([means, self.correct.flatten(), torch.tensor([float(stop)], device=self.device)])
-        if fabric.world_size > 1:
-            gathered = [torch.empty_like(row) for _ in range(fabric.world_size)]
-            torch.distributed.all_gather(gathered, row)
-            rows = torch.stack(gathered)
-            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : -1].sum(0), rows[:, -1:].amax(0)])
-        values = row.tolist()
-        right, seen = values[len(means) : -1][: self.threats], values[len(means) : -1][self.threats :]
-        accuracy = {i: right[i] / seen[i] for i in range(self.threats) if seen[i]}
-        return values[0], dict(zip(self.parts, values[1 : len(means)], strict=True)), accuracy, int(values[-1])
-
-
 @contextmanager
 def _numerics(config: Config) -> Iterator[None]:
     """TF32 if asked for, and room for the variants of a compiled model (training, attack, batches that shrink)."""
@@ -415,6 +373,7 @@ def _fabric(config: Config) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -423,58 +382,18 @@ def _fabric(config: Config) -> Any:
         raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    strategy: Any = "auto"
+    if world > 1:
+        strategy = DDPStrategy(find_unused_parameters=config.method.partial_gradients)
     fabric = Fabric(
         accelerator=config.device,
         devices=local,
         num_nodes=world // local,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy,
         precision="32-true",  # bf16 is autocast in _update: Fabric's plugin would round the adversarial images too
     )
     fabric.launch()
     return fabric
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-def _plain(update: Update) -> dict[str, Any]:
-    return {
-        "update": update.number,
-        "epoch": update.epoch,
-        "loss": update.loss,
-        **update.parts,
-        "accuracy": update.accuracy,
-        "lr": update.lr,
-        "images_per_second": round(update.images_per_second, 2),
-    }
-
-
-def _average(updates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the log lines of an epoch's updates; each threat over the updates in which it occurred."""
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    threats = dict.fromkeys(name for update in updates for name in update["accuracy"])
-    own = ("event", "update", "epoch", "accuracy", "lr", "images_per_second")
-    return {
-        **{name: mean([update[name] for update in updates]) for name in updates[0] if name not in own},
-        "accuracy": {
-            name: mean([update["accuracy"][name] for update in updates if name in update["accuracy"]])
-            for name in threats
-        },
-        "lr": updates[-1]["lr"],
-        "images_per_second": round(len(updates) / sum(1 / max(u["images_per_second"], 0.01) for u in updates), 2),
-    }
-
-
-def _scalars(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in line.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, float):
-            yield prefix + key, value
 
 
 __all__ = ["NonFiniteLossError", "Progress", "Update", "train"]

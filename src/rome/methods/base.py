@@ -1,15 +1,20 @@
 """The contract of a training method: it turns a batch and some threats into a loss.
 
-A method owns its settings and its state; the training loop never asks which one it runs. State that must survive a
-kill goes through :meth:`Method.state` and :meth:`Method.load_state` into the checkpoint.
+A method owns its settings and its state; the training loop never asks which one it runs. The order of calls is
+
+    prepare, load_state (when a run goes on), then for each epoch
+    epoch_start, { loss (once for each accumulation step), update_end } for each update, epoch_end
+
+State that must survive a kill goes through :meth:`Method.state` and :meth:`Method.load_state` into the checkpoint.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +22,9 @@ from torch import Tensor, nn
 
 from rome.attacks import Attack
 from rome.component import Component
+from rome.errors import UserError
 from rome.experts import Regularizer, record_gates
+from rome.optim import Optimizer
 from rome.randomness import Stream
 from rome.threats import Threat
 
@@ -31,6 +38,7 @@ class Setting:
     attacked: nn.Module
     """The same model without that wrapping: what attacks call."""
     threats: tuple[Threat, ...]
+    """The threats the method trains on: what :meth:`Method.trained` made of the config's."""
     attack: Attack
     regularizer: Regularizer | None
     """None where the model has no experts."""
@@ -38,6 +46,10 @@ class Setting:
     """Random starts."""
     threat_stream: Stream
     """Which example meets which threat."""
+    optimizer: Optimizer
+    """Settings of the optimizer, for a method that trains further models."""
+    lr: float = 0.0
+    """Learning rate of the current update."""
 
 
 @dataclass
@@ -47,7 +59,7 @@ class Outcome:
     loss: Tensor
     """Scalar to call backward on."""
     labels: Tensor
-    """(B',) int64 on the CPU: threat of each training example."""
+    """(B',) int64 on the CPU: threat of each training example, as a position in ``Setting.threats``."""
     correct: Tensor
     """(B',) bool: classified correctly in the training forward."""
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -58,6 +70,26 @@ class Method(Component):
     """How adversarial examples of several threats become one loss."""
 
     default_kind = "random"
+    own_attack: ClassVar[str] = ""
+    """What it attacks with where that is not the config's ``attack``, which then has no effect."""
+    partial_gradients: ClassVar[bool] = False
+    """Whether some parameters may get no gradient in an update (several processes have to know)."""
+
+    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        """The threats it trains on, given the config's.
+
+        Raises:
+            UserError: it cannot train on these threats, or not with this attack.
+        """
+        for threat in threats:
+            attack.steps_for(threat)
+        return threats
+
+    def prepare(self, setting: Setting) -> None:
+        """Called once before everything else: make what is made of the model, such as a copy.
+
+        ``setting.model`` is not yet wrapped for several processes here; its weights are the start of the run.
+        """
 
     @abstractmethod
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
@@ -65,6 +97,9 @@ class Method(Component):
 
     def epoch_start(self, setting: Setting, epoch: int) -> None:
         """Called before the first update of each epoch (counted from 0)."""
+
+    def update_end(self, setting: Setting) -> None:
+        """Called after every step of the optimizer."""
 
     def epoch_end(self, setting: Setting, epoch: int) -> None:
         """Called after the last update of each epoch."""
@@ -75,6 +110,19 @@ class Method(Component):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+
+def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tuple[Threat, ...]:
+    """The threats of these names, in this order.
+
+    Raises:
+        UserError: one is not there.
+    """
+    found = {threat.name: threat for threat in threats}
+    for name in names:
+        if name not in found:
+            raise UserError(f"{owner} trains on {name}, which threats lacks; it has {', '.join(found)}")
+    return tuple(found[name] for name in names)
 
 
 def training_forward(
