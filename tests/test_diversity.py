@@ -14,8 +14,7 @@ import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rome.experts import Diversification, DualScale, Gates, add_experts, record_gates
-from rome.experts.mixture import MixtureLinear, Recorded
+from rome.experts import Diversification, DualScale, Gates, MixtureLinear, Recorded, add_experts, record_gates
 
 
 def recorded(local: Any, whole: Any, projection: Any = None) -> Recorded:
@@ -155,7 +154,7 @@ def test_the_names_of_threats_do_not_matter() -> None:
 def test_distances_are_taken_token_by_token_not_between_mean_tokens() -> None:
     # Both threats use both experts equally over the image, at opposite tokens.
     u = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
-    assert loss([recorded(u, torch.full((2, 2), 0.5))], [0, 1], threats=2) == -2 * 2
+    assert loss([recorded(u, torch.full((2, 2), 0.5))], [0, 1], threats=2).item() == pytest.approx(-2 * 2, rel=1e-12)
 
 
 def test_only_means_over_a_threat_matter_not_its_spread() -> None:

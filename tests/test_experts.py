@@ -356,10 +356,21 @@ class Quantized(nn.Linear):
     """A Linear that is not plain."""
 
 
-def tiny_swin() -> nn.Module:
+def tiny_swin(*, window: int = 4, depths: tuple[int, ...] = (1, 1), dynamic: bool = False) -> nn.Module:
     return timm.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=window,
+        embed_dim=8,
+        depths=depths,
+        num_heads=(1, 1),
+        num_classes=10,
+        strict_img_size=not dynamic,
     )
+
+
+def conv(*, size: Any = 3, **settings: Any) -> nn.Module:
+    return nn.ModuleDict({"conv": nn.Conv2d(8, 8, size, **settings)})
 
 
 def spectral() -> nn.Module:
@@ -367,12 +378,14 @@ def spectral() -> nn.Module:
 
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "nothing matches": (tiny_vit, {"layers": "q"}, r"no Linear layer matches 'q'.*fc1, fc2, head, proj, qkv"),
+    "nothing matches": (tiny_vit, {"layers": "q"}, r"no Linear or Conv2d layer matches 'q'.*fc1, fc2, head, proj, qkv"),
     "one of two matches nothing": (tiny_vit, {"layers": ("qkv", "out")}, r"matches 'out'; .*fc1, fc2, head, proj, qkv"),
-    "no Linear at all": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1)), {}, r"no Linear layers at all"),
-    "a convolution of that name": (
-        lambda: nn.ModuleDict({"qkv": nn.Linear(8, 8), "proj": nn.Conv2d(8, 8, 1)}), {}, r"matches 'proj'.*qkv"
-    ),
+    "nothing of the paper's": (lambda: nn.Sequential(nn.Linear(3, 3)), {}, r"neither fused attention .* ending in 0"),
+    "no layers at all": (lambda: nn.Sequential(nn.ReLU()), {"layers": "qkv"}, r"no Linear or Conv2d layers at all"),
+    "a convolution in groups": (lambda: conv(groups=2), {"layers": "conv"}, r"conv .* a convolution in 2 groups"),
+    "an oblong kernel": (lambda: conv(size=(1, 3)), {"layers": "conv"}, r"kernel \(1, 3\) is not square"),
+    "padding by name": (lambda: conv(padding="same"), {"layers": "conv"}, r"padding \('same', zeros\)"),
+    "padding that is not zeros": (lambda: conv(padding_mode="circular"), {"layers": "conv"}, r"\(0, 0\), circular"),
     "out_proj of MultiheadAttention": (Attention, {"layers": ("qkv", "out_proj")}, r"attn\.out_proj.*MultiheadAtt"),
     "linear1 of TransformerEncoderLayer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), {"layers": "linear1"}, "TransformerEncoderLayer"
@@ -382,19 +395,19 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"layers": "linear2"},
         r"layers\.0\.linear2.*TransformerEncoderLayer reads",
     ),
-    "one module under two names": (shared, {}, r"proj and again are one shared module"),
+    "one module under two names": (shared, {"layers": ("qkv", "proj")}, r"proj and again are one shared module"),
     "adapted already": (lambda: add_experts(tiny_vit(), rank=2), {}, r"attn.qkv cannot hold .* has experts already"),
     "compiled": (lambda: torch.compile(tiny_vit()), {}, r"compiled already: add the experts first"),
     "rank above a layer's size": (tiny_vit, {"rank": 33}, r"rank 33 exceeds layer blocks\.0\.attn\.qkv.*at most 32"),
-    "windowed attention": (tiny_swin, {}, r"windows of an image"),
+    "windows nobody counts": (lambda: tiny_swin(dynamic=True), {}, r"windows of an image .* does not say how many"),
     "a subclass of Linear": (
-        lambda: nn.ModuleDict({"qkv": nn.Linear(8, 8), "proj": Quantized(8, 8)}), {}, r"proj .*a Quantized, not a plain"
+        lambda: nn.ModuleDict({"proj": Quantized(8, 8)}), {"layers": "proj"}, r"proj .*a Quantized, not a plain"
     ),
-    "a computed weight": (spectral, {}, r"proj .*computed at each call"),
+    "a computed weight": (spectral, {"layers": "proj"}, r"proj .*computed at each call"),
     "a parametrized weight": (
         lambda: nn.ModuleDict(
             {"qkv": nn.Linear(8, 8), "proj": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))}
-        ), {}, r"proj .*ParametrizedLinear",
+        ), {"layers": "proj"}, r"proj .*ParametrizedLinear",
     ),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ def parameters(model: nn.Module) -> dict[str, int]:
         parameter.numel()
         for layer in expert_layers(model).values()
         for name, parameter in layer.named_parameters()
-        if name not in ("weight", "bias")
+        if name not in layer.shared
     )
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

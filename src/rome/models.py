@@ -157,10 +157,10 @@ def build_model(
         raise UserError(f"model {settings.name} gives outputs {tuple(logits.shape)} for 2 images, not (2, {classes})")
     if recorder is not None:
         for name, gates in recorder.gates.items():
-            if len(gates.whole) != 2:
+            if len(gates.weights) != 2:
                 raise UserError(
-                    f"layer {name} sees {len(gates.whole)} inputs for 2 images (windows, perhaps), so its global gate "
-                    "would not average over the image. Leave it out of experts.layers."
+                    f"layer {name} sees {len(gates.weights)} inputs for 2 images, so its global gate would not average "
+                    "over the image. Leave it out of experts.layers."
                 )
     return model.train()
 
@@ -292,7 +292,7 @@ def _expert_state(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}": value
         for name, layer in layers.items()
         for key, value in layer.state_dict().items()
-        if key not in ("weight", "bias")
+        if key not in layer.shared
     }
 
 

@@ -31,9 +31,9 @@ class GateSample:
     weights: np.ndarray
     """(G, L, n, K): gate weights g, averaged over tokens."""
     local: np.ndarray
-    """(G, L, n, K): local gates u, averaged over tokens."""
+    """(G, L, n, K): local gates u, averaged over tokens; the mixed gates where there are none."""
     whole: np.ndarray
-    """(G, L, n, K): global gates v."""
+    """(G, L, n, K): global gates v; the mixed gates averaged over tokens where there are none."""
     entropy: np.ndarray
     """(G, L, n): entropy of g at each token, averaged over tokens, divided by log K: 1 is all experts alike."""
 
@@ -92,8 +92,10 @@ def collect(
             part.append(
                 (
                     _stack([each.weights.mean(dim=1) for each in gates.values()]),
-                    _stack([each.local.mean(dim=1) for each in gates.values()]),
-                    _stack([each.whole for each in gates.values()]),
+                    _stack(
+                        [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates.values()]
+                    ),
+                    _stack([_or(each.whole, each.weights.mean(dim=1)) for each in gates.values()]),
                     _stack([relative_entropy(each.weights).mean(dim=1) for each in gates.values()]),
                 )
             )
@@ -176,6 +178,10 @@ def _called(distance: float) -> str:
 
 def _joined(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _or(part: Tensor | None, instead: Tensor) -> Tensor:
+    return instead if part is None else part
 
 
 def _stack(parts: list[Tensor]) -> np.ndarray:

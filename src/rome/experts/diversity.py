@@ -1,17 +1,18 @@
-"""Losses on the gates: threat-guided gating diversification (paper 4.4, Eq. 6-8)."""
+"""Threat-guided gating diversification (paper 4.4, Eq. 6-8), and the contract of every loss on the gates."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Literal, Self
 
 import torch
-import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.component import Component, Number
-from rome.experts.mixture import Recorded
+from rome.errors import UserError
+from rome.experts.gated import Recorded
+from rome.experts.groups import group_means
 
 
 class Regularizer(Component):
@@ -21,10 +22,12 @@ class Regularizer(Component):
 
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
+    gradient: Literal["backbone", "gates"] = "backbone"
+    """Whether the loss trains everything before the gates too (literal), or the gates alone."""
 
     @abstractmethod
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        """Unweighted loss, a scalar that is the same in every process.
+        """Unweighted loss, a scalar; averaged over processes, its gradient is that of the loss of the global batch.
 
         Args:
             records: the gates of every adapted layer for this process's B examples.
@@ -36,69 +39,88 @@ class Regularizer(Component):
 class Diversification(Regularizer):
     """Pushes the mean gates of different threats apart (Eq. 6-8).
 
-    L_div = mean over adapted layers of -sum_{p != q} (1/T sum_i ||u_i^p - u_i^q||^2 + ||P v^p - P v^q||^2), with means
-    u^p, v^p over the examples of threat p in the global batch and P the layer's projection K -> K'. A threat without
-    examples drops its pairs. The local term is bounded, the global one only while P is frozen (spec F5).
+    L_div = mean over adapted layers of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p
+    over the examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean
+    distance. A threat without examples drops its pairs; a part that a gate lacks is left out. The local term is
+    bounded, the global one only while P is frozen (spec F5).
     """
 
     kind = "diversification"
     pairs: Literal["ordered", "unordered"] = "ordered"
     """Literal reading of p != q, or each pair once (half the loss)."""
+    distance: Literal["l2", "cosine", "kl", "wasserstein", "wasserstein-unsorted"] = "l2"
+    """Of Table A5: squared Euclidean; minus the cosine; symmetric KL divergence; L1 between the cumulative sums of the
+    sorted gates, or of the gates as they stand. The last three compare the unprojected v, which is a distribution."""
+    projected: Literal["sum", "mean"] = "sum"
+    """The squared distance of projected gates summed over the K' dimensions (literal) or averaged."""
+    tokens: Literal["all", "patches"] = "all"
+    """The tokens i: all T, or without class tokens."""
+    estimate: Literal["plain", "unbiased"] = "plain"
+    """The squared distance of two means over few examples is too large by their sampling variances, so that where each
+    threat has images of its own (RANDOM) the plain loss mostly rewards gates that differ between images. ``unbiased``
+    subtracts that part, estimated from the batch; not for methods that give every threat the same images."""
+
+    @model_validator(mode="after")
+    def _squared(self) -> Self:
+        if self.distance != "l2" and (self.estimate != "plain" or self.projected != "sum"):
+            raise ValueError("estimate: unbiased and projected: mean are for distance: l2; leave them out")
+        return self
 
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        local = [record.gates.local.flatten(1) for record in records]
-        whole = [record.gates.whole for record in records]
-        columns = [*local, *whole]
-        means, present = group_means(torch.cat(columns, dim=1), labels, threats)
-        parts = torch.split(means, [part.shape[1] for part in columns], dim=1)
-        pair = present.unsqueeze(0) * present.unsqueeze(1)
+        terms = [term for record in records for term in self._terms(record)]
+        if not terms:
+            raise UserError("no gate has a local or a global part, so there is nothing to part; use regularizer: null")
+        columns = [column for points in terms for column in (points.flatten(1), _length(points))]
+        means, counts = group_means(torch.cat(columns, dim=1), labels, threats)
+        parts = torch.split(means, [column.shape[1] for column in columns], dim=1)
+        present = (counts > 0).to(means.dtype)
         total = means.new_zeros(())
-        for record, u, v in zip(records, parts[: len(records)], parts[len(records) :], strict=True):
-            if record.layer.projection is not None:
-                v = torch.nn.functional.linear(v, record.layer.projection.weight)  # its bias cancels in a difference
-            tokens = record.gates.local.shape[1]
-            total = total + (pair * (squared_distances(u) / tokens + squared_distances(v))).sum()
+        for points, mean, squares in zip(terms, parts[::2], parts[1::2], strict=True):
+            apart = pairwise(mean.view(threats, *points.shape[1:]), self.distance)
+            if self.estimate == "unbiased":
+                excess = (squares.squeeze(1) - mean.square().sum(dim=1)) / (counts - 1).clamp(min=1)
+                apart = apart - (excess.unsqueeze(0) + excess.unsqueeze(1)) * (1 - torch.eye(threats).to(excess))
+            total = total + (present.unsqueeze(0) * present.unsqueeze(1) * apart).sum()
         return -total / len(records) * (1.0 if self.pairs == "ordered" else 0.5)
 
+    def _terms(self, record: Recorded) -> list[Tensor]:
+        """What is compared in one layer: (B, T, K) of the local gates, (B, 1, K') of the global one.
 
-def squared_distances(points: Tensor) -> Tensor:
-    """(P, D) to (P, P): squared Euclidean distance of each pair of rows."""
-    return (points.unsqueeze(0) - points.unsqueeze(1)).square().sum(dim=-1)
+        Scaled so that the squared distance of two points, summed, is the term of Eq. 6 or 7.
+        """
+        terms = []
+        if record.gates.local is not None:
+            first = record.layer.layout.prefix if self.tokens == "patches" else 0
+            local = record.gates.local[:, first:]
+            terms.append(local / local.shape[1] ** 0.5 if self.distance == "l2" else local)
+        if record.gates.whole is not None:
+            v, projection = record.gates.whole, record.layer.projection
+            if projection is not None and self.distance in ("l2", "cosine"):
+                v = torch.nn.functional.linear(v, projection.weight)  # its bias cancels in a difference
+                v = v / v.shape[1] ** 0.5 if self.projected == "mean" else v
+            terms.append(v.unsqueeze(1))
+        return terms
 
 
-def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean of the rows of each group over the global batch, differentiable, with one message between processes.
+def _length(points: Tensor) -> Tensor:
+    """Squared length of each example's points: (B, T, K) to (B, 1)."""
+    return points.flatten(1).square().sum(dim=1, keepdim=True)
 
-    Args:
-        values: (B, D).
-        labels: (B,) int64 in 0..groups-1.
 
-    Returns:
-        means (groups, D), zero for a group without members, and present (groups,): 1.0 or 0.0.
+def pairwise(points: Tensor, distance: str) -> Tensor:
+    """(P, T, K) to (P, P): how far each pair is apart, by one of :class:`Diversification`'s distances.
+
+    ``l2`` sums the squares over T and K, the others are means over T; the diagonal is 0.
     """
-    member = torch.nn.functional.one_hot(labels.to(values.device, non_blocking=True), groups).to(values.dtype)
-    sums = torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        sums = _SumOverProcesses.apply(sums)
-    counts = sums[:, -1:]
-    return sums[:, :-1] / counts.clamp(min=1), (counts.squeeze(1) > 0).to(values.dtype)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is the sum of the processes' gradients.
-
-    DistributedDataParallel averages parameter gradients over W processes. Each process holds the same loss, so the
-    summed gradient is W times the wanted one and the average is exact.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    a, b = points.unsqueeze(0), points.unsqueeze(1)
+    if distance == "l2":
+        return (a - b).square().sum(dim=(-2, -1))
+    if distance == "cosine":
+        away = -torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    elif distance == "kl":
+        away = ((a - b) * (a.clamp(min=1e-12).log() - b.clamp(min=1e-12).log())).sum(dim=-1)
+    else:
+        if distance == "wasserstein":
+            a, b = a.sort(dim=-1).values, b.sort(dim=-1).values
+        away = (a.cumsum(dim=-1) - b.cumsum(dim=-1)).abs().sum(dim=-1)
+    return away.mean(dim=-1) * (1 - torch.eye(len(points)).to(points))

@@ -1,8 +1,7 @@
-"""Putting experts beside existing layers, in place (paper 4.2 and 5.1)."""
+"""Putting experts into a model, in place (paper 4.2 and 5.1): the settings a config names under ``experts``."""
 
 from __future__ import annotations
 
-import fnmatch
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeVar
@@ -12,15 +11,19 @@ from torch import nn
 
 from rome.component import Component
 from rome.errors import UserError
+from rome.experts.conv import MixtureConv2d
 from rome.experts.diversity import Diversification, Regularizer
-from rome.experts.gating import DualScale, Gate
-from rome.experts.mixture import MixtureLinear
+from rome.experts.ffn import MixtureFFN
+from rome.experts.gated import Gated
+from rome.experts.gating import DualScale, Gate, GateModule, Layout, Local, Uniform
+from rome.experts.layers import block_numbers, find_layers, layout_of, matches_end
+from rome.experts.mixture import AdapterLinear, GatedLinear, MixtureLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Experts(Component):
-    """Settings of the experts beside a backbone."""
+    """Settings of the experts in a backbone."""
 
     default_kind = "low-rank"
 
@@ -29,57 +32,201 @@ class Experts(Component):
 
     @abstractmethod
     def inject(self, model: Module) -> Module:
-        """Add the experts to ``model`` in place and return it."""
+        """Add the experts to ``model`` in place and return it.
+
+        Raises:
+            UserError: they do not fit; the model is unchanged then.
+        """
 
 
-class LowRank(Experts):
-    """K low-rank experts with a gate beside each chosen Linear layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
+class Layerwise(Experts):
+    """Base of the kinds that put K experts and a gate at each of several layers."""
 
-    kind = "low-rank"
     experts: int = Field(default=4, ge=1)
-    rank: int = Field(default=16, ge=1)
-    layers: tuple[str, ...] = Field(default=("qkv", "proj"), min_length=1)
-    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
-    (``blocks.*.mlp.fc?``)."""
     gate: Gate = Field(default_factory=DualScale)
     projection: Literal["frozen", "trainable", "none"] = "frozen"
-    """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent."""
+    """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent. A gate
+    without global part has none."""
     projection_dim: int = Field(default=100, ge=1)
 
     @model_validator(mode="after")
-    def _projection_learns_something(self) -> Self:
+    def _something_to_learn(self) -> Self:
         if self.projection == "trainable" and self.regularizer is None:
             raise ValueError("projection: trainable learns from the regularizer alone, and there is none; use frozen")
+        if isinstance(self.gate, Uniform) and self.regularizer is not None:
+            raise ValueError("gate: uniform learns nothing that a regularizer could change; add regularizer: null")
         return self
+
+    def inject(self, model: Module) -> Module:
+        chosen = self.places(model)
+        numbers = block_numbers(list(chosen))
+        layouts = {name: layout_of(model, name) for name in chosen}
+        for name, module in chosen.items():
+            self.check(name, module)
+            if self.gate.needs_class_token and not layouts[name].prefix:
+                raise UserError(f"gate.pool: cls reads a class token, and layer {name} sees none; use mean")
+        for name, module in chosen.items():
+            layout, block, blocks = layouts[name], numbers[name], max(numbers.values())
+            gate = self.gate.build(self.width(module), self.experts, block=block, blocks=blocks, layout=layout)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, self.beside(module, gate, layout))
+        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
+        return model
+
+    @property
+    def projected(self) -> tuple[int, bool]:
+        """K' (0 for no projection), and whether the projection is trained."""
+        absent = self.projection == "none" or not self.gate.has_global
+        return 0 if absent else self.projection_dim, self.projection == "trainable"
+
+    @abstractmethod
+    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to replace, by name."""
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Raise UserError if this module cannot be replaced with these settings."""
+
+    @abstractmethod
+    def width(self, module: nn.Module) -> int:
+        """Size of what the gate reads at each token."""
+
+    @abstractmethod
+    def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+        """What replaces the module."""
+
+
+class Bottleneck(Layerwise):
+    """Base of the kinds whose experts have a rank and stand beside single layers."""
+
+    rank: int = Field(default=16, ge=1)
+    layers: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
+    (``blocks.*.mlp.fc?``). null picks the paper's: QKV and output projections of attention, else 3x3 convolutions."""
 
     @field_validator("layers", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    def inject(self, model: Module) -> Module:
-        chosen = find_layers(model, self.layers)
-        blocks = block_numbers(list(chosen))
-        for name, linear in chosen.items():
-            if self.rank > min(linear.in_features, linear.out_features):
-                raise UserError(
-                    f"experts.rank {self.rank} exceeds layer {name} ({linear.in_features} -> {linear.out_features}); "
-                    f"choose at most {min(linear.in_features, linear.out_features)}"
-                )
-        for name, linear in chosen.items():
-            gate = self.gate.build(linear.in_features, self.experts, block=blocks[name], blocks=max(blocks.values()))
-            mixture = MixtureLinear(
-                linear,
+    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+        return find_layers(model, self.layers)
+
+    def check(self, name: str, module: nn.Module) -> None:
+        inputs, outputs = _sides(module)
+        if self.rank > min(inputs, outputs):
+            raise UserError(
+                f"experts.rank {self.rank} exceeds layer {name} ({inputs} -> {outputs}); "
+                f"choose at most {min(inputs, outputs)}"
+            )
+
+    def width(self, module: nn.Module) -> int:
+        return _sides(module)[0]
+
+    def linear(self, build: type[GatedLinear], module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+        """A Linear layer with these experts beside it."""
+        assert isinstance(module, nn.Linear)
+        size, train = self.projected
+        return build(
+            module,
+            experts=self.experts,
+            rank=self.rank,
+            gate=gate,
+            layout=layout,
+            projection_dim=size,
+            train_projection=train,
+        )
+
+
+class LowRank(Bottleneck):
+    """K low-rank experts with a gate beside each chosen layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
+
+    kind = "low-rank"
+    conv: Literal["loralib", "peft"] = "loralib"
+    """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
+
+    def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+        size, train = self.projected
+        if isinstance(module, nn.Conv2d):
+            return MixtureConv2d(
+                module,
                 experts=self.experts,
                 rank=self.rank,
                 gate=gate,
-                projection_dim=0 if self.projection == "none" else self.projection_dim,
-                train_projection=self.projection == "trainable",
+                form=self.conv,
+                projection_dim=size,
+                train_projection=train,
             )
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, mixture)
-        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
-        return model
+        return self.linear(MixtureLinear, module, gate, layout)
+
+
+class Adapters(Bottleneck):
+    """K bottleneck adapters (Houlsby et al. 2019) with a gate behind each chosen Linear layer (paper Table 4)."""
+
+    kind = "adapter"
+
+    def check(self, name: str, module: nn.Module) -> None:
+        super().check(name, module)
+        if not isinstance(module, nn.Linear):
+            raise UserError(f"layer {name} is a convolution; adapters stand behind Linear layers, use kind: low-rank")
+
+    def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+        return self.linear(AdapterLinear, module, gate, layout)
+
+
+class FeedForward(Layerwise):
+    """K copies of each block's feed-forward network, of which a token visits the best (paper 4.1, Fig. 3, Table 6)."""
+
+    kind = "ffn"
+    gate: Gate = Field(default_factory=Local)
+    top: int | None = Field(default=2, ge=1)
+    """Experts for each token; null mixes all of them."""
+    layers: tuple[str, ...] = Field(default=("mlp",), min_length=1)
+    """Names of the feed-forward networks, as in ``low-rank``."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top is not None and self.top > self.experts:
+            raise ValueError(f"top: {self.top} exceeds the {self.experts} experts")
+        return self
+
+    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+        chosen = {
+            name: module
+            for name, module in model.named_modules()
+            if name and any(matches_end(name, pattern) for pattern in self.layers)
+        }
+        if not chosen or any(isinstance(module, Gated) for module in chosen.values()):
+            state = "are experts already" if chosen else "do not exist in this model"
+            raise UserError(f"feed-forward networks named {', '.join(self.layers)} {state}; set experts.layers")
+        return chosen
+
+    def width(self, module: nn.Module) -> int:
+        return next(part.in_features for part in module.modules() if isinstance(part, nn.Linear))
+
+    def check(self, name: str, module: nn.Module) -> None:
+        if not any(isinstance(part, nn.Linear) for part in module.modules()):
+            raise UserError(f"{name} has no Linear layer, so it is no feed-forward network; set experts.layers")
+
+    def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+        size, train = self.projected
+        return MixtureFFN(
+            module,
+            self.width(module),
+            experts=self.experts,
+            top=self.top,
+            gate=gate,
+            layout=layout,
+            projection_dim=size,
+            train_projection=train,
+        )
+
+
+def _sides(module: nn.Module) -> tuple[int, int]:
+    """Sizes of a layer's input and output: features or channels."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
 
 
 def add_experts(
@@ -87,21 +234,23 @@ def add_experts(
     *,
     experts: int = 4,
     rank: int = 16,
-    layers: Sequence[str] | str = ("qkv", "proj"),
+    layers: Sequence[str] | str | None = None,
     gate: Gate | None = None,
     projection: Literal["frozen", "trainable", "none"] = "frozen",
     projection_dim: int = 100,
+    conv: Literal["loralib", "peft"] = "loralib",
 ) -> Module:
     """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
 
     Args:
-        model: any module with Linear layers: a timm model, one from :func:`rome.create_model`, your own.
+        model: any module with Linear or Conv2d layers: a timm model, one from :func:`rome.create_model`, your own.
         experts: K, experts for each layer.
         rank: r, of every expert.
-        layers: which layers; see :class:`LowRank`.
+        layers: which layers; None picks the paper's for the model's family. See :class:`LowRank`.
         gate: how experts are weighed; None is ``DualScale(s=4, b=2)``.
         projection: of the global gate in the diversification loss (Eq. 7).
         projection_dim: K', its size.
+        conv: form of the update beside convolutions.
 
     Returns:
         The same model.
@@ -114,84 +263,14 @@ def add_experts(
         settings = LowRank(
             experts=experts,
             rank=rank,
-            layers=(layers,) if isinstance(layers, str) else tuple(layers),
+            layers=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
             gate=gate or DualScale(),
             projection=projection,
             projection_dim=projection_dim,
+            conv=conv,
+            regularizer=None if isinstance(gate, Uniform) else Diversification(),
         )
     except ValidationError as error:
         mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
         raise UserError("; ".join(mistakes)) from None
     return settings.inject(model)
-
-
-def find_layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The Linear layers whose names match, in module order.
-
-    Raises:
-        UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
-    """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("this model is compiled already: add the experts first, then compile")
-    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLinear))
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(adapted)
-    }
-    unmatched = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in linears)]
-    if unmatched:
-        ends = sorted({name.rpartition(".")[2] for name, module in linears.items() if type(module) is nn.Linear})
-        raise UserError(
-            f"no Linear layer matches {', '.join(map(repr, unmatched))}; this model has layers ending in "
-            f"{', '.join(ends) or '(no Linear layers at all)'}"
-        )
-    chosen = {name: m for name, m in linears.items() if any(_matches(name, pattern) for pattern in patterns)}
-    names: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in {id(m) for m in chosen.values()} and names.setdefault(id(module), name) != name:
-            raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
-    for name, module in chosen.items():
-        reason = _refusal(model, name, module)
-        if reason:
-            raise UserError(f"layer {name} cannot hold experts: {reason}. Leave it out of experts.layers.")
-    return chosen
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
-
-
-def _refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
-    if isinstance(module, MixtureLinear):
-        return "it has experts already"
-    if not name:
-        return "it is the model itself; put it into a module"
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        parent = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            return f"{type(parent).__name__} reads its weight without calling it"
-        if type(parent).__name__ == "WindowAttention":
-            return "its input is windows of an image, whose global gate is not built yet"
-    if type(module) is not nn.Linear:
-        return f"it is a {type(module).__name__}, not a plain Linear"
-    if not isinstance(module.weight, nn.Parameter):
-        return "its weight is computed at each call (spectral_norm, weight_norm)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "it has hooks, which would be lost"
-    return None
-
-
-def block_numbers(names: list[str]) -> dict[str, int]:
-    """The block l = 1..L of each layer, for beta(l): layers share a block if their names agree up to the last number.
-
-    ``blocks.3.attn.qkv`` and ``blocks.3.attn.proj`` share a block; a name without a number is a block of its own.
-    """
-    keys: dict[str, str] = {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        keys[name] = ".".join(parts[: numbers[-1] + 1]) if numbers else name
-    order = {key: i + 1 for i, key in enumerate(dict.fromkeys(keys.values()))}
-    return {name: order[key] for name, key in keys.items()}

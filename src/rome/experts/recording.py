@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from rome.errors import UserError
+from rome.experts.gated import Gated, Recorded, Sink
 from rome.experts.gating import Gates
-from rome.experts.mixture import MixtureLinear, Recorded
 
 
-def expert_layers(model: nn.Module) -> dict[str, MixtureLinear]:
+def expert_layers(model: nn.Module) -> dict[str, Gated]:
     """The adapted layers of a model by name, in the order of its modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
 
 
 class GateRecorder:
@@ -23,9 +23,13 @@ class GateRecorder:
     Gates keep their gradient history, so a loss on them trains the gates.
     """
 
-    def __init__(self, names: dict[MixtureLinear, str]) -> None:
-        self._names = names
-        self.records: list[Recorded] = []
+    def __init__(self, names: dict[Gated, str], sink: Sink) -> None:
+        self._names, self._sink = names, sink
+
+    @property
+    def records(self) -> list[Recorded]:
+        """Every record, in the order the layers ran."""
+        return self._sink.records
 
     @property
     def gates(self) -> dict[str, Gates]:
@@ -57,8 +61,12 @@ class GateRecorder:
 
 
 @contextmanager
-def record_gates(model: nn.Module) -> Iterator[GateRecorder]:
+def record_gates(model: nn.Module, *, detached: bool = False) -> Iterator[GateRecorder]:
     """Record the gates of every adapted layer inside the context; layers keep nothing afterwards.
+
+    Args:
+        detached: record gates computed from a detached input, so that a loss on them reaches the gates alone and not
+            the backbone before them.
 
     Raises:
         UserError: the model has no experts, or is being recorded already.
@@ -68,11 +76,11 @@ def record_gates(model: nn.Module) -> Iterator[GateRecorder]:
         raise UserError("this model has no experts, so no gates to record: call rome.add_experts(model) first")
     if any(layer.sink is not None for layer in layers.values()):
         raise UserError("the gates of this model are being recorded already: leave the other record_gates first")
-    recorder = GateRecorder({layer: name for name, layer in layers.items()})
+    sink = Sink(detached=detached)
     for layer in layers.values():
-        layer.sink = recorder.records
+        layer.sink = sink
     try:
-        yield recorder
+        yield GateRecorder({layer: name for name, layer in layers.items()}, sink)
     finally:
         for layer in layers.values():
             layer.sink = None

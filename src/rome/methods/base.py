@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.component import Component
 from rome.errors import UserError
-from rome.experts import Regularizer, record_gates
+from rome.experts import GateRecorder, Regularizer, record_gates
 from rome.optim import Optimizer
 from rome.randomness import Stream
 from rome.threats import Threat
@@ -134,7 +134,7 @@ def training_forward(
         cross-entropy per example (B',), correctness (B',), and the weighted regularizer (scalar) or None.
     """
     regularizer = setting.regularizer
-    with record_gates(setting.attacked) if regularizer is not None else nullcontext() as recorder:
+    with _recording(setting) as recorder:
         logits = setting.model(images).float()
     losses = F.cross_entropy(logits, y, reduction="none")
     correct = logits.detach().argmax(dim=1) == y
@@ -143,6 +143,12 @@ def training_forward(
     with torch.autocast(images.device.type, enabled=False):  # means of gates may differ by less than bf16 resolves
         penalty = regularizer.loss(list(recorder.complete()), labels, len(setting.threats))
     return losses, correct, regularizer.weight * penalty
+
+
+def _recording(setting: Setting) -> AbstractContextManager[GateRecorder | None]:
+    if setting.regularizer is None:
+        return nullcontext()
+    return record_gates(setting.attacked, detached=setting.regularizer.gradient == "gates")
 
 
 def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:

@@ -1,0 +1,86 @@
+"""What every layer with gated experts has: a gate, a projection for the diversification loss, and a place to record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from rome.experts.gating import GateModule, Gates, Layout, positions, select
+
+
+class Recorded(NamedTuple):
+    """One layer's gates in one forward pass; tokens that hold padding are left out."""
+
+    layer: Gated
+    gates: Gates
+
+
+@dataclass
+class Sink:
+    """Where layers put their gates while they are recorded."""
+
+    records: list[Recorded] = field(default_factory=list)
+    detached: bool = False
+    """Record gates computed anew from a detached input: a loss on them trains the gates and nothing before them."""
+
+
+class Gated(nn.Module):
+    """Base of the modules whose K experts are weighed by a gate. Subclasses call :meth:`equip` when they are made.
+
+    Attributes:
+        experts: K.
+        gate: turns scores into gate weights.
+        projection: Linear(K, K') of Eq. 7, or None.
+        layout: how the rows of the layer's input make up an image.
+        sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
+    """
+
+    experts: int
+    gate: GateModule
+    projection: nn.Linear | None
+    layout: Layout
+    sink: Sink | None
+    real: Tensor | None
+
+    def equip(
+        self, experts: int, gate: GateModule, layout: Layout, projection_dim: int, train_projection: bool
+    ) -> None:
+        """Set the attributes above.
+
+        Args:
+            projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
+            train_projection: learn that projection instead of keeping its random start.
+        """
+        self.experts, self.gate, self.layout, self.sink = experts, gate, layout, None
+        self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
+        if self.projection is not None:
+            self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
+            self.projection.weight.requires_grad_(train_projection)
+        self.register_buffer("real", positions(layout), persistent=False)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of its tensors that the model has without experts too."""
+        return ("weight", "bias")
+
+    def weigh(self, scores: Tensor, rescore: Callable[[], Tensor]) -> Gates:
+        """Gates for scores (B, T, R) of whole images, recorded if somebody asked.
+
+        Args:
+            rescore: computes the scores again from a detached input, for a sink that wants that.
+        """
+        gates: Gates = self.gate(scores)
+        if self.sink is not None:
+            seen = self.gate(rescore()) if self.sink.detached else gates
+            local = seen.local if seen.local is None else select(seen.local, self.real)
+            self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.whole)))
+        return gates
+
+
+def scale_groups(codes: Tensor, weights: Tensor) -> Tensor:
+    """Codes (..., K r), each group of r multiplied by its expert's weight (..., K)."""
+    grouped = codes.view(*codes.shape[:-1], weights.shape[-1], -1)
+    return (grouped * weights.to(codes.dtype).unsqueeze(-1)).flatten(-2)

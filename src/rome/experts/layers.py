@@ -1,0 +1,175 @@
+"""Which layers of a model hold experts, and how their input makes up an image. Nothing here changes a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from rome.errors import UserError
+from rome.experts.gated import Gated
+from rome.experts.gating import Layout
+
+KINDS = (nn.Linear, nn.Conv2d)
+"""What can be named in ``layers``. A pattern means the Linear layers it matches, or if there are none the others."""
+
+
+def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.Module]:
+    """The layers whose names match, in module order.
+
+    Args:
+        patterns: ends of names (``qkv``, ``attn.proj``) or patterns for ends (``blocks.*.mlp.fc?``). None picks the
+            paper's layers (5.1): the fused QKV and output projections of attention, class attention not among them;
+            in a model without those the 3x3 convolutions behind the stem.
+
+    Raises:
+        UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UserError("this model is compiled already: add the experts first, then compile")
+    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Gated))
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, KINDS) and not name.startswith(adapted)
+    }
+    chosen = _paper_layers(layers) if patterns is None else _named(layers, patterns)
+    names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in {id(m) for m in chosen.values()} and names.setdefault(id(module), name) != name:
+            raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
+    for name, module in chosen.items():
+        reason = _refusal(model, name, module)
+        if reason:
+            raise UserError(f"layer {name} cannot hold experts: {reason}. Leave it out of experts.layers.")
+    return chosen
+
+
+def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    linears = {name: module for name, module in layers.items() if isinstance(module, nn.Linear)}
+    attention: dict[str, nn.Module] = {
+        name: module
+        for name, module in linears.items()
+        if {f"{name.rpartition('.')[0]}.{leaf}" for leaf in ("qkv", "proj")} <= linears.keys()
+        and name.rpartition(".")[2] in ("qkv", "proj")
+    }
+    if attention:
+        return attention
+    convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+    behind_stem: dict[str, nn.Module] = {
+        name: module
+        for name, module in list(convolutions.items())[1:]
+        if module.kernel_size == (3, 3) and module.groups == 1
+    }
+    if not behind_stem:
+        raise UserError(
+            "this model has neither fused attention (qkv and proj) nor 3x3 convolutions, so its layers have to be "
+            f"named (experts.layers); it has layers ending in {_ends(layers)}"
+        )
+    return behind_stem
+
+
+def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in layers if matches_end(name, pattern)]
+        linear = [name for name in matches if isinstance(layers[name], nn.Linear)]
+        if not matches:
+            missing = [p for p in patterns if not any(matches_end(name, p) for name in layers)]
+            raise UserError(
+                f"no Linear or Conv2d layer matches {', '.join(map(repr, missing))}; this model has layers ending in "
+                f"{_ends(layers)}"
+            )
+        chosen |= set(linear or matches)
+    return {name: module for name, module in layers.items() if name in chosen}
+
+
+def _ends(layers: Mapping[str, nn.Module]) -> str:
+    ends = sorted({name.rpartition(".")[2] for name, module in layers.items() if type(module) in KINDS})
+    return ", ".join(ends) or "(no Linear or Conv2d layers at all)"
+
+
+def matches_end(name: str, pattern: str) -> bool:
+    """Whether a module's name, or its end from some dot on, matches a pattern."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+def ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around a module, the nearest first."""
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts)))]
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    if isinstance(module, Gated):
+        return "it has experts already"
+    if not name:
+        return "it is the model itself; put it into a module"
+    for parent in ancestors(model, name):
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            return f"{type(parent).__name__} reads its weight without calling it"
+    if type(module) not in KINDS:
+        base = "Conv2d" if isinstance(module, nn.Conv2d) else "Linear"
+        return f"it is a {type(module).__name__}, not a plain {base}"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed at each call (spectral_norm, weight_norm)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which would be lost"
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            return f"it is a convolution in {module.groups} groups"
+        if module.kernel_size[0] != module.kernel_size[1]:
+            return f"its kernel {module.kernel_size} is not square"
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            return f"its padding ({module.padding!r}, {module.padding_mode}) is not a number of zeros"
+    return None
+
+
+def layout_of(model: nn.Module, name: str) -> Layout:
+    """How the input of a layer makes up images: windows of windowed attention, class tokens before the patches.
+
+    Raises:
+        UserError: windowed attention whose windows cannot be told.
+    """
+    around = ancestors(model, name)
+    for inner, outer in pairwise(around):
+        if type(inner).__name__.startswith("WindowAttention"):
+            return _windows(outer, name)
+    counts: list[Any] = [getattr(parent, "num_prefix_tokens", None) for parent in around]
+    return Layout(prefix=next((count for count in counts if isinstance(count, int)), 0))
+
+
+def _windows(block: Any, name: str) -> Layout:
+    """The windows of a Swin block (timm): padded to whole windows, cut row by row; a cyclic shift moves none out."""
+    resolution, window = getattr(block, "input_resolution", None), getattr(block, "window_size", None)
+    if resolution is None or window is None or getattr(block, "dynamic_mask", False):
+        raise UserError(
+            f"layer {name} sees windows of an image and its block does not say how many, so a global gate cannot "
+            "average over the image. Leave it out of experts.layers."
+        )
+    (height, width), (rows, columns) = resolution, window
+    down, across = math.ceil(height / rows), math.ceil(width / columns)
+    inside = torch.zeros(down * rows, across * columns, dtype=torch.bool)
+    inside[:height, :width] = True
+    cut = inside.view(down, rows, across, columns).permute(0, 2, 1, 3).flatten()
+    real = () if bool(cut.all()) else tuple(cut.nonzero().flatten().tolist())
+    return Layout(windows=down * across, real=real)
+
+
+def block_numbers(names: list[str]) -> dict[str, int]:
+    """The block l = 1..L of each layer, for beta(l): layers share a block if their names agree up to the last number.
+
+    ``blocks.3.attn.qkv`` and ``blocks.3.attn.proj`` share a block; a name without a number is a block of its own.
+    """
+    keys: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        keys[name] = ".".join(parts[: numbers[-1] + 1]) if numbers else name
+    order = {key: i + 1 for i, key in enumerate(dict.fromkeys(keys.values()))}
+    return {name: order[key] for name, key in keys.items()}
