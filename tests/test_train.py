@@ -393,7 +393,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint_or_a_model(
         ({"model__args": {"embed_dim": 16, "num_heads": 0}}, "cannot be built"),
         ({"model__name": "vit_tinny"}, "unknown model"),
         ({"model__num_classes": 7}, "the data has 10 classes"),
-        ({"experts": {"layers": ["q_proj"]}}, "no Linear layer matches 'q_proj'"),
+        ({"experts": {"layers": ["q_proj"]}}, "no Linear or Conv2d layer matches 'q_proj'"),
         ({"data__train_limit": 5000}, "train_limit=5000 asks for more"),
     ],
 )
