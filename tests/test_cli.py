@@ -152,7 +152,7 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "epochs=[1"], "is not a valid value"),
         (["tiny.yaml", "attack.steps=-1"], "attack.steps: input should be greater than or equal to 0"),
         (["tiny.yaml", "attack=fgsm"], "unknown attack kind 'fgsm'"),
-        (["tiny.yaml", "experts.layers=[nothing]"], "no Linear layer matches 'nothing'"),
+        (["tiny.yaml", "experts.layers=[nothing]"], "no Linear or Conv2d layer matches 'nothing'"),
         (["tiny.yaml", "experts.rank=500"], "experts.rank 500 exceeds layer"),
         (["tiny.yaml", "batch_size=13"], "batch_size 13 exceeds the 12 training examples"),
         (["tiny.yaml", "model.name=vit_tiny_patch16_225"], "Did you mean 'vit_tiny_patch16_224'?"),
