@@ -538,3 +538,23 @@ def test_evaluation_needs_no_training_images(folder: Path, name: str) -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         ImageFolder.model_validate({"path": "x", **wrong})
+
+
+def test_a_list_of_classes_selects_folders_and_their_images_alone(folder: Path, tmp_path: Path) -> None:
+    everything = Data.of_kind("folder")(path=str(folder), size=16).open("train")
+    chosen = everything.classes[1:]
+    list_file = tmp_path / "classes.txt"
+    list_file.write_text("\n".join(reversed(chosen)))
+    some = Data.of_kind("folder")(path=str(folder), size=16, classes=str(list_file)).open("train")
+    assert some.classes == chosen
+    keep = everything.labels > 0
+    assert torch.equal(some.labels, everything.labels[keep] - 1)
+    x, _ = everything.first(len(everything))
+    assert torch.equal(some.first(len(some))[0], x[keep])
+
+
+def test_the_papers_imagenet_100_is_a_list_that_the_folders_must_have(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"imagenet100 names 100 class folders; .*train lacks 100 of them, such as n0"):
+        Data.of_kind("folder")(path=str(folder), classes="imagenet100").open("train")
+    with pytest.raises(UserError, match="neither imagenet100 nor a file"):
+        Data.of_kind("folder")(path=str(folder), classes=str(tmp_path / "none.txt")).open("train")

@@ -12,6 +12,7 @@ from rome.config import Config, parse
 from rome.device import pick_device
 from rome.errors import UserError
 from rome.evaluate import Report, Suite, evaluate
+from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
 from rome.runs import Run
 
@@ -23,12 +24,14 @@ def evaluate_saved(
     n: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    routing: Routing | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> tuple[Report, Path]:
     """Evaluate a run's folder, its ``last.pt``, or a ``model.safetensors`` on the test set of its config.
 
-    What is not given is the config's. The result goes to ``evaluation/SUITE-N`` beside the model.
+    What is not given is the config's. ``routing`` replaces the gates (:func:`rome.experts.set_routing`). The result
+    goes to ``evaluation/SUITE-N`` beside the model.
 
     Returns:
         The report and the folder it was saved in.
@@ -47,8 +50,10 @@ def evaluate_saved(
     if n is not None and n > len(split):
         raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
     x, y = split.first(min(wanted or len(split), len(split)))
+    routed = routing or settings.routing
+    set_routing(model, routed, seed=settings.seed)
     unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
-    name = f"{chosen.kind}-{len(x)}{unfinished}"
+    name = f"{chosen.kind}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{unfinished}"
     folder = Path(out) if out is not None else file.parent / "evaluation" / name
     place = pick_device(device or config.device)
     report = evaluate(
@@ -61,7 +66,12 @@ def evaluate_saved(
         seed=settings.seed,
         out=folder,
         overwrite=overwrite,
-        provenance={"config": config.dump(), "checkpoint": file.name, "checkpoint_sha256": file_hash(file)},
+        provenance={
+            "config": config.dump(),
+            "routing": routed,
+            "checkpoint": file.name,
+            "checkpoint_sha256": file_hash(file),
+        },
         progress=True,
     )
     return report, folder

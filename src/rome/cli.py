@@ -28,6 +28,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 
 
+class RoutingName(StrEnum):
+    """Gate weights at inference."""
+
+    learned = "learned"
+    random = "random"
+    inverse = "inverse"
+    none = "none"
+
+
 class Family(StrEnum):
     """What `rome list` can list."""
 
@@ -77,6 +86,9 @@ def evaluate(
     n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples at a time.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    routing: Annotated[
+        RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; in the run's folder if not given.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -85,7 +97,14 @@ def evaluate(
     from rome.assess import evaluate_saved
 
     report, folder = evaluate_saved(
-        target, suite=suite, n=n, batch_size=batch_size, device=device, out=out, overwrite=overwrite
+        target,
+        suite=suite,
+        n=n,
+        batch_size=batch_size,
+        device=device,
+        routing=None if routing is None else routing.value,
+        out=out,
+        overwrite=overwrite,
     )
     if as_json:
         print(json.dumps(report.to_json()))

@@ -22,7 +22,7 @@ from rome.component import Component, Settings
 from rome.data import Data
 from rome.errors import UserError, did_you_mean
 from rome.evaluate import Suite
-from rome.experts import Experts
+from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.optim import AdamW, Optimizer, Schedule
@@ -48,6 +48,8 @@ class Evaluation(Settings):
     """First n test examples; null for all."""
     batch_size: int = Field(default=250, ge=1)
     seed: int = 0
+    routing: Routing = "learned"
+    """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
 
 class Paper(Settings):

@@ -35,6 +35,9 @@ class ImageFolder(Data):
 
     kind = "folder"
     path: str = Field(min_length=1)
+    classes: str | None = None
+    """Use only some class folders: ``imagenet100`` for the paper's 100 of ImageNet-1K's (the list of Tian et al.'s CMC,
+    github.com/HobbitLong/CMC; other lists called ImageNet-100 differ), or a text file with one folder name a line."""
     size: int = Field(224, ge=1)
     crop_pct: Number = Field(0.875, gt=0, le=1)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
@@ -67,21 +70,23 @@ class ImageFolder(Data):
         except RuntimeError as error:
             raise UserError(f"{folder} has no images: {one_line(error)}") from None
         names = [file[len(str(folder)) + 1 :].split(os.sep) for file, _ in reader.samples]
-        classes = _class_folders(folder)
+        found = _class_folders(folder)
         for parts in names:
-            if len(parts) != 2 or parts[0] not in classes:
+            if len(parts) != 2 or parts[0] not in found:
                 raise UserError(f"{folder / Path(*parts)} is not in {folder}/CLASS/: move or remove it")
+        classes = self._wanted(folder, found)
         empty = sorted(classes - {parts[0] for parts in names})
         if empty:
             raise UserError(f"class folder {folder / empty[0]} has no images (.png, .jpg, .jpeg): fill or remove it")
-        if other is not None and (differing := classes ^ _class_folders(other)):
+        if other is not None and (differing := classes ^ self._wanted(other, _class_folders(other))):
             name = min(differing)
             here, there = (folder, other) if name in classes else (other, folder)
             raise UserError(
                 f"the classes of {folder} and {other} differ in {len(differing)}: {name} is in {here} and not in "
                 f"{there}; both need the same class folders"
             )
-        order = sorted(range(len(names)), key=lambda row: hashlib.sha256("/".join(names[row]).encode()).digest())
+        rows = [row for row, parts in enumerate(names) if parts[0] in classes]
+        order = sorted(rows, key=lambda row: hashlib.sha256("/".join(names[row]).encode()).digest())
         order = order[: self._count(split, len(order), folder)]
         number = {name: label for label, name in enumerate(sorted(classes))}
         common: dict[str, Any] = {
@@ -103,6 +108,21 @@ class ImageFolder(Data):
             plain=plain,
             augmented=augmented if self.augment else plain,
         )
+
+    def _wanted(self, folder: Path, found: set[str]) -> set[str]:
+        """The class folders to use among those found."""
+        if self.classes is None:
+            return found
+        built_in = Path(__file__).parent / f"{self.classes}.txt"
+        file = built_in if built_in.is_file() else Path(self.classes).expanduser()
+        if not file.is_file():
+            raise UserError(f"data.classes: {self.classes} is neither imagenet100 nor a file of class folder names")
+        wanted = set(file.read_text(encoding="utf-8").split())
+        missing = sorted(wanted - found)
+        if missing or not wanted:
+            what = f"lacks {len(missing)} of them, such as {missing[0]}" if missing else "needs at least one"
+            raise UserError(f"data.classes: {self.classes} names {len(wanted)} class folders; {folder} {what}")
+        return wanted
 
 
 class FolderSplit(Split):

@@ -10,6 +10,7 @@ from rome.experts.inject import Adapters, Experts, FeedForward, LowRank, add_exp
 from rome.experts.layers import block_numbers, find_layers, layout_of
 from rome.experts.mixture import AdapterLinear, MixtureLinear
 from rome.experts.recording import GateRecorder, expert_layers, record_gates
+from rome.experts.routing import Routing, set_routing
 
 __all__ = [
     "AdapterLinear",
@@ -34,6 +35,7 @@ __all__ = [
     "MixtureLinear",
     "Recorded",
     "Regularizer",
+    "Routing",
     "Uniform",
     "add_experts",
     "block_numbers",
@@ -41,4 +43,5 @@ __all__ = [
     "find_layers",
     "layout_of",
     "record_gates",
+    "set_routing",
 ]

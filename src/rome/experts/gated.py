@@ -35,6 +35,8 @@ class Gated(nn.Module):
         gate: turns scores into gate weights.
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
+        fixed_weights, inverted: weights (K,) instead of the gates, or the gates inverted; see
+            :func:`rome.experts.set_routing`.
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
     """
 
@@ -44,6 +46,8 @@ class Gated(nn.Module):
     layout: Layout
     sink: Sink | None
     real: Tensor | None
+    fixed_weights: Tensor | None
+    inverted: bool
 
     def equip(
         self, experts: int, gate: GateModule, layout: Layout, projection_dim: int, train_projection: bool
@@ -55,6 +59,7 @@ class Gated(nn.Module):
             train_projection: learn that projection instead of keeping its random start.
         """
         self.experts, self.gate, self.layout, self.sink = experts, gate, layout, None
+        self.fixed_weights, self.inverted = None, False
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
         if self.projection is not None:
             self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
@@ -77,6 +82,10 @@ class Gated(nn.Module):
             seen = self.gate(rescore()) if self.sink.detached else gates
             local = seen.local if seen.local is None else select(seen.local, self.real)
             self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.whole)))
+        if self.fixed_weights is not None:
+            return gates._replace(weights=self.fixed_weights.expand_as(gates.weights))
+        if self.inverted:
+            return gates._replace(weights=(1 - gates.weights) / (self.experts - 1))
         return gates
 
 

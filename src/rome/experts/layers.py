@@ -51,12 +51,11 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
 
 
 def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    linears = {name: module for name, module in layers.items() if isinstance(module, nn.Linear)}
-    attention: dict[str, nn.Module] = {
-        name: module
-        for name, module in linears.items()
-        if {f"{name.rpartition('.')[0]}.{leaf}" for leaf in ("qkv", "proj")} <= linears.keys()
-        and name.rpartition(".")[2] in ("qkv", "proj")
+    attention = {
+        name: layers[name]
+        for name in layers
+        if _leaf(name) in ("qkv", "proj")
+        and all(isinstance(layers.get(name.removesuffix(_leaf(name)) + leaf), nn.Linear) for leaf in ("qkv", "proj"))
     }
     if attention:
         return attention
@@ -89,8 +88,12 @@ def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[s
     return {name: module for name, module in layers.items() if name in chosen}
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _ends(layers: Mapping[str, nn.Module]) -> str:
-    ends = sorted({name.rpartition(".")[2] for name, module in layers.items() if type(module) in KINDS})
+    ends = sorted({_leaf(name) for name, module in layers.items() if type(module) in KINDS})
     return ", ".join(ends) or "(no Linear or Conv2d layers at all)"
 
 

@@ -1,0 +1,48 @@
+"""Other gates than the learned ones at inference: what the experts and their gates are worth (paper 5.4, Table 5)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rome.errors import UserError
+from rome.experts.gated import Gated
+from rome.experts.recording import expert_layers
+from rome.randomness import stream
+
+Routing = Literal["learned", "random", "inverse", "none"]
+
+
+def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Module:
+    """Replace the gate weights of every adapted layer by others, until the next call; in place.
+
+    ``inverse``: (1 - g) / (K - 1), the inverted weights scaled to sum to 1. ``random``: weights drawn once for each
+    layer and expert, uniform over the simplex and the same for every image and token, so that the model stays a
+    function of its input. ``none``: no experts at all. ``learned``: back to the gates. What is recorded are the
+    learned gates.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model has no experts, or one expert only and so no inverse.
+    """
+    layers = expert_layers(model)
+    if not layers and routing != "learned":
+        raise UserError(f"routing {routing} is for models with experts, and this one has none; leave it out")
+    for name, layer in layers.items():
+        layer.fixed_weights, layer.inverted = None, routing == "inverse"
+        if routing == "inverse" and layer.experts < 2:
+            raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")
+        if routing == "random":
+            drawn = -torch.log1p(-stream(seed, f"routing:{name}").uniform((layer.experts,)))
+            layer.fixed_weights = _like(layer, drawn / drawn.sum())
+        if routing == "none":
+            layer.fixed_weights = _like(layer, torch.zeros(layer.experts))
+    return model
+
+
+def _like(layer: Gated, weights: torch.Tensor) -> torch.Tensor:
+    return weights.to(next(layer.parameters()))
