@@ -1,7 +1,7 @@
 """One YAML file and ``key=value`` overrides become a validated, frozen config.
 
 A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
-names another ``kind`` replaces the parent's whole. Every mistake is reported at once, with file, line and nearest name.
+names another ``kind`` replaces the parent's whole, as ``paper`` always does. Every mistake is reported at once, with file, line and nearest name.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         return change
     merged = dict(base)
     for key, value in change.items():
-        old = merged.get(key)
+        old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
         if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
         merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
