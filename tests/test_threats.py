@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, LpBall, PerExample, Threat, budgets
+from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 
 ORD = {"L1": 1, "L2": 2, "Linf": float("inf")}
 EPS = {"L1": 12.0, "L2": 0.5, "Linf": 8 / 255}
@@ -122,3 +122,14 @@ def test_repeated_puts_every_example_under_every_threat() -> None:
     mixed = PerExample.repeated(CIFAR10, 2)
     assert mixed.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert mixed.threats == tuple(CIFAR10)
+
+
+def test_any_image_allows_the_box_and_nothing_else() -> None:
+    threat = AnyImage(label="fog")
+    x = torch.full((3, 1, 2, 2), 0.5)
+    moved = x.clone()
+    moved[0], moved[1, 0, 0, 0], moved[2, 0, 0, 0] = 1.0, 1.1, torch.nan
+    assert threat.name == "fog"
+    assert threat.contains(moved, x).tolist() == [True, False, False]
+    assert threat.contains(threat.project(moved[:2], x[:2]), x[:2]).all()
+    assert threat.size(moved[:2], x[:2]).tolist() == pytest.approx([0.5, 0.6])

@@ -1,7 +1,8 @@
 """One YAML file and ``key=value`` overrides become a validated, frozen config.
 
 A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
-names another ``kind`` replaces the parent's whole, as ``paper`` always does. Every mistake is reported at once, with file, line and nearest name.
+names another ``kind`` replaces the parent's whole, as ``paper`` always does. Every mistake is reported at once, with
+file, line and nearest name.
 """
 
 from __future__ import annotations

@@ -33,6 +33,14 @@ class Stream:
         draw = torch.rand((rows * self.world, *shape[1:]), generator=self.generator, device=self.generator.device)
         return draw[self.rank * rows : (self.rank + 1) * rows].to(device, non_blocking=True)
 
+    def by_image(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """U[0, 1) of shape (B, *shape), where each example's numbers depend on this stream's seed and on the image
+        itself alone: neither its batch mates nor its place among them change them. Equal images get equal numbers."""
+        seed = self.generator.initial_seed()
+        seeds = [derive_seed(seed, hashlib.sha256(image.numpy().tobytes()).hexdigest()) for image in x.detach().cpu()]
+        draws = [torch.rand(shape, generator=torch.Generator().manual_seed(own)) for own in seeds]
+        return torch.stack(draws).to(x.device, non_blocking=True) if draws else x.new_empty((0, *shape))
+
     def permutation(self, n: int) -> Tensor:
         """A random order of 0..n-1, the same in every process; int64 (n,) on the CPU."""
         return torch.randperm(n, generator=self.generator, device=self.generator.device).cpu()

@@ -107,6 +107,31 @@ class Unperturbed(LpBall):
         return "clean"
 
 
+class AnyImage(Threat):
+    """Every image in [0,1]: for attacks that bound their perturbation by a measure of their own (fog, a patch, a flow).
+
+    Such an attack owns its bound and checks it; what is checked here is the box.
+    """
+
+    kind = "any-image"
+    label: str = "any-image"
+    """The name of the column."""
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return x_adv.clamp(0, 1)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Largest change of a pixel: (B,)."""
+        return (x_adv - x).abs().flatten(1).amax(dim=1)
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+
+
 class Budgets(tuple[LpBall, ...]):
     """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
 

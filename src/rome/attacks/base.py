@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,8 @@ class Attack(Component):
     """Searches inside a threat for images that raise the model's loss."""
 
     default_kind = "pgd"
+    draws_by_image: ClassVar[bool] = False
+    """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
 
     def __call__(
         self,
@@ -177,7 +179,7 @@ class Attack(Component):
             groups.append(Group(member, slice(start, start + len(where)), self.steps_for(member)))
         if not groups:
             return Found(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x[:, 0, 0, 0]))
-        noise = source.uniform(x.shape, x.device) if self.uses_noise else x
+        noise = self._noise(x, source)
         order = torch.cat([where for _, where in members])
         sort = order.to(x.device, non_blocking=True)
         if len(groups) > 1:
@@ -193,6 +195,17 @@ class Attack(Component):
             return found
         unsort = torch.argsort(order).to(x.device, non_blocking=True)
         return Found(*(part[unsort] for part in found))
+
+    def _noise(self, x: Tensor, source: Stream) -> Tensor:
+        if not self.uses_noise:
+            return x
+        if self.draws_by_image:
+            return source.by_image(x, self.noise_shape(x.shape[1:]))
+        return source.uniform(x.shape, x.device)
+
+    def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
+        """Shape of the random numbers of one example, for attacks that draw by image."""
+        return tuple(image)
 
     @property
     def uses_noise(self) -> bool:
@@ -213,7 +226,7 @@ class Attack(Component):
 
         Args:
             groups: contiguous slices that cover the batch, the most steps first.
-            noise: U[0, 1) of the shape of ``x``, for random starts.
+            noise: U[0, 1) of the shape of ``x``, or (B, *noise_shape) if drawn by image, for random starts.
 
         Returns:
             What it found; ``loss=UNSEEN`` if it did not look at its result.
