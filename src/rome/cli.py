@@ -1,10 +1,12 @@
-"""The command line: demo, train, evaluate, report, cost, list."""
+"""The command line: demo, train, evaluate, sweep, report, cost, list."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,6 +118,29 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=a,b,c]...", help="YAML files, then axes.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and sweep.csv.")] = Path("runs/sweep"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+) -> None:
+    """Train and evaluate every combination of configs and values, one after the other; goes on where it was stopped."""
+    from rome import sweep as grid
+
+    files = [Path(text) for text in configs if "=" not in text]
+    if not files:
+        raise UserError("name at least one config, such as experiments/digits/random.yaml seed=0,1,2")
+    chosen = grid.points(files, [text for text in configs if "=" in text], out)
+    failed = grid.sweep(chosen, jobs=jobs)
+    rows = grid.gather_rows(chosen)
+    if rows:
+        grid.show_rows(rows)
+        _say(f"saved in {grid.save_rows(rows, out)}")
+    if failed:
+        told = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{told}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs to set side by side.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
@@ -191,8 +216,15 @@ def _say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit codes: 0 done, 2 a mistake the message explains, 130 or 143 stopped by a signal."""
-    try:
+    with exiting():
         app(arguments, prog_name="rome")
+
+
+@contextmanager
+def exiting() -> Iterator[None]:
+    """Turn what ends a command into one line and its exit code."""
+    try:
+        yield
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)

@@ -75,7 +75,7 @@ class Run:
                 f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
-            self._same(config)
+            self.check_same(config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -130,7 +130,8 @@ class Run:
                 continue
         return lines
 
-    def _same(self, config: Config) -> None:
+    def check_same(self, config: Config) -> None:
+        """Raise UserError unless the folder's run was started with these settings, but for what changes no result."""
         old, new = flatten(self.config.dump()), flatten(config.dump())
         changed = [
             f"{key} was {old.get(key)!r}, now {new.get(key)!r}"

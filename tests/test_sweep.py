@@ -1,0 +1,112 @@
+"""Grids of runs: which runs, what is skipped, how seeds are joined, and one real grid."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from rome.cli import main
+from rome.errors import UserError
+from rome.sweep import gather_rows, points, save_rows, sweep
+
+CONFIG = """
+data: {kind: digits, train_limit: 64, test_limit: 40}
+threats: digits
+model: {name: vit_tiny_patch16_224, img_size: 8, patch_size: 2, args: {embed_dim: 8, depth: 1, num_heads: 2}}
+epochs: 1
+batch_size: 32
+attack: {kind: pgd, steps: 1}
+evaluation: {suite: {kind: apgd, iterations: 5}, n: 10, batch_size: 10}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    return file
+
+
+def test_every_combination_is_one_run_in_a_folder_of_its_own(config: Path, tmp_path: Path) -> None:
+    found = points([config], ["seed=0,1", "epochs=2,3", "method=max"], tmp_path)
+    assert [(p.config.seed, p.config.epochs, p.config.method.kind) for p in found] == [
+        (0, 2, "max"), (0, 3, "max"), (1, 2, "max"), (1, 3, "max"),
+    ]  # fmt: skip
+    assert [p.folder.name for p in found] == [f"tiny-seed={s}-epochs={e}" for s in (0, 1) for e in (2, 3)]
+    assert {p.row for p in found} == {"tiny epochs=2 method=max", "tiny epochs=3 method=max"}
+
+
+def test_commas_inside_brackets_belong_to_the_value(config: Path, tmp_path: Path) -> None:
+    found = points([config], ["attack={kind: pgd, steps: 2},{kind: apgd, steps: 3}"], tmp_path)
+    assert [p.config.attack.kind for p in found] == ["pgd", "apgd"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["seed"], "write key=a,b,c"),
+        (["seed=0,,1"], "write key=a,b,c"),
+        (["seed=0", "seed=1"], "are not distinct"),
+        (["epochs=1,0"], r"override 'epochs=0'.*epochs"),
+        (["seeds=1"], "unknown key. Did you mean 'seed'"),
+    ],
+)
+def test_a_mistake_in_an_axis_is_said_before_anything_runs(
+    config: Path, tmp_path: Path, axes: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        points([config], axes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_of_one_name_are_refused(config: Path, tmp_path: Path) -> None:
+    other = tmp_path / "more" / "tiny.yaml"
+    other.parent.mkdir()
+    other.write_text(CONFIG)
+    with pytest.raises(UserError, match=r"out/tiny would be more than one run; give the configs different names"):
+        points([config, other], [], tmp_path / "out")
+
+
+def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["sweep", str(config), "seed=0,1", "--out", str(out), "--jobs", "2"]
+    main(arguments)
+    told = capsys.readouterr()
+    assert "tiny" in told.out
+    with open(out / "sweep.csv", newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [record["seed"] for record in records] == ["0", "1"]
+    (row,) = gather_rows(points([config], ["seed=0,1"], out))
+    for column, values in row.values.items():
+        assert values == [float(record[column]) for record in records]
+        assert row.mean(column) == statistics.fmean(values)
+        assert row.deviation(column) == statistics.stdev(values)
+    assert json.loads((out / "sweep.json").read_text())[0]["run"] == "tiny"
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
+    assert len(before) == 2
+    main(arguments)
+    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
+    with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
+        sweep(points([config], ["seed=0,1", "epochs=2"], out))
+
+
+def test_a_run_that_fails_is_named_and_leaves_the_others_alone(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(config), "model.name=nope,vit_tiny_patch16_224", "--out", str(out), "--jobs", "2"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert "1 of 2 runs failed" in told.err
+    assert "unknown model 'nope'" in told.err
+    rows = gather_rows(points([config], ["model.name=nope,vit_tiny_patch16_224"], out))
+    assert [row.name for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]
+    assert save_rows(rows, out).is_file()
