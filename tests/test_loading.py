@@ -124,6 +124,9 @@ def test_a_plain_module_takes_a_checkpoint_too(save: Callable[..., Path]) -> Non
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     load_weights(target, save({"state_dict": prefixed(copied(source), "module.")}))
     assert same(copied(target), copied(source))
+    target.register_buffer("mean", torch.zeros(1))
+    with pytest.raises(UserError, match="mean is missing in the file"):
+        load_weights(target, save(copied(source)))
 
 
 def test_half_precision_becomes_the_models(theirs: dict[str, Tensor], save: Callable[..., Path]) -> None:

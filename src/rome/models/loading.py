@@ -63,7 +63,8 @@ def load_weights(model: nn.Module, source: str | Path, *, drop_head: bool = Fals
         expected = own
         tensors = {name: tensor for name, tensor in tensors.items() if name in own or not _within_a_layer(name, own)}
     else:
-        expected = {name for name in own if name not in ("mean", "std") and not name.endswith("num_batches_tracked")}
+        inside = _backbone(model)[1]
+        expected = {n for n in own if n.startswith(inside) and not n.endswith("num_batches_tracked")}
         tensors = _as_ours(tensors, model)
     head = tuple(f"{name}." for name in head_names(model))
     if drop_head:
