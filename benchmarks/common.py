@@ -6,7 +6,6 @@ import argparse
 import copy
 import datetime
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -82,25 +81,13 @@ def make_model(name: str, device: torch.device, seed: int = 0) -> nn.Module:
     In evaluation mode.
     """
     torch.manual_seed(seed)
+    model: nn.Module
     if name == "resnet18":
-        model = _resnet18()
+        model = create_model("resnet_18", num_classes=10, weights="pyautoattack").backbone  # needs no normalisation
     else:
         kind, settings = TIMM[name]
         model = create_model(kind, num_classes=10, img_size=32, **settings)
     return model.to(device).eval()
-
-
-def _resnet18() -> nn.Module:
-    found = importlib.util.find_spec("pyautoattack")
-    assert found is not None and found.origin is not None  # noqa: PT018
-    folder = Path(found.origin).parent / "examples"
-    spec = importlib.util.spec_from_file_location("pyautoattack_resnet", folder / "resnet.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model: nn.Module = module.ResNet18()
-    model.load_state_dict(torch.load(folder / "model_test.pt", map_location="cpu", weights_only=True))
-    return model
 
 
 @functools.lru_cache(maxsize=4)

@@ -84,7 +84,7 @@ def test_help_names_every_command(rome: Any) -> None:
         ("train", ["config", "key=value", "--out", "--resume", "--overwrite", "torchrun"]),
         ("evaluate", ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack"]),
         ("report", ["runs", "--out", "report.html"]),
-        ("cost", ["config", "--no-timing", "--repeats", "--json"]),
+        ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
     ],
 )
@@ -120,6 +120,11 @@ def test_models_are_listed_by_pattern(rome: Any) -> None:
     assert "vit_tiny_patch16_224" in ended.out
     assert all(line.startswith("vit_tiny_patch16_") for line in ended.out.splitlines())
     assert rome("list", "models", "no-such-*").code == 2
+    both = rome("list", "models", "*resnet*18*").out
+    lines = [line for line in both.splitlines() if not line.startswith(" ")]
+    assert lines[0].startswith("preact_resnet_18"), "own models come first"
+    assert "own: Pre-activation ResNet-18" in plain(both)
+    assert [line.split()[1] for line in lines if line.split()[0] == "resnet18"] == ["timm"]
 
 
 @pytest.mark.parametrize("arguments", [["list", "nothing"], ["trian"], ["train"], ["evaluate", "x", "--n", "0"], []])
@@ -166,6 +171,9 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "model.weights=nowhere.safetensors"], "there is no model at nowhere.safetensors"),
         (["tiny.yaml", "model.weights=other.safetensors"], "does not fit the model"),
         (["tiny.yaml", "model.weights=tiny.yaml"], "is not a readable safetensors file"),
+        (["tiny.yaml", "model.weights=nowhere.pt"], "there is no checkpoint at nowhere.pt"),
+        (["tiny.yaml", "model.weights=words.pt"], "words.pt is not a checkpoint of torch.save; copy it again"),
+        (["tiny.yaml", "model.drop_head=true"], "model.drop_head drops the last layer of model.weights"),
         (["tiny.yaml", "data={kind: cifar10, path: nowhere}"], "nowhere is not a folder"),
         (["tiny.yaml", "data={kind: folder, path: nowhere}"], "nowhere is not a folder"),
         (["tiny.yaml", "imports=[no_such_module]"], "no_such_module cannot be imported"),
@@ -180,6 +188,7 @@ def test_a_mistake_ends_train_with_2_and_a_reason(
     arguments: list[str], message: str, config: Path, rome: Any, tmp_path: Path
 ) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "words.pt").write_text("words")
     before = config.read_bytes()
     ended = rome("train", *arguments)
     assert (ended.code, ended.out) == (2, "")
@@ -303,6 +312,20 @@ def test_cost_json_is_one_object(config: Path, rome: Any) -> None:
     table = rome("cost", config, "--no-timing")
     assert table.code == 0
     assert "arameters" in table.out
+
+
+def test_cost_layers_says_which_layers_get_experts(config: Path, rome: Any) -> None:
+    ended = rome("cost", config, "--layers", "--json")
+    assert (ended.code, ended.out.count("\n")) == (0, 1)
+    facts = json.loads(ended.out)
+    assert {row["name"].rpartition(".")[2] for row in facts["layers"]} == {"qkv", "proj"}
+    table = rome("cost", config, "--layers", "model.args.depth=3").out
+    assert re.search(r"backbone\.blocks\.1\.attn\.qkv +Linear +16 -> 48 +2 +0\.339 +\d", table)
+    assert "with experts: 6 of 14 layers, blocks up to 3; " in table
+    assert "without experts: 3 x backbone.blocks.*.mlp.fc1 (Linear 16 -> 64)\n" in table
+    assert "without experts: backbone.patch_embed.proj (Conv2d 1 -> 16 4x4)\n" in table
+    assert "with experts: none" in rome("cost", config, "--layers", "experts=null").out
+    assert "no Linear layer matches 'fc9'" in rome("cost", config, "--layers", "experts.layers=[fc9]").err
 
 
 def test_a_mistake_ends_cost_with_2(config: Path, rome: Any) -> None:

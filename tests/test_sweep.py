@@ -31,6 +31,13 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
+def code(arguments: list[str]) -> object:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
 def test_every_combination_is_one_run_in_a_folder_of_its_own(config: Path, tmp_path: Path) -> None:
     found = points([config], ["seed=0,1", "epochs=2,3", "method=max"], tmp_path)
     assert [(p.config.seed, p.config.epochs, p.config.method.kind) for p in found] == [
@@ -76,7 +83,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = ["sweep", str(config), "seed=0,1", "--out", str(out), "--jobs", "2"]
-    main(arguments)
+    assert code(arguments) == 0
     told = capsys.readouterr()
     assert "tiny" in told.out
     with open(out / "sweep.csv", newline="") as file:
@@ -90,7 +97,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert json.loads((out / "sweep.json").read_text())[0]["run"] == "tiny"
     before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
     assert len(before) == 2
-    main(arguments)
+    assert code(arguments) == 0
     assert "2 of 2 runs are finished already" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
@@ -101,12 +108,11 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as stopped:
-        main(["sweep", str(config), "model.name=nope,vit_tiny_patch16_224", "--out", str(out), "--jobs", "2"])
-    assert stopped.value.code == 2
+    axis = "model.name=nope,vit_tiny_patch16_224"
+    assert code(["sweep", str(config), axis, "--out", str(out), "--jobs", "2"]) == 2
     told = capsys.readouterr()
     assert "1 of 2 runs failed" in told.err
     assert "unknown model 'nope'" in told.err
-    rows = gather_rows(points([config], ["model.name=nope,vit_tiny_patch16_224"], out))
+    rows = gather_rows(points([config], [axis], out))
     assert [row.name for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]
     assert save_rows(rows, out).is_file()

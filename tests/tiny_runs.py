@@ -209,7 +209,7 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
 
 def _arm(at: Moment) -> None:
     """Make this process send itself a signal at that moment."""
-    import rome.models
+    import rome.models.files
 
     loop = sys.modules["rome.train"]._Loop  # the name rome.train is the function
     calls = 0
@@ -245,11 +245,11 @@ def _arm(at: Moment) -> None:
         torch.save = half
     else:
         assert at.place == "model"
-        save_file = rome.models.save_file
+        save_file = rome.models.files.save_file
 
         def saved(*arguments: Any) -> None:
             save_file(*arguments)
             if reached():
                 strike()
 
-        rome.models.save_file = saved
+        rome.models.files.save_file = saved

@@ -94,7 +94,7 @@ def _from_checkpoint(file: Path) -> tuple[torch.nn.Module, Config]:
     state: dict[str, Any] = run.load_checkpoint()
     config = run.config
     split = config.data.open("test")
-    untrained = config.model.model_copy(update={"pretrained": False, "weights": None})  # the checkpoint has all weights
+    untrained = config.model.untrained()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     model.load_state_dict(state["model"])
     print(f"{file} is an unfinished run, after {state['epoch']} epochs", file=sys.stderr)

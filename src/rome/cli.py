@@ -157,12 +157,18 @@ def cost(
     overrides: Overrides = None,
     timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
+    layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of a config (paper Table 6)."""
     from rome.config import load
     from rome.cost import measure
+    from rome.plan import plan, show_plan
 
+    if layers:
+        found = plan(load(config, overrides or ()))
+        print(json.dumps(found)) if as_json else show_plan(found)
+        return
     facts = measure(load(config, overrides or ()), repeats=repeats, timing=timing)
     if as_json:
         print(json.dumps(facts))
@@ -190,12 +196,18 @@ def list_(
 
 def _listing(family: Family, pattern: str) -> list[tuple[str, str]]:
     if family is Family.models:
+        from fnmatch import filter as matching
+
         import timm
 
+        from rome.backbones import BACKBONES
+        from rome.component import summary
+
+        own = [(name, f"own: {summary(BACKBONES[name])}") for name in matching(BACKBONES, pattern)]
         names = timm.list_models(pattern)
-        if not names:
-            raise UserError(f"no timm model matches {pattern!r}; try 'vit_*' or '*tiny*'")
-        return [(name, "timm") for name in names]
+        if not own and not names:
+            raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
+        return [*own, *((name, "timm") for name in names)]
     if family is Family.experiments:
         from rome.experiments import listing
 

@@ -38,6 +38,11 @@ Number = Annotated[float, BeforeValidator(_number)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
+def summary(documented: object) -> str:
+    """The first paragraph of a docstring in one line."""
+    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+
+
 class Component(Settings):
     """Base of everything a config names by ``kind``. A direct subclass opens a family (``Attack``); the classes
     below it that set ``kind`` are its members."""
@@ -82,7 +87,7 @@ class Component(Settings):
     @classmethod
     def summary(cls) -> str:
         """The first sentence of the docstring, for listings."""
-        return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+        return summary(cls)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

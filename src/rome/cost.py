@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rome.config import Config
 from rome.device import pick_device
-from rome.experts import expert_layers
+from rome.experts import Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model
 from rome.randomness import stream
@@ -20,17 +20,16 @@ from rome.randomness import stream
 
 def parameters(model: nn.Module) -> dict[str, int]:
     """Counts: all, trainable, and what the experts add (frozen projections counted, as in the paper)."""
-    added = sum(
-        parameter.numel()
-        for layer in expert_layers(model).values()
-        for name, parameter in layer.named_parameters()
-        if name not in layer.shared
-    )
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "experts": added,
+        "experts": sum(map(added, expert_layers(model).values())),
     }
+
+
+def added(layer: Gated) -> int:
+    """Parameters of an adapted layer that the model does not have without experts."""
+    return sum(parameter.numel() for name, parameter in layer.named_parameters() if name not in layer.shared)
 
 
 def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -64,9 +63,7 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
     """
     shape, classes = config.data.form()
     torch.manual_seed(config.seed)
-    # the cost does not depend on the weights
-    untrained = config.model.model_copy(update={"pretrained": False, "weights": None})
-    model = build_model(untrained, config.experts, classes=classes, shape=shape)
+    model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
     facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
     if timing:
         device = pick_device(config.device)

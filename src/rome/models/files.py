@@ -1,0 +1,121 @@
+"""Saving models and experts, and loading them again: safetensors, with how they were built in the metadata."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rome.errors import UserError, first_line
+from rome.experts import Experts, expert_layers
+from rome.models.building import create_model
+from rome.models.loading import fit, read_tensors
+
+
+def save_model(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
+    """Write all weights as safetensors, with the config inside its metadata; replaces the file in one step."""
+    _write(dict(model.state_dict()), path, _metadata("model", model, config))
+
+
+def save_experts(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
+    """Write only what the experts add (A, B, gates, projections) as safetensors, with their settings as metadata."""
+    _write(_expert_state(model), path, _metadata("experts", model, config))
+
+
+def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
+    """Read experts saved by :func:`save_experts` into a model; a model without experts gets them first.
+
+    Raises:
+        UserError: not such a file, or it does not fit the model (the message names the tensors).
+    """
+    metadata, tensors = read_tensors(path)
+    if metadata.get("format") not in (None, "experts"):
+        raise UserError(f"{path} holds a whole model, not experts alone; use rome.load_model(path, model)")
+    target = model
+    if not expert_layers(model):
+        if not metadata.get("experts"):
+            raise UserError(f"{path} does not say which experts it holds; call rome.add_experts(model, ...) first")
+        target = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+    fit(target, tensors, expected=set(_expert_state(target)), path=path)
+    if target is not model:
+        _experts(metadata["experts"], path).inject(model)
+        fit(model, tensors, expected=set(_expert_state(model)), path=path)
+    return model
+
+
+def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A model from a file saved by :func:`save_model`, in evaluation mode.
+
+    Args:
+        path: the file, or a run's folder.
+        model: your own module to load into; None builds the model from the config in the file.
+
+    Raises:
+        UserError: not such a file, or it does not fit.
+    """
+    metadata, tensors = read_tensors(path)
+    if metadata.get("format") == "experts":
+        raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
+    if model is None:
+        if not metadata.get("model"):
+            raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
+        model = create_model(**metadata["model"])
+    if metadata.get("experts") and not expert_layers(model):
+        trial = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+        fit(trial, tensors, expected=set(trial.state_dict()), path=path)
+        _experts(metadata["experts"], path).inject(model)
+    fit(model, tensors, expected=set(model.state_dict()), path=path)
+    return model.eval()
+
+
+def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
+    from rome import __version__  # late: rome imports this module
+
+    recipe = getattr(model, "recipe", None)
+    try:
+        json.dumps(recipe)
+    except TypeError:  # an argument such as act_layer=nn.GELU: such a model has to be built by its owner
+        recipe = None
+    return {
+        "format": kind,
+        "version": __version__,
+        "model": recipe,
+        "experts": getattr(model, "experts_settings", None),
+        "config": config,
+    }
+
+
+def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    own = {
+        name: tensor.detach().clone().contiguous() for name, tensor in state.items()
+    }  # tied weights are written twice
+    save_file(own, partial, {"rome": json.dumps(metadata)})
+    os.replace(partial, file)
+
+
+def _expert_state(model: nn.Module) -> dict[str, Tensor]:
+    layers = expert_layers(model)
+    if not layers:
+        raise UserError("this model has no experts to save or load: call rome.add_experts(model) first")
+    return {
+        f"{name}.{key}": value
+        for name, layer in layers.items()
+        for key, value in layer.state_dict().items()
+        if key not in layer.shared
+    }
+
+
+def _experts(settings: dict[str, Any], path: str | Path) -> Experts:
+    plain = dict(settings)
+    try:
+        return Experts.of_kind(plain.pop("kind")).model_validate(plain)
+    except Exception as error:
+        raise UserError(f"{path} holds experts this version cannot build: {first_line(error)}") from error

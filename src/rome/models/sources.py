@@ -1,0 +1,123 @@
+"""Where a backbone comes from: timm, :mod:`rome.backbones`, a function of yours, RobustBench."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from rome.backbones import BACKBONES, IDENTITY, Normalization
+from rome.errors import UserError, did_you_mean, first_line
+
+ROBUSTBENCH = "robustbench:"
+CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
+"""RobustBench's data sets."""
+THREATS = ("Linf", "L2", "corruptions", "corruptions_3d")
+"""RobustBench's threat models."""
+
+
+def make_backbone(
+    name: str, *, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
+) -> nn.Module:
+    """The module a model's name stands for; see :func:`rome.create_model`.
+
+    Raises:
+        UserError: an unknown name, or weights that cannot be had.
+        Exception: whatever the builder raises on arguments it does not take.
+    """
+    if name.startswith(ROBUSTBENCH):
+        return robustbench_model(name.removeprefix(ROBUSTBENCH), num_classes=num_classes, **options)
+    ours = ":" in name or name in BACKBONES
+    if ours and pretrained:
+        raise UserError(f"model.pretrained is for timm's models, not {name}; name a file in model.weights")
+    if ":" in name:
+        return _own_function(name)(num_classes=num_classes, **options)
+    if ours:
+        return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*BACKBONES, *timm.list_models()], n=8, cutoff=0.5)
+        hint = did_you_mean(name, near) if near else " `rome list models` (timm.list_models()) names all."
+        raise UserError(f"unknown model {name!r}.{hint}")
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
+
+
+def expected_normalization(backbone: nn.Module) -> Normalization:
+    """What a backbone's input is to be normalised with: its ``normalization``, timm's ``pretrained_cfg``, or 0.5."""
+    known = getattr(backbone, "normalization", None)
+    if known is not None:
+        return Normalization(*known)
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    return Normalization(tuple(config.get("mean", (0.5,))), tuple(config.get("std", (0.5,))))
+
+
+def robustbench_model(
+    name: str, *, num_classes: int, dataset: str = "cifar10", threat_model: str = "Linf", model_dir: str = "models"
+) -> nn.Module:
+    """A model of RobustBench's zoo with its weights, which normalises inside (Croce et al. 2021, arXiv:2010.09670).
+
+    Args:
+        name: as in its leaderboard, such as ``Gowal2020Uncovering_28_10_extra``.
+        num_classes: must be the data set's.
+        dataset: ``cifar10``, ``cifar100`` or ``imagenet``.
+        threat_model: ``Linf``, ``L2``, ``corruptions`` or ``corruptions_3d``.
+        model_dir: where RobustBench keeps what it downloads: ``model_dir/cifar10/Linf/NAME.pt``.
+
+    Raises:
+        UserError: the package is missing, it knows no such model, or the weights cannot be had.
+    """
+    for key, value, valid in (("dataset", dataset, CLASSES), ("threat_model", threat_model, THREATS)):
+        if value not in valid:
+            raise UserError(f"RobustBench has no {key} {value!r}.{did_you_mean(value, valid)}")
+    if num_classes != CLASSES[dataset]:
+        raise UserError(
+            f"RobustBench's {name} has {dataset}'s {CLASSES[dataset]} classes, not {num_classes}; to start from it "
+            "all the same, name its architecture as the model, its file in model.weights, and set model.drop_head=true"
+        )
+    try:
+        from robustbench.utils import load_model
+    except ImportError as error:
+        raise UserError(
+            f"models named robustbench:... need the package robustbench ({first_line(error)}): "
+            'pip install git+https://github.com/RobustBench/robustbench "setuptools<81" '
+            "(the release on PyPI wants an older timm)"
+        ) from error
+    try:
+        with redirect_stdout(sys.stderr):  # it reports downloads there
+            model: nn.Module = load_model(
+                model_name=name, dataset=dataset, threat_model=threat_model, model_dir=model_dir
+            )
+    except KeyError as error:
+        raise UserError(
+            f"RobustBench has no model {first_line(error)} for {dataset} and {threat_model}; "
+            "its names are listed at https://robustbench.github.io"
+        ) from error
+    except Exception as error:  # downloads fail in many ways: no network, quotas, a page instead of a file
+        raise UserError(
+            f"RobustBench cannot load {name}: {first_line(error)}; its file belongs at "
+            f"{Path(model_dir) / dataset / threat_model / name}.pt"
+        ) from error
+    object.__setattr__(model, "normalization", IDENTITY)
+    return model
+
+
+def _own_function(name: str) -> Any:
+    place, _, function = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, function)
+    except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
+        raise UserError(f"model {name!r} cannot be imported: {first_line(error)}") from error

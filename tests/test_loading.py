@@ -1,0 +1,441 @@
+"""Weights of others: usual wrappings are understood, nothing is executed, what does not fit is counted and named."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.layers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import rome
+from rome.errors import UserError
+from rome.models import ModelSettings, build_model, create_model, load_model, load_weights, save_experts, save_model
+from rome.models.loading import head_names
+
+TINY = {"depth": 10, "width": 1}
+
+
+def tiny(seed: int = 0, **changes: Any) -> rome.models.Classifier:
+    torch.manual_seed(seed)
+    return create_model("wide_resnet", **({"num_classes": 10} | TINY | changes))
+
+
+def vit(seed: int = 0, **changes: Any) -> rome.models.Classifier:
+    torch.manual_seed(seed)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 10}
+    return create_model("vit_tiny_patch16_224", **(sizes | changes))
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def theirs() -> dict[str, Tensor]:
+    """The state dict that somebody else would save: of the backbone alone."""
+    return copied(tiny(seed=1).backbone)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Any], Path]:
+    """Write something with torch.save."""
+
+    def write(held: Any, name: str = "theirs.pt") -> Path:
+        torch.save(held, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+# What is understood
+
+
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model", "model_state_dict", "net", "model+state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "_orig_mod.", "module._orig_mod.model."])
+def test_a_checkpoint_is_unwrapped_and_its_prefixes_stripped(
+    wrapper: str, prefix: str, theirs: dict[str, Tensor], save: Callable[..., Path]
+) -> None:
+    held: Any = prefixed(theirs, prefix)
+    for key in reversed(wrapper.split("+") if wrapper else []):
+        held = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, key: held}
+    model = tiny()
+    load_weights(model, save(held))
+    assert same(copied(model.backbone), theirs)
+    assert model.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465]), "the model's own"
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.ckpt", "a.bin", "a.pth.tar", "a.safetensors"])
+def test_the_ending_tells_the_format(name: str, theirs: dict[str, Tensor], tmp_path: Path) -> None:
+    (save_file if name.endswith("safetensors") else torch.save)(theirs, tmp_path / name)
+    model = create_model("wide_resnet", num_classes=10, weights=tmp_path / name, **TINY)
+    assert same(copied(model.backbone), theirs)
+
+
+@pytest.mark.parametrize("names", [("mean", "std"), ("mu", "sigma"), ("normalize.mean", "normalize.std")])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_files_normalisation_counts_whatever_its_shape(
+    names: tuple[str, str], prefix: str, theirs: dict[str, Tensor], save: Callable[..., Path]
+) -> None:
+    inner = "model." if names[0].startswith("normalize") else ""
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)
+    state = {**prefixed(theirs, prefix + inner), prefix + names[0]: mean, prefix + names[1]: std}
+    model = tiny()
+    load_weights(model, save(state))
+    assert same(copied(model.backbone), theirs)
+    assert torch.equal(model.mean, mean.view(1, 3, 1, 1))
+    assert torch.equal(model.std, std)
+
+
+def test_a_backbone_whose_own_names_look_like_prefixes_is_left_alone(save: Callable[..., Path]) -> None:
+    class Wrapped(nn.Module):
+        """Names: model.weight, model.bias, and its own mean and std."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(3, 2)
+            self.register_buffer("mean", torch.rand(1))
+            self.register_buffer("std", torch.rand(1))
+
+    source, target = Wrapped(), rome.models.Classifier(Wrapped(), (0.5,), (0.5,))
+    for prefix in ("", "module.", "model."):
+        load_weights(target, save(prefixed(copied(source), prefix)))
+        assert same(copied(target.backbone), copied(source))
+        assert target.mean.item() == 0.5
+
+
+def test_a_plain_module_takes_a_checkpoint_too(save: Callable[..., Path]) -> None:
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    load_weights(target, save({"state_dict": prefixed(copied(source), "module.")}))
+    assert same(copied(target), copied(source))
+    target.register_buffer("mean", torch.zeros(1))
+    with pytest.raises(UserError, match="mean is missing in the file"):
+        load_weights(target, save(copied(source)))
+
+
+def test_half_precision_becomes_the_models(theirs: dict[str, Tensor], save: Callable[..., Path]) -> None:
+    model = tiny()
+    load_weights(
+        model, save({name: value.half() if value.is_floating_point() else value for name, value in theirs.items()})
+    )
+    for name, value in copied(model.backbone).items():
+        assert value.dtype == theirs[name].dtype
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_counters_that_old_checkpoints_lack_are_not_missed(
+    theirs: dict[str, Tensor], save: Callable[..., Path]
+) -> None:
+    old = {name: value for name, value in theirs.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) < len(theirs)
+    load_weights(tiny(), save(old))
+
+
+def test_an_unfinished_runs_checkpoint_is_a_start(save: Callable[..., Path]) -> None:
+    source = tiny(seed=1, mean=(0.1, 0.2, 0.3))
+    model = tiny()
+    load_weights(model, save({"model": copied(source), "epoch": 2, "format": 1}, "last.pt"))
+    assert same(copied(model), copied(source))
+
+
+def test_a_config_names_weights_and_drops_a_head(theirs: dict[str, Tensor], save: Callable[..., Path]) -> None:
+    settings = ModelSettings(name="wide_resnet", args=TINY, weights=str(save(theirs)), drop_head=True)
+    model = build_model(settings, None, classes=4, shape=(3, 32, 32))
+    fitting = {name: value for name, value in theirs.items() if not name.startswith("logits")}
+    assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in fitting.items())
+    assert model.backbone.logits.weight.shape == (4, 64)
+    assert settings.untrained() == ModelSettings(name="wide_resnet", args=TINY)
+
+
+# A file that does not fit
+
+
+def test_everything_that_does_not_fit_is_counted_in_one_line_and_nothing_is_loaded(
+    theirs: dict[str, Tensor], save: Callable[..., Path]
+) -> None:
+    broken = {name: value for name, value in theirs.items() if not name.startswith("layer.2")}
+    broken |= {"extra.weight": torch.zeros(1), "init_conv.weight": torch.zeros(2, 2)}
+    model = tiny()
+    before = copied(model)
+    with pytest.raises(UserError) as error:
+        load_weights(model, save(broken))
+    message = str(error.value)
+    missing = [n for n in theirs if n.startswith("layer.2") and not n.endswith("num_batches_tracked")]
+    assert "\n" not in message
+    assert f"backbone.{sorted(missing)[0]}, " in message
+    assert f" and {len(missing) - 3} more are missing in the file; " in message
+    assert "; backbone.extra.weight is not in the model; " in message
+    assert "; backbone.init_conv.weight is (2, 2) in the file, (16, 3, 3, 3) in the model" in message
+    assert "drop_head" not in message
+    assert same(copied(model), before)
+
+
+def test_a_deeper_file_of_ours_is_not_taken_for_experts(tmp_path: Path) -> None:
+    deep = rome.add_experts(vit(depth=2), experts=2, rank=2)
+    save_model(deep, tmp_path / "deep.safetensors")
+    with pytest.raises(UserError, match=r"backbone\.blocks\.1\.attn\.proj\.A.* and \d+ more are not in the model"):
+        load_weights(vit(), tmp_path / "deep.safetensors")
+    load_weights(vit(depth=2), tmp_path / "deep.safetensors")
+
+
+@pytest.mark.parametrize(("build", "head"), [(tiny, "logits"), (vit, "head")])
+def test_another_number_of_classes_says_what_to_do(build: Any, head: str, tmp_path: Path) -> None:
+    source = build(seed=1)
+    torch.save(source.backbone.state_dict(), tmp_path / "theirs.pt")
+    save_model(source, tmp_path / "ours.safetensors")
+    for file in (tmp_path / "theirs.pt", tmp_path / "ours.safetensors"):
+        with pytest.raises(UserError) as error:
+            build(num_classes=4, weights=file)
+        assert f"backbone.{head}.bias is (10,) in the file, (4,) in the model" in str(error.value)
+        assert str(error.value).endswith(
+            "only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
+        )
+        fresh = build(seed=5, num_classes=4)
+        model = build(seed=5, num_classes=4, weights=file, drop_head=True)
+        assert head_names(model) == (f"backbone.{head}",)
+        for name, value in copied(model).items():
+            expected = fresh if name.startswith(f"backbone.{head}.") else source
+            assert torch.equal(value, expected.state_dict()[name]), name
+
+
+def test_a_file_without_a_head_needs_drop_head(theirs: dict[str, Tensor], save: Callable[..., Path]) -> None:
+    file = save({name: value for name, value in theirs.items() if not name.startswith("logits")})
+    with pytest.raises(UserError, match=r"logits\.weight are missing in the file; only the head differs: set model"):
+        tiny(weights=file)
+    tiny(weights=file, drop_head=True)
+
+
+def test_timm_knows_which_layers_are_the_head() -> None:
+    for name, heads in (
+        ("swin_tiny_patch4_window7_224", ["head.fc"]),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+    ):
+        with torch.device("meta"):
+            model = create_model(name, num_classes=10)
+        assert list(head_names(model)) == [f"backbone.{head}" for head in heads]
+
+
+def test_a_head_that_cannot_be_dropped(save: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"drop_head drops the last layer of model\.weights, and there are none"):
+        tiny(drop_head=True)
+    conv = nn.Conv2d(3, 2, 1)
+    with pytest.raises(UserError, match="which layer is its head to drop is unknown"):
+        load_weights(conv, save(copied(conv)), drop_head=True)
+
+
+# A file that cannot be read
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_nothing_in_a_checkpoint_is_executed(save: Callable[..., Path], tmp_path: Path) -> None:
+    file = save({"state_dict": {}, "trap": Trap(tmp_path / "executed")})
+    with pytest.raises(UserError, match=r"theirs\.pt holds Python objects \(\S+\), and rome loads tensors alone"):
+        load_weights(tiny(), file)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (
+            nn.Linear(2, 2),
+            r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\).*torch\.save\(model\.state_dict",
+        ),
+        ({"state_dict": {"a": torch.ones(1)}, "best": np.float64(0.5)}, r"holds Python objects \(numpy"),
+        ([torch.ones(1)], r"holds no state dict but a list; save model\.state_dict\(\), alone or under state_dict"),
+        (torch.ones(1), r"holds no state dict but a Tensor; "),
+        (
+            {"ema": {"a": torch.ones(1)}, "epoch": 3},
+            r"holds no state dict but a dict \(ema, epoch are in it\); .* or net",
+        ),
+        ({"state_dict": {}}, r"holds no state dict but a dict; "),
+        ({"model": {"a": torch.ones(1), "step": 3}}, r"holds no state dict but a dict \(a, step are in it\)"),
+    ],
+    ids=["module", "numpy", "list", "tensor", "no known key", "empty", "not tensors alone"],
+)
+def test_what_is_no_state_dict_is_explained(held: Any, message: str, save: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(tiny(), save(held))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"words, not weights", None], ids=["empty", "text", "cut short"])
+def test_a_damaged_checkpoint_is_named(
+    content: bytes | None, theirs: dict[str, Tensor], save: Callable[..., Path]
+) -> None:
+    file = save(theirs)
+    file.write_bytes(file.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(UserError, match=r"theirs\.pt .*; copy it again$"):
+        load_weights(tiny(), file)
+
+
+def test_files_that_are_not_there_or_hold_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere\.pth; give an existing file"):
+        load_weights(tiny(), tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="there is no model at"):
+        load_weights(tiny(), tmp_path / "nowhere")
+    save_experts(rome.add_experts(vit(), rank=2), tmp_path / "e.safetensors")
+    with pytest.raises(UserError, match="holds experts alone, without a backbone"):
+        load_weights(vit(), tmp_path / "e.safetensors")
+
+
+def test_pyautoattack_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pyautoattack is not installed with its example weights: pip install"):
+        create_model("resnet_18", num_classes=10, weights="pyautoattack")
+
+
+def test_pyautoattacks_weights_fit_its_resnet_alone() -> None:
+    with pytest.raises(UserError, match=r"^pyautoattack does not fit the model: .*only the head differs"):
+        create_model("resnet_18", num_classes=100, weights="pyautoattack")
+    with pytest.raises(UserError, match=r"^pyautoattack does not fit the model: .* not in the model"):
+        tiny(weights="pyautoattack")
+
+
+# timm
+
+
+def test_pretrained_embeddings_are_resampled_by_timm(tmp_path: Path) -> None:
+    """A ViT at 224 pixels with patches of 16 becomes one at 32 with patches of 4: 14x14 positions become 8x8."""
+    source = vit(img_size=224, patch_size=16, num_classes=1000).backbone
+    nn.init.normal_(source.pos_embed)
+    torch.save(source.state_dict(), tmp_path / "hub.pt")
+    overlay = {"file": str(tmp_path / "hub.pt")}
+    model = vit(seed=1, img_size=32, patch_size=4, pretrained=True, pretrained_cfg_overlay=overlay)
+    ours, hub = model.backbone.state_dict(), source.state_dict()
+    resampled = {
+        "pos_embed": timm.layers.resample_abs_pos_embed(hub["pos_embed"], (8, 8), num_prefix_tokens=1),
+        "patch_embed.proj.weight": timm.layers.resample_patch_embed(hub["patch_embed.proj.weight"], [4, 4]),
+    }
+    for name, value in ours.items():
+        if name in resampled:
+            torch.testing.assert_close(value, resampled[name])
+        elif name.startswith("head."):
+            assert value.shape[0] == 10
+        else:
+            assert torch.equal(value, hub[name]), name
+    save_model(model, tmp_path / "m.safetensors")
+    (tmp_path / "hub.pt").unlink()
+    assert same(copied(load_model(tmp_path / "m.safetensors")), copied(model)), "rebuilt without the Hub's file"
+
+
+# RobustBench
+
+
+class Zoo(nn.Module):
+    """A model as RobustBench's: takes images in [0, 1] and normalises inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images.mean((2, 3)) - 0.5) / 0.25)
+
+
+@pytest.fixture
+def robustbench(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for the package; what its ``load_model`` was asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def load_model(**settings: Any) -> nn.Module:
+        asked.append(settings)
+        print("Downloading ...")
+        if settings["model_name"] == "Blocked2021":
+            raise OSError("quota exceeded\ntry later")
+        return {"Gowal2020Uncovering_28_10_extra": Zoo()}[settings["model_name"]]
+
+    for name in ("robustbench", "robustbench.utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["robustbench.utils"].load_model = load_model  # type: ignore[attr-defined]
+    return asked
+
+
+GOWAL = "robustbench:Gowal2020Uncovering_28_10_extra"
+
+
+def test_robustbenchs_models_come_with_their_normalisation(
+    robustbench: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = create_model(GOWAL, num_classes=10)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model(x), model.backbone(x)), "no second normalisation"
+    assert robustbench == [
+        {
+            "model_name": "Gowal2020Uncovering_28_10_extra",
+            "dataset": "cifar10",
+            "threat_model": "Linf",
+            "model_dir": "models",
+        }
+    ]
+    assert "Downloading" not in capsys.readouterr().out, "standard output holds results only"
+    save_model(model, tmp_path / "m.safetensors")
+    assert same(copied(load_model(tmp_path / "m.safetensors")), copied(model))
+
+
+def test_robustbenchs_settings_are_the_models_arguments(robustbench: list[dict[str, Any]]) -> None:
+    args = {"dataset": "cifar10", "threat_model": "L2", "model_dir": "elsewhere"}
+    settings = ModelSettings(name=GOWAL, args=args, mean=(0.5,), std=(0.5,))
+    model = build_model(settings, None, classes=10, shape=(3, 8, 8))
+    assert {key: robustbench[0][key] for key in args} == args
+    assert model.mean.flatten().tolist() == [0.5] * 3, "given, so taken"
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        (GOWAL, {"dataset": "cifar"}, "RobustBench has no dataset 'cifar'. Did you mean 'cifar10'"),
+        (GOWAL, {"threat_model": "linf"}, "RobustBench has no threat_model 'linf'. Did you mean 'Linf'"),
+        (
+            GOWAL,
+            {"num_classes": 7},
+            r"has cifar10's 10 classes, not 7; .*model\.weights, and set model\.drop_head=true",
+        ),
+        (GOWAL, {"threat": "L2"}, "cannot be built with .*threat=L2.*threat"),
+        ("robustbench:Gowal", {}, "RobustBench has no model 'Gowal' for cifar10 and Linf; .*robustbench.github.io"),
+        (
+            "robustbench:Blocked2021",
+            {},
+            r"cannot load Blocked2021: quota exceeded; .*models/cifar10/Linf/Blocked2021\.pt",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("robustbench")
+def test_what_robustbench_does_not_have_is_explained(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        create_model(name, **({"num_classes": 10} | args))
+
+
+def test_robustbench_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(
+        UserError, match=r"need the package robustbench .*: pip install git\+https://github\.com/RobustBench"
+    ):
+        create_model(GOWAL, num_classes=10)
