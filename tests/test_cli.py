@@ -20,7 +20,7 @@ from rome.runs import Run
 from rome.train import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
 
-COMMANDS = ("demo", "train", "evaluate", "report", "cost", "list")
+COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "cost", "list")
 
 
 class Ended(NamedTuple):
@@ -325,7 +325,7 @@ def test_cost_layers_says_which_layers_get_experts(config: Path, rome: Any) -> N
     assert "without experts: 3 x backbone.blocks.*.mlp.fc1 (Linear 16 -> 64)\n" in table
     assert "without experts: backbone.patch_embed.proj (Conv2d 1 -> 16 4x4)\n" in table
     assert "with experts: none" in rome("cost", config, "--layers", "experts=null").out
-    assert "no Linear layer matches 'fc9'" in rome("cost", config, "--layers", "experts.layers=[fc9]").err
+    assert "no Linear or Conv2d layer matches 'fc9'" in rome("cost", config, "--layers", "experts.layers=[fc9]").err
 
 
 def test_a_mistake_ends_cost_with_2(config: Path, rome: Any) -> None:

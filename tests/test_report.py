@@ -23,11 +23,12 @@ from rome.analysis import charts, examples, gates
 from rome.analysis.compared import gather, paired
 from rome.assess import evaluate_saved
 from rome.config import parse
+from rome.cost import show_cost
 from rome.errors import UserError
 from rome.evaluate import Report, example_images
 from rome.experts import record_gates
 from rome.models import build_model, load_model, save_model
-from rome.report import show, show_cost, tabulate, write_report
+from rome.report import show, tabulate, write_report
 
 EVIL = "<script>alert('x|y')</script>"
 CONFIG: dict[str, Any] = {

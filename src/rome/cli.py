@@ -151,31 +151,54 @@ def report(
     _say(f"open {write_report(runs, out)}")
 
 
+class TableFormat(StrEnum):
+    """How a table is written."""
+
+    text = "text"
+    markdown = "markdown"
+    latex = "latex"
+    html = "html"
+
+
+@app.command()
+def table(
+    number: Annotated[str, typer.Argument(help="1 to 5 or A1 to A5, as in the paper.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs; seeds of one row are joined.")] = None,
+    form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
+) -> None:
+    """Print one of the paper's tables with the numbers of runs beside the paper's."""
+    from rome.analysis.table_formats import render
+    from rome.analysis.tables import fill
+
+    print(render(f"Table {number.upper()}", fill(number, runs or []), form.value), end="")
+
+
 @app.command()
 def cost(
-    config: Annotated[Path, typer.Argument(help="YAML file.")],
-    overrides: Overrides = None,
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value]...", help="YAML files, then changes.")],
     timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
     layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Parameters, multiply-accumulates, seconds per update and latency of a config (paper Table 6)."""
+    """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
     from rome.config import load
-    from rome.cost import measure
+    from rome.cost import compare, show_cost, show_costs
     from rome.plan import plan, show_plan
 
+    files, overrides = [text for text in configs if "=" not in text], [text for text in configs if "=" in text]
+    if not files or (layers and len(files) > 1):
+        raise UserError("name one config, such as experiments/table1/rome-random-pgd.yaml, or several to compare")
+    loaded = [load(file, overrides) for file in files]
     if layers:
-        found = plan(load(config, overrides or ()))
+        found = plan(loaded[0])
         print(json.dumps(found)) if as_json else show_plan(found)
         return
-    facts = measure(load(config, overrides or ()), repeats=repeats, timing=timing)
+    facts = compare(loaded, repeats=repeats, timing=timing)
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(facts if len(facts) > 1 else facts[0]))
         return
-    from rome.report import show_cost
-
-    show_cost(facts)
+    show_cost(facts[0]) if len(facts) == 1 else show_costs(facts)
 
 
 @app.command("list")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,37 +54,57 @@ def flop_counter() -> FlopCounterMode:
 
 
 def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[str, Any]:
-    """All costs of a config on this machine.
-
-    Args:
-        config: the config. Weights and images are random: the cost depends on neither.
-        repeats: timed updates and latency passes, after one warm-up each; medians are reported.
-        timing: False leaves out everything that takes time.
-
-    Returns:
-        ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update`` (attack, forward,
-        backward, optimizer on one batch) and ``latency_ms`` (one image, forward).
-    """
-    shape, classes = config.data.form()
-    torch.manual_seed(config.seed)
-    model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
-    facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
-    if timing:
-        device = pick_device(config.device)
-        model = model.to(device)
-        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-        facts["batch_size"] = config.batch_size
-        facts["latency_ms"] = 1000 * _median(lambda: _forward(model, shape, device), repeats * 5, device)
-        facts["seconds_per_update"] = _seconds_per_update(config, model, shape, classes, repeats, device)
+    """All costs of a config on this machine; see :func:`compare`."""
+    (facts,) = compare([config], repeats=repeats, timing=timing)
     return facts
 
 
-def _seconds_per_update(
-    config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, repeats: int, device: torch.device
-) -> float:
+def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> list[dict[str, Any]]:
+    """All costs of some configs on this machine, timed in turn so that its moods hit all of them alike.
+
+    Args:
+        configs: weights and images are random: the cost depends on neither.
+        repeats: timed updates and latency passes (five each), after one warm-up; medians are reported.
+        timing: False leaves out everything that takes time.
+
+    Returns:
+        For each config ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update``
+        (attack, forward, backward, optimizer on one batch), ``latency_ms`` (one image, forward), and their ratios to
+        the first config: ``update_ratio`` and ``latency_ratio``, each median, least and largest of the rounds.
+    """
+    built = []
+    for config in configs:
+        shape, classes = config.data.form()
+        torch.manual_seed(config.seed)
+        model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
+        facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
+        built.append((config, model, shape, classes, facts))
+    if timing:
+        works = []
+        for config, model, shape, classes, facts in built:
+            device = pick_device(config.device)
+            model.to(device)
+            facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+            facts["batch_size"] = config.batch_size
+            update = _updater(config, model, shape, classes, device)
+            works.append((_latency(model, shape, device), update, device))
+        latencies = _in_turn([(latency, device) for latency, _, device in works], repeats * 5)
+        updates = _in_turn([(update, device) for _, update, device in works], repeats)
+        for facts, latency, seconds in zip((row[-1] for row in built), latencies, updates, strict=True):
+            facts["latency_ms"] = 1000 * statistics.median(latency)
+            facts["seconds_per_update"] = statistics.median(seconds)
+            facts["latency_ratio"] = _ratios(latency, latencies[0])
+            facts["update_ratio"] = _ratios(seconds, updates[0])
+    return [row[-1] for row in built]
+
+
+def _updater(
+    config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
+) -> Callable[[], None]:
+    """One update of training, to be called again and again."""
     optimizer = config.optimizer.build(model)
     setting = Setting(
-        model=model.train(),
+        model=model,
         attacked=model,
         threats=config.method.trained(config.threats, config.attack),
         attack=config.attack,
@@ -90,35 +114,98 @@ def _seconds_per_update(
         optimizer=config.optimizer,
     )
     config.method.prepare(setting)
+    config.method.epoch_start(setting, 0)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
     y = torch.randint(classes, (batch,), generator=source).to(device)
-    reduced = config.precision == "bf16"
 
     def update() -> None:
+        model.train()
         for _ in range(config.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 outcome = config.method.loss(setting, x, y)
             torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         config.method.update_end(setting)
 
-    return _median(update, repeats, device)
+    return update
 
 
-def _forward(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> None:
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, *shape, device=device))
+def _latency(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Callable[[], None]:
+    image = torch.zeros(1, *shape, device=device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.eval()(image)
+
+    return forward
 
 
-def _median(work: Any, repeats: int, device: torch.device) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def _in_turn(works: Sequence[tuple[Callable[[], None], torch.device]], rounds: int) -> list[list[float]]:
+    """Seconds of each work in each round, after a round that is not counted."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds + 1):
+        for own, (work, device) in zip(times, works, strict=True):
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - started)
+    return [own[1:] for own in times]
+
+
+def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Median, least and largest of the ratios round by round."""
+    ratios = [own / other for own, other in zip(times, base, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def show_cost(facts: dict[str, Any]) -> None:
+    """Print what :func:`rome.cost.measure` found."""
+    console = Console(highlight=False)
+    lines = [
+        ("parameters", f"{facts['parameters'] / 1e6:.3f} M", f"{facts['parameters']:,}"),
+        ("trainable", f"{facts['trainable'] / 1e6:.3f} M", f"{facts['trainable']:,}"),
+        ("added by experts", f"{facts['experts'] / 1e6:.3f} M", f"{facts['experts']:,}"),
+        ("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"),
+    ]
+    if "seconds_per_update" in facts:
+        where = facts.get("device", "")
+        lines += [
+            ("update", f"{facts['seconds_per_update']:.3g} s", f"batch of {facts['batch_size']}, {where}"),
+            ("latency", f"{facts['latency_ms']:.3g} ms", f"one image, forward, {where}"),
+        ]
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True, style="bold")
+    table.add_column(style="dim")
+    for line in lines:
+        table.add_row(*line)
+    console.print(Text(str(facts["name"]), style="bold"))
+    console.print(table)
+
+
+def show_costs(facts: Sequence[dict[str, Any]]) -> None:
+    """Print what :func:`rome.cost.compare` found, beside the first config."""
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    timed = "seconds_per_update" in facts[0]
+    for title in ("config", "params (M)", "GMACs", *(("s/update", "x first", "ms/image", "x first") if timed else ())):
+        table.add_column(title, justify="left" if title == "config" else "right", no_wrap=True)
+    for each in facts:
+        cells = [str(each["name"]), f"{each['parameters'] / 1e6:.2f}", f"{each['macs'] / 1e9:.3f}"]
+        if timed:
+            for value, ratio in (("seconds_per_update", "update_ratio"), ("latency_ms", "latency_ratio")):
+                middle, low, high = each[ratio]
+                cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
+        table.add_row(*cells)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    console.print(table)
+    if timed:
+        what = (
+            f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
+        )
+        console.print(what, style="dim")

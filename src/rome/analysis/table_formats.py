@@ -1,0 +1,123 @@
+"""A filled table as text, Markdown, LaTeX or HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Literal
+
+from rome.analysis.tables import Cell, Line
+
+Format = Literal["text", "markdown", "latex", "html"]
+DASH = "\N{EN DASH}"
+PM = "\N{PLUS-MINUS SIGN}"
+_BOLD = {"text": ("*", ""), "markdown": ("**", "**"), "latex": (r"\textbf{", "}"), "html": ("<b>", "</b>")}
+Body = list[tuple[str, list[list[str]]]]
+"""Sections: name and rows of cells."""
+UNITS = {"parameters_M": "params (M)", "GMACs": "GMACs", "seconds_per_update": "s/update", "latency_ms": "latency (ms)"}
+
+
+def render(title: str, lines: Sequence[Line], form: Format) -> str:
+    """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
+
+    The best of ours is bold, missing numbers are dashes, and the last column is the gain in union over the same method
+    without experts with its 95% interval.
+    """
+    columns = list(lines[0].cells)
+    costs = columns[0] in UNITS
+    gains = any(line.gain is not None for line in lines)
+    head = ["", *(UNITS.get(column, column) for column in columns), *(["gain in union"] if gains else [])]
+    body = [
+        (name, [_row(line, columns, form, costs, gains) for line in group])
+        for name, group in groupby(lines, key=lambda line: line.section)
+    ]
+    note = "ours / paper" if costs else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    return _WRITERS[form](title, head, body, note)
+
+
+def _row(line: Line, columns: Sequence[str], form: Format, costs: bool, gains: bool) -> list[str]:
+    cells = [_cell(line.cells[column], form, costs=costs) for column in columns]
+    return [line.label, *cells, *([_gain(line)] if gains else [])]
+
+
+def _cell(cell: Cell, form: Format, *, costs: bool) -> str:
+    scale, digits = (1, 2) if costs else (100, 1)
+    ours = DASH
+    if cell.values:
+        ours = f"{scale * cell.mean:.{digits}f}"
+        if not math.isnan(cell.deviation):
+            ours += f" {PM} {scale * cell.deviation:.{digits}f}"
+        if cell.best:
+            before, after = _BOLD[form]
+            ours = f"{before}{ours}{after}"
+    paper = DASH if math.isnan(cell.paper) else f"{scale * cell.paper:.{digits}f}"
+    return f"{ours} / {paper}"
+
+
+def _gain(line: Line) -> str:
+    if line.gain is None:
+        return ""
+    value, low, high = (100 * number for number in line.gain)
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _text(title: str, head: list[str], body: Body, note: str) -> str:
+    rows = [head, *(row for _, section in body for row in section)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+
+    def join(row: list[str]) -> str:
+        label, *cells = row
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        return "  ".join([label.ljust(widths[0]), *padded]).rstrip()
+
+    lines = [title, join(head)]
+    for name, section in body:
+        lines += ["", name, *map(join, section)]
+    return "\n".join([*lines, "", f"{note}; * is the best of ours", ""])
+
+
+def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for name, section in body:
+        lines.append(f"| *{name}* |{' |' * (len(head) - 1)}")
+        lines += [f"| {' | '.join(row)} |" for row in section]
+    return "\n".join([*lines, "", f"{note}; bold is the best of ours", ""])
+
+
+def _escape(text: str) -> str:
+    safe = {"%": r"\%", "&": r"\&", "_": r"\_", PM: r"$\pm$", DASH: "--"}
+    return "".join(safe.get(letter, letter) for letter in text)
+
+
+def _latex(title: str, head: list[str], body: Body, note: str) -> str:
+    def join(row: list[str]) -> str:
+        return " & ".join(map(_escape, row)) + r" \\"
+
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(title)}. {_escape(note)}.}}"]
+    lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
+    for name, section in body:
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_escape(name)}}}}} \\", *map(join, section)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _html(title: str, head: list[str], body: Body, note: str) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        safe = [cell if cell.startswith("<b>") else html.escape(cell) for cell in cells]
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in safe) + "</tr>"
+
+    lines = ["<table>", f"<caption>{html.escape(title)}. {html.escape(note)}; bold is the best of ours.</caption>"]
+    lines += ["<thead>", row(head, "th"), "</thead>"]
+    for name, section in body:
+        lines += ["<tbody>", f'<tr><th colspan="{len(head)}">{html.escape(name)}</th></tr>']
+        lines += [*(row(cells, "td") for cells in section), "</tbody>"]
+    return "\n".join([*lines, "</table>", ""])
+
+
+_WRITERS: dict[Format, Callable[[str, list[str], Body, str], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "latex": _latex,
+    "html": _html,
+}
