@@ -81,18 +81,19 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
 def _seconds_per_update(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, repeats: int, device: torch.device
 ) -> float:
+    method = config.method.model_copy(deep=True)  # its state belongs to these updates alone
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model.train(),
         attacked=model,
-        threats=config.method.trained(config.threats, config.attack),
+        threats=method.trained(config.threats, config.attack),
         attack=config.attack,
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
         optimizer=config.optimizer,
     )
-    config.method.prepare(setting)
+    method.prepare(setting)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
@@ -102,11 +103,11 @@ def _seconds_per_update(
     def update() -> None:
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
-                outcome = config.method.loss(setting, x, y)
+                outcome = method.loss(setting, x, y)
             torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        config.method.update_end(setting)
+        method.update_end(setting)
 
     return _median(update, repeats, device)
 

@@ -33,6 +33,10 @@ class Stream:
         draw = torch.rand((rows * self.world, *shape[1:]), generator=self.generator, device=self.generator.device)
         return draw[self.rank * rows : (self.rank + 1) * rows].to(device, non_blocking=True)
 
+    def number(self) -> float:
+        """U[0, 1), the same in every process."""
+        return float(torch.rand((), generator=self.generator, device=self.generator.device, dtype=torch.float64))
+
     def permutation(self, n: int) -> Tensor:
         """A random order of 0..n-1, the same in every process; int64 (n,) on the CPU."""
         return torch.randperm(n, generator=self.generator, device=self.generator.device).cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rome.component import Component, Number
 from rome.experts.mixture import Recorded
+from rome.processes import world_size
 
 
 class Regularizer(Component):
@@ -78,7 +79,7 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
     """
     member = torch.nn.functional.one_hot(labels.to(values.device, non_blocking=True), groups).to(values.dtype)
     sums = torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         sums = _SumOverProcesses.apply(sums)
     counts = sums[:, -1:]
     return sums[:, :-1] / counts.clamp(min=1), (counts.squeeze(1) > 0).to(values.dtype)
