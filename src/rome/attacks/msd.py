@@ -57,7 +57,7 @@ def steepest_descent(
 
     Raises:
         UserError: shapes, dtypes or ranges that cannot be right.
-        FloatingPointError: a gradient was not finite.
+        FloatingPointError: it came to images that are not finite.
     """
     check_batch(x, y, threats[0])
     x, rows, members = x.detach(), torch.arange(len(x), device=x.device), list(zip(threats, sizes, strict=True))
