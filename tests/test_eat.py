@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +16,16 @@ from torch import Tensor, nn
 
 from conftest import Digits
 from rome.attacks import APGD, PGD, Attack, Found
-from rome.errors import UserError
+from rome.errors import Interrupted, UserError
 from rome.experts import Diversification
 from rome.methods import EAT, Setting
 from rome.methods.eat import stratified
 from rome.randomness import stream
+from rome.runs import Run
 from rome.threats import Threat
+from rome.train import train
 from test_methods import BUDGETS, network, setting_of
-from tiny_runs import tiny
+from tiny_runs import STEPS, tiny, watched
 
 
 class Rigged(Attack):
@@ -68,8 +73,11 @@ def update(method: EAT, setting: Setting, n: int = 10, parts: int = 1) -> list[l
 
 def start(method: EAT, setting: Setting) -> None:
     """Updates until every threat has been counted."""
-    while method.probabilities()[0] == method.probabilities()[1]:
+    for _ in range(100):
         update(method, setting)
+        if method.probabilities()[0] != method.probabilities()[1]:
+            return
+    raise AssertionError("the draw stays even")
 
 
 # What is drawn
@@ -239,3 +247,12 @@ def test_threats_are_named_among_the_configs() -> None:
         EAT(threats=("L1",))
     chosen = EAT(threats=("L2", "L1")).trained(tuple(BUDGETS), PGD())
     assert [threat.name for threat in chosen] == ["L2", "L1"]
+
+
+def test_a_checkpoint_holds_the_counts_since_the_natural_epochs(tmp_path: Path) -> None:
+    strike = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == STEPS + 3 else None)
+    with pytest.raises(Interrupted):
+        train(tiny(method="eat", experts=None, natural_epochs=1, accumulate=2), tmp_path, progress=strike)
+    state = Run(tmp_path).load_checkpoint()["method"]
+    assert sum(state["seen"]) == 3 * 12
+    assert all(0 <= robust <= seen for robust, seen in zip(state["robust"], state["seen"], strict=True))

@@ -70,8 +70,9 @@ def literal(
     sizes: Sequence[float],
     steps: int,
     percentile: float,
-) -> list[tuple[np.ndarray, int, float]]:
-    """The algorithm as the paper words it, one example and one candidate after the other."""
+) -> tuple[list[tuple[np.ndarray, int, float]], list[int]]:
+    """The algorithm as the paper words it, one example and one candidate after the other: for each example its image,
+    threat and loss, and the threat of its last step."""
 
     def loss_at(point: np.ndarray, label: Tensor) -> tuple[float, np.ndarray]:
         image = torch.tensor(point).view(1, *x.shape[1:]).requires_grad_()
@@ -79,7 +80,8 @@ def literal(
         loss.backward()
         return loss.item(), image.grad.flatten().numpy()
 
-    results = []
+    results: list[tuple[np.ndarray, int, float]] = []
+    lasts = []
     for image, label in zip(x, y, strict=True):
         origin = image.flatten().numpy()
         point, best = origin, (origin, 0, -np.inf)
@@ -103,21 +105,38 @@ def literal(
             if losses[which] > best[2]:
                 best = (point, which, losses[which])
         results.append(best)
-    return results
+        lasts.append(which)
+    return results, lasts
 
 
-@pytest.mark.parametrize("names", [("L1", "L2", "Linf"), ("Linf", "L1"), ("L2",)], ids=" ".join)
-def test_it_does_what_a_loop_over_single_examples_does(names: tuple[str, ...], problem: Problem) -> None:
-    model, x, y = problem(24)
-    threats = [SMALL[name] for name in names]
-    sizes = [threat.eps / 4 for threat in threats]
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (3 * x).sin()
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[LpBall], part: float) -> tuple[Tensor, list[int]]:
+    """Check that both give the same, with steps of that part of the radius; the threats of the best and last points."""
+    sizes = [part * threat.eps for threat in threats]
     found = steepest_descent(model, x, y, threats, sizes, **SETTINGS)
-    expected = literal(model, x, y, threats, sizes, **SETTINGS)
+    expected, lasts = literal(model, x, y, threats, sizes, **SETTINGS)
     images = torch.tensor(np.stack([image for image, _, _ in expected])).view_as(x)
     torch.testing.assert_close(found.images, images, rtol=0, atol=1e-7)
     assert found.chosen.tolist() == [which for _, which, _ in expected]
     torch.testing.assert_close(found.loss, torch.tensor([loss for _, _, loss in expected]))
-    assert len(found.chosen.unique()) == len(names), "every norm is the best for someone, or this would say little"
+    assert len(found.chosen.unique()) == len(threats), "every norm is the best for someone, or this would say little"
+    return found.chosen, lasts
+
+
+@pytest.mark.parametrize("names", [("L1", "L2", "Linf"), ("Linf", "L1"), ("L2",)], ids=" ".join)
+def test_it_does_what_a_loop_over_single_examples_does(names: tuple[str, ...], problem: Problem) -> None:
+    compare(*problem(24), [SMALL[name] for name in names], 1 / 4)
+
+
+def test_it_goes_back_to_the_best_point_and_its_norm_where_the_loss_is_rugged(problem: Problem) -> None:
+    flatten, first, _, second = problem.model.children()
+    model = nn.Sequential(flatten, first, Sine(), second)
+    chosen, lasts = compare(model, problem.x, model(problem.x).argmax(1), SMALL, 1 / 2)
+    assert chosen.tolist() != lasts
 
 
 def test_every_image_is_inside_the_ball_it_is_counted_to(digits: Digits, digits_model: nn.Module) -> None:
