@@ -70,7 +70,18 @@ def test_pretrained_and_starting_weights_are_not_needed() -> None:
     assert facts["parameters"] == measure(tiny(), timing=False)["parameters"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"method": "max", "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulate": 2},
+        {"method": "max", "precision": "bf16"},
+        {"method": {"kind": "msd", "steps": 2}},
+        {"method": "eat", "accumulate": 2},
+        {"method": "ramp", "precision": "bf16"},
+        {"method": {"kind": "ramp", "trades": 6}, "accumulate": 2, "experts": None},
+    ],
+)
 def test_timing_runs_whole_updates(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from rome.methods import Method
 
@@ -83,7 +94,9 @@ def test_timing_runs_whole_updates(changes: dict[str, Any], monkeypatch: pytest.
         return loss(self, setting, x, y)
 
     monkeypatch.setattr(type(method), "loss", spy)
-    facts = measure(tiny(**changes), repeats=2)
+    config = tiny(**changes)
+    facts = measure(config, repeats=2)
+    assert config == tiny(**changes), "the config's method has learnt nothing"
     parts = changes.get("accumulate", 1)
     assert batches == [(12 // parts, 1, 8, 8)] * (3 * parts), "one to warm up and two to time"
     assert facts["seconds_per_update"] > 0

@@ -64,6 +64,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "natural_epochs": 1,
     },
     "a natural epoch first": {"natural_epochs": 1, "method": "avg"},
+    "MSD+experts": {"method": {"kind": "msd", "steps": 2}},
+    "E-AT": {"method": "eat", "experts": None, "attack": {"kind": "apgd", "steps": 2}},
+    "E-AT+experts": {"method": "eat", "attack__steps": 2},
+    "E-AT, accumulated": {"method": "eat", "experts": None, "accumulate": 3},
+    "RAMP": {"method": "ramp", "experts": None},
+    "RAMP+experts": {"method": "ramp"},
+    "RAMP, trainable projection": {"method": "ramp", "experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
+    "RAMP, accumulated": {"method": "ramp", "accumulate": 3, "optimizer": "sgd"},
+    "RAMP with TRADES": {"method": {"kind": "ramp", "trades": 6}, "natural_epochs": 1},
 }
 
 
@@ -74,6 +83,49 @@ def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_pa
     ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs"))
     assert [process.code for process in ended] == [0, 0], ended
     assert_same_run(run, train(tiny(**changes), tmp_path / "one"))
+
+
+BATCHNORM = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+from rome.methods import RAMP
+
+def build(num_classes):
+    end = RAMP.epoch_end
+
+    def spy(self, setting, epoch):
+        for when in ("before", "after"):
+            if when == "after":
+                end(self, setting, epoch)
+            state = {name: value.clone() for name, value in setting.attacked.state_dict().items()}
+            torch.save(state, Path(__file__).with_name(f"{when}-{epoch}-{os.environ['RANK']}.pt"))
+
+    RAMP.epoch_end = spy
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+"""
+"""A model with BatchNorm that writes down what each process holds before and after RAMP's fusion."""
+
+
+def test_processes_fuse_to_the_same_weights_and_statistics(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(BATCHNORM)
+    model = {"name": f"{tmp_path / 'own.py'}:build"}
+    config = write_yaml(tmp_path / "tiny.yaml", changed(method="ramp", experts=None, model=model))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+
+    def states(when: str) -> list[dict[str, torch.Tensor]]:
+        return [torch.load(tmp_path / f"{when}-{rank}.pt") for rank in (0, 1)]
+
+    for epoch in (0, 1):
+        first, second = states(f"after-{epoch}")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        first, second = states(f"before-{epoch}")
+        differ = [name for name in first if not torch.equal(first[name], second[name])]
+        assert differ == ["backbone.2.running_mean", "backbone.2.running_var"], "each had its own batches"
 
 
 def test_only_the_first_process_speaks(tmp_path: Path) -> None:

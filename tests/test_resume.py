@@ -123,12 +123,40 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
         {"data__augment": True, "model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.3}},
         {"method": {"kind": "random", "per": "batch"}, "accumulate": 3, "optimizer": "sgd"},
         {"method": "max", "natural_epochs": 1, "precision": "bf16", "attack": {"kind": "apgd", "steps": 2}},
+        {"method": {"kind": "msd", "steps": 2}},
+        {"method": "eat", "experts": None, "accumulate": 2},
+        {"method": "eat", "attack": {"kind": "apgd", "steps": 2}, "data__augment": True},
+        {"method": "ramp"},
+        {"method": {"kind": "ramp", "trades": 6}, "accumulate": 2, "optimizer": "sgd", "precision": "bf16"},
     ],
-    ids=["dropout+augmentation", "batch+accumulate+sgd", "natural+bf16+apgd"],
+    ids=[
+        "dropout+augmentation",
+        "batch+accumulate+sgd",
+        "natural+bf16+apgd",
+        "msd",
+        "eat",
+        "eat+experts+augmentation",
+        "ramp",
+        "ramp+trades+accumulate+sgd+bf16",
+    ],
 )
 def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     interrupted(run, STEPS + 2, **changes)
+    assert_as_undisturbed(resume(run, **changes), train(tiny(**changes), tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("natural", [0, 1])
+def test_a_killed_run_of_ramp_goes_on_between_two_fusions(natural: int, tmp_path: Path) -> None:
+    changes = {"method": "ramp", "natural_epochs": natural}
+    run = Run(tmp_path / "run")
+    config = write_yaml(tmp_path / "ramp.yaml", changed(name="run", **changes))
+    at = Moment("update", STEPS + 2)
+    assert rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait().code == -signal.SIGKILL
+    for stop in (STEPS + 1, STEPS + 3):  # signals, each with a checkpoint in the middle of the epoch
+        strike = watched(lambda n, stop=stop: os.kill(os.getpid(), signal.SIGTERM) if n == stop else None)
+        with pytest.raises(Interrupted):
+            train(tiny(**changes), run.folder, resume=True, progress=strike)
     assert_as_undisturbed(resume(run, **changes), train(tiny(**changes), tmp_path / "whole"))
 
 

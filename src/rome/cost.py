@@ -102,19 +102,20 @@ def _updater(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> Callable[[], None]:
     """One update of training, to be called again and again."""
+    method = config.method.model_copy(deep=True)  # its state belongs to these updates alone
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model,
         attacked=model,
-        threats=config.method.trained(config.threats, config.attack),
+        threats=method.trained(config.threats, config.attack),
         attack=config.attack,
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
         optimizer=config.optimizer,
     )
-    config.method.prepare(setting)
-    config.method.epoch_start(setting, 0)
+    method.prepare(setting)
+    method.epoch_start(setting, 0)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
@@ -124,11 +125,11 @@ def _updater(
         model.train()
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                outcome = config.method.loss(setting, x, y)
+                outcome = method.loss(setting, x, y)
             torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        config.method.update_end(setting)
+        method.update_end(setting)
 
     return update
 
@@ -205,7 +206,5 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
         console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
     console.print(table)
     if timed:
-        what = (
-            f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
-        )
+        what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
         console.print(what, style="dim")

@@ -20,6 +20,9 @@ from rome.train import Progress, Update
 def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
     """Loss, accuracy under each threat, images per second and time left, on standard error."""
     console = Console(stderr=True)
+    if own := config.method.own_attack:
+        note = f"{config.method.kind} attacks with {own}; attack: {config.attack.kind} has no effect"
+        print(f"{config.name}: {note}", file=sys.stderr, flush=True)
     if not console.is_terminal:
         yield _Lines(config, total, done)
         return

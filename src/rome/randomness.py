@@ -41,6 +41,10 @@ class Stream:
         draws = [torch.rand(shape, generator=torch.Generator().manual_seed(own)) for own in seeds]
         return torch.stack(draws).to(x.device, non_blocking=True) if draws else x.new_empty((0, *shape))
 
+    def number(self) -> float:
+        """U[0, 1), the same in every process."""
+        return float(torch.rand((), generator=self.generator, device=self.generator.device, dtype=torch.float64))
+
     def permutation(self, n: int) -> Tensor:
         """A random order of 0..n-1, the same in every process; int64 (n,) on the CPU."""
         return torch.randperm(n, generator=self.generator, device=self.generator.device).cpu()

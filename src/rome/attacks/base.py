@@ -158,7 +158,7 @@ class Attack(Component):
         ``verdict=False`` spares a forward pass if the search did not see its own result: ``robust`` and ``loss`` may
         then be missing (all True, NaN).
         """
-        _check_shapes(x, y, threat)
+        check_batch(x, y, threat)
         if generator is None:
             generator = stream(0, "attack")
         source = generator if isinstance(generator, Stream) else Stream(generator)
@@ -188,7 +188,11 @@ class Attack(Component):
             found = self.search(model, x.contiguous(), y, groups, noise)
             if verdict and found.loss is UNSEEN:
                 found = _verdict(model, found.images, y)
-        _check_found(x, found, groups)
+        results = (found.images,) if found.adversarial is found.images else (found.images, found.adversarial)
+        allowed = [
+            torch.cat([group.threat.contains(part[group.rows], x[group.rows]) for group in groups]) for part in results
+        ]
+        check_results(x, results, torch.stack(allowed))
         if found.loss is UNSEEN:
             found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
         if len(groups) == 1:
@@ -238,7 +242,12 @@ def _verdict(model: Model, images: Tensor, y: Tensor) -> Found:
     return Found(images, images, logits.argmax(1) == y, F.cross_entropy(logits, y, reduction="none"))
 
 
-def _check_shapes(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
+def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
+    """Shapes and dtypes of a batch and its threats.
+
+    Raises:
+        UserError: they cannot be right.
+    """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
@@ -251,12 +260,14 @@ def _check_shapes(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
         raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
 
 
-def _check_found(x: Tensor, found: Found, groups: list[Group]) -> None:
-    """One wait for the device per attack: input in the box, result inside its threat and finite."""
-    distinct = (found.images,) if found.adversarial is found.images else (found.images, found.adversarial)
-    allowed = torch.stack(
-        [torch.cat([group.threat.contains(part[group.rows], x[group.rows]) for group in groups]) for part in distinct]
-    )
+def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
+    """One wait for the device per attack: input in the box, results inside their threats and finite.
+
+    Args:
+        x: the originals (B, C, H, W).
+        results: what the attack made of them, each (B, C, H, W).
+        allowed: bool (len(results), B): which of them are inside their threat.
+    """
     inside = (x >= 0) & (x <= 1)
     if bool(allowed.all() & inside.all()):
         return
@@ -266,6 +277,6 @@ def _check_found(x: Tensor, found: Found, groups: list[Group]) -> None:
             "put the normalisation inside the model (rome.create_model does)"
         )
     bad = int((~allowed).any(dim=0).sum())
-    if not all(bool(part.isfinite().all()) for part in distinct):
+    if not all(bool(part.isfinite().all()) for part in results):
         raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
     raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")

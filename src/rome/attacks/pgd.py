@@ -52,13 +52,13 @@ class PGD(Attack):
     def steps_for(self, threat: Threat) -> int:
         if not isinstance(threat, LpBall):
             raise UserError(f"{self.kind} searches inside Lp balls, not {type(threat).__name__}")
-        return _by_norm(self.steps, threat.norm, _STEPS[self.preset])
+        return by_norm(self.steps, threat.norm, _STEPS[self.preset])
 
     def step_size_for(self, threat: LpBall) -> float:
         default: dict[str, float] = {threat.norm: 2.5 * threat.eps / max(self.steps_for(threat), 1)}
         if self.preset == "madaan":
             default = _MADAAN_STEP_SIZE
-        return _by_norm(self.step_size, threat.norm, default)
+        return by_norm(self.step_size, threat.norm, default)
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         x_adv = x.clone()
@@ -76,21 +76,35 @@ class PGD(Attack):
 
     def _step(self, threat: Threat, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         assert isinstance(threat, LpBall)
-        origin, point, g = x.flatten(1), x_adv.flatten(1), gradient.flatten(1)
-        size = self.step_size_for(threat)
-        if threat.norm == "Linf":
-            delta = project_linf(point + size * g.sign() - origin, threat.eps)
-        elif threat.norm == "L2":
-            g = inward(g, point)
-            g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-8)
-            delta = project_l2(point + size * g - origin, threat.eps)
-        else:
-            direction = top_signs(inward(g, point), self.percentile)
-            moved = point + size * direction
-            if self.l1_projection == "ball-and-box":
-                return threat.project(moved.view_as(x), x)
-            delta = project_l1(moved - origin, threat.eps)
-        return (origin + delta).clamp_(0, 1).view_as(x)
+        size, exact = self.step_size_for(threat), self.l1_projection == "ball-and-box"
+        return ascend(threat, x_adv, x, gradient, size=size, percentile=self.percentile, exact=exact)
+
+
+def ascend(
+    threat: LpBall, x_adv: Tensor, x: Tensor, gradient: Tensor, *, size: float, percentile: float, exact: bool = False
+) -> Tensor:
+    """One step of steepest ascent in the threat's norm, projected onto its ball, then clipped to the box.
+
+    Args:
+        threat: the ball around ``x``.
+        x_adv, x, gradient: where to step from, the originals, and the loss's gradient there, all (B, C, H, W).
+        size: length of the step in the norm.
+        percentile: L1: only coordinates whose gradient reaches it move (:func:`top_signs`).
+        exact: L1: project onto the intersection of ball and box instead.
+    """
+    origin, point, g = x.flatten(1), x_adv.flatten(1), gradient.flatten(1)
+    if threat.norm == "Linf":
+        delta = project_linf(point + size * g.sign() - origin, threat.eps)
+    elif threat.norm == "L2":
+        g = inward(g, point)
+        g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-8)
+        delta = project_l2(point + size * g - origin, threat.eps)
+    else:
+        moved = point + size * top_signs(inward(g, point), percentile)
+        if exact:
+            return threat.project(moved.view_as(x), x)
+        delta = project_l1(moved - origin, threat.eps)
+    return (origin + delta).clamp_(0, 1).view_as(x)
 
 
 def random_start(threat: Threat, x: Tensor, noise: Tensor) -> Tensor:
@@ -136,7 +150,8 @@ def top_signs(gradient: Tensor, percentile: float) -> Tensor:
 Value = TypeVar("Value", int, float)
 
 
-def _by_norm(value: Value | dict[Norm, Value] | None, norm: Norm, default: dict[str, Value]) -> Value:
+def by_norm(value: Value | dict[Norm, Value] | None, norm: Norm, default: dict[str, Value]) -> Value:
+    """A setting that is one value for all norms, one for each, or the default's."""
     if value is None:
         return default[norm]
     if isinstance(value, dict):

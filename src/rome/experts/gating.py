@@ -28,6 +28,11 @@ class Gates(NamedTuple):
     whole: Tensor | None
     """v, (B, K): from the image (Eq. 4); None where the gate has no global part."""
 
+    def first(self, n: int) -> Gates:
+        """Those of the first n images."""
+        local, whole = (None if part is None else part[:n] for part in (self.local, self.whole))
+        return Gates(self.weights[:n], local, whole)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rome.processes import world_size
+
 
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, differentiable; itself in a single process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         return _SumOverProcesses.apply(value)
     return value
 

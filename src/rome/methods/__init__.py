@@ -1,6 +1,9 @@
 """Methods: they turn a batch and some threats into a loss."""
 
 from rome.methods.base import Method, Outcome, Setting
+from rome.methods.eat import EAT
 from rome.methods.mixing import Average, Maximum, Random
+from rome.methods.msd import MSD
+from rome.methods.ramp import RAMP
 
-__all__ = ["Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = ["EAT", "MSD", "RAMP", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]

@@ -1,0 +1,107 @@
+"""E-AT: attack the threats that the model withstands least more often."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor
+
+from rome.attacks import Attack
+from rome.methods.base import Method, Outcome, Setting, combine, named, training_forward
+from rome.processes import total
+from rome.randomness import Stream
+from rome.threats import PerExample, Threat
+
+
+class EAT(Method):
+    """E-AT: each batch, or each example, meets one threat, drawn in proportion to its error so far.
+
+    Croce and Hein, "Adversarial robustness against multiple and single lp-threat models via quick fine-tuning of robust
+    classifiers" (ICML 2022). The probability of threat p is proportional to 1 - acc_p, where acc_p is the share of the
+    training examples attacked under p, since the beginning and over all processes, that the attack did not fool (APGD:
+    at none of its iterates). The draw is even until every threat has fooled the model once: before, a threat whose
+    error is 0 by chance would never be drawn again.
+    """
+
+    kind = "eat"
+    threats: tuple[str, ...] = Field(default=("Linf", "L1"), min_length=2)
+    """Names of the threats to train on, among the config's. Linf and L1 are the extremes, between them lies L2."""
+    per: Literal["example", "batch"] | None = None
+    """``batch`` is the original. ``example`` draws for each example with the same probabilities, stratified. None: per
+    example where a regularizer wants several threats in a batch, else per batch (spec F13)."""
+    _seen: list[int] = PrivateAttr(default_factory=list)
+    """Examples attacked so far, by threat."""
+    _robust: list[int] = PrivateAttr(default_factory=list)
+    """Those of them that the attack did not fool."""
+    _new: Tensor | None = PrivateAttr(default=None)
+    """(2, threats): what this process adds to both in the current update."""
+    _drawn: int | None = PrivateAttr(default=None)
+    """The threat of the current update's batch."""
+
+    @field_validator("threats")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"{', '.join(names)} are not distinct; name each threat once")
+        return names
+
+    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        return super().trained(named(threats, self.threats, self.kind), attack)
+
+    def prepare(self, setting: Setting) -> None:
+        self._seen, self._robust = [0] * len(setting.threats), [0] * len(setting.threats)
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        labels = self._draw(setting, len(x))
+        mixture = PerExample(setting.threats, labels)
+        found = setting.attack.run(setting.attacked, x, y, mixture, generator=setting.attack_stream)
+        member = F.one_hot(labels, len(setting.threats)).to(x.device, non_blocking=True)
+        new = torch.stack([member.sum(dim=0), (member * found.robust.unsqueeze(1)).sum(dim=0)])
+        self._new = new if self._new is None else self._new + new
+        losses, correct, penalty = training_forward(setting, found.images, y, labels)
+        return combine(losses.mean(), penalty, labels, correct)
+
+    def probabilities(self) -> Tensor:
+        """With what probability each threat is drawn in the current update: float64 (threats,)."""
+        seen, robust = torch.tensor([self._seen, self._robust], dtype=torch.float64)
+        errors = (seen - robust) / seen.clamp(min=1)
+        if not bool((errors > 0).all()):
+            errors = torch.ones_like(errors)
+        return errors / errors.sum()
+
+    def _draw(self, setting: Setting, n: int) -> Tensor:
+        """The threats of this process's n examples. Accumulation steps of an update share probabilities, or threat."""
+        stream = setting.threat_stream
+        per = self.per or ("batch" if setting.regularizer is None else "example")
+        if per == "example":
+            return stratified(self.probabilities(), n * stream.world, stream)[stream.rank * n : (stream.rank + 1) * n]
+        if self._drawn is None:
+            self._drawn = int(stratified(self.probabilities(), 1, stream))
+        return torch.full((n,), self._drawn)
+
+    def update_end(self, setting: Setting) -> None:
+        assert self._new is not None
+        seen, robust = total(self._new).tolist()
+        self._seen = [old + new for old, new in zip(self._seen, seen, strict=True)]
+        self._robust = [old + new for old, new in zip(self._robust, robust, strict=True)]
+        self._new = self._drawn = None
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self._seen, "robust": self._robust}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._seen, self._robust = state["seen"], state["robust"]
+
+
+def stratified(probabilities: Tensor, n: int, stream: Stream) -> Tensor:
+    """n draws in random order, the same in every process: i occurs n probabilities[i] times, rounded up or down.
+
+    Systematic sampling: n equally spaced points with a common random offset, so that each draw alone has the
+    probabilities.
+    """
+    points = (torch.arange(n, dtype=torch.float64) + stream.number()) / n
+    drawn = torch.searchsorted(probabilities.cumsum(dim=0), points, right=True).clamp(max=len(probabilities) - 1)
+    return drawn[stream.permutation(n)]

@@ -1,0 +1,186 @@
+"""RAMP: train on the worse of two threats, pair the two, and fuse with training on clean images."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from rome.attacks import Attack
+from rome.component import Number
+from rome.methods.base import Method, Outcome, Setting, combine, named, training_logits
+from rome.optim import Optimizer
+from rome.processes import average, follow_first, total, world_size
+from rome.threats import PerExample, Threat
+
+
+class RAMP(Method):
+    """RAMP: the worse of two threats, logits of both paired, and weights fused with those of clean training.
+
+    Jiang and Singh, "RAMP: Boosting adversarial robustness against multiple lp perturbations for universal robustness"
+    (NeurIPS 2024; github.com/uiuc-focal-lab/RAMP). With x_s and x_t the example under source and target and x_w the
+    one with the higher loss in the attack,
+
+        loss = mean CE(f(x_w), y) + weight * mean over S of KL(softmax f(x_s) || softmax f(x_t))
+
+    S are the examples of the global batch that the training forward classifies right at x_s; gradients flow through
+    both sides. Once an epoch the weights are fused (:func:`fuse`) with those of a copy that started from the same
+    weights and saw the same batches, unperturbed. Fine-tuning has weight 1.5 and no fusion.
+    """
+
+    kind = "ramp"
+    source: str = "Linf"
+    target: str = "L1"
+    """Names of two threats, among the config's."""
+    weight: Number = Field(default=5, ge=0)
+    """lambda: 5 from scratch, 2 with ``trades``; 1.5 to fine-tune."""
+    fusion: Number | None = Field(default=0.5, ge=0, le=1)
+    """beta, the share of clean training in the fused weights; null or 0: no copy and no fusion."""
+    trades: Number | None = Field(default=None, ge=0)
+    """Where given, CE(f(x), y) + trades * KL(softmax f(x) || softmax f(x_w)) takes the place of CE(f(x_w), y), as
+    the authors do for wide residual networks, with 6 (Zhang et al. 2019)."""
+    _clean: _CleanCopy | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _two(self) -> RAMP:
+        if self.source == self.target:
+            raise ValueError(f"source and target are both {self.source}; name two threats")
+        return self
+
+    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        return super().trained(named(threats, (self.source, self.target), self.kind), attack)
+
+    def prepare(self, setting: Setting) -> None:
+        self._clean = _CleanCopy(setting.model, setting.optimizer) if self.fusion else None
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        # the copy first: its activations are gone before the attack starts
+        clean_loss = self._clean.backward(x, y) if self._clean is not None else None
+        # example by example, so that the draws of a process's examples are a slice of the global batch's
+        pairs, labels = PerExample(setting.threats, torch.arange(2).repeat(len(x))), y.repeat_interleave(2)
+        found = setting.attack.run(
+            setting.attacked, x.repeat_interleave(2, dim=0), labels, pairs, generator=setting.attack_stream
+        )
+        images = found.images if self.trades is None else torch.cat([found.images, x])
+        logits, penalty = training_logits(setting, images, pairs.labels)
+        logits, clean = logits[: len(labels)], logits[len(labels) :]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        searched = torch.where(found.loss.isnan(), losses.detach(), found.loss)  # NaN: the attack has another loss
+        worse = searched.view(-1, 2).argmax(dim=1, keepdim=True)
+        correct = logits.detach().argmax(dim=1) == labels
+        both, right = logits.view(len(x), 2, -1), correct.view(-1, 2)[:, 0]
+        if self.trades is None:
+            outcome = combine(losses.view(-1, 2).gather(1, worse).mean(), penalty, pairs.labels, correct)
+        else:
+            outcome = combine(F.cross_entropy(clean, y), penalty, pairs.labels, correct)
+            worst = both.gather(1, worse.unsqueeze(2).expand(-1, 1, both.shape[2])).squeeze(1)
+            outcome.add("trades", self.trades * divergence(clean, worst).mean())
+        # a mean over the processes' S together: gradients and logged parts are averaged over processes
+        share = world_size() / total(right.sum()).clamp(min=1)
+        outcome.add("pairing", self.weight * share * (divergence(both[:, 0], both[:, 1]) * right).sum())
+        if clean_loss is not None:
+            outcome.parts["clean_copy"] = clean_loss
+        return outcome
+
+    def epoch_start(self, setting: Setting, epoch: int) -> None:
+        if self._clean is not None:
+            self._clean.restart(setting.attacked)
+
+    def update_end(self, setting: Setting) -> None:
+        if self._clean is not None:
+            self._clean.step(setting.lr)
+
+    def epoch_end(self, setting: Setting, epoch: int) -> None:
+        if self._clean is not None and self.fusion:
+            self._clean.fuse_into(setting.attacked, self.fusion)
+
+    def state(self) -> dict[str, Any]:
+        return self._clean.state() if self._clean is not None else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self._clean is not None:
+            self._clean.load_state(state)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(softmax p || softmax q) of each row, differentiable in both: (B, classes), (B, classes) -> (B,)."""
+    log_p, log_q = p.log_softmax(dim=1), q.log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def fuse(start: Tensor, clean: Tensor, robust: Tensor, share: float) -> Tensor:
+    """w + (1 - b) (w_a - w) + b max(0, cos(w_n - w, w_a - w)) (w_n - w), RAMP's gradient projection, for one tensor.
+
+    Args:
+        start: w, at the start of the epoch.
+        clean: w_n, after the epoch on clean images.
+        robust: w_a, after the epoch on adversarial ones.
+        share: b.
+
+    Returns:
+        The fused tensor; a copy of ``robust`` where that is a scalar or holds no fractions.
+    """
+    if not start.ndim or not start.is_floating_point():
+        return robust.clone()
+    by_clean, by_robust = clean - start, robust - start
+    agreement = F.cosine_similarity(by_clean.flatten(), by_robust.flatten(), dim=0).clamp(min=0)
+    return start + (1 - share) * by_robust + share * agreement * by_clean
+
+
+class _CleanCopy:
+    """A copy of the model that takes the same updates on clean images, an epoch at a time from the fused weights.
+
+    It keeps step with the model, update by update, so that a run can stop and go on between any two of them.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model = copy.deepcopy(model).train()
+        self.optimizer = optimizer.build(self.model)
+        self.start: dict[str, Tensor] = {}
+        """Weights and buffers at the start of the epoch; empty between epochs."""
+        self.parts = 0
+        """Accumulation steps of the current update."""
+
+    def restart(self, model: nn.Module) -> None:
+        self.start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.model.load_state_dict(self.start)
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the gradients of the mean cross-entropy; returns it."""
+        loss = F.cross_entropy(self.model(x).float(), y)
+        with torch.autocast(x.device.type, enabled=False):
+            torch.autograd.backward(loss)
+        self.parts += 1
+        return loss.detach()
+
+    def step(self, lr: float) -> None:
+        """One step with the mean gradient of accumulation steps and processes."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]  # the same ones in every process
+        for gradient in gradients:
+            gradient /= self.parts
+        average(gradients)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.parts = 0
+
+    def fuse_into(self, model: nn.Module, share: float) -> None:
+        clean, robust = self.model.state_dict(), model.state_dict()
+        fused = {name: fuse(start, clean[name], robust[name], share) for name, start in self.start.items()}
+        follow_first(fused.values())  # BatchNorm's statistics are each process's own
+        model.load_state_dict(fused)
+        self.start = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"copy": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "start": self.start}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["copy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.model.state_dict()
+        self.start = {name: value.to(own[name].device) for name, value in state["start"].items()}
