@@ -60,7 +60,8 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
 
     Returns:
         ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update`` (attack, forward,
-        backward, optimizer on one batch) and ``latency_ms`` (one image, forward).
+        backward, optimizer on one batch; the mean over the epochs of a method with stages) and ``latency_ms`` (one
+        image, forward).
     """
     shape, classes = config.data.form()
     torch.manual_seed(config.seed)
@@ -91,6 +92,7 @@ def _seconds_per_update(
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
         optimizer=config.optimizer,
+        epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
     batch = config.batch_size // config.accumulate
@@ -108,7 +110,12 @@ def _seconds_per_update(
         optimizer.zero_grad(set_to_none=True)
         config.method.update_end(setting)
 
-    return _median(update, repeats, device)
+    seconds, epochs = 0.0, 0
+    for stage in config.method.stages(setting.epochs):
+        setting.epoch, length = stage.start, max(len(stage), 1)
+        seconds += _median(update, repeats, device) * length
+        epochs += length
+    return seconds / epochs
 
 
 def _forward(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> None:

@@ -2,5 +2,6 @@
 
 from rome.methods.base import Method, Outcome, Setting
 from rome.methods.mixing import Average, Maximum, Random
+from rome.methods.more import MORE
 
-__all__ = ["Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = ["MORE", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
