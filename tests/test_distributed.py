@@ -64,6 +64,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "natural_epochs": 1,
     },
     "a natural epoch first": {"natural_epochs": 1, "method": "avg"},
+    "MORE": {  # a stage an epoch; the strong decay would show on what should not move
+        "experts": {"kind": "more"},
+        "method": "more",
+        "optimizer": {"kind": "adamw", "weight_decay": 5},
+    },
 }
 
 
