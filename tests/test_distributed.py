@@ -73,6 +73,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "RAMP, trainable projection": {"method": "ramp", "experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
     "RAMP, accumulated": {"method": "ramp", "accumulate": 3, "optimizer": "sgd"},
     "RAMP with TRADES": {"method": {"kind": "ramp", "trades": 6}, "natural_epochs": 1},
+    "MORE": {  # a stage an epoch; the strong decay would show on what should not move
+        "experts": {"kind": "more"},
+        "method": "more",
+        "optimizer": {"kind": "adamw", "weight_decay": 5},
+    },
 }
 
 

@@ -171,7 +171,8 @@ def _consistent(config: Config, where: _Where) -> None:
     if len(set(names)) < len(names):
         problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
     try:
-        config.method.trained(config.threats, config.attack)
+        threats = config.method.trained(config.threats, config.attack)
+        config.method.suits(threats, config.experts, range(config.natural_epochs, config.epochs))
     except UserError as error:
         problems.append(f"{where.of(('method',))}{config.method.kind}: {error}")
     if not all(isinstance(threat, LpBall) for threat in config.threats):

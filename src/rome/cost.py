@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from rome.experts import Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model
 from rome.randomness import stream
+
+Work = Callable[[], None]
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -69,8 +72,9 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
 
     Returns:
         For each config ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update``
-        (attack, forward, backward, optimizer on one batch), ``latency_ms`` (one image, forward), and their ratios to
-        the first config: ``update_ratio`` and ``latency_ratio``, each median, least and largest of the rounds.
+        (attack, forward, backward, optimizer on one batch; the mean over the epochs of a method with stages),
+        ``latency_ms`` (one image, forward), and their ratios to the first config: ``update_ratio`` and
+        ``latency_ratio``, each median, least and largest of the rounds.
     """
     built = []
     for config in configs:
@@ -86,10 +90,9 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
             model.to(device)
             facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
             facts["batch_size"] = config.batch_size
-            update = _updater(config, model, shape, classes, device)
-            works.append((_latency(model, shape, device), update, device))
-        latencies = _in_turn([(latency, device) for latency, _, device in works], repeats * 5)
-        updates = _in_turn([(update, device) for _, update, device in works], repeats)
+            works.append((_latency(model, shape, device), _updates(config, model, shape, classes, device), device))
+        latencies = _in_turn([([(latency, 1.0)], device) for latency, _, device in works], repeats * 5)
+        updates = _in_turn([(stages, device) for _, stages, device in works], repeats)
         for facts, latency, seconds in zip((row[-1] for row in built), latencies, updates, strict=True):
             facts["latency_ms"] = 1000 * statistics.median(latency)
             facts["seconds_per_update"] = statistics.median(seconds)
@@ -98,10 +101,10 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     return [row[-1] for row in built]
 
 
-def _updater(
+def _updates(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
-) -> Callable[[], None]:
-    """One update of training, to be called again and again."""
+) -> list[tuple[Work, float]]:
+    """One update of each of the method's stages, to be called again and again, and that stage's share of the epochs."""
     method = config.method.model_copy(deep=True)  # its state belongs to these updates alone
     optimizer = config.optimizer.build(model)
     setting = Setting(
@@ -113,16 +116,17 @@ def _updater(
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
         optimizer=config.optimizer,
+        epochs=range(config.natural_epochs, config.epochs),
     )
     method.prepare(setting)
-    method.epoch_start(setting, 0)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
     y = torch.randint(classes, (batch,), generator=source).to(device)
 
-    def update() -> None:
+    def update(epoch: int) -> None:
         model.train()
+        setting.epoch = epoch
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 outcome = method.loss(setting, x, y)
@@ -131,10 +135,13 @@ def _updater(
         optimizer.zero_grad(set_to_none=True)
         method.update_end(setting)
 
-    return update
+    method.epoch_start(setting, 0)
+    stages = [(stage.start, max(len(stage), 1)) for stage in method.stages(setting.epochs)]
+    epochs = sum(length for _, length in stages)
+    return [(functools.partial(update, start), length / epochs) for start, length in stages]
 
 
-def _latency(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Callable[[], None]:
+def _latency(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Work:
     image = torch.zeros(1, *shape, device=device)
 
     def forward() -> None:
@@ -144,16 +151,19 @@ def _latency(model: nn.Module, shape: tuple[int, int, int], device: torch.device
     return forward
 
 
-def _in_turn(works: Sequence[tuple[Callable[[], None], torch.device]], rounds: int) -> list[list[float]]:
-    """Seconds of each work in each round, after a round that is not counted."""
+def _in_turn(works: Sequence[tuple[list[tuple[Work, float]], torch.device]], rounds: int) -> list[list[float]]:
+    """Seconds of each work in each round, after a round that is not counted; parts weighted with their shares."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds + 1):
-        for own, (work, device) in zip(times, works, strict=True):
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            own.append(time.perf_counter() - started)
+        for own, (parts, device) in zip(times, works, strict=True):
+            seconds = 0.0
+            for work, share in parts:
+                started = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds += share * (time.perf_counter() - started)
+            own.append(seconds)
     return [own[1:] for own in times]
 
 

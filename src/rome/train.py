@@ -103,6 +103,7 @@ def train(
         attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=fabric.device),
         threat_stream=stream(config.seed, "threats", rank=rank, world=world),
         optimizer=config.optimizer,
+        epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
     position = _Position()
@@ -148,9 +149,10 @@ def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: 
     return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
 
 
-def natural(setting: Setting) -> tuple[Method, Setting]:
+def natural(method: Method, setting: Setting) -> tuple[Method, Setting]:
     """Training without perturbations. The regularizer stays, and is 0: there are no two threats to part."""
-    return Random(), replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
+    method = method if method.own_natural else Random()
+    return method, replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
 
 
 class _Loop:
@@ -196,8 +198,9 @@ class _Loop:
             workers=config.workers,
         )
         method, setting = config.method, self.setting
+        setting.epoch = epoch
         if epoch < config.natural_epochs:
-            method, setting = natural(setting)
+            method, setting = natural(method, setting)
         setting.model.train()
         if not self.position.step:
             method.epoch_start(setting, epoch)

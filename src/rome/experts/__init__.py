@@ -9,6 +9,7 @@ from rome.experts.gating import DualScale, Gate, Gates, Global, Layout, Local, U
 from rome.experts.inject import Adapters, Experts, FeedForward, LowRank, add_experts
 from rome.experts.layers import block_numbers, find_layers, layout_of
 from rome.experts.mixture import AdapterLinear, MixtureLinear
+from rome.experts.more import ModelMixture, Networks
 from rome.experts.recording import GateRecorder, expert_layers, record_gates
 from rome.experts.routing import Routing, set_routing
 
@@ -33,6 +34,8 @@ __all__ = [
     "MixtureConv2d",
     "MixtureFFN",
     "MixtureLinear",
+    "ModelMixture",
+    "Networks",
     "Recorded",
     "Regularizer",
     "Routing",

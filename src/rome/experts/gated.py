@@ -32,7 +32,7 @@ class Gated(nn.Module):
 
     Attributes:
         experts: K.
-        gate: turns scores into gate weights.
+        gate: turns scores into gate weights; missing where :meth:`equip` got none.
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
         fixed_weights, inverted: weights (K,) instead of the gates, or the gates inverted; see
@@ -50,16 +50,19 @@ class Gated(nn.Module):
     inverted: bool
 
     def equip(
-        self, experts: int, gate: GateModule, layout: Layout, projection_dim: int, train_projection: bool
+        self, experts: int, gate: GateModule | None, layout: Layout, projection_dim: int, train_projection: bool
     ) -> None:
         """Set the attributes above.
 
         Args:
+            gate: None for a module that finds its gates in another way and calls :meth:`record` itself.
             projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
             train_projection: learn that projection instead of keeping its random start.
         """
-        self.experts, self.gate, self.layout, self.sink = experts, gate, layout, None
+        self.experts, self.layout, self.sink = experts, layout, None
         self.fixed_weights, self.inverted = None, False
+        if gate is not None:
+            self.gate = gate
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
         if self.projection is not None:
             self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
@@ -78,10 +81,22 @@ class Gated(nn.Module):
             rescore: computes the scores again from a detached input, for a sink that wants that.
         """
         gates: Gates = self.gate(scores)
+        self.record(gates, lambda: self.gate(rescore()))
+        return self.route(gates)
+
+    def record(self, gates: Gates, anew: Callable[[], Gates]) -> None:
+        """Record gates if somebody asked.
+
+        Args:
+            anew: computes them again from a detached input, for a sink that wants that.
+        """
         if self.sink is not None:
-            seen = self.gate(rescore()) if self.sink.detached else gates
+            seen = anew() if self.sink.detached else gates
             local = seen.local if seen.local is None else select(seen.local, self.real)
             self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.whole)))
+
+    def route(self, gates: Gates) -> Gates:
+        """The gates, or what :func:`rome.experts.set_routing` put in their place."""
         if self.fixed_weights is not None:
             return gates._replace(weights=self.fixed_weights.expand_as(gates.weights))
         if self.inverted:

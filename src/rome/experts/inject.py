@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
@@ -26,6 +26,8 @@ class Experts(Component):
     """Settings of the experts in a backbone."""
 
     default_kind = "low-rank"
+    own_method: ClassVar[bool] = False
+    """Whether only a method made for them trains them (:attr:`rome.methods.Method.own_experts`)."""
 
     regularizer: Regularizer | None = Field(default_factory=Diversification)
     """Loss on the gates while training; null for none."""

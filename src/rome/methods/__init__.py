@@ -3,7 +3,8 @@
 from rome.methods.base import Method, Outcome, Setting
 from rome.methods.eat import EAT
 from rome.methods.mixing import Average, Maximum, Random
+from rome.methods.more import MORE
 from rome.methods.msd import MSD
 from rome.methods.ramp import RAMP
 
-__all__ = ["EAT", "MSD", "RAMP", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = ["EAT", "MORE", "MSD", "RAMP", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.component import Component
 from rome.errors import UserError
-from rome.experts import GateRecorder, Regularizer, record_gates
+from rome.experts import Experts, GateRecorder, Regularizer, record_gates
 from rome.optim import Optimizer
 from rome.randomness import Stream
 from rome.threats import Threat
@@ -50,6 +50,10 @@ class Setting:
     """Settings of the optimizer, for a method that trains further models."""
     lr: float = 0.0
     """Learning rate of the current update."""
+    epochs: range = range(1)
+    """The epochs of the run that the method trains in: all but the natural ones, which come first."""
+    epoch: int = 0
+    """The current epoch, counted from 0."""
 
 
 @dataclass
@@ -77,6 +81,10 @@ class Method(Component):
     default_kind = "random"
     own_attack: ClassVar[str] = ""
     """What it attacks with where that is not the config's ``attack``, which then has no effect."""
+    own_experts: ClassVar[str] = ""
+    """Kind of the experts it is made for, if it trains no others."""
+    own_natural: ClassVar[bool] = False
+    """Whether it trains in natural epochs too, under one threat that perturbs nothing; RANDOM does if not."""
     partial_gradients: ClassVar[bool] = False
     """Whether some parameters may get no gradient in an update (several processes have to know)."""
 
@@ -89,6 +97,29 @@ class Method(Component):
         for threat in threats:
             attack.steps_for(threat)
         return threats
+
+    def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
+        """Check what it meets in a config.
+
+        Args:
+            threats: what :meth:`trained` made of the config's.
+            experts: the model's, if it has some.
+            epochs: as in :class:`Setting`.
+
+        Raises:
+            UserError: it cannot train such a model, or not in so many epochs.
+        """
+        kind = "none" if experts is None else experts.kind
+        if self.own_experts not in ("", kind):
+            own = self.own_experts
+            raise UserError(f"it trains experts of kind {own}, and the model has {kind}; set experts.kind={own}")
+        if experts is not None and experts.own_method and not self.own_experts:
+            able = [name for name, method in Method.members().items() if method.own_experts == kind]
+            raise UserError(f"experts of kind {kind} have a method of their own; set method.kind={' or '.join(able)}")
+
+    def stages(self, epochs: range) -> tuple[range, ...]:
+        """The epochs in the parts within which every update does the same kind of work."""
+        return (epochs,)
 
     def prepare(self, setting: Setting) -> None:
         """Called once before everything else: make what is made of the model, such as a copy.

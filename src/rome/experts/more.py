@@ -1,0 +1,177 @@
+"""Whole networks as experts, weighed by a gate network of the same architecture: MORE."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rome.errors import UserError
+from rome.experts.diversity import Regularizer
+from rome.experts.gated import Gated
+from rome.experts.gating import PLAIN, Gates
+from rome.experts.inject import Experts, Module
+
+
+class ModelMixture(Gated):
+    """f(x) = sum_i w_i(x) f_i(x) with w = softmax(gate(x)): logits of K networks, weighed for each image.
+
+    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586; github.com/ChaduCheng/
+    Mixture-of-Robust-Experts-MoRE-). ``router``, the gate, is a network of the experts' architecture with K outputs.
+    All start as copies of the given network, the router with a fresh classifier; so the function does not change, up
+    to rounding. Its gates are those of one token an image: weights (B, 1, K), local None, whole (B, K).
+
+    Args:
+        network: images (B, C, H, W) to logits (B, classes); becomes the first expert.
+        experts: K.
+
+    Raises:
+        UserError: the network cannot be copied or its classifier not be found; it is unchanged then.
+    """
+
+    def __init__(self, network: nn.Module, *, experts: int) -> None:
+        super().__init__()
+        classifiers(network)
+        try:
+            copies = [copy.deepcopy(network) for _ in range(experts)]
+        except Exception as error:  # whatever the network's own tensors and objects raise
+            raise UserError(f"this {type(network).__name__} cannot be copied: {error}") from error
+        self.router = with_outputs(copies.pop(), experts)
+        self.networks = nn.ModuleList([network, *copies])
+        self.equip(experts, None, PLAIN, 0, False)
+        self.visited: tuple[int, ...] = ()
+        """Set inside :meth:`apart`."""
+        self.train(network.training)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that the networks exempt from weight decay."""
+        own: set[str] = getattr(self.router, "no_weight_decay", set)()
+        networks = ("router", *(f"networks.{k}" for k in range(self.experts)))
+        return {f"{network}.{name}" for network in networks for name in own}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.visited:
+            parts = x.reshape(len(self.visited), -1, *x.shape[1:])
+            return torch.cat([self.networks[k](part) for k, part in zip(self.visited, parts, strict=True)])
+        scores = self.router(x)
+        if scores.shape != (len(x), self.experts):
+            raise UserError(
+                f"the gate network answers {len(x)} images with {tuple(scores.shape)}, not with {self.experts} weights "
+                "each: its last Linear layer is not its classifier. Give the network get_classifier() and "
+                "reset_classifier(outputs), as timm's have."
+            )
+        w = scores.softmax(dim=-1)
+        gates = Gates(w.unsqueeze(1), None, w)
+        self.record(gates, lambda: gates)  # the router reads the images themselves: nothing before it could learn
+        logits = torch.stack([network(x) for network in self.networks], dim=1)
+        return (self.route(gates).weights[:, 0].unsqueeze(-1) * logits).sum(dim=1)
+
+    @contextmanager
+    def apart(self, *experts: int) -> Iterator[None]:
+        """Inside, without gate: the batch stands in as many equal parts, and each meets one of these experts alone."""
+        before, self.visited = self.visited, experts
+        try:
+            yield
+        finally:
+            self.visited = before
+
+    def follow_first(self) -> None:
+        """Give the other experts the first one's weights, and the gate's network too, but for its classifier."""
+        first, own = self.networks[0].state_dict(), prefixes(self.router)
+        for network in self.networks[1:]:
+            network.load_state_dict(first)
+        self.router.load_state_dict(
+            {name: old if name.startswith(own) else first[name] for name, old in self.router.state_dict().items()}
+        )
+
+    def freeze_bodies(self) -> None:
+        """Leave the gate and the experts' classifiers to learn; what is before them neither learns nor drops out, and
+        its BatchNorm statistics stay. To be called again whenever :meth:`train` was."""
+        for network in self.networks:
+            network.eval()
+            learning = prefixes(network)
+            for name, parameter in network.named_parameters():
+                if not name.startswith(learning):
+                    parameter.requires_grad_(False)
+
+
+class Networks(Experts):
+    """K copies of the whole network, mixed by a gate network of the same architecture (MORE; paper Tables 1, 2, 6).
+
+    They take the place of the model's ``backbone``, behind the normalisation.
+    """
+
+    kind = "more"
+    own_method: ClassVar[bool] = True
+    experts: int = Field(default=3, ge=1)
+    """Networks, one for each threat."""
+    regularizer: Regularizer | None = None
+
+    def inject(self, model: Module) -> Module:
+        if hasattr(model, "_orig_mod"):
+            raise UserError("this model is compiled already: add the experts first, then compile")
+        if any(isinstance(module, Gated) for module in model.modules()):
+            raise UserError("this model has experts already; copies of a whole network go into a model without")
+        backbone = getattr(model, "backbone", None)
+        if not isinstance(backbone, nn.Module):
+            raise UserError(
+                f"whole networks take the place of a model's backbone, and this {type(model).__name__} has none; wrap "
+                "it: rome.models.Classifier(model, mean=(0,), std=(1,)), or build it with rome.create_model"
+            )
+        model.backbone = ModelMixture(backbone, experts=self.experts)
+        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
+        return model
+
+
+def classifiers(network: nn.Module) -> dict[str, nn.Module]:
+    """The last layers of a network by name: what timm's ``get_classifier`` gives, else the last Linear layer.
+
+    Raises:
+        UserError: there is none that could get another number of outputs.
+    """
+    if _of_timm(network):
+        given: Any = network.get_classifier()  # type: ignore[operator]
+        layers = given if isinstance(given, (tuple, list)) else (given,)
+    else:
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+        layers = [layer for layer in layers if type(layer) is nn.Linear]
+    found = {name: module for name, module in network.named_modules() if name and any(module is one for one in layers)}
+    if not [parameter for layer in found.values() for parameter in layer.parameters()]:
+        raise UserError(
+            f"this {type(network).__name__} has no classifier that a gate's could replace: neither a plain Linear "
+            "layer at its end nor get_classifier() and reset_classifier(outputs), as timm's networks have"
+        )
+    return found
+
+
+def prefixes(network: nn.Module) -> tuple[str, ...]:
+    """What the names of its classifiers' parameters start with."""
+    return tuple(f"{name}." for name in classifiers(network))
+
+
+def with_outputs(network: nn.Module, outputs: int) -> nn.Module:
+    """The same network with a fresh classifier of that many outputs, in place."""
+    old = classifiers(network)
+    like = next(parameter for layer in old.values() for parameter in layer.parameters())
+    if _of_timm(network):
+        network.reset_classifier(outputs)  # type: ignore[operator]
+    else:
+        for name, layer in old.items():
+            assert isinstance(layer, nn.Linear)
+            network.set_submodule(name, nn.Linear(layer.in_features, outputs, bias=layer.bias is not None))
+    for layer in classifiers(network).values():
+        layer.to(device=like.device, dtype=like.dtype)
+    return network
+
+
+def _of_timm(network: nn.Module) -> bool:
+    return all(callable(getattr(network, name, None)) for name in ("get_classifier", "reset_classifier"))

@@ -1,0 +1,101 @@
+"""MORE: train experts for one threat each, then their gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rome.errors import UserError
+from rome.experts import Experts, ModelMixture, Networks
+from rome.methods.base import Method, Outcome, Setting
+from rome.methods.mixing import Random
+from rome.threats import PerExample, Threat
+
+
+class MORE(Method):
+    """MORE: a network for each threat, trained on it alone; then a gate network and the experts' last layers.
+
+    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it (spec B): experts
+    for L1, L2 and Linf and none for clean images. First stage: in every update, expert p trains on the whole batch,
+    attacked under threat p through expert p alone. The loss is the sum of the experts' cross-entropies, so each has the
+    gradient of adversarial training on its threat by itself. Second stage: their bodies are frozen, in evaluation mode;
+    the gate and the experts' classifiers train as RANDOM does, per example, on attacks against the mixture itself. (The
+    authors' code makes these against an untrained network.) A regularizer on the gates enters in the second stage.
+
+    Natural epochs train the first expert, and all networks start from it. A learning-rate curve for each stage is one
+    schedule with two ramps, in the config.
+    """
+
+    kind = "more"
+    own_experts = "more"
+    own_natural = True
+    partial_gradients = True
+    expert_epochs: int | None = Field(default=None, ge=1)
+    """Epochs of the first stage, after natural ones; null: half of those the method has, rounded down."""
+
+    def stages(self, epochs: range) -> tuple[range, ...]:
+        first = len(epochs) // 2 if self.expert_epochs is None else self.expert_epochs
+        return epochs[:first], epochs[first:]
+
+    def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
+        super().suits(threats, experts, epochs)
+        _one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
+        if not all(self.stages(epochs)):
+            raise UserError(
+                f"it needs epochs for the experts and epochs for the gate, and has {len(epochs)} (epochs less "
+                f"natural_epochs) with expert_epochs {self.expert_epochs or 'null'}; raise epochs or lower the others"
+            )
+
+    def prepare(self, setting: Setting) -> None:
+        _one_each(setting.threats, mixture_of(setting.attacked).experts)
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        mixture = mixture_of(setting.attacked)
+        if setting.epoch < setting.epochs.start:
+            with mixture.apart(0):
+                return Random().loss(replace(setting, regularizer=None), x, y)
+        if setting.epoch in self.stages(setting.epochs)[0]:
+            return self._each_alone(setting, mixture, x, y)
+        mixture.freeze_bodies()
+        return Random().loss(setting, x, y)
+
+    def epoch_start(self, setting: Setting, epoch: int) -> None:
+        if 0 < epoch == setting.epochs.start:
+            mixture_of(setting.attacked).follow_first()
+
+    def _each_alone(self, setting: Setting, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
+        """All experts in one forward, so that processes wait for each other once."""
+        images = []
+        for expert, threat in enumerate(setting.threats):
+            with mixture.apart(expert):
+                images.append(setting.attack(setting.attacked, x, y, threat, generator=setting.attack_stream))
+        with mixture.apart(*range(len(images))):
+            logits = setting.model(torch.cat(images)).float()
+        labels, y = PerExample.repeated(setting.threats, len(x)).labels, y.repeat(len(images))
+        loss = F.cross_entropy(logits, y)  # the mean over experts and examples
+        parts = {"cross_entropy": loss.detach()}
+        return Outcome(len(images) * loss, labels, logits.detach().argmax(dim=1) == y, parts)
+
+
+def mixture_of(model: nn.Module) -> ModelMixture:
+    """The mixture of networks in a model.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = next((module for module in model.modules() if isinstance(module, ModelMixture)), None)
+    if found is None:
+        raise UserError("method more trains a mixture of networks, and this model is none; set experts.kind=more")
+    return found
+
+
+def _one_each(threats: tuple[Threat, ...], experts: int) -> None:
+    if len(threats) != experts:
+        raise UserError(
+            f"it trains one expert for each of the {len(threats)} threats, not {experts}; "
+            f"set experts.experts={len(threats)}"
+        )
