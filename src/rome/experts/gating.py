@@ -26,6 +26,10 @@ class Gates(NamedTuple):
     whole: Tensor
     """v, (B, K): from the image (Eq. 4)."""
 
+    def first(self, n: int) -> Gates:
+        """Those of the first n images."""
+        return Gates(*(part[:n] for part in self))
+
 
 class Gate(Component):
     """Settings of a gate; builds one module for each adapted layer."""

@@ -2,5 +2,6 @@
 
 from rome.methods.base import Method, Outcome, Setting
 from rome.methods.mixing import Average, Maximum, Random
+from rome.methods.pat import PAT, VR
 
-__all__ = ["Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = ["PAT", "VR", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]

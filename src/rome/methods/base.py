@@ -65,6 +65,11 @@ class Outcome:
     parts: dict[str, Tensor] = field(default_factory=dict)
     """Named scalars, detached: ``cross_entropy``, ``regularizer`` ..."""
 
+    def add(self, name: str, term: Tensor) -> None:
+        """One more term of the loss, with its name for the log."""
+        self.loss = self.loss + term
+        self.parts[name] = term.detach()
+
 
 class Method(Component):
     """How adversarial examples of several threats become one loss."""
@@ -133,22 +138,36 @@ def training_forward(
     Returns:
         cross-entropy per example (B',), correctness (B',), and the weighted regularizer (scalar) or None.
     """
+    logits, penalty = training_logits(setting, images, labels)
+    return F.cross_entropy(logits, y, reduction="none"), logits.detach().argmax(dim=1) == y, penalty
+
+
+def training_logits(setting: Setting, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """One forward of the training model, with the gates recorded.
+
+    Args:
+        images: (B', C, H, W).
+        labels: the threats of the first of them; images beyond carry none and stay out of the regularizer.
+
+    Returns:
+        logits (B', classes) in float32, and the weighted regularizer (scalar) or None.
+    """
     regularizer = setting.regularizer
     with record_gates(setting.attacked) if regularizer is not None else nullcontext() as recorder:
         logits = setting.model(images).float()
-    losses = F.cross_entropy(logits, y, reduction="none")
-    correct = logits.detach().argmax(dim=1) == y
     if regularizer is None or recorder is None:
-        return losses, correct, None
+        return logits, None
+    records = recorder.complete()
+    if len(labels) < len(images):
+        records = [record._replace(gates=record.gates.first(len(labels))) for record in records]
     with torch.autocast(images.device.type, enabled=False):  # means of gates may differ by less than bf16 resolves
-        penalty = regularizer.loss(list(recorder.complete()), labels, len(setting.threats))
-    return losses, correct, regularizer.weight * penalty
+        penalty = regularizer.loss(records, labels, len(setting.threats))
+    return logits, regularizer.weight * penalty
 
 
 def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:
     """Cross-entropy plus weighted regularizer (Eq. 9) as an outcome."""
-    parts = {"cross_entropy": loss.detach()}
+    outcome = Outcome(loss, labels, correct, {"cross_entropy": loss.detach()})
     if penalty is not None:
-        parts["regularizer"] = penalty.detach()
-        loss = loss + penalty
-    return Outcome(loss, labels, correct, parts)
+        outcome.add("regularizer", penalty)
+    return outcome
