@@ -445,12 +445,16 @@ def test_cost_is_the_mean_over_both_stages(monkeypatch: pytest.MonkeyPatch) -> N
         epochs.append(setting.epoch)
         return loss(self, setting, x, y)
 
-    def median(work: Any, repeats: int, device: torch.device) -> float:
-        work()
-        return next(times)
+    def in_turn(works: Any, rounds: int) -> list[list[float]]:
+        totals = []
+        for parts, _ in works:
+            for work, _ in parts:
+                work()
+            totals.append([sum(share * next(times) for _, share in parts)])
+        return totals
 
     monkeypatch.setattr(MORE, "loss", spy)
-    monkeypatch.setattr(cost, "_median", median)
+    monkeypatch.setattr(cost, "_in_turn", in_turn)
     config = more(epochs=6, natural_epochs=1, method={"kind": "more", "expert_epochs": 2})
     assert cost.measure(config, repeats=1)["seconds_per_update"] == pytest.approx((2 * 2.0 + 3 * 4.0) / 5)
     assert epochs == [1, 3]

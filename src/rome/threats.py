@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, overload
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, overload
 
 import torch
-from pydantic import BeforeValidator, Field
-from torch import Tensor
+from pydantic import BeforeValidator, Field, PrivateAttr
+from torch import Tensor, nn
 
 from rome.component import Component, Number
+from rome.errors import UserError
 from rome.projections import project_l1, project_l2, project_linf
 
 RTOL = 1e-5
@@ -84,10 +86,15 @@ class LpBall(Threat):
         return torch.linalg.vector_norm(delta.flatten(1), ord=ord, dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+        box = _in_box(x_adv)
         # x + delta is rounded to a float below 1, so each moved coordinate may be off by a unit in the last place of 1
         rounding = torch.finfo(x.dtype).eps * self._length((x_adv != x).to(_wide(x).dtype))
         return box & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
+
+
+def _in_box(x: Tensor) -> Tensor:
+    """Which images lie in [0, 1]: bool (B,); NaN does not."""
+    return ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -129,7 +136,52 @@ class AnyImage(Threat):
         return (x_adv - x).abs().flatten(1).amax(dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+        return _in_box(x_adv)
+
+
+class Perceptual(Threat):
+    """All images in [0,1] whose perceptual distance d to the original is at most ``bound`` (Laidlaw et al. 2021).
+
+    d compares the activations of a network (:mod:`rome.perceptual`), so the threat alone can measure nothing: what it
+    checks is the box. The network that d needs is the attacked model itself, or one that attacks read from a file.
+    """
+
+    kind = "perceptual"
+    bound: Number = Field(ge=0)
+    features: str = Field(default="self", min_length=1)
+    """The network: ``self`` for the attacked model, or the folder of a run or a safetensors file of ours."""
+    layers: tuple[str, ...] = ()
+    """The modules of its backbone to take activations from; none: those of :func:`rome.perceptual.feature_layers`."""
+    _network: nn.Module | None = PrivateAttr(default=None)
+
+    @property
+    def name(self) -> str:
+        path = Path(self.features)
+        if path.suffix == ".safetensors":
+            path = path.parent if path.stem == "model" and path.parent.name else path.with_suffix("")
+        return f"LPIPS-{path.name}"
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network in hand; None: not read yet, or the attacked model."""
+        return self._network
+
+    def measured_by(self, network: nn.Module) -> Self:
+        """This threat with its network in hand, so that attacks need not read it at every call."""
+        threat = self.model_copy()
+        threat._network = network
+        return threat
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Into the box; the bound is for attacks to keep."""
+        return x_adv.clamp(0, 1)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        raise UserError(f"{self.name} needs a network to measure with: call rome.perceptual.measure(threat, ...)")
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which examples are in the box; the bound is not checked."""
+        return _in_box(x_adv)
 
 
 class Budgets(tuple[LpBall, ...]):

@@ -90,8 +90,6 @@ def train(
 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
-
     model = model.to(fabric.device)
     optimizer = config.optimizer.build(model)
     setting = Setting(
@@ -106,6 +104,7 @@ def train(
         epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
+    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
     position = _Position()
     if checkpoint is not None:
         try:

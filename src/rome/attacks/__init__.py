@@ -3,6 +3,7 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.lpa import FastLPA
 from rome.attacks.pgd import PGD
 
-__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "Found", "Square"]
+__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "FastLPA", "Found", "Square"]

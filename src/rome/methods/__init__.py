@@ -5,6 +5,7 @@ from rome.methods.eat import EAT
 from rome.methods.mixing import Average, Maximum, Random
 from rome.methods.more import MORE
 from rome.methods.msd import MSD
+from rome.methods.pat import PAT, VR
 from rome.methods.ramp import RAMP
 
-__all__ = ["EAT", "MORE", "MSD", "RAMP", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = ["EAT", "MORE", "MSD", "PAT", "RAMP", "VR", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rome.methods.base import Method, Outcome, Setting, combine, training_forward
+from rome.randomness import Stream
 from rome.threats import PerExample
 
 
@@ -23,18 +24,22 @@ class Random(Method):
     per: Literal["example", "batch"] = "example"
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        stream = setting.threat_stream
-        threats = len(setting.threats)
-        first = int(stream.permutation(threats)[0])
         if self.per == "batch":
-            labels = torch.full((len(x),), first)
-        else:  # ``first`` decides which threats get the examples that do not divide evenly
-            drawn = (stream.permutation(len(x) * stream.world) + first) % threats
-            labels = drawn[stream.rank * len(x) : (stream.rank + 1) * len(x)]
+            labels = torch.full((len(x),), int(setting.threat_stream.permutation(len(setting.threats))[0]))
+        else:
+            labels = equal_shares(setting.threat_stream, len(x), len(setting.threats))
         mixture = PerExample(setting.threats, labels)
         images = setting.attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
         losses, correct, penalty = training_forward(setting, images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)
+
+
+def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
+    """A threat for each of this process's n examples: every threat gets an equal share of the global batch, in random
+    order; int64 (n,) on the CPU."""
+    first = int(stream.permutation(threats)[0])  # decides which threats get the examples that do not divide evenly
+    drawn = (stream.permutation(n * stream.world) + first) % threats
+    return drawn[stream.rank * n : (stream.rank + 1) * n]
 
 
 class _Every(Method):

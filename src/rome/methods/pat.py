@@ -1,0 +1,126 @@
+"""Perceptual adversarial training, and variation regularisation on top of it (paper 5.2, Table 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor
+
+from rome.attacks import Attack, FastLPA
+from rome.attacks.lpa import FastLPAWithPair
+from rome.component import Number
+from rome.errors import UserError
+from rome.methods.base import Method, Outcome, Setting, combine, training_forward, training_logits
+from rome.methods.mixing import equal_shares
+from rome.models import file_hash
+from rome.perceptual import ALL, Perception, loaded
+from rome.threats import Perceptual, PerExample, Threat
+
+
+class PAT(Method):
+    """PAT: cross-entropy on Fast-LPA examples (Laidlaw et al. 2021), each inside one of the perceptual threats.
+
+    Only examples that the model, in evaluation mode, classifies correctly are attacked; the others are trained on as
+    they are. Every threat gets an equal share of the global batch, as in RANDOM, and all are attacked at once. Attack
+    and threats of the config do not matter here; they are what the model is evaluated with.
+    """
+
+    kind = "pat"
+    own_attack: ClassVar[str] = "fast-lpa"
+    features: tuple[str, ...] = Field(default=("self", "runs/alexnet"), min_length=1)
+    """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
+    folder or a safetensors file of ours. The paper's two are ``self`` and an AlexNet."""
+    layers: tuple[str, ...] = ()
+    """Of ``self``: which modules to take activations from (see :func:`rome.perceptual.feature_layers`)."""
+    bound: Number = Field(default=0.5, gt=0)
+    """Perceptual distance allowed; 0.5 on CIFAR-10, 0.25 on ImageNet-100."""
+    steps: int = Field(default=10, ge=1)
+    """Of Fast-LPA."""
+    _threats: tuple[Perceptual, ...] = PrivateAttr(default=())
+    """With their networks in hand."""
+    _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
+    """SHA-256 of each network's file."""
+
+    @field_validator("features", "layers", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        found = tuple(
+            Perceptual(bound=self.bound, features=network, layers=self.layers if network == "self" else ())
+            for network in self.features
+        )
+        names = [threat.name for threat in found]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"features {', '.join(self.features)} are threats of the same name ({', '.join(names)}); name each "
+                "network once, or rename a folder"
+            )
+        return found
+
+    def prepare(self, setting: Setting) -> None:
+        device = next(setting.attacked.parameters()).device
+        found = []
+        for threat in setting.threats:
+            assert isinstance(threat, Perceptual)
+            try:
+                found.append(loaded(threat, device))
+            except UserError as error:
+                raise UserError(
+                    f"{self.kind} measures with the network {threat.features}: {error}. Train it (rome train "
+                    "experiments/alexnet/cifar10.yaml --out runs/alexnet), name another, or set method.features=self"
+                ) from error
+        Perception(setting.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
+        self._threats = tuple(found)
+        self._hashes = {name: file_hash(_file(name)) for name in self.features if name != "self"}
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        labels = equal_shares(setting.threat_stream, len(x), len(self._threats))
+        mixture = PerExample(self._threats, labels)
+        attack = FastLPA(steps=self.steps, only_correct=True)
+        images = attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
+        losses, correct, penalty = training_forward(setting, images, y, labels)
+        return combine(losses.mean(), penalty, labels, correct)
+
+    def state(self) -> dict[str, Any]:
+        return {"networks": self._hashes}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, found in self._hashes.items():
+            if state["networks"][name] != found:
+                raise UserError(f"{name} is not the network this run began with; restore it, or start the run anew")
+
+
+class VR(PAT):
+    """PAT+VR: PAT plus the variation of the logits inside the threat (Dai et al. 2022, "Formulating robustness against
+    unforeseen attacks").
+
+    loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2, where x' and x'' are found by a Fast-LPA that raises this
+    distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv alone.
+    """
+
+    kind = "vr"
+    weight: Number = Field(default=0.1, ge=0)
+    """lambda."""
+
+    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+        labels = equal_shares(setting.threat_stream, len(x), len(self._threats))
+        mixture = PerExample(self._threats, labels.repeat_interleave(3))
+        images, classes = x.repeat_interleave(3, dim=0), y.repeat_interleave(3)
+        attack = FastLPAWithPair(steps=self.steps, only_correct=True)
+        images = attack(setting.attacked, images, classes, mixture, generator=setting.attack_stream)
+        adversarial, one, other = images.view(-1, 3, *x.shape[1:]).unbind(1)
+        logits, penalty = training_logits(setting, torch.cat([adversarial, one, other]), labels)
+        logits, one, other = logits.chunk(3)
+        outcome = combine(F.cross_entropy(logits, y), penalty, labels, logits.detach().argmax(dim=1) == y)
+        outcome.add("variation", self.weight * torch.linalg.vector_norm(one - other, dim=1).mean())
+        return outcome
+
+
+def _file(network: str) -> Path:
+    return Path(network) / "model.safetensors" if Path(network).is_dir() else Path(network)
