@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import sys
@@ -204,7 +205,10 @@ def cost(
 @app.command("list")
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
-    pattern: Annotated[str, typer.Argument(help="Only models whose name matches, such as 'vit_*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Only names that match, such as 'vit_*' or '*table4*'.")] = "*",
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Experiments: parameters and estimated hours on an H100 instead.")
+    ] = False,
 ) -> None:
     """List what configs can name."""
     from rich.console import Console
@@ -212,12 +216,12 @@ def list_(
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in _listing(family, pattern):
+    for name, text in _listing(family, pattern, cost):
         table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
-def _listing(family: Family, pattern: str) -> list[tuple[str, str]]:
+def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     if family is Family.models:
         from fnmatch import filter as matching
 
@@ -232,9 +236,9 @@ def _listing(family: Family, pattern: str) -> list[tuple[str, str]]:
             raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
         return [*own, *((name, "timm") for name in names)]
     if family is Family.experiments:
-        from rome.experiments import listing
+        from rome.experiments import listing, rough_costs
 
-        return listing()
+        return [row for row in (rough_costs() if cost else listing()) if fnmatch.fnmatch(row[0], pattern)]
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from rome.config import load
+import torch
+
+from rome.config import Config, load
+from rome.cost import macs, parameters
+from rome.data import ImageFolder
 from rome.errors import UserError
+from rome.experts import FeedForward
+from rome.models import build_model
 
 
 def folder() -> Path:
@@ -26,6 +34,12 @@ def files() -> list[Path]:
     return sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
 
 
+IMAGES = {"digits": 1_437, "cifar10": 50_000, "imagenet100": 126_689, "imagenet": 1_281_167}
+"""Training images of the data sets that experiments name."""
+H100 = 0.4 * 989e12
+"""Operations a second assumed of an H100 for the estimates: 40% of its peak for dense products in bf16."""
+
+
 def listing() -> list[tuple[str, str]]:
     """Path and description of every experiment, with the paper's numbers where it has some."""
     rows = []
@@ -37,3 +51,55 @@ def listing() -> list[tuple[str, str]]:
             text += f" [paper {config.paper.table}, {config.paper.row}: {numbers}]"
         rows.append((str(path.relative_to(folder().parent)), text))
     return rows
+
+
+def rough_costs() -> Iterator[tuple[str, str]]:
+    """Path, and parameters and hours on one H100, of every experiment.
+
+    The hours are an estimate: counted multiply-accumulates of a forward pass x the method's passes x images x epochs,
+    at :data:`H100` operations a second; nobody ran them. Models are built without memory, one for each architecture.
+    """
+    counted: dict[str, tuple[int, int] | str] = {}
+    for path in files():
+        config = load(path)
+        shape, classes = _form(config)
+        experts = None if config.experts is None else {**config.experts.dump(), "regularizer": None}
+        key = json.dumps([config.model.untrained().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
+        if key not in counted:
+            try:
+                counted[key] = _count(config, classes, shape)
+            except UserError as error:  # a RobustBench model without that package
+                counted[key] = str(error).partition(";")[0].partition(":")[0]
+        found = counted[key]
+        if isinstance(found, str):
+            yield str(path.relative_to(folder().parent)), found
+            continue
+        size, products = found
+        threats = config.method.trained(config.threats, config.attack)
+        natural, attacked = config.natural_epochs, config.epochs - config.natural_epochs
+        passes = 3 * natural + (config.method.passes(threats, config.attack) * attacked if attacked else 0)
+        hours = 2 * products * passes * _images(config) / H100 / 3600
+        yield str(path.relative_to(folder().parent)), f"{size / 1e6:.2f}M parameters, about {hours:.2g} H100 hours"
+
+
+def _count(config: Config, classes: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Parameters and multiply-accumulates."""
+    sends_tokens = isinstance(config.experts, FeedForward) and config.experts.top is not None  # where, values decide
+    with torch.device("cpu" if sends_tokens else "meta"):
+        model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
+        return parameters(model)["parameters"], macs(model.eval(), shape)
+
+
+def _form(config: Config) -> tuple[tuple[int, int, int], int]:
+    """Image shape and classes, also where the folder of images is not here."""
+    if isinstance(config.data, ImageFolder):
+        return (3, config.data.size, config.data.size), 100 if config.data.classes == "imagenet100" else 1000
+    return config.data.form()
+
+
+def _images(config: Config) -> int:
+    known = IMAGES.get(config.data.kind)
+    if isinstance(config.data, ImageFolder):
+        known = IMAGES["imagenet100" if config.data.classes == "imagenet100" else "imagenet"]
+    assert known is not None
+    return min(known, config.data.train_limit or known)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
-import torch
 from torch import nn
 
 from rome.errors import UserError
@@ -157,10 +156,11 @@ def _windows(block: Any, name: str) -> Layout:
         )
     (height, width), (rows, columns) = resolution, window
     down, across = math.ceil(height / rows), math.ceil(width / columns)
-    inside = torch.zeros(down * rows, across * columns, dtype=torch.bool)
-    inside[:height, :width] = True
-    cut = inside.view(down, rows, across, columns).permute(0, 2, 1, 3).flatten()
-    real = () if bool(cut.all()) else tuple(cut.nonzero().flatten().tolist())
+    inside = [
+        i * rows + row < height and j * columns + column < width
+        for i, j, row, column in product(range(down), range(across), range(rows), range(columns))
+    ]
+    real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
     return Layout(windows=down * across, real=real)
 
 

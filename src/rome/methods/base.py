@@ -10,6 +10,7 @@ State that must survive a kill goes through :meth:`Method.state` and :meth:`Meth
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -116,6 +117,15 @@ class Method(Component):
         if experts is not None and experts.own_method and not self.own_experts:
             able = [name for name, method in Method.members().items() if method.own_experts == kind]
             raise UserError(f"experts of kind {kind} have a method of their own; set method.kind={' or '.join(able)}")
+
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        """Forward passes of the model for each example of an update, a backward to the input counted as one and to the
+        weights as two: what an update costs beside its arithmetic of one pass. NaN where it is not known.
+
+        Args:
+            threats: those the method trains on.
+        """
+        return math.nan
 
     def stages(self, epochs: range) -> tuple[range, ...]:
         """The epochs in the parts within which every update does the same kind of work."""

@@ -51,6 +51,9 @@ class EAT(Method):
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         return super().trained(named(threats, self.threats, self.kind), attack)
 
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return sum(2 * attack.steps_for(threat) for threat in threats) / len(threats) + 1 + 3
+
     def prepare(self, setting: Setting) -> None:
         self._seen, self._robust = [0] * len(setting.threats), [0] * len(setting.threats)
 

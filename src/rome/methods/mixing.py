@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rome.attacks import Attack
 from rome.methods.base import Method, Outcome, Setting, combine, training_forward
 from rome.randomness import Stream
-from rome.threats import PerExample
+from rome.threats import PerExample, Threat
 
 
 class Random(Method):
@@ -22,6 +23,9 @@ class Random(Method):
 
     kind = "random"
     per: Literal["example", "batch"] = "example"
+
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return sum(2 * attack.steps_for(threat) for threat in threats) / len(threats) + 3
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         if self.per == "batch":
@@ -44,6 +48,9 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
 
 class _Every(Method):
     """Attacks every example under every threat; one forward over all of them."""
+
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return sum(2 * attack.steps_for(threat) + 3 for threat in threats)
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         threats = len(setting.threats)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from rome.attacks import Attack
 from rome.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
 from rome.methods.base import Method, Outcome, Setting
@@ -40,6 +41,10 @@ class MORE(Method):
     def stages(self, epochs: range) -> tuple[range, ...]:
         first = len(epochs) // 2 if self.expert_epochs is None else self.expert_epochs
         return epochs[:first], epochs[first:]
+
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        apart = sum(2 * attack.steps_for(threat) + 3 for threat in threats) / (len(threats) + 1)
+        return (apart + Random().passes(threats, attack)) / 2  # of the whole mixture; both stages alike
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
         super().suits(threats, experts, epochs)

@@ -43,6 +43,9 @@ class MSD(Method):
                 raise UserError(f"it steps along Lp norms, and {threat.name} is no Lp ball; leave it out of threats")
         return threats
 
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return self.steps * (2 + len(threats)) + 3
+
     def step_size_for(self, threat: LpBall) -> float:
         return by_norm(self.step_size, threat.norm, {threat.norm: _PATH[threat.norm] * threat.eps / self.steps})
 

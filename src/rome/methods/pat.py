@@ -63,6 +63,9 @@ class PAT(Method):
             )
         return found
 
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return 1 + 3 * self.steps + 3  # a step: forward, backward to the input, forward a little further
+
     def prepare(self, setting: Setting) -> None:
         device = next(setting.attacked.parameters()).device
         found = []
@@ -107,6 +110,9 @@ class VR(PAT):
     kind = "vr"
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
+
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        return 3 * super().passes(threats, attack)
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         labels = equal_shares(setting.threat_stream, len(x), len(self._threats))

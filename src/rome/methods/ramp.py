@@ -54,6 +54,10 @@ class RAMP(Method):
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         return super().trained(named(threats, (self.source, self.target), self.kind), attack)
 
+    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
+        attacks = sum(2 * attack.steps_for(threat) + 1 + 3 for threat in threats)
+        return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
+
     def prepare(self, setting: Setting) -> None:
         self._clean = _CleanCopy(setting.model, setting.optimizer) if self.fusion else None
 
