@@ -168,9 +168,15 @@ def _consistent(config: Config, where: _Where) -> None:
     if len(set(names)) < len(names):
         problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
     try:
-        config.method.trained(config.threats, config.attack)
+        trained = config.method.trained(config.threats, config.attack)
     except UserError as error:
         problems.append(f"{where.of(('method',))}{config.method.kind}: {error}")
+    else:
+        try:
+            if config.experts is not None:
+                config.experts.check_threats(len(trained))
+        except UserError as error:
+            problems.append(f"{where.of(('experts', 'regularizer'))}experts: {error}")
     if not all(isinstance(threat, LpBall) for threat in config.threats):
         problems.append(f"{where.of(('threats',))}threats: only Lp balls can be trained on so far")
     if problems:
