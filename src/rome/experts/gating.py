@@ -194,7 +194,7 @@ class DualScaleGate(GateModule):
         return Gates((1 - self.beta) * u + self.beta * v.unsqueeze(1), u, v)
 
     def extra_repr(self) -> str:
-        return f"beta={float(self.beta):.3f}" + (", learned" if self.logit is not None else "")
+        return f"beta={torch.as_tensor(self.beta).item():.3f}" + (", learned" if self.logit is not None else "")
 
 
 class LocalGate(GateModule):
