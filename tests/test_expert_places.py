@@ -251,6 +251,14 @@ def test_layers_outside_the_blocks_see_no_class_token(name: str) -> None:
     assert expert_layers(model)[name].layout.prefix == 0
 
 
+def test_class_tokens_of_an_own_model_are_those_it_tells_and_never_a_convolutions() -> None:
+    model = OwnTransformer()
+    model.num_prefix_tokens = 2
+    model.blocks[0].conv = nn.Conv2d(4, 4, 3)
+    assert layout_of(model, "blocks.0.attention.qkv") == Layout(prefix=2)
+    assert layout_of(model, "blocks.0.conv") == layout_of(model, "head") == Layout()
+
+
 def test_a_cnn_has_experts_at_3x3_convolutions_but_not_at_stem_shortcuts_and_groups() -> None:
     model = add_experts(small_cnn(), rank=2)
     assert list(expert_layers(model)) == ["block.0.conv1", "block.0.conv2"]

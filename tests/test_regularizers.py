@@ -375,15 +375,16 @@ def test_threats_do_not_matter_to_balance(regularizer: Regularizer) -> None:
 
 
 class Tokens(nn.Module):
-    """Images (B, 1, 4, 4) as four tokens through two layers, with a convolution in front."""
+    """Images (B, 1, 4, 4) as four tokens through two layers, with two convolutions in front."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(16, 6), nn.Linear(6, 6)
+        self.stem, self.conv = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1)
+        self.one, self.two = nn.Linear(16, 6), nn.Linear(6, 6)
         self.head = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv(x).tanh().flatten(2)
+        h = self.conv(self.stem(x).tanh()).tanh().flatten(2)
         return self.head(self.two(self.one(h).tanh()).tanh().mean(1))
 
 
@@ -462,7 +463,7 @@ def test_gradient_gates_leaves_everything_else_to_the_cross_entropy(regularizer:
     last = "conv" if kind == "convolution" else "two"
     for name in (name for name in gate if name.startswith(last)):  # nothing comes after it
         torch.testing.assert_close(own[name], all_of_it[name])
-    before = {"conv": set(), "two": {"conv.weight", "one.weight" if kind != "ffn" else "one.networks.0.weight"}}[last]
+    before = {"stem.weight"} if last == "conv" else {"one.weight" if kind != "ffn" else "one.networks.0.weight"}
     assert before <= {name for name in alone if not torch.allclose(all_of_it[name], alone[name], atol=1e-12)}
 
 
