@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rome.experts import Diversification, DualScale, Gates, MixtureLinear, Recorded, add_experts, record_gates
+from tiny_runs import in_two_processes
 
 
 def recorded(local: Any, whole: Any, projection: Any = None) -> Recorded:
@@ -279,7 +279,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    in_two_processes(one_of_two, str(tmp_path))
     for projection in ("frozen", "trainable"):
         model = pair_of_blocks(projection)
         one = train_step(model, model, slice(None))

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rome.errors import UserError
-from rome.experts import DualScale, LowRank, MixtureLinear, add_experts, expert_layers, record_gates
-from rome.experts.gating import DualScaleGate
+from rome.experts import (
+    DualScale,
+    Gate,
+    Global,
+    Layout,
+    Local,
+    LowRank,
+    MixtureLinear,
+    Uniform,
+    add_experts,
+    expert_layers,
+    record_gates,
+)
+from rome.experts.gating import DualScaleGate, LocalGate
 from rome.experts.inject import block_numbers
+from rome.models import load_experts, load_model, save_experts, save_model
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -84,6 +101,229 @@ def test_s_and_b_shape_beta() -> None:
     assert DualScale(s=0, b=0).beta(3, 7) == 0.5
     assert DualScale(s=0, b=50).beta(3, 7) < 1e-20  # local only
     assert DualScale(s=0, b=-50).beta(3, 7) == 1  # global only
+
+
+# Kinds
+
+
+CLASS_AND_REGISTER = Layout(prefix=2)
+"""Of the four tokens, the first two are no patches."""
+POOLS: dict[str, list[int]] = {"mean": [0, 1, 2, 3], "patches": [2, 3], "cls": [0]}
+
+
+def literal_gates(gate: Any, image: Tensor, pooled: list[int]) -> tuple[list[list[float]], list[float]]:
+    """u (T, K) and v (K,) of one image, in plain floats; empty where the gate has no such part."""
+    rows = image.tolist()
+    u = [softmax(affine(gate.local, row)) for row in rows] if hasattr(gate, "local") else []
+    middle = [sum(rows[i][d] for i in pooled) / len(pooled) for d in range(len(rows[0]))]
+    return u, softmax(affine(gate.whole, middle)) if hasattr(gate, "whole") else []
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("coefficient", ["adaptive", "inverted", "learned"])
+def test_coefficients_and_pools_of_the_dual_scale_gate(coefficient: Any, pool: Any, tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    settings = DualScale(s=3.0, b=1.0, coefficient=coefficient, pool=pool)
+    gate: Any = settings.build(5, 3, block=2, blocks=5, layout=CLASS_AND_REGISTER).double()
+    beta = 1 / (1 + math.exp(-(3.0 * (1 - 2 / 5) - 1.0)))
+    beta = 1 - beta if coefficient == "inverted" else beta
+    assert torch.as_tensor(gate.beta).item() == pytest.approx(beta)
+    g, u, v = gate(tokens @ gate.rows().t())
+    for image in range(2):
+        u_here, v_here = literal_gates(gate, tokens[image], POOLS[pool])
+        assert v[image].tolist() == pytest.approx(v_here)
+        for token in range(4):
+            assert u[image, token].tolist() == pytest.approx(u_here[token])
+            mixed = [(1 - beta) * a + beta * b for a, b in zip(u_here[token], v_here, strict=True)]
+            assert g[image, token].tolist() == pytest.approx(mixed)
+
+
+def test_the_local_gate_alone_is_u(tokens: Tensor) -> None:
+    gate = Local().build(5, 3, block=1, blocks=2).double()
+    g, u, v = gate(tokens @ gate.rows().t())
+    assert v is None
+    assert torch.equal(g, u)
+    for image in range(2):
+        u_here, _ = literal_gates(gate, tokens[image], [0])
+        for token in range(4):
+            assert u[image, token].tolist() == pytest.approx(u_here[token])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_global_gate_alone_is_v_for_every_token(pool: Any, tokens: Tensor) -> None:
+    gate = Global(pool=pool).build(5, 3, block=1, blocks=2, layout=CLASS_AND_REGISTER).double()
+    g, u, v = gate(tokens @ gate.rows().t())
+    assert u is None
+    for image in range(2):
+        _, v_here = literal_gates(gate, tokens[image], POOLS[pool])
+        assert v[image].tolist() == pytest.approx(v_here)
+        assert all(g[image, token].tolist() == pytest.approx(v_here) for token in range(4))
+
+
+def test_no_gate_weighs_every_expert_alike_and_learns_nothing(tokens: Tensor) -> None:
+    gate = Uniform().build(5, 4, block=1, blocks=2).double()
+    g, u, v = gate(tokens @ gate.rows().t())
+    assert g.shape == (2, 4, 4)
+    assert (g == 0.25).all()
+    assert u is v is None
+    assert not list(gate.parameters())
+    assert not gate.state_dict()
+
+
+@pytest.mark.parametrize("pool", ["mean", "patches"])
+def test_padding_is_no_part_of_the_image(pool: Any, tokens: Tensor) -> None:
+    """Among the tokens of all windows only some hold the image; the rest may be anything."""
+    torch.manual_seed(0)
+    gate: Any = DualScale(pool=pool).build(5, 3, block=1, blocks=2, layout=Layout(windows=2, real=(0, 3))).double()
+    _, _, v = gate(tokens @ gate.rows().t())
+    other = tokens.clone()
+    other[:, 1:3] = 100.0
+    assert torch.equal(gate(other @ gate.rows().t())[2], v)
+    torch.testing.assert_close(v, gate.whole(tokens[:, [0, 3]].mean(1)).softmax(-1))
+
+
+@pytest.mark.parametrize("block", [1, 3, 6])
+def test_a_learned_coefficient_starts_at_beta_and_follows_its_gradient(block: int, tokens: Tensor) -> None:
+    gate: Any = DualScale(coefficient="learned").build(5, 3, block=block, blocks=6).double()
+    assert gate.beta.item() == pytest.approx(DualScale().beta(block, 6))
+    g, u, v = gate(tokens @ gate.rows().t())
+    weight = torch.randn(g.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((g * weight).sum(), gate.logit)
+    beta = gate.beta.item()
+    assert gradient.item() == pytest.approx(((v.unsqueeze(1) - u) * weight).sum().item() * beta * (1 - beta))
+    assert "learned" in repr(gate)
+
+
+@pytest.mark.parametrize("b", [60, -60])
+def test_a_coefficient_that_starts_at_an_end_is_finite(b: float, tokens: Tensor) -> None:
+    gate = DualScale(s=0, b=b, coefficient="learned").build(5, 3, block=1, blocks=2).double()
+    assert all(part.isfinite().all() for part in gate(tokens @ gate.rows().t()))
+
+
+def test_learned_coefficients_of_a_model_learn_each_their_own() -> None:
+    model = add_experts(Blocks(), experts=3, rank=2, gate=DualScale(coefficient="learned"))
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.B)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))).square().mean().backward()
+    before = [layer.gate.beta.item() for layer in expert_layers(model).values()]
+    optimizer.step()
+    after = [layer.gate.beta.item() for layer in expert_layers(model).values()]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert len(set(after)) == 4
+
+
+# Class tokens
+
+
+def vit(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **(size | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: Blocks(), "blocks.0.qkv"),
+        (lambda: vit(class_token=False, global_pool="avg"), "blocks.0.attn.qkv"),
+        (
+            lambda: timm.create_model("xcit_small_12_p16_224", embed_dim=32, num_heads=2, img_size=32),
+            "blocks.0.attn.qkv",
+        ),
+        (
+            lambda: timm.create_model(
+                "swin_tiny_patch4_window7_224", img_size=32, embed_dim=8, depths=(1,), num_heads=(1,)
+            ),
+            "layers.0.blocks.0.attn.qkv",
+        ),
+    ],
+    ids=["own", "ViT without it", "XCiT", "Swin"],
+)
+@pytest.mark.parametrize("gate", [DualScale(pool="cls"), Global(pool="cls")], ids=lambda gate: gate.kind)
+def test_the_class_token_can_be_read_only_where_there_is_one(build: Any, name: str, gate: Gate) -> None:
+    model = build()
+    with pytest.raises(UserError, match=rf"gate\.pool: cls reads a class token, and layer {name} sees none; use mean"):
+        LowRank(rank=2, gate=gate).inject(model)
+    assert not expert_layers(model)
+
+
+@pytest.mark.parametrize("layer", ["head", "patch_embed.proj"])
+def test_layers_that_see_no_class_token_read_all_they_see(layer: str) -> None:
+    with pytest.raises(UserError, match="sees none; use mean"):
+        add_experts(vit(), layers=layer, rank=2, gate=DualScale(pool="cls"))
+    patches, every = (
+        add_experts(vit(), layers=layer, rank=2, gate=DualScale(pool=pool)) for pool in ("patches", "mean")
+    )
+    every.load_state_dict(patches.state_dict())
+    x = torch.rand(2, 3, 16, 16)
+    with record_gates(patches) as one, record_gates(every) as other:
+        assert patches(x).isfinite().all()
+        every(x)
+    assert torch.equal(one.gates[layer].whole, other.gates[layer].whole)
+
+
+@pytest.mark.parametrize(("pool", "pooled"), [("cls", slice(0, 1)), ("patches", slice(4, None)), ("mean", slice(None))])
+def test_pools_of_a_vit_with_registers(pool: Any, pooled: slice) -> None:
+    """A class token, three registers, four patches."""
+    model = add_experts(vit(reg_tokens=3), rank=2, gate=DualScale(pool=pool))
+    layer, seen = model.blocks[1].attn.qkv, []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with record_gates(model) as recorder:
+        model(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert seen[0].shape[1] == 8
+    expected = layer.gate.whole(seen[0][:, pooled].mean(1)).softmax(-1)
+    torch.testing.assert_close(recorder.gates["blocks.1.attn.qkv"].whole, expected)
+
+
+# Files and settings
+
+GATES: list[Gate] = [
+    DualScale(s=3, b=1),
+    DualScale(coefficient="inverted", pool="cls"),
+    DualScale(coefficient="learned", pool="patches"),
+    Local(),
+    Global(pool="cls"),
+    Uniform(),
+]
+
+
+@pytest.mark.parametrize("gate", GATES, ids=repr)
+def test_every_gate_comes_back_from_both_files(gate: Gate, tmp_path: Path) -> None:
+    regularizer = None if isinstance(gate, Uniform) else {"kind": "diversification"}
+    model = LowRank(rank=2, experts=3, gate=gate, regularizer=regularizer).inject(vit())
+    for layer in expert_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            if name not in layer.shared:
+                nn.init.normal_(parameter)
+    save_model(model, tmp_path / "whole.safetensors")
+    save_experts(model, tmp_path / "experts.safetensors")
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for loaded in (
+        load_model(tmp_path / "whole.safetensors", vit()),
+        load_experts(vit(), tmp_path / "experts.safetensors"),
+    ):
+        assert torch.equal(loaded(x), model(x))
+        own, other = loaded.state_dict(), model.state_dict()
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+        for one, two in zip(expert_layers(loaded).values(), expert_layers(model).values(), strict=True):
+            assert type(one.gate) is type(two.gate)
+            assert (one.projection is None) == (two.projection is None) == (not gate.has_global)
+
+
+@pytest.mark.parametrize("name", ["dual-scale", "local", "global", "uniform"])
+def test_gates_are_named_by_kind(name: str) -> None:
+    assert Gate.of_kind(name).kind == name
+    assert LowRank(gate=name, regularizer=None).gate.dump()["kind"] == name
+
+
+def test_a_regularizer_needs_a_gate_that_learns() -> None:
+    with pytest.raises(ValidationError, match="gate: uniform learns nothing"):
+        LowRank(gate=Uniform())
+    model = add_experts(Blocks(), rank=2, gate=Uniform())  # leaves the regularizer out itself
+    assert model.experts_settings["regularizer"] is None
+    assert isinstance(add_experts(Blocks(), rank=2, gate=Local()).blocks[0].qkv.gate, LocalGate)
 
 
 # Block numbers

@@ -177,6 +177,12 @@ def two_processes(*arguments: object, logs: Path, **options: Any) -> list[Child]
     ]
 
 
+def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
+    """``function(rank, *arguments)`` in two processes, rank 0 and 1; an error in one is raised here."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():

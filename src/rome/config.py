@@ -171,10 +171,16 @@ def _consistent(config: Config, where: _Where) -> None:
     if len(set(names)) < len(names):
         problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
     try:
-        threats = config.method.trained(config.threats, config.attack)
-        config.method.suits(threats, config.experts, range(config.natural_epochs, config.epochs))
+        trained = config.method.trained(config.threats, config.attack)
+        config.method.suits(trained, config.experts, range(config.natural_epochs, config.epochs))
     except UserError as error:
         problems.append(f"{where.of(('method',))}{config.method.kind}: {error}")
+    else:
+        try:
+            if config.experts is not None:
+                config.experts.check_threats(len(trained))
+        except UserError as error:
+            problems.append(f"{where.of(('experts', 'regularizer'))}experts: {error}")
     if not all(isinstance(threat, LpBall) for threat in config.threats):
         problems.append(f"{where.of(('threats',))}threats: only Lp balls can be trained on so far")
     if problems:

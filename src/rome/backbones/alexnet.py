@@ -18,7 +18,7 @@ class AlexNet(nn.Module):
     """
 
     normalization: ClassVar[Normalization] = IMAGENET_STATISTICS
-    FEATURES: ClassVar[tuple[str, ...]] = ("features.1", "features.4", "features.7", "features.9", "features.11")
+    feature_layers: ClassVar[tuple[str, ...]] = ("features.1", "features.4", "features.7", "features.9", "features.11")
     """Names of the five ReLUs whose outputs are phi(x) in that paper's perceptual distance (spec D4)."""
 
     def __init__(self, *, num_classes: int, in_chans: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -13,40 +15,46 @@ from rome.experts.gated import Recorded
 from rome.experts.groups import sum_over_processes
 
 
-class LoadBalancing(Regularizer):
+class MeanOverLayers(Regularizer):
+    """Base of losses that are the mean of a term for each layer."""
+
+    def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
+        return torch.stack([self.term(record, labels, threats) for record in records]).mean()
+
+    @abstractmethod
+    def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
+        """The loss of one layer's gates, a scalar; arguments as in :meth:`loss`."""
+
+
+class LoadBalancing(MeanOverLayers):
     """K sum_k f_k P_k, averaged over layers: f_k the share of tokens whose largest gate is k's, P_k the mean gate.
 
-    Fedus et al. 2022 after Shazeer et al. 2017; the coefficient is MoLE's (Wu et al. 2024; spec F12). At least 1,
-    reached by uniform use. Tokens and examples of the global batch count alike.
+    Fedus et al. 2022 after Shazeer et al. 2017; the coefficient is MoLE's (Wu et al. 2024; spec F12). It is 1 where f
+    or P is uniform and at least 1 for one-hot gates; where f and P disagree it can be lower. Tokens and examples of the
+    global batch count alike.
     """
 
     kind = "load-balancing"
     weight: Number = Field(default=0.5, ge=0)
 
-    def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        total = labels.new_zeros((), dtype=torch.float32).to(records[0].gates.weights.device)
-        for record in records:
-            g = record.gates.weights.flatten(0, 1)
-            first = torch.nn.functional.one_hot(g.argmax(dim=1), g.shape[1]).to(g.dtype)
-            used, weight = sum_over_processes(torch.stack([first.sum(dim=0), g.sum(dim=0)])).unbind()
-            total = total + g.shape[1] * (used / used.sum() * weight / weight.sum()).sum()
-        return total / len(records)
+    def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
+        g = record.gates.weights.flatten(0, 1)
+        first = torch.nn.functional.one_hot(g.argmax(dim=1), g.shape[1]).to(g.dtype)
+        used, weight = sum_over_processes(torch.stack([first.sum(dim=0), g.sum(dim=0)])).unbind()
+        return g.shape[1] * (used / used.sum() * weight / weight.sum()).sum()
 
 
-class Importance(Regularizer):
+class Importance(MeanOverLayers):
     """CV^2 of the experts' summed gates, averaged over layers (Shazeer et al. 2017); 0 where all weigh alike."""
 
     kind = "importance"
 
-    def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        total = labels.new_zeros((), dtype=torch.float32).to(records[0].gates.weights.device)
-        for record in records:
-            weight = sum_over_processes(record.gates.weights.sum(dim=(0, 1)))
-            total = total + weight.var(unbiased=False) / weight.mean().square()
-        return total / len(records)
+    def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
+        weight = sum_over_processes(record.gates.weights.sum(dim=(0, 1)))
+        return weight.var(unbiased=False) / weight.mean().square()
 
 
-class Classification(Regularizer):
+class Classification(MeanOverLayers):
     """Cross-entropy -log u_ip - log v_p of gates that should name the threat p: expert p for threat p (Table 4).
 
     Averaged over examples, tokens and layers; needs as many experts as threats. 0 where there is one threat only.
@@ -54,20 +62,22 @@ class Classification(Regularizer):
 
     kind = "classification"
 
-    def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        total = labels.new_zeros((), dtype=torch.float32).to(records[0].gates.weights.device)
+    def check(self, experts: int, threats: int) -> None:
+        if experts != threats > 1:
+            raise UserError(
+                f"regularizer classification needs one expert for each of the {threats} threats, not {experts}; "
+                f"set experts.experts={threats}"
+            )
+
+    def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
+        self.check(record.layer.experts, threats)
+        total = 0 * record.gates.weights.sum()
         if threats == 1:
-            return total + 0 * sum(record.gates.weights.sum() for record in records)
-        for record in records:
-            if record.layer.experts != threats:
-                raise UserError(
-                    f"regularizer classification needs one expert for each of the {threats} threats, not "
-                    f"{record.layer.experts}; set experts.experts={threats}"
-                )
-            where = labels.to(total.device, non_blocking=True)
-            for gates in (record.gates.local, record.gates.whole):
-                if gates is not None:
-                    tokens = gates.view(len(where), -1, threats)
-                    named = tokens.gather(2, where.view(-1, 1, 1).expand(-1, tokens.shape[1], 1))
-                    total = total - named.clamp(min=1e-12).log().mean()
-        return total / len(records)
+            return total
+        where = labels.to(total.device, non_blocking=True)
+        for gates in (record.gates.local, record.gates.whole):
+            if gates is not None:
+                tokens = gates.reshape(len(where), -1, threats)
+                named = tokens.gather(2, where.view(-1, 1, 1).expand(-1, tokens.shape[1], 1))
+                total = total - named.clamp(min=1e-12).log().mean()
+        return total

@@ -25,6 +25,14 @@ class Regularizer(Component):
     gradient: Literal["backbone", "gates"] = "backbone"
     """Whether the loss trains everything before the gates too (literal), or the gates alone."""
 
+    @property
+    def projects(self) -> bool:
+        """Whether it reads the layers' projections, so that these may learn."""
+        return False
+
+    def check(self, experts: int, threats: int) -> None:
+        """Raise UserError if gates over that many experts cannot learn from that many threats."""
+
     @abstractmethod
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
         """Unweighted loss, a scalar; averaged over processes, its gradient is that of the loss of the global batch.
@@ -66,6 +74,10 @@ class Diversification(Regularizer):
             raise ValueError("estimate: unbiased and projected: mean are for distance: l2; leave them out")
         return self
 
+    @property
+    def projects(self) -> bool:
+        return self.distance in ("l2", "cosine")
+
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
         terms = [term for record in records for term in self._terms(record)]
         if not terms:
@@ -79,7 +91,7 @@ class Diversification(Regularizer):
             apart = pairwise(mean.view(threats, *points.shape[1:]), self.distance)
             if self.estimate == "unbiased":
                 excess = (squares.squeeze(1) - mean.square().sum(dim=1)) / (counts - 1).clamp(min=1)
-                apart = apart - (excess.unsqueeze(0) + excess.unsqueeze(1)) * (1 - torch.eye(threats).to(excess))
+                apart = apart - (excess.unsqueeze(0) + excess.unsqueeze(1)) * off_diagonal(excess)
             total = total + (present.unsqueeze(0) * present.unsqueeze(1) * apart).sum()
         return -total / len(records) * (1.0 if self.pairs == "ordered" else 0.5)
 
@@ -95,7 +107,7 @@ class Diversification(Regularizer):
             terms.append(local / local.shape[1] ** 0.5 if self.distance == "l2" else local)
         if record.gates.whole is not None:
             v, projection = record.gates.whole, record.layer.projection
-            if projection is not None and self.distance in ("l2", "cosine"):
+            if projection is not None and self.projects:
                 v = torch.nn.functional.linear(v, projection.weight)  # its bias cancels in a difference
                 v = v / v.shape[1] ** 0.5 if self.projected == "mean" else v
             terms.append(v.unsqueeze(1))
@@ -123,4 +135,9 @@ def pairwise(points: Tensor, distance: str) -> Tensor:
         if distance == "wasserstein":
             a, b = a.sort(dim=-1).values, b.sort(dim=-1).values
         away = (a.cumsum(dim=-1) - b.cumsum(dim=-1)).abs().sum(dim=-1)
-    return away.mean(dim=-1) * (1 - torch.eye(len(points)).to(points))
+    return away.mean(dim=-1) * off_diagonal(points)
+
+
+def off_diagonal(like: Tensor) -> Tensor:
+    """(P, P), 0 on the diagonal and 1 elsewhere, for P = len(like)."""
+    return 1 - torch.eye(len(like), dtype=like.dtype, device=like.device)

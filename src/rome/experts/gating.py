@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from rome.component import Component, Number
@@ -97,13 +96,18 @@ class DualScale(Gate):
     def needs_class_token(self) -> bool:
         return self.pool == "cls"
 
-    def beta(self, block: int, blocks: int) -> float:
+    def logit(self, block: int, blocks: int) -> float:
+        """What the sigmoid turns into beta(l)."""
         logit = self.s * (1 - block / blocks) - self.b
-        return 1 / (1 + math.exp(logit if self.coefficient == "inverted" else -logit))
+        return -logit if self.coefficient == "inverted" else logit
+
+    def beta(self, block: int, blocks: int) -> float:
+        """The share of the global gate in that block; where it is learned, at the start."""
+        return 1 / (1 + math.exp(-self.logit(block, blocks)))
 
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
-        beta, learned = self.beta(block, blocks), self.coefficient == "learned"
-        return DualScaleGate(in_features, experts, beta, learned=learned, pool=Pool(self.pool, layout))
+        logit = nn.Parameter(torch.tensor(self.logit(block, blocks))) if self.coefficient == "learned" else None
+        return DualScaleGate(in_features, experts, self.beta(block, blocks), logit, Pool(self.pool, layout))
 
 
 class Local(Gate):
@@ -120,7 +124,7 @@ class Global(Gate):
     """The global gate alone (Eq. 4; Table 4 "global only")."""
 
     kind = "global"
-    pool: Literal["mean", "patches", "cls"] = Field(default="mean")
+    pool: Literal["mean", "patches", "cls"] = "mean"
     """As in :class:`DualScale`."""
 
     @property
@@ -169,16 +173,16 @@ class DualScaleGate(GateModule):
     """g_i = (1 - beta) softmax(local(h_i)) + beta softmax(global(mean_i h_i)).
 
     ``local`` and ``whole`` are Linear(d_in, K) with bias. The mean over all T tokens, the class token among them
-    (spec F6), is taken after the product, which is the same because the product is linear.
+    (spec F6), is taken after the product, which is the same because the product is linear. beta is a constant, or the
+    sigmoid of a parameter ``logit``.
     """
 
-    def __init__(self, in_features: int, experts: int, beta: float, *, learned: bool, pool: Pool) -> None:
+    def __init__(self, in_features: int, experts: int, beta: float, logit: nn.Parameter | None, pool: Pool) -> None:
         super().__init__()
         self.local = nn.Linear(in_features, experts)
         self.whole = nn.Linear(in_features, experts)
         self.pool = pool
-        self.fixed_beta = beta
-        self.logit = nn.Parameter(torch.tensor(math.log(beta / (1 - beta)))) if learned else None
+        self.fixed_beta, self.logit = beta, logit
 
     @property
     def beta(self) -> float | Tensor:
@@ -195,7 +199,7 @@ class DualScaleGate(GateModule):
         return Gates((1 - self.beta) * u + self.beta * v.unsqueeze(1), u, v)
 
     def extra_repr(self) -> str:
-        return f"beta={float(self.beta):.3f}" + (", learned" if self.logit is not None else "")
+        return f"beta={torch.as_tensor(self.beta).item():.3f}" + (", learned" if self.logit is not None else "")
 
 
 class LocalGate(GateModule):

@@ -16,7 +16,7 @@ from rome.experts.diversity import Diversification, Regularizer
 from rome.experts.ffn import MixtureFFN
 from rome.experts.gated import Gated
 from rome.experts.gating import DualScale, Gate, GateModule, Layout, Local, Uniform
-from rome.experts.layers import block_numbers, find_layers, layout_of, matches_end
+from rome.experts.layers import block_numbers, check_places, find_layers, layout_of, matches_end
 from rome.experts.mixture import AdapterLinear, GatedLinear, MixtureLinear
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,6 +31,9 @@ class Experts(Component):
 
     regularizer: Regularizer | None = Field(default_factory=Diversification)
     """Loss on the gates while training; null for none."""
+
+    def check_threats(self, threats: int) -> None:
+        """Raise UserError if the regularizer does not go with that many threats."""
 
     @abstractmethod
     def inject(self, model: Module) -> Module:
@@ -53,14 +56,22 @@ class Layerwise(Experts):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if self.projection == "trainable" and self.regularizer is None:
-            raise ValueError("projection: trainable learns from the regularizer alone, and there is none; use frozen")
+        if self.projection == "trainable" and (self.regularizer is None or not self.regularizer.projects):
+            raise ValueError(
+                "projection: trainable learns from a diversification loss with l2 or cosine alone, which is not there; "
+                "use projection: frozen"
+            )
         if isinstance(self.gate, Uniform) and self.regularizer is not None:
             raise ValueError("gate: uniform learns nothing that a regularizer could change; add regularizer: null")
         return self
 
+    def check_threats(self, threats: int) -> None:
+        if self.regularizer is not None:
+            self.regularizer.check(self.experts, threats)
+
     def inject(self, model: Module) -> Module:
         chosen = self.places(model)
+        check_places(model, chosen)
         numbers = block_numbers(list(chosen))
         layouts = {name: layout_of(model, name) for name in chosen}
         for name, module in chosen.items():
@@ -103,7 +114,8 @@ class Bottleneck(Layerwise):
     rank: int = Field(default=16, ge=1)
     layers: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
-    (``blocks.*.mlp.fc?``). null picks the paper's: QKV and output projections of attention, else 3x3 convolutions."""
+    (``blocks.*.mlp.fc?``): the Linear layers that match, or the convolutions where none does. null picks the paper's:
+    QKV and output projections of attention, else 3x3 convolutions behind the stem."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -197,9 +209,9 @@ class FeedForward(Layerwise):
             for name, module in model.named_modules()
             if name and any(matches_end(name, pattern) for pattern in self.layers)
         }
-        if not chosen or any(isinstance(module, Gated) for module in chosen.values()):
-            state = "are experts already" if chosen else "do not exist in this model"
-            raise UserError(f"feed-forward networks named {', '.join(self.layers)} {state}; set experts.layers")
+        if not chosen:
+            named = ", ".join(self.layers)
+            raise UserError(f"feed-forward networks named {named} do not exist in this model; set experts.layers")
         return chosen
 
     def width(self, module: nn.Module) -> int:

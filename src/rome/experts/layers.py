@@ -12,7 +12,7 @@ from torch import nn
 
 from rome.errors import UserError
 from rome.experts.gated import Gated
-from rome.experts.gating import Layout
+from rome.experts.gating import PLAIN, Layout
 
 KINDS = (nn.Linear, nn.Conv2d)
 """What can be named in ``layers``. A pattern means the Linear layers it matches, or if there are none the others."""
@@ -29,8 +29,6 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
     Raises:
         UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("this model is compiled already: add the experts first, then compile")
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Gated))
     layers = {
         name: module
@@ -38,15 +36,31 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
         if isinstance(module, KINDS) and not name.startswith(adapted)
     }
     chosen = _paper_layers(layers) if patterns is None else _named(layers, patterns)
-    names: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in {id(m) for m in chosen.values()} and names.setdefault(id(module), name) != name:
-            raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
     for name, module in chosen.items():
         reason = _refusal(model, name, module)
         if reason:
             raise UserError(f"layer {name} cannot hold experts: {reason}. Leave it out of experts.layers.")
     return chosen
+
+
+def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """What replacing modules of any sort needs.
+
+    Raises:
+        UserError: the model is compiled, or a module has two names, lies inside another one or holds experts.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UserError("this model is compiled already: add the experts first, then compile")
+    names: dict[int, str] = {}
+    ids = {id(module) for module in chosen.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in ids and names.setdefault(id(module), name) != name:
+            raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
+    for name, module in chosen.items():
+        for inner, part in module.named_modules(prefix=name):
+            if isinstance(part, Gated) or (inner in chosen and inner != name):
+                what = "has experts already" if isinstance(part, Gated) else "is to hold experts itself"
+                raise UserError(f"layer {name} cannot hold experts: {inner} inside it {what}. Change experts.layers.")
 
 
 def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -138,23 +152,41 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     Raises:
         UserError: windowed attention whose windows cannot be told.
     """
+    if isinstance(model.get_submodule(name), nn.Conv2d):
+        return PLAIN
     around = ancestors(model, name)
     for inner, outer in pairwise(around):
         if type(inner).__name__.startswith("WindowAttention"):
             return _windows(outer, name)
-    counts: list[Any] = [getattr(parent, "num_prefix_tokens", None) for parent in around]
-    return Layout(prefix=next((count for count in counts if isinstance(count, int)), 0))
+    return Layout(prefix=_prefix(around, name))
+
+
+JOINED_LATE = ("cls_attn_blocks", "blocks_token_only")
+"""Blocks of XCiT and CaiT (timm) before which the class token joins; the blocks proper see patches alone."""
+
+
+def _prefix(around: list[nn.Module], name: str) -> int:
+    """Class and register tokens of a model that tells (``num_prefix_tokens``, timm), in its numbered blocks only.
+
+    The patch embedding comes before they join, the head after the tokens were pooled.
+    """
+    for depth, parent in enumerate(reversed(around)):
+        count: Any = getattr(parent, "num_prefix_tokens", None)
+        if isinstance(count, int):
+            in_block = any(part.isdigit() for part in name.split(".")[depth:])
+            return count if in_block and not any(hasattr(parent, late) for late in JOINED_LATE) else 0
+    return 0
 
 
 def _windows(block: Any, name: str) -> Layout:
-    """The windows of a Swin block (timm): padded to whole windows, cut row by row; a cyclic shift moves none out."""
+    """The windows of a Swin block: padded to whole windows, cut row by row; a cyclic shift moves no token out."""
     resolution, window = getattr(block, "input_resolution", None), getattr(block, "window_size", None)
     if resolution is None or window is None or getattr(block, "dynamic_mask", False):
         raise UserError(
             f"layer {name} sees windows of an image and its block does not say how many, so a global gate cannot "
             "average over the image. Leave it out of experts.layers."
         )
-    (height, width), (rows, columns) = resolution, window
+    (height, width), (rows, columns) = resolution, (window, window) if isinstance(window, int) else window
     down, across = math.ceil(height / rows), math.ceil(width / columns)
     inside = [
         i * rows + row < height and j * columns + column < width

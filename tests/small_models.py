@@ -1,0 +1,79 @@
+"""Small models of every family, random numbers for them, and experts as after some training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from rome.experts import Gated, expert_layers
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def grow(model: nn.Module) -> nn.Module:
+    """Experts as after some training: every parameter of theirs drawn anew, so that none is 0 or equals another."""
+    g = torch.Generator().manual_seed(0)
+    for layer in expert_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            if name not in layer.shared and "projection" not in name:
+                scale = 2.0 if name.startswith("gate") else 0.5
+                parameter.data = scale * torch.randn(parameter.shape, generator=g).to(parameter)
+    return model
+
+
+def gates_at(layer: Gated, h: Tensor) -> Tensor:
+    """Gate weights (B, T, K) for tokens (B, T, d); tests/test_gating.py pins what gates do."""
+    return layer.gate(h @ layer.gate.rows().t()).weights
+
+
+def timm_model(name: str, **args: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, **(TINY | args))
+
+
+def plain_swin() -> nn.Module:
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 1)
+    )
+
+
+def images(count: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class SmallCNN(nn.Module):
+    """Stem, a residual block with a 1x1 shortcut, a depthwise convolution, a head: 8x8 images of one channel."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.block = nn.ModuleList([nn.ModuleDict(self._block())])
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.head = nn.Linear(6, classes)
+
+    @staticmethod
+    def _block() -> dict[str, nn.Module]:
+        return {
+            "conv1": nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+            "norm": nn.BatchNorm2d(6),
+            "conv2": nn.Conv2d(6, 6, 3, padding=1, bias=False),
+            "shortcut": nn.Conv2d(4, 6, 1, stride=2, bias=False),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        (block,) = self.block
+        h = self.stem(x).relu()
+        h = block["shortcut"](h) + block["conv2"](block["norm"](block["conv1"](h)).relu())
+        return self.head(self.depthwise(h).relu().mean((2, 3)))
+
+
+def small_cnn() -> SmallCNN:
+    torch.manual_seed(0)
+    return SmallCNN()
