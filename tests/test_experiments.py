@@ -147,7 +147,8 @@ def test_table_1_is_trained_as_the_paper_trains(name: str) -> None:
     elif config.experts is not None:
         dump = config.experts.dump()
         assert (dump["experts"], dump["rank"], list(dump["layers"])) == (4, 16, ["qkv", "proj"])
-        assert dump["gate"] == {"kind": "dual-scale", "s": 4.0, "b": 2.0}
+        gate = {"kind": "dual-scale", "s": 4.0, "b": 2.0, "coefficient": "adaptive", "pool": "mean"}
+        assert dump["gate"] == gate
         assert (dump["regularizer"]["weight"], dump["projection_dim"], dump["projection"]) == (0.1, 100, "frozen")
 
 
