@@ -90,18 +90,18 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
             model.to(device)
             facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
             facts["batch_size"] = config.batch_size
-            works.append((_latency(model, shape, device), _updates(config, model, shape, classes, device), device))
+            works.append((_latency(model, shape, device), updates(config, model, shape, classes, device), device))
         latencies = _in_turn([([(latency, 1.0)], device) for latency, _, device in works], repeats * 5)
-        updates = _in_turn([(stages, device) for _, stages, device in works], repeats)
-        for facts, latency, seconds in zip((row[-1] for row in built), latencies, updates, strict=True):
+        seconds_of = _in_turn([(stages, device) for _, stages, device in works], repeats)
+        for facts, latency, seconds in zip((row[-1] for row in built), latencies, seconds_of, strict=True):
             facts["latency_ms"] = 1000 * statistics.median(latency)
             facts["seconds_per_update"] = statistics.median(seconds)
             facts["latency_ratio"] = _ratios(latency, latencies[0])
-            facts["update_ratio"] = _ratios(seconds, updates[0])
+            facts["update_ratio"] = _ratios(seconds, seconds_of[0])
     return [row[-1] for row in built]
 
 
-def _updates(
+def updates(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> list[tuple[Work, float]]:
     """One update of each of the method's stages, to be called again and again, and that stage's share of the epochs."""
