@@ -4,6 +4,7 @@ from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
 from rome.attacks.lpa import FastLPA
+from rome.attacks.perceptual import LPA, PPGD
 from rome.attacks.pgd import PGD
 
-__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "FastLPA", "Found", "Square"]
+__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "LPA", "PGD", "PPGD", "Attack", "FastLPA", "Found", "Square"]

@@ -64,7 +64,7 @@ class FastLPA(Attack):
             chosen = correct.repeat_interleave(self.copies).cpu()  # waits for the device once
             if chosen.any():
                 rows = chosen.nonzero().flatten().to(x.device)
-                images[rows] = self._climb(model, x[rows], y[rows], _among(groups, chosen), noise[rows])
+                images[rows] = self._climb(model, x[rows], y[rows], among(groups, chosen), noise[rows])
         return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 
     def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class FastLPA(Attack):
             for i in range(self.steps):
                 weight = self.penalty * 0.1 ** (1 - i / self.steps)
                 phi, gradient = self._gradient(seen, point, y, origin, bound, weight)
-                gradient = gradient / (_length(gradient) + 1e-8)
+                gradient = gradient / (length(gradient) + 1e-8)
                 rate = distances(phi, seen.features(point - self.h * gradient)) / self.h
                 step = bound * 0.1 ** (i / self.steps) / (rate + 1e-4)
                 point = (point - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
@@ -122,11 +122,11 @@ def gaussian(noise: Tensor) -> Tensor:
     return math.sqrt(2) * torch.special.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6))
 
 
-def _length(images: Tensor) -> Tensor:
+def length(images: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images.flatten(1), dim=1).view(-1, 1, 1, 1)
 
 
-def _among(groups: list[Group], chosen: Tensor) -> list[Group]:
+def among(groups: list[Group], chosen: Tensor) -> list[Group]:
     """The groups among the chosen rows of the batch (bool, CPU) alone."""
     found: list[Group] = []
     for group in groups:

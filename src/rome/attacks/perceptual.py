@@ -1,0 +1,226 @@
+"""Attacks inside a perceptual bound for evaluation: PPGD and LPA (Laidlaw et al. 2021, sections 4 and A.3).
+
+Facts from the paper and from the repository cassidylaidlaw/perceptual-advex; each example is searched as if it were
+alone, also where the originals let one example's failure change the others' (the projection's fallback).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.base import Attack, Found, Group, Model, frozen, margin
+from rome.attacks.lpa import START, among, gaussian, length, perceptual
+from rome.component import Number
+from rome.errors import UserError
+from rome.perceptual import Perception, distances
+from rome.threats import Perceptual, Threat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KAPPA = 1.0
+"""A margin beyond this is not raised further."""
+TOLERANCE = 1e-4
+"""Relative, on the bound: rounding of distances."""
+
+
+class _Bounded(Attack):
+    """What PPGD and LPA share: Gaussian start, networks frozen, results projected into the bound and checked."""
+
+    draws_by_image: ClassVar[bool] = True
+    steps: int = Field(default=20, ge=1)
+
+    def steps_for(self, threat: Threat) -> int:
+        if not isinstance(threat, Perceptual):
+            raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
+        return self.steps
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        space = _Space(model, x, groups)
+        with space.still():
+            point, adversarial, found = self.climb(space, (x + START * gaussian(noise)).clamp_(0, 1), y)
+            logits, phi = space.seen(point)
+            inside = distances(phi, space.origin) <= space.bound * (1 + TOLERANCE)
+            if not bool(inside.all()):
+                raise AssertionError(
+                    f"{self.kind} left its bound on {int((~inside).sum())} of {len(x)} examples: a bug"
+                )
+            robust = (logits.argmax(dim=1) == y) & ~found
+            adversarial = torch.where(found.view(-1, 1, 1, 1), adversarial, point)
+            loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        return Found(point, adversarial, robust, loss)
+
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the start to: the last point (B, C, H, W) inside the bound; images; bool (B,): where these are
+        misclassified and inside the bound."""
+        raise NotImplementedError
+
+
+class PPGD(_Bounded):
+    """Perceptual projected gradient descent: steps of steepest ascent of the margin in features, each projected.
+
+    With J the Jacobian of phi, a step is v = (J^T J)^-1 grad margin by 5 conjugate-gradient iterations, scaled to
+    |J v| = 2 bound / steps, then Newton's projection. A step costs about 7 forward and 6 backward passes, and the
+    projection up to 10 of each and 10 forwards more.
+    """
+
+    kind = "ppgd"
+    iterations: int = Field(default=5, ge=1)
+    """Of conjugate gradients."""
+    h: Number = Field(default=1e-3, gt=0)
+    """Length of the finite difference for J v."""
+
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        point = space.project(point)
+        adversarial, found = point.clone(), torch.zeros_like(y, dtype=torch.bool)
+        for _ in range(self.steps):
+            leaf = point.detach().requires_grad_()
+            with torch.enable_grad():
+                logits, phi = space.seen(leaf)
+                gained = margin(logits, y)
+                (gradient,) = torch.autograd.grad(gained.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
+            wrong = gained.detach() > 0
+            adversarial = torch.where((wrong & ~found).view(-1, 1, 1, 1), point, adversarial)
+            found = found | wrong
+            move = self._direction(space, leaf, phi, gradient)
+            point = space.project((point + move * (2 * space.bound / self.steps).view(-1, 1, 1, 1)).clamp_(0, 1))
+        return point, adversarial, found
+
+    def _direction(self, space: _Space, leaf: Tensor, phi: list[Tensor], gradient: Tensor) -> Tensor:
+        """v with |J v| = 1, zero where the gradient is too small to follow."""
+        point, fixed = leaf.detach(), [part.detach() for part in phi]
+
+        def along(v: Tensor) -> list[Tensor]:
+            """J v, by a finite difference along the unit vector."""
+            norm = length(v).clamp(min=1e-30)
+            ahead = space.seen.features(point + self.h * v / norm)
+            scale = [norm.flatten()[rows].unsqueeze(1) / self.h for rows in space.rows]
+            return [(a - f) * s for a, f, s in zip(ahead, fixed, scale, strict=True)]
+
+        def squared(v: Tensor) -> Tensor:
+            """J^T J v."""
+            (back,) = torch.autograd.grad(phi, leaf, grad_outputs=along(v), retain_graph=True)
+            return back
+
+        v, residual = torch.zeros_like(gradient), gradient
+        search, power = residual, _dot(residual, residual)
+        for _ in range(self.iterations):
+            pushed = squared(search)
+            share = power / _dot(search, pushed).clamp(min=1e-20)
+            v, residual = v + share * search, residual - share * pushed
+            before, power = power, _dot(residual, residual)
+            search = residual + power / before.clamp(min=1e-30) * search
+        speed = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in along(v)]).view(-1, 1, 1, 1)
+        return torch.where(length(gradient) < 1e-4, 0, v / speed.clamp(min=1e-12))
+
+
+class LPA(_Bounded):
+    """Lagrangian perceptual attack: the margin with a penalty on d beyond the bound, its weight found by search.
+
+    ``rounds`` x ``steps`` steps as in Fast-LPA; after each round an example's lambda, 0.01 at first, grows tenfold
+    where d is not inside the bound. Examples that are misclassified inside the bound are done and leave the batch; the
+    others are projected at the end.
+    """
+
+    kind = "lpa"
+    rounds: int = Field(default=5, ge=1)
+    h: Number = Field(default=0.1, gt=0)
+    """Length of the finite difference."""
+
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight = torch.full_like(space.bound, 0.01)
+        found = torch.zeros_like(y, dtype=torch.bool)
+        point = point.clone()
+        for _ in range(self.rounds):
+            for i in range(self.steps):
+                live = (~found).nonzero().flatten()
+                if not len(live):
+                    break
+                part, here, labels = space.among(~found), point[live], y[live]
+                leaf = here.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits, phi = part.seen(leaf)
+                    gained, apart = margin(logits, labels), distances(phi, part.origin)
+                    loss = weight[live] * (apart - part.bound).relu() - gained.clamp(max=KAPPA)
+                    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+                done = (gained > 0) & (apart <= part.bound)
+                gradient = gradient / (length(gradient) + 1e-8)
+                ahead = part.seen.features(here - self.h * gradient)
+                rate = distances([one.detach() for one in phi], ahead) / self.h
+                step = part.bound * 0.1 ** (i / self.steps) / (rate + 1e-8)
+                moved = (here - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+                point[live] = torch.where(done.view(-1, 1, 1, 1), here, moved)
+                found[live] = done
+            apart = distances(space.seen.features(point), space.origin)
+            weight = torch.where(apart >= space.bound, 10 * weight, weight)
+        point = torch.where(found.view(-1, 1, 1, 1), point, space.project(point))
+        return point, point, found
+
+
+class _Space:
+    """The examples of a batch seen through the networks of their threats: distances from the originals, projection."""
+
+    def __init__(self, model: Model, x: Tensor, groups: list[Group]) -> None:
+        self.model, self.x, self.groups = model, x, groups
+        members = [(perceptual(group.threat), group.rows) for group in groups]
+        self.rows = [rows for _, rows in members]
+        self.bound = torch.cat([x.new_full((rows.stop - rows.start,), threat.bound) for threat, rows in members])
+        self.seen = Perception(model, members, x.device)
+        self.origin = self.seen.features(x)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The networks that measure, frozen."""
+        with ExitStack() as stack:
+            for network in self.seen.networks:
+                stack.enter_context(frozen(network))
+            yield
+
+    def among(self, chosen: Tensor) -> _Space:
+        """The same for some of the examples (bool, (B,))."""
+        if bool(chosen.all()):
+            return self
+        return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()))
+
+    def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
+        """Points (B, C, H, W) brought inside the bound, those inside it as they are.
+
+        Newton's method: x' -= 1.1 (d - bound + 0.1) grad d / |grad d|^2 where d exceeds the bound, up to ``rounds``
+        times, in the box; where that does not arrive, bisection between the original and the point given.
+        """
+        start, apart = point, self._apart(point)
+        for _ in range(rounds):
+            outside = apart > self.bound
+            if not bool(outside.any()):
+                return point
+            leaf = point.detach().requires_grad_()
+            with torch.enable_grad():
+                apart = distances(self.seen.features(leaf), self.origin)
+                (gradient,) = torch.autograd.grad(apart.sum(), leaf)
+            scale = 1.1 * (apart.detach() - self.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
+            moved = (point - scale.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+            point = torch.where(outside.view(-1, 1, 1, 1), moved, point)
+            apart = self._apart(point)
+        outside = apart > self.bound
+        low, high = torch.zeros_like(self.bound), torch.ones_like(self.bound)
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            inside = self._apart(self._between(start, middle)) <= self.bound
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return torch.where(outside.view(-1, 1, 1, 1), self._between(start, low), point)
+
+    def _between(self, point: Tensor, share: Tensor) -> Tensor:
+        return self.x + share.view(-1, 1, 1, 1) * (point - self.x)
+
+    def _apart(self, point: Tensor) -> Tensor:
+        return distances(self.seen.features(point), self.origin)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each example: (B, 1, 1, 1)."""
+    return (a * b).flatten(1).sum(dim=1).view(-1, 1, 1, 1)

@@ -1,0 +1,149 @@
+"""PPGD and LPA: inside the bound, stronger with more room, each example alone, step and projection in closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rome.attacks import LPA, PGD, PPGD, Attack
+from rome.attacks.base import Group
+from rome.attacks.perceptual import _Space
+from rome.errors import UserError
+from rome.perceptual import measure
+from rome.threats import CIFAR10, Perceptual
+
+
+class Net(nn.Module):
+    """A small smooth network with two layers to compare."""
+
+    feature_layers = ("one", "two")
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.one = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Softplus())
+            self.two = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Softplus())
+            self.head = nn.Linear(8 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(8 * (x - 0.5))).flatten(1))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Net().double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Images that the model classifies as labelled."""
+    x = torch.rand(10, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x, model(x).argmax(1)
+
+
+ATTACKS: list[Attack] = [PPGD(steps=4), LPA(steps=4, rounds=3)]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+@pytest.mark.parametrize("bound", [0.05, 0.3])
+def test_every_image_is_inside_the_bound_and_the_box(
+    attack: Attack, bound: float, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, y = batch
+    threat = Perceptual(bound=bound)
+    found = attack.run(model, x, y, threat)
+    for images in (found.images, found.adversarial):
+        assert bool(((images >= 0) & (images <= 1)).all())
+        assert float(measure(threat, model, images, x).max()) <= bound * (1 + 1e-4)
+    assert torch.equal(model(found.adversarial).argmax(1) == y, found.robust)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_more_room_fools_more(attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    robust = [int(attack.run(model, x, y, Perceptual(bound=bound)).robust.sum()) for bound in (0.0, 0.1, 0.3, 0.8)]
+    assert robust[0] == len(x), "no room, no error"
+    assert robust == sorted(robust, reverse=True)
+    assert robust[-1] < len(x) / 2
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_they_beat_random_images_at_the_same_distance(
+    attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, y = batch
+    threat = Perceptual(bound=0.3)
+    space = _Space(model, x, [Group(threat, slice(0, len(x)), 1)])
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    chance = space.project((x + noise).clamp(0, 1))
+    random = int((model(chance).argmax(1) == y).sum())
+    assert int(attack.run(model, x, y, threat).robust.sum()) < random
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_an_example_does_not_notice_its_batch_mates(
+    attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, y = batch
+    threat = Perceptual(bound=0.3)
+    whole = attack(model, x, y, threat)
+    order = torch.tensor([7, 2, 9])
+    torch.testing.assert_close(attack(model, x[order], y[order], threat), whole[order], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_another_network_measures(attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    other = Net(seed=5).double().eval()
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    threat = Perceptual(bound=0.2, features="other").measured_by(other)
+    images = attack(model, x, y, threat)
+    assert float(measure(threat, model, images, x).max()) <= 0.2 * (1 + 1e-4)
+    assert float(measure(Perceptual(bound=1), model, images, x).max()) != pytest.approx(0.2, rel=1e-3)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
+
+
+def test_a_step_of_ppgd_is_the_steepest_in_features(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Enough conjugate-gradient iterations solve (J^T J) v = grad; the dense solution by least squares."""
+    x = batch[0][:1]
+    space = _Space(model, x, [Group(Perceptual(bound=0.3), slice(0, 1), 1)])
+    leaf = x.clone().requires_grad_()
+    logits, phi = space.seen(leaf)
+    (gradient,) = torch.autograd.grad(logits[0, 0] - logits[0, 1], leaf, retain_graph=True)
+    direction = PPGD(iterations=400, h=1e-5)._direction(space, leaf, phi, gradient).flatten()
+    J = torch.func.jacrev(lambda image: space.seen.features(image.view_as(x))[0][0])(x.flatten())
+    dense = torch.linalg.lstsq(J.t() @ J, gradient.flatten().unsqueeze(1), driver="gelsd").solution.flatten()
+    dense = dense / torch.linalg.vector_norm(J @ dense)
+    assert float(torch.linalg.vector_norm(J @ direction)) == pytest.approx(1, rel=1e-3)
+    assert float((J @ direction) @ (J @ dense)) == pytest.approx(1, rel=0.02)
+
+
+def test_projection_leaves_what_is_inside_and_reaches_the_bound_otherwise(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, _ = batch
+    space = _Space(model, x, [Group(Perceptual(bound=0.2), slice(0, len(x)), 1)])
+    point = (x + torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))).clamp(0, 1)
+    point[:5] = x[:5] + 1e-4
+    projected = space.project(point)
+    assert torch.equal(projected[:5], point[:5])
+    assert bool((space._apart(projected) <= 0.2).all())
+    bisected = space.project(point, rounds=0, halvings=30)
+    assert space._apart(bisected)[5:].tolist() == pytest.approx([0.2] * 5, abs=1e-6)
+
+
+def test_other_threats_are_refused(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(UserError, match="ppgd searches inside perceptual threats, not LpBall"):
+        PPGD()(model, *batch, CIFAR10["Linf"])
+    with pytest.raises(UserError, match="pgd searches inside Lp balls, not Perceptual"):
+        PGD()(model, *batch, Perceptual(bound=0.1))
+
+
+def test_defaults_are_the_papers() -> None:
+    settings: dict[str, Any] = PPGD().dump()
+    assert (settings["steps"], settings["iterations"]) == (20, 5)
+    assert (LPA().steps, LPA().rounds) == (20, 5)
