@@ -215,10 +215,13 @@ def list_(
     from rich.table import Table
     from rich.text import Text
 
+    from rome.terminal import print_table
+
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in _listing(family, pattern, cost):
         table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    console = Console()
+    print_table(table, console)
 
 
 def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:

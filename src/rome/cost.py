@@ -21,6 +21,7 @@ from rome.experts import Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model
 from rome.randomness import stream
+from rome.terminal import print_table
 
 Work = Callable[[], None]
 
@@ -212,9 +213,7 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
                 middle, low, high = each[ratio]
                 cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
         table.add_row(*cells)
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
-    console.print(table)
+    print_table(table, console)
     if timed:
         what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
         console.print(what, style="dim")

@@ -13,6 +13,7 @@ from rome.config import Config
 from rome.cost import added, parameters
 from rome.experts import block_numbers, expert_layers
 from rome.models import build_model
+from rome.terminal import print_table
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -63,9 +64,7 @@ def show_plan(facts: dict[str, Any]) -> None:
         )
     console.print(Text(str(facts["name"]), style="bold"))
     if layers:
-        if not console.is_terminal:  # a pipe has no width: nothing may be cut
-            console.width = max(console.width, console.measure(table).maximum)
-        console.print(table)
+        print_table(table, console)
         where = f"{len(layers)} of {len(layers) + len(facts['others'])} layers, blocks up to {layers[-1]['block']}"
         print(f"with experts: {where}; {facts['added']:,} parameters added, {facts['parameters']:,} in all")
     else:

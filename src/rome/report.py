@@ -28,6 +28,7 @@ from rome.evaluation.store import hash_data
 from rome.experts import expert_layers
 from rome.files import replace_file
 from rome.models import load_model
+from rome.terminal import print_table
 
 AVERAGE, UNION = "average", "union"
 DASH = "\N{EN DASH}"
@@ -92,9 +93,7 @@ def show(rows: list[tuple[str, Report]]) -> None:
             text = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
             texts.append(text.append(f"\n{cell.span}", style="not bold dim") if cell.span else text)
         table.add_row(Text(name, style="bold"), *texts)
-    if not console.is_terminal:  # a pipe has no width: nothing may be cut or wrapped
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
-    console.print(table)
+    print_table(table, console)
     counts, suites = _counts_and_suites(rows)
     best = f"; {star or 'bold'} is best" if len(rows) > 1 else ""
     caption = f"n = {counts}, suite {suites}; percent right over its 95% interval{best}"

@@ -31,6 +31,7 @@ from rome.errors import Interrupted, UserError
 from rome.evaluate import Report
 from rome.files import replace_file
 from rome.runs import Run
+from rome.terminal import print_table
 
 AVERAGE, UNION = "average", "union"
 
@@ -241,9 +242,7 @@ def show_rows(rows: Sequence[Row]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns))
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
-    console.print(table)
+    print_table(table, console)
     console.print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds", style="dim")
 
 
