@@ -58,7 +58,8 @@ class Team:
             dist.all_gather_object(everything, (result, told), group=self.group)
         except RuntimeError as error:
             raise Interrupted(
-                1, "another process of this evaluation ended; what is finished is kept: the same command goes on with it"
+                1,
+                "another process of this evaluation ended; what is finished is kept: the same command goes on with it",
             ) from error
         if own is not None:
             raise own

@@ -143,7 +143,9 @@ class Running:
                 )
                 found.append(warning("black-box-beats-white-box", case, attack, int(robust.sum()), message))
         if clock is not None:
-            self.watch(case.name, done, done, float(robust.mean()), self._left(clock, case, len(case.attacks) - 1, 0, 0))
+            self.watch(
+                case.name, done, done, float(robust.mean()), self._left(clock, case, len(case.attacks) - 1, 0, 0)
+            )
         self.after[case.name], self.seconds[case.name] = after, round(seconds, 3)
         self.warnings += summed(found)
         return robust
@@ -205,8 +207,8 @@ class Running:
 
     def _halved(self, case: Case, stage: int, pieces: list[int]) -> dict[str, Any]:
         message = (
-            f"memory did not suffice for {self.batch_size} examples at a time: run in batches of at most {max(pieces)}, "
-            "whose random starts are others"
+            f"memory did not suffice for {self.batch_size} examples at a time: run in batches of at most "
+            f"{max(pieces)}, whose random starts are others"
         )
         if self.aloud and not self.said:
             print(f"{case.name}: {message}", file=sys.stderr)

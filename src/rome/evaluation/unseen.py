@@ -1,4 +1,4 @@
-"""Suites of threats that no method trains on (paper Table 2): a table of attacks by name, and the common corruptions."""
+"""Suites of threats that no method trains on (paper Table 2): attacks by name, and the common corruptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     kind: str
     group: str | None = None
-    settings: Mapping[str, Any] = {}  # noqa: RUF012 (read only)
+    settings: Mapping[str, Any] = {}
     ball: bool = False
     """Under the Linf ball of the other cases; otherwise the attack owns its bound."""
 
@@ -46,7 +46,7 @@ COMMON_CORRUPTIONS = (
 
 
 class UnseenSuite(Suite):
-    """Attacks beyond Lp that no method trains on: fog, snow, gabor, elastic, jpeg, sparsefool, patch, stadv and more."""
+    """Attacks beyond Lp that no method trains on: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
 
     kind = "unseen"
     rows: ClassVar[tuple[Row, ...]] = UNSEEN
