@@ -28,8 +28,8 @@ def out_of_memory(error: BaseException) -> bool:
 def free(error: BaseException) -> None:
     """Let go of the tensors that filled the memory: the frames of the traceback hold them."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
-    gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
         torch.cuda.empty_cache()
 
 
