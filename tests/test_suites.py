@@ -262,9 +262,7 @@ def test_cases_may_be_run_one_at_a_time(tmp_path: Path) -> None:
     def run(*cases: str, out: Path | None = tmp_path) -> Report:
         chosen = {"cases": cases} if cases else {}
         suite = SeveralSuites(suites=(QuickSuite(steps=3), toys("negative", "same", "noise")))
-        return evaluate(
-            Brightness().eval(), SHADES, LABELS, threats=LINF, suite=suite, batch_size=2, out=out, **chosen
-        )
+        return evaluate(Brightness().eval(), SHADES, LABELS, threats=LINF, suite=suite, batch_size=2, out=out, **chosen)
 
     first = run("Linf", "toy-1")
     assert first.cases == ("clean", "Linf", "toy-1")
@@ -278,7 +276,9 @@ def test_cases_may_be_run_one_at_a_time(tmp_path: Path) -> None:
         first.union_of(["toy-0"])
     before = stamps(tmp_path)
     second = run("toy-0")
-    assert second.cases == ("clean", "Linf", "toy-0", "toy-1"), "what an earlier call ran is there, in the suite's order"
+    assert second.cases == ("clean", "Linf", "toy-0", "toy-1"), (
+        "what an earlier call ran is there, in the suite's order"
+    )
     assert second.pending == ("toy-2",)
     after = stamps(tmp_path)
     assert {name: after[name] for name in before} == before
@@ -356,16 +356,16 @@ def test_a_composed_suite_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     after = stamps(tmp_path / "result")
     assert {name: after[name] for name in before} == before
     assert {Path(name).parent.name for name in after.keys() - before.keys()} == {"toy-1", "toy-2"}
-    whole = evaluate(
-        Brightness().eval(), SHADES, LABELS, threats=LINF, suite=_killed(tmp_path), batch_size=2, out=None
-    )
+    whole = evaluate(Brightness().eval(), SHADES, LABELS, threats=LINF, suite=_killed(tmp_path), batch_size=2, out=None)
     assert (resumed.correct == whole.correct).all()
 
 
 # -------- memory
 
 
-CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+)
 
 
 def many(n: int = 20) -> tuple[Tensor, Tensor]:

@@ -165,10 +165,10 @@ def evaluate_named(
         team=team,
         progress=True,
     )
-    if report.clean < 2 / classes:
+    if report.interval("clean")[0] <= 1 / classes:
         _say(
             team,
-            f"only {report.clean:.1%} are right without an attack, about chance for {classes} classes: are the "
+            f"only {report.clean:.1%} are right without an attack, no better than chance for {classes} classes: are the "
             "normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
         )
     return report, folder

@@ -11,6 +11,7 @@ import numpy as np
 
 from rome.attacks.autoattack import Square
 from rome.attacks.base import Model
+from rome.errors import Interrupted
 from rome.evaluation.checks import check_finite
 from rome.evaluation.memory import Halving, free, out_of_memory
 from rome.evaluation.processes import Team
@@ -60,6 +61,8 @@ class Running:
         for case in self.cases:
             try:
                 column = self.case(case, clean, clock if case in chosen else None)
+            except Interrupted:
+                raise
             except Exception as error:  # the other cases go on; this one is reported and tried again next time
                 if out_of_memory(error):
                     free(error)
