@@ -168,8 +168,8 @@ def evaluate_named(
     if report.interval("clean")[0] <= 1 / classes:
         _say(
             team,
-            f"only {report.clean:.1%} are right without an attack, no better than chance for {classes} classes: are the "
-            "normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
+            f"only {report.clean:.1%} are right without an attack, no better than chance for {classes} classes: are "
+            "the normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
         )
     return report, folder
 

@@ -182,8 +182,8 @@ class Report:
         return bool(found) and all(name in self.cases for name in found)
 
     def _mean(self, names: Iterable[str]) -> float:
-        found = list(names)
-        return float(np.mean([self.robust[name] for name in found])) if self._complete(found) else math.nan
+        found, robust = list(names), self.robust
+        return float(np.mean([robust[name] for name in found])) if self._complete(found) else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrix, as plain data; what is unavailable is None."""

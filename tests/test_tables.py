@@ -1,0 +1,257 @@
+"""What is shown of composed suites: group means, the union of the Lp balls, own unions; RobustBench's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rome.analysis.compared import Evaluated, paired
+from rome.analysis.robustbench import entries_of, eps_text, percent, write_entries
+from rome.analysis.tables import columns_of, missing, show, tabulate
+from rome.cli import main
+from rome.errors import UserError
+from rome.evaluate import Case, Report
+from rome.evaluation.suites import APGDSuite, AutoAttackSuite
+from rome.evaluation.unseen import COMMON_CORRUPTIONS
+from rome.report import compare, write_report
+from rome.runs import Run
+from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
+from rome.train import train
+from tiny_runs import tiny
+from toy_suites import Toy
+
+LP = AutoAttackSuite().cases({threat.name: threat for threat in CIFAR10}, 10)
+WEATHER = [
+    Case(name=name, threat=AnyImage(label=name), attacks=(Toy(),), group="perceptual") for name in ("fog", "snow")
+]
+CORRUPTIONS = [
+    Case(
+        name=f"{type}-{severity}",
+        threat=AnyImage(label=f"{type}-{severity}"),
+        attacks=(Toy(),),
+        group="corruptions",
+        on_all=True,
+    )
+    for type in COMMON_CORRUPTIONS
+    for severity in (1, 2, 3, 4, 5)
+]
+
+
+def report(cases: list[Case], columns: list[list[int]], **more: Any) -> Report:
+    """A report with these columns, clean first; ``more`` may name cases that are missing."""
+    matrix = np.array(columns, dtype=bool).T
+    absent = {*more.get("failed", {}), *more.get("pending", ())}
+    names = tuple(case.name for case in cases if case.name not in absent)
+    settings = {
+        "suite": {"kind": "several", "suites": [{"kind": "autoattack"}, {"kind": "unseen"}]},
+        "cases": [case.dump() for case in cases],
+        "classes": 10,
+        "seed": 0,
+        "n": len(matrix),
+    }
+    labels = np.zeros(len(matrix), np.int64)
+    return Report(matrix, ("clean", *names), labels, np.arange(len(matrix)), settings, **more)
+
+
+A = report([*LP, *WEATHER], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+B = report([*LP, *WEATHER], [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]])
+
+
+def numbers(found: Report, unions: list[list[str]] | None = None) -> dict[str, str]:
+    columns, (cells,) = tabulate([("a", found)], unions or ())
+    return dict(zip(columns, (cell.percent for cell in cells), strict=True))
+
+
+def test_groups_stand_beside_attacks() -> None:
+    shown = numbers(A)
+    assert list(shown) == [
+        "clean", "L1", "L2", "Linf", "fog", "snow", "lp mean", "lp union", "perceptual mean", "average", "union",
+    ]  # fmt: skip
+    assert (shown["lp mean"], shown["lp union"]) == ("58.3", "25.0")
+    assert (shown["perceptual mean"], shown["average"], shown["union"]) == ("87.5", "70.0", "0.0")
+
+
+def test_a_group_that_is_all_there_is_is_not_shown_twice() -> None:
+    only = report(LP, A.correct[:, :4].T.tolist())
+    assert list(numbers(only)) == ["clean", "L1", "L2", "Linf", "average", "union"]
+
+
+def test_corruptions_are_one_number() -> None:
+    columns = [[1, 0], *([[1, 0]] * 30), *([[0, 1]] * 45)]
+    assert numbers(report(CORRUPTIONS, columns)) == {"clean": "50.0", "corruptions mean": "50.0"}
+
+
+def test_a_union_of_ones_own_has_an_interval() -> None:
+    columns, (row, _) = tabulate([("a", A), ("b", B)], [["L2", "fog"], ["L1"]])
+    assert columns[-2:] == ["union L2+fog", "union L1"]
+    assert [cell.percent for cell in row[-2:]] == ["50.0", "50.0"]
+    assert row[-2].interval == A.union_interval(["fog", "L2"])
+
+
+def test_what_is_missing_is_told_with_what_it_costs() -> None:
+    found = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "RuntimeError: no"}, pending=("Linf",))
+    assert numbers(found) == {"clean": "100.0", "L1": "50.0", "L2": "–", "Linf": "–", "average": "–", "union": "–"}  # noqa: RUF001
+    assert missing(found) == [
+        "L2 failed (RuntimeError: no), so there is no average and no union",
+        "not run yet: Linf, so there is no average and no union; the same command without --cases runs the rest",
+    ]
+    assert [math.isnan(column.value(found)) for column in columns_of([found])] == [False, False, True, True, True, True]
+    many = report(CORRUPTIONS, [[1, 1]], pending=tuple(case.name for case in CORRUPTIONS))
+    assert "noise-5 and 70 more; the same command" in missing(many)[0]
+
+
+def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    show([("first", A), ("second", B)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["under", "first", "second"]
+    assert [line.split()[0] for line in lines[1:7]] == ["clean", "L1", "L2", "Linf", "fog", "snow"]
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert "suite autoattack+unseen" in lines[-1]
+
+
+def test_pairs_of_unions_over_some_cases() -> None:
+    assert paired(A, B).value == A.union - B.union
+    assert paired(A, B, ["L2"]).value == pytest.approx(0.5 - 0.75)
+    assert paired(A, B, ["L2"]).p == 1.0
+
+
+def evaluated(found: Report, folder: Path, name: str = "My run/é", **changes: Any) -> Evaluated:
+    return Evaluated(name, Run(folder), tiny(name=name, **changes), folder, found)
+
+
+def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
+    right = [[1] * 40, [1] * 40, [1] * 40, [1] * 40]
+    wrong = [[1] * 40, [1] * 40, [1] * 40, [0] * 7 + [1] * 33]
+    runs = [evaluated(report(LP, columns), tmp_path, name) for name, columns in (("a", right), ("b", wrong))]
+    told = compare(runs)
+    assert told[0].startswith("a classifies 100.0% of 40 test examples right under every attack (L1, L2, Linf)")
+    assert "exact McNemar p = 0.016): more than the choice of examples explains" in told[1]
+    waiting = report(LP, right[:3], pending=("Linf",))
+    assert compare([evaluated(waiting, tmp_path)]) == [
+        "Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."
+    ]
+    corrupted = report(CORRUPTIONS[:1], right[:2])
+    assert compare([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
+
+
+# -------- RobustBench
+
+KEYS = {
+    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
+    "clean_acc", "reported", "autoattack_acc", "unreliable",
+}  # fmt: skip
+"""Of its JSON files."""
+
+
+def test_an_entry_for_every_threat(tmp_path: Path) -> None:
+    columns = [[1] * 9 + [0], [1] * 5 + [0] * 5, [1] * 7 + [0] * 3, [0] * 4 + [1] * 5 + [0]]
+    found = report([*LP, *CORRUPTIONS], [*columns, *([[1] * 8 + [0] * 2] * 75)])
+    run = evaluated(found, tmp_path, data={"kind": "cifar10"}, model={"name": "resnet18"}, experts=None)
+    files = write_entries([run], tmp_path / "out")
+    place = tmp_path / "out" / "model_info" / "cifar10"
+    assert files == [place / threat / "My_run.json" for threat in ("L1", "L2", "Linf", "corruptions")]
+    linf = json.loads((place / "Linf" / "My_run.json").read_text())
+    assert linf.keys() >= KEYS
+    assert (linf["dataset"], linf["architecture"], linf["eps"]) == ("cifar10", "resnet18", "8/255")
+    assert (linf["clean_acc"], linf["autoattack_acc"], linf["union"]) == ("90.00", "50.00", "10.00")
+    assert (linf["unreliable"], linf["n_examples"], linf["union_threats"]) == (False, 10, ["L1", "L2", "Linf"])
+    assert linf["threats"] == {
+        "L1": {"eps": "12", "acc": "50.00"},
+        "L2": {"eps": "0.5", "acc": "70.00"},
+        "Linf": {"eps": "8/255", "acc": "50.00"},
+    }
+    with np.load((place / "Linf" / linf["mask_file"]).resolve()) as mask:
+        column = list(mask["cases"]).index(linf["mask_column"])
+        assert percent(mask["correct"][:, column].mean()) == linf["autoattack_acc"]
+    corruptions = json.loads((place / "corruptions" / "My_run.json").read_text())
+    assert (corruptions["corruptions_acc"], corruptions["eps"]) == ("80.00", None)
+    assert "autoattack_acc" not in corruptions
+
+
+def test_only_the_standard_attacks_make_an_entry(tmp_path: Path) -> None:
+    weak = AutoAttackSuite(square_queries=100).cases({"Linf": CIFAR10["Linf"]}, 10)
+    short = APGDSuite().cases({"L2": CIFAR10["L2"]}, 10)
+    full = AutoAttackSuite().cases({"Linf": CIFAR10["Linf"]}, 10)
+    assert entries_of(evaluated(report([*weak, *short], [[1, 1]] * 3), tmp_path)) == {}
+    assert list(entries_of(evaluated(report([*full, *short], [[1, 1]] * 3), tmp_path))) == ["Linf"]
+    with pytest.raises(UserError, match=r"need AutoAttack's standard version.*--suite autoattack"):
+        write_entries([evaluated(report(weak, [[1, 1]] * 2), tmp_path)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_gradients_make_an_entry_unreliable(tmp_path: Path) -> None:
+    warning = {"check": "unbounded-attack", "case": None, "attack": None, "examples": 6, "message": ""}
+    found = report(LP, [[1, 1]] * 4, warnings=[warning])
+    assert entries_of(evaluated(found, tmp_path))["L2"]["unreliable"] is True
+
+
+def test_corruptions_need_all_of_them(tmp_path: Path) -> None:
+    found = report([*LP, *CORRUPTIONS[:-1]], [[1, 1]] * (4 + 74))
+    assert list(entries_of(evaluated(found, tmp_path))) == ["L1", "L2", "Linf"]
+
+
+@pytest.mark.parametrize(
+    ("ball", "text"),
+    [
+        (CIFAR10["Linf"], "8/255"),
+        (IMAGENET["Linf"], "4/255"),
+        (LpBall(norm="Linf", eps=0.03), "0.03"),
+        (LpBall(norm="Linf", eps=0.3), "0.3"),
+        (IMAGENET["L1"], "255"),
+        (LpBall(norm="L2", eps=1200 / 255), "4.70588"),
+    ],
+)
+def test_radii_are_written_as_leaderboards_do(ball: LpBall, text: str) -> None:
+    assert eps_text(ball) == text
+
+
+# -------- on the page
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run evaluated under APGD, an attack beyond Lp, and two corruptions."""
+    from rome.assess import evaluate_saved
+
+    suites = [
+        {"kind": "apgd", "iterations": 5},
+        {"kind": "toys", "how": ["negative", "same"], "prefix": "attack", "group": "perceptual"},
+        {"kind": "toys", "how": ["noise", "same"], "on_all": True, "group": "corruptions"},
+    ]
+    settings = {"imports": ["toy_suites"], "epochs": 1, "evaluation": {"suite": suites, "n": 20}}
+    run = train(tiny(name="composed", **settings), tmp_path_factory.mktemp("tables") / "run")
+    evaluate_saved(run.folder, checks=True)
+    return run.folder
+
+
+def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = write_report([composed], tmp_path / "out", unions=[["L1", "attack-1"]]).read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    for title in ("lp union", "perceptual mean", "corruptions mean", "union L1+attack-1"):
+        assert title in page
+        assert title in text
+    assert "toy-0" not in re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert "suite apgd (5 iterations)+toys+toys" in page
+    assert "Checks for masked gradients on 1 examples" in page
+    assert re.search(r"ε 0\.35, Linf ε 0\.1\.", page)
+    assert "attack-0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no case 'L7'"):
+        write_report([composed], tmp_path / "other", unions=[["L7"]])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_takes_unions_and_refuses_what_robustbench_would(
+    composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(composed, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--union", "L1,L2", "--robustbench"])
+    assert ended.value.code == 2
+    assert "RobustBench's entries need AutoAttack's standard version" in capsys.readouterr().err
