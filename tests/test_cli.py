@@ -82,8 +82,12 @@ def test_help_names_every_command(rome: Any) -> None:
     [
         ("demo", ["--out", "--overwrite", "RoME+RANDOM"]),
         ("train", ["config", "key=value", "--out", "--resume", "--overwrite", "torchrun"]),
-        ("evaluate", ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack"]),
-        ("report", ["runs", "--out", "report.html"]),
+        (
+            "evaluate",
+            ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
+        ),
+        ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
     ],
@@ -101,6 +105,7 @@ def test_each_command_explains_itself(command: str, words: list[str], rome: Any)
         ("methods", ["avg", "max", "random"]),
         ("attacks", ["apgd", "pgd"]),
         ("data", ["cifar10", "digits", "folder"]),
+        ("suites", ["all", "apgd", "autoattack", "corruptions", "lp", "unseen"]),
         ("experiments", ["digits/rome-random.yaml", "table1/rome-max-apgd.yaml", "clean 82.5"]),
     ],
 )
@@ -227,6 +232,25 @@ def test_options_of_evaluate_replace_the_configs(run: Run, rome: Any, tmp_path: 
     assert refused.code == 2, "the folder holds an evaluation of six examples"
     told = rome("evaluate", run.folder, "--n", 7, "--out", tmp_path / "result", "--overwrite", "--json")
     assert json.loads(told.out)["n"] == 7
+
+
+def test_columns_may_be_run_one_at_a_time(run: Run, rome: Any) -> None:
+    first = json.loads(rome("evaluate", run.folder, "--n", 6, "--cases", "L2", "--json").out)
+    assert (list(first["robust"]), first["pending"], first["union"]) == (["L2"], ["L1", "Linf"], None)
+    table = rome("evaluate", run.folder, "--n", 6, "--cases", "L1")
+    assert "not run yet: Linf" in table.out
+    whole = json.loads(rome("evaluate", run.folder, "--n", 6, "--json").out)
+    assert (whole["pending"], whole["robust"]["L2"]) == ([], first["robust"]["L2"])
+
+
+def test_suites_compose_on_the_command_line(run: Run, rome: Any) -> None:
+    refused = rome("evaluate", run.folder, "--n", 6, "--suite", "lp,apgd")
+    assert refused.code == 2
+    assert "suites 'lp' and 'apgd' both have a column 'L1'" in refused.err
+    ended = rome("evaluate", run.folder, "--n", 6, "--suite", "lp", "--json", "--batch-size", "auto")
+    assert json.loads(ended.out)["settings"]["suite"] == {"kind": "lp", "steps": 20}
+    assert "warning (fewer-attacks, Linf): a quick look" in ended.err
+    assert (run.folder / "evaluation" / "lp-6" / "result.json").exists()
 
 
 def test_without_json_there_is_a_table(run: Run, rome: Any) -> None:

@@ -151,6 +151,50 @@ def test_few_classes() -> None:
         assert "the model has 3" in found.warnings[0]["message"]
 
 
+@pytest.mark.parametrize(
+    ("classes", "kinds"),
+    [
+        (2, ["apgd-ce", "fab-t", "square"]),
+        (3, ["apgd-ce", "fab-t", "square"]),
+        (4, ["apgd-ce", "apgd-t", "fab-t", "square"]),
+    ],
+)
+def test_the_full_suite_takes_any_number_of_classes(classes: int, kinds: list[str]) -> None:
+    """pyautoattack crashes on, or misjudges, models with few classes: its losses and targets ask for ten."""
+    x, y = digits(24)
+    few = trained(classes)
+    found = evaluate(few, x, y % classes, threats=DIGITS, suite=AutoAttackSuite(iterations=10, square_queries=30))
+    assert not found.failed
+    assert list(found.after["L2"]) == kinds
+    assert found.union < found.clean
+    targets = [a["targets"] for case in found.settings["cases"] for a in case["attacks"] if "targets" in a]
+    assert set(targets) == {classes - 1}
+
+
+def test_a_compiled_model_is_no_dynamic_defence_and_tracing_goes_on(model: nn.Module) -> None:
+    """pyautoattack's check traces every call: it takes a compiled model for a defence that changes, and switches a
+    debugger's or a coverage tool's tracing off."""
+    x, y = digits(12)
+    compiled = torch.compile(model, backend="eager")
+    suite = AutoAttackSuite(iterations=5, square_queries=5)
+    plain = evaluate(model, x, y, threats=DIGITS, suite=suite)
+    seen: list[str] = []
+
+    def tracer(frame: Any, event: str, argument: Any) -> None:
+        seen.append(event)
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        found = evaluate(compiled, x, y, threats=DIGITS, suite=suite)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert seen
+    assert (found.correct == plain.correct).all()
+    assert found.warnings == plain.warnings
+
+
 def test_names_of_columns(model: nn.Module) -> None:
     x, y = digits(8)
     threats = {"Linf-weak": LpBall(norm="Linf", eps=0.01), "Linf-strong": LpBall(norm="Linf", eps=0.2)}

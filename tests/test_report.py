@@ -201,12 +201,12 @@ class TestDifference:
         # of 4 examples one is right in the first only, none in the second only: d = 1/4, Agresti-Min centre 1/6
         found = paired(report_of([1, 1, 1, 0]), report_of([1, 1, 0, 0]))
         half = 1.959963984540054 * math.sqrt(1 + 1 - 1 / 6) / 6
-        assert found == pytest.approx((0.25, 1 / 6 - half, 1 / 6 + half))
+        assert found == pytest.approx((0.25, 1 / 6 - half, 1 / 6 + half, 1.0))
         assert not found.clear
 
     def test_antisymmetric(self) -> None:
-        value, low, high = paired(A, B)
-        assert paired(B, A) == pytest.approx((-value, -high, -low))
+        value, low, high, p = paired(A, B)
+        assert paired(B, A) == pytest.approx((-value, -high, -low, p))
 
     def test_many_examples_decide(self) -> None:
         assert paired(report_of([1] * 100), report_of([1] * 50 + [0] * 50)).clear

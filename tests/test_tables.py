@@ -1,156 +1,257 @@
-"""The paper's tables filled from runs: which run belongs to which row, what is joined, marked and compared."""
+"""What is shown of composed suites: group means, the union of the Lp balls, own unions; RobustBench's files."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from rome.analysis.compared import paired
-from rome.analysis.table_formats import render
-from rome.analysis.tables import TABLES, fill
-from rome.config import load, parse
+from rome.analysis.compared import Evaluated, paired
+from rome.analysis.robustbench import entries_of, eps_text, percent, write_entries
+from rome.analysis.tables import columns_of, missing, show, tabulate
+from rome.cli import main
 from rome.errors import UserError
-from rome.evaluate import Report
-from rome.experiments import files, folder
+from rome.evaluate import Case, Report
+from rome.evaluation.suites import APGDSuite, AutoAttackSuite
+from rome.evaluation.unseen import COMMON_CORRUPTIONS
+from rome.report import compare, write_report
+from rome.runs import Run
+from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
+from rome.train import train
+from tiny_runs import tiny
+from toy_suites import Toy
 
-Robust = tuple[float, float, float]
-
-
-def evaluated(
-    place: Path, settings: dict[str, Any], robust: tuple[float, float, float], routing: str = "learned"
-) -> Path:
-    """A run's folder with a config and an evaluation of 200 examples with these robust accuracies."""
-    base = {"data": {"kind": "digits"}, "model": {"name": "vit_tiny_patch16_224", "img_size": 8, "patch_size": 4}}
-    config = parse({**base, **settings})
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
-    matrix = np.ones((200, 4), dtype=bool)
-    for i, share in enumerate(robust):
-        matrix[:, 1 + i] = np.arange(200) < round(200 * share)
-    stored = {"suite": {"kind": "apgd"}, "data": {"sha256": "same"}, "provenance": {"routing": routing}}
-    report = Report(matrix, ("clean", "L1", "L2", "Linf"), np.zeros(200, np.int64), np.arange(200), stored)
-    evaluation = place / "evaluation" / f"apgd-200-{routing}"
-    evaluation.mkdir(parents=True)
-    np.savez(evaluation / "matrix.npz", **report.arrays())
-    (evaluation / "settings.json").write_text(json.dumps(stored))
-    (evaluation / "result.json").write_text(json.dumps(report.to_json()))
-    return place
-
-
-def line_of(lines: list[Any], label: str) -> Any:
-    (line,) = [line for line in lines if line.label == label]
-    return line
+LP = AutoAttackSuite().cases({threat.name: threat for threat in CIFAR10}, 10)
+WEATHER = [
+    Case(name=name, threat=AnyImage(label=name), attacks=(Toy(),), group="perceptual") for name in ("fog", "snow")
+]
+CORRUPTIONS = [
+    Case(
+        name=f"{type}-{severity}",
+        threat=AnyImage(label=f"{type}-{severity}"),
+        attacks=(Toy(),),
+        group="corruptions",
+        on_all=True,
+    )
+    for type in COMMON_CORRUPTIONS
+    for severity in (1, 2, 3, 4, 5)
+]
 
 
-def test_every_row_is_an_experiment_with_the_papers_numbers() -> None:
-    for table, (columns, sections) in TABLES.items():
-        for name in (name for experiments in sections.values() for name in experiments):
-            config = load(folder() / f"{name}.yaml")
-            assert config.paper is not None, name
-            if table not in ("2", "A4") and not (table == "6" or "table6" in name):
-                assert set(columns) <= set(config.paper.numbers), (table, name)
-
-
-def test_every_experiment_with_the_papers_numbers_is_in_a_table() -> None:
-    listed = {name for _, sections in TABLES.values() for experiments in sections.values() for name in experiments}
-    for file in files():
-        if load(file).paper is not None:
-            assert str(file.relative_to(folder()).with_suffix("")) in listed
-
-
-def test_no_two_rows_of_a_section_are_the_same_training(tmp_path: Path) -> None:
-    for table, (_, sections) in TABLES.items():
-        for section, experiments in sections.items():
-            assert len(set(experiments)) == len(experiments), (table, section)
-
-
-def test_a_run_fills_the_row_that_trains_like_it(tmp_path: Path) -> None:
-    run = evaluated(tmp_path / "a", {"method": "max", "attack": {"kind": "pgd", "steps": 3}}, (0.5, 0.6, 0.4))
-    lines = fill("1", [run])
-    line = line_of([line for line in lines if line.section == "CIFAR-10"], "PGD MAX")
-    assert {column: cell.values for column, cell in line.cells.items()} == {
-        "clean": (1.0,), "L1": (0.5,), "L2": (0.6,), "Linf": (0.4,), "average": (pytest.approx(0.5),), "union": (0.4,),
-    }  # fmt: skip
-    assert line.cells["union"].paper == pytest.approx(0.385)
-    assert not any(cell.values for other in lines if other.label != "PGD MAX" for cell in other.cells.values())
-
-
-def test_seeds_of_a_row_are_joined_and_the_gain_over_the_plain_method_has_welchs_interval(tmp_path: Path) -> None:
-    experts = {"kind": "low-rank"}
-    plain = [evaluated(tmp_path / f"p{s}", {"seed": s}, (0.5, 0.5, u)) for s, u in enumerate((0.30, 0.34))]
-    ours = [
-        evaluated(tmp_path / f"o{s}", {"seed": s, "experts": experts}, (0.5, 0.5, u)) for s, u in enumerate((0.4, 0.45))
-    ]
-    lines = [line for line in fill("1", [*plain, *ours]) if line.section == "CIFAR-10"]
-    line = line_of(lines, "PGD RoME+RANDOM")
-    assert line.cells["union"].mean == pytest.approx(0.425)
-    assert line.cells["union"].deviation == pytest.approx(0.05 / 2**0.5)
-    value, low, high = line.gain
-    assert value == pytest.approx(0.105)
-    # Welch by hand: s^2/n = .000625 and .0002; t quantile .975 of 1.6... degrees of freedom
-    a, b = 0.05**2 / 4, 0.04**2 / 4
-    freedom = (a + b) ** 2 / (a**2 + b**2)
-    from scipy.stats import t
-
-    half = t.ppf(0.975, freedom) * (a + b) ** 0.5
-    assert (low, high) == (pytest.approx(value - half), pytest.approx(value + half))
-    assert line_of(lines, "PGD RANDOM").gain is None
-
-
-def test_one_run_each_is_compared_on_the_same_examples(tmp_path: Path) -> None:
-    a = evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3))
-    b = evaluated(tmp_path / "b", {"experts": {"kind": "low-rank", "layers": ["qkv", "proj"]}}, (0.5, 0.5, 0.4))
-    line = line_of([line for line in fill("1", [a, b]) if line.section == "CIFAR-10"], "PGD RoME+RANDOM")
-    expected = paired(line.reports[0], Report.load(a / "evaluation" / "apgd-200-learned"))
-    assert line.gain == (expected.value, expected.low, expected.high)
-
-
-def test_table_5_reads_the_evaluations_with_other_gates(tmp_path: Path) -> None:
-    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
-    evaluated(run, {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.2), routing="inverse")
-    found = {line.label: line.cells["union"].values for line in fill("5", [run])}
-    assert found == {"Random gating": (), "Inverse gating": (0.2,), "w/o experts": (), "PGD RoME+RANDOM": (0.4,)}
-
-
-def test_the_best_of_ours_is_marked_in_its_section_and_kind_of_attack(tmp_path: Path) -> None:
-    runs = [
-        evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3)),
-        evaluated(tmp_path / "b", {"method": "max"}, (0.4, 0.5, 0.4)),
-        evaluated(tmp_path / "c", {"attack": "apgd"}, (0.2, 0.2, 0.2)),
-    ]
-    lines = [line for line in fill("1", runs) if line.section == "CIFAR-10"]
-    marked = {line.label: [c for c, cell in line.cells.items() if cell.best] for line in lines if line.reports}
-    assert marked == {
-        "PGD RANDOM": ["clean", "L1", "L2", "average"],
-        "PGD MAX": ["clean", "L2", "Linf", "average", "union"],
-        "APGD RANDOM": ["clean", "L1", "L2", "Linf", "average", "union"],
+def report(cases: list[Case], columns: list[list[int]], **more: Any) -> Report:
+    """A report with these columns, clean first; ``more`` may name cases that are missing."""
+    matrix = np.array(columns, dtype=bool).T
+    absent = {*more.get("failed", {}), *more.get("pending", ())}
+    names = tuple(case.name for case in cases if case.name not in absent)
+    settings = {
+        "suite": {"kind": "several", "suites": [{"kind": "autoattack"}, {"kind": "unseen"}]},
+        "cases": [case.dump() for case in cases],
+        "classes": 10,
+        "seed": 0,
+        "n": len(matrix),
     }
+    labels = np.zeros(len(matrix), np.int64)
+    return Report(matrix, ("clean", *names), labels, np.arange(len(matrix)), settings, **more)
+
+
+A = report([*LP, *WEATHER], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+B = report([*LP, *WEATHER], [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]])
+
+
+def numbers(found: Report, unions: list[list[str]] | None = None) -> dict[str, str]:
+    columns, (cells,) = tabulate([("a", found)], unions or ())
+    return dict(zip(columns, (cell.percent for cell in cells), strict=True))
+
+
+def test_groups_stand_beside_attacks() -> None:
+    shown = numbers(A)
+    assert list(shown) == [
+        "clean", "L1", "L2", "Linf", "fog", "snow", "lp mean", "lp union", "perceptual mean", "average", "union",
+    ]  # fmt: skip
+    assert (shown["lp mean"], shown["lp union"]) == ("58.3", "25.0")
+    assert (shown["perceptual mean"], shown["average"], shown["union"]) == ("87.5", "70.0", "0.0")
+
+
+def test_a_group_that_is_all_there_is_is_not_shown_twice() -> None:
+    only = report(LP, A.correct[:, :4].T.tolist())
+    assert list(numbers(only)) == ["clean", "L1", "L2", "Linf", "average", "union"]
+
+
+def test_corruptions_are_one_number() -> None:
+    columns = [[1, 0], *([[1, 0]] * 30), *([[0, 1]] * 45)]
+    assert numbers(report(CORRUPTIONS, columns)) == {"clean": "50.0", "corruptions mean": "50.0"}
+
+
+def test_a_union_of_ones_own_has_an_interval() -> None:
+    columns, (row, _) = tabulate([("a", A), ("b", B)], [["L2", "fog"], ["L1"]])
+    assert columns[-2:] == ["union L2+fog", "union L1"]
+    assert [cell.percent for cell in row[-2:]] == ["50.0", "50.0"]
+    assert row[-2].interval == A.union_interval(["fog", "L2"])
+
+
+def test_what_is_missing_is_told_with_what_it_costs() -> None:
+    found = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "RuntimeError: no"}, pending=("Linf",))
+    assert numbers(found) == {"clean": "100.0", "L1": "50.0", "L2": "–", "Linf": "–", "average": "–", "union": "–"}  # noqa: RUF001
+    assert missing(found) == [
+        "L2 failed (RuntimeError: no), so there is no average and no union",
+        "not run yet: Linf, so there is no average and no union; the same command without --cases runs the rest",
+    ]
+    assert [math.isnan(column.value(found)) for column in columns_of([found])] == [False, False, True, True, True, True]
+    many = report(CORRUPTIONS, [[1, 1]], pending=tuple(case.name for case in CORRUPTIONS))
+    assert "noise-5 and 70 more; the same command" in missing(many)[0]
+
+
+def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    show([("first", A), ("second", B)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["under", "first", "second"]
+    assert [line.split()[0] for line in lines[1:7]] == ["clean", "L1", "L2", "Linf", "fog", "snow"]
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert "suite autoattack+unseen" in lines[-1]
+
+
+def test_pairs_of_unions_over_some_cases() -> None:
+    assert paired(A, B).value == A.union - B.union
+    assert paired(A, B, ["L2"]).value == pytest.approx(0.5 - 0.75)
+    assert paired(A, B, ["L2"]).p == 1.0
+
+
+def evaluated(found: Report, folder: Path, name: str = "My run/é", **changes: Any) -> Evaluated:
+    return Evaluated(name, Run(folder), tiny(name=name, **changes), folder, found)
+
+
+def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
+    right = [[1] * 40, [1] * 40, [1] * 40, [1] * 40]
+    wrong = [[1] * 40, [1] * 40, [1] * 40, [0] * 7 + [1] * 33]
+    runs = [evaluated(report(LP, columns), tmp_path, name) for name, columns in (("a", right), ("b", wrong))]
+    told = compare(runs)
+    assert told[0].startswith("a classifies 100.0% of 40 test examples right under every attack (L1, L2, Linf)")
+    assert "exact McNemar p = 0.016): more than the choice of examples explains" in told[1]
+    waiting = report(LP, right[:3], pending=("Linf",))
+    assert compare([evaluated(waiting, tmp_path)]) == [
+        "Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."
+    ]
+    corrupted = report(CORRUPTIONS[:1], right[:2])
+    assert compare([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
+
+
+# -------- RobustBench
+
+KEYS = {
+    "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps",
+    "clean_acc", "reported", "autoattack_acc", "unreliable",
+}  # fmt: skip
+"""Of its JSON files."""
+
+
+def test_an_entry_for_every_threat(tmp_path: Path) -> None:
+    columns = [[1] * 9 + [0], [1] * 5 + [0] * 5, [1] * 7 + [0] * 3, [0] * 4 + [1] * 5 + [0]]
+    found = report([*LP, *CORRUPTIONS], [*columns, *([[1] * 8 + [0] * 2] * 75)])
+    run = evaluated(found, tmp_path, data={"kind": "cifar10"}, model={"name": "resnet18"}, experts=None)
+    files = write_entries([run], tmp_path / "out")
+    place = tmp_path / "out" / "model_info" / "cifar10"
+    assert files == [place / threat / "My_run.json" for threat in ("L1", "L2", "Linf", "corruptions")]
+    linf = json.loads((place / "Linf" / "My_run.json").read_text())
+    assert linf.keys() >= KEYS
+    assert (linf["dataset"], linf["architecture"], linf["eps"]) == ("cifar10", "resnet18", "8/255")
+    assert (linf["clean_acc"], linf["autoattack_acc"], linf["union"]) == ("90.00", "50.00", "10.00")
+    assert (linf["unreliable"], linf["n_examples"], linf["union_threats"]) == (False, 10, ["L1", "L2", "Linf"])
+    assert linf["threats"] == {
+        "L1": {"eps": "12", "acc": "50.00"},
+        "L2": {"eps": "0.5", "acc": "70.00"},
+        "Linf": {"eps": "8/255", "acc": "50.00"},
+    }
+    with np.load((place / "Linf" / linf["mask_file"]).resolve()) as mask:
+        column = list(mask["cases"]).index(linf["mask_column"])
+        assert percent(mask["correct"][:, column].mean()) == linf["autoattack_acc"]
+    corruptions = json.loads((place / "corruptions" / "My_run.json").read_text())
+    assert (corruptions["corruptions_acc"], corruptions["eps"]) == ("80.00", None)
+    assert "autoattack_acc" not in corruptions
+
+
+def test_only_the_standard_attacks_make_an_entry(tmp_path: Path) -> None:
+    weak = AutoAttackSuite(square_queries=100).cases({"Linf": CIFAR10["Linf"]}, 10)
+    short = APGDSuite().cases({"L2": CIFAR10["L2"]}, 10)
+    full = AutoAttackSuite().cases({"Linf": CIFAR10["Linf"]}, 10)
+    assert entries_of(evaluated(report([*weak, *short], [[1, 1]] * 3), tmp_path)) == {}
+    assert list(entries_of(evaluated(report([*full, *short], [[1, 1]] * 3), tmp_path))) == ["Linf"]
+    with pytest.raises(UserError, match=r"need AutoAttack's standard version.*--suite autoattack"):
+        write_entries([evaluated(report(weak, [[1, 1]] * 2), tmp_path)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_gradients_make_an_entry_unreliable(tmp_path: Path) -> None:
+    warning = {"check": "unbounded-attack", "case": None, "attack": None, "examples": 6, "message": ""}
+    found = report(LP, [[1, 1]] * 4, warnings=[warning])
+    assert entries_of(evaluated(found, tmp_path))["L2"]["unreliable"] is True
+
+
+def test_corruptions_need_all_of_them(tmp_path: Path) -> None:
+    found = report([*LP, *CORRUPTIONS[:-1]], [[1, 1]] * (4 + 74))
+    assert list(entries_of(evaluated(found, tmp_path))) == ["L1", "L2", "Linf"]
 
 
 @pytest.mark.parametrize(
-    ("form", "bold"),
-    [("text", "*40.0"), ("markdown", "**40.0**"), ("latex", r"\textbf{40.0}"), ("html", "<b>40.0</b>")],
+    ("ball", "text"),
+    [
+        (CIFAR10["Linf"], "8/255"),
+        (IMAGENET["Linf"], "4/255"),
+        (LpBall(norm="Linf", eps=0.03), "0.03"),
+        (LpBall(norm="Linf", eps=0.3), "0.3"),
+        (IMAGENET["L1"], "255"),
+        (LpBall(norm="L2", eps=1200 / 255), "4.70588"),
+    ],
 )
-def test_every_format_shows_ours_the_papers_and_what_is_missing(tmp_path: Path, form: Any, bold: str) -> None:
-    run = evaluated(tmp_path / "a", {"method": "max"}, (0.5, 0.6, 0.4))
-    text = render("Table 1", fill("1", [run]), form)
-    assert f"{bold} / 38.5" in text
-    missing = "-- / 38.6" if form == "latex" else "\N{EN DASH} / 38.6"
-    assert missing in text
-    assert "ImageNet-100" in text
-    assert {"text": "CIFAR-10\n", "markdown": "| *CIFAR-10* |", "latex": r"\midrule", "html": "<caption>"}[form] in text
+def test_radii_are_written_as_leaderboards_do(ball: LpBall, text: str) -> None:
+    assert eps_text(ball) == text
 
 
-def test_mistakes_are_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no table '7'.*Valid: 1, 2, 3"):
-        fill("7", [])
-    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank", "rank": 3}}, (0.5, 0.5, 0.4))
-    with pytest.raises(UserError, match="trains like no row of table 1"):
-        fill("1", [run])
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        fill("1", [tmp_path])
+# -------- on the page
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run evaluated under APGD, an attack beyond Lp, and two corruptions."""
+    from rome.assess import evaluate_saved
+
+    suites = [
+        {"kind": "apgd", "iterations": 5},
+        {"kind": "toys", "how": ["negative", "same"], "prefix": "attack", "group": "perceptual"},
+        {"kind": "toys", "how": ["noise", "same"], "on_all": True, "group": "corruptions"},
+    ]
+    settings = {"imports": ["toy_suites"], "epochs": 1, "evaluation": {"suite": suites, "n": 20}}
+    run = train(tiny(name="composed", **settings), tmp_path_factory.mktemp("tables") / "run")
+    evaluate_saved(run.folder, checks=True)
+    return run.folder
+
+
+def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = write_report([composed], tmp_path / "out", unions=[["L1", "attack-1"]]).read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    for title in ("lp union", "perceptual mean", "corruptions mean", "union L1+attack-1"):
+        assert title in page
+        assert title in text
+    assert "toy-0" not in re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert "suite apgd (5 iterations)+toys+toys" in page
+    assert "Checks for masked gradients on 1 examples" in page
+    assert re.search(r"ε 0\.35, Linf ε 0\.1\.", page)
+    assert "attack-0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no case 'L7'"):
+        write_report([composed], tmp_path / "other", unions=[["L7"]])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_takes_unions_and_refuses_what_robustbench_would(
+    composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(composed, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--union", "L1,L2", "--robustbench"])
+    assert ended.value.code == 2
+    assert "RobustBench's entries need AutoAttack's standard version" in capsys.readouterr().err

@@ -1,20 +1,32 @@
-"""Evaluating what was saved: model, data and settings of a run or a file, and where the result goes."""
+"""Evaluating what was saved, or what a name stands for: model, data and settings, and where the result goes."""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from rome.config import Config, parse
+from rome.config import DATA_BUDGETS, Config, parse
+from rome.data import Data
 from rome.device import pick_device
 from rome.errors import UserError
-from rome.evaluate import Report, Suite, evaluate
+from rome.evaluate import AUTO, BATCH_SIZE, Report, evaluate
+from rome.evaluation.any_data import named_budgets, named_data
+from rome.evaluation.any_model import named_model, preprocessing
+from rome.evaluation.composed import as_suite
+from rome.evaluation.processes import ALONE, Team, own_device
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
 from rome.runs import Run
+
+EXAMPLES = 1000
+"""Of a model that comes without a config."""
+TRIED = 3
+"""Images on which such a model is tried before anything else."""
 
 
 def evaluate_saved(
@@ -22,16 +34,19 @@ def evaluate_saved(
     *,
     suite: str | None = None,
     n: int | None = None,
-    batch_size: int | None = None,
+    cases: Sequence[str] | None = None,
+    batch_size: int | Literal["auto"] | None = None,
     device: str | None = None,
     routing: Routing | None = None,
+    checks: bool | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    team: Team = ALONE,
 ) -> tuple[Report, Path]:
     """Evaluate a run's folder, its ``last.pt``, or a ``model.safetensors`` on the test set of its config.
 
-    What is not given is the config's. ``routing`` replaces the gates (:func:`rome.experts.set_routing`). The result
-    goes to ``evaluation/SUITE-N`` beside the model.
+    What is not given is the config's; the rest is :func:`rome.evaluate`'s. ``routing`` replaces the gates
+    (:func:`rome.experts.set_routing`). The result goes to ``evaluation/SUITE-N`` beside the model.
 
     Returns:
         The report and the folder it was saved in.
@@ -42,20 +57,16 @@ def evaluate_saved(
     file = Path(target)
     if file.is_dir():
         file = Run(file).model_file
-    model, config = (_from_checkpoint if file.suffix == ".pt" else _from_file)(file)
+    model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = config.evaluation
-    chosen: Suite = settings.suite if suite in (None, settings.suite.kind) else _suite(str(suite))
-    split = config.data.open("test")
-    wanted = n if n is not None else settings.n
-    if n is not None and n > len(split):
-        raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
-    x, y = split.first(min(wanted or len(split), len(split)))
+    chosen = settings.suite if suite is None or suite == settings.suite.label else as_suite(suite)
+    x, y = _examples(config.data, n, settings.n)[:2]
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
     unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
-    name = f"{chosen.kind}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{unfinished}"
+    name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{unfinished}"
     folder = Path(out) if out is not None else file.parent / "evaluation" / name
-    place = pick_device(device or config.device)
+    place = own_device(pick_device(device or config.device))
     report = evaluate(
         model.to(place),
         x,
@@ -65,31 +76,130 @@ def evaluate_saved(
         batch_size=batch_size or settings.batch_size,
         seed=settings.seed,
         out=folder,
-        overwrite=overwrite,
         provenance={
             "config": config.dump(),
             "routing": routed,
             "checkpoint": file.name,
             "checkpoint_sha256": file_hash(file),
         },
+        cases=cases,
+        checks=checks,
+        overwrite=overwrite,
+        team=team,
         progress=True,
     )
     return report, folder
 
 
+def evaluate_named(
+    name: str,
+    data: str,
+    *,
+    weights: str | None = None,
+    budgets: str | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    suite: str | None = None,
+    n: int | None = None,
+    cases: Sequence[str] | None = None,
+    batch_size: int | Literal["auto"] | None = None,
+    device: str | None = None,
+    checks: bool | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    team: Team = ALONE,
+) -> tuple[Report, Path]:
+    """Evaluate a model that no run of ours made (:func:`rome.evaluation.any_model.named_model`).
+
+    Args:
+        data: see :func:`rome.evaluation.any_data.named_data`; its test examples are used.
+        budgets: see :func:`rome.evaluation.any_data.named_budgets`; None takes those of the kind of data.
+        weights, num_classes, img_size, patch_size, mean, std: the model's, see there; the rest is
+            :func:`rome.evaluate`'s.
+
+    Returns:
+        The report and the folder it was saved in, ``evaluations/NAME-SUITE-N`` unless the options say another.
+
+    Raises:
+        UserError: no such model or data, or they do not fit each other.
+    """
+    source = named_data(data, **preprocessing(name, img_size))
+    threats = named_budgets(budgets or DATA_BUDGETS.get(source.kind, source.kind))
+    chosen = as_suite(suite or "apgd")
+    x, y, classes = _examples(source, n, EXAMPLES)
+    place = own_device(pick_device(device or AUTO))
+    batch_size = batch_size or BATCH_SIZE
+    subject = named_model(
+        name,
+        classes=classes,
+        images=x[:TRIED],
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        patch_size=patch_size,
+        mean=mean,
+        std=std,
+        device=place,
+        batch_size=min(len(x), batch_size if isinstance(batch_size, int) else BATCH_SIZE),
+    )
+    for remark in subject.remarks:
+        _say(team, remark)
+    label = re.sub(r"[^A-Za-z0-9._+-]+", "-", subject.name)
+    folder = Path(out) if out is not None else Path("evaluations") / f"{label}-{chosen.label}-{len(x)}"
+    report = evaluate(
+        subject.model,
+        x,
+        y,
+        threats=threats,
+        suite=chosen,
+        batch_size=batch_size,
+        device=place,
+        out=folder,
+        provenance={"model": subject.facts, "data": source.dump(), "remarks": subject.remarks},
+        cases=cases,
+        checks=checks,
+        overwrite=overwrite,
+        team=team,
+        progress=True,
+    )
+    if report.interval("clean")[0] <= 1 / classes:
+        _say(
+            team,
+            f"only {report.clean:.1%} are right without an attack, no better than chance for {classes} classes: are "
+            "the normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
+        )
+    return report, folder
+
+
+def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The first test examples, as many as are asked for, and the number of classes."""
+    split = data.open("test")
+    if asked is not None and asked > len(split):
+        raise UserError(f"--n {asked} exceeds the {len(split)} test examples of {data.kind}; give at most that many")
+    x, y = split.first(min(asked or usual or len(split), len(split)))
+    return x, y, len(split.classes)
+
+
 def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
     metadata, _ = read_tensors(file)
     if not metadata.get("config"):
-        raise UserError(f"{file} holds no config, so its data set is unknown; use rome.evaluate(model, x, y) in Python")
+        raise UserError(
+            f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
+            f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
+        )
     config = parse(metadata["config"])  # first: it imports what the model may be built of
     return load_model(file), config
 
 
-def _from_checkpoint(file: Path) -> tuple[torch.nn.Module, Config]:
+def _from_checkpoint(file: Path, team: Team) -> tuple[torch.nn.Module, Config]:
     run = Run(file.parent)
     if file != run.checkpoint_file or not file.is_file():
         raise UserError(
-            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours"
+            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours; "
+            "models of others go by --model and --data"
         )
     state: dict[str, Any] = run.load_checkpoint()
     config = run.config
@@ -97,11 +207,11 @@ def _from_checkpoint(file: Path) -> tuple[torch.nn.Module, Config]:
     untrained = config.model.untrained()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     model.load_state_dict(state["model"])
-    print(f"{file} is an unfinished run, after {state['epoch']} epochs", file=sys.stderr)
+    _say(team, f"{file} is an unfinished run, after {state['epoch']} epochs")
     return model.eval(), config
 
 
-def _suite(kind: str) -> Suite:
-    from rome.evaluation.suites import as_suite
-
-    return as_suite(kind)
+def _say(team: Team, text: str) -> None:
+    """To standard error, by the first process alone."""
+    if team.leads:
+        print(text, file=sys.stderr)

@@ -47,6 +47,7 @@ class Family(StrEnum):
     attacks = "attacks"
     models = "models"
     data = "data"
+    suites = "suites"
     experiments = "experiments"
 
 
@@ -84,37 +85,103 @@ def train(
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A run's folder or a model.safetensors of ours.")],
-    suite: Annotated[str | None, typer.Option(help="apgd or autoattack; the config's if not given.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Any model instead: a timm name, path.py:function, or a TorchScript or torch.export file."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For --model: digits, cifar10:PATH, or a folder of images or of CIFAR-10.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="For --model: a file of weights; timm's own if not given.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="For --model: cifar10, imagenet, digits, or such as L2=0.5,Linf=8/255.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(min=2, help="For --model: its logits; the data's classes.")] = None,
+    img_size: Annotated[int | None, typer.Option(min=1, help="For --model: side of the images, in pixels.")] = None,
+    patch_size: Annotated[int | None, typer.Option(min=1, help="For --model: of timm's transformers.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="For --model: normalisation it lacks, such as 0.49,0.48,0.45.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="For --model: see --mean.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="apgd, autoattack, lp, unseen, corruptions, all, or several: apgd,unseen."),
+    ] = None,
+    cases: Annotated[str | None, typer.Option(help="Run only these columns of the suite now: L2,Linf.")] = None,
     n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples at a time.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Examples at a time; auto halves them where memory does not suffice.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
     routing: Annotated[
         RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the result; in the run's folder if not given.")] = None,
+    checks: Annotated[
+        bool | None,
+        typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Attack a trained model under every threat; goes on where an earlier call was killed."""
-    from rome.assess import evaluate_saved
+    """Attack a model under every threat; goes on where an earlier call was killed.
 
-    report, folder = evaluate_saved(
-        target,
-        suite=suite,
-        n=n,
-        batch_size=batch_size,
-        device=device,
-        routing=None if routing is None else routing.value,
-        out=out,
-        overwrite=overwrite,
-    )
+    Under torchrun, on as many processes as it starts, with the same result.
+    """
+    from rome.evaluation.processes import launched
+
+    with launched() as team:  # first: whatever fails now fails in every process
+        from rome.assess import evaluate_named, evaluate_saved
+        from rome.evaluation.any_data import batch_size_of, numbers
+
+        shared: dict[str, Any] = {
+            "suite": suite,
+            "n": n,
+            "cases": None if cases is None else [name.strip() for name in cases.split(",") if name.strip()],
+            "batch_size": batch_size_of(batch_size),
+            "device": device,
+            "checks": checks,
+            "out": out,
+            "overwrite": overwrite,
+            "team": team,
+        }
+        of_model: dict[str, Any] = {
+            "weights": weights,
+            "budgets": budgets,
+            "num_classes": num_classes,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "mean": numbers(mean, "--mean"),
+            "std": numbers(std, "--std"),
+        }
+        if target is not None and model is None:
+            given = [name for name, value in {"data": data, **of_model}.items() if value is not None]
+            if given:
+                options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise UserError(f"{options} go with --model, not with {target}, whose config says it")
+            report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
+            name = report.settings["provenance"]["config"]["name"]
+        elif model is not None and target is None and data is not None and routing is None:
+            report, folder = evaluate_named(model, data, **of_model, **shared)
+            name = report.settings["provenance"]["model"]["name"]
+        else:
+            raise UserError(
+                "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
+                "(rome evaluate --model NAME --data DATA, without --routing)"
+            )
+    if not team.leads:
+        return
+    for warning in report.warnings:
+        _say(f"warning ({', '.join(filter(None, (warning['check'], warning['case'])))}): {warning['message']}")
     if as_json:
         print(json.dumps(report.to_json()))
     else:
         from rome.report import show
 
-        show([(report.settings["provenance"]["config"]["name"], report)])
+        show([(name, report)])
         _say(f"saved in {folder}")
 
 
@@ -145,11 +212,18 @@ def sweep(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs to set side by side.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+    union: Annotated[
+        list[str] | None, typer.Option(help="A further column: the union over these cases, L1,Linf. Repeatable.")
+    ] = None,
+    robustbench: Annotated[
+        bool, typer.Option("--robustbench", help="Also write RobustBench's model_info JSON files.")
+    ] = False,
 ) -> None:
     """Compare evaluated runs: a table here, Markdown, and an HTML page with pictures."""
     from rome.report import write_report
 
-    _say(f"open {write_report(runs, out)}")
+    unions = [[name.strip() for name in names.split(",") if name.strip()] for names in union or ()]
+    _say(f"open {write_report(runs, out, unions=unions, robustbench=robustbench)}")
 
 
 class TableFormat(StrEnum):
@@ -168,8 +242,8 @@ def table(
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
 ) -> None:
     """Print one of the paper's tables with the numbers of runs beside the paper's."""
+    from rome.analysis.paper_tables import fill
     from rome.analysis.table_formats import render
-    from rome.analysis.tables import fill
 
     print(render(f"Table {number.upper()}", fill(number, runs or []), form.value), end="")
 
@@ -245,9 +319,15 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data
+    from rome.evaluate import Suite
     from rome.methods import Method
 
-    families: dict[Family, type[Component]] = {Family.methods: Method, Family.attacks: Attack, Family.data: Data}
+    families: dict[Family, type[Component]] = {
+        Family.methods: Method,
+        Family.attacks: Attack,
+        Family.data: Data,
+        Family.suites: Suite,
+    }
     return [(kind, member.summary()) for kind, member in families[family].members().items()]
 
 

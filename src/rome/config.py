@@ -22,7 +22,7 @@ from rome.attacks import PGD, Attack
 from rome.component import Component, Settings
 from rome.data import Data
 from rome.errors import UserError, did_you_mean
-from rome.evaluate import Suite
+from rome.evaluate import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
@@ -44,10 +44,12 @@ def _threats(value: Any) -> Any:
 class Evaluation(Settings):
     """The ``evaluation`` part of a config: what ``rome evaluate`` does unless told otherwise."""
 
-    suite: Suite = Field(default_factory=lambda: Suite.of_kind("apgd")())
+    suite: SuiteChoice = Field(default_factory=lambda: Suite.of_kind("apgd")())
+    """A name, settings, or a list of these: ``[apgd, unseen]``."""
     n: int | None = Field(default=1000, ge=1)
     """First n test examples; null for all."""
-    batch_size: int = Field(default=250, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
+    """``auto``: 250, halved where memory does not suffice."""
     seed: int = 0
     routing: Routing = "learned"
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""

@@ -15,7 +15,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A signal asked to stop, and what was done is saved. ``code`` is the exit code by convention."""
+    """A signal, or the end of another process, stopped the work, and what was done is saved. ``code`` is the exit
+    code by convention."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import datetime
-import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from rome.analysis import charts, examples, gates
 from rome.analysis.compared import Evaluated, config_differences, gather, paired
+from rome.analysis.robustbench import write_entries
+from rome.analysis.tables import covered, missing, show, show_cost, tabulate
 from rome.cost import macs
 from rome.errors import UserError
-from rome.evaluate import Report
 from rome.evaluation.store import hash_data
 from rome.experts import expert_layers
 from rome.files import replace_file
 from rome.models import load_model
-from rome.terminal import print_table
+from rome.threats import LpBall
 
-AVERAGE, UNION = "average", "union"
-DASH = "\N{EN DASH}"
 EXAMPLES = 4
 GATE_IMAGES, FEWEST_GATE_IMAGES = 256, 16
 CPU_MACS = 3e12
@@ -39,74 +34,16 @@ CPU_MACS = 3e12
 SHOWN_EXPERTS = 8
 
 
-class Cell(NamedTuple):
-    """One number of the table, as shares; NaN where there is none."""
-
-    value: float
-    interval: tuple[float, float] | None
-    best: bool
-
-    @property
-    def percent(self) -> str:
-        return DASH if math.isnan(self.value) else f"{100 * self.value:.1f}"
-
-    @property
-    def span(self) -> str:
-        """The 95% interval, ``68.2–77.4``."""
-        if self.interval is None or math.isnan(self.interval[0]):
-            return ""
-        return DASH.join(f"{100 * end:.1f}" for end in self.interval)
-
-
-def tabulate(rows: Sequence[tuple[str, Report]]) -> tuple[list[str], list[list[Cell]]]:
-    """Column names (clean, the cases, average, union) and a row of cells for each report.
-
-    The largest number of a column, as printed, is its best; there is none where there is one row.
-    """
-    columns = [*dict.fromkeys(case for _, report in rows for case in report.cases), AVERAGE, UNION]
-    values = [[_value(report, column) for column in columns] for _, report in rows]
-    shown = [[-1.0 if math.isnan(value) else round(100 * value, 1) for value in row] for row in values]
-    best = [max(column) for column in zip(*shown, strict=True)]
-    cells = []
-    for (_, report), row, rounded in zip(rows, values, shown, strict=True):
-        intervals = [
-            None if column == AVERAGE or math.isnan(value) else report.interval(column)
-            for column, value in zip(columns, row, strict=True)
-        ]
-        marks = [len(rows) > 1 and number == top >= 0 for number, top in zip(rounded, best, strict=True)]
-        cells.append([Cell(*cell) for cell in zip(row, intervals, marks, strict=True)])
-    return columns, cells
-
-
-def show(rows: list[tuple[str, Report]]) -> None:
-    """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
-    columns, cells = tabulate(rows)
-    console = Console(highlight=False)
-    star = "" if console.is_terminal and not console.no_color else "*"
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("method", overflow="fold", min_width=8)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for (name, _), row in zip(rows, cells, strict=True):
-        texts = []
-        for cell in row:
-            text = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
-            texts.append(text.append(f"\n{cell.span}", style="not bold dim") if cell.span else text)
-        table.add_row(Text(name, style="bold"), *texts)
-    print_table(table, console)
-    counts, suites = _counts_and_suites(rows)
-    best = f"; {star or 'bold'} is best" if len(rows) > 1 else ""
-    caption = f"n = {counts}, suite {suites}; percent right over its 95% interval{best}"
-    console.print(caption, style="dim", soft_wrap=not console.is_terminal)
-    for name, report in rows:
-        for case, reason in report.failed.items():
-            console.print(f"{name}: {case} failed ({reason}), so there is no average and no union", soft_wrap=True)
-
-
-def write_report(runs: list[Path], out: Path) -> Path:
+def write_report(
+    runs: list[Path], out: Path, *, unions: Sequence[Sequence[str]] = (), robustbench: bool = False
+) -> Path:
     """Set evaluated runs side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
 
     Pictures that cannot be made (data or weights gone) are left out, and the page says why.
+
+    Args:
+        unions: further columns, each the union over these cases.
+        robustbench: also write RobustBench's entries into ``out`` (:func:`rome.analysis.robustbench.write_entries`).
 
     Returns:
         The HTML file: one file that needs no other and no network.
@@ -118,12 +55,18 @@ def write_report(runs: list[Path], out: Path) -> Path:
     rows = [(run.name, run.report) for run in compared]
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
-    show(rows)
+    for cases in unions:
+        for run in compared:
+            run.report.union_of(cases)  # are they there?
+    entries = write_entries(compared, out) if robustbench else []
+    show(rows, unions)
+    for entry in entries:
+        print(entry, file=sys.stderr)
     findings = compare(compared)
     for sentence in findings:
         print(sentence)
 
-    columns, cells = tabulate(rows)
+    columns, cells = tabulate(rows, unions)
     notes: list[str] = []
     pictures = _Pictures(compared)
     context: dict[str, Any] = {
@@ -131,10 +74,11 @@ def write_report(runs: list[Path], out: Path) -> Path:
         "runs": compared,
         "columns": columns,
         "cells": cells,
-        "covered": _covered(rows),
+        "covered": covered(rows),
         "findings": findings,
-        "eps": {name: threat.dump().get("eps") for name, threat in compared[0].threats.items()},
-        "chart": Markup(charts.accuracies(rows)),
+        "eps": compared[0].budgets,
+        "missing": [missing(run.report) for run in compared],
+        "chart": Markup(charts.accuracies(rows, unions)),
         "shots": _attempt(pictures.examples, notes, "examples"),
         "gates": _attempt(pictures.gates, notes, "gates"),
         "curves": _curves(compared),
@@ -163,13 +107,18 @@ def compare(runs: Sequence[Evaluated]) -> list[str]:
     """What the unions say, and which differences the examples cannot decide."""
     if any(run.report.failed for run in runs):
         return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
+    if any(run.report.pending for run in runs):
+        return ["Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."]
+    if not runs[0].report.attacks:
+        return ["No attack was run, so there is no union to compare."]
     best = max(runs, key=lambda run: run.report.union)
-    share, n, cases = f"{best.report.union:.1%}", best.report.n, ", ".join(best.report.cases[1:])
+    share, n, cases = f"{best.report.union:.1%}", best.report.n, ", ".join(best.report.attacks)
     text = [f"{best.name} classifies {share} of {n} test examples right under every attack ({cases})."]
     for run in runs:
         if run is not best:
             difference = paired(best.report, run.report)
             span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+            span += f", exact McNemar {_p(difference.p)}"
             meaning = (
                 "more than the choice of examples explains"
                 if difference.clear
@@ -180,6 +129,10 @@ def compare(runs: Sequence[Evaluated]) -> list[str]:
     if len(runs) > 1:
         text.append("The intervals do not cover the training seed: another one can move a number by points.")
     return text
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
 
 
 class _Pictures:
@@ -233,9 +186,12 @@ class _Pictures:
             model = self.model(run)
             if not expert_layers(model):
                 continue
-            n = min(self._affordable(model, x, len(run.threats)), len(x))
-            print(f"{run.name}: gates on {n} images under {', '.join(run.threats)}", file=sys.stderr, flush=True)
-            sample = gates.collect(model, x[:n].to(self.device), y[:n].to(self.device), run.threats)
+            balls = {name: threat for name, threat in run.threats.items() if isinstance(threat, LpBall)}
+            if not balls:
+                continue
+            n = min(self._affordable(model, x, len(balls)), len(x))
+            print(f"{run.name}: gates on {n} images under {', '.join(balls)}", file=sys.stderr, flush=True)
+            sample = gates.collect(model, x[:n].to(self.device), y[:n].to(self.device), balls)
             found.append({"run": run, "sample": sample, **_gate_pictures(sample)})
         return found
 
@@ -291,31 +247,10 @@ def _attempt(make: Callable[[], Any], notes: list[str], what: str) -> Any:
         return None
 
 
-def _value(report: Report, column: str) -> float:
-    if column in (AVERAGE, UNION, "clean"):
-        return float(getattr(report, column))
-    return report.robust.get(column, math.nan)
-
-
-def _covered(rows: Sequence[tuple[str, Report]]) -> str:
-    """``360 test examples, suite apgd``."""
-    counts, suites = _counts_and_suites(rows)
-    return f"{counts} test examples, suite {suites}"
-
-
-def _counts_and_suites(rows: Sequence[tuple[str, Report]]) -> tuple[str, str]:
-    counts = dict.fromkeys(str(report.n) for _, report in rows)
-    suites = dict.fromkeys(_suite(report) for _, report in rows)
-    return " / ".join(counts), " / ".join(suites)
-
-
-def _suite(report: Report) -> str:
-    settings = report.settings.get("suite", {})
-    iterations = settings.get("iterations", 100)
-    return str(settings.get("kind", "of your own")) + (f" ({iterations} iterations)" if iterations != 100 else "")
-
-
 def _markdown(value: object) -> str:
     """Text that a Markdown table and a renderer of HTML leave as it is."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     return " ".join(text.split())
+
+
+__all__ = ["compare", "show", "show_cost", "tabulate", "write_report"]

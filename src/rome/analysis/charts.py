@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rome.analysis.tables import Column, columns_of
 from rome.evaluate import Report
 
 SERIES = 6
@@ -49,16 +50,17 @@ _STYLE: Any = {
 _MARKERS = "osD^vP"
 
 
-def accuracies(rows: Sequence[tuple[str, Report]]) -> str:
-    """Every accuracy of every run as a dot with its 95% interval."""
-    names = [*rows[0][1].cases, "union"]
+def accuracies(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> str:
+    """Every accuracy of every run as a dot with its 95% interval, where it has one."""
+    columns = [column for column in columns_of([report for _, report in rows], unions) if column.interval is not None]
+    names = [column.title for column in columns]
     offset = min(0.2, 0.7 / len(rows))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.9, 0.6 + len(names) * max(0.42, 0.24 * len(rows))), layout="constrained")
         axes: Axes = figure.subplots()
         for i, (_, report) in enumerate(rows):
-            values = [100 * _value(report, name) for name in names]
-            spans = [report.interval(name) for name in names]
+            values = [100 * column.value(report) for column in columns]
+            spans = [_span(column, report) for column in columns]
             low = [value - 100 * span[0] for value, span in zip(values, spans, strict=True)]
             high = [100 * span[1] - value for value, span in zip(values, spans, strict=True)]
             places = [place + (i - (len(rows) - 1) / 2) * offset for place in range(len(names))]
@@ -164,8 +166,9 @@ def _quantities(event: Mapping[str, Any]) -> dict[str, float]:
     return {**parts, **loss, **accuracy}
 
 
-def _value(report: Report, name: str) -> float:
-    return report.clean if name == "clean" else report.union if name == "union" else report.robust[name]
+def _span(column: Column, report: Report) -> tuple[float, float]:
+    known = column.interval is not None and not math.isnan(column.value(report))
+    return column.interval(report) if known and column.interval is not None else (math.nan, math.nan)
 
 
 def _colour(family: str, i: int) -> str:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from rome.config import Config
 from rome.errors import UserError
 from rome.evaluate import Case, Report
+from rome.evaluation.statistics import Difference, paired_difference
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.files import flatten
 from rome.models import file_hash
 from rome.runs import Run
-from rome.threats import Threat
+from rome.threats import LpBall, Threat
 
-PREFERRED_SUITE = "autoattack"
+PREFERRED_SUITES = ("autoattack", "all")
 _SAME = ("suite", "threats", "n", "seed", "data", "cases")
 """Settings in which evaluations must agree to be compared."""
 _NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,28 +37,25 @@ class Evaluated:
     """The run's evaluations that were not chosen, such as ``apgd-1000``."""
 
     @property
-    def threats(self) -> dict[str, Threat]:
-        """What each case allowed, by the case's name."""
+    def attacks(self) -> dict[str, Case]:
+        """The cases that are attacks and have been run, by name."""
         cases = [Case.model_validate(case) for case in self.report.settings["cases"]]
-        return {case.name: case.threat for case in cases if case.name in self.report.cases}
+        return {case.name: case for case in cases if case.name in self.report.cases and not case.on_all}
+
+    @property
+    def threats(self) -> dict[str, Threat]:
+        """What each attack was allowed, by the case's name."""
+        return {name: case.threat for name, case in self.attacks.items()}
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The radius of each Lp ball."""
+        return {name: threat.eps for name, threat in self.threats.items() if isinstance(threat, LpBall)}
 
     @property
     def method(self) -> str:
         """As the paper writes it, such as ``RoME+RANDOM``."""
         return ("RoME+" if self.config.experts is not None else "") + self.config.method.kind.upper()
-
-
-class Difference(NamedTuple):
-    """Of two accuracies on the same examples, with a 95% interval; shares, not percent."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
 
 
 def gather(folders: Sequence[Path]) -> list[Evaluated]:
@@ -86,7 +80,7 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
             f"the runs share no evaluation of one suite on as many examples ({there}); "
             "run `rome evaluate` on each with the same --suite and --n"
         )
-    chosen = max(common, key=lambda key: (key[0] == PREFERRED_SUITE, key[1], key[0]))
+    chosen = max(common, key=lambda key: (any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], key[0]))
     names = _names(runs, configs)
     evaluated = [
         Evaluated(name, run, config, *each[chosen], tuple(_key(key) for key in sorted(each) if key != chosen))
@@ -106,17 +100,15 @@ def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def paired(a: Report, b: Report) -> Difference:
-    """Union of ``a`` minus union of ``b`` on the same examples, with Agresti and Min's 95% interval (2005).
+def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Difference:
+    """Union of ``a`` minus union of ``b`` on the same examples, over these cases or all attacks.
 
-    With b and c examples that only one of the two gets right, half an example added to each cell of the 2 x 2 table:
-    d = (b - c) / (n + 2), standard error sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
+    With its 95% interval and McNemar's exact p-value (:func:`rome.evaluation.statistics.paired_difference`).
+
+    Raises:
+        UserError: one of the cases is not in both reports.
     """
-    right_a, right_b = np.asarray(a.correct.all(axis=1)), np.asarray(b.correct.all(axis=1))
-    only_a, only_b, n = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum()), a.n + 2
-    middle = (only_a - only_b) / n
-    half = _Z95 * math.sqrt(max(only_a + only_b + 1 - (only_a - only_b) ** 2 / n, 0)) / n
-    return Difference(float(np.mean(right_a) - np.mean(right_b)), max(-1.0, middle - half), min(1.0, middle + half))
+    return paired_difference(a.right(cases), b.right(cases))
 
 
 def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
@@ -127,7 +119,7 @@ def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
             unfinished = True
             continue
         report = Report.load(settings.parent)
-        found[str(report.settings["suite"]["kind"]), report.n] = settings.parent, report
+        found[report.suite, report.n] = settings.parent, report
     if not found:
         state = "an unfinished evaluation only" if unfinished else "no evaluation"
         raise UserError(f"{run.folder} has {state}: run `rome evaluate {run.folder}` first")

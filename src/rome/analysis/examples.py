@@ -17,7 +17,10 @@ from rome.analysis.compared import Evaluated
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.evaluate import example_images
+from rome.threats import LpBall
 
+PICTURED = 6
+"""Cases with pictures; more would not fit beside each other."""
 LOOKED_AT = 64
 """Saved adversarial images of a case to choose from."""
 SMALLEST = 96
@@ -58,8 +61,8 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
     broken = np.zeros(len(usable), dtype=int)
     for run, report in zip(runs, reports, strict=True):
-        for column, case in enumerate(report.cases[1:], start=1):
-            fooled = report.correct[:, 0] & ~report.correct[:, column]
+        for case in pictured(run):
+            fooled = report.correct[:, 0] & ~report.right((case,))
             broken += fooled
             kept = _saved(run, case)
             if kept is not None:
@@ -75,18 +78,25 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
 
 
 def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
-    """Case -> images (k, C, H, W) for these examples: those the evaluation saved, APGD's where none broke the model."""
+    """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
+    of APGD, or of the case's own attack where the threat is no Lp ball. The first few cases only."""
     device = next(model.parameters()).device
     chosen = torch.tensor(rows)
     found = {}
-    for case, threat in run.threats.items():
-        saved = _saved(run, case) or {}
-        images = APGD(steps=15).run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
+    for case in pictured(run):
+        saved, threat = _saved(run, case) or {}, run.threats[case]
+        attack = APGD(steps=15) if isinstance(threat, LpBall) else run.attacks[case].attacks[0]
+        images = attack.run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
         for place, row in enumerate(rows):
             if row in saved:
                 images[place] = saved[row]
         found[case] = images
     return found
+
+
+def pictured(run: Evaluated) -> list[str]:
+    """The cases that are shown in pictures."""
+    return list(run.attacks)[:PICTURED]
 
 
 def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
@@ -111,7 +121,7 @@ def describe(
     device = next(model.parameters()).device
     with torch.no_grad():
         predicted = {case: model(batch.to(device)).argmax(1).cpu() for case, batch in images.items()}
-    sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items()}
+    sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items() if case in images}
     return [
         Example(
             number=row,

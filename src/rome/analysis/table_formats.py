@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
-from rome.analysis.tables import Cell, Line
+from rome.analysis.paper_tables import Cell, Line
 
 Format = Literal["text", "markdown", "latex", "html"]
 DASH = "\N{EN DASH}"

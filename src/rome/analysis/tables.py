@@ -1,273 +1,205 @@
-"""The paper's tables, filled from runs: our numbers beside the paper's.
-
-A row of a table is an experiment that comes with rome. A run belongs to a row if it trains the same way: same method,
-kind of attack, experts and, where a table compares architectures, model. So a small run on another data set fills the
-same row as the full one, and the caption says what the runs are.
-"""
+"""Accuracies in columns: what is shown of a report, and the table on a terminal or in a pipe."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from rome.analysis.compared import paired
-from rome.config import Config, load
-from rome.errors import UserError, did_you_mean
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from rome.evaluate import Report
-from rome.evaluation.store import RESULT
-from rome.experiments import folder
-from rome.runs import Run
+from rome.evaluation.suites import LP
+from rome.terminal import print_table
 
-LP = ("clean", "L1", "L2", "Linf", "average", "union")
-UNSEEN = ("corruptions", "L0", "perceptual", "PPGD", "LPA", "patch", "StAdv", "ReColorAdv", "GMA")
-COST = ("parameters_M", "GMACs", "seconds_per_update", "latency_ms")
-
-_PGD = ("random", "avg", "max", "msd", "rome-random", "rome-max")
-_APGD = ("random", "max", "eat", "ramp", "rome-random", "rome-max")
+AVERAGE, UNION = "average", "union"
+DASH = "\N{EN DASH}"
+WIDE = 9
+"""Columns from which a table is printed with its rows and columns exchanged."""
 
 
-def _both(place: str, pgd: Sequence[str] = _PGD, apgd: Sequence[str] = _APGD) -> list[str]:
-    return [*(f"{place}/{name}-pgd" for name in pgd), *(f"{place}/{name}-apgd" for name in apgd)]
+class Column(NamedTuple):
+    """One number of every report."""
+
+    title: str
+    value: Callable[[Report], float]
+    """As a share; NaN where there is none."""
+    interval: Callable[[Report], tuple[float, float]] | None = None
+    """95% interval, if it has one."""
 
 
-_PERCEPTUAL = ("pat", "vr", "rome-pat", "rome-vr")
-_TWO = ("random", "max", "rome-random", "rome-max")
-_OURS = "table1/rome-random-pgd"
-_TUNED = ("eat", "rome-eat", "max", "rome-max", "ramp", "rome-ramp")
+class Cell(NamedTuple):
+    """One number of the table, as shares; NaN where there is none."""
 
-TABLES: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
-    "1": (
-        LP,
-        {
-            "CIFAR-10": _both("table1", (*_PGD[:4], "more", *_PGD[4:])),
-            "ImageNet-100": _both("table1/imagenet100"),
-        },
-    ),
-    "2": (
-        UNSEEN,
-        {"CIFAR-10": [*_both("table1"), *(f"table2/{name}" for name in ("pat", "vr", "rome-pat", "rome-vr"))]},
-    ),
-    "3": (
-        ("clean", "union"),
-        {
-            title: [f"fine-tuning/{place}/{name}" for name in _TUNED]
-            for place, title in {
-                "vit-b": "ViT-B (CIFAR-10)",
-                "wrn-28-10": "WRN-28-10 (CIFAR-10)",
-                "wrn-94-16": "WRN-94-16 (CIFAR-10)",
-                "xcit-s": "XCiT-S (ImageNet-1K)",
-            }.items()
-        },
-    ),
-    "4": (
-        LP,
-        {
-            "Low-rank experts": ["table4/ffn", "table4/adapter", _OURS],
-            "Dual-scale gating": [
-                *(f"table4/{name}" for name in ("uniform", "local", "global", "inverted", "learned", "cls")),
-                _OURS,
-            ],
-            "Gating diversification": [
-                *(f"table4/{name}" for name in ("no-regularization", "load-balancing", "importance", "classification")),
-                *("table4/no-projection", "table4/three-experts", _OURS),
-            ],
-        },
-    ),
-    "5": (LP, {"RoME+RANDOM, PGD": ["table5/random", "table5/inverse", "table5/none", _OURS]}),
-    "6": (COST, {"ViT-B": ["table6/random", "table6/more", "table6/moe-ffn", "table6/rome"]}),
-    "A1": (LP, {"DeiT-B": _both("tableA1/deit-b"), "Swin-B": _both("tableA1/swin-b")}),
-    "A2": (
-        LP,
-        {"ImageNet-1K": _both("tableA2", _TWO, _TWO)},
-    ),
-    "A3": (
-        LP,
-        {
-            attack.upper(): [
-                f"table1/random-{attack}",
-                f"tableA3/random-experts-{attack}",
-                f"table1/max-{attack}",
-                f"tableA3/max-experts-{attack}",
-                f"table1/rome-random-{attack}",
-                f"table1/rome-max-{attack}",
-            ]
-            for attack in ("pgd", "apgd")
-        },
-    ),
-    "A4": (
-        LP,
-        {
-            "Layers": [
-                *("tableA4/qkv", "tableA4/out", "tableA4/ffn", _OURS),
-                *("tableA4/qkv-ffn", "tableA4/out-ffn", "tableA4/qkv-out-ffn"),
-            ]
-        },
-    ),
-    "A5": (
-        LP,
-        {"Distances": ["table4/no-regularization", "tableA5/cosine", "tableA5/kl", "tableA5/wasserstein", _OURS]},
-    ),
-}
-"""Table -> its columns and, section by section, the experiments that are its rows, in the paper's order."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number: the paper's and ours, as shares of 1 (costs in their own units); NaN where there is none."""
-
-    paper: float
-    values: tuple[float, ...] = ()
-    """Of each run of this row."""
-    best: bool = False
+    value: float
+    interval: tuple[float, float] | None
+    best: bool
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
+    def percent(self) -> str:
+        return DASH if math.isnan(self.value) else f"{100 * self.value:.1f}"
 
     @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the runs; NaN for fewer than two."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+    def span(self) -> str:
+        """The 95% interval, ``68.2–77.4``."""
+        if self.interval is None or math.isnan(self.interval[0]):
+            return ""
+        return DASH.join(f"{100 * end:.1f}" for end in self.interval)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a table."""
+def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
+    """Clean, every attack, the means of groups, average and union over all attacks.
 
-    section: str
-    label: str
-    config: Config
-    """Of the experiment that defines the row."""
-    cells: dict[str, Cell]
-    reports: tuple[Report, ...] = ()
-    gain: tuple[float, float, float] | None = None
-    """Union minus that of the same method without experts, with its 95% interval; shares."""
-
-
-def fill(table: str, runs: Sequence[Path]) -> list[Line]:
-    """The rows of a table, filled with the finished evaluations of runs.
+    A group is shown if it is not all there is; of Lp balls among other attacks the union too, which is the one that
+    papers report. Fixed changes, of which there may be 75, are shown by their group's mean.
 
     Args:
-        table: ``1`` to ``6``, ``A1`` to ``A5``.
-        runs: folders of evaluated runs; several of one row (seeds) are joined.
-
-    Raises:
-        UserError: no such table, a folder that is no run, or a run that belongs to no row.
+        unions: further unions, each over these cases.
     """
-    if table.upper() not in TABLES:
-        raise UserError(f"no table {table!r}.{did_you_mean(table, TABLES)}")
-    columns, sections = TABLES[table.upper()]
-    given = [(Run(path), Run(path).config) for path in runs]
-    used: set[Path] = set()
-    lines = []
-    for section, experiments in sections.items():
-        for config in [load(folder() / f"{name}.yaml") for name in experiments]:
-            members = [run for run, own in given if _same_row(own, config, models=table.upper() in ("3", "A1"))]
-            used |= {run.folder for run in members}
-            reports = [report for run in members if (report := _report(run, config.evaluation.routing)) is not None]
-            lines.append(_line(section, config, columns, reports))
-    left = [str(run.folder) for run, _ in given if run.folder not in used]
-    if left:
-        raise UserError(
-            f"{left[0]} trains like no row of table {table} (method, kind of attack, experts); leave it out"
-        )
-    return _with_gains(_with_best(lines))
+    shown = [Column("clean", lambda report: report.clean, lambda report: report.interval("clean"))]
+    attacks = list(dict.fromkeys(name for report in reports for name in report.attacks))
+    shown += [_of_case(name) for name in attacks]
+    members = {group: names for report in reports for group, names in report.members.items() if len(names) > 1}
+    for group, names in members.items():
+        if set(names) == set(attacks):
+            continue
+        shown.append(_of_group(group))
+        if group == LP:
+            shown.append(_of_union(names, f"{group} union"))
+    loose = {name for report in reports for name in report.cases[1:]} - {*attacks, *sum(members.values(), ())}
+    shown += [_of_case(name) for name in sorted(loose)]
+    if attacks:
+        shown.append(Column(AVERAGE, lambda report: report.average))
+        shown.append(Column(UNION, lambda report: report.union, lambda report: report.interval(UNION)))
+    return shown + [_of_union(names, f"union {'+'.join(names)}") for names in unions]
 
 
-def _same_row(run: Config, row: Config, *, models: bool) -> bool:
-    same = run.method == row.method and (run.method.own_attack or run.attack.kind == row.attack.kind)
-    return bool(same and _experts(run) == _experts(row) and (not models or run.model.name == row.model.name))
+def _of_case(name: str) -> Column:
+    return Column(name, lambda report: report.robust.get(name, math.nan), lambda report: report.interval(name))
 
 
-def _experts(config: Config) -> dict[str, Any] | None:
-    if config.experts is None:
-        return None
-    plain = config.experts.dump()
-    if plain.get("layers") in (None, ["qkv", "proj"]):  # what None picks in a transformer
-        plain["layers"] = None
-    return plain
+def _of_group(group: str) -> Column:
+    return Column(f"{group} mean", lambda report: report.groups.get(group, math.nan))
 
 
-def _report(run: Run, routing: str) -> Report | None:
-    """The run's evaluation with these gates: AutoAttack's before others, then the one with the most examples."""
-    found = []
-    for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
-        report = Report.load(result.parent)
-        if (report.settings.get("provenance") or {}).get("routing", "learned") == routing:
-            found.append(report)
-    return max(found, key=lambda report: ("autoattack" in str(report.settings["suite"]), report.n), default=None)
+def _of_union(names: Sequence[str], title: str) -> Column:
+    def value(report: Report) -> float:
+        return report.union_of(names) if set(names) <= set(report.cases) else math.nan
+
+    return Column(title, value, lambda report: report.union_interval(names))
 
 
-def _line(section: str, config: Config, columns: Sequence[str], reports: Sequence[Report]) -> Line:
-    assert config.paper is not None
-    cells = {}
-    for column in columns:
-        paper = config.paper.numbers.get(column, math.nan) / (1 if columns is COST else 100)
-        values = [value for report in reports if not math.isnan(value := _value(report, column))]
-        cells[column] = Cell(paper, tuple(values))
-    return Line(section, config.paper.row, config, cells, tuple(reports))
+def tabulate(
+    rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()
+) -> tuple[list[str], list[list[Cell]]]:
+    """Titles of the columns (:func:`columns_of`) and a row of cells for each report.
+
+    The largest number of a column, as printed, is its best; there is none where there is one row.
+    """
+    columns = columns_of([report for _, report in rows], unions)
+    values = [[column.value(report) for column in columns] for _, report in rows]
+    shown = [[-1.0 if math.isnan(value) else round(100 * value, 1) for value in row] for row in values]
+    best = [max(column) for column in zip(*shown, strict=True)]
+    cells = []
+    for (_, report), row, rounded in zip(rows, values, shown, strict=True):
+        intervals = [
+            None if column.interval is None or math.isnan(value) else column.interval(report)
+            for column, value in zip(columns, row, strict=True)
+        ]
+        marks = [len(rows) > 1 and number == top >= 0 for number, top in zip(rounded, best, strict=True)]
+        cells.append([Cell(*cell) for cell in zip(row, intervals, marks, strict=True)])
+    return [column.title for column in columns], cells
 
 
-def _value(report: Report, column: str) -> float:
-    if column in ("clean", "average", "union"):
-        return float(getattr(report, column))
-    return report.robust.get(column, getattr(report, "groups", {}).get(column, math.nan))
+def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
+    """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
+    columns, cells = tabulate(rows, unions)
+    console = Console(highlight=False)
+    star = "" if console.is_terminal and not console.no_color else "*"
+
+    def text(cell: Cell, between: str) -> Text:
+        number = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
+        return number.append(f"{between}{cell.span}", style="not bold dim") if cell.span else number
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    if len(columns) < WIDE:
+        table.add_column("method", overflow="fold", min_width=8)
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for (name, _), row in zip(rows, cells, strict=True):
+            table.add_row(Text(name, style="bold"), *(text(cell, "\n") for cell in row))
+    else:
+        table.add_column("under", no_wrap=True)
+        for name, _ in rows:
+            table.add_column(Text(name, style="bold"), justify="right", overflow="fold")
+        for column, across in zip(columns, zip(*cells, strict=True), strict=True):
+            table.add_row(column, *(text(cell, "  ") for cell in across))
+    print_table(table, console)
+    counts, suites = counts_and_suites(rows)
+    best = f"; {star or 'bold'} is best" if len(rows) > 1 else ""
+    over = "over" if len(columns) < WIDE else "before"
+    caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
+    console.print(caption, style="dim", soft_wrap=not console.is_terminal)
+    for name, report in rows:
+        for sentence in missing(report):
+            console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
 
 
-def _with_best(lines: list[Line]) -> list[Line]:
-    """Marks the largest of our numbers, as printed, in every column of a section and kind of attack."""
-    top: dict[tuple[str, str, str], float] = {}
-    for line in lines:
-        for column, cell in line.cells.items():
-            if cell.values:
-                key = (*_group(line), column)
-                top[key] = max(top.get(key, -math.inf), round(cell.mean, 3))
-    return [
-        replace(
-            line,
-            cells={
-                column: replace(cell, best=bool(cell.values) and round(cell.mean, 3) == top[(*_group(line), column)])
-                for column, cell in line.cells.items()
-            },
-        )
-        for line in lines
+def missing(report: Report) -> list[str]:
+    """What has no number, and why."""
+    sentences = [
+        f"{case} failed ({reason}){', so there is no average and no union' if case in report.attacks else ''}"
+        for case, reason in report.failed.items()
     ]
+    if report.pending:
+        names = ", ".join(report.pending[:5]) + (f" and {len(report.pending) - 5} more" * (len(report.pending) > 5))
+        without = ", so there is no average and no union" if set(report.pending) & set(report.attacks) else ""
+        sentences.append(f"not run yet: {names}{without}; the same command without --cases runs the rest")
+    return sentences
 
 
-def _group(line: Line) -> tuple[str, str]:
-    return line.section, line.config.method.own_attack or line.config.attack.kind
-
-
-def _with_gains(lines: list[Line]) -> list[Line]:
-    """Adds what experts change in union: paired examples for one run each, Welch's interval for several."""
-    plain = {(*_group(line), line.config.method.kind): line for line in lines if line.config.experts is None}
-    gained = []
+def show_cost(facts: dict[str, Any]) -> None:
+    """Print what :func:`rome.cost.measure` found."""
+    console = Console(highlight=False)
+    lines = [
+        ("parameters", f"{facts['parameters'] / 1e6:.3f} M", f"{facts['parameters']:,}"),
+        ("trainable", f"{facts['trainable'] / 1e6:.3f} M", f"{facts['trainable']:,}"),
+        ("added by experts", f"{facts['experts'] / 1e6:.3f} M", f"{facts['experts']:,}"),
+        ("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"),
+    ]
+    if "seconds_per_update" in facts:
+        where = facts.get("device", "")
+        lines += [
+            ("update", f"{facts['seconds_per_update']:.3g} s", f"batch of {facts['batch_size']}, {where}"),
+            ("latency", f"{facts['latency_ms']:.3g} ms", f"one image, forward, {where}"),
+        ]
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True, style="bold")
+    table.add_column(style="dim")
     for line in lines:
-        base = plain.get((*_group(line), line.config.method.kind))
-        if line.config.experts is not None and base is not None:
-            line = replace(line, gain=_gain(line, base))
-        gained.append(line)
-    return gained
+        table.add_row(*line)
+    console.print(Text(str(facts["name"]), style="bold"))
+    console.print(table)
 
 
-def _gain(line: Line, base: Line) -> tuple[float, float, float] | None:
-    ours = [r.union for r in line.reports if not math.isnan(r.union)]
-    theirs = [r.union for r in base.reports if not math.isnan(r.union)]
-    if len(ours) == len(theirs) == 1:
-        a, b = line.reports[0], base.reports[0]
-        if a.settings.get("data") == b.settings.get("data"):
-            on_examples = paired(a, b)
-            return on_examples.value, on_examples.low, on_examples.high
-    if len(ours) < 2 or len(theirs) < 2:
-        return None
-    from scipy.stats import ttest_ind
+def covered(rows: Sequence[tuple[str, Report]]) -> str:
+    """``360 test examples, suite apgd``."""
+    counts, suites = counts_and_suites(rows)
+    return f"{counts} test examples, suite {suites}"
 
-    difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    if statistics.pstdev(ours) == statistics.pstdev(theirs) == 0:
-        return difference, difference, difference
-    interval = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
-    return difference, float(interval.low), float(interval.high)
+
+def counts_and_suites(rows: Sequence[tuple[str, Report]]) -> tuple[str, str]:
+    """Numbers of examples and suites, each where they differ with slashes between."""
+    counts = dict.fromkeys(str(report.n) for _, report in rows)
+    suites = dict.fromkeys(_suite(report.settings.get("suite", {})) for _, report in rows)
+    return " / ".join(counts), " / ".join(suites)
+
+
+def _suite(settings: dict[str, Any]) -> str:
+    if settings.get("kind") == "several":
+        return "+".join(map(_suite, settings["suites"]))
+    iterations = settings.get("iterations", 100)
+    return str(settings.get("kind") or "of your own") + (f" ({iterations} iterations)" if iterations != 100 else "")

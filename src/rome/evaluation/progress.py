@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -21,18 +21,28 @@ succeed, and equals those done in the last call of a case), accuracy so far, sec
 nothing has been timed)."""
 
 
-class Clock:
-    """Seconds left, from the seconds that a unit of cost took so far. Cost: examples x forward passes."""
+SHOWN_BARS = 12
+"""Cases on a terminal at a time."""
 
-    def __init__(self, cases: list[Case], batch_size: int) -> None:
-        self.cases, self.batch_size = cases, batch_size
+
+class Clock:
+    """Seconds left, from the seconds that a unit of cost took so far. Cost: examples x forward passes.
+
+    Args:
+        cases: those to run.
+        starts: how many examples each of them starts with.
+        world: processes that share the work.
+    """
+
+    def __init__(self, cases: Sequence[Case], starts: Sequence[int], batch_size: int, world: int = 1) -> None:
+        self.cases, self.starts, self.batch_size, self.world = cases, starts, batch_size, world
         self.cost, self.seconds = 0, 0.0
 
     def spent(self, case: Case, attack: Attack, examples: int, seconds: float) -> None:
         self.cost += examples * cost(attack, case.threat)
         self.seconds += seconds
 
-    def left(self, now: int, stage: int, waiting: int, robust: int, clean: int) -> float | None:
+    def left(self, now: int, stage: int, waiting: int, robust: int) -> float | None:
         """With case number ``now`` in its attack number ``stage``, for which ``waiting`` examples are left, and
         ``robust`` examples for the attacks after it."""
         if not self.cost:
@@ -40,8 +50,9 @@ class Clock:
         case = self.cases[now]
         todo = waiting * cost(case.attacks[stage], case.threat)
         todo += robust * sum(cost(attack, case.threat) for attack in case.attacks[stage + 1 :])
-        todo += clean * sum(cost(attack, later.threat) for later in self.cases[now + 1 :] for attack in later.attacks)
-        return todo * self.seconds / self.cost
+        for later, start in zip(self.cases[now + 1 :], self.starts[now + 1 :], strict=True):
+            todo += start * sum(cost(attack, later.threat) for attack in later.attacks)
+        return todo * self.seconds / self.cost / self.world
 
     def batches(self, examples: int) -> int:
         return -(-examples // self.batch_size)
@@ -51,7 +62,7 @@ def cost(attack: Attack, threat: Threat) -> int:
     """Forward passes an example needs, a backward counted as two."""
     if isinstance(attack, AutoAttackPart) and isinstance(threat, LpBall):
         return attack.cost(threat)
-    return 3 * attack.steps_for(threat)
+    return max(3 * attack.steps_for(threat), 1)
 
 
 @contextmanager
@@ -95,6 +106,8 @@ def _bars() -> Iterator[Watcher]:
                 tasks[case] = bars.add_task(case, total=total, robust=100 * robust, left="")
             text = "" if left is None or done == total else f"{_duration(left)} left"
             bars.update(tasks[case], completed=done, total=total, robust=100 * robust, left=text)
+            for name in list(tasks)[: max(len(tasks) - SHOWN_BARS, 0)]:
+                bars.update(tasks[name], visible=False)
 
         yield watch
 

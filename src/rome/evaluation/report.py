@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,22 @@ from typing import Any
 import numpy as np
 
 from rome.errors import UserError, did_you_mean
+from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
+from rome.evaluation.suites import LP, suite_label
+from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
-_Z95 = 1.959963984540054
-"""Normal quantile of a two-sided 95% interval."""
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
     """Accuracies derived from ``correct``; all are shares in [0, 1].
 
-    An example that is wrong without an attack is wrong in every column. Where a case failed, it has no column, and
-    ``average`` and ``union`` are NaN.
+    Columns are of two sorts. Under an *attack* an example that is wrong without one is wrong; ``average`` and
+    ``union`` are over these. A fixed change of the images (a case with ``on_all``, such as a corruption) may turn a
+    wrong answer into a right one, and counts in its group's mean alone. Where a case failed or has not been run it has
+    no column, and what it is part of is NaN.
     """
 
     correct: np.ndarray
@@ -40,16 +43,21 @@ class Report:
     """Each with the ``check`` that raised it, ``case``, ``attack``, how many ``examples``, and a ``message``."""
     failed: dict[str, str] = field(default_factory=dict)
     """Case -> what went wrong."""
+    pending: tuple[str, ...] = ()
+    """Cases of the suite that have not been run yet."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     """Case -> attack -> accuracy once that attack, too, has run."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Case -> time its attacks took, over all the processes that worked on it."""
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.look`)."""
 
     def __post_init__(self) -> None:
         rows, columns = self.correct.shape
         if self.correct.dtype != np.bool_ or columns != len(self.cases) or not rows or self.cases[:1] != (CLEAN,):
             raise ValueError(f"expected a boolean matrix with columns {self.cases}, clean first, and at least one row")
-        object.__setattr__(self, "correct", self.correct & self.correct[:, :1])
+        attacks = np.array([not self._case(name).get("on_all", False) for name in self.cases])
+        object.__setattr__(self, "correct", self.correct & (self.correct[:, :1] | ~attacks))
 
     @property
     def n(self) -> int:
@@ -67,57 +75,133 @@ class Report:
         return {name: float(self.correct[:, 1 + i].mean()) for i, name in enumerate(self.cases[1:])}
 
     @property
+    def attacks(self) -> tuple[str, ...]:
+        """The cases that are attacks, also those that are missing."""
+        return tuple(name for name in self._planned if not self._case(name).get("on_all", False))
+
+    @property
     def average(self) -> float:
-        """Mean of the robust accuracies."""
-        return math.nan if self.failed else float(np.mean(list(self.robust.values())))
+        """Mean accuracy over the attacks; NaN where one is missing."""
+        return self._mean(self.attacks)
 
     @property
     def union(self) -> float:
-        """Share of the examples that are correct without an attack and under every case."""
-        return math.nan if self.failed else self.union_of(self.cases)
+        """Share of the examples that are correct without an attack and under every one; NaN where one is missing."""
+        return self.union_of(self.attacks) if self._complete(self.attacks) else math.nan
 
-    def union_of(self, cases: Iterable[str]) -> float:
-        """The union over some of the cases.
+    @property
+    def groups(self) -> dict[str, float]:
+        """Group -> mean accuracy over its cases; NaN where one is missing."""
+        return {group: self._mean(names) for group, names in self.members.items()}
+
+    @property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Group -> its cases, also those that are missing."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self._planned:
+            case = self._case(name)
+            group = case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else "")
+            if group:
+                found[group] = (*found.get(group, ()), name)
+        return found
+
+    @property
+    def unions(self) -> dict[str, float]:
+        """Group of several attacks -> their union; NaN where one is missing."""
+        groups = {group: names for group, names in self.members.items() if len(names) > 1}
+        return {
+            group: self.union_of(names) if self._complete(names) else math.nan
+            for group, names in groups.items()
+            if set(names) <= set(self.attacks)
+        }
+
+    @property
+    def suite(self) -> str:
+        """Short name of the suite, such as ``apgd`` or ``apgd+unseen``."""
+        return suite_label(self.settings.get("suite", {}))
+
+    def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
+        """bool (n,): correct without an attack and under all of these cases; None: under every attack.
 
         Raises:
             UserError: one of them is not in the report.
         """
-        return float(np.mean([self._all(cases)]))
+        columns = [0]
+        for case in self.attacks if cases is None else cases:
+            if case not in self.cases:
+                missing = f"it failed: {self.failed[case]}" if case in self.failed else "it has not been run"
+                known = case in self.failed or case in self.pending
+                hint = f" ({missing})." if known else f".{did_you_mean(case, (*self.cases, UNION))}"
+                raise UserError(f"no case {case!r} in this report{hint}")
+            columns.append(self.cases.index(case))
+        return np.asarray(self.correct[:, columns].all(axis=1))
+
+    def union_of(self, cases: Iterable[str]) -> float:
+        """The union over some of the cases: the share that is correct without an attack and under each of them.
+
+        Raises:
+            UserError: one of them is not in the report.
+        """
+        return float(self.right(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95% interval of an accuracy: ``clean``, a case or ``union``.
+        """95% interval of an accuracy: ``clean``, a case or ``union``; NaN for a union that is NaN.
 
-        Wilson's score interval for k correct of n: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with
-        p = k/n, z = 1.96. It covers the choice of the examples, not of the training seed.
+        Wilson's score interval (:func:`rome.evaluation.statistics.wilson`). It covers the choice of the examples, not
+        of the training seed.
 
         Raises:
             UserError: no such column.
         """
-        if name == UNION and self.failed:
-            return math.nan, math.nan
-        return wilson(int(self._all(self.cases if name == UNION else (name,)).sum()), self.n)
+        if name == UNION:
+            return self.union_interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
+        self.right((name,))  # is it there?
+        return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
-    def _all(self, cases: Iterable[str]) -> np.ndarray:
-        columns = [0]
-        for case in cases:
-            if case not in self.cases:
-                raise UserError(f"no case {case!r} in this report.{did_you_mean(case, (*self.cases, UNION))}")
-            columns.append(self.cases.index(case))
-        return np.asarray(self.correct[:, columns].all(axis=1))
+    def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
+        """95% interval of :meth:`union_of`.
+
+        Raises:
+            UserError: one of the cases is not in the report.
+        """
+        return wilson(int(self.right(cases).sum()), self.n)
+
+    def _case(self, name: str) -> Mapping[str, Any]:
+        """The description of a case, as :meth:`rome.evaluation.suites.Case.dump` gives it; empty where unknown."""
+        return next((case for case in self.settings.get("cases", ()) if case["name"] == name), {})
+
+    @property
+    def _planned(self) -> tuple[str, ...]:
+        """The cases in the order of the suite."""
+        order = [case["name"] for case in self.settings.get("cases", ())]
+        known = (*self.cases[1:], *self.failed, *self.pending)
+        return tuple(dict.fromkeys([*(name for name in order if name in known), *known]))
+
+    def _complete(self, names: Iterable[str]) -> bool:
+        found = list(names)
+        return bool(found) and all(name in self.cases for name in found)
+
+    def _mean(self, names: Iterable[str]) -> float:
+        found, robust = list(names), self.robust
+        return float(np.mean([robust[name] for name in found])) if self._complete(found) else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrix, as plain data; what is unavailable is None."""
-        names = (*self.cases, *(() if self.failed else (UNION,)))
+        names = (*self.cases, *(() if math.isnan(self.union) else (UNION,)))
         return {
             "n": self.n,
             "clean": self.clean,
             "robust": self.robust,
-            "average": None if self.failed else self.average,
-            "union": None if self.failed else self.union,
+            "average": _or_none(self.average),
+            "union": _or_none(self.union),
+            "groups": {group: _or_none(value) for group, value in self.groups.items()},
+            "unions": {group: _or_none(value) for group, value in self.unions.items()},
             "intervals": {name: list(self.interval(name)) for name in names},
             "after": self.after,
             "warnings": self.warnings,
+            "checks": self.checks,
             "failed": self.failed,
+            "pending": list(self.pending),
             "seconds": self.seconds,
             "settings": self.settings,
         }
@@ -149,6 +233,8 @@ class Report:
                     indices=matrix["indices"],
                     settings=settings,
                     **{name: result[name] for name in ("warnings", "failed", "after", "seconds")},
+                    pending=tuple(result.get("pending", ())),  # earlier versions ran all cases, and no checks
+                    checks=result.get("checks", []),
                 )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
@@ -157,10 +243,5 @@ class Report:
             ) from None
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95% score interval of a share (see :meth:`Report.interval`)."""
-    share, z2 = correct / n, _Z95**2
-    middle = share + z2 / (2 * n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    scale = 1 + z2 / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -4,6 +4,7 @@
     batches/clean.safetensors            which examples are classified correctly
     batches/CASE/0-apgd-ce-00003.safetensors
                                          one attack on one batch: indices, correct, images of those it fooled
+    checks.json                          what the checks for masked gradients measured
     matrix.npz, result.json              written last
 
 A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
@@ -15,7 +16,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rome.errors import UserError
 from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
+CHECKS = "checks.json"
 _NOT_COMPARED = ("provenance", "environment", "save_images")
 
 
@@ -68,8 +70,7 @@ class Store:
         Raises:
             UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off.
         """
-        compared = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
-        self.fingerprint = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
         if overwrite:
@@ -91,7 +92,7 @@ class Store:
     def clear(self) -> None:
         """Remove an earlier evaluation's files, and nothing else."""
         if self.directory is not None:
-            for name in (RESULT, MATRIX):
+            for name in (RESULT, MATRIX, CHECKS):
                 (self.directory / name).unlink(missing_ok=True)
             for path in (self.directory / BATCHES).glob("**/*.safetensors*"):
                 path.unlink(missing_ok=True)
@@ -142,12 +143,31 @@ class Store:
             replace_file(self.directory / MATRIX, buffer.getvalue())
             replace_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
+    def checks(self, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What the checks found before, or now."""
+        path = self.directory / CHECKS if self.directory else None
+        if path is not None and path.exists():
+            stored = read_json(path)
+            if stored.get("fingerprint") == self.fingerprint:
+                return list(stored["checks"])
+        found = make()
+        if path is not None:
+            replace_file(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
+        return found
+
     @property
     def finished(self) -> bool:
         """Whether every case is there."""
         if self.directory is None or not (self.directory / RESULT).exists() or not (self.directory / MATRIX).exists():
             return False
-        return not read_json(self.directory / RESULT)["failed"]
+        result = read_json(self.directory / RESULT)
+        return not result["failed"] and not result.get("pending")
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings that determine a result."""
+    compared = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def example_images(directory: str | Path, case: str, k: int | None = None) -> tuple[np.ndarray, Tensor]:

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
-from pydantic_core import PydanticCustomError
 
+from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_targets
 from rome.attacks.base import Attack
+from rome.attacks.pgd import PGD
 from rome.component import Component, Settings
 from rome.errors import UserError
 from rome.threats import LpBall, Threat
+
+LP = "lp"
+"""The group of the cases under an Lp ball."""
 
 
 class Case(Settings):
@@ -27,15 +31,22 @@ class Case(Settings):
     attacks: tuple[Attack, ...] = Field(min_length=1)
     note: str = ""
     """What a reader of the result should know about this choice of attacks."""
+    group: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._+-]*$")
+    """Cases whose mean accuracy is reported together; None: ``lp`` under an Lp ball, otherwise of no group."""
+    on_all: bool = False
+    """Not an attack but a fixed change of the images, such as a corruption: applied to every example, because one that
+    is wrong on the clean image may be right here, and no part of average and union."""
 
     def dump(self) -> dict[str, Any]:
-        """The case as plain data."""
-        return {
+        """The case as plain data; what is as by default is left out, so that earlier results keep their settings."""
+        data = {
             "name": self.name,
             "threat": self.threat.dump(),
             "attacks": [attack.dump() for attack in self.attacks],
             "note": self.note,
         }
+        given = {"group": self.group, "on_all": self.on_all}
+        return data | {key: value for key, value in given.items() if value not in (None, False)}
 
 
 class Suite(Component):
@@ -49,6 +60,44 @@ class Suite(Component):
             UserError: the suite has no attack for one of the threats.
         """
 
+    @property
+    def label(self) -> str:
+        """Short name for folders and tables."""
+        return suite_label(self.dump())
+
+
+def suite_label(settings: Mapping[str, Any]) -> str:
+    """:attr:`Suite.label` of a suite that was dumped: its kind, or those of its parts as ``apgd+unseen``."""
+    kind = str(settings.get("kind") or "own")
+    return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind
+
+
+def _only_balls(suite: Suite, threats: Mapping[str, Threat]) -> dict[str, LpBall]:
+    balls = {}
+    for name, threat in threats.items():
+        if not isinstance(threat, LpBall):
+            raise UserError(
+                f"suite {suite.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
+                "Give threats such as LpBall(norm='Linf', eps=8/255)"
+            )
+        balls[name] = threat
+    return balls
+
+
+class QuickSuite(Suite):
+    """Our own APGD and PGD, as in training: for a quick look while developing, not to be reported."""
+
+    kind = "lp"
+    steps: int = Field(default=20, ge=1)
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        attacks = (APGD(steps=self.steps), PGD(steps=self.steps))
+        note = "a quick look: stronger attacks (suite apgd or autoattack) will find less robustness"
+        return [
+            Case(name=name, threat=threat, attacks=attacks, note=note)
+            for name, threat in _only_balls(self, threats).items()
+        ]
+
 
 class _LpSuite(Suite):
     iterations: int = Field(default=100, ge=5)
@@ -56,12 +105,7 @@ class _LpSuite(Suite):
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         made = []
-        for name, threat in threats.items():
-            if not isinstance(threat, LpBall):
-                raise UserError(
-                    f"suite {self.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
-                    "Give threats such as LpBall(norm='Linf', eps=8/255)"
-                )
+        for name, threat in _only_balls(self, threats).items():
             attacks, note = self.attacks(threat, classes), ""
             if classes < MIN_CLASSES_DLR:
                 attacks = [attack for attack in attacks if not isinstance(attack, APGDT)]
@@ -106,20 +150,6 @@ class AutoAttackSuite(_LpSuite):
 
     def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
         return [*self.apgd(threat, classes), self.fab(threat, classes), Square(queries=self.square_queries)]
-
-
-def as_suite(suite: str | Suite) -> Suite:
-    """The suite of that name with its default settings, or the suite itself.
-
-    Raises:
-        UserError: no such suite.
-    """
-    if isinstance(suite, Suite):
-        return suite
-    try:
-        return Suite.of_kind(suite)()
-    except PydanticCustomError as error:
-        raise UserError(str(error)) from None
 
 
 def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:

@@ -1,0 +1,114 @@
+"""The data and budgets that a command line names in a word, without a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from rome.data import Cifar10, Data, ImageFolder
+from rome.errors import UserError, did_you_mean
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
+
+_FORMS = (
+    "digits; cifar10:PATH; a folder with val/CLASS/*.jpg; or a folder with CIFAR-10 as cifar-10-batches-py or as "
+    "test-*.parquet"
+)
+_TEST_FOLDERS = ("val", "validation", "test")
+
+
+def named_data(text: str, **settings: Any) -> Data:
+    """The data set that ``digits``, ``KIND:PATH`` or a folder names; what a folder holds is seen by its content.
+
+    Args:
+        settings: for folders of images, such as ``size``; other kinds have no use for them.
+
+    Raises:
+        UserError: no such data set or folder, or one of unknown content.
+    """
+    kind, colon, path = text.partition(":")
+    given: dict[str, Any] = {"path": path} if colon else {}
+    if kind not in Data.members():
+        if colon and not Path(text).expanduser().exists():
+            raise UserError(f"unknown data {text!r}; give {_FORMS}")
+        kind, given = _content(Path(text).expanduser()), {"path": text}
+    if kind == ImageFolder.kind:
+        given |= settings
+    try:
+        return Data.of_kind(kind).model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"data {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give {_FORMS}") from None
+
+
+def _content(folder: Path) -> str:
+    if folder.suffix == ".parquet" and folder.is_file():
+        return Cifar10.kind
+    if not folder.is_dir():
+        near = did_you_mean(str(folder), Data.members()) if len(folder.parts) == 1 else ""
+        raise UserError(f"there is no folder {folder} with data; give {_FORMS}.{near}")
+    if (folder / "batches.meta").is_file() and folder.name != "cifar-10-batches-py":
+        raise UserError(f"{folder} holds CIFAR-10's batches: rename it to cifar-10-batches-py")
+    tables = [table for sub in ("", "plain_text") for table in (folder / sub).glob("test*.parquet")]
+    if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir() or tables:
+        return Cifar10.kind
+    tests = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+    if any(entry.is_dir() for test in tests for entry in test.iterdir()):
+        return ImageFolder.kind
+    raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
+
+
+def named_budgets(text: str) -> dict[str, Threat]:
+    """Threats by column: ``cifar10``, ``imagenet``, ``digits``, or balls such as ``L2=0.5,Linf=8/255``.
+
+    Raises:
+        UserError: neither.
+    """
+    if text in NAMED_BUDGETS:
+        return {threat.name: threat for threat in NAMED_BUDGETS[text]}
+    if "=" not in text:
+        raise UserError(f"unknown budgets {text!r}.{did_you_mean(text, NAMED_BUDGETS)} Or balls: L2=0.5,Linf=8/255")
+    threats: dict[str, Threat] = {}
+    for part in text.split(","):
+        norm, _, eps = part.partition("=")
+        try:
+            threat = LpBall.model_validate({"norm": norm.strip(), "eps": eps.strip()})
+        except ValidationError:
+            raise UserError(
+                f"budget {part!r}: write a norm and its radius, such as L1=12, L2=0.5 or Linf=8/255"
+            ) from None
+        if threat.name in threats:
+            raise UserError(f"budgets {text!r} name {threat.name} twice")
+        threats[threat.name] = threat
+    return threats
+
+
+def batch_size_of(text: str | None) -> int | Literal["auto"] | None:
+    """``auto``, a number, or None as it is.
+
+    Raises:
+        UserError: neither.
+    """
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--batch-size {text!r}: give a number from 1, or auto")
+    return int(text)
+
+
+def numbers(text: str | None, option: str) -> Sequence[float] | None:
+    """``0.49,0.48,0.45`` as numbers; None stays None.
+
+    Raises:
+        UserError: not numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: write one number, or one for each channel: 0.49,0.48,0.45") from None

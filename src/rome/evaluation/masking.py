@@ -1,0 +1,124 @@
+"""Signs that gradients are masked, so that gradient-based attacks fail although adversarial images exist.
+
+Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1) and Carlini et al., "On
+evaluating adversarial robustness" (2019) name them: black-box attacks beat white-box ones (that one is seen while
+Square runs), more iterations do not help, and an unbounded attack does not reach 0%. Every check is data: what it
+measured and whether it was raised; it proves nothing, in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rome.attacks.apgd import APGD
+from rome.attacks.autoattack import APGDCE
+from rome.attacks.base import Model, loss_and_gradient
+from rome.evaluation.memory import Halving
+from rome.evaluation.statistics import mcnemar
+from rome.evaluation.suites import Case
+from rome.evaluation.units import Examples
+from rome.threats import LpBall
+
+FEWEST = 100
+"""Examples from which the checks are made unless told otherwise."""
+SAMPLE, SHARE = 64, 16
+"""The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
+they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
+STEPS = (10, 100)
+WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
+"""A ball that holds the whole box around every image."""
+ZERO_SHARE = 0.05
+LEFT = 0.01
+P = 0.05
+
+
+def worth_checking(cases: Sequence[Case], n: int) -> bool:
+    """Whether the checks are made by default: a suite that is published with, and examples enough to hide the cost."""
+    return n >= FEWEST and any(isinstance(attack, APGDCE) for case in cases for attack in case.attacks)
+
+
+def look(
+    model: Model,
+    examples: Examples,
+    cases: Sequence[Case],
+    clean: np.ndarray,
+    *,
+    batch_size: int = SAMPLE,
+    halving: Halving | None = None,
+) -> list[dict[str, Any]]:
+    """The checks on a frozen model.
+
+    Args:
+        cases: of the evaluation; the ball of one of them is used.
+        clean: bool (n,), which examples are classified correctly.
+        batch_size: examples at a time.
+
+    Returns:
+        For each check its name under ``check``, how many ``examples`` it looked at, what it measured under ``values``
+        (shares), whether it was ``raised``, and a ``message``.
+    """
+    part = np.flatnonzero(clean)[: min(SAMPLE, max(len(clean) // SHARE, 1))]
+    if not len(part):
+        return []
+    halving = halving or Halving(allowed=False)
+    parts = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+
+    def every(name: str, ask: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+        def work(some: np.ndarray) -> np.ndarray:
+            return ask(*examples.batch(some)).cpu().numpy()
+
+        return np.concatenate([answer for some in parts for _, answer in halving.run(name, some, work)])
+
+    def robust(threat: LpBall, steps: int) -> np.ndarray:
+        return every("checks", lambda x, y: APGD(steps=steps).run(model, x, y, threat).robust)
+
+    def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
+        return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
+
+    zero = float(every("checks", lambda x, y: (loss_and_gradient(model, x, y)[2] == 0).flatten(1).all(dim=1)).mean())
+    message = f"the input gradient of the loss is exactly zero for {zero:.0%} of them"
+    checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
+    ball = _ball(cases)
+    if ball is not None:
+        few, many = (robust(ball, steps) for steps in STEPS)
+        only_many, only_few = int((many & ~few).sum()), int((few & ~many).sum())
+        p = mcnemar(only_many, only_few)
+        values = {str(STEPS[0]): float(few.mean()), str(STEPS[1]): float(many.mean()), "p": p}
+        message = (
+            f"APGD under {ball.name} leaves {few.mean():.0%} right with {STEPS[0]} iterations "
+            f"and {many.mean():.0%} with {STEPS[1]}"
+        )
+        checks.append(found("more-steps", values, only_many > only_few and p < P, message))
+    left = float(robust(WIDE, WIDE_STEPS).mean())
+    message = f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {left:.0%} right"
+    checks.append(found("unbounded-attack", {"share": left}, left > LEFT, message))
+    return checks
+
+
+def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that were raised, as entries of :attr:`rome.evaluation.report.Report.warnings`."""
+    advice = "gradients may be masked, the true robustness lower"
+    return [
+        {
+            "check": check["check"],
+            "case": None,
+            "attack": None,
+            "examples": check["examples"],
+            "message": f"{check['message']}: {advice}",
+        }
+        for check in checks
+        if check["raised"]
+    ]
+
+
+def _ball(cases: Sequence[Case]) -> LpBall | None:
+    """The Linf ball under attack if there is one, otherwise the first Lp ball."""
+    balls = [case.threat for case in cases if isinstance(case.threat, LpBall) and case.threat.eps > 0]
+    return next((ball for ball in balls if ball.norm == "Linf"), balls[0] if balls else None)
+
+
+__all__ = ["as_warnings", "look", "worth_checking"]

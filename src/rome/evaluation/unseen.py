@@ -1,0 +1,113 @@
+"""Suites of threats that no method trains on (paper Table 2): attacks by name, and the common corruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from rome.attacks.base import Attack
+from rome.component import Number
+from rome.errors import UserError
+from rome.evaluation.suites import Case, Suite
+from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
+
+PERCEPTUAL, CORRUPTIONS = "perceptual", "corruptions"
+"""Groups of cases: the paper's ``Percep. lp`` and ``Com. Corr.`` are their means."""
+
+
+class Row(NamedTuple):
+    """A case by the kind of its attack, whose own settings are those of the paper unless given here."""
+
+    kind: str
+    group: str | None = None
+    settings: Mapping[str, Any] = {}
+    inside: str = "any"
+    """``ball``: the Linf ball of the other cases; ``perceptual``: a perceptual bound; else the attack has its own."""
+
+
+UNSEEN = (
+    *(Row(kind, PERCEPTUAL) for kind in ("fog", "snow", "gabor", "elastic", "jpeg")),
+    *(Row(kind) for kind in ("sparsefool", "patch", "stadv", "recoloradv")),
+    *(Row(kind, inside="perceptual") for kind in ("ppgd", "lpa")),
+    Row("gma", "gates", inside="ball"),
+)
+"""Paper A1: fog 12, snow .5, gabor 60, elastic .125, JPEG-Linf .125 with 100 iterations; SparseFool 10 iterations,
+lambda 3; PPGD and LPA bound .25, 20 iterations; patch 8 x 8, 50 iterations of 2/255; StAdv tau .05; ReColorAdv .06, 20
+iterations; GMA Linf 20 steps."""
+
+COMMON_CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+"""The 15 types of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
+
+
+class UnseenSuite(Suite):
+    """Attacks beyond Lp that no method trains on: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
+
+    kind = "unseen"
+    rows: ClassVar[tuple[Row, ...]] = UNSEEN
+    features: str = "runs/alexnet"
+    """The network that measures for PPGD and LPA: a trained one (``rome train experiments/alexnet/cifar10.yaml --out
+    runs/alexnet``), or ``self``, the evaluated model, which flatters itself."""
+    bound: Number = Field(default=0.25, gt=0)
+    """The perceptual bound of PPGD and LPA."""
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        places: dict[str, Threat] = {
+            "ball": _linf(threats),
+            "perceptual": Perceptual(bound=self.bound, features=self.features),
+        }
+        return [
+            Case(
+                name=row.kind,
+                threat=places.get(row.inside, AnyImage(label=row.kind)),
+                attacks=(_attack(self, row.kind, row.settings),),
+                group=row.group,
+            )
+            for row in self.rows
+        ]
+
+
+class CorruptionsSuite(Suite):
+    """Common corruptions, every type at every severity: columns such as fog-3, one accuracy as their mean."""
+
+    kind = "corruptions"
+    attack: ClassVar[str] = "corruption"
+    types: tuple[str, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
+    severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        return [
+            Case(
+                name=f"{type}-{severity}",
+                threat=AnyImage(label=f"{type}-{severity}"),
+                attacks=(_attack(self, self.attack, {"type": type, "severity": severity}),),
+                group=CORRUPTIONS,
+                on_all=True,
+            )
+            for type in self.types
+            for severity in self.severities
+        ]
+
+
+def _linf(threats: Mapping[str, Threat]) -> LpBall:
+    """The first Linf ball among the threats; CIFAR-10's where there is none."""
+    balls = (threat for threat in threats.values() if isinstance(threat, LpBall) and threat.norm == "Linf")
+    return next(balls, CIFAR10["Linf"])
+
+
+def _attack(suite: Suite, kind: str, settings: Mapping[str, Any]) -> Attack:
+    try:
+        return Attack.of_kind(kind).model_validate(dict(settings))
+    except PydanticCustomError as error:
+        raise UserError(f"suite {suite.kind!r} needs an attack that is not there: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"suite {suite.kind!r}: attack {kind!r}, {where}: {first['msg']}") from None

@@ -1,0 +1,369 @@
+"""Any user's model: by name, by function, by file; what it is given, and what it is told when it does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import rome
+from rome.cli import main
+from rome.data import Cifar10, Digits, ImageFolder
+from rome.errors import UserError
+from rome.evaluate import evaluate, hash_model
+from rome.evaluation.any_data import named_budgets, named_data
+from rome.evaluation.any_model import named_model, preprocessing
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
+from tiny_runs import no_traceback
+
+N = 30
+QUICK = ("--suite", "lp", "--n", str(N))
+VIT = {"img_size": 8, "patch_size": 4}
+NET = """
+import torch
+from torch import nn
+
+def net(num_classes, seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, num_classes))
+    net.load_state_dict(torch.load("net.pth"))
+    return net
+"""
+
+
+def net(inputs: int = 64, outputs: int = 10) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, outputs))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A net that knows digits in [0, 1]."""
+    x, y = Digits().open("train").first(1000)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def files(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The net in every form that a user may have it in."""
+    root = tmp_path_factory.mktemp("models")
+    x = torch.rand(3, 1, 8, 8)
+    torch.save(trained.state_dict(), root / "net.pth")
+    (root / "my_net.py").write_text(NET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(trained, x)
+        traced.save(root / "traced.pt")
+        torch.jit.freeze(torch.jit.script(trained)).save(root / "frozen.ts")
+        torch.jit.trace(nn.Sequential(_Three(), trained), x, check_trace=False).save(root / "three.pt")
+    batch = torch.export.Dim("batch")
+    for name, dynamic in {
+        "dynamic": {0: batch},
+        "fixed": None,
+        "sixteen": {0: torch.export.Dim("batch", min=2, max=16)},
+    }.items():
+        program = torch.export.export(trained, (x,), dynamic_shapes=None if dynamic is None else (dynamic,))
+        torch.export.save(program, root / f"{name}.pt2")
+    torch.export.save(torch.export.export(_Constant(), (x,), dynamic_shapes=({0: batch},)), root / "constant.pt2")
+    model = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, embed_dim=192, depth=12, **VIT)
+    rome.save_model(model, root / "vit.safetensors")
+    return root
+
+
+class _Three(nn.Module):
+    """Only knows batches of three, as a trace of ``x.view(len(x), ...)`` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(3, 64)
+
+
+class _Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.detach() * 0).flatten(1)[:, :10]
+
+
+class Ended(NamedTuple):
+    code: Any
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``rome evaluate --model ...`` in a folder with the files."""
+    for file in files.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert no_traceback(out + err)
+        return Ended(ended.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _own_modules() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+# -------- the same model in every form
+
+
+@pytest.mark.parametrize("model", ["my_net.py:net", "traced.pt", "frozen.ts", "dynamic.pt2"])
+def test_every_form_gives_the_numbers_of_the_model(model: str, call: Any, trained: nn.Module, tmp_path: Path) -> None:
+    x, y = Digits().open("test").first(N)
+    expected = evaluate(trained, x, y, threats=DIGITS, suite="lp")
+    ended = call("--model", model, "--data", "digits", *QUICK, "--json")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("\n") == 1
+    result = json.loads(ended.out)
+    assert result["robust"] == expected.robust
+    assert (result["n"], result["clean"], result["union"]) == (N, expected.clean, expected.union)
+    assert result["groups"] == {"lp": expected.average}
+    assert 0 < result["union"] < result["clean"]
+    assert result["settings"]["threats"]["Linf"]["eps"] == 0.1
+    facts = result["settings"]["provenance"]["model"]
+    assert facts["normalisation"] is None
+    assert "no normalisation added" in ended.err
+    stem = re.split(r"[:.]", model)[2 if ":" in model else 0]
+    assert (tmp_path / "evaluations" / f"{stem}-lp-{N}" / "matrix.npz").exists()
+    again = call("--model", model, "--data", "digits", *QUICK, "--json")
+    assert json.loads(again.out) == result
+
+
+def test_a_timm_model_with_weights_normalises_itself(call: Any, files: Path) -> None:
+    arguments = ("--model", "vit_tiny_patch16_224", "--weights", "vit.safetensors", "--data", "digits")
+    ended = call(*arguments, "--img-size", 8, "--patch-size", 4, *QUICK, "--json")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    facts = result["settings"]["provenance"]["model"]
+    assert facts["normalisation"] == {"mean": [0.5], "std": [0.5]}
+    assert (facts["weights"], len(facts["weights_sha256"])) == ("vit.safetensors", 64)
+    assert "no normalisation" not in ended.err
+    assert "no better than chance for 10 classes" in ended.err, "it was never trained"
+    model = rome.load_model(files / "vit.safetensors")
+    x, y = Digits().open("test").first(N)
+    assert result["clean"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+@pytest.mark.parametrize("model", ["my_net.py:net", "dynamic.pt2"])
+def test_normalisation_that_a_model_lacks_is_put_in_front(model: str, call: Any, trained: nn.Module) -> None:
+    x, y = Digits().open("test").first(N)
+    expected = (trained((x - 0.25) / 0.5).argmax(1) == y).float().mean().item()
+    ended = call("--model", model, "--data", "digits", *QUICK, "--mean", "0.25", "--std", "0.5", "--json")
+    result = json.loads(ended.out)
+    assert result["clean"] == pytest.approx(expected)
+    assert result["settings"]["provenance"]["model"]["normalisation"] == {"mean": [0.25], "std": [0.5]}
+    assert "no normalisation" not in ended.err
+
+
+def test_a_table_says_which_model(call: Any) -> None:
+    ended = call("--model", "traced.pt", "--data", "digits", *QUICK, "--budgets", "L2=0.3,Linf=8/255")
+    assert ended.code == 0
+    assert all(word in ended.out for word in ("traced.pt", "L2", "Linf", "union", "suite lp"))
+    assert "L1" not in ended.out
+    assert f"saved in evaluations/traced-lp-{N}" in ended.err
+
+
+def test_several_suites_some_cases_and_a_batch_that_halves(call: Any) -> None:
+    arguments = ("--model", "traced.pt", "--data", "digits", *QUICK, "--batch-size", "auto", "--no-checks")
+    first = json.loads(call(*arguments, "--cases", "L2, Linf", "--out", "result", "--json").out)
+    assert (list(first["robust"]), first["pending"], first["union"]) == (["L2", "Linf"], ["L1"], None)
+    told = call(*arguments, "--cases", "L2", "--out", "result")
+    assert "not run yet: L1" in told.out
+    whole = json.loads(call(*arguments, "--out", "result", "--json").out)
+    assert whole["pending"] == []
+    assert whole["robust"]["L2"] == first["robust"]["L2"]
+
+
+def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
+    """Weights in a graph, or none at all: what a result is filed under covers the file."""
+    x = torch.rand(3, 1, 8, 8)
+    hashes = set()
+    for name in ("traced.pt", "frozen.ts", "dynamic.pt2"):
+        named = named_model(str(files / name), classes=10, images=x)
+        assert not any(module.training for module in named.model.modules())
+        hashes.add(hash_model(named.model))
+        assert hash_model(named_model(str(files / name), classes=10, images=x).model) in hashes
+    assert len(hashes) == 3
+
+
+# -------- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "fixed.pt2"], "exported for batches of exactly 3.*dynamic batch.*torch.export.Dim"),
+        (["--model", "sixteen.pt2"], "exported for batches of 2 to 16, and it would get 1 to 30.*--batch-size 16"),
+        (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
+        (["--model", "constant.pt2"], "has no gradient with respect to its images"),
+        (["--model", "net.pth"], "is not a TorchScript module.*--weights"),
+        (["--model", "my_net.py"], "unknown model 'my_net.py'"),
+        (["--model", "my_net.py:nte"], "cannot be imported"),
+        (["--model", "nowhere.pt2"], "there is no file nowhere.pt2"),
+        (
+            ["--model", "vit_tiny_patch16_224"],
+            "pretrained weights of vit_tiny_patch16_224 are for 1000 classes, not 10",
+        ),
+        (["--model", "vit_tiny_patch16_244"], "Did you mean 'vit_tiny_patch16_224'"),
+        (
+            ["--model", "test_vit", "--weights", "vit.safetensors"],
+            "vit.safetensors does not fit the model|does not take",
+        ),
+        (["--model", "traced.pt", "--weights", "net.pth"], "holds its weights already"),
+        (["--model", "traced.pt", "--num-classes", "12"], r"gives \(3, 10\) for 3 images, not \(3, 12\)"),
+        (["--model", "traced.pt", "--mean", "0.5"], "--mean and --std go together"),
+        (["--model", "traced.pt", "--mean", "0.5", "--std", "0"], "--std positive"),
+        (["--model", "traced.pt", "--mean", "1,2", "--std", "1,1"], "one for each of 1 channels"),
+        (["--model", "traced.pt", "--mean", "a", "--std", "1"], "--mean 'a': write one number"),
+        (["--model", "traced.pt", "--budgets", "cifra10"], "unknown budgets 'cifra10'. Did you mean 'cifar10'"),
+        (["--model", "traced.pt", "--budgets", "L3=1"], "budget 'L3=1': write a norm and its radius"),
+        (["--model", "traced.pt", "--suite", "apdg"], "Did you mean 'apgd'"),
+        (["--model", "traced.pt", "--cases", "Lnf"], "no case 'Lnf'"),
+        (["--model", "traced.pt", "--batch-size", "big"], "--batch-size 'big': give a number from 1, or auto"),
+        (["--model", "traced.pt", "--n", "361"], "--n 361 exceeds the 360 test examples of digits"),
+        (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
+        (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
+        (["runs/x"], "--data go with --model, not with runs/x"),
+        ([], "name what to evaluate"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(arguments: list[str], message: str, call: Any, tmp_path: Path) -> None:
+    n = () if "--n" in arguments else ("--n", N)
+    suite = () if "--suite" in arguments else ("--suite", "lp")
+    ended = call(*arguments, "--data", "digits", *n, *suite)
+    assert (ended.code, ended.out) == (2, "")
+    assert re.search(f"error: .*(?:{message})", ended.err), ended.err
+    assert [line.startswith("error: ") for line in ended.err.splitlines()].count(True) == 1
+    assert not (tmp_path / "evaluations").exists()
+
+
+def test_a_batch_that_an_export_takes_is_enough(call: Any) -> None:
+    ended = call("--model", "sixteen.pt2", "--data", "digits", *QUICK, "--batch-size", 16, "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["settings"]["batch_size"] == 16
+
+
+def test_junk_is_no_export(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "junk.pt2").write_bytes(b"not a zip")
+    assert "junk.pt2 is not a file of torch.export.save" in call("--model", "junk.pt2", "--data", "digits").err
+
+
+def test_more_logits_than_classes_only_if_asked_for() -> None:
+    x = torch.rand(3, 1, 8, 8)
+    with pytest.raises(UserError, match=r"pretrained weights of test_vit.r160_in1k are for 1000 classes, not 10"):
+        named_model("test_vit.r160_in1k", classes=10, images=x)
+    with pytest.raises(UserError, match=r"has no pretrained weights: give --weights FILE"):
+        named_model(next(name for name in timm.list_models("vit_*") if not _has_weights(name)), classes=10, images=x)
+
+
+def _has_weights(name: str) -> bool:
+    return bool(timm.get_pretrained_cfg(name).has_weights)
+
+
+# -------- data
+
+
+def pictures(root: Path, split: str) -> Path:
+    for name in ("cat", "dog"):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(folder / "1.png")
+    return root
+
+
+def test_data_is_known_by_its_content(tmp_path: Path) -> None:
+    assert named_data("digits") == Digits()
+    assert named_data("cifar10:some/where") == Cifar10(path="some/where")
+    folder = str(pictures(tmp_path / "pets", "val"))
+    assert named_data(folder, size=32, crop_pct=0.9) == ImageFolder(path=folder, size=32, crop_pct=0.9)
+    assert named_data(f"folder:{folder}") == ImageFolder(path=folder)
+    (tmp_path / "hub" / "plain_text").mkdir(parents=True)
+    (tmp_path / "hub" / "plain_text" / "test-00000-of-00001.parquet").touch()
+    assert named_data(str(tmp_path / "hub"), size=32) == Cifar10(path=str(tmp_path / "hub"))
+    (tmp_path / "torch" / "cifar-10-batches-py").mkdir(parents=True)
+    for place in (tmp_path / "torch", tmp_path / "torch" / "cifar-10-batches-py"):
+        assert named_data(str(place)) == Cifar10(path=str(place))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("digts", "there is no folder digts with data; .*Did you mean 'digits'"),
+        ("cifra10:x", "unknown data 'cifra10:x'; give digits; cifar10:PATH"),
+        ("empty", "empty holds no data that is known by its content; give digits"),
+        ("flat", "flat holds no data that is known by its content"),
+        ("batches", "rename it to cifar-10-batches-py"),
+    ],
+)
+def test_data_that_is_not_known(given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat" / "val").mkdir(parents=True)
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "batches.meta").touch()
+    with pytest.raises(UserError, match=message):
+        named_data(given)
+
+
+def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
+    wanted = preprocessing("vit_tiny_patch16_224", None)
+    assert wanted == {"size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
+    assert preprocessing("vit_tiny_patch16_224", 64)["size"] == 64
+    assert preprocessing("net.py:f", None) == {}
+    assert preprocessing("net.pt2", 96) == {"size": 96}
+
+
+def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
+    from rome.assess import evaluate_named
+
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 8, 8)
+    torch.export.save(
+        torch.export.export(net(192, 2).eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
+        tmp_path / "pets.pt2",
+    )
+    report, folder = evaluate_named(
+        str(tmp_path / "pets.pt2"),
+        str(pictures(tmp_path / "pets", "test")),
+        img_size=8,
+        suite="lp",
+        out=tmp_path / "out",
+    )
+    assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
+    assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
+    assert report.settings["provenance"]["data"]["size"] == 8
+
+
+def test_budgets() -> None:
+    assert tuple(named_budgets("cifar10").values()) == tuple(CIFAR10)
+    assert named_budgets("Linf=8/255, l2=0.5") == {
+        "Linf": LpBall(norm="Linf", eps=8 / 255),
+        "L2": LpBall(norm="L2", eps=0.5),
+    }
+    with pytest.raises(UserError, match="name L2 twice"):
+        named_budgets("L2=1,2=3")

@@ -1,0 +1,156 @@
+"""The paper's tables filled from runs: which run belongs to which row, what is joined, marked and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from rome.analysis.compared import paired
+from rome.analysis.paper_tables import TABLES, fill
+from rome.analysis.table_formats import render
+from rome.config import load, parse
+from rome.errors import UserError
+from rome.evaluate import Report
+from rome.experiments import files, folder
+
+Robust = tuple[float, float, float]
+
+
+def evaluated(
+    place: Path, settings: dict[str, Any], robust: tuple[float, float, float], routing: str = "learned"
+) -> Path:
+    """A run's folder with a config and an evaluation of 200 examples with these robust accuracies."""
+    base = {"data": {"kind": "digits"}, "model": {"name": "vit_tiny_patch16_224", "img_size": 8, "patch_size": 4}}
+    config = parse({**base, **settings})
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
+    matrix = np.ones((200, 4), dtype=bool)
+    for i, share in enumerate(robust):
+        matrix[:, 1 + i] = np.arange(200) < round(200 * share)
+    stored = {"suite": {"kind": "apgd"}, "data": {"sha256": "same"}, "provenance": {"routing": routing}}
+    report = Report(matrix, ("clean", "L1", "L2", "Linf"), np.zeros(200, np.int64), np.arange(200), stored)
+    evaluation = place / "evaluation" / f"apgd-200-{routing}"
+    evaluation.mkdir(parents=True)
+    np.savez(evaluation / "matrix.npz", **report.arrays())
+    (evaluation / "settings.json").write_text(json.dumps(stored))
+    (evaluation / "result.json").write_text(json.dumps(report.to_json()))
+    return place
+
+
+def line_of(lines: list[Any], label: str) -> Any:
+    (line,) = [line for line in lines if line.label == label]
+    return line
+
+
+def test_every_row_is_an_experiment_with_the_papers_numbers() -> None:
+    for table, (columns, sections) in TABLES.items():
+        for name in (name for experiments in sections.values() for name in experiments):
+            config = load(folder() / f"{name}.yaml")
+            assert config.paper is not None, name
+            if table not in ("2", "A4") and not (table == "6" or "table6" in name):
+                assert set(columns) <= set(config.paper.numbers), (table, name)
+
+
+def test_every_experiment_with_the_papers_numbers_is_in_a_table() -> None:
+    listed = {name for _, sections in TABLES.values() for experiments in sections.values() for name in experiments}
+    for file in files():
+        if load(file).paper is not None:
+            assert str(file.relative_to(folder()).with_suffix("")) in listed
+
+
+def test_no_two_rows_of_a_section_are_the_same_training(tmp_path: Path) -> None:
+    for table, (_, sections) in TABLES.items():
+        for section, experiments in sections.items():
+            assert len(set(experiments)) == len(experiments), (table, section)
+
+
+def test_a_run_fills_the_row_that_trains_like_it(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {"method": "max", "attack": {"kind": "pgd", "steps": 3}}, (0.5, 0.6, 0.4))
+    lines = fill("1", [run])
+    line = line_of([line for line in lines if line.section == "CIFAR-10"], "PGD MAX")
+    assert {column: cell.values for column, cell in line.cells.items()} == {
+        "clean": (1.0,), "L1": (0.5,), "L2": (0.6,), "Linf": (0.4,), "average": (pytest.approx(0.5),), "union": (0.4,),
+    }  # fmt: skip
+    assert line.cells["union"].paper == pytest.approx(0.385)
+    assert not any(cell.values for other in lines if other.label != "PGD MAX" for cell in other.cells.values())
+
+
+def test_seeds_of_a_row_are_joined_and_the_gain_over_the_plain_method_has_welchs_interval(tmp_path: Path) -> None:
+    experts = {"kind": "low-rank"}
+    plain = [evaluated(tmp_path / f"p{s}", {"seed": s}, (0.5, 0.5, u)) for s, u in enumerate((0.30, 0.34))]
+    ours = [
+        evaluated(tmp_path / f"o{s}", {"seed": s, "experts": experts}, (0.5, 0.5, u)) for s, u in enumerate((0.4, 0.45))
+    ]
+    lines = [line for line in fill("1", [*plain, *ours]) if line.section == "CIFAR-10"]
+    line = line_of(lines, "PGD RoME+RANDOM")
+    assert line.cells["union"].mean == pytest.approx(0.425)
+    assert line.cells["union"].deviation == pytest.approx(0.05 / 2**0.5)
+    value, low, high = line.gain
+    assert value == pytest.approx(0.105)
+    # Welch by hand: s^2/n = .000625 and .0002; t quantile .975 of 1.6... degrees of freedom
+    a, b = 0.05**2 / 4, 0.04**2 / 4
+    freedom = (a + b) ** 2 / (a**2 + b**2)
+    from scipy.stats import t
+
+    half = t.ppf(0.975, freedom) * (a + b) ** 0.5
+    assert (low, high) == (pytest.approx(value - half), pytest.approx(value + half))
+    assert line_of(lines, "PGD RANDOM").gain is None
+
+
+def test_one_run_each_is_compared_on_the_same_examples(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3))
+    b = evaluated(tmp_path / "b", {"experts": {"kind": "low-rank", "layers": ["qkv", "proj"]}}, (0.5, 0.5, 0.4))
+    line = line_of([line for line in fill("1", [a, b]) if line.section == "CIFAR-10"], "PGD RoME+RANDOM")
+    expected = paired(line.reports[0], Report.load(a / "evaluation" / "apgd-200-learned"))
+    assert line.gain == (expected.value, expected.low, expected.high)
+
+
+def test_table_5_reads_the_evaluations_with_other_gates(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
+    evaluated(run, {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.2), routing="inverse")
+    found = {line.label: line.cells["union"].values for line in fill("5", [run])}
+    assert found == {"Random gating": (), "Inverse gating": (0.2,), "w/o experts": (), "PGD RoME+RANDOM": (0.4,)}
+
+
+def test_the_best_of_ours_is_marked_in_its_section_and_kind_of_attack(tmp_path: Path) -> None:
+    runs = [
+        evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3)),
+        evaluated(tmp_path / "b", {"method": "max"}, (0.4, 0.5, 0.4)),
+        evaluated(tmp_path / "c", {"attack": "apgd"}, (0.2, 0.2, 0.2)),
+    ]
+    lines = [line for line in fill("1", runs) if line.section == "CIFAR-10"]
+    marked = {line.label: [c for c, cell in line.cells.items() if cell.best] for line in lines if line.reports}
+    assert marked == {
+        "PGD RANDOM": ["clean", "L1", "L2", "average"],
+        "PGD MAX": ["clean", "L2", "Linf", "average", "union"],
+        "APGD RANDOM": ["clean", "L1", "L2", "Linf", "average", "union"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "bold"),
+    [("text", "*40.0"), ("markdown", "**40.0**"), ("latex", r"\textbf{40.0}"), ("html", "<b>40.0</b>")],
+)
+def test_every_format_shows_ours_the_papers_and_what_is_missing(tmp_path: Path, form: Any, bold: str) -> None:
+    run = evaluated(tmp_path / "a", {"method": "max"}, (0.5, 0.6, 0.4))
+    text = render("Table 1", fill("1", [run]), form)
+    assert f"{bold} / 38.5" in text
+    missing = "-- / 38.6" if form == "latex" else "\N{EN DASH} / 38.6"
+    assert missing in text
+    assert "ImageNet-100" in text
+    assert {"text": "CIFAR-10\n", "markdown": "| *CIFAR-10* |", "latex": r"\midrule", "html": "<caption>"}[form] in text
+
+
+def test_mistakes_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no table '7'.*Valid: 1, 2, 3"):
+        fill("7", [])
+    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank", "rank": 3}}, (0.5, 0.5, 0.4))
+    with pytest.raises(UserError, match="trains like no row of table 1"):
+        fill("1", [run])
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        fill("1", [tmp_path])
