@@ -247,6 +247,15 @@ def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "other").exists()
 
 
+def test_a_part_of_the_configs_suite_keeps_its_settings(composed: Path, tmp_path: Path) -> None:
+    from rome.assess import evaluate_saved
+
+    found, _ = evaluate_saved(composed, suite="apgd", n=4, out=tmp_path / "a")
+    assert found.settings["suite"] == {"kind": "apgd", "iterations": 5}
+    found, _ = evaluate_saved(composed, suite="lp,toys", n=4, cases=["toy-0"], out=tmp_path / "b")
+    assert [suite.get("on_all") for suite in found.settings["suite"]["suites"]] == [None, True]
+
+
 def test_the_command_takes_unions_and_refuses_what_robustbench_would(
     composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

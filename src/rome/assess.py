@@ -14,10 +14,10 @@ from rome.config import DATA_BUDGETS, Config, parse
 from rome.data import Data
 from rome.device import pick_device
 from rome.errors import UserError
-from rome.evaluate import AUTO, BATCH_SIZE, Report, evaluate
+from rome.evaluate import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
-from rome.evaluation.composed import as_suite
+from rome.evaluation.composed import SeveralSuites, as_suite
 from rome.evaluation.processes import ALONE, Team, own_device
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
@@ -59,7 +59,7 @@ def evaluate_saved(
         file = Run(file).model_file
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = config.evaluation
-    chosen = settings.suite if suite is None or suite == settings.suite.label else as_suite(suite)
+    chosen = _suite(suite, settings.suite)
     x, y = _examples(config.data, n, settings.n)[:2]
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
@@ -172,6 +172,16 @@ def evaluate_named(
             "the normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
         )
     return report, folder
+
+
+def _suite(asked: str | None, configured: Suite) -> Suite:
+    """The suite of that name or names: with the config's settings where it has one of that name."""
+    if asked is None:
+        return configured
+    parts = configured.suites if isinstance(configured, SeveralSuites) else (configured,)
+    known = {suite.label: suite for suite in (*parts, configured)}
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    return as_suite([known.get(name, name) for name in names])
 
 
 def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
