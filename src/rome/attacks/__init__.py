@@ -3,6 +3,25 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.elastic import Elastic
+from rome.attacks.fog import Fog
+from rome.attacks.gabor import Gabor
+from rome.attacks.jpeg import JPEG
 from rome.attacks.pgd import PGD
+from rome.attacks.snow import Snow
 
-__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "Found", "Square"]
+__all__ = [
+    "APGD",
+    "APGDCE",
+    "APGDT",
+    "FABT",
+    "JPEG",
+    "PGD",
+    "Attack",
+    "Elastic",
+    "Fog",
+    "Found",
+    "Gabor",
+    "Snow",
+    "Square",
+]
