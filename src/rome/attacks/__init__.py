@@ -3,6 +3,7 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.corruption import Corruption
 from rome.attacks.elastic import Elastic
 from rome.attacks.fog import Fog
 from rome.attacks.gabor import Gabor
@@ -18,6 +19,7 @@ __all__ = [
     "JPEG",
     "PGD",
     "Attack",
+    "Corruption",
     "Elastic",
     "Fog",
     "Found",

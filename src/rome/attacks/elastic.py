@@ -43,7 +43,7 @@ class _Elastic(Transform):
         down, right = (torch.linspace(-1, 1, side, dtype=x.dtype, device=x.device) for side in (height, width))
         self.identity = torch.stack((right.expand(height, width), down[:, None].expand(height, width)))
         self.units = x.new_tensor((2 / width, 2 / height)).view(2, 1, 1)
-        self.kernels = gaussian(height, x), gaussian(width, x)
+        self.down, self.right = smoothing(height, x).mT, smoothing(width, x)
 
     def images(self, variables: Tensor) -> Tensor:
         grid = self.identity + self.units * self.smoothed(variables)
@@ -52,16 +52,17 @@ class _Elastic(Transform):
 
     def smoothed(self, flow: Tensor) -> Tensor:
         """G * flow, reflected at the borders: (B, 2, H, W)."""
-        down, right = self.kernels
-        planes = flow.flatten(0, 1)[:, None]
-        planes = F.pad(planes, (len(right) // 2,) * 2 + (len(down) // 2,) * 2, mode="reflect")
-        planes = F.conv2d(F.conv2d(planes, down.view(1, 1, -1, 1)), right.view(1, 1, 1, -1))
-        return planes.view_as(flow)
+        return self.down @ flow @ self.right
 
 
-def gaussian(side: int, like: Tensor) -> Tensor:
-    """The smoothing of images of this side along one axis, normalised: 25 taps at 224 pixels, 5 at 32."""
+def smoothing(side: int, like: Tensor) -> Tensor:
+    """The Gaussian along an axis of this length as a matrix (side, side) to multiply rows with, borders reflected.
+
+    25 taps at 224 pixels, 5 at 32. Two products with it are several times faster than convolutions of one channel.
+    """
     sigma, radius = 3 / 224 * side, max(round(12 / 224 * side), 1)
     t = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)
     kernel = torch.exp(-0.5 * (t / sigma) ** 2)
-    return kernel / kernel.sum()
+    units = torch.eye(side, dtype=like.dtype, device=like.device)[:, None]
+    padded = F.pad(units, (radius, radius), mode="reflect")
+    return F.conv1d(padded, (kernel / kernel.sum()).view(1, 1, -1))[:, 0]
