@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -63,7 +64,8 @@ class TransformAttack(Attack):
     bound: Number = Field(ge=0)
     steps: Steps = 100
     step_size: StepSize | None = None
-    """In the units of the variables; None is bound / sqrt(steps)."""
+    """In the units of the variables; None is bound / sqrt(steps), as published. Fog's and Gabor's bounds are grey
+    levels, so that this leads from one end of the variables' range to the other: 0.05 is a far stronger attack."""
     best: bool = False
     """Return the iterate with the highest loss instead of the last one; costs one forward more."""
 
@@ -88,29 +90,39 @@ class TransformAttack(Attack):
         if self.channels and x.shape[1] not in self.channels:
             allowed = " or ".join(map(str, self.channels))
             raise UserError(f"{self.kind} needs images of {allowed} channels, not {x.shape[1]}")
-        size = self.bound / math.sqrt(max(self.steps, 1)) if self.step_size is None else self.step_size
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
-            variables = transform.start
-        highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
-        kept = variables
-        for _ in range(self.steps):
-            loss, gradient = _loss_and_gradient(model, transform, variables, y)
-            if self.best:
-                highest, kept = _better(loss, variables, highest, kept)
-            variables = transform.project(variables + size * gradient.sign())
-        if self.best:
-            loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
-            _, variables = _better(loss, variables, highest, kept)
+        variables = self.ascend(model, transform, y)
         if not bool(transform.contains(variables).all()):
             raise AssertionError(f"{self.kind}'s variables left their range: a bug in the attack")
         x_adv = _images(transform, variables)
         return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 
+    def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
+        """The variables after all steps, or the best on the way; never waits for the device."""
+        size = self.bound / math.sqrt(max(self.steps, 1)) if self.step_size is None else self.step_size
+        variables = kept = transform.start
+        highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
+        for _ in range(self.steps):
+            loss, gradient = _loss_and_gradient(model, transform, variables, y)
+            if self.best:
+                highest, kept = _better(loss, variables, highest, kept)
+            variables = transform.project(variables + size * gradient.sign())
+        if not self.best:
+            return variables
+        loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
+        return _better(loss, variables, highest, kept)[1]
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
 
 def _images(transform: Transform, variables: Tensor) -> Tensor:
     """In the variables' own precision, whatever autocast the model runs under."""
-    with torch.autocast(variables.device.type, enabled=False):
+    with _no_autocast(variables.device):
         return transform.images(variables)
 
 

@@ -47,10 +47,11 @@ def defocus_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
     reach = max(8, int(radius))
     t = np.arange(-reach, reach + 1)
     disk = (t[:, None] ** 2 + t**2 <= radius**2).astype(float)
+    disk /= disk.sum()
     taps = np.arange(-1, 2) if radius <= 8 else np.arange(-2, 3)
     soft = np.exp(-0.5 * (taps / sigma) ** 2)
     for axis in (0, 1):
-        disk = ndimage.correlate1d(disk / disk.sum(), soft / soft.sum(), axis=axis, mode="mirror")
+        disk = ndimage.correlate1d(disk, soft / soft.sum(), axis=axis, mode="mirror")
     blurred: Array = ndimage.correlate(image.astype(float), disk[:, :, None], mode="mirror")
     return blurred
 
