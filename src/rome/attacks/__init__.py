@@ -3,8 +3,32 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.corruption import Corruption
+from rome.attacks.elastic import Elastic
+from rome.attacks.fog import Fog
+from rome.attacks.gabor import Gabor
+from rome.attacks.jpeg import JPEG
 from rome.attacks.lpa import FastLPA
 from rome.attacks.perceptual import LPA, PPGD
 from rome.attacks.pgd import PGD
+from rome.attacks.snow import Snow
 
-__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "LPA", "PGD", "PPGD", "Attack", "FastLPA", "Found", "Square"]
+__all__ = [
+    "APGD",
+    "APGDCE",
+    "APGDT",
+    "FABT",
+    "JPEG",
+    "LPA",
+    "PGD",
+    "PPGD",
+    "Attack",
+    "Corruption",
+    "Elastic",
+    "FastLPA",
+    "Fog",
+    "Found",
+    "Gabor",
+    "Snow",
+    "Square",
+]

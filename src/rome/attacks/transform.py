@@ -1,0 +1,144 @@
+"""Attacks that move the variables of an image transform: fog, snow, Gabor noise, a flow, JPEG coefficients.
+
+Kang et al., "Testing robustness against unforeseen adversaries" (arXiv:1908.08016; github.com/ddkang/advex-uar), as
+Laidlaw et al. use them (ICLR 2021; github.com/cassidylaidlaw/perceptual-advex): untargeted, sign steps of
+bound / sqrt(steps), last iterate. An attack says how the variables of a batch become images; the ascent is here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
+from rome.attacks.pgd import Steps, StepSize
+from rome.component import Number
+from rome.errors import UserError
+from rome.threats import AnyImage, Threat
+
+
+class Transform:
+    """An image transform with variables in [low, high], prepared for one batch.
+
+    Attributes:
+        start: the variables (B, ...) the ascent begins with, within their range.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+
+    def images(self, variables: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1]; differentiable in the variables, each image a function of its own."""
+        raise NotImplementedError
+
+    def project(self, variables: Tensor) -> Tensor:
+        """Allowed variables near these."""
+        return variables.clamp(self.low, self.high)
+
+    def contains(self, variables: Tensor) -> Tensor:
+        """Whose variables are allowed: bool (B,)."""
+        return ((variables >= self.low) & (variables <= self.high)).flatten(1).all(dim=1)
+
+
+class TransformAttack(Attack):
+    """Ascends the cross-entropy over the variables v of a transform: v <- P(v + step_size sign(gradient)).
+
+    It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
+    kernels) depends on the seed and the image alone.
+    """
+
+    draws_by_image: ClassVar[bool] = True
+    channels: ClassVar[tuple[int, ...]] = ()
+    """How many channels an image may have; empty: any number."""
+
+    bound: Number = Field(ge=0)
+    steps: Steps = 100
+    step_size: StepSize | None = None
+    """In the units of the variables; None is :meth:`default_step`."""
+    best: bool = False
+    """Return the iterate with the highest loss instead of the last one; costs one forward more."""
+
+    def default_step(self) -> float:
+        """bound / sqrt(steps), as published."""
+        return self.bound / math.sqrt(max(self.steps, 1))
+
+    @abstractmethod
+    def prepare(self, x: Tensor, noise: Tensor) -> Transform:
+        """The transform of a batch.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            noise: U[0, 1), (B, *noise_shape), in the images' dtype.
+        """
+
+    def steps_for(self, threat: Threat) -> int:
+        if not isinstance(threat, AnyImage):
+            raise UserError(
+                f"{self.kind} bounds its perturbation itself (bound={self.bound:g}): "
+                f"run it under AnyImage(label={self.kind!r}), not {type(threat).__name__}"
+            )
+        return self.steps
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        if self.channels and x.shape[1] not in self.channels:
+            allowed = " or ".join(map(str, self.channels))
+            raise UserError(f"{self.kind} needs images of {allowed} channels, not {x.shape[1]}")
+        with _no_autocast(x.device):
+            transform = self.prepare(x, noise.to(x.dtype))
+        variables = self.ascend(model, transform, y)
+        if not bool(transform.contains(variables).all()):
+            raise AssertionError(f"{self.kind}'s variables left their range: a bug in the attack")
+        x_adv = _images(transform, variables)
+        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+
+    def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
+        """The variables after all steps, or the best on the way; never waits for the device."""
+        size = self.default_step() if self.step_size is None else self.step_size
+        variables = kept = transform.start
+        highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
+        for _ in range(self.steps):
+            loss, gradient = _loss_and_gradient(model, transform, variables, y)
+            if self.best:
+                highest, kept = _better(loss, variables, highest, kept)
+            variables = transform.project(variables + size * gradient.sign())
+        if not self.best:
+            return variables
+        loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
+        return _better(loss, variables, highest, kept)[1]
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _images(transform: Transform, variables: Tensor) -> Tensor:
+    """In the variables' own precision, whatever autocast the model runs under."""
+    with _no_autocast(variables.device):
+        return transform.images(variables)
+
+
+def _loss_and_gradient(model: Model, transform: Transform, variables: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (B,) and its gradient in the variables, summed so that examples stay independent."""
+    variables = variables.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), variables)
+    return loss.detach(), gradient
+
+
+def _better(loss: Tensor, variables: Tensor, highest: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example's highest loss so far (B,) and its variables."""
+    rises = (loss > highest).view(-1, *(1,) * (variables.ndim - 1))
+    return torch.maximum(loss, highest), torch.where(rises, variables, kept)
