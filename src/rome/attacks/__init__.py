@@ -3,6 +3,19 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.patch import Patch
 from rome.attacks.pgd import PGD
+from rome.attacks.sparsefool import SparseFool
 
-__all__ = ["APGD", "APGDCE", "APGDT", "FABT", "PGD", "Attack", "Found", "Square"]
+__all__ = [
+    "APGD",
+    "APGDCE",
+    "APGDT",
+    "FABT",
+    "PGD",
+    "Attack",
+    "Found",
+    "Patch",
+    "SparseFool",
+    "Square",
+]

@@ -66,6 +66,17 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return loss.detach(), logits.detach().argmax(1) == y, gradient
 
 
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y of each example: (B,), positive where it is misclassified."""
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.amax(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of autocast in float32, others as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.
