@@ -5,7 +5,9 @@ from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
 from rome.attacks.patch import Patch
 from rome.attacks.pgd import PGD
+from rome.attacks.recolor import ReColorAdv
 from rome.attacks.sparsefool import SparseFool
+from rome.attacks.stadv import StAdv
 
 __all__ = [
     "APGD",
@@ -16,6 +18,8 @@ __all__ = [
     "Attack",
     "Found",
     "Patch",
+    "ReColorAdv",
     "SparseFool",
     "Square",
+    "StAdv",
 ]
