@@ -3,6 +3,7 @@
 from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
+from rome.attacks.misrouting import GMA
 from rome.attacks.patch import Patch
 from rome.attacks.pgd import PGD
 from rome.attacks.recolor import ReColorAdv
@@ -14,6 +15,7 @@ __all__ = [
     "APGDCE",
     "APGDT",
     "FABT",
+    "GMA",
     "PGD",
     "Attack",
     "Found",
