@@ -87,6 +87,15 @@ def test_training_runs_real_updates_of_both_methods_and_says_where_the_time_goes
         assert all(seconds > 0 for seconds in parts.values())
 
 
+def test_sparsefool_is_timed_on_the_same_images_as_torchattacks_where_that_is_installed(run: Run) -> None:
+    (rows,) = run("sparsefool", "--fewer", "3").values()
+    assert {"rome", "rome, 3 candidates"} <= cases(rows) <= {"rome", "rome, 3 candidates", "torchattacks"}
+    for row in rows:
+        assert row["passes"] >= row["images"]
+        assert 0 <= row["robust"] == sum(row["verdicts"]) <= row["images"] == len(row["verdicts"])
+    assert next(row["ratio"] for row in rows if row["case"] == "rome") == 1
+
+
 def test_cases_take_turns(common: ModuleType) -> None:
     order: list[str] = []
     work = {name: (lambda name=name: order.append(name)) for name in "ABC"}

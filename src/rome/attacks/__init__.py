@@ -9,15 +9,21 @@ from rome.attacks.fog import Fog
 from rome.attacks.gabor import Gabor
 from rome.attacks.jpeg import JPEG
 from rome.attacks.lpa import FastLPA
+from rome.attacks.misrouting import GMA
+from rome.attacks.patch import Patch
 from rome.attacks.perceptual import LPA, PPGD
 from rome.attacks.pgd import PGD
+from rome.attacks.recolor import ReColorAdv
 from rome.attacks.snow import Snow
+from rome.attacks.sparsefool import SparseFool
+from rome.attacks.stadv import StAdv
 
 __all__ = [
     "APGD",
     "APGDCE",
     "APGDT",
     "FABT",
+    "GMA",
     "JPEG",
     "LPA",
     "PGD",
@@ -29,6 +35,10 @@ __all__ = [
     "Fog",
     "Found",
     "Gabor",
+    "Patch",
+    "ReColorAdv",
     "Snow",
+    "SparseFool",
     "Square",
+    "StAdv",
 ]

@@ -72,6 +72,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others.amax(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of autocast in float32, others as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.

@@ -1,0 +1,196 @@
+"""SparseFool, patch, StAdv, ReColorAdv and GMA keep the contract of attacks; no example depends on its batch mates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rome.attacks import GMA, Attack, Patch, ReColorAdv, SparseFool, StAdv
+from rome.attacks.free import FreeAttack
+from rome.config import Config
+from rome.errors import UserError
+from rome.evaluate import evaluate
+from rome.evaluation.suites import Case, Suite
+from rome.experts import add_experts
+from rome.randomness import stream
+from rome.threats import AnyImage, LpBall, PerExample, Threat
+from test_experts import grow, tiny_vit
+
+ATTACKS: dict[str, Attack] = {
+    attack.kind: attack for attack in (SparseFool(), Patch(), StAdv(), ReColorAdv(steps=5, lr=0.004), GMA())
+}
+
+
+class Block(nn.Module):
+    """A residual block of a ResNet."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.norm, self.other = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.other(self.two(F.relu(self.norm(self.one(x))))))
+
+
+def resnet() -> nn.Module:
+    """A small ResNet whose BatchNorms have seen data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), Block(12), nn.Dropout(0.3), Block(12),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 6),
+    )  # fmt: skip
+    for _ in range(20):
+        model(torch.rand(16, 3, 16, 16))
+    model[-1].weight.data *= 20  # answers that depend on the image
+    return model.eval()
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    model = grow(add_experts(tiny_vit(img_size=16, patch_size=4), experts=3, rank=2))
+    model.head.weight.data *= 100
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"resnet": resnet, "vit": vit}
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request: pytest.FixtureRequest) -> Attack:
+    return ATTACKS[request.param]
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return MODELS[request.param]()
+
+
+def images(dtype: torch.dtype = torch.float64, n: int = 6) -> Tensor:
+    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return F.interpolate(coarse, size=16, mode="bilinear").clamp(0, 1).to(dtype)
+
+
+def threat_of(attack: Attack) -> Threat:
+    return AnyImage(label="any") if isinstance(attack, FreeAttack) else LpBall(norm="Linf", eps=8 / 255)
+
+
+def test_an_example_does_not_depend_on_its_batch_mates(attack: Attack, model: nn.Module) -> None:
+    """In float64, where batching changes no digit that an attack could amplify."""
+    model, x, threat = model.double(), images(), threat_of(attack)
+    y = model(x).argmax(1)
+    y[4] = (y[4] + 1) % 6  # wrong from the start
+    whole = attack.run(model, x, y, threat)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = attack.run(model, x[order], y[order], threat)
+    for part, other in zip(whole, shuffled, strict=True):
+        torch.testing.assert_close(other.double(), part[order].double(), rtol=0, atol=1e-5)
+    for rows in ([0], [1, 2], [3, 4, 5]):
+        alone = attack.run(model, x[rows], y[rows], threat)
+        for part, other in zip(whole, alone, strict=True):
+            torch.testing.assert_close(other.double(), part[rows].double(), rtol=0, atol=1e-5)
+
+
+def test_the_result_is_what_the_contract_says(attack: Attack, model: nn.Module) -> None:
+    x, threat = images(torch.float32), threat_of(attack)
+    y = model(x).argmax(1)
+    found = attack.run(model, x, y, threat)
+    assert found.images.shape == x.shape
+    assert found.images.dtype == x.dtype
+    assert threat.contains(found.images, x).all()
+    logits = model(found.images)
+    assert torch.equal(found.robust, logits.argmax(1) == y)
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, y, reduction="none"), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.adversarial, found.images)
+    assert found.loss.mean() > 1.05 * F.cross_entropy(model(x), y)
+    assert not found.images.requires_grad
+
+
+def test_nothing_is_left_behind(attack: Attack, model: nn.Module) -> None:
+    x, y = images(torch.float32), torch.arange(6) % 6
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    wanted = [p.requires_grad for p in model.parameters()]
+    first = attack(model, x, y, threat_of(attack))
+    with torch.inference_mode():
+        again = attack(model, x, y, threat_of(attack))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["patch", "gma"])
+def test_seeds_decide_where_there_is_chance(kind: str) -> None:
+    attack, model, x = ATTACKS[kind], resnet(), images(torch.float32)
+    y = model(x).argmax(1)
+    results = [attack(model, x, y, threat_of(attack), generator=stream(seed, "attack")) for seed in (0, 0, 1)]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", ["sparsefool", "stadv", "recoloradv"])
+def test_the_others_draw_nothing(kind: str) -> None:
+    attack, model, x = ATTACKS[kind], resnet(), images(torch.float32)
+    y = model(x).argmax(1)
+    results = [attack(model, x, y, threat_of(attack), generator=stream(seed, "attack")) for seed in (0, 1)]
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("kind", [kind for kind, attack in ATTACKS.items() if isinstance(attack, FreeAttack)])
+def test_balls_are_refused_by_attacks_with_a_bound_of_their_own(kind: str) -> None:
+    x, y = images(), torch.arange(6)
+    mixture = PerExample((AnyImage(label="any"), LpBall(norm="L2", eps=1)), torch.arange(6) % 2)
+    for threat in (LpBall(norm="L2", eps=1), mixture):
+        with pytest.raises(UserError, match=rf"{kind} bounds its perturbation itself.*AnyImage\(label='{kind}'\).*Lp"):
+            ATTACKS[kind](resnet().double(), x, y, threat)
+
+
+@pytest.mark.parametrize("bound", [0.999, 1.0])
+def test_a_result_outside_of_the_own_bound_is_a_bug(bound: float) -> None:
+    attack, size = StAdv(), torch.tensor([0.3, 1.0])
+    if bound == 1.0:
+        attack.check(size, bound)
+        return
+    with pytest.raises(AssertionError, match=r"stadv left its bound on 1 of 2 examples: a bug"):
+        attack.check(size, bound)
+    with pytest.raises(FloatingPointError, match=r"not finite"):
+        attack.check(torch.tensor([0.3, torch.nan]), bound)
+
+
+def test_settings_come_from_a_config_and_go_back(attack: Attack) -> None:
+    threats = [threat_of(attack).dump()]
+    settings = {"model": {"name": "x"}, "data": {"kind": "digits"}, "attack": attack.dump(), "threats": threats}
+    config = Config.model_validate(settings)
+    assert config.attack == attack
+    assert type(attack).model_validate(attack.dump()) == attack
+
+
+class Unseen(Suite):
+    """Every free attack of this file under its own name."""
+
+    kind = "test-unseen"
+
+    def cases(self, threats: object, classes: int) -> list[Case]:
+        free = {kind: attack for kind, attack in ATTACKS.items() if isinstance(attack, FreeAttack)}
+        return [Case(name=kind, threat=AnyImage(label=kind), attacks=(attack,)) for kind, attack in free.items()]
+
+
+def test_an_evaluation_has_a_column_for_each(tmp_path: Path) -> None:
+    model, x = resnet(), images(torch.float32, n=8)
+    y = model(x).argmax(1)
+    report = evaluate(model, x, y, threats=[AnyImage(label="l0")], suite=Unseen(), batch_size=3, out=tmp_path / "e")
+    assert set(report.robust) == {kind for kind, attack in ATTACKS.items() if isinstance(attack, FreeAttack)}
+    for kind, accuracy in report.robust.items():
+        alone = ATTACKS[kind].run(model, x, y, AnyImage(label=kind)).robust
+        one = 1 / 8 if kind == "sparsefool" else 0  # rounding in batches of another size may decide one of these
+        assert accuracy == pytest.approx(alone.double().mean().item(), abs=one)
