@@ -8,7 +8,7 @@ demo: $(VENV)/ready
 	$(BIN)/rome demo
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
