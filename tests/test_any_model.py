@@ -81,7 +81,9 @@ def files(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
         program = torch.export.export(trained, (x,), dynamic_shapes=None if dynamic is None else (dynamic,))
         torch.export.save(program, root / f"{name}.pt2")
     torch.export.save(torch.export.export(_Constant(), (x,), dynamic_shapes=({0: batch},)), root / "constant.pt2")
-    model = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, embed_dim=192, depth=12, **VIT)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, embed_dim=192, depth=12, **VIT)
     rome.save_model(model, root / "vit.safetensors")
     return root
 
