@@ -25,7 +25,7 @@ from rome.evaluation.suites import APGDSuite, AutoAttackSuite, QuickSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
 from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
 from tiny_runs import PRELOAD, changed
-from toy_suites import Brightness, Toy, ToySuite, shades
+from toy_suites import Brightness, Numbered, Toy, ToySuite, shades
 
 LINF = [LpBall(norm="Linf", eps=0.1)]
 LABELS = torch.tensor([0, 0, 1, 1, 1])
@@ -201,6 +201,16 @@ def test_a_fixed_change_is_for_all_examples_and_in_no_union(tmp_path: Path) -> N
     with pytest.raises(UserError, match="were not kept"):
         example_images(tmp_path, "toy-0")
     assert example_images(tmp_path, "attack-0")[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, "auto"])
+def test_a_fixed_change_may_ask_for_an_examples_number(batch_size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CorruptionsSuite, "attack", "numbered")
+    suite = CorruptionsSuite(types=("fog",), severities=(1, 2), path="CIFAR-10-C")
+    model = Brightness(None if batch_size != "auto" else 3).eval()
+    found = evaluate(model, SHADES, LABELS, suite=suite, batch_size=batch_size)
+    assert found.settings["cases"][1]["attacks"][0] == Numbered(type="fog", severity=2, path="CIFAR-10-C").dump()
+    assert column(found, "fog-1") == [False, True, False, True, True]
 
 
 def test_fixed_changes_alone_have_no_union() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
 from rome.evaluate import Case, Suite
+from rome.randomness import Stream
 from rome.threats import AnyImage, Threat
 
 
@@ -39,6 +40,16 @@ class Toy(Attack):
             os.kill(os.getpid(), signal.SIGKILL)
         images = {"negative": 1 - x, "noise": noise}.get(self.how, x)
         return Found(images.clone(), images.clone(), torch.ones_like(y, dtype=torch.bool), UNSEEN)
+
+
+class Numbered(Toy):
+    """Known by their numbers, as images read from a file are: the negative of every second example."""
+
+    kind = "numbered"
+    path: str | None = None
+
+    def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
+        return torch.where((numbers % 2 == 0).view(-1, 1, 1, 1), 1 - x, x)
 
 
 class ToySuite(Suite):

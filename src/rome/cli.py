@@ -27,6 +27,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5.")
 ]
+ANY_MODEL = "A model that no run made"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 
@@ -88,24 +89,34 @@ def evaluate(
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Any model instead: a timm name, path.py:function, or a TorchScript or torch.export file."),
+        typer.Option(
+            help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=ANY_MODEL
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="For --model: digits, cifar10:PATH, or a folder of images or of CIFAR-10.")
+        str | None,
+        typer.Option(help="digits, cifar10:PATH, or a folder of images or of CIFAR-10.", rich_help_panel=ANY_MODEL),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="For --model: a file of weights; timm's own if not given.")
+        str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=ANY_MODEL)
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="For --model: cifar10, imagenet, digits, or such as L2=0.5,Linf=8/255.")
+        str | None,
+        typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=ANY_MODEL),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=2, help="For --model: its logits; the data's classes.")] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="For --model: side of the images, in pixels.")] = None,
-    patch_size: Annotated[int | None, typer.Option(min=1, help="For --model: of timm's transformers.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=2, help="Its logits; the data's classes if not given.", rich_help_panel=ANY_MODEL)
+    ] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=ANY_MODEL)
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=ANY_MODEL)
+    ] = None,
     mean: Annotated[
-        str | None, typer.Option(help="For --model: normalisation it lacks, such as 0.49,0.48,0.45.")
+        str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=ANY_MODEL)
     ] = None,
-    std: Annotated[str | None, typer.Option(help="For --model: see --mean.")] = None,
+    std: Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=ANY_MODEL)] = None,
     suite: Annotated[
         str | None,
         typer.Option(help="apgd, autoattack, lp, unseen, corruptions, all, or several: apgd,unseen."),

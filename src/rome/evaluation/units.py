@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,17 @@ from rome.attacks.base import Attack, Model
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.store import Unit
 from rome.evaluation.suites import Case
+from rome.randomness import Stream
 from rome.threats import Threat
+
+
+@runtime_checkable
+class FixedChange(Protocol):
+    """What an attack of an ``on_all`` case may offer: images that depend on an example's number, such as those of
+    CIFAR-10-C, which are read from a file."""
+
+    def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
+        """The changed images, like ``x`` (B, C, H, W); ``numbers`` int64 (B,) are the examples' places in the data."""
 
 
 class Examples(NamedTuple):
@@ -55,7 +65,10 @@ def attack_batch(
     def work(piece: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[tuple[str, int, str]]]:
         x, y = examples.batch(piece)
         generator = torch.Generator().manual_seed(seed)
-        found = attack.run(model, x, y, case.threat, generator=generator).adversarial
+        if case.on_all and isinstance(attack, FixedChange):
+            found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
+        else:
+            found = attack.run(model, x, y, case.threat, generator=generator).adversarial
         images, correct, doubts = recheck(model, x, y, found, case.threat)
         return correct.cpu().numpy(), images[~correct].cpu() if keep_images else None, doubts
 

@@ -81,13 +81,16 @@ class CorruptionsSuite(Suite):
     attack: ClassVar[str] = "corruption"
     types: tuple[str, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
     severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    path: str | None = None
+    """The folder of CIFAR-10-C to read them from; None makes them."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        source = {} if self.path is None else {"path": self.path}
         return [
             Case(
                 name=f"{type}-{severity}",
                 threat=AnyImage(label=f"{type}-{severity}"),
-                attacks=(_attack(self, self.attack, {"type": type, "severity": severity}),),
+                attacks=(_attack(self, self.attack, {"type": type, "severity": severity, **source}),),
                 group=CORRUPTIONS,
                 on_all=True,
             )
