@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ def evaluated(
     matrix = np.ones((200, 4), dtype=bool)
     for i, share in enumerate(robust):
         matrix[:, 1 + i] = np.arange(200) < round(200 * share)
-    stored = {"suite": {"kind": "apgd"}, "data": {"sha256": "same"}, "provenance": {"routing": routing}}
+    stored = {
+        "suite": {"kind": "apgd"},
+        "data": {"sha256": "same"},
+        "provenance": {"routing": routing, "config": config.dump()},
+    }
     report = Report(matrix, ("clean", "L1", "L2", "Linf"), np.zeros(200, np.int64), np.arange(200), stored)
     evaluation = place / "evaluation" / f"apgd-200-{routing}"
     evaluation.mkdir(parents=True)
@@ -143,6 +148,7 @@ def test_every_format_shows_ours_the_papers_and_what_is_missing(tmp_path: Path, 
     missing = "-- / 38.6" if form == "latex" else "\N{EN DASH} / 38.6"
     assert missing in text
     assert "ImageNet-100" in text
+    assert re.search(r"runs: vit.tiny.patch16.224 on digits, 200 examples, suite apgd", text.replace("\\", ""))
     assert {"text": "CIFAR-10\n", "markdown": "| *CIFAR-10* |", "latex": r"\midrule", "html": "<caption>"}[form] in text
 
 

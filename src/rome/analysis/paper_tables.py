@@ -178,6 +178,20 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     return _with_gains(_with_best(lines))
 
 
+def sources(lines: Sequence[Line]) -> str:
+    """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
+    told: dict[str, None] = {}
+    for report in (report for line in lines for report in line.reports):
+        config = (report.settings.get("provenance") or {}).get("config") or {}
+        data, model = (
+            config.get("data", {}).get("kind", "unknown data"),
+            config.get("model", {}).get("name", "unknown model"),
+        )
+        what = f"{model} on {data}, {report.n} examples, suite {report.settings.get('suite', {}).get('kind', '')}"
+        told[what] = None
+    return "; ".join(told)
+
+
 def _same_row(run: Config, row: Config, *, models: bool) -> bool:
     same = run.method == row.method and (run.method.own_attack or run.attack.kind == row.attack.kind)
     return bool(same and _experts(run) == _experts(row) and (not models or run.model.name == row.model.name))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
-from rome.analysis.paper_tables import Cell, Line
+from rome.analysis.paper_tables import Cell, Line, sources
 
 Format = Literal["text", "markdown", "latex", "html"]
 DASH = "\N{EN DASH}"
@@ -34,6 +34,7 @@ def render(title: str, lines: Sequence[Line], form: Format) -> str:
         for name, group in groupby(lines, key=lambda line: line.section)
     ]
     note = "ours / paper" if costs else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    note += f"; runs: {sources(lines)}" if any(line.reports for line in lines) else ""
     return _WRITERS[form](title, head, body, note)
 
 
