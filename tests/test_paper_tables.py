@@ -160,3 +160,23 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fill("1", [run])
     with pytest.raises(UserError, match="is not the folder of a run"):
         fill("1", [tmp_path])
+
+
+def test_table_2_reads_the_unseen_suites_columns_by_its_own_names(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3))
+    stored = {"suite": {"kind": "unseen"}, "data": {"sha256": "same"}, "provenance": {"routing": "learned"}}
+    names = ("clean", "sparsefool", "ppgd", "gma")
+    matrix = np.ones((40, 4), dtype=bool)
+    matrix[10:, 1], matrix[20:, 2], matrix[30:, 3] = False, False, False
+    report = Report(matrix, names, np.zeros(40, np.int64), np.arange(40), stored)
+    folder_of = run / "evaluation" / "unseen-40"
+    folder_of.mkdir()
+    np.savez(folder_of / "matrix.npz", **report.arrays())
+    (folder_of / "settings.json").write_text(json.dumps(stored))
+    (folder_of / "result.json").write_text(json.dumps(report.to_json()))
+    cells = line_of(fill("2", [run]), "PGD RANDOM").cells
+    assert {name: cell.values for name, cell in cells.items() if cell.values} == {
+        "L0": (0.25,), "PPGD": (0.5,), "GMA": (0.75,),
+    }  # fmt: skip
+    lp = line_of([line for line in fill("1", [run]) if line.section == "CIFAR-10"], "PGD RANDOM")
+    assert lp.cells["union"].values == (0.3,), "and Table 1 the other evaluation"

@@ -147,3 +147,18 @@ def test_defaults_are_the_papers() -> None:
     settings: dict[str, Any] = PPGD().dump()
     assert (settings["steps"], settings["iterations"]) == (20, 5)
     assert (LPA().steps, LPA().rounds) == (20, 5)
+
+
+def test_the_networks_file_is_read_once_however_many_examples_leave(
+    model: nn.Module, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def read(path: str) -> nn.Module:
+        reads.append(path)
+        return Net(seed=5).double().eval()
+
+    monkeypatch.setattr("rome.perceptual.load_model", read)
+    found = LPA(steps=4, rounds=3).run(model, *batch, Perceptual(bound=0.8, features="net"))
+    assert not bool(found.robust.all()), "some left"
+    assert reads == ["net"]

@@ -92,7 +92,7 @@ def test_defaults_are_the_papers(kind: type[TransformAttack]) -> None:
 
 def test_other_threats_are_refused_clearly(kind: type[TransformAttack], photos: Tensor) -> None:
     ball, y = LpBall(norm="Linf", eps=0.1), answers(MODEL, photos)
-    message = rf"{kind.kind} bounds its perturbation itself .* AnyImage\(label='{kind.kind}'\), not LpBall"
+    message = rf"{kind.kind} bounds its perturbation itself.* AnyImage\(label='{kind.kind}'\), not LpBall"
     with pytest.raises(UserError, match=message):
         kind(steps=1)(MODEL, photos, y, ball)
     with pytest.raises(UserError, match=message):

@@ -237,12 +237,12 @@ class _Part(NamedTuple):
 
 
 def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
-    """The threat with its network in hand: read from its file, frozen, in evaluation mode. ``self`` stays as it is.
+    """The threat with its network in hand: read from its file unless it is, frozen, in evaluation mode. ``self`` stays.
 
     Raises:
         UserError: there is no such file, or it is not a model of ours.
     """
-    if threat.features == "self":
+    if threat.features == "self" or threat.network is not None:
         return threat
     return threat.measured_by(load_model(threat.features).to(device).requires_grad_(False))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rome.analysis import charts, examples, gates
 from rome.analysis.compared import Evaluated, config_differences, gather, paired
 from rome.analysis.robustbench import write_entries
-from rome.analysis.tables import covered, missing, show, show_cost, tabulate
+from rome.analysis.tables import covered, missing, show, tabulate
 from rome.cost import macs
 from rome.errors import UserError
 from rome.evaluation.store import hash_data
@@ -253,4 +253,4 @@ def _markdown(value: object) -> str:
     return " ".join(text.split())
 
 
-__all__ = ["compare", "show", "show_cost", "tabulate", "write_report"]
+__all__ = ["compare", "show", "tabulate", "write_report"]

@@ -213,7 +213,7 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
 
 def _report(point: Point) -> Report | None:
     settings = point.config.evaluation
-    found = sorted((point.folder / "evaluation").glob(f"{settings.suite.kind}-*/result.json"))
+    found = sorted((point.folder / "evaluation").glob(f"{settings.suite.label}-*/result.json"))
     return Report.load(found[-1].parent) if found else None
 
 

@@ -24,6 +24,15 @@ from rome.runs import Run
 
 LP = ("clean", "L1", "L2", "Linf", "average", "union")
 UNSEEN = ("corruptions", "L0", "perceptual", "PPGD", "LPA", "patch", "StAdv", "ReColorAdv", "GMA")
+_CASES = {
+    "L0": "sparsefool",
+    "PPGD": "ppgd",
+    "LPA": "lpa",
+    "StAdv": "stadv",
+    "ReColorAdv": "recoloradv",
+    "GMA": "gma",
+}
+"""Columns of Table 2 -> cases of the suite ``unseen`` under other names."""
 COST = ("parameters_M", "GMACs", "seconds_per_update", "latency_ms")
 
 _PGD = ("random", "avg", "max", "msd", "rome-random", "rome-max")
@@ -168,7 +177,9 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         for config in [load(folder() / f"{name}.yaml") for name in experiments]:
             members = [run for run, own in given if _same_row(own, config, models=table.upper() in ("3", "A1"))]
             used |= {run.folder for run in members}
-            reports = [report for run in members if (report := _report(run, config.evaluation.routing)) is not None]
+            reports = [
+                report for run in members if (report := _report(run, config.evaluation.routing, columns)) is not None
+            ]
             lines.append(_line(section, config, columns, reports))
     left = [str(run.folder) for run, _ in given if run.folder not in used]
     if left:
@@ -206,14 +217,19 @@ def _experts(config: Config) -> dict[str, Any] | None:
     return plain
 
 
-def _report(run: Run, routing: str) -> Report | None:
-    """The run's evaluation with these gates: AutoAttack's before others, then the one with the most examples."""
+def _report(run: Run, routing: str, columns: Sequence[str]) -> Report | None:
+    """The run's evaluation with these gates: with most of the columns, AutoAttack's before others, most examples."""
     found = []
     for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
         report = Report.load(result.parent)
         if (report.settings.get("provenance") or {}).get("routing", "learned") == routing:
             found.append(report)
-    return max(found, key=lambda report: ("autoattack" in str(report.settings["suite"]), report.n), default=None)
+
+    def rank(report: Report) -> tuple[int, bool, int]:
+        known = sum(not math.isnan(_value(report, column)) for column in columns)
+        return known, "autoattack" in str(report.settings["suite"]), report.n
+
+    return max(found, key=rank, default=None)
 
 
 def _line(section: str, config: Config, columns: Sequence[str], reports: Sequence[Report]) -> Line:
@@ -229,7 +245,8 @@ def _line(section: str, config: Config, columns: Sequence[str], reports: Sequenc
 def _value(report: Report, column: str) -> float:
     if column in ("clean", "average", "union"):
         return float(getattr(report, column))
-    return report.robust.get(column, getattr(report, "groups", {}).get(column, math.nan))
+    case = _CASES.get(column, column)
+    return report.robust.get(case, report.groups.get(case, math.nan))
 
 
 def _with_best(lines: list[Line]) -> list[Line]:

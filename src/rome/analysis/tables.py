@@ -160,31 +160,6 @@ def missing(report: Report) -> list[str]:
     return sentences
 
 
-def show_cost(facts: dict[str, Any]) -> None:
-    """Print what :func:`rome.cost.measure` found."""
-    console = Console(highlight=False)
-    lines = [
-        ("parameters", f"{facts['parameters'] / 1e6:.3f} M", f"{facts['parameters']:,}"),
-        ("trainable", f"{facts['trainable'] / 1e6:.3f} M", f"{facts['trainable']:,}"),
-        ("added by experts", f"{facts['experts'] / 1e6:.3f} M", f"{facts['experts']:,}"),
-        ("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"),
-    ]
-    if "seconds_per_update" in facts:
-        where = facts.get("device", "")
-        lines += [
-            ("update", f"{facts['seconds_per_update']:.3g} s", f"batch of {facts['batch_size']}, {where}"),
-            ("latency", f"{facts['latency_ms']:.3g} ms", f"one image, forward, {where}"),
-        ]
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(justify="right", no_wrap=True, style="bold")
-    table.add_column(style="dim")
-    for line in lines:
-        table.add_row(*line)
-    console.print(Text(str(facts["name"]), style="bold"))
-    console.print(table)
-
-
 def covered(rows: Sequence[tuple[str, Report]]) -> str:
     """``360 test examples, suite apgd``."""
     counts, suites = counts_and_suites(rows)

@@ -6,7 +6,9 @@ alone, also where the originals let one example's failure change the others' (th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,7 +19,7 @@ from rome.attacks.base import Attack, Found, Group, Model, frozen, margin
 from rome.attacks.lpa import START, among, gaussian, length, perceptual
 from rome.component import Number
 from rome.errors import UserError
-from rome.perceptual import Perception, distances
+from rome.perceptual import Perception, distances, loaded
 from rome.threats import Perceptual, Threat
 
 if TYPE_CHECKING:
@@ -55,10 +57,10 @@ class _Bounded(Attack):
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         return Found(point, adversarial, robust, loss)
 
+    @abstractmethod
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the start to: the last point (B, C, H, W) inside the bound; images; bool (B,): where these are
         misclassified and inside the bound."""
-        raise NotImplementedError
 
 
 class PPGD(_Bounded):
@@ -136,12 +138,12 @@ class LPA(_Bounded):
         weight = torch.full_like(space.bound, 0.01)
         found = torch.zeros_like(y, dtype=torch.bool)
         point = point.clone()
+        part, live = space, torch.arange(len(y), device=y.device)
         for _ in range(self.rounds):
             for i in range(self.steps):
-                live = (~found).nonzero().flatten()
                 if not len(live):
                     break
-                part, here, labels = space.among(~found), point[live], y[live]
+                here, labels = point[live], y[live]
                 leaf = here.detach().requires_grad_()
                 with torch.enable_grad():
                     logits, phi = part.seen(leaf)
@@ -156,6 +158,8 @@ class LPA(_Bounded):
                 moved = (here - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
                 point[live] = torch.where(done.view(-1, 1, 1, 1), here, moved)
                 found[live] = done
+                if bool(done.any()):
+                    part, live = part.among(~done), live[~done]
             apart = distances(space.seen.features(point), space.origin)
             weight = torch.where(apart >= space.bound, 10 * weight, weight)
         point = torch.where(found.view(-1, 1, 1, 1), point, space.project(point))
@@ -165,13 +169,14 @@ class LPA(_Bounded):
 class _Space:
     """The examples of a batch seen through the networks of their threats: distances from the originals, projection."""
 
-    def __init__(self, model: Model, x: Tensor, groups: list[Group]) -> None:
-        self.model, self.x, self.groups = model, x, groups
-        members = [(perceptual(group.threat), group.rows) for group in groups]
+    def __init__(self, model: Model, x: Tensor, groups: list[Group], origin: list[Tensor] | None = None) -> None:
+        members = [(loaded(perceptual(group.threat), x.device), group.rows) for group in groups]
+        self.model, self.x = model, x
+        self.groups = [replace(group, threat=threat) for group, (threat, _) in zip(groups, members, strict=True)]
         self.rows = [rows for _, rows in members]
-        self.bound = torch.cat([x.new_full((rows.stop - rows.start,), threat.bound) for threat, rows in members])
+        self.bound = torch.cat([x.new_empty(0), *(x.new_full((r.stop - r.start,), t.bound) for t, r in members)])
         self.seen = Perception(model, members, x.device)
-        self.origin = self.seen.features(x)
+        self.origin = self.seen.features(x) if origin is None else origin
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -183,9 +188,8 @@ class _Space:
 
     def among(self, chosen: Tensor) -> _Space:
         """The same for some of the examples (bool, (B,))."""
-        if bool(chosen.all()):
-            return self
-        return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()))
+        parts = [part[chosen[rows]] for part, rows in zip(self.origin, self.rows, strict=True)]
+        return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()), [p for p in parts if len(p)])
 
     def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
         """Points (B, C, H, W) brought inside the bound, those inside it as they are.

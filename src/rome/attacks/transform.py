@@ -8,7 +8,7 @@ bound / sqrt(steps), last iterate. An attack says how the variables of a batch b
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
+from rome.attacks.base import UNSEEN, Found, Group, Model
+from rome.attacks.free import FreeAttack
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
 from rome.errors import UserError
-from rome.threats import AnyImage, Threat
 
 
-class Transform:
+class Transform(ABC):
     """An image transform with variables in [low, high], prepared for one batch.
 
     Attributes:
@@ -37,9 +37,9 @@ class Transform:
     def __init__(self, start: Tensor) -> None:
         self.start = start
 
+    @abstractmethod
     def images(self, variables: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1]; differentiable in the variables, each image a function of its own."""
-        raise NotImplementedError
 
     def project(self, variables: Tensor) -> Tensor:
         """Allowed variables near these."""
@@ -50,14 +50,13 @@ class Transform:
         return ((variables >= self.low) & (variables <= self.high)).flatten(1).all(dim=1)
 
 
-class TransformAttack(Attack):
+class TransformAttack(FreeAttack):
     """Ascends the cross-entropy over the variables v of a transform: v <- P(v + step_size sign(gradient)).
 
     It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
     kernels) depends on the seed and the image alone.
     """
 
-    draws_by_image: ClassVar[bool] = True
     channels: ClassVar[tuple[int, ...]] = ()
     """How many channels an image may have; empty: any number."""
 
@@ -80,14 +79,6 @@ class TransformAttack(Attack):
             x: images (B, C, H, W) in [0, 1].
             noise: U[0, 1), (B, *noise_shape), in the images' dtype.
         """
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, AnyImage):
-            raise UserError(
-                f"{self.kind} bounds its perturbation itself (bound={self.bound:g}): "
-                f"run it under AnyImage(label={self.kind!r}), not {type(threat).__name__}"
-            )
-        return self.steps
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         if self.channels and x.shape[1] not in self.channels:
