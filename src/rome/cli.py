@@ -151,7 +151,7 @@ def evaluate(
         shared: dict[str, Any] = {
             "suite": suite,
             "n": n,
-            "cases": None if cases is None else [name.strip() for name in cases.split(",") if name.strip()],
+            "cases": None if cases is None else _names(cases),
             "batch_size": batch_size_of(batch_size),
             "device": device,
             "checks": checks,
@@ -233,7 +233,7 @@ def report(
     """Compare evaluated runs: a table here, Markdown, and an HTML page with pictures."""
     from rome.report import write_report
 
-    unions = [[name.strip() for name in names.split(",") if name.strip()] for names in union or ()]
+    unions = [_names(names) for names in union or ()]
     _say(f"open {write_report(runs, out, unions=unions, robustbench=robustbench)}")
 
 
@@ -257,6 +257,26 @@ def table(
     from rome.analysis.table_formats import render
 
     print(render(f"Table {number.upper()}", fill(number, runs or []), form.value), end="")
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs; each is a row or a curve.")],
+    only: Annotated[str | None, typer.Option(help="These alone, fig3,figA4; else all there is data for.")] = None,
+    form: Annotated[str, typer.Option("--format", help="pdf, png, svg, or several: pdf,png.")] = "pdf,png",
+    out: Annotated[Path, typer.Option(help="Folder for pictures and their data.")] = Path("figures"),
+    n: Annotated[int, typer.Option(min=8, help="Test images, each natural and under every threat.")] = 256,
+    layer: Annotated[str | None, typer.Option(help="Look at the layer whose name holds this; else the last.")] = None,
+    image: Annotated[int, typer.Option(min=0, help="Number of the test image in figures of one image.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of t-SNE and of linear probes.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+) -> None:
+    """The paper's figures for runs of any method, each with its data as JSON and CSV beside it."""
+    from rome.analysis.figures import Options, write_figures
+
+    chosen = Options(n=n, seed=seed, layer=layer, image=image)
+    for picture in write_figures(runs, out, only=_names(only), formats=_names(form), options=chosen, device=device):
+        print(picture)
 
 
 @app.command()
@@ -340,6 +360,11 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
         Family.suites: Suite,
     }
     return [(kind, member.summary()) for kind, member in families[family].members().items()]
+
+
+def _names(text: str | None) -> list[str]:
+    """The names in ``a,b``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _say(text: str) -> None:

@@ -81,7 +81,7 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
             "run `rome evaluate` on each with the same --suite and --n"
         )
     chosen = max(common, key=lambda key: (any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], key[0]))
-    names = _names(runs, configs)
+    names = names_of(runs, configs)
     evaluated = [
         Evaluated(name, run, config, *each[chosen], tuple(_key(key) for key in sorted(each) if key != chosen))
         for name, run, config, each in zip(names, runs, configs, found, strict=True)
@@ -149,7 +149,7 @@ def _same(first: Evaluated, other: Evaluated) -> None:
         )
 
 
-def _names(runs: Sequence[Run], configs: Sequence[Config]) -> list[str]:
+def names_of(runs: Sequence[Run], configs: Sequence[Config]) -> list[str]:
     """The configs' names; where two are equal, the folders' names, or their paths."""
     choices = [
         [config.name or run.folder.resolve().name for run, config in zip(runs, configs, strict=True)],

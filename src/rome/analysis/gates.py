@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rome.attacks import APGD, Attack
+from rome.analysis.subject import AT_A_TIME, NATURAL, attack_all
+from rome.attacks import Attack
 from rome.experts import record_gates
-from rome.threats import PerExample, Threat
+from rome.threats import Threat
 
-NATURAL = "natural"
 NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
 """Distances between mean gates below which routing is called nearly identical, or similar."""
 
@@ -66,7 +66,7 @@ def collect(
     threats: Mapping[str, Threat],
     *,
     attack: Attack | None = None,
-    batch_size: int = 64,
+    batch_size: int = AT_A_TIME,
 ) -> GateSample:
     """Attack the images under every threat and record the gates of all of them.
 
@@ -77,30 +77,32 @@ def collect(
         attack: APGD with 15 steps if not given.
         batch_size: images at a time; each is attacked under all threats at once.
     """
-    attack = attack or APGD(steps=15)
-    names = (NATURAL, *threats)
-    parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in names]
+    attacked = attack_all(model, x, y, threats, attack=attack, batch_size=batch_size)
+    return read(model, {NATURAL: x, **attacked}, batch_size=batch_size)
+
+
+def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> GateSample:
+    """Record the gates of groups of images: name -> (n, C, H, W), the same n images in each."""
     layers: tuple[str, ...] = ()
-    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-        mixture = PerExample.repeated(threats.values(), len(images))
-        adversarial = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
-        for part, group in zip(parts, (images, *torch.split(adversarial, len(images))), strict=True):
+    parts: list[list[tuple[np.ndarray, ...]]] = []
+    for images in groups.values():
+        parts.append([])
+        for batch in torch.split(images, batch_size):
             with torch.no_grad(), record_gates(model) as recorder:
-                model(group)
+                model(batch)
             gates = recorder.gates
             layers = tuple(gates)
-            part.append(
+            mixed = [each.weights.mean(dim=1) for each in gates.values()]
+            parts[-1].append(
                 (
-                    _stack([each.weights.mean(dim=1) for each in gates.values()]),
-                    _stack(
-                        [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates.values()]
-                    ),
-                    _stack([_or(each.whole, each.weights.mean(dim=1)) for each in gates.values()]),
+                    _stack(mixed),
+                    _stack([_or(each.local, each.weights).mean(dim=1) for each in gates.values()]),
+                    _stack([_or(each.whole, mean) for each, mean in zip(gates.values(), mixed, strict=True)]),
                     _stack([relative_entropy(each.weights).mean(dim=1) for each in gates.values()]),
                 )
             )
     joined = [np.stack([np.concatenate([piece[i] for piece in part], axis=1) for part in parts]) for i in range(4)]
-    return GateSample(names, layers, *joined)
+    return GateSample(tuple(groups), layers, *joined)
 
 
 def relative_entropy(weights: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""Writing figures: numbers first (JSON and CSV), then the picture in every format asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from rome.analysis.figures.base import Options, PaperFigure, registered
+from rome.analysis.subject import open_subjects
+from rome.errors import UserError, did_you_mean
+from rome.files import replace_file
+
+FORMATS = ("pdf", "png", "svg")
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,  # text stays text that a publisher can edit
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rome",
+    "savefig.dpi": 200,
+}
+
+
+def write_figures(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    formats: Sequence[str] = ("pdf", "png"),
+    options: Options | None = None,
+    device: str | None = None,
+) -> list[Path]:
+    """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
+
+    A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
+    is an error.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: unknown names or formats, no runs, or none of the figures could be made.
+    """
+    known = registered()
+    for name in only:
+        if name not in known:
+            raise UserError(f"there is no figure {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+    for form in formats:
+        if form not in FORMATS:
+            raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out names a folder")
+    subjects = open_subjects(folders, device)
+    written: list[Path] = []
+    missing: list[str] = []
+    for name in only or known:
+        figure = known[name]()
+        try:
+            data = figure.measure(subjects, options or Options())
+        except UserError as error:
+            if only:
+                raise UserError(f"{name}: {error}") from error
+            missing.append(f"{name}: {error}")
+            print(f"no {missing[-1]}", file=sys.stderr, flush=True)
+            continue
+        written.extend(_write(figure, data, out, formats))
+        print(f"{name}: {figure.title}", file=sys.stderr, flush=True)
+    if not written:
+        raise UserError("none of the figures could be made: " + "; ".join(missing))
+    return written
+
+
+def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequence[str]) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / f"{figure.name}.json", json.dumps(data, indent=1).encode())
+    rows = figure.rows(data)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(out / f"{figure.name}.csv", text.getvalue().encode())
+    pictures = []
+    with matplotlib.rc_context(_STYLE):
+        canvas = figure.draw(data)
+        for form in formats:
+            picture = io.BytesIO()
+            dates: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form)
+            canvas.savefig(picture, format=form, bbox_inches="tight", metadata=dates)
+            pictures.append(out / f"{figure.name}.{form}")
+            replace_file(pictures[-1], picture.getvalue())
+    return pictures

@@ -1,0 +1,113 @@
+"""A trained run, opened to be looked at: its model, its test images, and what each threat makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from rome.analysis.compared import names_of
+from rome.attacks import APGD, Attack
+from rome.config import Config
+from rome.data.base import Split
+from rome.errors import UserError
+from rome.models import load_model
+from rome.runs import Run
+from rome.threats import PerExample, Threat
+
+NATURAL = "natural"
+STEPS = 15
+"""Of APGD, the attack that pictures and routing numbers are made with."""
+AT_A_TIME = 64
+
+
+class Subject:
+    """A finished run. Model, data and attacked images are loaded or made when first asked for, once each.
+
+    Args:
+        run: its folder, with ``model.safetensors``.
+        name: what pictures call it.
+        device: of the model and the images.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+
+    def __init__(self, run: Run, name: str, device: torch.device) -> None:
+        self.run, self.name, self.device = run, name, device
+        self.config: Config = run.config
+        if not run.finished:
+            raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+        self._attacked: dict[int, dict[str, Tensor]] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The classifier, in evaluation mode."""
+        return load_model(self.run.model_file).to(self.device)
+
+    @cached_property
+    def split(self) -> Split:
+        """The test examples."""
+        return self.config.data.open("test")
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        """What the run was trained on, by name."""
+        return MappingProxyType({threat.name: threat for threat in self.config.threats})
+
+    def images(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,), fewer where the set is smaller."""
+        x, y = self.split.first(min(n, len(self.split)))
+        return x.to(self.device), y.to(self.device)
+
+    def attacked(self, n: int) -> Mapping[str, Tensor]:
+        """Those images as they are (``natural``) and under each threat: name -> (n, C, H, W).
+
+        The attack is APGD with 15 steps on this very model.
+        """
+        if n not in self._attacked:
+            x, y = self.images(n)
+            self._attacked[n] = {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
+        return MappingProxyType(self._attacked[n])
+
+
+def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
+    """The runs in these folders, with names that tell them apart.
+
+    Raises:
+        UserError: no folder, or one that holds no finished run.
+    """
+    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    if not folders:
+        raise UserError("name at least one run's folder")
+    runs = [Run(folder) for folder in folders]
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = names_of(runs, [run.config for run in runs])
+    return [Subject(run, name, where) for run, name in zip(runs, names, strict=True)]
+
+
+def attack_all(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threats: Mapping[str, Threat],
+    *,
+    attack: Attack | None = None,
+    batch_size: int = AT_A_TIME,
+) -> dict[str, Tensor]:
+    """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
+
+    Args:
+        attack: APGD with 15 steps if not given.
+    """
+    attack = attack or APGD(steps=STEPS)
+    parts: list[Tensor] = []
+    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        mixture = PerExample.repeated(threats.values(), len(images))
+        found = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
+        parts.append(found.view(len(threats), len(images), *found.shape[1:]))
+    return dict(zip(threats, torch.cat(parts, dim=1), strict=True))
