@@ -452,3 +452,13 @@ def test_add_experts_names_the_setting_that_is_out_of_range(setting: str, value:
     with pytest.raises(UserError, match=setting):
         add_experts(model, **{setting: value})
     assert not expert_layers(model)
+
+
+def test_b_may_start_away_from_zero() -> None:
+    torch.manual_seed(0)
+    for layer in (nn.Linear(64, 96), nn.Conv2d(32, 48, 3, padding=1)):
+        model = nn.Sequential(nn.Identity(), layer)
+        LowRank(rank=8, layers=("1",), initial_b=0.02).inject(model)
+        adapted = next(iter(expert_layers(model).values()))
+        assert adapted.B.std().item() == pytest.approx(0.02, rel=0.1)
+        assert adapted.B.requires_grad

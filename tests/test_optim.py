@@ -13,7 +13,7 @@ from torch import nn
 
 from rome.experts import add_experts, expert_layers
 from rome.models import create_model
-from rome.optim import SGD, AdamW, Optimizer, Schedule
+from rome.optim import SGD, AdamW, Optimizer, Schedule, set_lr
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
@@ -118,6 +118,40 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_a_model_without_a_list_of_exceptions_follows_dimensions_alone() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     assert decays(SGD(), model) == {"0.weight": 5e-4, "0.bias": 0, "1.weight": 0, "1.bias": 0}
+
+
+# Factors for experts and gates
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_experts_and_gates_have_learning_rates_of_their_own(decay_all: bool) -> None:
+    model = rome_model()
+    optimizer = AdamW(lr=0.1, experts_lr=2, gates_lr=5, decay_all=decay_all).build(model)
+    set_lr(optimizer, 0.01)
+    names = {id(p): name for name, p in model.named_parameters()}
+    lr = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(lr) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in lr.items():
+        factor = 5 if ".gate." in name else 2 if name.endswith((".A", ".B")) else 1
+        assert value == pytest.approx(0.01 * factor), name
+    plain = decays(AdamW(weight_decay=0.3, decay_all=decay_all), model)
+    assert decays(AdamW(weight_decay=0.3, decay_all=decay_all, gates_lr=5), model) == plain
+
+
+def test_factors_know_the_gate_of_whole_networks() -> None:
+    from rome.experts import Networks
+
+    model = Networks(experts=2).inject(create_model("vit_tiny_patch16_224", num_classes=10, **TINY))
+    optimizer = SGD(experts_lr=3, gates_lr=7).build(model)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert scale[id(p)] == (7 if "router." in name else 1 if "networks.0." in name else 3), name
+
+
+def test_a_model_without_experts_ignores_their_factors() -> None:
+    groups = SGD(experts_lr=3, gates_lr=7).build(nn.Linear(3, 3)).param_groups
+    assert {group["lr_scale"] for group in groups} == {1.0}
 
 
 def test_settings_reach_the_optimizer() -> None:

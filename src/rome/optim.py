@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
@@ -12,6 +12,7 @@ from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 
 from rome.component import Component, Number, Settings
+from rome.experts import expert_layers
 
 
 class Optimizer(Component):
@@ -23,18 +24,42 @@ class Optimizer(Component):
     weight_decay: Number = Field(default=0.05, ge=0)
     decay_all: bool = False
     """Decay biases and norms too. False leaves out 1-D parameters and those the model names (DeiT's recipe)."""
+    experts_lr: Number = Field(default=1, gt=0)
+    """Factor on the learning rate of what experts add to a model, but for their gates."""
+    gates_lr: Number = Field(default=1, gt=0)
+    """Factor on the learning rate of gates."""
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the parameters that require a gradient."""
 
-    def groups(self, model: nn.Module) -> list[dict[str, object]]:
-        """Parameter groups with and without weight decay."""
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups with and without weight decay; ``lr_scale`` is a group's factor on the learning rate."""
         if self.decay_all:
-            return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": self.weight_decay}]
-        backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
-        skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
-        return list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
+            every = [p for p in model.parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [{"params": every, "weight_decay": self.weight_decay}]
+        else:
+            backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
+            skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
+            groups = list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
+        if self.experts_lr == self.gates_lr == 1:
+            return groups
+        scale = self._scales(model)
+        split = []
+        for group in groups:
+            for factor in dict.fromkeys(scale.get(p, 1.0) for p in group["params"]):
+                members = [p for p in group["params"] if scale.get(p, 1.0) == factor]
+                split.append({**group, "params": members, "lr_scale": factor})
+        return split
+
+    def _scales(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """The factor of every parameter that experts bring."""
+        scales: dict[nn.Parameter, float] = {}
+        for layer in expert_layers(model).values():
+            shared = {layer.get_parameter(name) for name in layer.shared if name in dict(layer.named_parameters())}
+            scales |= {p: self.experts_lr for p in layer.parameters() if p not in shared}
+            scales |= dict.fromkeys(layer.gate_parameters(), self.gates_lr)
+        return scales
 
 
 Beta = Annotated[Number, Field(ge=0, lt=1)]
@@ -63,6 +88,12 @@ class SGD(Optimizer):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.groups(model), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, times the group's ``lr_scale`` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class Schedule(Settings):

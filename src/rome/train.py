@@ -26,6 +26,7 @@ from rome.data import Split
 from rome.errors import Interrupted, UserError
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
+from rome.optim import set_lr
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
@@ -243,8 +244,7 @@ class _Loop:
             source.generator.manual_seed(derive_seed(config.seed, name, number))
         torch.manual_seed(derive_seed(config.seed, "model", number, self.fabric.global_rank))  # dropout
         lr = config.optimizer.lr * config.schedule.factor((number + 1) / (self.steps * config.epochs))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         setting.lr = lr
 
         tally = Tally(len(setting.threats), self.fabric.device)

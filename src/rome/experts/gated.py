@@ -74,6 +74,11 @@ class Gated(nn.Module):
         """Names of its tensors that the model has without experts too."""
         return ("weight", "bias")
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What learns to weigh the experts."""
+        parts = [self.gate, *([] if self.projection is None else [self.projection])]
+        return [parameter for part in parts for parameter in part.parameters()]
+
     def weigh(self, scores: Tensor, rescore: Callable[[], Tensor]) -> Gates:
         """Gates for scores (B, T, R) of whole images, recorded if somebody asked.
 

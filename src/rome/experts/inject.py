@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from rome.component import Component
+from rome.component import Component, Number
 from rome.errors import UserError
 from rome.experts.conv import MixtureConv2d
 from rome.experts.diversity import Diversification, Regularizer
@@ -20,6 +20,7 @@ from rome.experts.layers import block_numbers, check_places, find_layers, layout
 from rome.experts.mixture import AdapterLinear, GatedLinear, MixtureLinear
 
 Module = TypeVar("Module", bound=nn.Module)
+Adapted = TypeVar("Adapted", bound=GatedLinear)
 
 
 class Experts(Component):
@@ -136,7 +137,7 @@ class Bottleneck(Layerwise):
     def width(self, module: nn.Module) -> int:
         return _sides(module)[0]
 
-    def linear(self, build: type[GatedLinear], module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
+    def linear(self, build: type[Adapted], module: nn.Module, gate: GateModule, layout: Layout) -> Adapted:
         """A Linear layer with these experts beside it."""
         assert isinstance(module, nn.Linear)
         size, train = self.projected
@@ -157,11 +158,15 @@ class LowRank(Bottleneck):
     kind = "low-rank"
     conv: Literal["loralib", "peft"] = "loralib"
     """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
+    initial_b: Number = Field(default=0, ge=0)
+    """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
+    tells the gates nothing until B has grown."""
 
     def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
         size, train = self.projected
+        layer: MixtureLinear | MixtureConv2d
         if isinstance(module, nn.Conv2d):
-            return MixtureConv2d(
+            layer = MixtureConv2d(
                 module,
                 experts=self.experts,
                 rank=self.rank,
@@ -170,7 +175,11 @@ class LowRank(Bottleneck):
                 projection_dim=size,
                 train_projection=train,
             )
-        return self.linear(MixtureLinear, module, gate, layout)
+        else:
+            layer = self.linear(MixtureLinear, module, gate, layout)
+        if self.initial_b:
+            nn.init.normal_(layer.B, std=self.initial_b)
+        return layer
 
 
 class Adapters(Bottleneck):

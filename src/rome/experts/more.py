@@ -52,6 +52,9 @@ class ModelMixture(Gated):
     def shared(self) -> tuple[str, ...]:
         return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return list(self.router.parameters())
+
     def no_weight_decay(self) -> set[str]:
         """The parameters that the networks exempt from weight decay."""
         own: set[str] = getattr(self.router, "no_weight_decay", set)()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.component import Number
 from rome.methods.base import Method, Outcome, Setting, combine, named, training_logits
-from rome.optim import Optimizer
+from rome.optim import Optimizer, set_lr
 from rome.processes import average, follow_first, total, world_size
 from rome.threats import PerExample, Threat
 
@@ -167,8 +167,7 @@ class _CleanCopy:
         for gradient in gradients:
             gradient /= self.parts
         average(gradients)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.parts = 0
