@@ -310,7 +310,7 @@ def cost(
 @app.command("list")
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
-    pattern: Annotated[str, typer.Argument(help="Only names that match, such as 'vit_*' or '*table4*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
     cost: Annotated[
         bool, typer.Option("--cost", help="Experiments: parameters and estimated hours on an H100 instead.")
     ] = False,
@@ -346,7 +346,10 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     if family is Family.experiments:
         from rome.experiments import listing, rough_costs
 
-        return [row for row in (rough_costs() if cost else listing()) if fnmatch.fnmatch(row[0], pattern)]
+        rows = [row for row in (rough_costs() if cost else listing()) if fnmatch.fnmatch(row[0], f"*{pattern}*")]
+        if not rows:
+            raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
+        return rows
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data
