@@ -20,7 +20,7 @@ from tiny_runs import same
 
 FILES = {str(file.relative_to(folder()).with_suffix("")): file for file in files()}
 SETTINGS = functools.cache(load)
-FULL = [name for name in FILES if not name.startswith(("digits/", "table1/small/"))]
+FULL = [name for name in FILES if not name.startswith(("digits/", "table1/small/", "scratch/"))]
 """The paper's own settings."""
 
 ARCHITECTURES = ("deit-b", "swin-b")
@@ -115,11 +115,11 @@ def test_a_name_says_what_is_in_the_file(name: str) -> None:
     config, parts = config_of(name), FILES[name].stem.split("-")
     assert config.name == FILES[name].stem
     assert config.about
-    named = name.partition("/")[0] in ("digits", "table1", "tableA1", "tableA2", "fine-tuning", "table2")
+    named = name.partition("/")[0] in ("digits", "table1", "tableA1", "tableA2", "fine-tuning", "scratch", "table2")
     if named and "/study/" not in name:
         assert ("rome" in parts or "more" in parts) == (config.experts is not None)
         assert config.method.kind in parts or config.natural_epochs == config.epochs or parts == ["linf"]
-    tuned = name.startswith("fine-tuning/") and parts != ["linf"]
+    tuned = name.startswith(("fine-tuning/", "scratch/")) and parts != ["linf"]
     assert config.attack.kind == ("apgd" if "apgd" in parts or tuned else "pgd")
     budgets = DIGITS if name.startswith("digits/") else IMAGENET if isinstance(config.data, ImageFolder) else CIFAR10
     assert config.threats == (tuple(budgets) if parts != ["linf"] else (CIFAR10["Linf"],))
