@@ -173,6 +173,7 @@ def test_a_folder_that_cannot_be_used_ends_every_process_at_once(case: str, tmp_
         (run.folder / "thesis.tex").write_text("mine")
     else:
         run.prepare(tiny(), resume=False, overwrite=False)
+        run.release()
     if case == "finished":
         run.model_file.write_text("a model")
     if case in ("corrupt", "other settings"):

@@ -275,8 +275,23 @@ def test_overwrite_starts_anew_and_leaves_other_files(stopped: Run) -> None:
     (stopped.folder / "notes.txt").write_text("mine")
     (stopped.folder / "evaluation").mkdir()
     assert prepare(stopped, overwrite=True, seed=5) is None
+    stopped.release()
     assert sorted(path.name for path in stopped.folder.iterdir()) == ["config.yaml", "notes.txt"]
     assert stopped.config == tiny(seed=5)
+
+
+def test_two_processes_do_not_train_in_one_folder(stopped: Run) -> None:
+    first, second = Run(stopped.folder), Run(stopped.folder)
+    prepare(first, resume=True)
+    before = contents(stopped.folder)
+    for options in ({"resume": True}, {"overwrite": True}, {}):
+        with pytest.raises(UserError, match=r"another process is training in .*choose another --out"):
+            prepare(second, **options)
+    assert contents(stopped.folder) == before
+    first.release()
+    assert not (stopped.folder / "train.lock").exists()
+    assert prepare(second, resume=True)["step"] == 2
+    second.release()
 
 
 def test_an_unfinished_run_needs_resume_or_overwrite(stopped: Run) -> None:

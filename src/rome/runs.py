@@ -4,6 +4,7 @@ config.yaml         the resolved config
 last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
 model.safetensors   the finished model, config in its metadata
 log.jsonl           one line an update and one an epoch
+train.lock          there while a process trains in the folder
 tensorboard/        the same for TensorBoard
 evaluation/SUITE/   what `rome evaluate` found
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from rome.config import Config, parse
 from rome.errors import UserError
@@ -38,6 +40,7 @@ class Run:
         self.model_file = self.folder / "model.safetensors"
         self.log_file = self.folder / "log.jsonl"
         self.tensorboard = self.folder / "tensorboard"
+        self._lock = FileLock(self.folder / "train.lock", timeout=0)
 
     @property
     def finished(self) -> bool:
@@ -58,14 +61,31 @@ class Run:
             raise UserError(f"{self.config_file} is not valid YAML; restore it or train again") from error
 
     def prepare(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Make the folder ready for this config; the checkpoint to go on from, if there is one.
+        """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
 
         Raises:
-            UserError: it holds another run, a finished one, or a checkpoint that cannot be read.
+            UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
+                read.
         """
         held = self.folder.exists() and not self.config_file.exists()
-        if held and (not self.folder.is_dir() or any(file.suffix != ".partial" for file in self.folder.iterdir())):
+        if held and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
             raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --out") from error
+        try:
+            return self._ready(config, resume=resume, overwrite=overwrite)
+        except UserError:
+            self.release()
+            raise
+
+    def _ready(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         if overwrite and not resume:
             self._clear()
         elif self.finished:
@@ -76,12 +96,14 @@ class Run:
             )
         if resume and self.config_file.exists():
             self.check_same(config)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --out") from error
         replace_file(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False).encode())
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
+
+    def release(self) -> None:
+        """Give up the claim of :meth:`prepare`, if there is one."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint in one step; a kill leaves the old or the new one, never a part."""
@@ -149,3 +171,8 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.checkpoint_file, self.model_file, self.log_file, self.config_file):
             file.unlink(missing_ok=True)
+
+
+def _foreign(file: Path) -> bool:
+    """Whether the file is none that a run leaves before its config."""
+    return file.suffix not in (".partial", ".lock")

@@ -105,6 +105,27 @@ def train(
         epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
+    try:
+        _train(fabric, run, config, setting, optimizer, split, resume=resume, overwrite=overwrite, progress=progress)
+    finally:
+        run.release()
+    return run
+
+
+def _train(
+    fabric: Any,
+    run: Run,
+    config: Config,
+    setting: Setting,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Callable[[Config, int, int], Any] | None,
+) -> None:
+    """Claim the folder, train, save the model."""
+    model, steps = setting.model, len(split) // config.batch_size
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
     position = _Position()
     if checkpoint is not None:
@@ -123,16 +144,15 @@ def train(
     setting.model, optimizer = fabric.setup(model, optimizer)
     loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position)
     with _numerics(config):
-        if progress is not None and rank == 0:
+        if progress is not None and fabric.global_rank == 0:
             with progress(config, steps * config.epochs, loop.updates) as shown:
                 loop.run_all(shown)
         else:
             loop.run_all(None)
-    if rank == 0:
+    if fabric.global_rank == 0:
         save_model(model, run.model_file, config=config.dump())
         run.checkpoint_file.unlink(missing_ok=True)
     fabric.barrier()
-    return run
 
 
 def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
