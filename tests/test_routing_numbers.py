@@ -117,7 +117,7 @@ def test_one_expert_has_nothing_to_tell() -> None:
 @pytest.mark.parametrize("size", [{"G": 2}, {"n": 1}])
 def test_too_little_to_compare_is_said(size: dict[str, int]) -> None:
     weights = random_gates(**size)
-    with pytest.raises(UserError, match="two|take more"):
+    with pytest.raises(UserError, match=r"two|take more"):
         routing_numbers(sample_of(weights, GROUPS[: len(weights)]))
 
 
