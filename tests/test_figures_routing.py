@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -385,3 +386,19 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     weights = list(csv.DictReader(io.StringIO(tables["fig3"])))
     assert {row["threat"] for row in weights} == {"natural", *THREATS}
     assert len(weights) == 4 * 12 * 2
+
+
+def test_the_documented_figure_works(three: list[Fake]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "figures.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert registered()["lengths"] is names["Lengths"]
+    data = figure("lengths", *three)
+    assert data["rome"]["natural"] == 0
+    given = features.collect(three[2].model, three[2].attacked(N), "backbone.blocks.1").mean(axis=2)
+    assert data["plain"]["L2"] == pytest.approx(np.sqrt((difference(given)[1] ** 2).sum(-1).mean()))
+    assert len(registered()["lengths"]().rows(data)) == 3
+    registered()["lengths"]().draw(data)
+    names.clear()
+    gc.collect()  # the class goes, and its registration with it
+    assert "lengths" not in registered()

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rome.analysis import gates
 from rome.analysis.charts import kernel_density, limits
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import NOTE, PAGE, Look, legend, looks, short
+from rome.analysis.figures.style import NOTE, PAGE, Look, legend, looks, short, side
 from rome.analysis.subject import Subject
 from rome.errors import UserError
 from rome.experts import expert_layers
@@ -67,19 +67,17 @@ class GateDensities(PaperFigure):
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = [(run, _differing(run)) for run in data["runs"]]
         names = list(dict.fromkeys(name for run, _ in runs for name in run["weights"]))
-        columns = max(len(experts) for _, experts in runs)
         canvas = Canvas(figsize=(PAGE, 0.3 + 1.5 * len(runs)), layout="constrained")
         every = looks(names)
         for part, (run, experts) in zip(canvas.subfigures(len(runs), 1, squeeze=False).flatten(), runs, strict=True):
             values = {name: np.array(images) for name, images in run["weights"].items()}
             span = limits(np.stack([weights[:, experts] for weights in values.values()]))
-            row = part.subplots(1, columns, squeeze=False)[0]
-            for axes, k in zip(row, experts, strict=False):
+            row = part.subplots(1, len(experts), squeeze=False)[0]
+            for axes, k in zip(row, experts, strict=True):
                 _panel(axes, {name: weights[:, k] for name, weights in values.items()}, every, span)
                 axes.set_title(f"expert {k + 1}")
-            for axes in row[len(experts) :]:
-                axes.set_axis_off()
-            part.supylabel(run["run"], fontsize=9)
+                axes.tick_params(labelsize=9 if len(experts) <= 5 else 7)
+            part.supylabel(side(run["run"]), fontsize=8.5)
             part.supxlabel(f"gate weight in {short(run['layer'])}", **NOTE)
         lines = [Line2D([], [], color=look.colour, ls=look.line, lw=1.6, label=look.label) for look in every.values()]
         legend(canvas, lines)

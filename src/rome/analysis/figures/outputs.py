@@ -11,12 +11,14 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis import features
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import COLUMN, NOTE, PAGE, bare, dots, legend, scatter, short, signed
+from rome.analysis.figures.style import COLUMN, NOTE, PAGE, bare, dots, legend, scatter, short, side, signed
 from rome.analysis.separability import difference, embed, silhouettes
 from rome.analysis.subject import Subject
 from rome.experts import expert_layers
 
 BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"
+INSTEAD = {BACKBONE: "first expert of ", OUTPUT: "experts of "}
+"""What is seen where experts stand in the place of a layer."""
 ACROSS = 4
 """Panels in a row of figure 1."""
 
@@ -53,6 +55,7 @@ class LayerOutputs(PaperFigure):
                 {
                     "run": subject.name,
                     "layer": layer,
+                    "adds": bool(layers) and expert_layers(subject.model)[layer].adds,
                     "labels": labels,
                     "parts": {part: _picture(names, values, options.seed) for part, values in found.items()},
                 }
@@ -93,8 +96,8 @@ class ExpertOutputs(LayerOutputs):
         grid = canvas.subplots(lines, columns, squeeze=False).flatten()
         for axes, run in zip(grid, runs, strict=False):
             ((part, picture),) = run["parts"].items()
-            _panel(axes, picture, run["layer"] if part == EXPERTS else f"no experts: {short(run['layer'])}")
-            axes.set_title(run["run"])
+            _panel(axes, picture, ("" if part == EXPERTS else "no experts: ") + short(run["layer"]))
+            axes.set_title(side(run["run"]))
         for axes in grid[len(runs) :]:
             axes.set_axis_off()
         legend(canvas, dots(_names(runs)))
@@ -115,12 +118,13 @@ class BackboneAndExperts(LayerOutputs):
         for row, run in zip(grid, runs, strict=True):
             for axes, part in zip(row, self.parts, strict=True):
                 if part in run["parts"]:
-                    _panel(axes, run["parts"][part], run["layer"])
+                    instead = "" if run["adds"] or len(run["parts"]) == 1 else INSTEAD[part]
+                    _panel(axes, run["parts"][part], instead + short(run["layer"]))
                 else:
                     bare(axes)
                     axes.set_box_aspect(1)
                     axes.text(0.5, 0.5, "no experts", ha="center", va="center", transform=axes.transAxes, **NOTE)
-            row[0].set_ylabel(run["run"], fontsize=9)
+            row[0].set_ylabel(side(run["run"]), fontsize=8.5)
         for axes, part in zip(grid[0], self.parts, strict=True):
             axes.set_title(part)
         legend(canvas, dots(_names(runs)))
@@ -138,11 +142,11 @@ def _picture(names: list[str], values: np.ndarray, seed: int) -> dict[str, Any]:
     return {"points": dict(zip(names, points.round(4).tolist(), strict=True)), "silhouettes": named}
 
 
-def _panel(axes: Axes, picture: dict[str, Any], layer: str) -> None:
+def _panel(axes: Axes, picture: dict[str, Any], what: str) -> None:
     scatter(axes, picture["points"])
     axes.set_box_aspect(1)
     score = float(np.mean(list(picture["silhouettes"]["features"].values())))
-    axes.set_xlabel(f"{short(layer)}\nsilhouette {signed(score)}", **NOTE)
+    axes.set_xlabel(f"{what}\nsilhouette {signed(score)}", **NOTE)
 
 
 def _names(runs: list[dict[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis import features
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import NOTE, PAGE, dots, legend, looks, scatter, short, signed
+from rome.analysis.figures.style import NOTE, PAGE, dots, legend, looks, scatter, short, side, signed
 from rome.analysis.separability import difference, embed, silhouettes
 from rome.analysis.subject import NATURAL, Subject
 from rome.errors import UserError
@@ -101,7 +101,7 @@ class LocalAndGlobal(Separability):
             (layer,) = run["layers"]
             for axes, place in zip(row, self.places, strict=False):
                 _cloud(axes, layer, place)
-            row[0].set_ylabel(f"{run['run']}\n{short(layer['layer'])}", fontsize=8.5)
+            row[0].set_ylabel(side(run["run"], short(layer["layer"])), fontsize=8.5)
             _bars(row[-1], run["threats"], layer)
             row[-1].sharey(grid[0, -1])
         for axes, title in zip(grid[0], ("local: middle token", "global: mean over tokens", "silhouette"), strict=True):
@@ -133,7 +133,7 @@ class OverLayers(Separability):
                 _cloud(axes, layer, place)
                 if number == 0:
                     axes.set_title("global" if place == "global" else f"{place} token")
-            row[0].set_ylabel(f"{run['run']}\n{short(layer['layer'])}", fontsize=8.5)
+            row[0].set_ylabel(side(run["run"], short(layer["layer"])), fontsize=8.5)
         legend(canvas, dots(_names(data["runs"])))
         return canvas
 

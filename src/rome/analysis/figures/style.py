@@ -6,6 +6,7 @@ line styles say the same again.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,11 +54,14 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
-    """One legend for all panels, above them."""
+    """One legend for all panels, above them, on as many lines as its names need."""
+    sizes = [2 if "$" in str(each.get_label()) else len(str(each.get_label())) for each in handles]
+    room = 15 * canvas.get_figwidth()  # characters
+    fits = sum(sizes) + 5 * len(sizes) <= room
     canvas.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(len(handles), 4),
+        ncols=len(handles) if fits else max(1, int(room // (max(sizes) + 5))),
         frameon=False,
         handlelength=1.8 if handles[0].get_linestyle() != "None" else 0.8,
         handletextpad=0.5,
@@ -92,6 +96,11 @@ def dots(names: Sequence[str]) -> list[Line2D]:
         Line2D([], [], color=look.colour, marker=look.marker, ms=4.5, ls="", label=look.label)
         for look in looks(names).values()
     ]
+
+
+def side(name: str, *more: str) -> str:
+    """A run's name as it fits beside a row of panels."""
+    return "\n".join([*textwrap.wrap(name, 20), *more])
 
 
 def signed(value: float) -> str:
