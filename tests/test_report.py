@@ -21,6 +21,7 @@ from PIL import Image
 
 from rome.analysis import charts, examples, gates
 from rome.analysis.compared import gather, paired
+from rome.analysis.routing import routing_numbers
 from rome.assess import evaluate_saved
 from rome.config import parse
 from rome.cost import show_cost
@@ -329,6 +330,16 @@ class TestPage:
         assert page.tags.count("svg") == 1 + 6 + 4
         # 2 runs x up to 4 examples x (clean + 3 threats x 2)
         assert page.tags.count("img") == 2 * 4 * 7
+
+    def test_says_how_the_gates_route_in_numbers(self, made: tuple[Path, Path], written: Written) -> None:
+        run = gather([made[1]])[0]
+        x, y = run.config.data.open("test").first(24)
+        numbers = routing_numbers(gates.collect(load_model(run.run.model_file), x, y, run.threats))
+        shown = (f"{numbers.information_mean:.4f}", f"{numbers.between[-1]:.3f}", f"{numbers.usage_mean:.3f}")
+        probe = f"{100 * numbers.gates_probe.accuracy:.1f}% ± {100 * numbers.gates_probe.spread:.1f}"
+        for text in (written.html, written.markdown):
+            table = text[text.index("routing of L1, L2, Linf") :]
+            assert all(value in table for value in (*shown, probe, "chance 33.3%"))
 
     def test_needs_nothing_else(self, written: Written) -> None:
         page = Page(written.html)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rome.analysis import charts, examples, gates
 from rome.analysis.compared import Evaluated, config_differences, gather, paired
 from rome.analysis.robustbench import write_entries
+from rome.analysis.routing import routing_numbers
 from rome.analysis.tables import covered, missing, show, tabulate
 from rome.cost import macs
 from rome.errors import UserError
@@ -224,6 +225,7 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
         "rows": rows,
         "experts": experts,
         "pairs": gates.pairs(sample),
+        "routing": routing_numbers(sample) if len(sample.groups) > 2 and sample.n > 1 else None,
         "entropy": entropy,
         "summary": gates.summary(sample),
     }

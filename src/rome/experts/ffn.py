@@ -27,6 +27,8 @@ class MixtureFFN(Gated):
         projection_dim, train_projection: see :class:`Gated`.
     """
 
+    adds = False
+
     def __init__(
         self,
         ffn: nn.Module,
@@ -50,6 +52,10 @@ class MixtureFFN(Gated):
     @property
     def shared(self) -> tuple[str, ...]:
         return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
+
+    def plain(self, input: Tensor) -> Tensor:
+        answer: Tensor = self.networks[0](input)
+        return answer
 
     def forward(self, input: Tensor) -> Tensor:
         h = input.reshape(len(input), -1, self.in_features)

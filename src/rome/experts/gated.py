@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class Gated(nn.Module):
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
     """
 
+    adds: ClassVar[bool] = True
+    """Whether the experts add to what the layer gives without them; if not, they stand in its place."""
     experts: int
     gate: GateModule
     projection: nn.Linear | None
@@ -78,6 +81,10 @@ class Gated(nn.Module):
         """What learns to weigh the experts."""
         parts = [self.gate, *([] if self.projection is None else [self.projection])]
         return [parameter for part in parts for parameter in part.parameters()]
+
+    @abstractmethod
+    def plain(self, input: Tensor) -> Tensor:
+        """What the layer gives without its experts; the first expert's answer where they stand in its place."""
 
     def weigh(self, scores: Tensor, rescore: Callable[[], Tensor]) -> Gates:
         """Gates for scores (B, T, R) of whole images, recorded if somebody asked.

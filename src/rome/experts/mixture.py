@@ -51,6 +51,9 @@ class GatedLinear(nn.Linear, Gated):
     def make(self, experts: int, rank: int) -> None:
         """Create the parameters of the experts."""
 
+    def plain(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
     def tokens(self, input: Tensor) -> Tensor:
         """The input as (B, T, d_in)."""
         count = math.prod(input.shape[1:-1]) * self.layout.windows
@@ -74,7 +77,7 @@ class MixtureLinear(GatedLinear):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan is d_in, so this is LoRA's start for each A_k
 
     def forward(self, input: Tensor) -> Tensor:
-        output = F.linear(input, self.weight, self.bias)
+        output = self.plain(input)
         h = self.tokens(input)
         read = F.linear(h, torch.cat([self.A, self.gate.rows()]))  # expert codes and gate scores in one product
         codes, scores = read[..., : self.A.shape[0]], read[..., self.A.shape[0] :]
@@ -100,7 +103,7 @@ class AdapterLinear(GatedLinear):
         nn.init.kaiming_uniform_(self.D, a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
-        output = F.linear(input, self.weight, self.bias)
+        output = self.plain(input)
         h = self.tokens(input)
         gates = self.weigh(F.linear(h, self.gate.rows()), lambda: F.linear(h.detach(), self.gate.rows()))
         codes = F.gelu(F.linear(output.view(*h.shape[:-1], -1), self.D, self.D_bias))

@@ -34,6 +34,8 @@ class ModelMixture(Gated):
         UserError: the network cannot be copied or its classifier not be found; it is unchanged then.
     """
 
+    adds = False
+
     def __init__(self, network: nn.Module, *, experts: int) -> None:
         super().__init__()
         classifiers(network)
@@ -60,6 +62,10 @@ class ModelMixture(Gated):
         own: set[str] = getattr(self.router, "no_weight_decay", set)()
         networks = ("router", *(f"networks.{k}" for k in range(self.experts)))
         return {f"{network}.{name}" for network in networks for name in own}
+
+    def plain(self, input: Tensor) -> Tensor:
+        answer: Tensor = self.networks[0](input)
+        return answer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.visited:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure as Canvas
 
 from rome.analysis.subject import Subject
+from rome.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class Options:
     """Part of the name of the layer that is looked at; the last one if not given."""
     image: int = 0
     """Number of the test image, for figures of one image."""
+
+    def pick(self, names: Iterable[str]) -> str:
+        """The last of these layers whose name holds ``layer``; the last of all if none was asked for.
+
+        Raises:
+            UserError: no name holds it.
+        """
+        names = list(names)
+        found = [name for name in names if self.layer is None or self.layer in name]
+        if not found:
+            raise UserError(f"no layer's name holds {self.layer!r}; there are {', '.join(names)}")
+        return found[-1]
 
 
 class PaperFigure(ABC):
@@ -55,7 +68,7 @@ class PaperFigure(ABC):
 
 
 def registered() -> dict[str, type[PaperFigure]]:
-    """Every figure by name, in the paper's order: 1, 3, 5 ... A1, A2 ..."""
+    """Every figure by name, in the paper's order: 1, 3, 5 ... A1, A2 ..., then what the paper has not."""
     found: dict[str, type[PaperFigure]] = {}
     waiting = list(PaperFigure.__subclasses__())
     while waiting:
@@ -66,7 +79,7 @@ def registered() -> dict[str, type[PaperFigure]]:
     return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
 
-def _place(name: str) -> tuple[bool, int, str]:
+def _place(name: str) -> tuple[bool, bool, int, str]:
     number = name.removeprefix("fig")
     digits = number.lstrip("A")
-    return number.startswith("A"), int(digits) if digits.isdigit() else 0, name
+    return not name.startswith("fig"), number.startswith("A"), int(digits) if digits.isdigit() else 0, name

@@ -27,6 +27,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rome",
     "savefig.dpi": 200,
+    "savefig.pad_inches": 0.02,
 }
 
 
