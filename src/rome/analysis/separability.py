@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
+from threadpoolctl import threadpool_limits
 
 from rome.randomness import derive_seed
 
@@ -49,5 +50,7 @@ def embed(features: np.ndarray, *, seed: int) -> np.ndarray:
     points = np.pad((points - points.mean(axis=0)) / spread, ((0, 0), (0, max(0, 2 - points.shape[1]))))
     perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
     chance = derive_seed(seed, "t-sne") % 2**32
-    found = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=chance).fit_transform(points)
+    tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=chance)
+    with threadpool_limits(1, "openmp"):  # waiting threads cost 100 times the work where other programs run
+        found = tsne.fit_transform(points)
     return np.asarray(found.reshape(*features.shape[:2], 2), dtype=np.float64)
