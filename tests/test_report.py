@@ -325,8 +325,8 @@ class TestPage:
         assert len(page.ids) == len(set(page.ids))
         assert {"accuracy", "examples", "gates", "training", "provenance"} <= set(page.ids)
         assert page.tags.count("details") == 2
-        # accuracies; 3 experts twice; cross-entropy and three accuracies
-        assert page.tags.count("svg") == 1 + 6 + 4
+        # accuracies; 3 experts twice; cross-entropy and three accuracies; Fig. 7
+        assert page.tags.count("svg") == 1 + 6 + 4 + 1
         # 2 runs x up to 4 examples x (clean + 3 threats x 2)
         assert page.tags.count("img") == 2 * 4 * 7
 

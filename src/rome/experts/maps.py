@@ -24,7 +24,7 @@ class Grid(NamedTuple):
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, T, K) for every recorded token to (B, K, rows, columns)."""
-        return values[:, self.order].transpose(1, 2).unflatten(2, (self.rows, self.columns))
+        return values[:, self.order].transpose(1, 2).reshape(len(values), -1, self.rows, self.columns)
 
 
 def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) -> Grid:

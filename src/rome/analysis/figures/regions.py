@@ -31,15 +31,16 @@ Box = tuple[int, int, int, int]
 
 
 class RegionMaps(PaperFigure):
-    """Gate weights over one image whose regions are natural or under one threat each; a row for every run.
+    """Gate weights over one image whose regions are natural or under one threat each; a row for every run. What the
+    regions show differs too, not their threats alone: the file with the data has means over all arrangements.
 
     Each region is attacked by itself: the model sees the perturbation only there, so that APGD moves nothing elsewhere
     and the whole search is spent inside. A region cut out of an attack on the whole image could hold next to nothing of
     it, as L1 perturbations are sparse. The budget is the share that belongs to the region's part a of the area, a eps
     in L1, sqrt(a) eps in L2, eps in Linf: as dense as what the run was trained on. The regions are then one image.
 
-    A map shows threat and content at once. So the numbers are given twice: in the pictured arrangement, and over all
-    arrangements, in which every threat visits every region in turn, where differences come from the threats alone.
+    So the numbers are given twice: in the pictured arrangement, and over all arrangements, in which every threat visits
+    every region in turn, where differences come from the threats alone.
     """
 
     name = "fig7"
@@ -98,7 +99,7 @@ class RegionMaps(PaperFigure):
         bar = canvas.colorbar(scale, ax=axes.ravel().tolist(), shrink=0.8, aspect=12 * len(runs), pad=0.015)
         bar.set_label("gate weight", fontsize=8)
         bar.ax.tick_params(labelsize=7, length=2)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return canvas
 
 
@@ -127,7 +128,7 @@ def attacked_within(
     scaled = [threat.model_copy(update={"eps": threat.eps * share[threat.norm]}) for threat in threats.values()]
     mixture = PerExample.repeated(scaled, 1)
     found = APGD(steps=STEPS)(_Within(model, x, mask), x.repeat(len(scaled), 1, 1, 1), y.repeat(len(scaled)), mixture)
-    return dict(zip(threats, torch.where(mask, found, x).split(1), strict=True))
+    return dict(zip(threats, torch.split(torch.where(mask, found, x), 1), strict=True))
 
 
 class _Within(nn.Module):
@@ -138,7 +139,7 @@ class _Within(nn.Module):
         self.model, self.x, self.mask = model, x, mask
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.model(torch.where(self.mask, z, self.x))  # type: ignore[no-any-return]
+        return self.model(torch.where(self.mask, z, self.x))
 
 
 def chosen_layer(names: Sequence[str], part: str | None) -> str:

@@ -59,8 +59,8 @@ class Sensitivity(PaperFigure):
         if not panels:
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
             raise UserError(
-                f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one number alone, so there is "
-                "no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
+                f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one "
+                "number alone, so there is no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
             )
         return {"evaluation": f"{runs[0].report.suite}, {runs[0].report.n} examples", "panels": panels}
 
@@ -142,8 +142,8 @@ def _panel(axis: Axes, panel: dict[str, Any]) -> None:
         )  # fmt: skip
         for point in points:
             if len(point["unions"]) > 1:
-                axis.plot([point["value"]] * len(point["unions"]), [100 * u for u in point["unions"]], ".", color=colour,
-                          ms=2.5, alpha=0.5)  # fmt: skip
+                single = [100 * union for union in point["unions"]]
+                axis.plot([point["value"]] * len(single), single, ".", color=colour, ms=2.5, alpha=0.5)
     title, chosen = PAPER.get(panel["key"], (panel["key"], None))
     if chosen is not None and values[0] <= chosen <= values[-1]:
         axis.axvline(chosen, color="gray", lw=0.7, ls=":")

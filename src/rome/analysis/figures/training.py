@@ -51,7 +51,7 @@ class TrainingTime(PaperFigure):
         longest = max(point["seconds"] for run in runs for point in run["points"])
         unit, scale = ("h", 3600) if longest > 3 * 3600 else ("min", 60) if longest > 300 else ("s", 1)
         quantities = {run["quantity"] for run in runs}
-        canvas = Canvas(figsize=(3.25, 2.5), layout="constrained")
+        canvas = Canvas(figsize=(3.25, 2.4 + 0.15 * len(runs)), layout="constrained")
         axes = canvas.subplots()
         for i, run in enumerate(runs):
             x = [point["seconds"] / scale for point in run["points"]]
@@ -71,7 +71,7 @@ class TrainingTime(PaperFigure):
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
-        axes.legend(frameon=False, fontsize=7.5, handlelength=1.8)
+        canvas.legend(loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
         return canvas
 
 
