@@ -326,8 +326,8 @@ class TestPage:
         assert len(page.ids) == len(set(page.ids))
         assert {"accuracy", "examples", "gates", "training", "provenance"} <= set(page.ids)
         assert page.tags.count("details") == 2
-        # accuracies; 3 experts twice; cross-entropy and three accuracies
-        assert page.tags.count("svg") == 1 + 6 + 4
+        # accuracies; 3 experts twice; cross-entropy and three accuracies; Fig. 7
+        assert page.tags.count("svg") == 1 + 6 + 4 + 1
         # 2 runs x up to 4 examples x (clean + 3 threats x 2)
         assert page.tags.count("img") == 2 * 4 * 7
 
@@ -368,9 +368,26 @@ class TestPage:
         for number in numbers:
             assert number in written.markdown
 
+    def test_accuracy_by_class(self, written: Written, made: tuple[Path, Path]) -> None:
+        table = re.search(r'<table class="plain classes">.*?</table>', written.html, flags=re.DOTALL)
+        assert table is not None
+        found = [cell.strip() for cell in Page(table[0]).cells]
+        reports = [Report.load(run / "evaluation/apgd-24") for run in made]
+        labels = sorted(set(reports[0].labels.tolist()))
+        expected = [
+            f"{100 * right[report.labels == label].mean():.0f}"
+            for label in labels
+            for report in reports
+            for right in (report.correct[:, 0], report.right())
+        ]
+        assert found == expected
+
     def test_follows_the_reader_s_colours(self, written: Written) -> None:
         assert "prefers-color-scheme: dark" in written.html
-        drawn = "".join(re.findall(r"<svg.*?</svg>", written.html, flags=re.DOTALL))
+        figures = re.search(r'<section id="figures">.*?</section>', written.html, flags=re.DOTALL)
+        assert figures is not None  # maps have colours of their own, their text has not
+        assert set(re.findall(r"<text[^>]*style=\"[^\"]*fill: ([^;\"]*)", figures[0])) <= {"var(--ink)", "var(--muted)"}
+        drawn = "".join(re.findall(r"<svg.*?</svg>", written.html.replace(figures[0], ""), flags=re.DOTALL))
         assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) <= {"#000000"}
         assert "var(--run-1)" in drawn
 

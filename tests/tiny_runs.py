@@ -102,6 +102,9 @@ def watched(see: Callable[[int], None]) -> Callable[[Config, int, int], Any]:
         def epoch(self, summary: dict[str, Any]) -> None:
             pass
 
+        def validation(self, found: dict[str, Any]) -> None:
+            pass
+
     @contextmanager
     def progress(config: Config, total: int, done: int) -> Iterator[Watcher]:
         yield Watcher()

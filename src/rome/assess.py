@@ -43,10 +43,13 @@ def evaluate_saved(
     overwrite: bool = False,
     team: Team = ALONE,
 ) -> tuple[Report, Path]:
-    """Evaluate a run's folder, its ``last.pt``, or a ``model.safetensors`` on the test set of its config.
+    """Evaluate a run's folder, its ``last.pt`` or ``best.safetensors``, or a ``model.safetensors``.
+
+    On the test set of its config.
 
     What is not given is the config's; the rest is :func:`rome.evaluate`'s. ``routing`` replaces the gates
-    (:func:`rome.experts.set_routing`). The result goes to ``evaluation/SUITE-N`` beside the model.
+    (:func:`rome.experts.set_routing`). The result goes to ``evaluation/SUITE-N`` beside the model, that
+    of a run's ``best.safetensors`` to ``evaluation-best/SUITE-N``.
 
     Returns:
         The report and the folder it was saved in.
@@ -65,7 +68,8 @@ def evaluate_saved(
     set_routing(model, routed, seed=settings.seed)
     unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
     name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{unfinished}"
-    folder = Path(out) if out is not None else file.parent / "evaluation" / name
+    beside = "evaluation-best" if file == Run(file.parent).best_file else "evaluation"
+    folder = Path(out) if out is not None else file.parent / beside / name
     place = own_device(pick_device(device or config.device))
     report = evaluate(
         model.to(place),

@@ -248,15 +248,32 @@ class TableFormat(StrEnum):
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="1 to 5 or A1 to A5, as in the paper.")],
-    runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs; seeds of one row are joined.")] = None,
+    number: Annotated[str, typer.Argument(help="1 to 6 or A1 to A5, as in the paper.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Evaluated runs; seeds of one row are joined. For 6: configs or runs, then key=value."),
+    ] = None,
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
+    timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Table 6: timed updates; the median counts.")] = 3,
 ) -> None:
-    """Print one of the paper's tables with the numbers of runs beside the paper's."""
+    """Print one of the paper's tables with the numbers of runs beside the paper's.
+
+    Table 6 is measured now, for all that are named in turn: rome table 6 experiments/table6/*.yaml device=cuda
+    """
+    from rome.analysis.cost_table import fill_costs, named_configs
     from rome.analysis.paper_tables import fill
     from rome.analysis.table_formats import render
 
-    print(render(f"Table {number.upper()}", fill(number, runs or []), form.value), end="")
+    about = ""
+    if number == "6":
+        lines, about = fill_costs(named_configs(runs or []), repeats=repeats, timing=timing)
+    else:
+        lines = fill(number, [Path(run) for run in runs or []])
+    if not runs:
+        what = "configs or runs to measure, such as experiments/table6/*.yaml" if number == "6" else "evaluated runs"
+        _say(f"these are the paper's numbers alone; name {what}: rome table {number} ...")
+    print(render(f"Table {number.upper()}", lines, form.value, about=about), end="")
 
 
 @app.command()

@@ -55,6 +55,20 @@ class Evaluation(Settings):
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
 
+class Validation(Settings):
+    """The ``validation`` part of a config: training examples held out, attacked while training goes on.
+
+    The weights with the largest union on them are kept as ``best.safetensors`` (:mod:`rome.validation`).
+    """
+
+    n: int = Field(default=256, ge=1)
+    """Examples to hold out of training."""
+    every: int = Field(default=1, ge=1)
+    """Epochs from one validation to the next; the last epoch always ends in one."""
+    steps: int = Field(default=10, ge=1)
+    """Of APGD under each threat."""
+
+
 class Paper(Settings):
     """Which result of the paper a config reproduces, and the paper's numbers in percent."""
 
@@ -93,6 +107,8 @@ class Config(Settings):
     threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1)] = ()
     optimizer: Optimizer = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Schedule)
+    validation: Validation | None = None
+    """Null: none, and nothing is held out."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     paper: Paper | None = None
 
@@ -316,4 +332,4 @@ def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
         yield from _settings_in(part)
 
 
-__all__ = ["Config", "Evaluation", "Paper", "load", "parse"]
+__all__ = ["Config", "Evaluation", "Paper", "Validation", "load", "parse"]

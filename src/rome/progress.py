@@ -41,7 +41,7 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
 
 class _Bar:
     def __init__(self, bar: Bar, config: Config, total: int, done: int) -> None:
-        self.bar = bar
+        self.bar, self.config = bar, config
         self.task = bar.add_task(config.name, total=total, completed=done, facts="")
         self.seen: dict[str, float] = {}
 
@@ -56,6 +56,9 @@ class _Bar:
 
     def epoch(self, summary: dict[str, Any]) -> None:
         pass
+
+    def validation(self, found: dict[str, Any]) -> None:
+        self.bar.console.print(validated(self.config, found), markup=False, highlight=False, soft_wrap=True)
 
 
 class _Lines:
@@ -74,6 +77,16 @@ class _Lines:
             file=sys.stderr,
             flush=True,
         )
+
+    def validation(self, found: dict[str, Any]) -> None:
+        print(validated(self.config, found), file=sys.stderr, flush=True)
+
+
+def validated(config: Config, found: dict[str, Any]) -> str:
+    """A validation in one line."""
+    values = {"clean": found["clean"], **found["robust"], "union": found["union"]}
+    best = ", the best so far" if found["best"] else ""
+    return f"{config.name}: held out after {found['epoch']}/{config.epochs}  {accuracies(values)}{best}"
 
 
 def accuracies(values: dict[str, float]) -> str:

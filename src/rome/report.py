@@ -6,6 +6,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,27 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from rome.analysis import charts, examples, gates
+from rome.analysis.classes import by_class
 from rome.analysis.compared import Evaluated, config_differences, gather, paired
+from rome.analysis.figures import Options, registered
+from rome.analysis.figures.training import HELD_OUT
 from rome.analysis.robustbench import write_entries
 from rome.analysis.routing import routing_numbers
+from rome.analysis.subject import STEPS, Subject
 from rome.analysis.tables import covered, missing, show, tabulate
 from rome.cost import macs
 from rome.errors import UserError
 from rome.evaluation.store import hash_data
 from rome.experts import expert_layers
 from rome.files import replace_file
-from rome.models import load_model
 from rome.threats import LpBall
 
 EXAMPLES = 4
 GATE_IMAGES, FEWEST_GATE_IMAGES = 256, 16
 CPU_MACS = 3e12
 """Multiply-accumulates that gate statistics may take on a CPU; a larger model is asked about fewer images."""
+FIGURES = ("fig7", "fig8", "figA3")
+"""The paper's figures that cost little; `rome figures` makes all."""
 SHOWN_EXPERTS = 8
 
 
@@ -80,8 +86,11 @@ def write_report(
         "eps": compared[0].budgets,
         "missing": [missing(run.report) for run in compared],
         "chart": Markup(charts.accuracies(rows, unions)),
+        "classes": by_class([run.report for run in compared], pictures.classes()),
+        "class_count": len(set(compared[0].report.labels.tolist())),
         "shots": _attempt(pictures.examples, notes, "examples"),
         "gates": _attempt(pictures.gates, notes, "gates"),
+        "figures": _attempt(pictures.figures, notes, "figures") or [],
         "curves": _curves(compared),
         "differences": config_differences([run.config for run in compared]),
         "yaml": [yaml.safe_dump(run.config.dump(), sort_keys=False) for run in compared],
@@ -142,34 +151,60 @@ class _Pictures:
     def __init__(self, runs: Sequence[Evaluated]) -> None:
         self.runs = runs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._models: dict[str, nn.Module] = {}
-        self._data: tuple[Tensor, Tensor, tuple[str, ...]] | None = None
 
-    def model(self, run: Evaluated) -> nn.Module:
-        if run.name not in self._models:
-            if not run.run.finished:
-                raise UserError(f"{run.run.folder} holds no finished model (model.safetensors)")
-            self._models[run.name] = load_model(run.run.model_file).to(self.device)
-        return self._models[run.name]
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        return [Subject(run.run, run.name, self.device) for run in self.runs]
 
-    def data(self) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """The evaluated examples and the names of their classes."""
-        if self._data is None:
-            report = self.runs[0].report
-            split = self.runs[0].config.data.open("test")
-            x, y = split.first(min(report.n, len(split)))
-            if hash_data(x, y) != report.settings["data"]["sha256"]:
-                raise UserError("the test images are not those that were evaluated")
-            self._data = x, y, split.classes
-        return self._data
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """The evaluated examples, on the CPU."""
+        report = self.runs[0].report
+        x, y = (part.cpu() for part in self.subjects[0].images(report.n))
+        if hash_data(x, y) != report.settings["data"]["sha256"]:
+            raise UserError("the test images are not those that were evaluated")
+        return x, y
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes; None where the data is gone."""
+        try:
+            return self.subjects[0].split.classes
+        except UserError:
+            return None
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The paper's figures that these runs have the data for, as far as they cost little here."""
+        found = []
+        for name in FIGURES:
+            figure = registered()[name]()
+            if name == "fig7" and not self._cheap_regions():
+                continue
+            try:
+                data = figure.measure(self.subjects, Options())
+            except UserError:  # not of these runs
+                continue
+            if name == "fig8" and not any(run["quantity"] == HELD_OUT for run in data["runs"]):
+                continue  # the curves of training show as much
+            about = " ".join((type(figure).__doc__ or "").split("\n\n")[0].split())
+            picture = Markup(charts.themed(partial(figure.draw, data), figure.title))
+            found.append({"title": figure.title, "about": about, "picture": picture})
+        return found
+
+    def _cheap_regions(self) -> bool:
+        gated = [subject for subject in self.subjects if subject.config.experts is not None]
+        if self.device.type == "cuda" or not gated:
+            return bool(gated)
+        images = [len(subject.threats) * (1 + len(subject.threats)) for subject in gated]
+        each = [macs(subject.model, subject.split.shape) for subject in gated]
+        return sum(n * one for n, one in zip(images, each, strict=True)) * STEPS * 3 <= CPU_MACS
 
     def examples(self) -> dict[str, Any] | None:
-        x, y, classes = self.data()
+        x, y = self.data
         rows = examples.pick(self.runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
         chosen = torch.tensor(rows)
-        models = [self.model(run) for run in self.runs]
+        models, classes = [subject.model for subject in self.subjects], self.subjects[0].split.classes
         found = [examples.adversarial(run, model, x, y, rows) for run, model in zip(self.runs, models, strict=True)]
         scale = examples.scales(found, x[chosen])
         described = [
@@ -180,11 +215,10 @@ class _Pictures:
 
     def gates(self) -> list[dict[str, Any]]:
         found = []
-        for run in self.runs:
+        for run, subject in zip(self.runs, self.subjects, strict=True):
             if run.config.experts is None:
                 continue
-            x, y, _ = self.data()
-            model = self.model(run)
+            (x, y), model = self.data, subject.model
             if not expert_layers(model):
                 continue
             balls = {name: threat for name, threat in run.threats.items() if isinstance(threat, LpBall)}

@@ -3,10 +3,11 @@
 config.yaml         the resolved config
 last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
 model.safetensors   the finished model, config in its metadata
-log.jsonl           one line an update and one an epoch
+best.safetensors    the weights that did best in validation, if there is one
+log.jsonl           one line an update, one an epoch, one a validation
 train.lock          there while a process trains in the folder
 tensorboard/        the same for TensorBoard
-evaluation/SUITE/   what `rome evaluate` found
+evaluation/SUITE/   what `rome evaluate` found; of the best weights in evaluation-best/
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Run:
         self.config_file = self.folder / "config.yaml"
         self.checkpoint_file = self.folder / "last.pt"
         self.model_file = self.folder / "model.safetensors"
+        self.best_file = self.folder / "best.safetensors"
         self.log_file = self.folder / "log.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self._lock = FileLock(self.folder / "train.lock", timeout=0)
@@ -167,9 +169,9 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
-        for folder in (self.tensorboard, self.folder / "evaluation"):
+        for folder in (self.tensorboard, self.folder / "evaluation", self.folder / "evaluation-best"):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.checkpoint_file, self.model_file, self.log_file, self.config_file):
+        for file in (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.config_file):
             file.unlink(missing_ok=True)
 
 

@@ -31,6 +31,7 @@ from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
 from rome.updates import Tally, Update, epoch_means, finite, log_line, scalars
+from rome.validation import Validator, hold_out
 
 
 class NonFiniteLossError(UserError):
@@ -42,6 +43,7 @@ class Progress(Protocol):
 
     def update(self, update: Update) -> None: ...
     def epoch(self, summary: dict[str, Any]) -> None: ...
+    def validation(self, found: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -78,13 +80,25 @@ def train(
         Interrupted: SIGINT or SIGTERM; resume with ``resume=True``.
     """
     run = Run(out)
+    try:
+        _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
+    finally:
+        run.release()
+    return run
+
+
+def _train(
+    run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
+) -> None:
     config = config.model_copy(deep=True)  # the method's state belongs to this run alone
     fabric = _fabric(config)
     world, rank = fabric.world_size, fabric.global_rank
     micro = config.batch_size // config.accumulate
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
-    split = config.data.open("train")
+    split, held = config.data.open("train"), None
+    if config.validation is not None:
+        split, held = hold_out(split, config.validation.n, config.seed)
     steps = len(split) // config.batch_size
     if not steps:
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")
@@ -105,35 +119,17 @@ def train(
         epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
-    try:
-        _train(fabric, run, config, setting, optimizer, split, resume=resume, overwrite=overwrite, progress=progress)
-    finally:
-        run.release()
-    return run
-
-
-def _train(
-    fabric: Any,
-    run: Run,
-    config: Config,
-    setting: Setting,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    *,
-    resume: bool,
-    overwrite: bool,
-    progress: Callable[[Config, int, int], Any] | None,
-) -> None:
-    """Claim the folder, train, save the model."""
-    model, steps = setting.model, len(split) // config.batch_size
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
     position = _Position()
+    validator = None if held is None else Validator(config, held, run, fabric)
     if checkpoint is not None:
         try:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             config.method.load_state(checkpoint["method"])
             position = _Position(checkpoint["epoch"], checkpoint["step"], checkpoint["seconds"])
+            if validator is not None:
+                validator.restore(model, checkpoint["best"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
                 f"{run.checkpoint_file} does not fit this config ({str(error).splitlines()[0]}); "
@@ -142,9 +138,9 @@ def _train(
     if config.compile:
         model.compile()
     setting.model, optimizer = fabric.setup(model, optimizer)
-    loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position)
+    loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position, validator)
     with _numerics(config):
-        if progress is not None and fabric.global_rank == 0:
+        if progress is not None and rank == 0:
             with progress(config, steps * config.epochs, loop.updates) as shown:
                 loop.run_all(shown)
         else:
@@ -186,9 +182,11 @@ class _Loop:
         split: Split,
         steps: int,
         position: _Position,
+        validator: Validator | None,
     ) -> None:
         self.config, self.run, self.fabric, self.setting = config, run, fabric, setting
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
+        self.validator = validator
         self.asked = 0
         """The signal this process got."""
         self.agreed = 0
@@ -205,6 +203,7 @@ class _Loop:
             while self.position.epoch < self.config.epochs:
                 self._epoch(shown)
                 self.position = _Position(self.position.epoch + 1, 0, self.position.seconds)
+                self._validate(shown)
                 self._checkpoint()
                 if self._stop and self.position.epoch < self.config.epochs:
                     raise self._interrupted()
@@ -241,6 +240,22 @@ class _Loop:
         self._write(summary)
         if shown is not None:
             shown.epoch(summary)
+
+    def _validate(self, shown: Progress | None) -> None:
+        """Before the checkpoint, which keeps what was found; its time is not counted as training."""
+        epoch = self.position.epoch
+        if self.validator is None or not self.validator.due(epoch):
+            return
+        try:
+            found = self.validator.measure(self.setting.attacked)
+        except FloatingPointError as error:
+            raise self._diverged(str(error), self.setting.lr) from error
+        best = self.validator.keep(self.setting.attacked, epoch, found)
+        line = {"event": "validation", "update": self.updates, "epoch": epoch, **found, "best": best}
+        line["seconds"] = round(self.position.seconds, 3)
+        self._write(line)
+        if shown is not None:
+            shown.validation(line)
 
     def _logged(self) -> list[dict[str, Any]]:
         """The updates of this epoch that were done before the run was interrupted."""
@@ -326,6 +341,7 @@ class _Loop:
                 "model": self.setting.attacked.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "method": self.config.method.state(),
+                **({} if self.validator is None else {"best": self.validator.best}),
             }
         )
 

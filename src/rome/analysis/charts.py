@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -114,6 +114,12 @@ def densities(samples: Mapping[str, np.ndarray], title: str, limits: tuple[float
         return _svg(figure, f"{title}: density of the gate weight under {', '.join(samples)}")
 
 
+def themed(draw: Callable[[], Figure], label: str) -> str:
+    """A figure of the paper in its own size, its text and axes in the page's colours."""
+    with matplotlib.rc_context({**_STYLE, "font.size": 9, "axes.labelsize": 9, "lines.linewidth": 1.4}):
+        return _svg(draw(), label).replace('style="max-width:', 'style="width:', 1)
+
+
 def kernel_density(values: np.ndarray, grid: np.ndarray, *, least: float) -> np.ndarray:
     """Density on [0, 1] of ``values`` (n,) at ``grid`` (m,): Gaussian kernels, reflected at 0 and 1.
 
@@ -162,7 +168,10 @@ def _quantities(event: Mapping[str, Any]) -> dict[str, float]:
     known = {"event", "update", "epoch", "accuracy", "lr", "images_per_second", "seconds", "loss"}
     parts = {key: value for key, value in event.items() if key not in known and isinstance(value, (int, float))}
     loss = {"loss, all parts": event["loss"]} if "loss" in event and set(parts) != {"cross_entropy"} else {}
-    accuracy = {f"accuracy under {name}": value for name, value in event.get("accuracy", {}).items()}
+    accuracy = {
+        f"accuracy under {name}" if name != "clean" else "accuracy without attack": value
+        for name, value in event.get("accuracy", {}).items()
+    }
     return {**parts, **loss, **accuracy}
 
 

@@ -113,12 +113,14 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
 
 def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
     """(suite, n) -> folder and report of the run's finished evaluations."""
-    found, unfinished = {}, False
+    found, unfinished, routing = {}, False, run.config.evaluation.routing
     for settings in sorted((run.folder / "evaluation").glob(f"*/{SETTINGS}")):
         if not (settings.parent / RESULT).exists():
             unfinished = True
             continue
         report = Report.load(settings.parent)
+        if (report.settings.get("provenance") or {}).get("routing", routing) != routing:
+            continue  # Table 5's, beside that of the gates the config asks for
         found[report.suite, report.n] = settings.parent, report
     if not found:
         state = "an unfinished evaluation only" if unfinished else "no evaluation"

@@ -132,6 +132,9 @@ class Cell:
     values: tuple[float, ...] = ()
     """Of each run of this row."""
     best: bool = False
+    ratio: float = math.nan
+    """Of costs: ours to that of the row that costs are compared with."""
+    paper_ratio: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -175,7 +178,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     lines = []
     for section, experiments in sections.items():
         for config in [load(folder() / f"{name}.yaml") for name in experiments]:
-            members = [run for run, own in given if _same_row(own, config, models=table.upper() in ("3", "A1"))]
+            members = [run for run, own in given if same_row(own, config, models=table.upper() in ("3", "A1"))]
             used |= {run.folder for run in members}
             reports = [
                 report for run in members if (report := _report(run, config.evaluation.routing, columns)) is not None
@@ -186,7 +189,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         raise UserError(
             f"{left[0]} trains like no row of table {table} (method, kind of attack, experts); leave it out"
         )
-    return _with_gains(_with_best(lines))
+    return _with_gains(with_best(lines))
 
 
 def sources(lines: Sequence[Line]) -> str:
@@ -203,7 +206,8 @@ def sources(lines: Sequence[Line]) -> str:
     return "; ".join(told)
 
 
-def _same_row(run: Config, row: Config, *, models: bool) -> bool:
+def same_row(run: Config, row: Config, *, models: bool = False) -> bool:
+    """Whether a run trains as the experiment of a row does; with ``models``, the same model too."""
     same = run.method == row.method and (run.method.own_attack or run.attack.kind == row.attack.kind)
     return bool(same and _experts(run) == _experts(row) and (not models or run.model.name == row.model.name))
 
@@ -249,19 +253,29 @@ def _value(report: Report, column: str) -> float:
     return report.robust.get(case, report.groups.get(case, math.nan))
 
 
-def _with_best(lines: list[Line]) -> list[Line]:
-    """Marks the largest of our numbers, as printed, in every column of a section and kind of attack."""
-    top: dict[tuple[str, str, str], float] = {}
+def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
+    """Marks the best of our numbers, as printed, in every column of a section and kind of attack.
+
+    Args:
+        least: the smallest is the best, of a section whatever the attack.
+    """
+
+    def shown(cell: Cell) -> float:
+        return -float(f"{cell.mean:.4g}") if least else round(cell.mean, 3)
+
+    def key(line: Line, column: str) -> tuple[str, ...]:
+        return (line.section, column) if least else (*_group(line), column)
+
+    top: dict[tuple[str, ...], float] = {}
     for line in lines:
         for column, cell in line.cells.items():
             if cell.values:
-                key = (*_group(line), column)
-                top[key] = max(top.get(key, -math.inf), round(cell.mean, 3))
+                top[key(line, column)] = max(top.get(key(line, column), -math.inf), shown(cell))
     return [
         replace(
             line,
             cells={
-                column: replace(cell, best=bool(cell.values) and round(cell.mean, 3) == top[(*_group(line), column)])
+                column: replace(cell, best=bool(cell.values) and shown(cell) == top[key(line, column)])
                 for column, cell in line.cells.items()
             },
         )

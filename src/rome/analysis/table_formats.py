@@ -19,11 +19,14 @@ Body = list[tuple[str, list[list[str]]]]
 UNITS = {"parameters_M": "params (M)", "GMACs": "GMACs", "seconds_per_update": "s/update", "latency_ms": "latency (ms)"}
 
 
-def render(title: str, lines: Sequence[Line], form: Format) -> str:
+def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") -> str:
     """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
 
     The best of ours is bold, missing numbers are dashes, and the last column is the gain in union over the same method
-    without experts with its 95% interval.
+    without experts with its 95% interval. Costs have their ratios to the first row behind them.
+
+    Args:
+        about: what the numbers are, for the caption.
     """
     columns = list(lines[0].cells)
     costs = columns[0] in UNITS
@@ -33,8 +36,12 @@ def render(title: str, lines: Sequence[Line], form: Format) -> str:
         (name, [_row(line, columns, form, costs, gains) for line in group])
         for name, group in groupby(lines, key=lambda line: line.section)
     ]
-    note = "ours / paper" if costs else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
-    note += f"; runs: {sources(lines)}" if any(line.reports for line in lines) else ""
+    note = (
+        "ours / paper, in brackets the ratio to RANDOM"
+        if costs
+        else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    )
+    note += f"; runs: {sources(lines)}" if any(line.reports for line in lines) else f"; {about}" if about else ""
     return _WRITERS[form](title, head, body, note)
 
 
@@ -44,17 +51,22 @@ def _row(line: Line, columns: Sequence[str], form: Format, costs: bool, gains: b
 
 
 def _cell(cell: Cell, form: Format, *, costs: bool) -> str:
-    scale, digits = (1, 2) if costs else (100, 1)
+    def number(value: float) -> str:
+        return f"{value:.4g}" if costs else f"{100 * value:.1f}"
+
+    def ratio(value: float) -> str:
+        return "" if math.isnan(value) else f" ({value:.2f}x)"
+
     ours = DASH
     if cell.values:
-        ours = f"{scale * cell.mean:.{digits}f}"
+        ours = number(cell.mean)
         if not math.isnan(cell.deviation):
-            ours += f" {PM} {scale * cell.deviation:.{digits}f}"
+            ours += f" {PM} {number(cell.deviation)}"
         if cell.best:
             before, after = _BOLD[form]
             ours = f"{before}{ours}{after}"
-    paper = DASH if math.isnan(cell.paper) else f"{scale * cell.paper:.{digits}f}"
-    return f"{ours} / {paper}"
+    paper = DASH if math.isnan(cell.paper) else number(cell.paper)
+    return f"{ours}{ratio(cell.ratio)} / {paper}{ratio(cell.paper_ratio)}"
 
 
 def _gain(line: Line) -> str:
@@ -88,7 +100,18 @@ def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
 
 
 def _escape(text: str) -> str:
-    safe = {"%": r"\%", "&": r"\&", "_": r"\_", PM: r"$\pm$", DASH: "--"}
+    safe = {
+        "%": r"\%",
+        "&": r"\&",
+        "_": r"\_",
+        "#": r"\#",
+        "$": r"\$",
+        "^": r"\^{}",
+        "~": r"\~{}",
+        "<": "$<$",
+        ">": "$>$",
+    }
+    safe |= {PM: r"$\pm$", DASH: "--"}
     return "".join(safe.get(letter, letter) for letter in text)
 
 

@@ -94,6 +94,23 @@ class Split(ABC):
         """:meth:`batches` with its arguments checked."""
 
 
+class Subset(Split):
+    """Some examples of another split, numbered anew. Each one's augmentation is what it is there.
+
+    Args:
+        numbers: int64 (n,) on the CPU: the examples, by their numbers in ``whole``.
+    """
+
+    def __init__(self, whole: Split, numbers: Tensor) -> None:
+        super().__init__(whole.classes, whole.shape, whole.labels[numbers], whole.mean, whole.std)
+        self.whole, self.numbers = whole, numbers
+
+    def _batches(
+        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.whole._batches([self.numbers[indices] for indices in order], augment_seed, device, workers)
+
+
 class Data(Component):
     """A data set for image classification."""
 

@@ -180,20 +180,52 @@ def _prefix(around: list[nn.Module], name: str) -> int:
 
 def _windows(block: Any, name: str) -> Layout:
     """The windows of a Swin block: padded to whole windows, cut row by row; a cyclic shift moves no token out."""
+    (height, width), (rows, columns) = _resolution_and_window(block, name)
+    inside = [row < height and column < width for row, column in _cut(height, width, rows, columns)]
+    real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
+    return Layout(windows=len(inside) // (rows * columns), real=real)
+
+
+def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
+    """Height and width of the tokens that a Swin block cuts into windows, and the place of each, counted row by row.
+
+    Tokens stand in the order the windows hold them, padding left out. The block rolls its tokens by ``shift_size``
+    towards the start before it cuts.
+
+    Raises:
+        UserError: the block does not say how it cuts.
+    """
+    (height, width), (rows, columns) = _resolution_and_window(block, name)
+    down, across = _pair(getattr(block, "shift_size", 0))
+    return (
+        height,
+        width,
+        [
+            (row + down) % height * width + (column + across) % width
+            for row, column in _cut(height, width, rows, columns)
+            if row < height and column < width
+        ],
+    )
+
+
+def _cut(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """Row and column of every token of every window, those of padding beyond the height and width."""
+    windows = product(range(math.ceil(height / rows)), range(math.ceil(width / columns)), range(rows), range(columns))
+    return [(i * rows + row, j * columns + column) for i, j, row, column in windows]
+
+
+def _resolution_and_window(block: Any, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
     resolution, window = getattr(block, "input_resolution", None), getattr(block, "window_size", None)
     if resolution is None or window is None or getattr(block, "dynamic_mask", False):
         raise UserError(
             f"layer {name} sees windows of an image and its block does not say how many, so a global gate cannot "
             "average over the image. Leave it out of experts.layers."
         )
-    (height, width), (rows, columns) = resolution, (window, window) if isinstance(window, int) else window
-    down, across = math.ceil(height / rows), math.ceil(width / columns)
-    inside = [
-        i * rows + row < height and j * columns + column < width
-        for i, j, row, column in product(range(down), range(across), range(rows), range(columns))
-    ]
-    real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
-    return Layout(windows=down * across, real=real)
+    return _pair(resolution), _pair(window)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def block_numbers(names: list[str]) -> dict[str, int]:

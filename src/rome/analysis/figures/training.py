@@ -1,0 +1,119 @@
+"""Fig. 8: robustness against the time spent on training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+
+from rome.analysis.figures.base import Options, PaperFigure
+from rome.analysis.subject import Subject
+from rome.errors import UserError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which people with any kind of colour vision tell apart."""
+MARKERS = "osD^vPX"
+HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training images"
+
+
+class TrainingTime(PaperFigure):
+    """A curve for each run: union robustness on held-out training images over seconds of training.
+
+    The points are the run's validations (config key ``validation``; time spent on these is not counted). A run without
+    any is drawn dashed with what its log has, the mean over threats of the accuracy in training under the training
+    attack, which is another quantity: higher, as the attack is weaker, no union is taken and the images are trained on.
+    Times compare only between runs on one machine.
+
+    ``reached`` in the data: when each validated run first had the best union of the first one without experts.
+    """
+
+    name = "fig8"
+    title = "Training time against robustness"
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        curves = [_curve(subject) for subject in subjects]
+        without = [subject.name for subject, curve in zip(subjects, curves, strict=True) if not curve["points"]]
+        if without:
+            raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
+        return {"runs": curves, "reached": _reached(curves)}
+
+    def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"run": run["name"], "quantity": run["quantity"], **{k: v for k, v in point.items() if k != "robust"}}
+            | {f"robust_{name}": value for name, value in point.get("robust", {}).items()}
+            for run in data["runs"]
+            for point in run["points"]
+        ]
+
+    def draw(self, data: dict[str, Any]) -> Canvas:
+        runs, reached = data["runs"], data["reached"]
+        longest = max(point["seconds"] for run in runs for point in run["points"])
+        unit, scale = ("h", 3600) if longest > 3 * 3600 else ("min", 60) if longest > 300 else ("s", 1)
+        quantities = {run["quantity"] for run in runs}
+        canvas = Canvas(figsize=(3.25, 2.4 + 0.15 * len(runs)), layout="constrained")
+        axes = canvas.subplots()
+        for i, run in enumerate(runs):
+            x = [point["seconds"] / scale for point in run["points"]]
+            y = [100 * point["value"] for point in run["points"]]
+            fallback = run["quantity"] == TRAINING
+            label = run["name"] + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axes.plot(
+                x, y, color=colour, marker=marker if len(x) <= 40 else None, ms=3, lw=1.4,
+                ls="--" if fallback else "-", label=label,
+            )  # fmt: skip
+        if reached:
+            axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":")
+        axes.set_xlabel(f"training time ({unit})")
+        axes.set_ylabel("robust accuracy (%)")
+        axes.set_title(quantities.pop() if len(quantities) == 1 else "robustness", loc="left", fontsize=8)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", lw=0.4, alpha=0.5)
+        canvas.legend(loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
+        return canvas
+
+
+def _curve(subject: Subject) -> dict[str, Any]:
+    log = subject.run.log()
+    validations = [line for line in log if line["event"] == "validation"]
+    keys = ("seconds", "epoch", "clean", "robust")
+    if validations:
+        points = [{"value": line["union"], **{key: line[key] for key in keys}} for line in validations]
+        return _run(subject, HELD_OUT, points)
+    epochs = [line for line in log if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line]
+    points = [
+        {
+            "value": sum(line["accuracy"].values()) / len(line["accuracy"]),
+            "seconds": line["seconds"],
+            "epoch": line["epoch"],
+            "robust": line["accuracy"],
+        }
+        for line in epochs
+        if "clean" not in line["accuracy"]  # a natural epoch says nothing about robustness
+    ]
+    return _run(subject, TRAINING, points)
+
+
+def _run(subject: Subject, quantity: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "experts": subject.config.experts is not None,
+        "quantity": quantity,
+        "points": points,
+    }
+
+
+def _reached(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Best union of the first validated run without experts (or the first at all), and when each first had it."""
+    validated = [curve for curve in curves if curve["quantity"] == HELD_OUT]
+    if len(validated) < 2:
+        return {}
+    base = next((curve for curve in validated if not curve["experts"]), validated[0])
+    union = max(point["value"] for point in base["points"])
+    times = {
+        curve["name"]: next((point["seconds"] for point in curve["points"] if point["value"] >= union), None)
+        for curve in validated
+    }
+    return {"of": base["name"], "union": union, "seconds": times}
