@@ -119,3 +119,21 @@ def test_counted_arithmetic_of_vit_b_is_the_papers(common: ModuleType) -> None:
     with torch.device("meta"):
         model = common.create_model("vit_base_patch16_224", num_classes=10, img_size=32, patch_size=4)
     assert round(common.count_flops(model).forward / 2e9, 2) == 5.60
+
+
+def test_routing_joins_seeds_and_compares_them_in_pairs(common: ModuleType) -> None:
+    routing = importlib.import_module("routing")
+    numbers = {"information": 0.5, "distance": 0.25, "probe": 0.9, "features": 0.6, "load": 1.0}
+    lines = [
+        {"config": "random", "seed": 0, "clean": 0.9, "union": 0.5},
+        {"config": "random", "seed": 1, "clean": 0.8, "union": 0.4},
+        {"config": "rome", "seed": 1, "clean": 0.7, "union": 0.6, **numbers},
+        {"config": "rome", "seed": 0, "clean": 0.9, "union": 0.4, **numbers},
+    ]
+    table = routing.table(lines, "random")
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["config"] == ["random", "rome"]
+    assert columns["union"] == ["45.0 ± 7.1", "50.0 ± 14.1"]
+    assert columns["over random"] == ["", "+5.0 (-10.0 to +20.0)"]
+    assert columns["information"] == ["", "50.00"]
+    assert columns["load"] == ["", "1.000"]

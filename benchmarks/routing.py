@@ -1,0 +1,102 @@
+"""What makes gates separate threats: robustness and routing of runs side by side, seeds of one config in one row.
+
+    rome sweep experiments/digits/study/[a-z]*.yaml seed=0,1,2 --out runs/study
+    python benchmarks/routing.py runs/study/*/ --json routing.json
+
+How to read it: ``union`` is that of the runs' own evaluation, mean and standard deviation over seeds; ``over`` is the
+difference to the first config named (or ``--base``) on the same seeds, mean (least to largest). The others are
+:mod:`rome.analysis.routing`'s numbers on the first ``--n`` test images under APGD: ``information`` is the mutual
+information of threat and expert as a share of the most there could be, ``distance`` the Jensen-Shannon distance of two
+threats' mean gates, both averaged over layers; ``probe`` the accuracy of a linear classifier that reads the threat from
+all gates, beside ``features``, the same from the last block's features; ``load`` is 1 where experts carry equal shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import MARKDOWN
+from rich.table import Table
+
+import common
+from rome.analysis import gates
+from rome.analysis.compared import gather
+from rome.analysis.features import image_means
+from rome.analysis.routing import routing_numbers
+from rome.analysis.subject import Subject, open_subjects
+from rome.experts import expert_layers
+
+NUMBERS = ("information", "distance", "probe", "features", "load")
+
+
+def main(options: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="evaluated runs of one suite on the same images")
+    parser.add_argument("--base", help="name of the config that others are compared with; the first one's")
+    parser.add_argument("--n", type=int, default=128, help="test images for the routing numbers")
+    parser.add_argument("--json", metavar="FILE", help="write every single number there")
+    chosen = parser.parse_args(options)
+    found = [each for each in chosen.runs if (each / "model.safetensors").exists()]
+    reports = {each.run.folder: each.report for each in gather(found)}
+    lines = []
+    for subject in open_subjects(found):
+        report = reports[subject.run.folder]
+        line = {"config": subject.config.name, "seed": subject.config.seed, "clean": report.clean}
+        lines.append({**line, "union": report.union, **routing(subject, chosen.n)})
+        print(json.dumps(lines[-1]), flush=True)
+    common.CONSOLE.print(table(lines, chosen.base or lines[0]["config"]))
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps({"n": chosen.n, "runs": lines}, indent=1))
+
+
+def routing(subject: Subject, n: int) -> dict[str, Any]:
+    """The run's routing numbers; empty for a model without experts."""
+    if not expert_layers(subject.model):
+        return {}
+    groups = subject.attacked(n)
+    numbers = routing_numbers(gates.read(subject.model, groups), features=image_means(subject.model, groups))
+    assert numbers.features_probe is not None
+    values = (
+        numbers.information_share,
+        numbers.distance_mean,
+        numbers.gates_probe.accuracy,
+        numbers.features_probe.accuracy,
+        numbers.usage_mean,
+    )
+    return dict(zip(NUMBERS, values, strict=True))
+
+
+def table(lines: Sequence[dict[str, Any]], base: str) -> Table:
+    """A row for each config, in percent but for ``distance`` and ``load``."""
+    against = {line["seed"]: line["union"] for line in lines if line["config"] == base}
+    shown = Table(box=MARKDOWN)
+    for title in ("config", "seeds", "clean", "union", f"over {base}", *NUMBERS):
+        shown.add_column(title, no_wrap=True)
+    for name in dict.fromkeys(line["config"] for line in lines):
+        rows = [line for line in lines if line["config"] == name]
+        gains = [100 * (row["union"] - against[row["seed"]]) for row in rows if row["seed"] in against]
+        over = f"{statistics.fmean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})" if gains else ""
+        cells = [name, str(len(rows)), f"{100 * statistics.fmean(row['clean'] for row in rows):.1f}"]
+        cells += [_spread([100 * row["union"] for row in rows]), "" if name == base else over]
+        for number in NUMBERS:
+            values = [row[number] for row in rows if number in row]
+            scaled = [100 * value for value in values] if number in ("information", "probe", "features") else values
+            digits = 3 if number in ("distance", "load") else 2 if number == "information" else 1
+            cells.append(f"{statistics.fmean(scaled):.{digits}f}" if scaled else "")
+        shown.add_row(*cells)
+    return shown
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()
