@@ -16,6 +16,7 @@ from torch import Tensor
 
 import rome.explore
 from rome.analysis.subject import NATURAL
+from rome.attacks import APGD
 from rome.cli import main
 from rome.config import parse
 from rome.errors import UserError
@@ -26,7 +27,7 @@ from rome.explore.explorer import ball_of
 from rome.explore.maps import on_grid, window_order
 from rome.explore.uploads import MOST_BYTES
 from rome.models import build_model, save_model
-from rome.threats import DIGITS
+from rome.threats import DIGITS, LpBall
 from tiny_runs import changed
 
 
@@ -98,6 +99,20 @@ def test_more_steps_or_a_larger_radius_do_no_less_harm(explorer: Explorer) -> No
             ((0.1, 1), (0.1, 30), (1.0, 30))]  # fmt: skip
     assert harm == sorted(harm)
     assert harm[0] < harm[2]
+
+
+def test_what_is_shown_is_the_image_of_highest_loss(explorer: Explorer) -> None:
+    """And not the last one that was wrong, which a model that is wrong from the start may have a lower loss at."""
+    differ = 0
+    for number in range(8):
+        image, _ = explorer.test_image(number)
+        label = (explorer.predict(image) + 1) % 10
+        found = APGD(steps=3).run(
+            explorer.subject.model, image[None], torch.tensor([label]), LpBall(norm="Linf", eps=0.9)
+        )
+        assert explorer.look(image, "Linf", 0.9, 3, label=label).perturbed.equal(found.images[0])
+        differ += not found.images.equal(found.adversarial)
+    assert differ
 
 
 def test_the_magnified_perturbation_is_symmetric_around_gray(explorer: Explorer) -> None:

@@ -200,7 +200,7 @@ class Explorer:
     def _attack(self, image: Tensor, label: int, ball: LpBall | None, steps: int) -> _Attacked:
         model, x = self.subject.model, image[None].to(self.subject.device)
         y = torch.tensor([label], device=x.device)
-        moved = x if ball is None else APGD(steps=steps).run(model, x, y, ball).adversarial
+        moved = x if ball is None else self._worst(x, y, ball, steps)
         gates: dict[str, Tensor] = {}
         with torch.no_grad():
             if self.layers:
@@ -211,6 +211,13 @@ class Explorer:
                 logits = model(torch.cat([x, moved]))
         size = 0.0 if ball is None else float(ball.size(moved, x))
         return _Attacked(moved[0].cpu(), size, logits.float().softmax(dim=1).cpu(), gates)
+
+    def _worst(self, x: Tensor, y: Tensor, ball: LpBall, steps: int) -> Tensor:
+        """Where the loss is highest; if the model is right there and wrong elsewhere on the way, a place there."""
+        found = APGD(steps=steps).run(self.subject.model, x, y, ball)
+        with torch.no_grad():
+            right = bool(self.subject.model(found.images).argmax(dim=1) == y)
+        return found.adversarial if right else found.images
 
     def _map(self, found: _Attacked, layer: str | None, expert: int) -> tuple[PatchMap | None, str]:
         if not self.layers:

@@ -76,21 +76,22 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         def answer(*question: Any) -> tuple[Any, Any, Any]:
             return _attempt(lambda: desk.look(*question), question[0])
 
-        def turned(way: Callable[[float], float]) -> Callable[..., Any]:
-            def turn(now: float | None, *rest: Any) -> tuple[Any, ...]:
-                found = desk.test(way(now or 0))
-                return way(now or 0) % desk.tests, found, *answer(found, *rest)
-
-            return turn
-
-        def uploaded(path: str | None, before: Shown, *rest: Any) -> tuple[Any, ...]:
-            if path is None:
-                return (gr.skip(),) * 4
+        def opened(find: Callable[[], Shown], rest: Sequence[Any]) -> tuple[Any, ...]:
             try:
-                found = desk.upload(path)
+                found = find()
             except UserError as error:
                 return gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
             return found, *answer(found, *rest)
+
+        def turned(way: Callable[[float], float]) -> Callable[..., Any]:
+            def turn(now: float | None, *rest: Any) -> tuple[Any, ...]:
+                number = way(now or 0) % desk.tests
+                return number, *opened(lambda: desk.test(number), rest)
+
+            return turn
+
+        def uploaded(path: str, *rest: Any) -> tuple[Any, ...]:
+            return opened(lambda: desk.upload(path), rest)
 
         def budgeted(name: str) -> tuple[Any, Any, Any]:
             chosen = desk.balls.get(name)
@@ -105,20 +106,23 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         rest = asked[1:]
         for event, way in (
             (page.load, lambda now: now),
-            (number.submit, lambda now: now),
-            (number.blur, lambda now: now),
+            (number.input, lambda now: now),
             (previous.click, lambda now: now - 1),
             (following.click, lambda now: now + 1),
             (random.click, lambda now: desk.random()),
         ):
-            _on(event, turned(way), [number, *rest], [number, shown, *answered])
-        _on(file.upload, uploaded, [file, shown, *rest], [shown, *answered])
-        changed = _on(threat.change, budgeted, [threat], [budget, eps, slide])
-        _on(changed.then, answer, asked, answered)
-        _on(_on(slide.release, rendering.number, [slide], [eps]).then, answer, asked, answered)
-        for event in (steps.release, eps.submit, eps.blur, expert.input):
-            _on(event, answer, asked, answered)
-        _on(_on(place.change, elsewhere, [place, expert], [expert]).then, answer, asked, answered)
+            _on(event, turned(way), [number, *rest], [number, shown, *answered], busy=said)
+        _on(file.upload, uploaded, [file, *rest], [shown, *answered], busy=said)
+        for event in (
+            _on(threat.change, budgeted, [threat], [budget, eps, slide]).then,
+            _on(slide.release, rendering.number, [slide], [eps]).then,
+            _on(place.change, elsewhere, [place, expert], [expert]).then,
+            steps.release,
+            eps.submit,
+            eps.blur,
+            expert.input,
+        ):
+            _on(event, answer, asked, answered, busy=said)
     return page
 
 
@@ -197,14 +201,19 @@ def _attempt(look: Callable[[], list[Answer]], shown: Shown) -> tuple[Any, Any, 
     return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
 
 
-def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any]) -> Any:
-    """Only the latest of several quick events counts, and answers are not an API."""
-    return event(
-        function, list(given), list(out), api_visibility="private", show_progress="hidden", trigger_mode="always_last"
+def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any], busy: Any = None) -> Any:
+    """Only the latest of several quick events counts, and answers are not an API.
+
+    Args:
+        busy: where the seconds are counted meanwhile; nowhere if not given.
+    """
+    shown: dict[str, Any] = (
+        {"show_progress": "minimal", "show_progress_on": busy} if busy else {"show_progress": "hidden"}
     )
+    return event(function, list(given), list(out), api_visibility="private", trigger_mode="always_last", **shown)
 
 
-def _range(ball: LpBall | None) -> dict[str, float]:
+def _range(ball: LpBall | None) -> dict[str, Any]:
     budget = 1.0 if ball is None else ball.eps or 1.0
-    rounded = [float(f"{value:.6g}") for value in (REACH * budget, budget, budget / 100)]
+    rounded = [float(f"{value:.3g}") for value in (REACH * budget, budget, budget / 100)]
     return {"minimum": 0, **dict(zip(("maximum", "value", "step"), rounded, strict=True))}
