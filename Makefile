@@ -1,14 +1,14 @@
-# make demo | test | check | test-slow | test-gpu | clean
+# make demo | test | check | test-slow | test-gpu | test-browser | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-slow test-gpu clean
+.PHONY: demo test check format test-slow test-gpu test-browser clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not gpu and not browser"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -24,6 +24,11 @@ test-slow: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path in CHROMIUM); adds Gradio and Playwright
+	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-explore.txt --editable ".[browser]"
+	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_explore_browser.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rome needs Python >= 3.11; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }

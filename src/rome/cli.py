@@ -1,4 +1,4 @@
-"""The command line: demo, train, evaluate, sweep, report, cost, list."""
+"""The command line: demo, train, evaluate, sweep, report, explore, cost, list."""
 
 from __future__ import annotations
 
@@ -294,6 +294,24 @@ def figures(
     chosen = Options(n=n, seed=seed, layer=layer, image=image)
     for picture in write_figures(runs, out, only=_names(only), formats=_names(form), options=chosen, device=device):
         print(picture)
+
+
+@app.command()
+def explore(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="A finished run, or two to compare.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this one let other machines in.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on; the first free one from 7860 if not given.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+) -> None:
+    """Look at a run in the browser: attack an image, see prediction, perturbation, expert maps and gates."""
+    from rome.explore import open_explorers
+    from rome.explore.page import serve
+
+    serve(open_explorers(runs, device), host, port, _say)
 
 
 @app.command()
