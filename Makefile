@@ -27,7 +27,7 @@ test-gpu: $(VENV)/ready
 
 test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path in CHROMIUM); adds Gradio and Playwright
 	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-explore.txt --editable ".[browser]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[browser]"
 	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_explore_browser.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
