@@ -219,7 +219,13 @@ class _Part(NamedTuple):
     def of(cls, model: Model, threat: Perceptual, rows: slice, device: torch.device | str) -> _Part:
         if threat.features == "self":
             return cls(threat, rows, Features(model, threat.layers), True)
-        network = loaded(threat, device).network if threat.network is None else threat.network
+        try:
+            network = loaded(threat, device).network
+        except UserError as error:
+            raise UserError(
+                f"nothing to measure perceptual distances with: {error}. Train it (rome train "
+                "experiments/alexnet/cifar10.yaml --out runs/alexnet), or name another (rome evaluate --features PATH)"
+            ) from error
         assert network is not None
         return cls(threat, rows, Features(network, threat.layers), False)
 
