@@ -10,10 +10,10 @@ network, or with an AlexNet of random weights: its speed does not depend on them
 Each case runs once on ``--n`` images, ``--batch`` at a time, with the verdict on what it found. Bare passes of the
 model are timed before and after it: a forward, and a forward with the gradient to the input. Times are the process's on
 a CPU, which other work on the machine disturbs less, and the clock's on a GPU. ``x bare`` is how many bare forwards
-with gradient the case equals. ``passes`` counts forwards + backwards of the model for an image, and ``x passes`` divides by
-the time of exactly those: 1 is the physical limit of that many passes, the rest is the attack's own work, in PPGD and
-LPA mostly the other network's. ``minutes`` extrapolates to 1,000 images that the model gets right. A corruption is made
-at severity 3; the suite has five. ``robust`` is the share still right.
+with gradient the case equals. ``passes`` counts forwards + backwards of the model for an image, and ``x passes``
+divides by the time of exactly those: 1 is the physical limit of that many passes, the rest is the attack's own work, in
+PPGD and LPA mostly the other network's. ``minutes`` extrapolates to 1,000 images that the model gets right. A
+corruption is made at severity 3; the suite has five. ``robust`` is the share still right.
 
 torchattacks and recoloradv are optional (``pip install --no-deps torchattacks recoloradv``). torchattacks' SparseFool
 takes one image after the other and computes the gradients of all parameters too, as its users get it; of recoloradv the

@@ -47,7 +47,8 @@ def evaluate_saved(
     """Evaluate a run's folder, its ``last.pt``, or a ``model.safetensors`` on the test set of its config.
 
     What is not given is the config's; the rest is :func:`rome.evaluate`'s. ``routing`` replaces the gates
-    (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual distances in the suite. The result goes to ``evaluation/SUITE-N`` beside the model.
+    (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual distances in the suite. The
+    result goes to ``evaluation/SUITE-N`` beside the model.
 
     Returns:
         The report and the folder it was saved in.
