@@ -149,7 +149,6 @@ def test_the_unseen_suite_is_the_papers_table() -> None:
     assert UnseenSuite().cases({}, 10)[-1].threat == CIFAR10["Linf"]
 
 
-@pytest.mark.usefixtures("every_kind")
 def test_the_network_that_measures_reaches_the_unseen_threats_of_any_suite() -> None:
     assert with_features(UnseenSuite(bound=0.5), "self") == UnseenSuite(bound=0.5, features="self")
     assert with_features(as_suite("apgd"), None) == APGDSuite()
@@ -182,6 +181,7 @@ def test_a_network_that_is_not_there_costs_its_cases_alone_and_is_told_at_once(
     assert sum("no network" in sentence for sentence in missing(found)) == 1
 
 
+@pytest.mark.usefixtures("every_kind")
 def test_corruptions_are_fifteen_types_at_five_severities() -> None:
     cases = CorruptionsSuite().cases({}, 10)
     assert len(cases) == 75
