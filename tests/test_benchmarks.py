@@ -87,13 +87,29 @@ def test_training_runs_real_updates_of_both_methods_and_says_where_the_time_goes
         assert all(seconds > 0 for seconds in parts.values())
 
 
-def test_sparsefool_is_timed_on_the_same_images_as_torchattacks_where_that_is_installed(run: Run) -> None:
-    (rows,) = run("sparsefool", "--fewer", "3").values()
-    assert {"rome", "rome, 3 candidates"} <= cases(rows) <= {"rome", "rome, 3 candidates", "torchattacks"}
+def test_unseen_counts_the_passes_of_every_attack_and_corruption(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (rows,) = run("unseen", "--cases", "fog", "sparsefool", "ppgd", "gma", "pixelate-3", "torchattacks").values()
+    ours = {"fog", "sparsefool", "ppgd", "gma", "pixelate-3"}
+    assert ours <= cases(rows) <= ours | {"torchattacks"}
+    passes = {row["case"]: tuple(row["passes"]) for row in rows}
+    assert passes["fog"] == (2 + 1, 2)  # two steps, the verdict
+    assert passes["gma"] == (1 + 2 + 1, 2)  # also which experts the clean image avoids
+    assert passes["pixelate-3"] == (1, 0)
     for row in rows:
-        assert row["passes"] >= row["images"]
-        assert 0 <= row["robust"] == sum(row["verdicts"]) <= row["images"] == len(row["verdicts"])
-    assert next(row["ratio"] for row in rows if row["case"] == "rome") == 1
+        assert row["robust"] == sum(row["verdicts"]) / row["images"]
+        assert row["minutes_1000"] == pytest.approx(1000 * row["seconds"] / 60)
+        forward, both = row["bare"]["forward"], row["bare"]["with gradient"]
+        made = row["passes"][0] * forward + row["passes"][1] * (both - forward)
+        assert row["over_passes"] * made == pytest.approx(row["times_bare"] * both)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "an AlexNet of random weights" in told
+    assert "4 attacks take" in told
+    assert "1 types of corruption at five severities take" in told
+    if "torchattacks" in passes:
+        assert passes["torchattacks"][1] > passes["sparsefool"][1]
+        assert "of torchattacks' time" in told
+    else:
+        assert "torchattacks is not installed: its SparseFool was skipped" in told
 
 
 def test_cases_take_turns(common: ModuleType) -> None:

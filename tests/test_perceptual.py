@@ -81,6 +81,14 @@ def test_features_are_those_of_a_literal_computation(images: Tensor) -> None:
             torch.testing.assert_close(distance(phi[i : i + 1], phi[j : j + 1])[0], d)
 
 
+def test_a_batch_has_the_distance_of_each_pair_and_no_sum_over_them(images: Tensor) -> None:
+    model, threat = cnn(), Perceptual(bound=1)
+    together = measure(threat, model, images.flip(0), images)
+    alone = [measure(threat, model, one[None], other[None]) for one, other in zip(images.flip(0), images, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert len(set(together[:2].tolist())) == 2
+
+
 def test_a_position_where_nothing_is_active_has_no_direction_and_no_infinite_gradient() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten())
     nn.init.constant_(network[0].weight, 1.0)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import LPA, PGD, PPGD, Attack
-from rome.attacks.base import Group
+from rome.attacks.base import Group, margin
 from rome.attacks.perceptual import _Space
 from rome.errors import UserError
-from rome.perceptual import measure
+from rome.perceptual import Features, distance, measure
 from rome.threats import CIFAR10, Perceptual
 
 
@@ -134,6 +134,61 @@ def test_projection_leaves_what_is_inside_and_reaches_the_bound_otherwise(
     assert bool((space._apart(projected) <= 0.2).all())
     bisected = space.project(point, rounds=0, halvings=30)
     assert space._apart(bisected)[5:].tolist() == pytest.approx([0.2] * 5, abs=1e-6)
+
+
+def test_where_newton_arrives_the_projection_is_newtons(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """x' - 1.1 (d - bound + 0.1) grad d / |grad d|^2, once; the segment to the original is for where that fails."""
+    x = batch[0]
+    noise = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    features, leaf = Features(model), (x + 0.1 * noise).clamp(0, 1).requires_grad_()
+    apart = distance(features(leaf)[1], features(x)[1])
+    (gradient,) = torch.autograd.grad(apart.sum(), leaf)
+    far, apart = leaf.detach(), apart.detach()
+    bound = 0.97 * float(apart.min())
+    share = 1.1 * (apart - bound + 0.1) / gradient.square().flatten(1).sum(1)
+    moved = (far - share.view(-1, 1, 1, 1) * gradient).clamp(0, 1)
+    arrived = measure(Perceptual(bound=bound), model, moved, x) <= bound
+    assert arrived.sum() >= 3
+    space = _Space(model, x, [Group(Perceptual(bound=bound), slice(0, len(x)), 1)])
+    torch.testing.assert_close(space.project(far)[arrived], moved[arrived])
+
+
+def literal_lpa(
+    model: nn.Module, x: Tensor, y: Tensor, point: Tensor, bound: float, attack: LPA
+) -> tuple[Tensor, bool]:
+    """One image (1, C, H, W) from its start: where it gets before the projection, and whether it is done."""
+    features, weight = Features(model), 0.01
+    origin = features(x)[1]
+    for _ in range(attack.rounds):
+        for i in range(attack.steps):
+            leaf = point.clone().requires_grad_()
+            logits, phi = features(leaf)
+            apart, gained = distance(phi, origin)[0], margin(logits, y)[0]
+            if gained > 0 and apart <= bound:
+                return point, True
+            (gradient,) = torch.autograd.grad(weight * (apart - bound).relu() - gained.clamp(max=1), leaf)
+            gradient = gradient / (gradient.norm() + 1e-8)
+            rate = (features(point - 0.1 * gradient)[1] - phi.detach()).norm() / 0.1
+            point = (point - bound * 0.1 ** (i / attack.steps) / (rate + 1e-8) * gradient).clamp(0, 1)
+        if distance(features(point)[1], origin)[0] >= bound:
+            weight *= 10
+    return point, False
+
+
+def test_lpa_image_by_image_by_the_letter(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    attack, bound = LPA(steps=3, rounds=5), 0.15
+    start = (x + 0.01 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
+    space = _Space(model, x, [Group(Perceptual(bound=bound), slice(0, len(x)), 3)])
+    point, _, found = attack.climb(space, start, y)
+    assert found.any()
+    assert not found.all()
+    for i in range(len(x)):
+        expected, done = literal_lpa(model, x[i : i + 1], y[i : i + 1], start[i : i + 1], bound, attack)
+        assert bool(found[i]) == done
+        if not done:
+            expected = _Space(model, x[i : i + 1], [Group(Perceptual(bound=bound), slice(0, 1), 3)]).project(expected)
+        torch.testing.assert_close(point[i : i + 1], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_other_threats_are_refused(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:

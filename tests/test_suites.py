@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from rome.analysis.tables import missing
 from rome.attacks import PGD, Attack
 from rome.config import parse
 from rome.errors import UserError
 from rome.evaluate import Case, Report, Suite, evaluate, example_images
-from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite
+from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite, with_features
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.statistics import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite, QuickSuite
@@ -146,6 +147,38 @@ def test_the_unseen_suite_is_the_papers_table() -> None:
     assert all(threat == AnyImage(label=name) for name, threat in threats.items())
     assert not any(case.on_all for case in cases)
     assert UnseenSuite().cases({}, 10)[-1].threat == CIFAR10["Linf"]
+
+
+def test_the_network_that_measures_reaches_the_unseen_threats_of_any_suite() -> None:
+    assert with_features(UnseenSuite(bound=0.5), "self") == UnseenSuite(bound=0.5, features="self")
+    assert with_features(as_suite("apgd"), None) == APGDSuite()
+    changed = with_features(AllSuites(), "net")
+    assert changed == AllSuites(suites=(AutoAttackSuite(), UnseenSuite(features="net"), CorruptionsSuite()))
+    nested = SeveralSuites(suites=(QuickSuite(), SeveralSuites(suites=(UnseenSuite(),))))
+    by_case = {case.name: case for case in with_features(nested, "net").cases({"Linf": CIFAR10["Linf"]}, 10)}
+    for name in ("ppgd", "lpa"):
+        assert by_case[name].threat == Perceptual(bound=0.25, features="net")
+    for suite in ("apgd", "apgd,corruptions"):
+        with pytest.raises(UserError, match=r"measures no perceptual distances, so --features has no meaning"):
+            with_features(as_suite(suite), "net")
+
+
+def test_a_network_that_is_not_there_costs_its_cases_alone_and_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    suite = UnseenSuite(features=str(tmp_path / "gone"))
+    wanted = ("ppgd", "lpa", "gma")
+    found = evaluate(model, x, model(x).argmax(1), threats=CIFAR10, suite=suite, cases=wanted, progress=True)
+    assert found.cases == ("clean", "gma")
+    assert found.failed["ppgd"] == found.failed["lpa"]
+    assert found.failed["lpa"].startswith("no network to measure perceptual distances with: there is no model at")
+    assert "Train it (rome train experiments/alexnet" in found.failed["lpa"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["ppgd", "lpa", "gma"]
+    assert told[0].startswith("ppgd: failed: no network")
+    assert sum("no network" in sentence for sentence in missing(found)) == 1
 
 
 @pytest.mark.usefixtures("every_kind")

@@ -99,9 +99,12 @@ def test_what_is_missing_is_told_with_what_it_costs() -> None:
     found = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "RuntimeError: no"}, pending=("Linf",))
     assert numbers(found) == {"clean": "100.0", "L1": "50.0", "L2": "–", "Linf": "–", "average": "–", "union": "–"}  # noqa: RUF001
     assert missing(found) == [
-        "L2 failed (RuntimeError: no), so there is no average and no union",
-        "not run yet: Linf, so there is no average and no union; the same command without --cases runs the rest",
+        "L2 failed: RuntimeError: no",
+        "not run yet: Linf; the same command without --cases runs the rest",
+        "without all attacks there is no average and no union",
     ]
+    both = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "no memory", "Linf": "no memory"})
+    assert missing(both)[0] == "L2, Linf failed: no memory"
     assert [math.isnan(column.value(found)) for column in columns_of([found])] == [False, False, True, True, True, True]
     many = report(CORRUPTIONS, [[1, 1]], pending=tuple(case.name for case in CORRUPTIONS))
     assert "noise-5 and 70 more; the same command" in missing(many)[0]

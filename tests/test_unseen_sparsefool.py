@@ -203,7 +203,7 @@ def test_images_that_are_done_are_not_computed_again(digits64: tuple[nn.Module, 
     assert [len(images) for images in calls.forwards] == [3]
     assert not calls.backwards
     with recorded(model) as calls:
-        SparseFool(steps=1, deepfool_steps=1, candidates=4)(model, x[[0, 7]], y[[0, 7]], L0)
+        SparseFool(steps=1, deepfool_steps=1, candidates=4, spread=None)(model, x[[0, 7]], y[[0, 7]], L0)
     assert [len(images) for images in calls.forwards] == [2, 1, 1]  # who is wrong, DeepFool's step, the normal
     assert calls.backwards == [1, 1, 1, 1]  # three other candidates, the normal
 
@@ -228,8 +228,57 @@ def test_candidates_are_the_classes_with_the_highest_logits(digits64: tuple[nn.M
     every, ten = (SparseFool(steps=2, candidates=n)(model, x, y, L0) for n in (None, 10))
     assert torch.equal(every, ten)
     two = SparseFool(steps=1, deepfool_steps=1, candidates=2)
-    _, target = two._nearest(*forward(model, x), model(x).argmax(1))
+    _, target = two._nearest(model, *forward(model, x), model(x).argmax(1), torch.arange(len(x)))
     assert torch.equal(target, model(x).topk(2, dim=1).indices[:, 1])
+
+
+class Planes(nn.Module):
+    """Three classes whose gradients are ``slopes`` long, at right angles; class 0 leads by 1 and by ``lead``."""
+
+    def __init__(self, slopes: tuple[float, float], lead: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.diag(torch.tensor(slopes, dtype=torch.float64)))
+        self.bias = torch.tensor([1, lead], dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x.flatten(1) - 0.5) @ self.w - self.bias
+        return torch.cat([torch.zeros_like(score[:, :1]), score], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("slopes", "lead", "spread", "backwards", "nearest"),
+    [
+        ((4.0, 4.0), 1.9, 2, 2, 1),  # could be nearer if its gradient were twice as long: looked at
+        ((4.0, 4.0), 2.1, 2, 1, 1),  # not even then
+        ((4.0, 4.0), 2.1, None, 2, 1),
+        ((4.0, 7.9), 1.9, 2, 2, 2),  # and it is
+        ((4.0, 7.9), 1.9, 1, 1, 1),  # a spread that is too small takes the wrong one
+    ],
+)
+def test_only_gradients_of_classes_that_could_be_nearest_are_computed(
+    slopes: tuple[float, float], lead: float, spread: float | None, backwards: int, nearest: int
+) -> None:
+    model, x = Planes(slopes, lead), torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
+    with recorded(model) as calls:
+        step, target = SparseFool(spread=spread)._nearest(
+            model, *forward(model, x), torch.tensor([0]), torch.tensor([0])
+        )
+    assert len(calls.backwards) == backwards
+    assert target.tolist() == [nearest]
+    expected = torch.zeros(2, dtype=torch.float64)
+    expected[nearest - 1] = (1, lead)[nearest - 1] / slopes[nearest - 1]
+    torch.testing.assert_close(step.flatten(), expected)
+
+
+def test_classes_that_are_ruled_out_would_not_have_been_nearest(digits64: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, x, y = digits64
+    passes, images = [], []
+    for spread in (None, SparseFool().spread):
+        with recorded(model) as calls:
+            images.append(SparseFool(spread=spread)(model, x, y, L0))
+        passes.append(sum(calls.backwards))
+    torch.testing.assert_close(*images, rtol=0, atol=1e-7)
+    assert passes[1] < 0.7 * passes[0]
 
 
 def forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from rome.errors import UserError
 from rome.evaluate import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
-from rome.evaluation.composed import SeveralSuites, as_suite
+from rome.evaluation.composed import SeveralSuites, as_suite, with_features
 from rome.evaluation.processes import ALONE, Team, own_device
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
@@ -33,6 +33,7 @@ def evaluate_saved(
     target: str | Path,
     *,
     suite: str | None = None,
+    features: str | None = None,
     n: int | None = None,
     cases: Sequence[str] | None = None,
     batch_size: int | Literal["auto"] | None = None,
@@ -48,8 +49,9 @@ def evaluate_saved(
     On the test set of its config.
 
     What is not given is the config's; the rest is :func:`rome.evaluate`'s. ``routing`` replaces the gates
-    (:func:`rome.experts.set_routing`). The result goes to ``evaluation/SUITE-N`` beside the model, that
-    of a run's ``best.safetensors`` to ``evaluation-best/SUITE-N``.
+    (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual distances in the suite. The
+    result goes to ``evaluation/SUITE-N`` beside the model, that of a run's ``best.safetensors`` to
+    ``evaluation-best/SUITE-N``.
 
     Returns:
         The report and the folder it was saved in.
@@ -62,7 +64,7 @@ def evaluate_saved(
         file = Run(file).model_file
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = config.evaluation
-    chosen = _suite(suite, settings.suite)
+    chosen = with_features(_suite(suite, settings.suite), features)
     x, y = _examples(config.data, n, settings.n)[:2]
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
@@ -107,6 +109,7 @@ def evaluate_named(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     suite: str | None = None,
+    features: str | None = None,
     n: int | None = None,
     cases: Sequence[str] | None = None,
     batch_size: int | Literal["auto"] | None = None,
@@ -120,6 +123,7 @@ def evaluate_named(
 
     Args:
         data: see :func:`rome.evaluation.any_data.named_data`; its test examples are used.
+        features: the network that measures perceptual distances in the suite; None takes the suite's.
         budgets: see :func:`rome.evaluation.any_data.named_budgets`; None takes those of the kind of data.
         weights, num_classes, img_size, patch_size, mean, std: the model's, see there; the rest is
             :func:`rome.evaluate`'s.
@@ -132,7 +136,7 @@ def evaluate_named(
     """
     source = named_data(data, **preprocessing(name, img_size))
     threats = named_budgets(budgets or DATA_BUDGETS.get(source.kind, source.kind))
-    chosen = as_suite(suite or "apgd")
+    chosen = with_features(as_suite(suite or "apgd"), features)
     x, y, classes = _examples(source, n, EXAMPLES)
     place = own_device(pick_device(device or AUTO))
     batch_size = batch_size or BATCH_SIZE

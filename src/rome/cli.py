@@ -121,6 +121,10 @@ def evaluate(
         str | None,
         typer.Option(help="apgd, autoattack, lp, unseen, corruptions, all, or several: apgd,unseen."),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="The network that measures for PPGD and LPA: a run, a file, or self; runs/alexnet."),
+    ] = None,
     cases: Annotated[str | None, typer.Option(help="Run only these columns of the suite now: L2,Linf.")] = None,
     n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
     batch_size: Annotated[
@@ -150,6 +154,7 @@ def evaluate(
 
         shared: dict[str, Any] = {
             "suite": suite,
+            "features": features,
             "n": n,
             "cases": None if cases is None else _names(cases),
             "batch_size": batch_size_of(batch_size),

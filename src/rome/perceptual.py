@@ -219,7 +219,7 @@ class _Part(NamedTuple):
     def of(cls, model: Model, threat: Perceptual, rows: slice, device: torch.device | str) -> _Part:
         if threat.features == "self":
             return cls(threat, rows, Features(model, threat.layers), True)
-        network = loaded(threat, device).network if threat.network is None else threat.network
+        network = loaded(threat, device).network
         assert network is not None
         return cls(threat, rows, Features(network, threat.layers), False)
 
@@ -244,7 +244,14 @@ def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
     """
     if threat.features == "self" or threat.network is not None:
         return threat
-    return threat.measured_by(load_model(threat.features).to(device).requires_grad_(False))
+    try:
+        network = load_model(threat.features)
+    except UserError as error:
+        raise UserError(
+            f"no network to measure perceptual distances with: {error}. Train it (rome train "
+            "experiments/alexnet/cifar10.yaml --out runs/alexnet), or name another (rome evaluate --features PATH)"
+        ) from error
+    return threat.measured_by(network.to(device).requires_grad_(False))
 
 
 class _Enough(Exception):  # noqa: N818

@@ -149,14 +149,15 @@ def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -
 
 def missing(report: Report) -> list[str]:
     """What has no number, and why."""
-    sentences = [
-        f"{case} failed ({reason}){', so there is no average and no union' if case in report.attacks else ''}"
-        for case, reason in report.failed.items()
-    ]
+    alike: dict[str, list[str]] = {}
+    for case, reason in report.failed.items():
+        alike.setdefault(reason, []).append(case)
+    sentences = [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
     if report.pending:
         names = ", ".join(report.pending[:5]) + (f" and {len(report.pending) - 5} more" * (len(report.pending) > 5))
-        without = ", so there is no average and no union" if set(report.pending) & set(report.attacks) else ""
-        sentences.append(f"not run yet: {names}{without}; the same command without --cases runs the rest")
+        sentences.append(f"not run yet: {names}; the same command without --cases runs the rest")
+    if {*report.failed, *report.pending} & set(report.attacks):
+        sentences.append("without all attacks there is no average and no union")
     return sentences
 
 

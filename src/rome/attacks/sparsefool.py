@@ -32,8 +32,8 @@ class SparseFool(FreeAttack):
     (x_P - x), clipped. There is no budget: what is small is the number of coordinates (C H W, not pixels), and
     :func:`rome.attacks.free.changed_pixels` counts pixels.
 
-    The batch is searched as one, without the images that are done. An iteration of DeepFool costs a forward and
-    ``candidates`` - 1 backwards, and waits for the device once.
+    The batch is searched as one, without the images that are done. An iteration of DeepFool costs a forward and at most
+    ``candidates`` - 1 backwards, fewer where ``spread`` rules classes out, and waits for the device once for each.
     """
 
     kind = "sparsefool"
@@ -45,6 +45,9 @@ class SparseFool(FreeAttack):
     deepfool_overshoot: Number = Field(default=0.02, ge=0)
     candidates: int | None = Field(default=10, ge=2)
     """How many classes DeepFool looks at: those with the highest logits, y among them (the authors' 10). None: all."""
+    spread: Number | None = Field(default=2, ge=1)
+    """Spares the gradients of classes that cannot be nearest: in the order of the logits, none is taken to be more than
+    this many times as long as the longest before it. None: all are computed. See docs/decisions/sparsefool.md."""
     solve_from: Literal["clean", "previous"] = "clean"
     """Where the solver starts: from the image itself, or from the last round's as the authors' does. From the image the
     plane often lies behind it, and then every coordinate changes: see docs/decisions/sparsefool.md."""
@@ -81,13 +84,13 @@ class SparseFool(FreeAttack):
             here, logits = _forward(model, point[live])
             predicted = logits.detach().argmax(dim=1)
             target[live] = predicted
-            live = live[predicted == y[live]]
-            if not len(live):
+            right = (predicted == y[live]).nonzero().flatten()
+            if not len(right):
                 break
-            if len(live) < len(here):  # a second forward costs less than backwards through images that are done
-                here, logits = _forward(model, point[live])
-            step, target[live] = self._nearest(here, logits, y[live])
-            there = (here.detach() + (1 + self.deepfool_overshoot) * step).clamp_(0, 1)
+            step, towards = self._nearest(model, here, logits, y[live], right)
+            live, here = live[right], here.detach()[right]
+            target[live] = towards
+            there = (here + (1 + self.deepfool_overshoot) * step).clamp_(0, 1)
             point[live], moved[live] = there, True
             # on the boundary, as near as numbers get: rounding swallows this step and those that would follow
             live = live[(there - here).abs().flatten(1).amax(dim=1) > torch.finfo(x.dtype).eps]
@@ -95,25 +98,36 @@ class SparseFool(FreeAttack):
                 break
         return _Walk(point, target, moved)
 
-    def _nearest(self, here: Tensor, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _nearest(self, model: Model, here: Tensor, logits: Tensor, y: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
         """The shortest step to a linearised boundary, |f_k| w_k / ||w_k||^2 with f_k = z_k - z_y and w_k its gradient,
-        and the class k beyond it. ``logits`` belong to ``here`` by a graph."""
+        and the class k beyond it, for the rows ``asked``. ``logits`` belong to ``here`` by a graph."""
         own = y.unsqueeze(1)
         count = logits.shape[1] if self.candidates is None else min(self.candidates, logits.shape[1])
         others = logits.detach().scatter(1, own, torch.inf).topk(count, dim=1).indices[:, 1:]
-        with torch.enable_grad():
-            gaps = (logits.gather(1, others) - logits.gather(1, own)).unbind(1)
-        nearest = torch.full_like(y, torch.inf, dtype=logits.dtype)
+        gaps = (logits.gather(1, others) - logits.gather(1, own)).detach().abs()  # rising with k, as y is predicted
+        nearest, longest = torch.full_like(gaps[:, 0], torch.inf), torch.zeros_like(gaps[:, 0])
         step, target = torch.zeros_like(here), y.clone()
-        for k, gap in enumerate(gaps):
-            (w,) = torch.autograd.grad(gap, here, torch.ones_like(gap), retain_graph=k < len(gaps) - 1)
+        rows, held = asked, torch.arange(len(y), device=y.device)  # still to be looked at, and those in the graph
+        leaf = here
+        for k in range(count - 1):
+            if k and self.spread is not None:
+                rows = rows[gaps[rows, k] < self.spread * longest[rows] * nearest[rows]]
+                if not len(rows):
+                    break
+            ahead = 1 if k == 0 and self.spread is not None else count - 1 - k
+            if len(rows) < ahead * (len(held) - len(rows)):  # a forward costs less than backwards through the others
+                (leaf, logits), held = _forward(model, here[rows]), rows
+            with torch.enable_grad():
+                gap = logits.gather(1, others[held, k, None]) - logits.gather(1, own[held])
+            (gradient,) = torch.autograd.grad(gap, leaf, torch.ones_like(gap), retain_graph=True)
+            w = torch.zeros_like(step).index_copy_(0, held, gradient)
             length = torch.linalg.vector_norm(w.flatten(1), dim=1).clamp(min=TINY)
-            distance = gap.detach().abs() / length
+            distance = gaps[:, k] / length
             nearer = distance < nearest
-            nearest = torch.where(nearer, distance, nearest)
+            nearest, longest = torch.where(nearer, distance, nearest), torch.maximum(longest, length)
             target = torch.where(nearer, others[:, k], target)
             step = torch.where(_wide(nearer), _wide(distance) * (w / _wide(length)), step)
-        return step, target
+        return step[asked], target[asked]
 
 
 class _Walk(NamedTuple):

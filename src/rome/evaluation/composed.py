@@ -43,6 +43,25 @@ class AllSuites(SeveralSuites):
     )
 
 
+def with_features(suite: Suite, features: str | None) -> Suite:
+    """The suite with this network to measure perceptual distances; as it is if None.
+
+    Raises:
+        UserError: nothing in the suite measures any.
+    """
+    if features is None:
+        return suite
+    if isinstance(suite, UnseenSuite):
+        return suite.model_copy(update={"features": features})
+    if isinstance(suite, SeveralSuites):
+        parts = [isinstance(part, (UnseenSuite, SeveralSuites)) for part in suite.suites]
+        if any(parts):
+            pairs = zip(suite.suites, parts, strict=True)
+            changed = tuple(with_features(part, features) if measures else part for part, measures in pairs)
+            return suite.model_copy(update={"suites": changed})
+    raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
+
+
 def _listed(value: Any) -> Any:
     """A list, or names with commas, as settings of one suite; anything else is left to the suite itself."""
     if isinstance(value, str) and "," in value:

@@ -67,6 +67,8 @@ class Running:
                 if out_of_memory(error):
                     free(error)
                 errors[case.name] = error
+                if self.aloud:  # now, not after hours of other cases
+                    print(f"{case.name}: failed: {told(error)}", file=sys.stderr)
                 continue
             if column is None:
                 pending.append(case.name)

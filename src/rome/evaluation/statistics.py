@@ -35,7 +35,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     middle = share + z2 / (2 * n)
     half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     scale = 1 + z2 / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # the ends of none and all are 0 and 1, which rounding would miss by a hair
+    return (middle - half) / scale if correct else 0.0, (middle + half) / scale if correct < n else 1.0
 
 
 def mcnemar(b: int, c: int) -> float:

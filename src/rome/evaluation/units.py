@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rome.attacks.autoattack import AttackWarning, collected
 from rome.attacks.base import Attack, Model
+from rome.errors import UserError
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.store import Unit
 from rome.evaluation.suites import Case
@@ -139,6 +140,8 @@ def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def told(error: Exception) -> str:
     """An error as a result keeps it."""
+    if isinstance(error, UserError):
+        return str(error)  # written to be read as it is
     kind = getattr(error, "kind", type(error).__name__)
     advice = "; try a smaller batch_size, or batch_size='auto'" if out_of_memory(error) else ""
     return f"{kind}: {error}{advice}"

@@ -74,10 +74,7 @@ class PAT(Method):
             try:
                 found.append(loaded(threat, device))
             except UserError as error:
-                raise UserError(
-                    f"{self.kind} measures with the network {threat.features}: {error}. Train it (rome train "
-                    "experiments/alexnet/cifar10.yaml --out runs/alexnet), name another, or set method.features=self"
-                ) from error
+                raise UserError(f"{self.kind}: {error}, in a config by method.features=[self, PATH]") from error
         Perception(setting.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
         self._threats = tuple(found)
         self._hashes = {name: file_hash(_file(name)) for name in self.features if name != "self"}

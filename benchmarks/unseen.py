@@ -1,0 +1,283 @@
+"""What the attacks of the suite ``unseen`` and the corruptions made here cost, beside the passes they must make.
+
+    python benchmarks/unseen.py --data PATH --threads 1      # ResNet-18 and ViT-Ti, 32 images; on a CPU an hour
+    python benchmarks/unseen.py --data PATH --models resnet18 --cases sparsefool torchattacks --json sparsefool.json
+
+ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights and its own answers as labels. All images
+are classified correctly, which is what an evaluation attacks. PPGD and LPA measure with ``--features``, a trained
+network, or with an AlexNet of random weights: its speed does not depend on them, ``robust`` does.
+
+Each case runs once on ``--n`` images, ``--batch`` at a time, with the verdict on what it found. Bare passes of the
+model are timed before and after it: a forward, and a forward with the gradient to the input. Times are the process's on
+a CPU, which other work on the machine disturbs less, and the clock's on a GPU. ``x bare`` is how many bare forwards
+with gradient the case equals. ``passes`` counts forwards + backwards of the model for an image, and ``x passes``
+divides by the time of exactly those: 1 is the physical limit of that many passes, the rest is the attack's own work, in
+PPGD and LPA mostly the other network's. ``minutes`` extrapolates to 1,000 images that the model gets right. A
+corruption is made at severity 3; the suite has five. ``robust`` is the share still right.
+
+torchattacks and recoloradv are optional (``pip install --no-deps torchattacks recoloradv``). torchattacks' SparseFool
+takes one image after the other and computes the gradients of all parameters too, as its users get it; of recoloradv the
+transform of colours is timed, forwards and backwards. Aim: SparseFool 20 x torchattacks' on a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import common
+from rome.attacks import ReColorAdv
+from rome.attacks.base import frozen
+from rome.attacks.free import changed_pixels
+from rome.evaluation.suites import Case
+from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
+from rome.models import create_model
+from rome.threats import CIFAR10, Perceptual
+
+try:
+    from torchattacks.attacks.sparsefool import SparseFool as Sequential
+except ImportError:
+    Sequential = None
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
+        from recoloradv.color_spaces import CIELUVColorSpace
+        from recoloradv.color_transformers import FullSpatial
+except ImportError:
+    FullSpatial = None
+
+SEVERITY = 3
+THEIRS = "torchattacks"
+NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
+
+
+class Batch(NamedTuple):
+    """What one case made of one batch."""
+
+    images: Tensor
+    robust: Tensor
+
+
+Attacked = Callable[[Tensor, Tensor], Batch]
+
+
+def problem(name: str, options: Any, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model and images that it classifies correctly."""
+    model = common.make_model(name, device, options.seed)
+    real = options.data is not None and name == "resnet18"
+    x, y = common.images(3 * options.n if real else options.n, options.data, device, options.seed)
+    with torch.no_grad():
+        answer = model(x).argmax(dim=1)
+    right = (answer == y).nonzero().flatten()[: options.n] if real else torch.arange(options.n, device=device)
+    assert len(right) == options.n, f"{name} classifies only {len(right)} of {len(x)} images correctly"
+    return model, x[right], answer[right]
+
+
+def features(options: Any, device: torch.device) -> Perceptual:
+    """The threat of PPGD and LPA."""
+    threat = Perceptual(bound=UnseenSuite().bound, features=options.features or "random")
+    if options.features:
+        return threat
+    torch.manual_seed(options.seed)
+    return threat.measured_by(create_model("alexnet_cifar", num_classes=10).to(device).eval())
+
+
+def planned(options: Any) -> dict[str, Case]:
+    """The cases of both suites, with few steps if it shall be quick."""
+    suites = (UnseenSuite(), CorruptionsSuite(severities=(SEVERITY,)))
+    cases = [case for suite in suites for case in suite.cases({threat.name: threat for threat in CIFAR10}, 10)]
+    found = {}
+    for case in cases:
+        (attack,) = case.attacks
+        if options.quick and not case.on_all:
+            attack = attack.model_copy(update={"steps": 2})
+        found[case.name] = case.model_copy(update={"attacks": (attack,)})
+    return found
+
+
+def attacks(model: nn.Module, options: Any, device: torch.device) -> dict[str, Attacked]:
+    """Every case that was asked for."""
+    perceptual, cases, found = features(options, device), planned(options), {}
+
+    def ours(case: Case, x: Tensor, y: Tensor) -> Batch:
+        threat = perceptual if isinstance(case.threat, Perceptual) else case.threat
+        result = case.attacks[0].run(model, x, y, threat)
+        return Batch(result.adversarial, result.robust)
+
+    def theirs(reference: Any, x: Tensor, y: Tensor) -> Batch:
+        images = reference(x, y).detach()
+        with torch.no_grad():
+            return Batch(images, model(images).argmax(dim=1) == y)
+
+    for name in options.cases:
+        if name in cases:
+            found[name] = partial(ours, cases[name])
+        elif Sequential is not None:
+            attack: Any = cases["sparsefool"].attacks[0]
+            reference = Sequential(model, steps=attack.steps, lam=attack.lam, overshoot=attack.overshoot)
+            reference.deepfool.steps = attack.deepfool_steps
+            found[name] = partial(theirs, reference)
+    return found
+
+
+def passes(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Seconds of a bare forward, and of one with the gradient to the input; an image."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    with frozen(model):
+        found = [
+            min(timed(x.device, work)[0] for _ in range(2)) / len(x) for work in (forward, partial(_both, model, x, y))
+        ]
+    return found[0], found[1]
+
+
+def _both(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    common.input_gradient(model, x, y)
+
+
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds (on a CPU those of the process), and what came of it."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    common.synchronize(device)
+    started = clock()
+    found = work()
+    common.synchronize(device)
+    return clock() - started, found
+
+
+def measure(model: nn.Module, x: Tensor, y: Tensor, size: int, attack: Attacked) -> dict[str, Any]:
+    """One case on all images."""
+    made = {"forwards": 0, "backwards": 0}
+
+    def count(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
+        made["forwards"] += len(args[0])
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: made.update(backwards=made["backwards"] + len(gradient)))
+
+    attack(x[:1], y[:1])  # allocates, chooses kernels
+    before = passes(model, x[:size], y[:size])
+    handle = model.register_forward_hook(count)
+    parts = [timed(x.device, partial(attack, *part)) for part in zip(x.split(size), y.split(size), strict=True)]
+    handle.remove()
+    after = passes(model, x[:size], y[:size])
+    forward, both = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    seconds = sum(part[0] for part in parts) / len(x)
+    forwards, backwards = (number / len(x) for number in made.values())
+    robust = torch.cat([part[1].robust for part in parts])
+    changed = changed_pixels(torch.cat([part[1].images for part in parts]), x)[~robust]
+    return {
+        "seconds": seconds,
+        "bare": {"forward": forward, "with gradient": both},
+        "times_bare": seconds / both,
+        "passes": (forwards, backwards),
+        "over_passes": seconds / (forwards * forward + backwards * (both - forward)),
+        "minutes_1000": 1000 * seconds / 60,
+        "robust": robust.double().mean().item(),
+        "verdicts": robust.tolist(),
+        "pixels": changed.double().median().item() if len(changed) else None,
+    }
+
+
+def colours(x: Tensor) -> dict[str, float]:
+    """Seconds of the transform of colours with its gradient, for an image: ours and recoloradv's."""
+    shape = ReColorAdv().identity(x).shape[1:]
+
+    def ours() -> None:
+        grid = ReColorAdv().identity(x).expand(len(x), *shape).clone().requires_grad_()
+        with torch.no_grad():
+            grid.copy_(ReColorAdv().valid(grid))
+        torch.autograd.grad(ReColorAdv().apply(x, grid).sum(), grid)
+
+    def theirs() -> None:
+        sizes = dict(zip(("resolution_x", "resolution_y", "resolution_z"), shape[:3], strict=True))
+        space = CIELUVColorSpace()
+        transform = FullSpatial(shape=x.shape, manual_gpu=x.device.type == "cuda", cspace=space, **sizes)
+        transform.clip_params()
+        torch.autograd.grad(space.to_rgb(transform(space.from_rgb(x))).sum(), transform.xform_params)
+
+    return {
+        name: min(timed(x.device, work)[0] for _ in range(3)) / len(x)
+        for name, work in (("rome", ours), ("recoloradv", theirs))
+    }
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the printed table."""
+    return {
+        "model": row["model"],
+        "case": row["case"],
+        "images": str(row["images"]),
+        "ms/image": f"{1000 * row['seconds']:.4g}",
+        "images/s": f"{1 / row['seconds']:.3g}",
+        "x bare": f"{row['times_bare']:.1f}",
+        "passes": "{:.4g} + {:.4g}".format(*row["passes"]),
+        "x passes": f"{row['over_passes']:.2f}",
+        "minutes": f"{row['minutes_1000']:.2g}",
+        "robust %": f"{100 * row['robust']:.0f}",
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[32], repeats=1)
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
+    parser.add_argument("--n", type=int, default=32, help="images in all")
+    parser.add_argument("--cases", nargs="+", choices=(*NAMES, THEIRS), default=[*NAMES, THEIRS], metavar="CASE")
+    parser.add_argument("--features", metavar="PATH", help="run or file of the network that measures for PPGD and LPA")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.models, options.batch, options.n = ["vit-micro"], [4], 4
+    device = common.start(options)
+    report = common.Report(options, device, argv)
+    report.note(f"PPGD and LPA measure with {options.features or 'an AlexNet of random weights'}")
+    for name in options.models:
+        model, x, y = problem(name, options, device)
+        for size in options.batch:
+            data = []
+            for case, attack in attacks(model, options, device).items():
+                data.append(
+                    {"model": name, "images": options.n, "batch": size, "case": case}
+                    | measure(model, x, y, size, attack)
+                )
+            report.table(f"Unseen threats, batch {size}", [shown(row) for row in data], data)
+            summary(report, name, data)
+        if "recoloradv" in options.cases and FullSpatial is not None:
+            found = colours(x[: max(options.batch)])
+            report.note(
+                f"{name}: recoloradv's transform takes {found['recoloradv'] / found['rome']:.2f} x as long as rome's"
+            )
+    if THEIRS in options.cases and Sequential is None:
+        report.note("torchattacks is not installed: its SparseFool was skipped")
+    if "recoloradv" in options.cases and FullSpatial is None:
+        report.note("recoloradv is not installed: its transform was skipped")
+    return report.finish()
+
+
+def summary(report: common.Report, model: str, rows: list[dict[str, Any]]) -> None:
+    """What follows from the rows of one model: the whole suite, and SparseFool's ratio."""
+    found = {row["case"]: row for row in rows}
+    unseen = [row for name, row in found.items() if name in [row.kind for row in UnseenSuite.rows]]
+    made = [row for name, row in found.items() if name.endswith(f"-{SEVERITY}")]
+    for title, part, factor in (("attacks", unseen, 1), ("types of corruption at five severities", made, 5)):
+        if part:
+            minutes = factor * sum(row["minutes_1000"] for row in part)
+            report.note(f"{model}: {len(part)} {title} take {minutes:.3g} minutes for 1,000 images")
+    if "sparsefool" in found and THEIRS in found:
+        ours, theirs = found["sparsefool"], found[THEIRS]
+        same = sum(a == b for a, b in zip(ours["verdicts"], theirs["verdicts"], strict=True))
+        report.note(
+            f"{model}: SparseFool takes 1/{theirs['seconds'] / ours['seconds']:.2f} of {THEIRS}' time, "
+            f"with the same verdict on {same} of {ours['images']} images"
+        )
+
+
+if __name__ == "__main__":
+    main()
