@@ -322,7 +322,7 @@ def test_a_regularizer_needs_a_gate_that_learns() -> None:
     with pytest.raises(ValidationError, match="gate: uniform learns nothing"):
         LowRank(gate=Uniform())
     model = add_experts(Blocks(), rank=2, gate=Uniform())  # leaves the regularizer out itself
-    assert model.experts_settings["regularizer"] is None
+    assert model.experts_settings[0]["regularizer"] is None
     assert isinstance(add_experts(Blocks(), rank=2, gate=Local()).blocks[0].qkv.gate, LocalGate)
 
 

@@ -289,7 +289,7 @@ def test_metadata_says_what_the_file_holds(tmp_path: Path) -> None:
     assert metadata["model"] == {
         "name": "vit_tiny_patch16_224", "num_classes": 10, "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, **TINY
     }  # fmt: skip
-    assert metadata["experts"] == LowRank(experts=3, rank=2).dump()
+    assert metadata["experts"] == [LowRank(experts=3, rank=2).dump()]
     assert read_tensors(tmp_path / "e.safetensors")[0]["format"] == "experts"
 
 
@@ -297,6 +297,18 @@ def test_a_run_folder_stands_for_its_model(tmp_path: Path) -> None:
     model = tiny()
     save_model(model, tmp_path / "model.safetensors")
     assert same(load_model(tmp_path), model)
+
+
+def test_a_model_adapted_twice_is_loaded_as_it_was(tmp_path: Path) -> None:
+    model = add_experts(add_experts(tiny(), layers="qkv", rank=2), layers=("fc1", "fc2"), rank=3, experts=2)
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.B)
+    x = torch.rand(2, 3, 32, 32)
+    expected = model.eval()(x)
+    save_model(model, tmp_path / "whole.safetensors")
+    assert load_model(tmp_path / "whole.safetensors")(x).equal(expected)
+    save_experts(model, tmp_path / "experts.safetensors")
+    assert load_experts(tiny(), tmp_path / "experts.safetensors").eval()(x).equal(expected)
 
 
 def test_a_file_loads_into_your_own_module(tmp_path: Path) -> None:

@@ -36,9 +36,13 @@ class Experts(Component):
     def check_threats(self, threats: int) -> None:
         """Raise UserError if the regularizer does not go with that many threats."""
 
+    def sign(self, model: nn.Module) -> None:
+        """Note on a model that it got these experts; the notes travel with saved files, which are loaded by them."""
+        object.__setattr__(model, "experts_settings", [*getattr(model, "experts_settings", []), self.dump()])
+
     @abstractmethod
     def inject(self, model: Module) -> Module:
-        """Add the experts to ``model`` in place and return it.
+        """Add the experts to ``model`` in place and return it; ends with :meth:`sign`.
 
         Raises:
             UserError: they do not fit; the model is unchanged then.
@@ -84,7 +88,7 @@ class Layerwise(Experts):
             gate = self.gate.build(self.width(module), self.experts, block=block, blocks=blocks, layout=layout)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, self.beside(module, gate, layout))
-        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
+        self.sign(model)
         return model
 
     @property

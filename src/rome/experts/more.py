@@ -137,7 +137,7 @@ class Networks(Experts):
                 "it: rome.models.Classifier(model, mean=(0,), std=(1,)), or build it with rome.create_model"
             )
         model.backbone = ModelMixture(backbone, experts=self.experts)
-        object.__setattr__(model, "experts_settings", self.dump())  # travels with saved files
+        self.sign(model)
         return model
 
 

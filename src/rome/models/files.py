@@ -40,10 +40,10 @@ def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
     if not expert_layers(model):
         if not metadata.get("experts"):
             raise UserError(f"{path} does not say which experts it holds; call rome.add_experts(model, ...) first")
-        target = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+        target = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
     fit(target, tensors, expected=set(_expert_state(target)), path=path)
     if target is not model:
-        _experts(metadata["experts"], path).inject(model)
+        _inject(metadata["experts"], model, path)
         fit(model, tensors, expected=set(_expert_state(model)), path=path)
     return model
 
@@ -66,9 +66,9 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
         model = create_model(**metadata["model"])
     if metadata.get("experts") and not expert_layers(model):
-        trial = _experts(metadata["experts"], path).inject(copy.deepcopy(model))  # nothing changes if it does not fit
+        trial = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
         fit(trial, tensors, expected=set(trial.state_dict()), path=path)
-        _experts(metadata["experts"], path).inject(model)
+        _inject(metadata["experts"], model, path)
     fit(model, tensors, expected=set(model.state_dict()), path=path)
     return model.eval()
 
@@ -113,9 +113,13 @@ def _expert_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _experts(settings: dict[str, Any], path: str | Path) -> Experts:
-    plain = dict(settings)
-    try:
-        return Experts.of_kind(plain.pop("kind")).model_validate(plain)
-    except Exception as error:
-        raise UserError(f"{path} holds experts this version cannot build: {first_line(error)}") from error
+def _inject(settings: list[dict[str, Any]] | dict[str, Any], model: nn.Module, path: str | Path) -> nn.Module:
+    """Add experts as often as the saved model got some; one that got some once may say so without a list."""
+    for each in settings if isinstance(settings, list) else [settings]:
+        plain = dict(each)
+        try:
+            experts = Experts.of_kind(plain.pop("kind")).model_validate(plain)
+        except Exception as error:
+            raise UserError(f"{path} holds experts this version cannot build: {first_line(error)}") from error
+        experts.inject(model)
+    return model
