@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rome.analysis.tables import missing
 from rome.attacks import PGD, Attack
@@ -179,6 +179,29 @@ def test_a_network_that_is_not_there_costs_its_cases_alone_and_is_told_at_once(
     assert [line.partition(":")[0] for line in told] == ["ppgd", "lpa", "gma"]
     assert told[0].startswith("ppgd: failed: no network")
     assert sum("no network" in sentence for sentence in missing(found)) == 1
+
+
+def test_attacks_without_meaning_on_the_images_are_left_out_and_the_union_is_of_the_others(capsys: Any) -> None:
+    """Colours of grey images cannot change: no failure, and no reason to miss the union."""
+    suite = UnseenSuite()
+    few = tuple(row for row in suite.rows if row.kind in ("recoloradv", "patch"))
+    why = "changes colours: it needs images of 3 channels, not 1"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnseenSuite, "rows", few)
+        report = evaluate(model, x, y, suite=suite, threats=CIFAR10, progress=True)
+        assert (
+            "recoloradv: left out: it changes colours: it needs images of 3 channels, not 1" in capsys.readouterr().err
+        )
+        assert (report.attacks, dict(report.failed)) == (("patch",), {})
+        assert report.union == report.robust["patch"]
+        assert missing(report) == [f"recoloradv left out: it {why}"]
+        with pytest.raises(UserError, match="the suite has no case 'recoloradv'"):
+            evaluate(model, x, y, suite=suite, threats=CIFAR10, cases=["recoloradv"])
+        patch.setattr(UnseenSuite, "rows", tuple(row for row in few if row.kind == "recoloradv"))
+        with pytest.raises(UserError, match="recoloradv changes colours"):
+            evaluate(model, x, y, suite=suite, threats=CIFAR10)
 
 
 @pytest.mark.usefixtures("every_kind")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,9 +130,12 @@ def evaluate(
                 lambda: halving.run(CLEAN, first, lambda part: check_outputs(model, examples.batch(part)[0], y))
             )
             classes = answers[0][0][1]
-        planned = suite.cases(named, classes)
+        planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
+        if progress and team.leads:
+            for name, reason in left_out.items():
+                print(f"{name}: left out: it {reason}", file=sys.stderr)
         wanted = _wanted(cases, [case.name for case in planned])
-        settings |= {"classes": classes, "cases": [case.dump() for case in planned]}
+        settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings |= {"save_images": save_images, "provenance": dict(provenance or {})}
         settings["environment"] = {
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
@@ -174,6 +178,20 @@ def evaluate(
     if team.leads:
         store.finish(report.arrays(), report.to_json())
     return report
+
+
+def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
+    """The cases whose attacks all have a meaning on such images, and why the others have none.
+
+    Raises:
+        UserError: none has.
+    """
+    reasons = {case.name: next(filter(None, (each.unsuited(channels) for each in case.attacks)), "") for case in cases}
+    kept = [case for case in cases if not reasons[case.name]]
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    if left_out and not kept:
+        raise UserError("; ".join(f"{name} {reason}" for name, reason in left_out.items()))
+    return kept, left_out
 
 
 def _wanted(asked: Iterable[str] | None, names: list[str]) -> frozenset[str]:

@@ -153,6 +153,7 @@ def missing(report: Report) -> list[str]:
     for case, reason in report.failed.items():
         alike.setdefault(reason, []).append(case)
     sentences = [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
+    sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
         names = ", ".join(report.pending[:5]) + (f" and {len(report.pending) - 5} more" * (len(report.pending) > 5))
         sentences.append(f"not run yet: {names}; the same command without --cases runs the rest")

@@ -154,6 +154,10 @@ class Attack(Component):
         """
         return self.run(model, x, y, threat, generator=generator, verdict=False).images
 
+    def unsuited(self, channels: int) -> str:
+        """Why this attack has no meaning on images of so many channels; empty where it has."""
+        return ""
+
     def run(
         self,
         model: Model,

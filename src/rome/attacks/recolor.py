@@ -32,9 +32,12 @@ class ReColorAdv(FunctionalAttack):
     lr: Number = Field(default=0.001, gt=0)
     tau: Number = Field(default=0.06, ge=0)
 
+    def unsuited(self, channels: int) -> str:
+        return "" if channels == 3 else f"changes colours: it needs images of 3 channels, not {channels}"
+
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
-        if x.shape[1] != 3:
-            raise UserError(f"{self.kind} changes colours: it needs images of 3 channels, not {x.shape[1]}")
+        if reason := self.unsuited(x.shape[1]):
+            raise UserError(f"{self.kind} {reason}")
         return super().search(model, x, y, groups, noise)
 
     def identity(self, x: Tensor) -> Tensor:

@@ -80,10 +80,15 @@ class TransformAttack(FreeAttack):
             noise: U[0, 1), (B, *noise_shape), in the images' dtype.
         """
 
+    def unsuited(self, channels: int) -> str:
+        allowed = " or ".join(map(str, self.channels))
+        return (
+            f"needs images of {allowed} channels, not {channels}" if allowed and channels not in self.channels else ""
+        )
+
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
-        if self.channels and x.shape[1] not in self.channels:
-            allowed = " or ".join(map(str, self.channels))
-            raise UserError(f"{self.kind} needs images of {allowed} channels, not {x.shape[1]}")
+        if reason := self.unsuited(x.shape[1]):
+            raise UserError(f"{self.kind} {reason}")
         with _no_autocast(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
         variables = self.ascend(model, transform, y)

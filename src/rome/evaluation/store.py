@@ -33,7 +33,7 @@ from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
-_NOT_COMPARED = ("provenance", "environment", "save_images")
+_NOT_COMPARED = ("provenance", "environment", "save_images", "left_out")
 
 
 @dataclass
