@@ -117,7 +117,7 @@ def test_a_name_says_what_is_in_the_file(name: str) -> None:
     assert config.about
     named = name.partition("/")[0] in ("digits", "table1", "tableA1", "tableA2", "fine-tuning", "scratch", "table2")
     if named and "/study/" not in name:
-        assert ("rome" in parts or "more" in parts) == (config.experts is not None)
+        assert bool({"rome", "more", "moe"} & set(parts)) == (config.experts is not None)
         assert config.method.kind in parts or config.natural_epochs == config.epochs or parts == ["linf"]
     tuned = name.startswith(("fine-tuning/", "scratch/")) and parts != ["linf"]
     assert config.attack.kind == ("apgd" if "apgd" in parts or tuned else "pgd")
