@@ -96,10 +96,9 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     digits = {f"digits/{name}" for name in methods | {f"rome-{name}" for name in methods} | {"more"}}
     pgd = {f"table1/{name}-pgd" for name in {*both, "avg", "msd", "more"}}
     apgd = {f"table1/{name}-apgd" for name in {*both, "eat", "ramp"}}
-    hundred = {name.replace("table1/", "table1/imagenet100/") for name in (pgd | apgd) - {"table1/more-pgd"}}
-    others = {
-        name.replace("imagenet100", arch).replace("table1", "tableA1") for arch in ARCHITECTURES for name in hundred
-    }
+    hundred = {name.replace("table1/", "table1/imagenet100/") for name in pgd | apgd}
+    archs = {name.replace("table1", f"tableA1/{arch}") for arch in ARCHITECTURES for name in pgd | apgd}
+    others = {name for name in archs if not name.endswith("more-pgd")}
     small = {f"table1/small/{name}" for name in both}
     models, rome = ("vit-b", "wrn-28-10", "wrn-94-16", "xcit-s"), ("", "rome-")
     tuned = {f"fine-tuning/{model}/{r}{name}" for model in models for r in rome for name in ("eat", "max", "ramp")}
@@ -146,9 +145,9 @@ def test_table_1_has_the_papers_numbers_in_the_right_file(row: str) -> None:
     found = [config_of(name) for name in FILES if name.startswith("table1/") and "/i" not in name]
     (config,) = [config for config in found if config.paper is not None and config.paper.row == row]
     assert config.paper is not None
-    assert config.paper.table == "Table 1"
+    assert config.paper.table.startswith("Tables 1")
     names = ["clean", "L1", "L2", "Linf", "average", "union"]
-    assert list(config.paper.numbers.items()) == list(zip(names, ROWS[row], strict=True))
+    assert list(config.paper.numbers.items())[:6] == list(zip(names, ROWS[row], strict=True))
     attack, method = row.split()
     assert config.attack.kind == attack.lower()
     assert config.method.kind == method.removeprefix("RoME+").lower().replace("-", "")
@@ -188,7 +187,7 @@ def test_they_train_as_the_paper_trains(name: str) -> None:
         assert (config.model.img_size, config.model.patch_size) == (32, 4)
         expected = {"pgd": [10] if len(steps) == 1 else [20, 20, 10], "apgd": [15, 15, 15]}
     else:
-        assert (config.epochs, config.batch_size, config.optimizer.lr) == (5, 128, 1e-4)
+        assert (config.epochs, config.batch_size, config.optimizer.lr) == (10 if "more" in name else 5, 128, 1e-4)
         assert isinstance(config.data, ImageFolder)
         expected = {"pgd": [40, 20, 10], "apgd": [15, 15, 15]}
     assert not steps or steps == expected[config.attack.kind]

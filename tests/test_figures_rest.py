@@ -22,7 +22,8 @@ from rome.analysis.cost_table import fill_costs, named_configs
 from rome.analysis.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
 from rome.analysis.figures.base import Options
 from rome.analysis.figures.regions import attacked_within, boxes
-from rome.analysis.paper_tables import TABLES, fill
+from rome.analysis.paper_rows import TABLES
+from rome.analysis.paper_tables import fill
 from rome.analysis.table_formats import render
 from rome.config import Config, load
 from rome.errors import UserError
@@ -412,10 +413,11 @@ def test_every_table_is_whole_in_every_format(number: str) -> None:
     assert set(Cells(render("Table", lines, "html")).rows) == {width}
     markdown = [line for line in render("Table", lines, "markdown").splitlines() if line.startswith("|")]
     assert {line.count("|") for line in markdown} == {width + 1}
-    latex = render("Table", lines, "latex")
+    package, latex = render("Table", lines, "latex").split("\n", 1)
+    assert package == r"% \usepackage{booktabs}"
     body = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.count("&") - line.count(r"\&") for line in body} == {width - 1}
-    assert not re.search(r"(?<!\\)[%#$_^~<>]", re.sub(r"\$(\\pm|<|>)\$", "", latex))
+    assert not re.search(r"(?<!\\)[%#$_^~<>]", re.sub(r"\$(\\pm|<|>|\\ell_\w|\\ell_\\infty)\$", "", latex))
     assert latex.isascii()
     assert latex.count("{") == latex.count("}")
     assert render("Table", lines, "text").count("– / ") == len(lines) * (width - 1)  # noqa: RUF001
