@@ -216,7 +216,7 @@ def test_gates_stay_inside_the_card_of_a_run_without_the_chosen_layer(browser: A
     assert "no experts in blocks.0.attn.proj" in answers[0].missing
     css = (Path(rendering.__file__).parent / "page.css").read_text()
     page = browser.new_page(viewport={"width": width, "height": 1000})
-    page.set_content(f"<style>{css}</style>{rendering.experts(answers)}")
+    page.set_content(f"<!doctype html><style>{css}</style>{rendering.experts(answers)}")
     cards = page.locator(".card").evaluate_all(
         "cards => cards.map(card => card.getBoundingClientRect().bottom -"
         " Math.max(...[...card.querySelectorAll('*')].map(part => part.getBoundingClientRect().bottom)))"

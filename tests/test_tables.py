@@ -136,6 +136,10 @@ def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
     told = compare(runs)
     assert told[0].startswith("a classifies 100.0% of 40 test examples right under every attack (L1, L2, Linf)")
     assert "exact McNemar p = 0.016): more than the choice of examples explains" in told[1]
+    tied = compare([evaluated(report(LP, wrong), tmp_path, name) for name in ("a", "b")])
+    assert tied[1].startswith(
+        "b reaches the same share on the same examples (95% interval -4.7 to +4.7, exact McNemar p"
+    )
     waiting = report(LP, right[:3], pending=("Linf",))
     assert compare([evaluated(waiting, tmp_path)]) == [
         "Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."
