@@ -19,7 +19,7 @@ import rome
 from rome.cli import main
 from rome.data import Cifar10, Digits, ImageFolder
 from rome.errors import UserError
-from rome.evaluate import evaluate, hash_model
+from rome.evaluating import evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from rome.cli import main
 from rome.errors import Interrupted
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "cost", "list")
+COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
 
 
 class Ended(NamedTuple):
@@ -69,6 +72,24 @@ def plain(text: str) -> str:
 
 
 # Help and lists
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    asked = "import sys; from rome.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
+    assert "sweep" in told
+    assert "typer" in told.split()
+    assert not {"torch", "timm", "numpy"} & set(told.split())
+
+
+def test_every_public_name_can_be_had_from_the_package() -> None:
+    package = importlib.import_module("rome")
+    assert set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert callable(package.train)
+    assert callable(package.evaluate)
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        _ = package.tarin
 
 
 def test_help_names_every_command(rome: Any) -> None:

@@ -24,7 +24,7 @@ from rome.attacks.autoattack import AttackWarning, set_iterations
 from rome.attacks.base import Attack, Found
 from rome.attacks.pgd import PGD
 from rome.errors import UserError
-from rome.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.evaluating import Case, Report, Suite, evaluate, example_images, hash_model
 from rome.evaluation.report import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
 from rome.threats import DIGITS, LpBall, Threat

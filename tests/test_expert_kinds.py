@@ -46,7 +46,7 @@ from rome.models import (
 )
 from rome.runs import Run
 from rome.threats import LpBall, PerExample
-from rome.train import train
+from rome.training import train
 from small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
 from tiny_runs import same, tiny, watched, weights, without_times
 

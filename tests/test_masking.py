@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rome.attacks import APGD
 from rome.attacks.base import Found
-from rome.evaluate import Report, Suite, evaluate
+from rome.evaluating import Report, Suite, evaluate
 from rome.evaluation import masking
 from rome.evaluation.masking import SAMPLE, look, worth_checking
 from rome.evaluation.statistics import mcnemar, paired_difference

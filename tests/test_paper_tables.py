@@ -16,7 +16,7 @@ from rome.analysis.paper_tables import TABLES, fill
 from rome.analysis.table_formats import render
 from rome.config import load, parse
 from rome.errors import UserError
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.experiments import files, folder
 
 Robust = tuple[float, float, float]

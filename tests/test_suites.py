@@ -18,7 +18,7 @@ from rome.analysis.tables import missing
 from rome.attacks import PGD, Attack
 from rome.config import parse
 from rome.errors import UserError
-from rome.evaluate import Case, Report, Suite, evaluate, example_images
+from rome.evaluating import Case, Report, Suite, evaluate, example_images
 from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite, with_features
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.statistics import wilson

@@ -17,13 +17,13 @@ from rome.analysis.robustbench import entries_of, eps_text, percent, write_entri
 from rome.analysis.tables import columns_of, missing, show, tabulate
 from rome.cli import main
 from rome.errors import UserError
-from rome.evaluate import Case, Report
+from rome.evaluating import Case, Report
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS
 from rome.report import compare, write_report
 from rome.runs import Run
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
-from rome.train import train
+from rome.training import train
 from tiny_runs import tiny
 from toy_suites import Toy
 

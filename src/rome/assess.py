@@ -14,7 +14,7 @@ from rome.config import DATA_BUDGETS, Config, parse
 from rome.data import Data
 from rome.device import pick_device
 from rome.errors import UserError
-from rome.evaluate import AUTO, BATCH_SIZE, Report, Suite, evaluate
+from rome.evaluating import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
 from rome.evaluation.composed import SeveralSuites, as_suite, with_features

@@ -74,7 +74,7 @@ def train(
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.config import load
     from rome.progress import show_training
-    from rome.train import train as run_training
+    from rome.training import train as run_training
 
     spec = load(config, overrides or ())
     run = run_training(
@@ -393,7 +393,7 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data
-    from rome.evaluate import Suite
+    from rome.evaluating import Suite
     from rome.methods import Method
 
     families: dict[Family, type[Component]] = {

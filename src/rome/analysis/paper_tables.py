@@ -17,7 +17,7 @@ from typing import Any
 from rome.analysis.compared import paired
 from rome.config import Config, load
 from rome.errors import UserError, did_you_mean
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
 from rome.runs import Run

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.evaluation.suites import LP
 from rome.terminal import print_table
 
