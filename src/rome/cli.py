@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import sys
@@ -352,7 +351,7 @@ def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
     cost: Annotated[
-        bool, typer.Option("--cost", help="Experiments: parameters and estimated hours on an H100 instead.")
+        bool, typer.Option("--cost", help="Experiments: with parameters and estimated hours on one H100.")
     ] = False,
 ) -> None:
     """List what configs can name."""
@@ -386,10 +385,11 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     if family is Family.experiments:
         from rome.experiments import listing, rough_costs
 
-        rows = [row for row in (rough_costs() if cost else listing()) if fnmatch.fnmatch(row[0], f"*{pattern}*")]
+        rows = listing(pattern)
         if not rows:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
-        return rows
+        costs = dict(rough_costs(pattern)) if cost else {}
+        return [(name, "; ".join(filter(None, (text, costs.get(name))))) for name, text in rows]
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data

@@ -249,7 +249,8 @@ def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
     except UserError as error:
         raise UserError(
             f"no network to measure perceptual distances with: {error}. Train it (rome train "
-            "experiments/alexnet/cifar10.yaml --out runs/alexnet), or name another (rome evaluate --features PATH)"
+            "experiments/alexnet/cifar10.yaml --out runs/alexnet; on the digits experiments/digits/cnn.yaml --out "
+            "runs/cnn), or name another (rome evaluate --features PATH)"
         ) from error
     return threat.measured_by(network.to(device).requires_grad_(False))
 

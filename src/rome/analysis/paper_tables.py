@@ -36,6 +36,7 @@ _CASES = {
 COST = ("parameters_M", "GMACs", "seconds_per_update", "latency_ms")
 
 _PGD = ("random", "avg", "max", "msd", "rome-random", "rome-max")
+_PGD_AND_MORE = (*_PGD[:4], "more", *_PGD[4:])
 _APGD = ("random", "max", "eat", "ramp", "rome-random", "rome-max")
 
 
@@ -52,13 +53,13 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
     "1": (
         LP,
         {
-            "CIFAR-10": _both("table1", (*_PGD[:4], "more", *_PGD[4:])),
-            "ImageNet-100": _both("table1/imagenet100"),
+            "CIFAR-10": _both("table1", _PGD_AND_MORE),
+            "ImageNet-100": _both("table1/imagenet100", _PGD_AND_MORE),
         },
     ),
     "2": (
         UNSEEN,
-        {"CIFAR-10": [*_both("table1"), *(f"table2/{name}" for name in ("pat", "vr", "rome-pat", "rome-vr"))]},
+        {"CIFAR-10": [*_both("table1", _PGD_AND_MORE), *(f"table2/{name}" for name in _PERCEPTUAL)]},
     ),
     "3": (
         ("clean", "union"),
