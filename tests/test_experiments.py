@@ -146,9 +146,9 @@ def test_table_1_has_the_papers_numbers_in_the_right_file(row: str) -> None:
     found = [config_of(name) for name in FILES if name.startswith("table1/") and "/i" not in name]
     (config,) = [config for config in found if config.paper is not None and config.paper.row == row]
     assert config.paper is not None
-    assert config.paper.table == "Table 1"
+    assert config.paper.table.startswith("Tables 1")
     names = ["clean", "L1", "L2", "Linf", "average", "union"]
-    assert list(config.paper.numbers.items()) == list(zip(names, ROWS[row], strict=True))
+    assert list(config.paper.numbers.items())[:6] == list(zip(names, ROWS[row], strict=True))
     attack, method = row.split()
     assert config.attack.kind == attack.lower()
     assert config.method.kind == method.removeprefix("RoME+").lower().replace("-", "")

@@ -202,6 +202,30 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Open) -> None:
     assert boxes[0]["width"] > 330
 
 
+@pytest.mark.parametrize("width", [1360, 390])
+def test_gates_stay_inside_the_card_of_a_run_without_the_chosen_layer(browser: Any, width: int, tmp_path: Path) -> None:
+    """Runs beside each other with experts in different layers: one has no map, but gates all the same."""
+    from rome.explore import rendering
+
+    names = {"qkv": ["qkv"], "proj": ["proj"]}
+    runs = [save_run(tmp_path / name, experts__layers=layers) for name, layers in names.items()]
+    explorers = open_explorers(runs, "cpu")
+    image, label = explorers[0].test_image(0)
+    layer = explorers[1].layers[0]
+    answers = [each.look(image, layer=layer, label=label) for each in explorers]
+    assert "no experts in blocks.0.attn.proj" in answers[0].missing
+    css = (Path(rendering.__file__).parent / "page.css").read_text()
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.set_content(f"<style>{css}</style>{rendering.experts(answers)}")
+    cards = page.locator(".card").evaluate_all(
+        "cards => cards.map(card => card.getBoundingClientRect().bottom -"
+        " Math.max(...[...card.querySelectorAll('*')].map(part => part.getBoundingClientRect().bottom)))"
+    )
+    page.close()
+    assert len(cards) == 2
+    assert min(cards) >= 0
+
+
 def test_a_port_that_is_taken_gets_one_line(address: str) -> None:
     from rome.errors import UserError
     from rome.explore.page import listen

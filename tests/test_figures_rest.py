@@ -22,13 +22,16 @@ from rome.analysis.cost_table import fill_costs, named_configs
 from rome.analysis.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
 from rome.analysis.figures.base import Options
 from rome.analysis.figures.regions import attacked_within, boxes
-from rome.analysis.paper_tables import TABLES, fill
+from rome.analysis.figures.style import RUNS, looks, signed
+from rome.analysis.paper_rows import TABLES
+from rome.analysis.paper_tables import fill
+from rome.analysis.subject import short
 from rome.analysis.table_formats import render
 from rome.config import Config, load
 from rome.errors import UserError
 from rome.evaluating import Report
 from rome.experiments import folder
-from rome.experts import Local, add_experts
+from rome.experts import Global, Local, add_experts
 from rome.experts.gating import Gate
 from rome.experts.maps import grid_of
 from rome.models import create_model, save_model
@@ -250,7 +253,7 @@ def test_a_run_without_validation_shows_training_accuracy_and_says_so() -> None:
 def swept(monkeypatch: pytest.MonkeyPatch, *runs: tuple[dict[str, Any], float]) -> list[Any]:
     """Evaluated runs with these changes and unions."""
     made = [
-        SimpleNamespace(config=tiny(**changes), report=SimpleNamespace(union=union, suite="apgd", n=20))
+        SimpleNamespace(config=tiny(**changes), report=SimpleNamespace(union=union, unions={}, suite="apgd", n=20))
         for changes, union in runs
     ]
     monkeypatch.setattr(sensitivity, "gather", lambda folders: made)
@@ -278,6 +281,14 @@ def test_one_key_at_a_time_gives_a_panel_each_and_the_base_is_in_both(monkeypatc
     assert len(Sensitivity().draw(data).axes) == 2
 
 
+def test_beside_other_attacks_the_union_is_that_of_the_balls(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = swept(monkeypatch, ({}, 0.4), ({"experts__rank": 8}, 0.3))
+    for i, run in enumerate(sensitivity.gather([])):
+        run.report.unions = {"lp": 0.6 + i / 10}
+    (panel,) = Sensitivity().measure(runs, Options())["panels"]
+    assert [point["mean"] for point in panel["curves"][0]["points"]] == [0.6, 0.7]
+
+
 def test_a_grid_has_a_curve_for_every_other_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = swept(
         monkeypatch,
@@ -303,6 +314,35 @@ def test_runs_that_are_no_sweep(changes: list[dict[str, Any]], words: str, monke
         Sensitivity().measure(runs, Options())
 
 
+def test_a_run_that_a_figure_leaves_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = []
+    for name, gate in (("local", Local()), ("global", Global())):
+        run = Run(tmp_path / name)
+        config = tiny(model__patch_size=2, experts__experts=3, experts__gate=gate.dump(), name=name)
+        run.prepare(config, resume=False, overwrite=False)
+        save_model(vit(gate=gate), run.model_file, config=config.dump())
+        folders.append(run.folder)
+    write_figures(folders, tmp_path / "out", only=["fig7"], formats=["svg"])
+    assert "fig7: global left out: layer backbone.blocks.1.attn.proj weighs its experts" in capsys.readouterr().err
+    drawn = (tmp_path / "out/fig7.svg").read_text()
+    assert "local" in drawn
+    assert "blocks.1.attn.proj" in drawn
+
+
+def test_runs_and_threats_have_no_colour_in_common() -> None:
+    threats = [look.colour for look in looks(["natural", *DIGITS, "a", "b", "c"]).values()]
+    assert len({*threats, *RUNS}) == len(threats) + len(RUNS) == 14
+
+
+def test_numbers_and_layers_are_written_short() -> None:
+    assert [signed(value) for value in (-0.004, -0.006, 0.25)] == ["0.00", "\N{MINUS SIGN}0.01", "0.25"]
+    assert [short(name) for name in ("backbone", "backbone.blocks.1.mlp", "layer4")] == [
+        "the whole model",
+        "blocks.1.mlp",
+        "layer4",
+    ]
+
+
 def test_figures_of_a_run_are_written_with_their_data(tmp_path: Path) -> None:
     """From the folder of a run to files; a figure without data is left out unless it was asked for."""
     run = Run(tmp_path / "run")
@@ -318,6 +358,11 @@ def test_figures_of_a_run_are_written_with_their_data(tmp_path: Path) -> None:
     assert (tmp_path / "out/fig8.csv").read_text().count("\n") == 3
     with pytest.raises(UserError, match="figA3: "):
         write_figures([run.folder], tmp_path / "out", only=["figA3"])
+    with pytest.raises(UserError, match="unknown device 'gpu0'; valid: auto, cuda, mps, cpu"):
+        write_figures([run.folder], tmp_path / "out", device="gpu0")
+    with pytest.raises(UserError, match=r"no figure 'fig2'\. Did you mean 'figA2'") as raised:
+        write_figures([run.folder], tmp_path / "out", only=["fig2"])
+    assert str(raised.value).count("fig5") == 1, "the names are told once"
 
 
 # Table 6 and the others
@@ -412,10 +457,11 @@ def test_every_table_is_whole_in_every_format(number: str) -> None:
     assert set(Cells(render("Table", lines, "html")).rows) == {width}
     markdown = [line for line in render("Table", lines, "markdown").splitlines() if line.startswith("|")]
     assert {line.count("|") for line in markdown} == {width + 1}
-    latex = render("Table", lines, "latex")
+    package, latex = render("Table", lines, "latex").split("\n", 1)
+    assert package == r"% \usepackage{booktabs}"
     body = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.count("&") - line.count(r"\&") for line in body} == {width - 1}
-    assert not re.search(r"(?<!\\)[%#$_^~<>]", re.sub(r"\$(\\pm|<|>)\$", "", latex))
+    assert not re.search(r"(?<!\\)[%#$_^~<>]", re.sub(r"\$(\\pm|<|>|\\ell_\w|\\ell_\\infty)\$", "", latex))
     assert latex.isascii()
     assert latex.count("{") == latex.count("}")
     assert render("Table", lines, "text").count("– / ") == len(lines) * (width - 1)  # noqa: RUF001

@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from rome.analysis.compared import paired
-from rome.analysis.paper_tables import TABLES, fill
+from rome.analysis.paper_rows import BALLS, TABLES
+from rome.analysis.paper_tables import fill
 from rome.analysis.table_formats import render
 from rome.config import load, parse
+from rome.cost import count
 from rome.errors import UserError
 from rome.evaluating import Report
 from rome.experiments import files, folder
@@ -23,23 +25,29 @@ Robust = tuple[float, float, float]
 
 
 def evaluated(
-    place: Path, settings: dict[str, Any], robust: tuple[float, float, float], routing: str = "learned"
+    place: Path,
+    settings: dict[str, Any],
+    robust: tuple[float, float, float],
+    routing: str = "learned",
+    *,
+    suite: str = "apgd",
+    n: int = 200,
+    fog: float | None = None,
 ) -> Path:
-    """A run's folder with a config and an evaluation of 200 examples with these robust accuracies."""
+    """A run's folder with a config and an evaluation of n examples with these robust accuracies."""
     base = {"data": {"kind": "digits"}, "model": {"name": "vit_tiny_patch16_224", "img_size": 8, "patch_size": 4}}
     config = parse({**base, **settings})
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
-    matrix = np.ones((200, 4), dtype=bool)
-    for i, share in enumerate(robust):
-        matrix[:, 1 + i] = np.arange(200) < round(200 * share)
+    shares = {"clean": 1.0, **dict(zip(BALLS, robust, strict=True)), **({} if fog is None else {"fog": fog})}
+    matrix = np.stack([np.arange(n) < round(n * share) for share in shares.values()], axis=1)
     stored = {
-        "suite": {"kind": "apgd"},
-        "data": {"sha256": "same"},
+        "suite": {"kind": suite},
+        "data": {"sha256": f"first {n}"},
         "provenance": {"routing": routing, "config": config.dump()},
     }
-    report = Report(matrix, ("clean", "L1", "L2", "Linf"), np.zeros(200, np.int64), np.arange(200), stored)
-    evaluation = place / "evaluation" / f"apgd-200-{routing}"
+    report = Report(matrix, tuple(shares), np.zeros(n, np.int64), np.arange(n), stored)
+    evaluation = place / "evaluation" / f"{suite}-{n}-{routing}"
     evaluation.mkdir(parents=True)
     np.savez(evaluation / "matrix.npz", **report.arrays())
     (evaluation / "settings.json").write_text(json.dumps(stored))
@@ -57,8 +65,7 @@ def test_every_row_is_an_experiment_with_the_papers_numbers() -> None:
         for name in (name for experiments in sections.values() for name in experiments):
             config = load(folder() / f"{name}.yaml")
             assert config.paper is not None, name
-            if table not in ("2", "A4") and not (table == "6" or "table6" in name):
-                assert set(columns) <= set(config.paper.numbers), (table, name)
+            assert set(columns) <= set(config.paper.numbers), (table, name)
 
 
 def test_tables_have_as_many_rows_as_in_the_paper() -> None:
@@ -130,6 +137,79 @@ def test_table_5_reads_the_evaluations_with_other_gates(tmp_path: Path) -> None:
     assert found == {"Random gating": (), "Inverse gating": (0.2,), "w/o experts": (), "PGD RoME+RANDOM": (0.4,)}
 
 
+def test_a_run_fills_the_rows_of_its_own_data_set_else_those_of_the_first(tmp_path: Path) -> None:
+    model = {"model": {"name": "vit_tiny_patch16_224"}}
+    runs = {
+        "digits": evaluated(tmp_path / "a", {"method": "max"}, (0.5, 0.6, 0.4)),
+        "cifar10": evaluated(tmp_path / "b", {"data": {"kind": "cifar10"}, "threats": "cifar10"}, (0.5, 0.6, 0.3)),
+        "folder": evaluated(
+            tmp_path / "c", {"data": {"kind": "folder", "path": "x"}, "threats": "imagenet", **model}, (0.5, 0.6, 0.2)
+        ),
+    }
+    found = {
+        (line.section, line.label): line.cells["union"].values
+        for line in fill("1", [*runs.values()])
+        if line.cells["union"].values
+    }
+    assert found == {
+        ("CIFAR-10", "PGD MAX"): (0.4,),
+        ("CIFAR-10", "PGD RANDOM"): (0.3,),
+        ("ImageNet-100", "PGD RANDOM"): (0.2,),
+    }
+
+
+def test_average_and_union_are_over_the_balls_whatever_else_the_suite_attacked_with(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", {}, (0.5, 0.6, 0.4), suite="all", fog=0.1)
+    b = evaluated(tmp_path / "b", {"experts": {"kind": "low-rank"}}, (0.5, 0.6, 0.45), suite="all", fog=0.0)
+    lines = [line for line in fill("1", [a, b]) if line.section == "CIFAR-10"]
+    cells = line_of(lines, "PGD RANDOM").cells
+    assert (cells["average"].values, cells["union"].values) == ((pytest.approx(0.5),), (0.4,))
+    assert line_of(lines, "PGD RoME+RANDOM").gain[0] == pytest.approx(0.05)
+
+
+def test_rows_show_the_evaluation_that_most_runs_have_before_the_stronger_one_of_a_single_run(tmp_path: Path) -> None:
+    a = evaluated(tmp_path / "a", {}, (0.5, 0.6, 0.4))
+    experts = {"experts": {"kind": "low-rank"}}
+    b = evaluated(tmp_path / "b", experts, (0.5, 0.6, 0.5))
+    evaluated(b, experts, (0.5, 0.6, 0.25), suite="autoattack", n=40)
+    text = render("Table 1", fill("1", [a, b]), "text")
+    assert [line.reports[0].suite for line in fill("1", [a, b]) if line.reports] == ["apgd", "apgd"]
+    assert "evaluated differently" not in text
+    assert [line.reports[0].suite for line in fill("1", [b]) if line.reports] == ["autoattack"]
+    c = evaluated(tmp_path / "c", {"method": "max"}, (0.5, 0.6, 0.4), n=80)
+    assert "evaluated differently" in render("Table 1", fill("1", [a, c]), "text")
+    lines = fill("1", [a, evaluated(tmp_path / "d", experts, (0.5, 0.6, 0.4), n=80)])
+    assert not any(line.gain for line in lines), "not on the same examples"
+
+
+def test_where_no_row_is_without_experts_differences_are_to_rome(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
+    evaluated(run, {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.2), routing="inverse")
+    lines = fill("5", [run])
+    inverse, whole = line_of(lines, "Inverse gating"), line_of(lines, "PGD RoME+RANDOM")
+    expected = paired(inverse.reports[0], whole.reports[0])
+    assert inverse.gain == (expected.value, expected.low, expected.high)
+    assert (inverse.gain[0], inverse.against, whole.gain) == (pytest.approx(-0.2), "PGD RoME+RANDOM", None)
+    text = render("Table 5", lines, "text")
+    assert "union less RoME's: difference to PGD RoME+RANDOM, in brackets its 95% interval" in text
+    assert re.search(r"Inverse gating .* -20\.0 \(-25\.\d to -14\.\d\)", text)
+    latex = render("Table 5", lines, "latex")
+    assert r"$-$20.0 ($-$25." in latex
+    assert r" & clean & $\ell_1$ & $\ell_2$ & $\ell_\infty$ & average & union & union less RoME's" in latex
+    assert "bold is the best of ours" in latex
+
+
+def test_sizes_are_counted_and_not_best(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
+    config = load(run / "config.yaml")
+    for table, column, what in (("A3", "parameters_M", "parameters"), ("A4", "added_parameters_M", "experts")):
+        cell = line_of(fill(table, [run]), "PGD RoME+RANDOM").cells[column]
+        assert cell.values == (count(config)[what] / 1e6,)
+        assert not cell.best
+    full = count(load(folder() / "table1" / "rome-random-pgd.yaml"))
+    assert (round(full["parameters"] / 1e6, 2), round(full["experts"] / 1e6, 2)) == (88.85, 3.70)
+
+
 def test_the_best_of_ours_is_marked_in_its_section_and_kind_of_attack(tmp_path: Path) -> None:
     runs = [
         evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3)),
@@ -168,6 +248,8 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fill("1", [run])
     with pytest.raises(UserError, match="is not the folder of a run"):
         fill("1", [tmp_path])
+    with pytest.raises(UserError, match=r"a has no finished evaluation with a column of table 2: .*--suite unseen,"):
+        fill("2", [evaluated(tmp_path / "b" / "a", {}, (0.5, 0.5, 0.4))])
 
 
 def test_table_2_reads_the_unseen_suites_columns_by_its_own_names(tmp_path: Path) -> None:
@@ -182,7 +264,9 @@ def test_table_2_reads_the_unseen_suites_columns_by_its_own_names(tmp_path: Path
     np.savez(folder_of / "matrix.npz", **report.arrays())
     (folder_of / "settings.json").write_text(json.dumps(stored))
     (folder_of / "result.json").write_text(json.dumps(report.to_json()))
-    cells = line_of(fill("2", [run]), "PGD RANDOM").cells
+    line = line_of(fill("2", [run]), "PGD RANDOM")
+    assert line.gain is None, "no union, no difference in union"
+    cells = line.cells
     assert {name: cell.values for name, cell in cells.items() if cell.values} == {
         "L0": (0.25,), "PPGD": (0.5,), "GMA": (0.75,),
     }  # fmt: skip

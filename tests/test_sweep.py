@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rome.cli import main
@@ -100,6 +102,19 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert code(arguments) == 0
     assert "2 of 2 runs are finished already" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
+    for other in ("apgd-9", "apgd-10-inverse"):  # what is shown is what the config asks for, whatever else there is
+        copy = out / "tiny-seed=0" / "evaluation" / other
+        shutil.copytree(copy.with_name("apgd-10"), copy)
+        matrix = dict(np.load(copy / "matrix.npz"))
+        np.savez(copy / "matrix.npz", **{**matrix, "correct": ~matrix["correct"]})
+    assert gather_rows(points([config], ["seed=0,1"], out)) == [row]
+    (more,) = chosen = points([config], ["seed=0", "evaluation.n=20", "epochs=1"], out)
+    shutil.copytree(out / "tiny-seed=0", chosen[0].folder)
+    assert gather_rows(chosen) == []
+    assert not sweep(chosen)
+    assert {path.name for path in (more.folder / "evaluation").iterdir()} > {"apgd-10", "apgd-20"}
+    assert len(gather_rows(chosen)) == 1
+    assert gather_rows(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], "all 40 are asked for"
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
 

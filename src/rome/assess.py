@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from rome.config import DATA_BUDGETS, Config, parse
+from rome.config import DATA_BUDGETS, Config, Evaluation, parse
 from rome.data import Data
 from rome.device import pick_device
 from rome.errors import UserError
@@ -43,15 +43,16 @@ def evaluate_saved(
     out: str | Path | None = None,
     overwrite: bool = False,
     team: Team = ALONE,
+    settings: Evaluation | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a run's folder, its ``last.pt`` or ``best.safetensors``, or a ``model.safetensors``.
 
     On the test set of its config.
 
-    What is not given is the config's; the rest is :func:`rome.evaluate`'s. ``routing`` replaces the gates
-    (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual distances in the suite. The
-    result goes to ``evaluation/SUITE-N`` beside the model, that of a run's ``best.safetensors`` to
-    ``evaluation-best/SUITE-N``.
+    What is not given is that of ``settings``, and without these the config's; the rest is :func:`rome.evaluate`'s.
+    ``routing`` replaces the gates (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual
+    distances in the suite. The result goes to ``evaluation/SUITE-N`` beside the model, that of a run's
+    ``best.safetensors`` to ``evaluation-best/SUITE-N``.
 
     Returns:
         The report and the folder it was saved in.
@@ -63,7 +64,7 @@ def evaluate_saved(
     if file.is_dir():
         file = Run(file).model_file
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
-    settings = config.evaluation
+    settings = settings or config.evaluation
     chosen = with_features(_suite(suite, settings.suite), features)
     x, y = _examples(config.data, n, settings.n)[:2]
     routed = routing or settings.routing

@@ -35,6 +35,17 @@ def parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
+def count(config: Config) -> dict[str, int]:
+    """:func:`parameters` of a config's model, which is built without memory.
+
+    Raises:
+        UserError: its data are not here, which say how many classes there are.
+    """
+    shape, classes = config.data.form()
+    with torch.device("meta"):
+        return parameters(build_model(config.model.untrained(), config.experts, classes=classes, shape=shape))
+
+
 def added(layer: Gated) -> int:
     """Parameters of an adapted layer that the model does not have without experts."""
     return sum(parameter.numel() for name, parameter in layer.named_parameters() if name not in layer.shared)

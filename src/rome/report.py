@@ -23,7 +23,7 @@ from rome.analysis.figures import Options, registered
 from rome.analysis.figures.training import HELD_OUT
 from rome.analysis.robustbench import write_entries
 from rome.analysis.routing import routing_numbers
-from rome.analysis.subject import STEPS, Subject
+from rome.analysis.subject import STEPS, Subject, short
 from rome.analysis.tables import covered, missing, show, tabulate
 from rome.cost import macs
 from rome.errors import UserError
@@ -134,8 +134,10 @@ def compare(runs: Sequence[Evaluated]) -> list[str]:
                 if difference.clear
                 else "within what the choice of examples explains"
             )
-            ahead = f"{100 * difference.value:.1f} points above {run.name}"
-            text.append(f"That is {ahead} on the same examples ({span}): {meaning}.")
+            ahead = f"That is {100 * difference.value:.1f} points above {run.name}"
+            if difference.value == 0:
+                ahead = f"{run.name} reaches the same share"
+            text.append(f"{ahead} on the same examples ({span}): {meaning}.")
     if len(runs) > 1:
         text.append("The intervals do not cover the training seed: another one can move a number by points.")
     return text
@@ -187,7 +189,8 @@ class _Pictures:
                 continue  # the curves of training show as much
             about = " ".join((type(figure).__doc__ or "").split("\n\n")[0].split())
             picture = Markup(charts.themed(partial(figure.draw, data), figure.title))
-            found.append({"title": figure.title, "about": about, "picture": picture})
+            title = figure.title[0].upper() + figure.title[1:]
+            found.append({"title": title, "about": about, "picture": picture})
         return found
 
     def _cheap_regions(self) -> bool:
@@ -244,7 +247,7 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
     spread = last.mean(axis=1).max(axis=0) - last.mean(axis=1).min(axis=0)  # (K,): between the groups' means
     experts = sorted(sorted(range(sample.experts), key=lambda k: -spread[k])[:SHOWN_EXPERTS])
     rows = []
-    for title, weights in ((f"Last layer ({sample.layers[-1]})", last), ("Mean over layers", mean)):
+    for title, weights in ((f"Last layer ({short(sample.layers[-1])})", last), ("Mean over layers", mean)):
         span = charts.limits(weights[..., experts])
         panels = [
             charts.densities({name: weights[i, :, k] for i, name in enumerate(sample.groups)}, f"expert {k + 1}", span)

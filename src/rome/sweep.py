@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from rich.table import Table
 from rome.config import Config, load
 from rome.errors import Interrupted, UserError
 from rome.evaluating import Report
+from rome.evaluation.store import RESULT
 from rome.files import replace_file
 from rome.runs import Run
 from rome.terminal import print_table
@@ -192,7 +194,7 @@ def run_point(file: str, overrides: Sequence[str], folder: str) -> None:
             run.check_same(config)
         else:
             train(config, run.folder, resume=True)
-        evaluate_saved(run.folder)
+        evaluate_saved(run.folder, settings=config.evaluation)  # a finished run keeps those that it was started with
 
 
 def gather_rows(chosen: Sequence[Point]) -> list[Row]:
@@ -212,9 +214,17 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
 
 
 def _report(point: Point) -> Report | None:
+    """The evaluation that the config asks for: by its suite, its gates, on its number of examples."""
     settings = point.config.evaluation
-    found = sorted((point.folder / "evaluation").glob(f"{settings.suite.label}-*/result.json"))
-    return Report.load(found[-1].parent) if found else None
+    gates = "" if settings.routing == "learned" else f"-{settings.routing}"
+    names = re.compile(rf"{re.escape(settings.suite.label)}-(\d+){re.escape(gates)}")
+    files = (point.folder / "evaluation").glob(f"*/{RESULT}")
+    found = {int(name[1]): file.parent for file in files if (name := names.fullmatch(file.parent.name))}
+    n = settings.n
+    if found and n not in found:  # all test examples, which may be fewer
+        size = len(point.config.data.open("test"))
+        n = min(n or size, size)
+    return Report.load(found[n]) if n in found else None
 
 
 def _columns(report: Report) -> dict[str, float]:

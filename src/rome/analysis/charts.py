@@ -153,6 +153,8 @@ def _history(quantity: str, runs: Mapping[str, Any], natural: int) -> str:
                 marker = _MARKERS[i % len(_MARKERS)] if len(points) < 30 else None
                 scaled = [100 * value if percent else value for value in values]
                 axes.plot(epochs, scaled, marker=marker, ms=3.5, color=_colour("run", i))
+        last = max((event["epoch"] for events, _ in runs.values() for event in events), default=1)
+        axes.set_xlim(0.5 - 0.03 * last, last + 0.5 + 0.03 * last)  # alike in all charts
         if percent:
             axes.set_ylim(0, 100)
             axes.yaxis.set_major_locator(matplotlib.ticker.MultipleLocator(25))

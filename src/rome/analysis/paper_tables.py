@@ -2,132 +2,38 @@
 
 A row of a table is an experiment that comes with rome. A run belongs to a row if it trains the same way: same method,
 kind of attack, experts and, where a table compares architectures, model. So a small run on another data set fills the
-same row as the full one, and the caption says what the runs are.
+same row as the full one, and the caption says what the runs are. Where a table has the same training on several data
+sets, a run fills the rows of its own; on data that the table does not have, those of the first.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rome.analysis.compared import paired
+from rome.analysis.compared import PREFERRED_SUITES, paired
+from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES, UNITS, UNSEEN
 from rome.config import Config, load
+from rome.cost import count
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
+from rome.evaluation.report import UNION
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
 from rome.runs import Run
 
-LP = ("clean", "L1", "L2", "Linf", "average", "union")
-UNSEEN = ("corruptions", "L0", "perceptual", "PPGD", "LPA", "patch", "StAdv", "ReColorAdv", "GMA")
-_CASES = {
-    "L0": "sparsefool",
-    "PPGD": "ppgd",
-    "LPA": "lpa",
-    "StAdv": "stadv",
-    "ReColorAdv": "recoloradv",
-    "GMA": "gma",
-}
-"""Columns of Table 2 -> cases of the suite ``unseen`` under other names."""
-COST = ("parameters_M", "GMACs", "seconds_per_update", "latency_ms")
-
-_PGD = ("random", "avg", "max", "msd", "rome-random", "rome-max")
-_PGD_AND_MORE = (*_PGD[:4], "more", *_PGD[4:])
-_APGD = ("random", "max", "eat", "ramp", "rome-random", "rome-max")
-
-
-def _both(place: str, pgd: Sequence[str] = _PGD, apgd: Sequence[str] = _APGD) -> list[str]:
-    return [*(f"{place}/{name}-pgd" for name in pgd), *(f"{place}/{name}-apgd" for name in apgd)]
-
-
-_PERCEPTUAL = ("pat", "vr", "rome-pat", "rome-vr")
-_TWO = ("random", "max", "rome-random", "rome-max")
-_OURS = "table1/rome-random-pgd"
-_TUNED = ("eat", "rome-eat", "max", "rome-max", "ramp", "rome-ramp")
-
-TABLES: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
-    "1": (
-        LP,
-        {
-            "CIFAR-10": _both("table1", _PGD_AND_MORE),
-            "ImageNet-100": _both("table1/imagenet100", _PGD_AND_MORE),
-        },
-    ),
-    "2": (
-        UNSEEN,
-        {"CIFAR-10": [*_both("table1", _PGD_AND_MORE), *(f"table2/{name}" for name in _PERCEPTUAL)]},
-    ),
-    "3": (
-        ("clean", "union"),
-        {
-            title: [f"fine-tuning/{place}/{name}" for name in _TUNED]
-            for place, title in {
-                "vit-b": "ViT-B (CIFAR-10)",
-                "wrn-28-10": "WRN-28-10 (CIFAR-10)",
-                "wrn-94-16": "WRN-94-16 (CIFAR-10)",
-                "xcit-s": "XCiT-S (ImageNet-1K)",
-            }.items()
-        },
-    ),
-    "4": (
-        LP,
-        {
-            "Low-rank experts": ["table4/ffn", "table4/adapter", _OURS],
-            "Dual-scale gating": [
-                *(f"table4/{name}" for name in ("uniform", "local", "global", "inverted", "learned", "cls")),
-                _OURS,
-            ],
-            "Gating diversification": [
-                *(f"table4/{name}" for name in ("no-regularization", "load-balancing", "importance", "classification")),
-                *("table4/no-projection", "table4/three-experts", _OURS),
-            ],
-        },
-    ),
-    "5": (LP, {"RoME+RANDOM, PGD": ["table5/random", "table5/inverse", "table5/none", _OURS]}),
-    "6": (COST, {"ViT-B": ["table6/random", "table6/more", "table6/moe-ffn", "table6/rome"]}),
-    "A1": (LP, {"DeiT-B": _both("tableA1/deit-b"), "Swin-B": _both("tableA1/swin-b")}),
-    "A2": (
-        LP,
-        {"ImageNet-1K": _both("tableA2", _TWO, _TWO)},
-    ),
-    "A3": (
-        LP,
-        {
-            attack.upper(): [
-                f"table1/random-{attack}",
-                f"tableA3/random-experts-{attack}",
-                f"table1/max-{attack}",
-                f"tableA3/max-experts-{attack}",
-                f"table1/rome-random-{attack}",
-                f"table1/rome-max-{attack}",
-            ]
-            for attack in ("pgd", "apgd")
-        },
-    ),
-    "A4": (
-        LP,
-        {
-            "Layers": [
-                *("tableA4/qkv", "tableA4/out", "tableA4/ffn", _OURS),
-                *("tableA4/qkv-ffn", "tableA4/out-ffn", "tableA4/qkv-out-ffn"),
-            ]
-        },
-    ),
-    "A5": (
-        LP,
-        {"Distances": ["table4/no-regularization", "tableA5/cosine", "tableA5/kl", "tableA5/wasserstein", _OURS]},
-    ),
-}
-"""Table -> its columns and, section by section, the experiments that are its rows, in the paper's order."""
+_SAME = ("suite", "data", "threats", "seed")
+"""Settings of evaluations in which runs must agree for a difference between them to mean anything."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: the paper's and ours, as shares of 1 (costs in their own units); NaN where there is none."""
+    """One number: the paper's and ours, as shares of 1 (:data:`UNITS` as they are); NaN where there is none."""
 
     paper: float
     values: tuple[float, ...] = ()
@@ -158,7 +64,9 @@ class Line:
     cells: dict[str, Cell]
     reports: tuple[Report, ...] = ()
     gain: tuple[float, float, float] | None = None
-    """Union minus that of the same method without experts, with its 95% interval; shares."""
+    """Union minus that of the row ``against``, with its 95% interval; shares."""
+    against: str = ""
+    """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
 
 
 def fill(table: str, runs: Sequence[Path]) -> list[Line]:
@@ -168,29 +76,57 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         table: ``1`` to ``6``, ``A1`` to ``A5``.
         runs: folders of evaluated runs; several of one row (seeds) are joined.
 
+    Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
+    of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples.
+
     Raises:
-        UserError: no such table, a folder that is no run, or a run that belongs to no row.
+        UserError: no such table, a folder that is no run, a run that belongs to no row, or one without an evaluation.
     """
-    if table.upper() not in TABLES:
+    number = table.upper()
+    if number not in TABLES:
         raise UserError(f"no table {table!r}.{did_you_mean(table, TABLES)}")
-    columns, sections = TABLES[table.upper()]
-    given = [(Run(path), Run(path).config) for path in runs]
-    used: set[Path] = set()
-    lines = []
-    for section, experiments in sections.items():
-        for config in [load(folder() / f"{name}.yaml") for name in experiments]:
-            members = [run for run, own in given if same_row(own, config, models=table.upper() in ("3", "A1"))]
-            used |= {run.folder for run in members}
-            reports = [
-                report for run in members if (report := _report(run, config.evaluation.routing, columns)) is not None
-            ]
-            lines.append(_line(section, config, columns, reports))
-    left = [str(run.folder) for run, _ in given if run.folder not in used]
-    if left:
+    columns, sections = TABLES[number]
+    rows = [
+        (section, load(folder() / f"{name}.yaml")) for section, experiments in sections.items() for name in experiments
+    ]
+    members: list[list[Run]] = [[] for _ in rows]
+    for run in map(Run, {Path(each).resolve(): each for each in runs}.values()):  # each counts once
+        for i in _rows_of(run, [row for _, row in rows], number):
+            members[i].append(run)
+    found = {run.folder: _evaluations(run, columns) for own in members for run in own}
+    shared = Counter(key for each in found.values() for key in {(suite, n) for _, suite, n in each})
+    lines, used = [], set()
+    for (section, row), own in zip(rows, members, strict=True):
+        reports = []
+        for run in own:
+            report = _best(found[run.folder], row.evaluation.routing, columns, shared)
+            if report is not None:
+                used.add(run.folder)
+                reports.append(report)
+        lines.append(_line(section, row, columns, reports, [run.config for run in own]))
+    for run in (run for own in members for run in own if run.folder not in used):
+        suite = " --suite unseen,corruptions" if columns is UNSEEN else ""
         raise UserError(
-            f"{left[0]} trains like no row of table {table} (method, kind of attack, experts); leave it out"
+            f"{run.folder} has no finished evaluation with a column of table {number}: "
+            f"run `rome evaluate {run.folder}{suite}` first, or leave it out"
         )
-    return _with_gains(with_best(lines))
+    return _with_gains(with_best(lines), OURS.rpartition("/")[2])
+
+
+def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:
+    """Places of the rows that a run fills.
+
+    Raises:
+        UserError: there are none.
+    """
+    config, models = run.config, number in BY_MODEL
+    found = [i for i, row in enumerate(rows) if same_row(config, row, models=models)]
+    if not found:
+        what = "method, kind of attack, experts" + (", model" if models else "")
+        raise UserError(f"{run.folder} trains like no row of table {number} ({what}); leave it out")
+    kinds = [rows[i].data.kind for i in found]
+    kind = config.data.kind if config.data.kind in kinds else kinds[0]
+    return [i for i in found if rows[i].data.kind == kind]
 
 
 def sources(lines: Sequence[Line]) -> str:
@@ -202,7 +138,7 @@ def sources(lines: Sequence[Line]) -> str:
             config.get("data", {}).get("kind", "unknown data"),
             config.get("model", {}).get("name", "unknown model"),
         )
-        what = f"{model} on {data}, {report.n} examples, suite {report.settings.get('suite', {}).get('kind', '')}"
+        what = f"{model} on {data}, {report.n} examples, suite {report.suite}"
         told[what] = None
     return "; ".join(told)
 
@@ -222,40 +158,72 @@ def _experts(config: Config) -> dict[str, Any] | None:
     return plain
 
 
-def _report(run: Run, routing: str, columns: Sequence[str]) -> Report | None:
-    """The run's evaluation with these gates: with most of the columns, AutoAttack's before others, most examples."""
-    found = []
+def _evaluations(run: Run, columns: Sequence[str]) -> dict[tuple[str, str, int], Report]:
+    """(routing, suite, n) -> the run's finished evaluation; those with none of the columns are left out."""
+    found = {}
     for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
         report = Report.load(result.parent)
-        if (report.settings.get("provenance") or {}).get("routing", "learned") == routing:
-            found.append(report)
-
-    def rank(report: Report) -> tuple[int, bool, int]:
-        known = sum(not math.isnan(_value(report, column)) for column in columns)
-        return known, "autoattack" in str(report.settings["suite"]), report.n
-
-    return max(found, key=rank, default=None)
+        if _known(report, columns):
+            routing = (report.settings.get("provenance") or {}).get("routing", "learned")
+            found[routing, report.suite, report.n] = report
+    return found
 
 
-def _line(section: str, config: Config, columns: Sequence[str], reports: Sequence[Report]) -> Line:
+def _known(report: Report, columns: Sequence[str]) -> int:
+    """How many of the columns it has."""
+    return sum(not math.isnan(_value(report, column)) for column in columns if column not in UNITS)
+
+
+def _best(
+    found: dict[tuple[str, str, int], Report], routing: str, columns: Sequence[str], shared: Counter[tuple[str, int]]
+) -> Report | None:
+    """The evaluation with these gates that a row shows."""
+
+    def rank(key: tuple[str, str, int]) -> tuple[int, int, bool, int, str]:
+        _, suite, n = key
+        preferred = any(part in PREFERRED_SUITES for part in suite.split("+"))
+        return _known(found[key], columns), shared[suite, n], preferred, n, suite
+
+    key = max((key for key in found if key[0] == routing), key=rank, default=None)
+    return None if key is None else found[key]
+
+
+def _line(
+    section: str, config: Config, columns: Sequence[str], reports: Sequence[Report], runs: Sequence[Config]
+) -> Line:
     assert config.paper is not None
     cells = {}
     for column in columns:
-        paper = config.paper.numbers.get(column, math.nan) / (1 if columns is COST else 100)
-        values = [value for report in reports if not math.isnan(value := _value(report, column))]
+        paper = config.paper.numbers.get(column, math.nan) / (1 if column in UNITS else 100)
+        if column in SIZE:
+            values = sorted({size for run in runs if not math.isnan(size := _size(run, SIZE[column]))})
+        else:
+            values = [value for report in reports if not math.isnan(value := _value(report, column))]
         cells[column] = Cell(paper, tuple(values))
     return Line(section, config.paper.row, config, cells, tuple(reports))
 
 
+def _size(config: Config, what: str) -> float:
+    """Millions of parameters of a run's model; NaN where its data are gone, which say how many classes it has."""
+    try:
+        return count(config)[what] / 1e6
+    except UserError:
+        return math.nan
+
+
 def _value(report: Report, column: str) -> float:
-    if column in ("clean", "average", "union"):
-        return float(getattr(report, column))
-    case = _CASES.get(column, column)
+    if column == "clean":
+        return report.clean
+    if column in ("average", UNION):
+        if not set(BALLS) <= set(report.cases):
+            return math.nan
+        return report.union_of(BALLS) if column == UNION else statistics.fmean(report.robust[ball] for ball in BALLS)
+    case = CASES.get(column, column)
     return report.robust.get(case, report.groups.get(case, math.nan))
 
 
 def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
-    """Marks the best of our numbers, as printed, in every column of a section and kind of attack.
+    """Marks the best of our accuracies, as printed, in every column of a section and kind of attack.
 
     Args:
         least: the smallest is the best, of a section whatever the attack.
@@ -267,16 +235,19 @@ def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
     def key(line: Line, column: str) -> tuple[str, ...]:
         return (line.section, column) if least else (*_group(line), column)
 
+    def counts(column: str, cell: Cell) -> bool:
+        return bool(cell.values) and (least or column not in UNITS)
+
     top: dict[tuple[str, ...], float] = {}
     for line in lines:
         for column, cell in line.cells.items():
-            if cell.values:
+            if counts(column, cell):
                 top[key(line, column)] = max(top.get(key(line, column), -math.inf), shown(cell))
     return [
         replace(
             line,
             cells={
-                column: replace(cell, best=bool(cell.values) and shown(cell) == top[key(line, column)])
+                column: replace(cell, best=counts(column, cell) and shown(cell) == top[key(line, column)])
                 for column, cell in line.cells.items()
             },
         )
@@ -288,32 +259,43 @@ def _group(line: Line) -> tuple[str, str]:
     return line.section, line.config.method.own_attack or line.config.attack.kind
 
 
-def _with_gains(lines: list[Line]) -> list[Line]:
-    """Adds what experts change in union: paired examples for one run each, Welch's interval for several."""
+def _with_gains(lines: list[Line], ours: str) -> list[Line]:
+    """Adds differences in union to every row with experts: to the same method without them, else to RoME.
+
+    Paired examples for one run each, Welch's interval for several.
+
+    Args:
+        ours: name of the experiment that is RoME's row in the tables that take it apart.
+    """
+    if UNION not in lines[0].cells:
+        return lines
     plain = {(*_group(line), line.config.method.kind): line for line in lines if line.config.experts is None}
+    whole = {line.section: line for line in lines if line.config.name == ours}
     gained = []
     for line in lines:
-        base = plain.get((*_group(line), line.config.method.kind))
-        if line.config.experts is not None and base is not None:
-            line = replace(line, gain=_gain(line, base))
+        base = plain.get((*_group(line), line.config.method.kind)) if plain else whole.get(line.section)
+        if line.config.experts is not None and base is not None and base is not line:
+            line = replace(line, gain=_gain(line, base), against=base.label)
         gained.append(line)
     return gained
 
 
 def _gain(line: Line, base: Line) -> tuple[float, float, float] | None:
-    ours = [r.union for r in line.reports if not math.isnan(r.union)]
-    theirs = [r.union for r in base.reports if not math.isnan(r.union)]
+    """None where there are too few runs, or runs that were evaluated differently."""
+    reports = [report for report in (*line.reports, *base.reports) if not math.isnan(_value(report, UNION))]
+    if any(report.settings.get(key) != reports[0].settings.get(key) for report in reports for key in _SAME):
+        return None
+    ours, theirs = ([report for report in reports if report in each.reports] for each in (line, base))
     if len(ours) == len(theirs) == 1:
-        a, b = line.reports[0], base.reports[0]
-        if a.settings.get("data") == b.settings.get("data"):
-            on_examples = paired(a, b)
-            return on_examples.value, on_examples.low, on_examples.high
+        on_examples = paired(ours[0], theirs[0], BALLS)
+        return on_examples.value, on_examples.low, on_examples.high
     if len(ours) < 2 or len(theirs) < 2:
         return None
     from scipy.stats import ttest_ind
 
-    difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    if statistics.pstdev(ours) == statistics.pstdev(theirs) == 0:
+    a, b = ([_value(report, UNION) for report in each] for each in (ours, theirs))
+    difference = statistics.fmean(a) - statistics.fmean(b)
+    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
         return difference, difference, difference
-    interval = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval()
     return difference, float(interval.low), float(interval.high)

@@ -14,6 +14,7 @@ from rome.analysis.compared import names_of
 from rome.attacks import APGD, Attack
 from rome.config import Config
 from rome.data.base import Split
+from rome.device import pick_device
 from rome.errors import UserError
 from rome.models import load_model
 from rome.runs import Run
@@ -23,6 +24,11 @@ NATURAL = "natural"
 STEPS = 15
 """Of APGD, the attack that pictures and routing numbers are made with."""
 AT_A_TIME = 64
+
+
+def short(layer: str) -> str:
+    """A layer's name without what all names begin with: ``blocks.11.attn.proj``; MORE's is the whole model."""
+    return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
 
 
 class Subject:
@@ -79,13 +85,13 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
     """The runs in these folders, with names that tell them apart.
 
     Raises:
-        UserError: no folder, or one that holds no finished run.
+        UserError: no folder, one that holds no finished run, or no such device.
     """
     folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     if not folders:
         raise UserError("name at least one run's folder")
     runs = [Run(folder) for folder in folders]
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = pick_device(device or "auto")
     names = names_of(runs, [run.config for run in runs])
     return [Subject(run, name, where) for run, name in zip(runs, names, strict=True)]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
+from rome.analysis.paper_rows import COST, UNITS
 from rome.analysis.paper_tables import Cell, Line, sources
 
 Format = Literal["text", "markdown", "latex", "html"]
@@ -16,24 +18,32 @@ PM = "\N{PLUS-MINUS SIGN}"
 _BOLD = {"text": ("*", ""), "markdown": ("**", "**"), "latex": (r"\textbf{", "}"), "html": ("<b>", "</b>")}
 Body = list[tuple[str, list[list[str]]]]
 """Sections: name and rows of cells."""
-UNITS = {"parameters_M": "params (M)", "GMACs": "GMACs", "seconds_per_update": "s/update", "latency_ms": "latency (ms)"}
+HEADS = {
+    "parameters_M": "params (M)",
+    "added_parameters_M": "added params (M)",
+    "seconds_per_update": "s/update",
+    "latency_ms": "latency (ms)",
+}
+_MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
 
 
 def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") -> str:
     """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
 
-    The best of ours is bold, missing numbers are dashes, and the last column is the gain in union over the same method
-    without experts with its 95% interval. Costs have their ratios to the first row behind them.
+    The best of ours is bold, missing numbers are dashes, and the last column is the difference in union to another row
+    with its 95% interval, which the note names. Costs have their ratios to the first row behind them.
 
     Args:
         about: what the numbers are, for the caption.
     """
     columns = list(lines[0].cells)
-    costs = columns[0] in UNITS
-    gains = any(line.gain is not None for line in lines)
-    head = ["", *(UNITS.get(column, column) for column in columns), *(["gain in union"] if gains else [])]
+    costs = columns == list(COST)
+    compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
+    plain = any(line.config.experts is None for line in lines)
+    change = "" if not compared else "gain in union" if plain else "union less RoME's"
+    head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
     body = [
-        (name, [_row(line, columns, form, costs, gains) for line in group])
+        (name, [_row(line, columns, form, bool(change)) for line in group])
         for name, group in groupby(lines, key=lambda line: line.section)
     ]
     note = (
@@ -41,18 +51,29 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         if costs
         else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
     )
-    note += f"; runs: {sources(lines)}" if any(line.reports for line in lines) else f"; {about}" if about else ""
+    if change:
+        base = "the same method without experts" if plain else " and ".join(compared)
+        note += f"; {change}: difference to {base}, in brackets its 95% interval"
+    told = sources(lines)
+    note += f"; runs: {told}" if told else f"; {about}" if about else ""
+    if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
+        note += "; rows evaluated differently, so compare with care"
     return _WRITERS[form](title, head, body, note)
 
 
-def _row(line: Line, columns: Sequence[str], form: Format, costs: bool, gains: bool) -> list[str]:
-    cells = [_cell(line.cells[column], form, costs=costs) for column in columns]
-    return [line.label, *cells, *([_gain(line)] if gains else [])]
+def _differ(lines: Sequence[Line]) -> bool:
+    """Whether the runs of a section were evaluated by different suites or on different numbers of examples."""
+    return len({(report.suite, report.n) for line in lines for report in line.reports}) > 1
 
 
-def _cell(cell: Cell, form: Format, *, costs: bool) -> str:
+def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:
+    cells = [_cell(line.cells[column], form, percent=column not in UNITS) for column in columns]
+    return [line.label, *cells, *([_gain(line)] if change else [])]
+
+
+def _cell(cell: Cell, form: Format, *, percent: bool) -> str:
     def number(value: float) -> str:
-        return f"{value:.4g}" if costs else f"{100 * value:.1f}"
+        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
 
     def ratio(value: float) -> str:
         return "" if math.isnan(value) else f" ({value:.2f}x)"
@@ -112,14 +133,15 @@ def _escape(text: str) -> str:
         ">": "$>$",
     }
     safe |= {PM: r"$\pm$", DASH: "--"}
-    return "".join(safe.get(letter, letter) for letter in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", "".join(safe.get(letter, letter) for letter in text))
 
 
 def _latex(title: str, head: list[str], body: Body, note: str) -> str:
     def join(row: list[str]) -> str:
-        return " & ".join(map(_escape, row)) + r" \\"
+        return " & ".join(_MATH.get(cell) or _escape(cell) for cell in row) + r" \\"
 
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(title)}. {_escape(note)}.}}"]
+    caption = f"{title} of the paper: {note}; bold is the best of ours."
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_escape(caption)}}}"]
     lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
     for name, section in body:
         lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_escape(name)}}}}} \\", *map(join, section)]

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rome.analysis.subject import NATURAL, Subject, open_subjects
+from rome.analysis.subject import NATURAL, Subject, open_subjects, short
 from rome.attacks import APGD
 from rome.errors import UserError, did_you_mean
 from rome.experts import expert_layers, record_gates
@@ -224,7 +224,7 @@ class Explorer:
             return None, "This run has no experts, so no gates."
         layer = layer or self.layers[-1]
         if layer not in self.layers:
-            return None, f"This run has no experts in {layer}."
+            return None, f"This run has no experts in {short(layer)}."
         if not 0 <= expert < self.experts(layer):
             return None, f"This layer has {self.experts(layer)} experts, none of number {expert + 1}."
         _, height, width = self.shape

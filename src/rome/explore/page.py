@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rome.analysis.robustbench import eps_text
-from rome.analysis.subject import NATURAL
+from rome.analysis.subject import NATURAL, short
 from rome.errors import UserError, first_line
 from rome.explore import rendering
 from rome.explore.desk import Desk, Shown
@@ -66,7 +66,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300, elem_id="answers"):
                 attack = gr.HTML(elem_id="attack")
                 with gr.Row(visible=bool(desk.layers), elem_id="where"):
-                    names = [(rendering.short(each), each) for each in desk.layers]
+                    names = [(short(each), each) for each in desk.layers]
                     place = gr.Dropdown(names, value=layer, label="Layer", elem_id="layer")
                     expert = gr.Dropdown(desk.experts(layer), value=0, label="Expert", elem_id="expert")
                 gates = gr.HTML(elem_id="experts")

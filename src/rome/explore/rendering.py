@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rome.analysis.charts import limits
 from rome.analysis.examples import picture
+from rome.analysis.subject import short
 from rome.explore.explorer import Answer, PatchMap
 
 SHOWN_CLASSES = 5
@@ -45,11 +46,6 @@ def error(message: str) -> str:
 def note(message: str) -> str:
     """A sentence about the image."""
     return f'<p class="message">{escape(message)}</p>'
-
-
-def short(layer: str) -> str:
-    """A layer's name without what all layers' names begin with."""
-    return layer.removeprefix("backbone.")
 
 
 def number(value: float) -> str:

@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from rome.analysis import gates
 from rome.analysis.charts import kernel_density, limits
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import NOTE, PAGE, Look, legend, looks, short, side
-from rome.analysis.subject import Subject
+from rome.analysis.figures.style import NOTE, PAGE, Look, legend, looks, side
+from rome.analysis.subject import Subject, short
 from rome.errors import UserError
 from rome.experts import expert_layers
 
@@ -36,10 +36,11 @@ class GateDensities(PaperFigure):
     title = "densities of gate weights per expert and threat"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = []
+        runs, left_out = [], {}
         for subject in subjects:
             layers = expert_layers(subject.model)
             if not layers:
+                left_out[subject.name] = "it has no experts"
                 continue
             layer = options.pick(layers)
             sample = gates.read(subject.model, subject.attacked(options.n))
@@ -53,7 +54,7 @@ class GateDensities(PaperFigure):
             )
         if not runs:
             raise UserError("none of these runs has experts, so there are no gates to show")
-        return {"runs": runs}
+        return {"runs": runs, "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         return [
@@ -110,6 +111,7 @@ def _panel(axes: Axes, values: dict[str, np.ndarray], every: dict[str, Look], sp
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # short: panels stand close to each other
 
 
 def _differing(run: dict[str, Any]) -> list[int]:

@@ -54,7 +54,7 @@ def write_figures(
     known = registered()
     for name in only:
         if name not in known:
-            raise UserError(f"there is no figure {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+            raise UserError(f"there is no figure {name!r}.{did_you_mean(name, known)}")
     for form in formats:
         if form not in FORMATS:
             raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
@@ -73,6 +73,8 @@ def write_figures(
             missing.append(f"{name}: {error}")
             print(f"no {missing[-1]}", file=sys.stderr, flush=True)
             continue
+        for run, reason in data.get("left_out", {}).items():
+            print(f"{name}: {run} left out: {reason}", file=sys.stderr, flush=True)
         written.extend(_write(figure, data, out, formats))
         print(f"{name}: {figure.title}", file=sys.stderr, flush=True)
     if not written:

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis import features
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import COLUMN, NOTE, PAGE, bare, dots, legend, scatter, short, side, signed
+from rome.analysis.figures.style import COLUMN, NOTE, PAGE, bare, dots, legend, scatter, side, signed
 from rome.analysis.separability import difference, embed, silhouettes
-from rome.analysis.subject import Subject
+from rome.analysis.subject import Subject, short
 from rome.experts import expert_layers
 
 BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"

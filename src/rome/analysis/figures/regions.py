@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rome.analysis.charts import limits
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.subject import NATURAL, STEPS, Subject
+from rome.analysis.figures.style import looks, side
+from rome.analysis.subject import NATURAL, STEPS, Subject, short
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.experts import expert_layers, record_gates
@@ -44,7 +45,7 @@ class RegionMaps(PaperFigure):
     """
 
     name = "fig7"
-    title = "Expert activations over one image whose regions are under different threats"
+    title = "expert activations over one image whose regions are under different threats"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         found, left_out = [], {}
@@ -173,8 +174,8 @@ def _of_run(subject: Subject, options: Options) -> dict[str, Any]:
         images.append(image)
     with torch.no_grad(), record_gates(subject.model) as recorder:
         subject.model(torch.cat(images))
-    maps = grid.spread(recorder.gates[name].weights).double().cpu().numpy()  # (turns, K, rows, columns)
-    natural = grid.spread(gates.weights).double().cpu().numpy()[0]
+    maps = grid.spread(recorder.gates[name].weights).cpu().double().numpy()  # (turns, K, rows, columns)
+    natural = grid.spread(gates.weights).cpu().double().numpy()[0]
     by_region = np.stack([maps[:, :, places == i].mean(axis=-1) for i in range(len(parts))], axis=1)
     by_threat = [
         np.mean([by_region[turn, (k - turn) % len(parts)] for turn in range(len(parts))], axis=0)
@@ -205,7 +206,7 @@ def _of_run(subject: Subject, options: Options) -> dict[str, Any]:
         "places": [[labels[i] for i in line] for line in places.tolist()],
         "maps": _rounded(maps[0]),
         "pixels": (images[0][0].clamp(0, 1) * 255).round().int().permute(1, 2, 0).tolist(),
-        "perturbation": _rounded((images[0] - x)[0].mean(dim=0).double().cpu().numpy()),
+        "perturbation": _rounded((images[0] - x)[0].mean(dim=0).cpu().double().numpy()),
     }
 
 
@@ -245,13 +246,14 @@ def _image(axis: Axes, run: dict[str, Any]) -> None:
     _borders(axis, run, "black")
     _bare(axis)
     axis.set_title("perturbation", fontsize=8, pad=3)
-    axis.set_ylabel(f"{run['name']}\n{run['layer'].removeprefix('backbone.')}", fontsize=8)
+    axis.set_ylabel(side(run["name"], short(run["layer"])), fontsize=8)
+    every = looks([region["name"] for region in run["regions"]])
     for region in run["regions"]:
         top, bottom, left, right = region["box"]
         axis.text(
             (left + right) / 2,
             (top + bottom) / 2,
-            region["name"],
+            every[region["name"]].label,
             ha="center",
             va="center",
             fontsize=7.5,

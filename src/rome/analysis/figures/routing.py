@@ -13,13 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from rome.analysis import gates
 from rome.analysis.features import image_means
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import NOTE, PAGE, RUNS, legend
+from rome.analysis.figures.style import MARKERS, NOTE, PAGE, RUNS, legend
 from rome.analysis.routing import routing_numbers
 from rome.analysis.subject import Subject
 from rome.errors import UserError
 from rome.experts import expert_layers
-
-_MARKERS = "os^Dv<>"
 
 
 class RoutingNumbers(PaperFigure):
@@ -29,9 +27,10 @@ class RoutingNumbers(PaperFigure):
     title = "routing in numbers: information about the threat, entropy, distances, linear probes"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = []
+        runs, left_out = [], {}
         for subject in subjects:
             if not expert_layers(subject.model):
+                left_out[subject.name] = "it has no experts"
                 continue
             groups = subject.attacked(options.n)
             sample = gates.read(subject.model, groups)
@@ -39,7 +38,7 @@ class RoutingNumbers(PaperFigure):
             runs.append({"run": subject.name, **numbers.dump()})
         if not runs:
             raise UserError("none of these runs has experts, so there is no routing to measure")
-        return {"runs": runs}
+        return {"runs": runs, "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """A line for each layer, and one for the run as a whole whose layer is empty."""
@@ -84,26 +83,32 @@ class RoutingNumbers(PaperFigure):
             _line(information, i, [100 * value / (run["most_information"] or 1) for value in run["information"]])
             _line(between, i, run["between"])
             _line(entropy, i, run["entropy"])
-            _line(entropy, i, run["usage"], dashed=True)
+            _line(entropy, i, run["usage"], hollow=True)
         information.set_title("information about\nthe threat, % of most")
-        between.set_title("distance\nbetween threats")
+        between.set_title("Jensen-Shannon distance\nbetween threats")
         for axes in (information, between):
             axes.set_ylim(bottom=0)
-        entropy.set_title("entropy of a gate,\nof the load (dashed)")
+        entropy.set_title("entropy of a gate,\nof the load (hollow)")
         entropy.set_ylim(0, 1.04)
         for axes in (information, between, entropy):
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             axes.set_xlabel("adapted layer", **NOTE)
         _probes(probes, runs)
-        marks = [(run["run"], _colour(i), _MARKERS[i % len(_MARKERS)]) for i, run in enumerate(runs)]
+        marks = [(run["run"], _colour(i), MARKERS[i % len(MARKERS)]) for i, run in enumerate(runs)]
         legend(canvas, [Line2D([], [], color=colour, marker=mark, ms=4, label=name) for name, colour, mark in marks])
         return canvas
 
 
-def _line(axes: Axes, i: int, values: Sequence[float], *, dashed: bool = False) -> None:
-    places = range(1, len(values) + 1)
+def _line(axes: Axes, i: int, values: Sequence[float], *, hollow: bool = False) -> None:
     axes.plot(
-        places, values, color=_colour(i), marker=_MARKERS[i % len(_MARKERS)], ms=3, lw=1.2, ls="--" if dashed else "-"
+        range(1, len(values) + 1),
+        values,
+        color=_colour(i),
+        marker=MARKERS[i % len(MARKERS)],
+        ms=3,
+        lw=1.2,
+        ls="--" if hollow else "-",
+        mfc="white" if hollow else _colour(i),
     )
 
 

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis.compared import config_differences, gather
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.training import COLOURS, MARKERS
+from rome.analysis.figures.style import MARKERS, RUNS
 from rome.analysis.subject import Subject
 from rome.errors import UserError
+from rome.evaluation.suites import LP
 
 PAPER: dict[str, tuple[str, float]] = {
     "experts.experts": ("number of experts $K$", 4),
@@ -28,7 +29,8 @@ PAPER: dict[str, tuple[str, float]] = {
 
 
 class Sensitivity(PaperFigure):
-    """A panel for each numeric config key that the runs vary: union robustness over its values, all else equal.
+    """A panel for each numeric config key that the runs vary: union robustness over its values, all else equal. Where
+    the suite has more than Lp balls, the union is over these.
 
     Runs that differ in the seed alone are one point, mean and sample standard deviation. Where a grid varies several
     keys, a key has a curve for every choice of the others; where each run changes one key of a common base, as in the
@@ -36,7 +38,7 @@ class Sensitivity(PaperFigure):
     """
 
     name = "figA3"
-    title = "Sensitivity of union robustness to settings"
+    title = "sensitivity of union robustness to settings"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         runs = gather([subject.run.folder for subject in subjects])
@@ -53,7 +55,7 @@ class Sensitivity(PaperFigure):
         order = sorted(differences, key=lambda key: list(PAPER).index(key) if key in PAPER else len(PAPER))
         panels = []
         for key in order:
-            curves = _curves(key, differences, [(run.config.seed, run.report.union) for run in runs])
+            curves = _curves(key, differences, [run.report.unions.get(LP, run.report.union) for run in runs])
             if curves:
                 panels.append({"key": key, "curves": curves})
         if not panels:
@@ -96,10 +98,10 @@ class Sensitivity(PaperFigure):
         return canvas
 
 
-def _curves(key: str, differences: dict[str, list[Any]], results: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]) -> list[dict[str, Any]]:
     """The runs grouped by all other keys; groups in which the key has two values at least."""
     groups: dict[str, tuple[dict[str, Any], dict[float, list[float]]]] = {}
-    for i, (_, union) in enumerate(results):
+    for i, union in enumerate(unions):
         value = differences[key][i]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(union):
             continue
@@ -132,7 +134,7 @@ def _panel(axis: Axes, panel: dict[str, Any]) -> None:
     values = sorted({point["value"] for curve in curves for point in curve["points"]})
     for i, curve in enumerate(curves):
         points = curve["points"]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
         label = ", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in telling)
         axis.errorbar(
             [point["value"] for point in points],

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis import features
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import NOTE, PAGE, dots, legend, looks, scatter, short, side, signed
+from rome.analysis.figures.style import NOTE, PAGE, dots, legend, looks, scatter, side, signed
 from rome.analysis.separability import difference, embed, silhouettes
-from rome.analysis.subject import NATURAL, Subject
+from rome.analysis.subject import NATURAL, Subject, short
 from rome.errors import UserError
 
 POSITIONS = 64

@@ -1,7 +1,7 @@
 """What the figures share: widths of a paper's columns, and one look for each threat in all of them.
 
-Colours are Paul Tol's high-contrast and bright sets, which colour-blind readers and grey prints keep apart; markers and
-line styles say the same again.
+Threats have the colours of Paul Tol's high-contrast and bright sets, runs those of Okabe and Ito, which people with any
+kind of colour vision tell apart; markers and line styles say the same again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from rome.analysis.subject import NATURAL
 
 COLUMN, PAGE = 3.25, 6.75
 """Widths in inches of one column and of both."""
-RUNS = ("#004488", "#BB5566", "#DDAA33", "#228833", "#66CCEE", "#AA3377", "#555555")
-"""Colours of runs, where a figure compares them."""
+RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours of runs, where a figure compares them: Okabe and Ito's, none of which means a threat."""
+MARKERS = "osD^vPX"
+"""Of runs."""
 NOTE: dict[str, Any] = {"fontsize": 7.5, "color": "#555555"}
 """Text that explains, smaller than what it explains."""
 TURNS = 8
@@ -104,10 +106,5 @@ def side(name: str, *more: str) -> str:
 
 
 def signed(value: float) -> str:
-    """Two digits, with a minus sign that is one."""
-    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def short(layer: str) -> str:
-    """A layer's name without what all names begin with: ``blocks.11.attn.proj``."""
-    return layer.removeprefix("backbone.")
+    """Two digits, with a minus sign that is one, and none before zero."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")

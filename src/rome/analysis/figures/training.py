@@ -8,12 +8,10 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 
 from rome.analysis.figures.base import Options, PaperFigure
+from rome.analysis.figures.style import MARKERS, RUNS
 from rome.analysis.subject import Subject
 from rome.errors import UserError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which people with any kind of colour vision tell apart."""
-MARKERS = "osD^vPX"
 HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training images"
 
 
@@ -29,7 +27,7 @@ class TrainingTime(PaperFigure):
     """
 
     name = "fig8"
-    title = "Training time against robustness"
+    title = "training time against robustness"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         curves = [_curve(subject) for subject in subjects]
@@ -58,7 +56,7 @@ class TrainingTime(PaperFigure):
             y = [100 * point["value"] for point in run["points"]]
             fallback = run["quantity"] == TRAINING
             label = run["name"] + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
             axes.plot(
                 x, y, color=colour, marker=marker if len(x) <= 40 else None, ms=3, lw=1.4,
                 ls="--" if fallback else "-", label=label,
