@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rome.errors import Interrupted, UserError
+from rome.errors import Interrupted, UserError, first_line
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -118,7 +118,10 @@ def evaluate(
     std: Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=ANY_MODEL)] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="apgd, autoattack, lp, unseen, corruptions, all, or several: apgd,unseen."),
+        typer.Option(
+            help="apgd, autoattack, lp, unseen, corruptions, all; several: apgd,unseen; or settings as in a config: "
+            "'[unseen, {kind: corruptions, path: CIFAR-10-C}]'."
+        ),
     ] = None,
     features: Annotated[
         str | None,
@@ -177,10 +180,12 @@ def evaluate(
             if given:
                 options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise UserError(f"{options} go with --model, not with {target}, whose config says it")
-            report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
+            with _enough_memory():
+                report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
             name = report.settings["provenance"]["config"]["name"]
         elif model is not None and target is None and data is not None and routing is None:
-            report, folder = evaluate_named(model, data, **of_model, **shared)
+            with _enough_memory():
+                report, folder = evaluate_named(model, data, **of_model, **shared)
             name = report.settings["provenance"]["model"]["name"]
         else:
             raise UserError(
@@ -408,6 +413,22 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
 def _names(text: str | None) -> list[str]:
     """The names in ``a,b``."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn a want of memory into what to do about it."""
+    from rome.evaluation.memory import out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory does not suffice ({first_line(error)}): give a smaller --batch-size, or auto, which finds one; "
+            "finished batches are kept"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -100,7 +100,7 @@ def create_model(
         backbone = make_backbone(
             name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, options={**sizes, **args}
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, NameError) as error:
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
         raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}") from error
     except OSError as error:

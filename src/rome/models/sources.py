@@ -125,5 +125,5 @@ def _own_function(name: str) -> Any:
         else:
             module = importlib.import_module(place)
         return getattr(module, function)
-    except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
-        raise UserError(f"model {name!r} cannot be imported: {first_line(error)}") from error
+    except Exception as error:  # whatever the file does
+        raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
