@@ -108,6 +108,7 @@ def test_help_names_every_command(rome: Any) -> None:
             ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
         ),
         ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),

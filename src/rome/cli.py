@@ -120,7 +120,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="apgd, autoattack, lp, unseen, corruptions, all; several: apgd,unseen; or settings as in a config: "
-            "'[unseen, {kind: corruptions, path: CIFAR-10-C}]'."
+            "'{kind: corruptions, path: CIFAR-10-C}'."
         ),
     ] = None,
     features: Annotated[
