@@ -8,7 +8,8 @@ difference to the first config named (or ``--base``) on the same seeds, mean (le
 :mod:`rome.analysis.routing`'s numbers on the first ``--n`` test images under APGD: ``information`` is the mutual
 information of threat and expert as a share of the most there could be, ``distance`` the Jensen-Shannon distance of two
 threats' mean gates, both averaged over layers; ``probe`` the accuracy of a linear classifier that reads the threat from
-all gates, beside ``features``, the same from the last block's features; ``load`` is 1 where experts carry equal shares.
+all gates, beside ``features``, the same from the features of all blocks (of a model without experts too); ``load`` is
+1 where experts carry equal shares.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import common
 from rome.analysis import gates
 from rome.analysis.compared import gather
 from rome.analysis.features import image_means
-from rome.analysis.routing import routing_numbers
-from rome.analysis.subject import Subject, open_subjects
+from rome.analysis.routing import linear_probe, routing_numbers
+from rome.analysis.subject import NATURAL, Subject, open_subjects
 from rome.experts import expert_layers
 
 NUMBERS = ("information", "distance", "probe", "features", "load")
@@ -56,11 +57,12 @@ def main(options: Sequence[str] | None = None) -> None:
 
 
 def routing(subject: Subject, n: int) -> dict[str, Any]:
-    """The run's routing numbers; empty for a model without experts."""
-    if not expert_layers(subject.model):
-        return {}
+    """The run's routing numbers; the probe of its features alone for a model without experts."""
     groups = subject.attacked(n)
-    numbers = routing_numbers(gates.read(subject.model, groups), features=image_means(subject.model, groups))
+    features = image_means(subject.model, groups)
+    if not expert_layers(subject.model):
+        return {"features": linear_probe(features[[name != NATURAL for name in groups]]).accuracy}
+    numbers = routing_numbers(gates.read(subject.model, groups), features=features)
     assert numbers.features_probe is not None
     values = (
         numbers.information_share,

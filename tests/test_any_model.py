@@ -19,7 +19,7 @@ import rome
 from rome.cli import main
 from rome.data import Cifar10, Digits, ImageFolder
 from rome.errors import UserError
-from rome.evaluate import evaluate, hash_model
+from rome.evaluating import evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
@@ -37,6 +37,22 @@ def net(num_classes, seed=0):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, num_classes))
     net.load_state_dict(torch.load("net.pth"))
     return net
+"""
+
+
+GREEDY = """
+import torch
+from torch import nn
+
+class Greedy(nn.Linear):
+    def forward(self, x):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x.flatten(1))
+
+def net(num_classes):
+    torch.manual_seed(0)
+    return Greedy(64, num_classes)
 """
 
 
@@ -66,6 +82,9 @@ def files(trained: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = torch.rand(3, 1, 8, 8)
     torch.save(trained.state_dict(), root / "net.pth")
     (root / "my_net.py").write_text(NET)
+    (root / "greedy.py").write_text(GREEDY)
+    (root / "typo.py").write_text("tocrh.tensor(1)")
+    (root / "late.py").write_text("def net(num_classes):\n    return tocrh.nn.Identity()\n")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(trained, x)
@@ -201,6 +220,25 @@ def test_several_suites_some_cases_and_a_batch_that_halves(call: Any) -> None:
     assert whole["robust"]["L2"] == first["robust"]["L2"]
 
 
+def test_settings_of_a_suite_may_be_given(call: Any) -> None:
+    suite = "[{kind: lp, steps: 3}, {kind: unseen, attacks: {patch: {size: 2, steps: 1}, gma: {steps: 2}}}]"
+    arguments = ("--model", "traced.pt", "--data", "digits", "--n", 6, "--suite", suite, "--json")
+    ended = call(*arguments, "--cases", "Linf,patch,gma")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    attacks = {case["name"]: case["attacks"] for case in result["settings"]["cases"]}
+    assert (attacks["Linf"][0]["steps"], attacks["patch"][0]["size"], attacks["gma"][0]["steps"]) == (3, 2, 2)
+    assert (set(result["robust"]), result["failed"]) == ({"Linf", "patch", "gma"}, {})
+
+
+def test_want_of_memory_is_told_with_what_to_do(call: Any) -> None:
+    """On the clean images already: no case has begun."""
+    ended = call("--model", "greedy.py:net", "--data", "digits", *QUICK)
+    assert (ended.code, ended.out) == (2, "")
+    assert "error: memory does not suffice (CUDA out of memory): give a smaller --batch-size, or auto" in ended.err
+    assert call("--model", "greedy.py:net", "--data", "digits", *QUICK, "--batch-size", "auto").code == 0
+
+
 def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
     """Weights in a graph, or none at all: what a result is filed under covers the file."""
     x = torch.rand(3, 1, 8, 8)
@@ -245,6 +283,17 @@ def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
         (["--model", "traced.pt", "--budgets", "cifra10"], "unknown budgets 'cifra10'. Did you mean 'cifar10'"),
         (["--model", "traced.pt", "--budgets", "L3=1"], "budget 'L3=1': write a norm and its radius"),
         (["--model", "traced.pt", "--suite", "apdg"], "Did you mean 'apgd'"),
+        (["--model", "traced.pt", "--suite", ""], "suite: none is named. Valid: all, apgd"),
+        (["--model", "traced.pt", "--suite", "{kind: lp, steps: x}"], "suite: Input should be a valid integer"),
+        (["--model", "traced.pt", "--suite", "unseen", "--features", "gone"], "there is no model at gone;.*Train it"),
+        (
+            ["--model", "traced.pt", "--suite", "[lp, {kind: corruptions, path: gone}]"],
+            "gone/labels.npy is missing: give the unpacked folder of CIFAR-10-C",
+        ),
+        (["--model", "traced.pt", "--out", "net.pth"], "nothing can be kept in net.pth .*: choose another folder"),
+        (["--model", "traced.pt", "--out", "net.pth/deeper"], "nothing can be kept in net.pth/deeper"),
+        (["--model", "typo.py:net"], "cannot be imported: NameError: name 'tocrh' is not defined"),
+        (["--model", "late.py:net"], "cannot be built with .*: name 'tocrh' is not defined"),
         (["--model", "traced.pt", "--cases", "Lnf"], "no case 'Lnf'"),
         (["--model", "traced.pt", "--batch-size", "big"], "--batch-size 'big': give a number from 1, or auto"),
         (["--model", "traced.pt", "--n", "361"], "--n 361 exceeds the 360 test examples of digits"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from rome.cli import main
 from rome.errors import Interrupted
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "cost", "list")
+COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
 
 
 class Ended(NamedTuple):
@@ -71,6 +74,24 @@ def plain(text: str) -> str:
 # Help and lists
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    asked = "import sys; from rome.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
+    assert "sweep" in told
+    assert "typer" in told.split()
+    assert not {"torch", "timm", "numpy"} & set(told.split())
+
+
+def test_every_public_name_can_be_had_from_the_package() -> None:
+    package = importlib.import_module("rome")
+    assert set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert callable(package.train)
+    assert callable(package.evaluate)
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        _ = package.tarin
+
+
 def test_help_names_every_command(rome: Any) -> None:
     ended = rome("--help")
     assert ended.code == 0
@@ -87,6 +108,7 @@ def test_help_names_every_command(rome: Any) -> None:
             ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
         ),
         ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
@@ -130,6 +152,16 @@ def test_models_are_listed_by_pattern(rome: Any) -> None:
     assert lines[0].startswith("preact_resnet_18"), "own models come first"
     assert "own: Pre-activation ResNet-18" in plain(both)
     assert [line.split()[1] for line in lines if line.split()[0] == "resnet18"] == ["timm"]
+
+
+def test_experiments_are_listed_with_their_cost(rome: Any) -> None:
+    ended = rome("list", "experiments", "table6/ra*", "--cost")
+    assert ended.code == 0
+    lines = [line for line in ended.out.splitlines() if line.strip()]
+    assert [line.split()[0] for line in lines] == ["experiments/table6/random.yaml"]
+    assert "[paper Table 6, RANDOM: parameters_M 85.15, " in lines[0]
+    assert "]; 85.15M parameters, about " in lines[0]
+    assert rome("list", "experiments", "table7", "--cost").code == 2
 
 
 @pytest.mark.parametrize("arguments", [["list", "nothing"], ["trian"], ["train"], ["evaluate", "x", "--n", "0"], []])

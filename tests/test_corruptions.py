@@ -20,11 +20,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 import rome
+from rome.analysis.tables import show
 from rome.attacks import Attack, Corruption
 from rome.data import distortions
 from rome.data.corruptions import CORRUPTIONS, SEVERITIES, constants_for, corrupt, read_cifar10c
 from rome.errors import UserError
 from rome.evaluation.suites import Case, Suite
+from rome.evaluation.unseen import CorruptionsSuite
 from rome.randomness import stream
 from rome.threats import AnyImage, LpBall, Threat
 
@@ -523,6 +525,26 @@ def test_both_kinds_are_cases_like_any_other(small: Tensor, tmp_path: Path) -> N
     assert torch.equal(torch.from_numpy(report.correct[:, 2]), right)
     again = rome.evaluate(model, small, y, threats=ANY, suite=Both(), out=tmp_path / "run")
     assert np.array_equal(again.correct, report.correct)
+
+
+def test_a_report_says_where_the_images_are_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)).eval()
+
+    def told(side: int = 32, **settings: Any) -> tuple[str, ...]:
+        suite = CorruptionsSuite(types=("fog",), severities=(1, 5), **settings)
+        report = rome.evaluate(model, F.interpolate(x, side), y, suite=suite)
+        assert report.to_json()["corruptions"] == list(report.corruptions)
+        show([("net", report)])
+        out = capsys.readouterr().out
+        assert all(f"net: {sentence}" in out for sentence in report.corruptions)
+        return report.corruptions
+
+    assert told() == ("corrupted images made here with the severities of CIFAR-10-C, not its images",)
+    assert told(48) == ("corrupted images made here with the severities of ImageNet-C, not its images",)
+    assert told(path=str(folder)) == (f"corrupted images read from CIFAR-10-C in {folder}",)
+    other = rome.evaluate(model, x, y, suite="lp", threats=LpBall(norm="Linf", eps=0))
+    assert other.corruptions == ()
 
 
 def stream_of(seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import random
@@ -551,6 +552,17 @@ def test_a_list_of_classes_selects_folders_and_their_images_alone(folder: Path, 
     assert torch.equal(some.labels, everything.labels[keep] - 1)
     x, _ = everything.first(len(everything))
     assert torch.equal(some.first(len(some))[0], x[keep])
+
+
+def test_how_many_classes_a_folder_has_is_known_without_it_where_a_list_or_somebody_says(tmp_path: Path) -> None:
+    folder = functools.partial(ImageFolder, path=str(tmp_path / "nowhere"), size=16)
+    (tmp_path / "two.txt").write_text("cat dog")
+    assert folder(classes="imagenet100").form() == ((3, 16, 16), 100)
+    assert folder(classes=str(tmp_path / "two.txt")).form(1000) == ((3, 16, 16), 2), "the list counts"
+    assert folder().form(1000) == ((3, 16, 16), 1000)
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        folder().form()
+    assert Data.of_kind("digits")().form(3) == ((1, 8, 8), 10), "what the data set fixes counts"
 
 
 def test_the_papers_imagenet_100_is_a_list_that_the_folders_must_have(folder: Path, tmp_path: Path) -> None:

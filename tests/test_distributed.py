@@ -14,7 +14,7 @@ import torch
 
 from rome.errors import Interrupted
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from tiny_runs import (
     STEPS,
     Child,

@@ -23,7 +23,7 @@ from rome.methods.eat import stratified
 from rome.randomness import stream
 from rome.runs import Run
 from rome.threats import Threat
-from rome.train import train
+from rome.training import train
 from test_methods import BUDGETS, network, setting_of
 from tiny_runs import STEPS, tiny, watched
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from rome.assess import evaluate_saved
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from tiny_runs import Child, Ended, no_traceback, tiny, two_processes
 
 BATCH = 4

@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rome.attacks import APGD, PGD
 from rome.attacks.base import frozen, loss_and_gradient
@@ -46,7 +47,7 @@ from rome.models import (
 )
 from rome.runs import Run
 from rome.threats import LpBall, PerExample
-from rome.train import train
+from rome.training import train
 from small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
 from tiny_runs import same, tiny, watched, weights, without_times
 
@@ -118,11 +119,14 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", ["loralib", "peft"])
+@pytest.mark.parametrize(("form", "dense"), [("loralib", False), ("loralib", True), ("peft", False)])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_a_convolution_equals_its_experts_as_dense_kernels(case: str, form: Any) -> None:
+def test_a_convolution_equals_its_experts_as_dense_kernels(
+    case: str, form: Any, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"out_channels": 4, "kernel_size": 3, "bias": False} | CONVOLUTIONS[case]
     layer = conv_layer(nn.Conv2d(**settings), conv=form)
+    monkeypatch.setattr(type(layer), "dense", dense)
     x = normal(2, settings["in_channels"], 7, 8).requires_grad_()
     values = [p for name, p in layer.named_parameters() if p.requires_grad]
     found, expected = layer(x), dense_conv(layer, x)
@@ -134,6 +138,22 @@ def test_a_convolution_equals_its_experts_as_dense_kernels(case: str, form: Any)
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("channels", "dense"), [((16, 160), True), ((64, 64), True), ((128, 128), False)])
+def test_kernels_are_built_where_that_takes_fewer_products(
+    channels: tuple[int, int], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = conv_layer(nn.Conv2d(*channels, 3, padding=1), experts=4, rank=16).to("meta")
+    x = torch.empty(1, channels[0], 128, 128, device="meta", dtype=torch.float64)  # so large that building is nothing
+    assert layer.dense == dense
+    products = []
+    for way in (dense, not dense):
+        monkeypatch.setattr(type(layer), "dense", way)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        products.append(counter.get_total_flops())
+    assert products[0] < products[1]
 
 
 def test_one_expert_is_the_official_lora_layer_at_scale_one() -> None:

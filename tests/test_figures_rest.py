@@ -29,7 +29,7 @@ from rome.analysis.subject import short
 from rome.analysis.table_formats import render
 from rome.config import Config, load
 from rome.errors import UserError
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.experiments import folder
 from rome.experts import Global, Local, add_experts
 from rome.experts.gating import Gate

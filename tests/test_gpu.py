@@ -17,7 +17,7 @@ from rome.experts import add_experts, record_gates
 from rome.models import create_model
 from rome.projections import project_l1
 from rome.threats import CIFAR10, PerExample
-from rome.train import train
+from rome.training import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -433,6 +433,22 @@ def test_what_robustbench_does_not_have_is_explained(name: str, args: dict[str, 
         create_model(name, **({"num_classes": 10} | args))
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "twin"),
+    [
+        ("Gowal2020Uncovering_28_10_extra", {"model_dir": "zoo"}, "wide_resnet_28_10"),
+        ("Bartoldson2024Adversarial_WRN-94-16", {}, "wide_resnet_94_16"),
+        ("Debenedetti2022Light_XCiT-S12", {"dataset": "imagenet"}, "xcit_small_12_p16_224"),
+        ("Debenedetti2022Light_XCiT-S12", {}, ""),  # CIFAR-10's has other patches
+        ("Carmon2019Unlabeled", {}, ""),
+    ],
+)
+def test_who_counts_builds_the_papers_models_without_robustbench(name: str, args: dict[str, Any], twin: str) -> None:
+    settings = ModelSettings(name=f"robustbench:{name}", args=args, num_classes=10, weights="w.pt", pretrained=True)
+    kept = {"name": twin, "args": {}} if twin else {"name": settings.name, "args": args}
+    assert settings.outline() == ModelSettings(num_classes=10, **kept)
+
+
 def test_robustbench_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "robustbench", None)
     with pytest.raises(

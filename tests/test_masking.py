@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rome.attacks import APGD
 from rome.attacks.base import Found
-from rome.evaluate import Report, Suite, evaluate
+from rome.evaluating import Report, Suite, evaluate
 from rome.evaluation import masking
 from rome.evaluation.masking import SAMPLE, look, worth_checking
 from rome.evaluation.statistics import mcnemar, paired_difference
@@ -63,8 +63,9 @@ def test_an_honest_model_raises_nothing(digits_model: nn.Module, digits: Any) ->
         ({"after": lambda logits: 1e4 * logits}, {"zero-input-gradients", "unbounded-attack"}),
         ({"after": lambda logits: logits.round()}, {"zero-input-gradients", "unbounded-attack"}),
         ({"before": lambda x: (x * 4).round() / 4}, {"zero-input-gradients", "unbounded-attack"}),
+        ({"after": lambda z: z + (z - z).sum(1, keepdim=True).sqrt()}, {"zero-input-gradients", "unbounded-attack"}),
     ],
-    ids=["saturated", "quantised logits", "quantised images"],
+    ids=["saturated", "quantised logits", "quantised images", "not finite"],
 )
 def test_a_model_that_masks_its_gradients_is_seen(
     mask: dict[str, Any], raised: set[str], digits_model: nn.Module, digits: Any

@@ -218,6 +218,17 @@ def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
         build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))
 
 
+def test_outputs_must_be_a_tensor(tmp_path: Path) -> None:
+    (tmp_path / "several.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n"
+        "        return {'logits': super().forward(x.mean((2, 3)))}\n\n"
+        "def net(num_classes):\n    return Net(3, num_classes)\n"
+    )
+    name = f"{tmp_path / 'several.py'}:net"
+    with pytest.raises(UserError, match="gives outputs of type dict for 2 images"):
+        build_model(ModelSettings(name=name), None, classes=10, shape=(3, 32, 32))
+
+
 def test_training_can_start_from_saved_weights_with_or_without_experts(tmp_path: Path) -> None:
     for source in (tiny(3, depth=1), add_experts(tiny(3, depth=1), rank=2)):
         save_model(source, tmp_path / "start.safetensors")

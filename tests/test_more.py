@@ -28,7 +28,7 @@ from rome.optim import AdamW
 from rome.randomness import stream
 from rome.runs import Run
 from rome.threats import budgets
-from rome.train import train
+from rome.training import train
 from tiny_runs import changed, same, tiny, watched, weights
 
 BUDGETS = budgets(1.6, 0.4, 0.07)

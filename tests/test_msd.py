@@ -20,7 +20,7 @@ from rome.experts import Diversification
 from rome.methods import MSD
 from rome.progress import show_training
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
-from rome.train import train
+from rome.training import train
 from test_attack_parity import project_l1
 from test_methods import NO_ATTACK, gates_of_last_forward, network, setting_of
 from tiny_runs import tiny

@@ -18,7 +18,7 @@ from rome.analysis.table_formats import render
 from rome.config import load, parse
 from rome.cost import count
 from rome.errors import UserError
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.experiments import files, folder
 
 Robust = tuple[float, float, float]
@@ -66,6 +66,14 @@ def test_every_row_is_an_experiment_with_the_papers_numbers() -> None:
             config = load(folder() / f"{name}.yaml")
             assert config.paper is not None, name
             assert set(columns) <= set(config.paper.numbers), (table, name)
+
+
+def test_tables_have_as_many_rows_as_in_the_paper() -> None:
+    rows = {table: [len(experiments) for experiments in sections.values()] for table, (_, sections) in TABLES.items()}
+    assert rows == {
+        "1": [13, 13], "2": [17], "3": [6, 6, 6, 6], "4": [3, 7, 7], "5": [4], "6": [4],
+        "A1": [12, 12], "A2": [8], "A3": [6, 6], "A4": [7], "A5": [5],
+    }  # fmt: skip
 
 
 def test_every_experiment_with_the_papers_numbers_is_in_a_table() -> None:

@@ -24,7 +24,7 @@ from rome.optim import AdamW
 from rome.randomness import stream
 from rome.runs import Run
 from rome.threats import DIGITS, Perceptual, PerExample
-from rome.train import train
+from rome.training import train
 from test_distributed import assert_same_run, both
 from tiny_runs import STEPS, changed, same, tiny, two_processes, updates, watched, weights, without_times, write_yaml
 

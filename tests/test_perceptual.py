@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -147,6 +148,32 @@ def test_each_kind_of_backbone_has_its_layers() -> None:
         "layers.1",
     )
     assert feature_layers(cnn()) == ("1", "3")
+
+
+def test_torchvisions_alexnet_is_seen_at_its_relus_although_they_work_in_place() -> None:
+    """The network of images of 224 pixels."""
+    with torch.device("meta"):
+        network = torchvision.models.alexnet()
+    network.classifier = nn.Flatten()  # the rest is large and not looked at
+    network.to_empty(device="cpu")
+    g = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g) / math.sqrt(parameter[0].numel())
+    images = torch.rand(2, 3, 64, 64, generator=g)
+    features = Features(network.eval().requires_grad_(False))
+    assert features.layers == tuple(f"features.{number}" for number in (1, 4, 7, 9, 11))
+    seen, maps = images, []
+    for module in network.features:
+        seen = module(seen.clone())
+        if isinstance(module, nn.ReLU):
+            maps.append(seen.clone())
+    assert len(maps) == 5
+    one, other = (literal([each[i] for each in maps]) for i in (0, 1))
+    phi = features.phi(images)
+    torch.testing.assert_close(distance(phi[:1], phi[1:])[0], (one - other).norm())
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(distance(*features.phi(leaf).split(1)), leaf)
+    assert gradient.abs().amax() > 0
 
 
 def test_layers_that_cannot_be_told_are_asked_for() -> None:

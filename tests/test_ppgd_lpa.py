@@ -71,6 +71,30 @@ def test_more_room_fools_more(attack: Attack, model: nn.Module, batch: tuple[Ten
     assert robust[-1] < len(x) / 2
 
 
+@pytest.mark.parametrize("attack", [PPGD, LPA], ids=lambda a: a.kind)
+def test_more_steps_raise_the_margin_and_fool_more(attack: type[PPGD | LPA], model: nn.Module) -> None:
+    x = torch.rand(40, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    found = [attack(steps=steps).run(model, x, y, Perceptual(bound=0.1)) for steps in (1, 4, 16)]
+    margins = [float(margin(model(each.images), y).mean()) for each in found]
+    robust = [int(each.robust.sum()) for each in found]
+    assert margins[0] + 0.01 < margins[1] < margins[2] - 0.01
+    assert robust[0] > robust[1] + 2 > robust[2] + 4
+
+
+class Broken(Net):
+    """Fine answers whose gradients are infinity times zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x - x).flatten(1).sum(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_gradients_that_are_not_finite_are_said_to_be(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(FloatingPointError, match=f"{attack.kind} met gradients of the model that are not finite"):
+        attack(Broken().double().eval(), *batch, Perceptual(bound=0.3))
+
+
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
 def test_they_beat_random_images_at_the_same_distance(
     attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]

@@ -25,7 +25,7 @@ from rome.optim import SGD, AdamW, Optimizer
 from rome.randomness import stream
 from rome.runs import Run
 from rome.threats import Threat, budgets
-from rome.train import train
+from rome.training import train
 from test_methods import BUDGETS, gates_of_last_forward, network, setting_of
 from tiny_runs import STEPS, same, tiny, updates, weights
 

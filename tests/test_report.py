@@ -26,7 +26,7 @@ from rome.assess import evaluate_saved
 from rome.config import parse
 from rome.cost import show_cost
 from rome.errors import UserError
-from rome.evaluate import Report, example_images
+from rome.evaluating import Report, example_images
 from rome.experts import record_gates
 from rome.models import build_model, load_model, save_model
 from rome.report import show, tabulate, write_report

@@ -16,7 +16,7 @@ import yaml
 from rome.cli import main
 from rome.errors import Interrupted, UserError
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from tiny_runs import (
     STEPS,
     Moment,

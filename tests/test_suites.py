@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from rome.analysis.tables import missing
-from rome.attacks import PGD, Attack
+from rome.attacks import LPA, PGD, Attack, Fog
 from rome.config import parse
 from rome.errors import UserError
-from rome.evaluate import Case, Report, Suite, evaluate, example_images
-from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite, with_features
+from rome.evaluating import Case, Report, Suite, evaluate, example_images
+from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite, check_files, with_features
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.statistics import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite, QuickSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
+from rome.models import create_model, save_model
 from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
 from tiny_runs import PRELOAD, changed
 from toy_suites import Brightness, Numbered, Toy, ToySuite, shades
@@ -57,6 +58,9 @@ def column(report: Report, name: str) -> list[bool]:
         ([{"kind": "lp", "steps": 3}], QuickSuite(steps=3)),
         (["apgd", QuickSuite(steps=3)], SeveralSuites(suites=(APGDSuite(), QuickSuite(steps=3)))),
         ({"kind": "apgd", "iterations": 9}, APGDSuite(iterations=9)),
+        ("{kind: apgd, iterations: 9}", APGDSuite(iterations=9)),
+        ("[apgd, {kind: lp, steps: 3}]", SeveralSuites(suites=(APGDSuite(), QuickSuite(steps=3)))),
+        ({"kind": "unseen", "attacks": {"fog": {"steps": 3}}}, UnseenSuite(attacks={"fog": {"steps": 3}})),
         ("all", AllSuites(suites=(AutoAttackSuite(), UnseenSuite(), CorruptionsSuite()))),
     ],
 )
@@ -81,6 +85,11 @@ def test_labels_name_folders_and_tables() -> None:
         ("apgd,unsen", r"Did you mean 'unseen'"),
         ([], "at least 1 item"),
         ({"kind": "lp", "stps": 3}, "Extra inputs"),
+        ("", r"^suite: none is named\. Valid: all, apgd"),
+        (" , ", r"^suite: none is named"),
+        ("{kind: apgd", r"^suite: '{kind: apgd' is not YAML"),
+        ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
+        ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog', stpes: Extra inputs"),
     ],
 )
 def test_what_is_no_suite_is_refused(given: Any, message: str) -> None:
@@ -202,6 +211,70 @@ def test_attacks_without_meaning_on_the_images_are_left_out_and_the_union_is_of_
         patch.setattr(UnseenSuite, "rows", tuple(row for row in few if row.kind == "recoloradv"))
         with pytest.raises(UserError, match="recoloradv changes colours"):
             evaluate(model, x, y, suite=suite, threats=CIFAR10)
+
+
+def test_every_setting_of_an_unseen_attack_may_be_given_and_what_is_not_stays_the_papers() -> None:
+    suite = UnseenSuite(attacks={"fog": {"steps": 7, "step_size": "1/8"}, "lpa": {"rounds": 2}})
+    found = {case.name: case.attacks[0] for case in suite.cases({}, 10)}
+    usual = {case.name: case.attacks[0] for case in UnseenSuite().cases({}, 10)}
+    assert found.pop("fog") == Fog(steps=7, step_size=0.125)
+    assert found.pop("lpa") == LPA(rounds=2)
+    assert found == {name: attack for name, attack in usual.items() if name not in ("fog", "lpa")}
+    assert "attacks" not in UnseenSuite().dump(), "settings of earlier versions did not have it"
+    assert "attacks" not in as_suite("all").dump()["suites"][1]
+    with pytest.raises(UserError, match=r"evaluation\.suite.*the suite has no attack 'gabr'"):
+        parse(changed(evaluation={"suite": {"kind": "unseen", "attacks": {"gabr": {}}}}))
+
+
+def test_files_that_were_named_are_missed_before_anything_runs(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    read = CorruptionsSuite(path=gone, types=("fog",))
+    for suite in (UnseenSuite(features=gone), SeveralSuites(suites=(APGDSuite(), UnseenSuite(features=gone)))):
+        with pytest.raises(UserError, match="no network to measure perceptual distances with: there is no model at"):
+            check_files(suite)
+        assert check_files(suite, ["fog", "Linf"]) == [], "none of these measures"
+    for suite in (read, SeveralSuites(suites=(APGDSuite(), read))):
+        with pytest.raises(UserError, match=r"labels.npy is missing: give the unpacked folder of CIFAR-10-C"):
+            check_files(suite, ["fog-3"])
+        assert check_files(suite, ["Linf"]) == []
+    for suite in (as_suite("apgd"), CorruptionsSuite(), UnseenSuite(features="self")):
+        assert check_files(suite) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # without the usual network
+        (sentence,) = check_files(AllSuites())
+    assert sentence.startswith("ppgd and lpa will fail: no network to measure perceptual distances with")
+
+
+def test_what_another_network_measured_is_done_again_and_nothing_else(tmp_path: Path) -> None:
+    def network(seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = create_model("convnext_atto", num_classes=3, depths=(1, 1, 1, 1), dims=(4, 8, 8, 8), patch_size=1)
+        save_model(made, tmp_path / "net" / "model.safetensors")
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    suite = UnseenSuite(features=str(tmp_path / "net"), attacks={"ppgd": {"steps": 1}, "gma": {"steps": 1}})
+    rows = tuple(row for row in suite.rows if row.kind in suite.attacks)
+
+    def run() -> tuple[Report, dict[str, Any]]:
+        report = evaluate(model, x, model(x).argmax(1), threats=CIFAR10, suite=suite, out=tmp_path / "out")
+        return report, stamps(tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnseenSuite, "rows", rows)
+        network(0)
+        first, before = run()
+        assert list(first.settings["networks"]) == ["ppgd"]
+        assert run()[1] == before, "finished"
+        network(1)
+        second, after = run()
+        assert second.settings["networks"] != first.settings["networks"]
+        redone = {name for name in after if "batches" in name and after[name] != before[name]}
+        assert [Path(name).parent.name for name in redone] == ["ppgd"]
+        assert run()[1] == after, "finished again"
+        (tmp_path / "net" / "model.safetensors").unlink()
+        assert run()[1] == after, "a network that is gone leaves what it measured"
 
 
 @pytest.mark.usefixtures("every_kind")

@@ -17,13 +17,13 @@ from rome.analysis.robustbench import entries_of, eps_text, percent, write_entri
 from rome.analysis.tables import columns_of, missing, show, tabulate
 from rome.cli import main
 from rome.errors import UserError
-from rome.evaluate import Case, Report
+from rome.evaluating import Case, Report
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS
 from rome.report import compare, write_report
 from rome.runs import Run
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
-from rome.train import train
+from rome.training import train
 from tiny_runs import tiny
 from toy_suites import Toy
 
@@ -231,6 +231,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"kind": "apgd", "iterations": 5},
         {"kind": "toys", "how": ["negative", "same"], "prefix": "attack", "group": "perceptual"},
         {"kind": "toys", "how": ["noise", "same"], "on_all": True, "group": "corruptions"},
+        {"kind": "corruptions", "types": ["contrast"], "severities": [2]},
     ]
     settings = {"imports": ["toy_suites"], "epochs": 1, "evaluation": {"suite": suites, "n": 20}}
     run = train(tiny(name="composed", **settings), tmp_path_factory.mktemp("tables") / "run")
@@ -245,10 +246,11 @@ def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pyte
         assert title in page
         assert title in text
     assert "toy-0" not in re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
-    assert "suite apgd (5 iterations)+toys+toys" in page
+    assert "suite apgd (5 iterations)+toys+toys+corruptions" in page
     assert "Checks for masked gradients on 1 examples" in page
     assert re.search(r"ε 0\.35, Linf ε 0\.1\.", page)
     assert "attack-0" in capsys.readouterr().out
+    assert all("corrupted images made here with the severities of CIFAR-10-C" in each for each in (page, text))
     with pytest.raises(UserError, match="no case 'L7'"):
         write_report([composed], tmp_path / "other", unions=[["L7"]])
     assert not (tmp_path / "other").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rome
+import rome.training
 from rome.data import Digits
 from rome.errors import UserError
 from rome.methods import Outcome, Random, Setting
@@ -20,7 +20,7 @@ from rome.models import build_model, read_tensors
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import DIGITS
-from rome.train import NonFiniteLossError, train
+from rome.training import NonFiniteLossError, train
 from tiny_runs import STEPS, same, tiny, updates, watched, weights, without_times
 
 THREATS = {"L1", "L2", "Linf"}
@@ -238,15 +238,14 @@ def test_a_trainable_projection_is_trained(tmp_path: Path) -> None:
 
 
 def test_the_saved_model_is_the_trained_one_and_builds_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["rome.train"]  # the name rome.train is the function
     ends: list[dict[str, Tensor]] = []
-    save = module.save_model
+    save = rome.training.save_model
 
     def spy(model: nn.Module, *arguments: Any, **options: Any) -> None:
         ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         save(model, *arguments, **options)
 
-    monkeypatch.setattr(module, "save_model", spy)
+    monkeypatch.setattr(rome.training, "save_model", spy)
     config = tiny(epochs=1)
     run = train(config, tmp_path / "run")
     model = rome.load_model(run.model_file)

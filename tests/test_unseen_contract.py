@@ -14,7 +14,7 @@ from rome.attacks import GMA, Attack, Patch, ReColorAdv, SparseFool, StAdv
 from rome.attacks.free import FreeAttack
 from rome.config import Config
 from rome.errors import UserError
-from rome.evaluate import evaluate
+from rome.evaluating import evaluate
 from rome.evaluation.suites import Case, Suite
 from rome.experts import add_experts
 from rome.randomness import stream

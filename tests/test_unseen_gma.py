@@ -29,6 +29,8 @@ from rome.experts import (
     expert_layers,
     record_gates,
 )
+from rome.experts.more import Networks
+from rome.models import Classifier
 from rome.randomness import stream
 from rome.threats import AnyImage, LpBall, PerExample
 from test_experts import tiny_swin, tiny_vit
@@ -69,6 +71,12 @@ def swin() -> nn.Module:
     return disturbed(add_experts(tiny_swin(window=3), experts=3, rank=2))
 
 
+def more() -> nn.Module:
+    """Whole networks under one gate an image."""
+    torch.manual_seed(0)
+    return disturbed(Networks(experts=3).inject(Classifier(tiny_vit(img_size=16), (0.5,) * 3, (0.5,) * 3)))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "low-rank": vit,
     "local": lambda: vit(gate=Local()),
@@ -78,6 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "feed-forward": lambda: vit(FeedForward),
     "convolutions": cnn,
     "windows": swin,
+    "networks": more,
 }
 
 
@@ -189,6 +198,17 @@ def test_without_gates_or_weight_it_is_pgd_on_the_cross_entropy(problem: Problem
     gated, x = vit().requires_grad_(False), images()
     y = gated(x).argmax(1)
     assert torch.equal(GMA(random_start=False, weight=0)(gated, x, y, LINF), pgd(gated, x, y, LINF))
+
+
+def test_gradients_that_are_not_finite_are_no_robustness() -> None:
+    """Torch's sign of NaN is 0: the start would come back as if nothing could be found."""
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x).flatten(1).sum(1, keepdim=True).sqrt() + torch.tensor([1.0, 0.0])
+
+    with pytest.raises(FloatingPointError, match="non-finite images for 2 of 2 examples"):
+        GMA(steps=1)(Broken(), torch.rand(2, 3, 8, 8), torch.tensor([0, 0]), LINF)
 
 
 def test_its_start_is_uniform_and_in_the_ball(digits: Digits, digits_model: nn.Module) -> None:

@@ -84,6 +84,17 @@ def test_places_are_uniform_over_where_the_patch_fits() -> None:
     assert (counts - 2000 / 12).abs().max() < 4.5 * (2000 / 12) ** 0.5
 
 
+def test_gradients_that_are_not_finite_are_no_robustness() -> None:
+    """Torch's sign of NaN is 0: the start would come back as if nothing could be found."""
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x).flatten(1).sum(1, keepdim=True).sqrt() + torch.tensor([1.0, 0.0])
+
+    with pytest.raises(FloatingPointError, match="non-finite images for 2 of 2 examples"):
+        Patch(size=2, steps=1)(Broken(), torch.rand(2, 3, 8, 8), torch.tensor([0, 0]), PATCH)
+
+
 def test_an_image_of_the_size_of_the_patch_is_all_patch() -> None:
     model, x, y = linear_problem(8, 8)
     found = Patch(steps=200)(model, x, y, PATCH)

@@ -265,8 +265,17 @@ def test_variables_that_leave_their_range_are_a_bug(photos: Tensor) -> None:
             return Leaking(x)
 
     Leaky(steps=0)(MODEL, photos, answers(MODEL, photos), ANY)
-    with pytest.raises(AssertionError, match="left their range: a bug in the attack"):
+    with pytest.raises(AssertionError, match=r"leaky left its bound on \d of 8 examples: a bug"):
         Leaky(steps=1)(MODEL, photos, answers(MODEL, photos), ANY)
+
+
+def test_gradients_that_are_not_finite_are_said_to_be(kind: type[TransformAttack], photos: Tensor) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return MODEL(x) + (x - x).flatten(1).sum(1, keepdim=True).sqrt()
+
+    with pytest.raises(FloatingPointError, match=f"{kind.kind} met gradients of the model that are not finite"):
+        kind(steps=2)(Broken(), photos, answers(MODEL, photos), ANY)
 
 
 # -- zero budget: only what is known of each transform -----------------------------------------------------------------

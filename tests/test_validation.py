@@ -18,7 +18,7 @@ from rome.data.memory import Digits
 from rome.errors import UserError
 from rome.models import load_model
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 from rome.validation import Validator, hold_out
 from tiny_runs import Moment, changed, rome, same, tiny, two_processes, weights, without_times, write_yaml
 

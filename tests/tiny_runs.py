@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rome.config import Config, parse
 from rome.models import read_tensors
-from rome.train import Update
+from rome.training import Update
 
 TINY: dict[str, Any] = {
     "data": {"kind": "digits", "train_limit": 64, "test_limit": 40},
@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {
 }
 """RoME+RANDOM: two epochs of five updates, with four examples of each threat; a RANDOM run with ``experts: None``."""
 
-PRELOAD = ["rome.cli", "rome.train", "rome.progress", "lightning_fabric", "torch.utils.tensorboard", "torch._dynamo"]
+PRELOAD = ["rome.cli", "rome.training", "rome.progress", "lightning_fabric", "torch.utils.tensorboard", "torch._dynamo"]
 PRELOAD += ["sklearn.datasets", "sklearn.model_selection"]
 
 STEPS = 5
@@ -219,8 +219,9 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
 def _arm(at: Moment) -> None:
     """Make this process send itself a signal at that moment."""
     import rome.models.files
+    import rome.training
 
-    loop = sys.modules["rome.train"]._Loop  # the name rome.train is the function
+    loop = rome.training._Loop
     calls = 0
 
     def reached() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
-from rome.evaluate import Case, Suite
+from rome.evaluating import Case, Suite
 from rome.randomness import Stream
 from rome.threats import AnyImage, Threat
 

@@ -14,10 +14,10 @@ from rome.config import DATA_BUDGETS, Config, Evaluation, parse
 from rome.data import Data
 from rome.device import pick_device
 from rome.errors import UserError
-from rome.evaluate import AUTO, BATCH_SIZE, Report, Suite, evaluate
+from rome.evaluating import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
-from rome.evaluation.composed import SeveralSuites, as_suite, with_features
+from rome.evaluation.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.evaluation.processes import ALONE, Team, own_device
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
@@ -66,6 +66,8 @@ def evaluate_saved(
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = settings or config.evaluation
     chosen = with_features(_suite(suite, settings.suite), features)
+    for sentence in check_files(chosen, cases):
+        _say(team, sentence)
     x, y = _examples(config.data, n, settings.n)[:2]
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
@@ -137,7 +139,9 @@ def evaluate_named(
     """
     source = named_data(data, **preprocessing(name, img_size))
     threats = named_budgets(budgets or DATA_BUDGETS.get(source.kind, source.kind))
-    chosen = with_features(as_suite(suite or "apgd"), features)
+    chosen = with_features(as_suite("apgd" if suite is None else suite), features)
+    for sentence in check_files(chosen, cases):
+        _say(team, sentence)
     x, y, classes = _examples(source, n, EXAMPLES)
     place = own_device(pick_device(device or AUTO))
     batch_size = batch_size or BATCH_SIZE
@@ -184,13 +188,21 @@ def evaluate_named(
 
 
 def _suite(asked: str | None, configured: Suite) -> Suite:
-    """The suite of that name or names: with the config's settings where it has one of that name."""
+    """The suite or suites of that text (:func:`rome.evaluation.composed.listed`): what is named alone has the config's
+    settings where it has one of that name.
+
+    Raises:
+        UserError: no such suite.
+    """
     if asked is None:
         return configured
     parts = configured.suites if isinstance(configured, SeveralSuites) else (configured,)
     known = {suite.label: suite for suite in (*parts, configured)}
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    return as_suite([known.get(name, name) for name in names])
+    try:
+        given = listed(asked)
+    except ValueError as error:
+        raise UserError(f"suite: {error}") from None
+    return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])
 
 
 def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:

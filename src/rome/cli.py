@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rome.errors import Interrupted, UserError
+from rome.errors import Interrupted, UserError, first_line
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -74,7 +73,7 @@ def train(
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.config import load
     from rome.progress import show_training
-    from rome.train import train as run_training
+    from rome.training import train as run_training
 
     spec = load(config, overrides or ())
     run = run_training(
@@ -119,7 +118,10 @@ def evaluate(
     std: Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=ANY_MODEL)] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="apgd, autoattack, lp, unseen, corruptions, all, or several: apgd,unseen."),
+        typer.Option(
+            help="apgd, autoattack, lp, unseen, corruptions, all; several: apgd,unseen; or settings as in a config: "
+            "'{kind: corruptions, path: CIFAR-10-C}'."
+        ),
     ] = None,
     features: Annotated[
         str | None,
@@ -178,10 +180,12 @@ def evaluate(
             if given:
                 options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise UserError(f"{options} go with --model, not with {target}, whose config says it")
-            report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
+            with _enough_memory():
+                report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
             name = report.settings["provenance"]["config"]["name"]
         elif model is not None and target is None and data is not None and routing is None:
-            report, folder = evaluate_named(model, data, **of_model, **shared)
+            with _enough_memory():
+                report, folder = evaluate_named(model, data, **of_model, **shared)
             name = report.settings["provenance"]["model"]["name"]
         else:
             raise UserError(
@@ -352,7 +356,7 @@ def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
     cost: Annotated[
-        bool, typer.Option("--cost", help="Experiments: parameters and estimated hours on an H100 instead.")
+        bool, typer.Option("--cost", help="Experiments: with parameters and estimated hours on one H100.")
     ] = False,
 ) -> None:
     """List what configs can name."""
@@ -386,14 +390,15 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
     if family is Family.experiments:
         from rome.experiments import listing, rough_costs
 
-        rows = [row for row in (rough_costs() if cost else listing()) if fnmatch.fnmatch(row[0], f"*{pattern}*")]
+        rows = listing(pattern)
         if not rows:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
-        return rows
+        costs = dict(rough_costs(pattern)) if cost else {}
+        return [(name, "; ".join(filter(None, (text, costs.get(name))))) for name, text in rows]
     from rome.attacks import Attack
     from rome.component import Component
     from rome.data import Data
-    from rome.evaluate import Suite
+    from rome.evaluating import Suite
     from rome.methods import Method
 
     families: dict[Family, type[Component]] = {
@@ -408,6 +413,22 @@ def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
 def _names(text: str | None) -> list[str]:
     """The names in ``a,b``."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn a want of memory into what to do about it."""
+    from rome.evaluation.memory import out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory does not suffice ({first_line(error)}): give a smaller --batch-size, or auto, which finds one; "
+            "finished batches are kept"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -22,7 +22,7 @@ from rome.attacks import PGD, Attack
 from rome.component import Component, Settings
 from rome.data import Data
 from rome.errors import UserError, did_you_mean
-from rome.evaluate import BATCH_SIZE, Suite, SuiteChoice
+from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings

@@ -90,9 +90,9 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     """
     built = []
     for config in configs:
-        shape, classes = config.data.form()
+        shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
-        model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
+        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
         facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
         built.append((config, model, shape, classes, facts))
     if timing:

@@ -11,7 +11,7 @@ from rome.experiments import folder
 from rome.progress import show_training
 from rome.report import write_report
 from rome.runs import Run
-from rome.train import train
+from rome.training import train
 
 EXPERIMENTS = ("digits/random.yaml", "digits/rome-random.yaml")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,16 @@ def folder() -> Path:
     raise UserError("the experiments folder is missing; reinstall rome-robust or work in a checkout")
 
 
-def files() -> list[Path]:
-    """Every experiment; files whose name starts with an underscore are shared bases."""
-    return sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
+def files(pattern: str = "*") -> list[Path]:
+    """Every experiment, or those whose path has a part like the pattern (``table4``, ``rome-*``); files whose name
+    starts with an underscore are shared bases."""
+    found = sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
+    return [path for path in found if fnmatch.fnmatch(_shown(path), f"*{pattern}*")]
+
+
+def _shown(path: Path) -> str:
+    """``experiments/table1/max-pgd.yaml``."""
+    return str(path.relative_to(folder().parent))
 
 
 IMAGES = {"digits": 1_437, "cifar10": 50_000, "imagenet100": 126_689, "imagenet": 1_281_167}
@@ -40,61 +48,54 @@ H100 = 0.4 * 989e12
 """Operations a second assumed of an H100 for the estimates: 40% of its peak for dense products in bf16."""
 
 
-def listing() -> list[tuple[str, str]]:
-    """Path and description of every experiment, with the paper's numbers where it has some."""
+def listing(pattern: str = "*") -> list[tuple[str, str]]:
+    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above."""
     rows = []
-    for path in files():
+    for path in files(pattern):
         config = load(path)
         text = config.about or f"{config.method.kind}{' with experts' if config.experts else ''} on {config.data.kind}"
         if config.paper is not None:
             numbers = ", ".join(f"{name} {value:g}" for name, value in config.paper.numbers.items())
             text += f" [paper {config.paper.table}, {config.paper.row}: {numbers}]"
-        rows.append((str(path.relative_to(folder().parent)), text))
+        rows.append((_shown(path), text))
     return rows
 
 
-def rough_costs() -> Iterator[tuple[str, str]]:
-    """Path, and parameters and hours on one H100, of every experiment.
+def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
+    """Path, and parameters and hours on one H100, of the experiments; ``pattern`` as above.
 
     The hours are an estimate: counted multiply-accumulates of a forward pass x the method's passes x images x epochs,
     at :data:`H100` operations a second; nobody ran them. Models are built without memory, one for each architecture.
     """
     counted: dict[str, tuple[int, int] | str] = {}
-    for path in files():
+    for path in files(pattern):
         config = load(path)
-        shape, classes = _form(config)
+        shape, classes = config.data.form(config.model.num_classes)
         experts = None if config.experts is None else {**config.experts.dump(), "regularizer": None}
-        key = json.dumps([config.model.untrained().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
+        key = json.dumps([config.model.outline().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
         if key not in counted:
             try:
                 counted[key] = _count(config, classes, shape)
-            except UserError as error:  # a RobustBench model without that package
+            except UserError as error:  # such as a model from a package that is not here
                 counted[key] = str(error).partition(";")[0].partition(":")[0]
         found = counted[key]
         if isinstance(found, str):
-            yield str(path.relative_to(folder().parent)), found
+            yield _shown(path), found
             continue
         size, products = found
         threats = config.method.trained(config.threats, config.attack)
         natural, attacked = config.natural_epochs, config.epochs - config.natural_epochs
         passes = 3 * natural + (config.method.passes(threats, config.attack) * attacked if attacked else 0)
         hours = 2 * products * passes * _images(config) / H100 / 3600
-        yield str(path.relative_to(folder().parent)), f"{size / 1e6:.2f}M parameters, about {hours:.2g} H100 hours"
+        yield _shown(path), f"{size / 1e6:.2f}M parameters, about {hours:.2g} H100 hours"
 
 
 def _count(config: Config, classes: int, shape: tuple[int, int, int]) -> tuple[int, int]:
     """Parameters and multiply-accumulates."""
     sends_tokens = isinstance(config.experts, FeedForward) and config.experts.top is not None  # where, values decide
     with torch.device("cpu" if sends_tokens else "meta"):
-        model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
+        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
         return parameters(model)["parameters"], macs(model.eval(), shape)
-
-
-def _form(config: Config) -> tuple[tuple[int, int, int], int]:
-    """Image shape and classes, also where the folder of images is not here."""
-    if isinstance(config.data, ImageFolder):
-        return (3, config.data.size, config.data.size), 100 if config.data.classes == "imagenet100" else 1000
-    return config.data.form()
 
 
 def _images(config: Config) -> int:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
-from rome.models import load_model
-from rome.threats import Perceptual
+from rome.models import file_hash, load_model
+from rome.threats import Perceptual, Threat
 
 if TYPE_CHECKING:
     from rome.attacks.base import Model
@@ -45,8 +47,9 @@ def feature_layers(model: nn.Module) -> tuple[str, ...]:
     """The modules of a model's backbone whose outputs make phi.
 
     A backbone with an attribute ``feature_layers: tuple[str, ...]`` says it itself (``alexnet_cifar``: its five ReLUs).
-    Otherwise: the four stages of a ResNet (``layer1`` .. ``layer4``, as in perceptual-advex), the stages of a ConvNeXt
-    or Swin, the groups of a Wide ResNet, the blocks that end the quarters of a ViT's depth (3, 6, 9, 12 of 12).
+    Otherwise: the four stages of a ResNet (``layer1`` .. ``layer4``, as in perceptual-advex), the five ReLUs before the
+    classifier of torchvision's AlexNet, the stages of a ConvNeXt or Swin, the groups of a Wide ResNet, the blocks that
+    end the quarters of a ViT's depth (3, 6, 9, 12 of 12).
 
     Raises:
         UserError: none of these.
@@ -62,6 +65,8 @@ def feature_layers(model: nn.Module) -> tuple[str, ...]:
     stages = tuple(f"layer{number}" for number in (1, 2, 3, 4))
     if all(isinstance(getattr(backbone, name, None), nn.Module) for name in stages):
         return stages
+    if isinstance(backbone, torchvision.models.AlexNet):
+        return tuple(f"features.{i}" for i, module in backbone.features.named_children() if isinstance(module, nn.ReLU))
     for name in ("stages", "layers", "layer"):
         found = getattr(backbone, name, None)
         if isinstance(found, (nn.Sequential, nn.ModuleList)) and len(found) > 1:
@@ -249,9 +254,20 @@ def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
     except UserError as error:
         raise UserError(
             f"no network to measure perceptual distances with: {error}. Train it (rome train "
-            "experiments/alexnet/cifar10.yaml --out runs/alexnet), or name another (rome evaluate --features PATH)"
+            "experiments/alexnet/cifar10.yaml --out runs/alexnet; on the digits experiments/digits/cnn.yaml --out "
+            "runs/cnn), or name another (rome evaluate --features PATH)"
         ) from error
     return threat.measured_by(network.to(device).requires_grad_(False))
+
+
+def network_hash(threat: Threat) -> str | None:
+    """SHA-256 of the file that a perceptual threat's network is read from; None where it is the attacked model, where
+    there is no such file, and of other threats."""
+    if not isinstance(threat, Perceptual) or threat.features == "self":
+        return None
+    file = Path(threat.features)
+    file = file / "model.safetensors" if file.is_dir() else file
+    return file_hash(file) if file.is_file() else None
 
 
 class _Enough(Exception):  # noqa: N818

@@ -18,7 +18,7 @@ from rome.terminal import print_table
 
 def plan(config: Config) -> dict[str, Any]:
     """Build a config's model with its experts, weights random, and say where they are. Everything is checked that
-    training checks.
+    training checks, but for files: neither images nor RobustBench's package are needed for the paper's models.
 
     Returns:
         ``layers``: for each adapted layer ``name``, ``type``, ``shape`` of its weight, ``block`` (l = 1..L), ``beta``
@@ -28,8 +28,8 @@ def plan(config: Config) -> dict[str, Any]:
     Raises:
         UserError: nothing matches ``experts.layers``, or a match cannot be adapted.
     """
-    shape, classes = config.data.form()
-    model = build_model(config.model.untrained(), config.experts, classes=classes, shape=shape)
+    shape, classes = config.data.form(config.model.num_classes)
+    model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
     adapted = expert_layers(model)
     blocks = block_numbers(list(adapted))
     inside = tuple(f"{name}." for name in adapted)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from rome.config import Config
-from rome.train import Progress, Update
+from rome.training import Progress, Update
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from rome.config import Config, load
 from rome.errors import Interrupted, UserError
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.evaluation.store import RESULT
 from rome.files import replace_file
 from rome.runs import Run
@@ -185,7 +185,7 @@ def run_point(file: str, overrides: Sequence[str], folder: str) -> None:
     """Train and evaluate one point; what is there already is kept. Exits like the command line."""
     from rome.assess import evaluate_saved
     from rome.cli import exiting
-    from rome.train import train
+    from rome.training import train
 
     with exiting():
         config = load(file, tuple(overrides))

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rome.analysis.tables import Column, columns_of
-from rome.evaluate import Report
+from rome.evaluating import Report
 
 SERIES = 6
 """Colours before they repeat."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rome.evaluate import Report
+from rome.evaluating import Report
 
 SHOWN = 20
 """Classes; of more, those with the lowest union."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rome.config import Config
 from rome.errors import UserError
-from rome.evaluate import Case, Report
+from rome.evaluating import Case, Report
 from rome.evaluation.statistics import Difference, paired_difference
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.files import flatten

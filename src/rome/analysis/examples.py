@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rome.analysis.compared import Evaluated
 from rome.attacks import APGD
 from rome.errors import UserError
-from rome.evaluate import example_images
+from rome.evaluating import example_images
 from rome.threats import LpBall
 
 PICTURED = 6

@@ -21,7 +21,7 @@ from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES,
 from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.evaluation.report import UNION
 from rome.evaluation.store import RESULT
 from rome.experiments import folder

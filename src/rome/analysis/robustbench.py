@@ -20,7 +20,7 @@ import numpy as np
 from rome.analysis.compared import Evaluated
 from rome.data import ImageFolder
 from rome.errors import UserError
-from rome.evaluate import Case, Report
+from rome.evaluating import Case, Report
 from rome.evaluation.suites import LP, AutoAttackSuite
 from rome.evaluation.unseen import CORRUPTIONS, CorruptionsSuite
 from rome.files import replace_file

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rome.evaluate import Report
+from rome.evaluating import Report
 from rome.evaluation.suites import LP
 from rome.terminal import print_table
 
@@ -143,7 +143,7 @@ def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -
     caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
-        for sentence in missing(report):
+        for sentence in (*report.corruptions, *missing(report)):
             console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
 
 

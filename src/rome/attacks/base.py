@@ -66,6 +66,11 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return loss.detach(), logits.detach().argmax(1) == y, gradient
 
 
+def signs(gradient: Tensor) -> Tensor:
+    """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y of each example: (B,), positive where it is misclassified."""
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
@@ -295,3 +300,21 @@ def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> No
     if not all(bool(part.isfinite().all()) for part in results):
         raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
     raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
+
+
+def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
+    """Refuse results outside of a bound that an attack keeps itself.
+
+    Args:
+        inside: bool (B,), whose result is allowed.
+        measured: (B, ...), what that was told from.
+
+    Raises:
+        FloatingPointError: it is not finite, as the model's gradients were not.
+        AssertionError: it is, and a result is outside: a bug in the attack.
+    """
+    if bool(inside.all()):
+        return
+    if not bool(measured.isfinite().all()):
+        raise FloatingPointError(f"{kind} met gradients of the model that are not finite")
+    raise AssertionError(f"{kind} left its bound on {int((~inside).sum())} of {len(inside)} examples: a bug")

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rome.attacks.base import Attack
+from rome.attacks.base import Attack, check_bound
 from rome.attacks.pgd import Steps
 from rome.errors import UserError
 from rome.threats import RTOL, AnyImage, Threat
@@ -27,21 +27,12 @@ class FreeAttack(Attack):
         return self.steps
 
     def check(self, size: Tensor, bound: float) -> None:
-        """Refuse a result outside of the attack's own bound.
+        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.base.check_bound`).
 
         Args:
             size: (B,), how much of the bound each example used.
-
-        Raises:
-            FloatingPointError: a size is not finite.
-            AssertionError: one is too large: a bug in the attack.
         """
-        inside = size <= bound * (1 + RTOL)
-        if bool(inside.all()):
-            return
-        if not bool(size.isfinite().all()):
-            raise FloatingPointError(f"{self.kind} met gradients of the model that are not finite")
-        raise AssertionError(f"{self.kind} left its bound on {int((~inside).sum())} of {len(size)} examples: a bug")
+        check_bound(self.kind, size <= bound * (1 + RTOL), size)
 
 
 def changed_pixels(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, at_least_float32
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, at_least_float32, signs
 from rome.attacks.pgd import Steps, StepSize, random_start
 from rome.component import Number
 from rome.errors import UserError
@@ -60,7 +60,7 @@ class GMA(Attack):
                 (gradient,) = torch.autograd.grad(gain.sum(), here)
             for group in groups:
                 rows = group.rows
-                x_adv[rows] = group.threat.project(x_adv[rows] + self.step_size * gradient[rows].sign(), x[rows])
+                x_adv[rows] = group.threat.project(x_adv[rows] + self.step_size * signs(gradient[rows]), x[rows])
         return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 
 

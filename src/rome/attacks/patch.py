@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model, loss_and_gradient
+from rome.attacks.base import UNSEEN, Found, Group, Model, loss_and_gradient, signs
 from rome.attacks.free import FreeAttack, changed_pixels
 from rome.attacks.pgd import Steps, StepSize
 from rome.errors import UserError
@@ -51,7 +51,7 @@ class Patch(FreeAttack):
             x_adv = torch.where(inside, pixels[example, :, rows, columns].permute(0, 3, 1, 2), x)
         for _ in range(self.steps):
             _, _, gradient = loss_and_gradient(model, x_adv, y)
-            x_adv = torch.where(inside, (x_adv + self.step_size * gradient.sign()).clamp(0, 1), x)
+            x_adv = torch.where(inside, (x_adv + self.step_size * signs(gradient)).clamp(0, 1), x)
         self.check(changed_pixels(x_adv, x), self.size**2)
         return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 

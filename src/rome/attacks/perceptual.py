@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, frozen, margin
+from rome.attacks.base import Attack, Found, Group, Model, check_bound, frozen, margin
 from rome.attacks.lpa import START, among, gaussian, length, perceptual
 from rome.component import Number
 from rome.errors import UserError
@@ -47,11 +47,8 @@ class _Bounded(Attack):
         with space.still():
             point, adversarial, found = self.climb(space, (x + START * gaussian(noise)).clamp_(0, 1), y)
             logits, phi = space.seen(point)
-            inside = distances(phi, space.origin) <= space.bound * (1 + TOLERANCE)
-            if not bool(inside.all()):
-                raise AssertionError(
-                    f"{self.kind} left its bound on {int((~inside).sum())} of {len(x)} examples: a bug"
-                )
+            apart = distances(phi, space.origin)
+            check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
             robust = (logits.argmax(dim=1) == y) & ~found
             adversarial = torch.where(found.view(-1, 1, 1, 1), adversarial, point)
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")

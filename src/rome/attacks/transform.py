@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model
+from rome.attacks.base import UNSEEN, Found, Group, Model, check_bound, signs
 from rome.attacks.free import FreeAttack
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
@@ -92,8 +92,7 @@ class TransformAttack(FreeAttack):
         with _no_autocast(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
         variables = self.ascend(model, transform, y)
-        if not bool(transform.contains(variables).all()):
-            raise AssertionError(f"{self.kind}'s variables left their range: a bug in the attack")
+        check_bound(self.kind, transform.contains(variables), variables)
         x_adv = _images(transform, variables)
         return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
 
@@ -106,7 +105,7 @@ class TransformAttack(FreeAttack):
             loss, gradient = _loss_and_gradient(model, transform, variables, y)
             if self.best:
                 highest, kept = _better(loss, variables, highest, kept)
-            variables = transform.project(variables + size * gradient.sign())
+            variables = transform.project(variables + size * signs(gradient))
         if not self.best:
             return variables
         loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")

@@ -122,8 +122,12 @@ class Data(Component):
     test_limit: int | None = Field(None, ge=1)
     """Use only the first so many test examples."""
 
-    def form(self) -> tuple[tuple[int, int, int], int]:
-        """Image shape (C, H, W) and number of classes, without the files where the data set fixes them."""
+    def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
+        """Image shape (C, H, W) and number of classes, without the files where the data set fixes them.
+
+        Args:
+            classes: their number as somebody says who knows it, for a data set whose files would have to tell.
+        """
         split = self.open("test")
         return split.shape, len(split.classes)
 

@@ -34,7 +34,7 @@ class Cifar10(Data):
     path: str = "data/cifar10"
     download: bool = False
 
-    def form(self) -> tuple[tuple[int, int, int], int]:
+    def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
         return (3, 32, 32), len(CIFAR10_CLASSES)
 
     def open(self, split: SplitName) -> Split:

@@ -9,7 +9,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -165,6 +165,18 @@ def read_cifar10c(
         )
     images = _load(folder / f"{name}.npy", (5 * _ROWS, 32, 32, 3))[rows]
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
+
+
+def check_cifar10c(path: str | Path, names: Iterable[str]) -> None:
+    """See whether a folder holds CIFAR-10-C's labels and these types.
+
+    Raises:
+        UserError: a file is missing or of another form.
+    """
+    folder = Path(path).expanduser()
+    _load(folder / "labels.npy", (5 * _ROWS,))
+    for name in names:
+        _load(folder / f"{name}.npy", (5 * _ROWS, 32, 32, 3))
 
 
 def _load(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -53,6 +53,10 @@ class ImageFolder(Data):
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(given)}")
         return given
 
+    def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
+        known = classes if self.classes is None else len(self._listed(self.classes))
+        return super().form() if known is None else ((3, self.size, self.size), known)
+
     def open(self, split: SplitName) -> Split:
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         from timm.data.dataset_factory import create_dataset
@@ -113,16 +117,20 @@ class ImageFolder(Data):
         """The class folders to use among those found."""
         if self.classes is None:
             return found
-        built_in = Path(__file__).parent / f"{self.classes}.txt"
-        file = built_in if built_in.is_file() else Path(self.classes).expanduser()
-        if not file.is_file():
-            raise UserError(f"data.classes: {self.classes} is neither imagenet100 nor a file of class folder names")
-        wanted = set(file.read_text(encoding="utf-8").split())
+        wanted = self._listed(self.classes)
         missing = sorted(wanted - found)
         if missing or not wanted:
             what = f"lacks {len(missing)} of them, such as {missing[0]}" if missing else "needs at least one"
             raise UserError(f"data.classes: {self.classes} names {len(wanted)} class folders; {folder} {what}")
         return wanted
+
+    def _listed(self, classes: str) -> set[str]:
+        """The class folders that a list names: one of ours, or a file."""
+        built_in = Path(__file__).parent / f"{classes}.txt"
+        file = built_in if built_in.is_file() else Path(classes).expanduser()
+        if not file.is_file():
+            raise UserError(f"data.classes: {classes} is neither imagenet100 nor a file of class folder names")
+        return set(file.read_text(encoding="utf-8").split())
 
 
 class FolderSplit(Split):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from rome.errors import UserError
+from rome.data.corruptions import check_cifar10c
+from rome.errors import UserError, did_you_mean, first_line
 from rome.evaluation.suites import AutoAttackSuite, Case, Suite
 from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
-from rome.threats import Threat
+from rome.perceptual import loaded
+from rome.threats import Perceptual, Threat
 
 
 class SeveralSuites(Suite):
@@ -62,10 +65,56 @@ def with_features(suite: Suite, features: str | None) -> Suite:
     raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
 
 
+def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]:
+    """See before hours of other cases whether the files are there that these cases (None: all) are to read.
+
+    Returns:
+        A sentence about what is missing although nobody named it: the suite's usual network.
+
+    Raises:
+        UserError: a file that was named is missing or of no use.
+    """
+    if isinstance(suite, SeveralSuites):
+        return [sentence for part in suite.suites for sentence in check_files(part, cases)]
+    if isinstance(suite, CorruptionsSuite) and suite.path is not None:
+        names = [case.name for case in suite.cases({}, 0)]
+        if cases is None or set(cases) & set(names):
+            check_cifar10c(suite.path, suite.types)
+    if isinstance(suite, UnseenSuite):
+        measured = [name for name in suite.measured if cases is None or name in cases]
+        try:
+            if measured:
+                loaded(Perceptual(bound=suite.bound, features=suite.features), "cpu")
+        except UserError as error:
+            if suite.features != UnseenSuite().features:
+                raise
+            return [f"{' and '.join(measured)} will fail: {error}"]
+    return []
+
+
+def listed(text: str) -> list[Any]:
+    """The suites in a text: names with commas between, or settings as YAML in braces or brackets.
+
+    Raises:
+        ValueError: not YAML, or nothing is named.
+    """
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            given = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{text!r} is not YAML ({first_line(error)})") from None
+        found = given if isinstance(given, list) else [given]
+    else:
+        found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise ValueError(f"none is named.{did_you_mean('', Suite.members())}")
+    return found
+
+
 def _listed(value: Any) -> Any:
-    """A list, or names with commas, as settings of one suite; anything else is left to the suite itself."""
-    if isinstance(value, str) and "," in value:
-        value = [name.strip() for name in value.split(",") if name.strip()]
+    """A list, or a text (:func:`listed`), as settings of one suite; anything else is left to the suite itself."""
+    if isinstance(value, str):
+        value = listed(value)
     if isinstance(value, (list, tuple)):
         return value[0] if len(value) == 1 else {"kind": SeveralSuites.kind, "suites": list(value)}
     return value
@@ -73,7 +122,7 @@ def _listed(value: Any) -> Any:
 
 SuiteChoice = Annotated[Suite, BeforeValidator(_listed)]
 """A suite as a config or a caller may give it: ``apgd``, ``apgd,unseen``, ``[apgd, unseen]``, ``{kind: apgd,
-iterations: 50}``."""
+iterations: 50}``; on the command line in quotes."""
 
 
 def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> Suite:
@@ -87,4 +136,4 @@ def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> 
         return TypeAdapter(SuiteChoice).validate_python(dict(given) if isinstance(given, Mapping) else given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(f"suite: {first['msg']}") from None
+        raise UserError(f"suite: {str(first['msg']).removeprefix('Value error, ')}") from None

@@ -79,8 +79,8 @@ def look(
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
-    zero = float(every("checks", lambda x, y: (loss_and_gradient(model, x, y)[2] == 0).flatten(1).all(dim=1)).mean())
-    message = f"the input gradient of the loss is exactly zero for {zero:.0%} of them"
+    zero = float(every("checks", lambda x, y: _useless(loss_and_gradient(model, x, y)[2])).mean())
+    message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
     if ball is not None:
@@ -97,6 +97,12 @@ def look(
     message = f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {left:.0%} right"
     checks.append(found("unbounded-attack", {"share": left}, left > LEFT, message))
     return checks
+
+
+def _useless(gradient: Tensor) -> Tensor:
+    """Whose gradient leads nowhere, as it is zero or not finite somewhere: bool (B,)."""
+    flat = gradient.flatten(1)
+    return (flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)
 
 
 def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rome.attacks.corruption import Corruption
+from rome.data.corruptions import constants_for
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
@@ -116,6 +118,13 @@ class Report:
         }
 
     @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Where the corrupted images that were shown come from, in a sentence each; none without corruptions."""
+        height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
+        shown = [self._case(name).get("attacks", [{}])[0] for name in self.cases[1:]]
+        return tuple(dict.fromkeys(_source(attack, max(height, width)) for attack in shown if _corrupts(attack)))
+
+    @property
     def suite(self) -> str:
         """Short name of the suite, such as ``apgd`` or ``apgd+unseen``."""
         return suite_label(self.settings.get("suite", {}))
@@ -196,6 +205,7 @@ class Report:
             "union": _or_none(self.union),
             "groups": {group: _or_none(value) for group, value in self.groups.items()},
             "unions": {group: _or_none(value) for group, value in self.unions.items()},
+            "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
             "after": self.after,
             "warnings": self.warnings,
@@ -241,6 +251,18 @@ class Report:
                 f"the evaluation in {folder} is damaged ({error}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"
             ) from None
+
+
+def _corrupts(attack: Mapping[str, Any]) -> bool:
+    return attack.get("kind") == Corruption.kind
+
+
+def _source(corruption: Mapping[str, Any], side: int) -> str:
+    """What a dumped :class:`rome.attacks.Corruption` does to images of this side."""
+    if corruption.get("path") is not None:
+        return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
+    whose = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
+    return f"corrupted images made here with the severities of {whose}, not its images"
 
 
 def _or_none(value: float) -> float | None:

@@ -35,6 +35,8 @@ class Running:
     batch_size: int
     seed: int
     store: Store
+    networks: dict[str, str]
+    """Case -> SHA-256 of the file whose network measures for it. A batch that another one measured is done again."""
     save_images: bool
     watch: Watcher
     halving: Halving
@@ -192,7 +194,9 @@ class Running:
         """One attack on one batch, from disk if it is there; and whether it was run now."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind}-{index:05d}"
         keep = self.save_images and not case.on_all  # a fixed change can be made again
-        unit = self.store.read(key, part)
+        unit, network = self.store.read(key, part), self.networks.get(case.name)
+        if unit is not None and network and unit.facts.get("network", network) != network:
+            unit = None
         if unit is not None and (unit.images is not None or not keep):
             return unit, False
         if not run:
@@ -207,6 +211,8 @@ class Running:
             keep_images=keep and self.store.directory is not None,
             halving=self.halving,
         )
+        if network:
+            unit.facts["network"] = network
         self.store.write(key, unit)
         return unit, True
 

@@ -33,7 +33,7 @@ from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
-_NOT_COMPARED = ("provenance", "environment", "save_images", "left_out")
+_NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 
 
 @dataclass
@@ -77,7 +77,10 @@ class Store:
             self.clear()
         stored = self.stored_settings()
         if stored is None:
-            replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+            try:
+                replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+            except OSError as error:
+                raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
             return settings
         advice = "choose another folder, or overwrite=True to throw that evaluation away"
         if not resume:
@@ -87,6 +90,19 @@ class Store:
             raise UserError(
                 f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
             )
+        return self._measured_anew(stored, settings.get("networks", {}))
+
+    def _measured_anew(self, stored: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
+        """The stored settings with the networks that measure now. If one is another than it was, the evaluation is not
+        finished any more: what that one measured is done again (:class:`rome.evaluation.running.Running`)."""
+        before = stored.get("networks", {})
+        now = {**before, **networks}
+        if now == before or self.directory is None:
+            return stored
+        if any(before.get(case, digest) != digest for case, digest in now.items()):
+            (self.directory / RESULT).unlink(missing_ok=True)
+        stored = {**stored, "networks": now}
+        replace_file(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         return stored
 
     def clear(self) -> None:

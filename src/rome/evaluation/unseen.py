@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from rome.attacks.base import Attack
 from rome.component import Number
-from rome.errors import UserError
+from rome.errors import UserError, did_you_mean
 from rome.evaluation.suites import Case, Suite
 from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
 
@@ -57,6 +57,32 @@ class UnseenSuite(Suite):
     runs/alexnet``), or ``self``, the evaluated model, which flatters itself."""
     bound: Number = Field(default=0.25, gt=0)
     """The perceptual bound of PPGD and LPA."""
+    attacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of attacks that are not to be the paper's: ``{fog: {steps: 200}, patch: {size: 4}}``."""
+
+    @field_validator("attacks")
+    @classmethod
+    def _possible(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        kinds = [row.kind for row in cls.rows]
+        for kind, settings in given.items():
+            if kind not in kinds:
+                raise ValueError(f"the suite has no attack {kind!r}.{did_you_mean(kind, kinds)}")
+            try:
+                _attack(cls.kind, kind, settings)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return given
+
+    @model_serializer(mode="plain")
+    def _with_kind(self) -> dict[str, Any]:
+        """Without ``attacks`` where there are none, so that evaluations of earlier versions go on."""
+        own = {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
+        return own if self.attacks else {name: value for name, value in own.items() if name != "attacks"}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The cases inside a perceptual bound."""
+        return tuple(row.kind for row in self.rows if row.inside == "perceptual")
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         places: dict[str, Threat] = {
@@ -67,7 +93,7 @@ class UnseenSuite(Suite):
             Case(
                 name=row.kind,
                 threat=places.get(row.inside, AnyImage(label=row.kind)),
-                attacks=(_attack(self, row.kind, row.settings),),
+                attacks=(_attack(self.kind, row.kind, {**row.settings, **self.attacks.get(row.kind, {})}),),
                 group=row.group,
             )
             for row in self.rows
@@ -90,7 +116,7 @@ class CorruptionsSuite(Suite):
             Case(
                 name=f"{type}-{severity}",
                 threat=AnyImage(label=f"{type}-{severity}"),
-                attacks=(_attack(self, self.attack, {"type": type, "severity": severity, **source}),),
+                attacks=(_attack(self.kind, self.attack, {"type": type, "severity": severity, **source}),),
                 group=CORRUPTIONS,
                 on_all=True,
             )
@@ -105,12 +131,12 @@ def _linf(threats: Mapping[str, Threat]) -> LpBall:
     return next(balls, CIFAR10["Linf"])
 
 
-def _attack(suite: Suite, kind: str, settings: Mapping[str, Any]) -> Attack:
+def _attack(suite: str, kind: str, settings: Mapping[str, Any]) -> Attack:
     try:
         return Attack.of_kind(kind).model_validate(dict(settings))
     except PydanticCustomError as error:
-        raise UserError(f"suite {suite.kind!r} needs an attack that is not there: {error}") from None
+        raise UserError(f"suite {suite!r} needs an attack that is not there: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"suite {suite.kind!r}: attack {kind!r}, {where}: {first['msg']}") from None
+        raise UserError(f"suite {suite!r}: attack {kind!r}, {where}: {first['msg']}") from None

@@ -17,10 +17,11 @@ class MixtureConv2d(nn.Conv2d, Gated):
     """o(s) = (W * x)(s) + sum_k g_k(s) (dW_k * x)(s) at every location s of the output, for square kernels c x c.
 
     ``form="loralib"`` is the official LoRA implementation's update (github.com/microsoft/LoRA): A_k (r c, C_in c) and
-    B_k (C_out c, r c) with dW_k = (B_k A_k) viewed as (C_out, C_in, c, c), of rank r c. The dense dW_k are never built:
-    row (o, a) of B_k A_k, a = 0..c-1, is the a-th of c equal blocks of output o's flattened kernel (C_in, c, c), so
-    A_k applies to block a of the input patch and B_k joins the c blocks. A block begins and ends inside a channel where
-    c does not divide C_in; it is then a convolution over the channels it touches, with zeros for what it leaves out.
+    B_k (C_out c, r c) with dW_k = (B_k A_k) viewed as (C_out, C_in, c, c), of rank r c. The dense dW_k are built only
+    where that takes fewer products, as with 64 channels (:attr:`dense`). Elsewhere: row (o, a) of B_k A_k, a = 0..c-1,
+    is the a-th of c equal blocks of output o's flattened kernel (C_in, c, c), so A_k applies to block a of the input
+    patch and B_k joins the c blocks. A block begins and ends inside a channel where c does not divide C_in; it is then
+    a convolution over the channels it touches, with zeros for what it leaves out.
     ``form="peft"`` has r filters of c x c and a 1x1 convolution: rank r, cheaper.
 
     ``A`` and ``B`` stack the experts: (K r c, C_in c) and (C_out c, K r c), or (K r, C_in, c, c) and (C_out, K r). The
@@ -71,30 +72,62 @@ class MixtureConv2d(nn.Conv2d, Gated):
         shape = (output.shape[2], output.shape[3])
         where = input if input.shape[2:] == shape else F.adaptive_avg_pool2d(input, shape)
         gates = self.weigh(self._scores(where), lambda: self._scores(where.detach()))
-        codes = self._codes(input)
-        weights = gates.weights.to(codes.dtype).transpose(1, 2)  # (B, K, T)
-        scaled = codes.view(len(input), codes.shape[1], self.experts, -1, weights.shape[-1]) * weights[:, None, :, None]
+        weights = gates.weights.to(output.dtype).transpose(1, 2)  # (B, K, T)
+        mix = self._dense if self.dense else self._factored
+        return output + mix(input, weights).view_as(output)
+
+    @property
+    def dense(self) -> bool:
+        """Whether K dense kernels take no more products at each location than their factors do."""
+        if self.form == "peft":
+            return False
+        size, codes = self.kernel_size[0], len(self.A)
+        touched = sum(end - first for first, end in self._blocks())
+        factored = codes * touched * size**2 + self.out_channels * size * codes
+        return self.experts * self.weight.numel() <= factored
+
+    def _dense(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The experts' mixture (B, C_out, T) by their kernels."""
+        size = self.kernel_size[0]
+        up = self.B.view(self.out_channels * size, self.experts, -1).transpose(0, 1)  # (K, C_out c, r c)
+        kernels = up @ self.A.view(self.experts, -1, self.in_channels * size)
+        kernels = kernels.view(-1, self.in_channels, size, size)
+        each = F.conv2d(x, kernels, None, self.stride, self._pad, self.dilation)
+        return (each.view(len(x), self.experts, self.out_channels, -1) * weights[:, :, None]).sum(dim=1)
+
+    def _factored(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The same by A_k, the weights, and B_k."""
+        codes = self._codes(x)
+        scaled = codes.view(len(x), codes.shape[1], self.experts, -1, weights.shape[-1]) * weights[:, None, :, None]
         joint = self.B.view(self.out_channels, -1, 1, 1)  # for loralib: (C_out, c K r c)
-        return output + F.conv2d(scaled.reshape(len(input), -1, *shape), joint)
+        return F.conv2d(scaled.reshape(len(x), -1, *codes.shape[-2:]), joint)
 
     def _scores(self, where: Tensor) -> Tensor:
         return (self.gate.rows() @ where.flatten(2)).transpose(1, 2)
 
     def _codes(self, x: Tensor) -> Tensor:
         """What the A_k give at every output location, for each block of the input patch: (B, blocks, K r', H', W')."""
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        assert not isinstance(padding, str)
+        stride, dilation = self.stride, self.dilation
         if self.form == "peft":
-            return F.conv2d(x, self.A, None, stride, padding, dilation).unsqueeze(1)
+            return F.conv2d(x, self.A, None, stride, self._pad, dilation).unsqueeze(1)
         size, channels = self.kernel_size[0], self.in_channels
         codes = []
-        for block in range(size):
-            first, end = block * channels // size, -(-(block + 1) * channels // size)  # the channels it touches
+        for block, (first, end) in enumerate(self._blocks()):
             before = (block * channels - first * size) * size  # entries of the first channel's kernel outside
             filters = F.pad(self.A, (before, (end - first) * size**2 - before - channels * size))
             filters = filters.view(-1, end - first, size, size)
-            codes.append(F.conv2d(x[:, first:end], filters, None, stride, padding, dilation))
+            codes.append(F.conv2d(x[:, first:end], filters, None, stride, self._pad, dilation))
         return torch.stack(codes, dim=1)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """The channels, first and end, that each of the c blocks of an input patch touches."""
+        size, channels = self.kernel_size[0], self.in_channels
+        return [(block * channels // size, -(-(block + 1) * channels // size)) for block in range(size)]
+
+    @property
+    def _pad(self) -> tuple[int, ...]:
+        assert not isinstance(self.padding, str)
+        return self.padding
 
     def extra_repr(self) -> str:
         own = f"experts={self.experts}, rank={self.rank}, form={self.form}"

@@ -16,7 +16,7 @@ from rome.errors import UserError, first_line
 from rome.experts import Experts, record_gates
 from rome.models.classifier import Classifier
 from rome.models.loading import load_weights
-from rome.models.sources import expected_normalization, make_backbone
+from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
 
 class ModelSettings(Settings):
@@ -44,6 +44,13 @@ class ModelSettings(Settings):
     def untrained(self) -> Self:
         """The same architecture without weights to start from."""
         return self.model_copy(update={"pretrained": False, "weights": None, "drop_head": False})
+
+    def outline(self) -> Self:
+        """The same architecture for whom weights are nothing, such as who counts: also without RobustBench's package
+        where the architecture goes by another name too."""
+        zoo = self.name.startswith(ROBUSTBENCH)
+        twin = TWINS.get((self.args.get("dataset", "cifar10"), self.name.removeprefix(ROBUSTBENCH))) if zoo else None
+        return self.untrained() if twin is None else self.untrained().model_copy(update={"name": twin, "args": {}})
 
 
 def create_model(
@@ -93,7 +100,7 @@ def create_model(
         backbone = make_backbone(
             name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, options={**sizes, **args}
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, NameError) as error:
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
         raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}") from error
     except OSError as error:
@@ -141,8 +148,9 @@ def build_model(
             f"model {settings.name} does not take images of {'x'.join(map(str, shape))}: {first_line(error)}; "
             "set model.img_size and model.patch_size"
         ) from error
-    if logits.shape != (2, classes):
-        raise UserError(f"model {settings.name} gives outputs {tuple(logits.shape)} for 2 images, not (2, {classes})")
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"of type {type(logits).__name__}"
+        raise UserError(f"model {settings.name} gives outputs {given} for 2 images, not (2, {classes})")
     if recorder is not None:
         for name, gates in recorder.gates.items():
             if len(gates.weights) != 2:

@@ -19,6 +19,12 @@ from rome.errors import UserError, did_you_mean, first_line
 ROBUSTBENCH = "robustbench:"
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 """RobustBench's data sets."""
+TWINS = {
+    ("cifar10", "Gowal2020Uncovering_28_10_extra"): "wide_resnet_28_10",
+    ("cifar10", "Bartoldson2024Adversarial_WRN-94-16"): "wide_resnet_94_16",
+    ("imagenet", "Debenedetti2022Light_XCiT-S12"): "xcit_small_12_p16_224",
+}
+"""The architectures of the paper's models from RobustBench under our names or timm's."""
 THREATS = ("Linf", "L2", "corruptions", "corruptions_3d")
 """RobustBench's threat models."""
 
@@ -119,5 +125,5 @@ def _own_function(name: str) -> Any:
         else:
             module = importlib.import_module(place)
         return getattr(module, function)
-    except (ImportError, FileNotFoundError, AttributeError, SyntaxError) as error:
-        raise UserError(f"model {name!r} cannot be imported: {first_line(error)}") from error
+    except Exception as error:  # whatever the file does
+        raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error

@@ -34,6 +34,7 @@ from rome.evaluation.running import Running
 from rome.evaluation.store import Store, example_images, fingerprint, hash_data, hash_model, versions
 from rome.evaluation.suites import Case, Suite, as_named
 from rome.evaluation.units import Examples
+from rome.perceptual import network_hash
 from rome.threats import CIFAR10, Threat
 
 __all__ = ["Case", "Report", "Suite", "SuiteChoice", "evaluate", "example_images", "hash_model"]
@@ -137,6 +138,8 @@ def evaluate(
         wanted = _wanted(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings |= {"save_images": save_images, "provenance": dict(provenance or {})}
+        networks = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
+        settings["networks"] = networks
         settings["environment"] = {
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
             "python": platform.python_version(),
@@ -160,6 +163,7 @@ def evaluate(
                 batch_size=size,
                 seed=seed,
                 store=store,
+                networks=networks,
                 save_images=settings["save_images"],
                 watch=watch,
                 halving=halving,
