@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rome.analysis import features, gates
 from rome.analysis.figures import Options, registered, write_figures
 from rome.analysis.separability import difference, embed, silhouettes
+from rome.analysis.subject import GivenModel
 from rome.config import parse
 from rome.errors import UserError
 from rome.experts import (
@@ -37,6 +38,7 @@ from rome.experts import (
     set_routing,
 )
 from rome.models import Classifier, build_model, save_model
+from rome.threats import DIGITS
 from small_models import SmallCNN, grow, plain_swin
 from tiny_runs import changed
 
@@ -386,6 +388,29 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     weights = list(csv.DictReader(io.StringIO(tables["fig3"])))
     assert {row["threat"] for row in weights} == {"natural", *THREATS}
     assert len(weights) == 4 * 12 * 2
+
+
+def test_any_model_has_its_figures_without_a_run(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    x, y = batch(n=12), torch.arange(12) % 10
+    given = GivenModel(model, "mine", x, y, {"L2": DIGITS["L2"], "Linf": DIGITS["Linf"]})
+    assert not model.training
+    write_figures([given], tmp_path, only=["fig5", "fig6"], formats=["svg"], options=Options(n=50))
+    (run,) = json.loads((tmp_path / "fig5.json").read_text())["runs"]
+    (layer,) = run["layers"]
+    assert (run["run"], layer["layer"], layer["tokens"]) == ("mine", "0", 64)
+    attacked = given.attacked(50)
+    assert {name: len(images) for name, images in attacked.items()} == {"natural": 12, "L2": 12, "Linf": 12}
+    assert torch.equal(attacked["natural"], x)
+    assert float((attacked["Linf"] - x).abs().max()) == pytest.approx(DIGITS["Linf"].eps)
+    with pytest.raises(UserError, match="fig8: mine is a model without a run: it has no log"):
+        write_figures([given], tmp_path, only=["fig8"])
+    with pytest.raises(UserError, match="fig3: none of these runs has experts"):
+        write_figures([given], tmp_path, only=["fig3"])
+    with pytest.raises(UserError, match="name at least one run's folder"):
+        write_figures([], tmp_path)
 
 
 def test_the_documented_figure_works(three: list[Fake]) -> None:

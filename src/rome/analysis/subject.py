@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from rome.analysis.compared import names_of
 from rome.attacks import APGD, Attack
 from rome.config import Config
 from rome.data.base import Split
+from rome.data.memory import TensorSplit
 from rome.device import pick_device
 from rome.errors import UserError
 from rome.models import load_model
@@ -79,6 +81,31 @@ class Subject:
             x, y = self.images(n)
             self._attacked[n] = {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
         return MappingProxyType(self._attacked[n])
+
+
+class GivenModel(Subject):
+    """A classifier that no run made, to be looked at as runs are, but for what asks about its training or evaluation.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] to logits, of any architecture; its mode becomes evaluation.
+        name: what pictures call it.
+        x: images (n, C, H, W) in [0, 1], on the model's device.
+        y: their labels, int64 (n,).
+        threats: by name.
+    """
+
+    def __init__(self, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> None:
+        self.name, self.device, self.model, self.split = name, x.device, model.eval(), TensorSplit(x, y)
+        self._threats, self._attacked = dict(threats), {}
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        return MappingProxyType(self._threats)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("run", "config"):
+            raise UserError(f"{self.name} is a model without a run: it has no log, no config and no evaluation")
+        raise AttributeError(name)
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:

@@ -67,6 +67,27 @@ class MemorySplit(Split):
         return torch.where(draws[:, 2, None, None, None] < 0.5, x.flip(3), x) if self._flip else x
 
 
+class TensorSplit(Split):
+    """Images and labels that somebody has in memory, as they are.
+
+    Args:
+        x: float32 (N, C, H, W) in [0, 1].
+        y: int64 (N,).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        classes = tuple(map(str, range(int(y.max()) + 1)))
+        super().__init__(classes, (x.shape[1], x.shape[2], x.shape[3]), y.cpu(), (), ())
+        self._x, self._y = x, y
+
+    def _batches(
+        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in order:
+            chosen = indices.to(self._x.device)
+            yield self._x[chosen].to(device), self._y[chosen].to(device)
+
+
 class Digits(Data):
     """Handwritten digits, 8x8 gray, inside scikit-learn: 1,437 to train and 360 to test, nothing to download.
 

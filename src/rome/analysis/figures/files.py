@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 
 from rome.analysis.figures.base import Options, PaperFigure, registered
-from rome.analysis.subject import open_subjects
+from rome.analysis.subject import Subject, open_subjects
 from rome.errors import UserError, did_you_mean
 from rome.files import replace_file
 
@@ -32,7 +32,7 @@ _STYLE: Any = {
 
 
 def write_figures(
-    folders: Sequence[Path],
+    runs: Sequence[Path | Subject],
     out: Path,
     *,
     only: Sequence[str] = (),
@@ -41,6 +41,11 @@ def write_figures(
     device: str | None = None,
 ) -> list[Path]:
     """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
+
+    Args:
+        runs: their folders, or what is there already: :func:`rome.analysis.subject.open_subjects`, and models that no
+            run made (:class:`rome.analysis.subject.GivenModel`).
+        device: of runs that are named by their folders.
 
     A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
     is an error.
@@ -60,7 +65,10 @@ def write_figures(
             raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
-    subjects = open_subjects(folders, device)
+    folders = [run for run in runs if not isinstance(run, Subject)]
+    subjects = [run for run in runs if isinstance(run, Subject)]
+    if folders or not subjects:
+        subjects = [*open_subjects(folders, device), *subjects]
     written: list[Path] = []
     missing: list[str] = []
     for name in only or known:
