@@ -29,7 +29,7 @@ from rome.errors import UserError
 from rome.evaluating import Report, example_images
 from rome.experts import record_gates
 from rome.models import build_model, load_model, save_model
-from rome.report import show, tabulate, write_report
+from rome.report import _gate_pictures, show, tabulate, write_report
 
 EVIL = "<script>alert('x|y')</script>"
 CONFIG: dict[str, Any] = {
@@ -500,6 +500,7 @@ class TestGates:
         same = gates.summary(sample([0.9, 0.1], [0.5, 0.5], [0.501, 0.499]))
         assert "L1 and Linf lie at most 0.001 (local) and 0.001 (global) apart" in same
         assert "the threats are routed nearly identically" in same
+        assert "apart, in the one layer that has gates, where" in same
         assert "Natural images are at most 0.566 away from a threat's, so differently routed" in same
         apart = gates.summary(sample([0.5, 0.5], [1, 0], [0, 1]))
         assert "1.414 (local)" in apart
@@ -507,6 +508,13 @@ class TestGates:
         assert "changes for at most 100.0% of images" in apart
         assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))
         assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))
+
+    def test_a_single_layer_is_drawn_once(self) -> None:
+        one = sample([0.5, 0.5], [0.8, 0.2], [0.2, 0.8], n=10)
+        parts = [np.repeat(part, 2, axis=1) for part in (one.weights, one.local, one.whole, one.entropy)]
+        twice = gates.GateSample(one.groups, ("a", "b"), *parts)
+        titles = [[title for title, _ in _gate_pictures(each)["rows"]] for each in (one, twice)]
+        assert titles == [["Gate of layer"], ["Last layer (b)", "Mean over layers"]]
 
     def test_collects_token_averages_whatever_the_batch(self, made: tuple[Path, Path]) -> None:
         run = gather([made[1]])[0]
@@ -527,6 +535,15 @@ class TestGates:
 
 
 class TestCharts:
+    def test_charts_of_training_have_one_range_of_epochs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(charts, "_svg", lambda figure, label: figure)
+        natural = [{"epoch": e, "loss": 1.0, "cross_entropy": 1.0, "accuracy": {"clean": 0.5}} for e in (1, 2)]
+        attacked = [{"epoch": e, "loss": 1.0, "cross_entropy": 1.0, "accuracy": {"L2": 0.5}} for e in (3, 4)]
+        drawn: Any = charts.histories({"a": [*natural, *attacked], "b": natural}, natural=2)
+        limits = {figure.axes[0].get_title(loc="left"): figure.axes[0].get_xlim() for figure in drawn}
+        assert set(limits) == {"cross entropy", "accuracy without attack, %", "accuracy under L2, %"}
+        assert len(set(limits.values())) == 1
+
     @pytest.mark.parametrize("values", [np.full(9, 0.5), np.linspace(0, 1, 50), np.zeros(3)])
     def test_densities_integrate_to_one(self, values: np.ndarray) -> None:
         grid = np.linspace(0, 1, 4001)

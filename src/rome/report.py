@@ -246,8 +246,9 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
     last, mean = sample.weights[:, -1], sample.weights.mean(axis=1)
     spread = last.mean(axis=1).max(axis=0) - last.mean(axis=1).min(axis=0)  # (K,): between the groups' means
     experts = sorted(sorted(range(sample.experts), key=lambda k: -spread[k])[:SHOWN_EXPERTS])
-    rows = []
-    for title, weights in ((f"Last layer ({short(sample.layers[-1])})", last), ("Mean over layers", mean)):
+    rows, where = [], short(sample.layers[-1])
+    shown = ((f"Last layer ({where})", last), ("Mean over layers", mean))
+    for title, weights in shown if len(sample.layers) > 1 else ((f"Gate of {where}", last),):
         span = charts.limits(weights[..., experts])
         panels = [
             charts.densities({name: weights[i, :, k] for i, name in enumerate(sample.groups)}, f"expert {k + 1}", span)

@@ -145,13 +145,14 @@ def summary(sample: GateSample) -> str:
     """What the numbers show, in words that follow from them."""
     every = pairs(sample)
     among = [pair for pair in every if NATURAL not in pair[:2]]
-    layers = f"{len(sample.layers)} adapted layers" if len(sample.layers) > 1 else "the adapted layer"
+    count = len(sample.layers)
+    layers = f"averaged over {count} adapted layers" if count > 1 else "in the one layer that has gates"
     text = []
     if among:
         local, whole = max(pair.local_mean for pair in among), max(pair.whole_mean for pair in among)
         text.append(
             f"The mean gates of {_joined(sample.groups[1:])} lie at most {local:.3f} (local) and {whole:.3f} (global) "
-            f"apart, averaged over {layers}, where 1.414 would be entirely different experts: "
+            f"apart, {layers}, where 1.414 would be entirely different experts: "
             f"the threats are routed {_called(max(local, whole))}."
         )
         differs = max(pair.top_differs for pair in among)

@@ -18,6 +18,7 @@ from typing import Any
 
 from rome.analysis.compared import PREFERRED_SUITES, paired
 from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES, UNITS, UNSEEN
+from rome.analysis.tables import suite_text
 from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
@@ -138,7 +139,7 @@ def sources(lines: Sequence[Line]) -> str:
             config.get("data", {}).get("kind", "unknown data"),
             config.get("model", {}).get("name", "unknown model"),
         )
-        what = f"{model} on {data}, {report.n} examples, suite {report.suite}"
+        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
         told[what] = None
     return "; ".join(told)
 

@@ -63,7 +63,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
 
 def _differ(lines: Sequence[Line]) -> bool:
     """Whether the runs of a section were evaluated by different suites or on different numbers of examples."""
-    return len({(report.suite, report.n) for line in lines for report in line.reports}) > 1
+    return len({(str(report.settings.get("suite")), report.n) for line in lines for report in line.reports}) > 1
 
 
 def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:

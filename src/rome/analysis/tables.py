@@ -171,12 +171,13 @@ def covered(rows: Sequence[tuple[str, Report]]) -> str:
 def counts_and_suites(rows: Sequence[tuple[str, Report]]) -> tuple[str, str]:
     """Numbers of examples and suites, each where they differ with slashes between."""
     counts = dict.fromkeys(str(report.n) for _, report in rows)
-    suites = dict.fromkeys(_suite(report.settings.get("suite", {})) for _, report in rows)
+    suites = dict.fromkeys(suite_text(report.settings.get("suite", {})) for _, report in rows)
     return " / ".join(counts), " / ".join(suites)
 
 
-def _suite(settings: dict[str, Any]) -> str:
+def suite_text(settings: dict[str, Any]) -> str:
+    """``apgd (30 iterations)``, from a report's settings."""
     if settings.get("kind") == "several":
-        return "+".join(map(_suite, settings["suites"]))
+        return "+".join(map(suite_text, settings["suites"]))
     iterations = settings.get("iterations", 100)
     return str(settings.get("kind") or "of your own") + (f" ({iterations} iterations)" if iterations != 100 else "")
