@@ -3,6 +3,7 @@
     python benchmarks/experts.py                                    # ViT-B, -S, -Ti at 32 px, patch 4, fp32
     python benchmarks/experts.py --precision bf16 --compile         # also on a GPU: --device cuda --batch 64
     python benchmarks/experts.py --models vit-b --repeats 15 --json experts.json
+    python benchmarks/experts.py --models resnet18 --batch 16       # convolutions
 
 Shows forward, input gradient (an attack step), training step (forward and backward to all parameters, no optimizer)
 and latency (forward of one image) of the plain model, of RoME (rome.add_experts: K=4, r=16, QKV and output), of RoME
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
-from rome.experts import Diversification, MixtureLinear, add_experts, expert_layers, record_gates
+from rome.experts import Diversification, MixtureConv2d, MixtureLinear, add_experts, expert_layers, record_gates
 
 
 class LoopLinear(nn.Module):
@@ -53,12 +54,36 @@ class LoopLinear(nn.Module):
         return out
 
 
+class LoopConv2d(nn.Module):
+    """The same of a convolution: W * x + sum_k g_k (dW_k * x) with dW_k = B_k A_k, loralib's kernels one by one."""
+
+    def __init__(self, mixture: MixtureConv2d) -> None:
+        super().__init__()
+        self.weight, self.stride, self.padding = mixture.weight, mixture.stride, mixture.padding
+        self.A = nn.ParameterList(a.clone() for a in mixture.A.detach().chunk(mixture.experts))
+        self.B = nn.ParameterList(b.clone() for b in mixture.B.detach().chunk(mixture.experts, dim=1))
+        self.local, self.whole = copy.deepcopy(mixture.gate.local), copy.deepcopy(mixture.gate.whole)
+        self.beta = mixture.gate.beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.conv2d(x, self.weight, None, self.stride, self.padding)
+        h = F.adaptive_avg_pool2d(x, (out.shape[2], out.shape[3])).flatten(2).transpose(1, 2)
+        u = self.local(h).softmax(dim=-1)
+        v = self.whole(h.mean(dim=1)).softmax(dim=-1)
+        g = ((1 - self.beta) * u + self.beta * v.unsqueeze(1)).transpose(1, 2).unflatten(2, out.shape[2:])
+        for k, (a, b) in enumerate(zip(self.A, self.B, strict=True)):
+            kernel = (b @ a).view(self.weight.shape)
+            out = out + g[:, k : k + 1] * F.conv2d(x, kernel, None, self.stride, self.padding)
+        return out
+
+
 def looped(model: nn.Module) -> nn.Module:
     """A copy of a model with experts in which every mixture is a loop."""
     twin = copy.deepcopy(model)
     for name, layer in expert_layers(twin).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(parent), leaf, LoopLinear(layer).to(layer.weight.device))
+        loop = LoopLinear(layer) if isinstance(layer, MixtureLinear) else LoopConv2d(layer)
+        setattr(twin.get_submodule(parent), leaf, loop.to(layer.weight.device))
     return twin
 
 
