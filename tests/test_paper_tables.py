@@ -13,7 +13,7 @@ import yaml
 
 from rome.analysis.compared import paired
 from rome.analysis.paper_rows import BALLS, TABLES
-from rome.analysis.paper_tables import fill
+from rome.analysis.paper_tables import fill, sources
 from rome.analysis.table_formats import render
 from rome.config import load, parse
 from rome.cost import count
@@ -252,23 +252,35 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         fill("2", [evaluated(tmp_path / "b" / "a", {}, (0.5, 0.5, 0.4))])
 
 
+def store_report(run: Path, names: tuple[str, ...], matrix: np.ndarray, settings: dict[str, Any]) -> None:
+    """Put an evaluation into a run's folder."""
+    n = len(matrix)
+    report = Report(matrix, names, np.zeros(n, np.int64), np.arange(n), settings)
+    folder = run / "evaluation" / f"{report.suite}-{n}"
+    folder.mkdir()
+    np.savez(folder / "matrix.npz", **report.arrays())
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "result.json").write_text(json.dumps(report.to_json()))
+
+
 def test_table_2_reads_the_unseen_suites_columns_by_its_own_names(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3))
     stored = {"suite": {"kind": "unseen"}, "data": {"sha256": "same"}, "provenance": {"routing": "learned"}}
-    names = ("clean", "sparsefool", "ppgd", "gma")
     matrix = np.ones((40, 4), dtype=bool)
     matrix[10:, 1], matrix[20:, 2], matrix[30:, 3] = False, False, False
-    report = Report(matrix, names, np.zeros(40, np.int64), np.arange(40), stored)
-    folder_of = run / "evaluation" / "unseen-40"
-    folder_of.mkdir()
-    np.savez(folder_of / "matrix.npz", **report.arrays())
-    (folder_of / "settings.json").write_text(json.dumps(stored))
-    (folder_of / "result.json").write_text(json.dumps(report.to_json()))
+    store_report(run, ("clean", "sparsefool", "ppgd", "gma"), matrix, stored)
     line = line_of(fill("2", [run]), "PGD RANDOM")
     assert line.gain is None, "no union, no difference in union"
     cells = line.cells
     assert {name: cell.values for name, cell in cells.items() if cell.values} == {
         "L0": (0.25,), "PPGD": (0.5,), "GMA": (0.75,),
     }  # fmt: skip
+    store_report(run, ("clean", "corruptions"), matrix[:, [0, 1]], stored | {"suite": {"kind": "corruptions"}})
+    store_report(run, ("clean", "corruptions"), matrix[:20, [0, 2]], stored | {"suite": {"kind": "corruptions"}})
+    lines = fill("2", [run])
+    assert line_of(lines, "PGD RANDOM").cells["L0"].values == (0.25,)
+    assert line_of(lines, "PGD RANDOM").cells["corruptions"].values == (0.25,), "another one, as many examples"
+    assert "40 examples, suite unseen; " in sources(lines)
+    assert "40 examples, suite corruptions" in sources(lines)
     lp = line_of([line for line in fill("1", [run]) if line.section == "CIFAR-10"], "PGD RANDOM")
     assert lp.cells["union"].values == (0.3,), "and Table 1 the other evaluation"

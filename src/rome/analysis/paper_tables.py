@@ -68,6 +68,8 @@ class Line:
     """Union minus that of the row ``against``, with its 95% interval; shares."""
     against: str = ""
     """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
+    others: tuple[Report, ...] = ()
+    """Further evaluations of the same runs that cells were taken from."""
 
 
 def fill(table: str, runs: Sequence[Path]) -> list[Line]:
@@ -78,7 +80,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         runs: folders of evaluated runs; several of one row (seeds) are joined.
 
     Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
-    of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples.
+    of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples. What it lacks of
+    Table 2, whose columns stand each for itself, is taken from others on as many examples.
 
     Raises:
         UserError: no such table, a folder that is no run, a run that belongs to no row, or one without an evaluation.
@@ -100,10 +103,10 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     for (section, row), own in zip(rows, members, strict=True):
         reports = []
         for run in own:
-            report = _best(found[run.folder], row.evaluation.routing, columns, shared)
-            if report is not None:
+            ranked = _ranked(found[run.folder], row.evaluation.routing, columns, shared)
+            if ranked:
                 used.add(run.folder)
-                reports.append(report)
+                reports.append([each for each in ranked if columns is UNSEEN and each.n == ranked[0].n] or ranked[:1])
         lines.append(_line(section, row, columns, reports, [run.config for run in own]))
     for run in (run for own in members for run in own if run.folder not in used):
         suite = " --suite unseen,corruptions" if columns is UNSEEN else ""
@@ -133,7 +136,7 @@ def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:
 def sources(lines: Sequence[Line]) -> str:
     """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
     told: dict[str, None] = {}
-    for report in (report for line in lines for report in line.reports):
+    for report in (report for line in lines for report in (*line.reports, *line.others)):
         config = (report.settings.get("provenance") or {}).get("config") or {}
         data, model = (
             config.get("data", {}).get("kind", "unknown data"),
@@ -175,23 +178,23 @@ def _known(report: Report, columns: Sequence[str]) -> int:
     return sum(not math.isnan(_value(report, column)) for column in columns if column not in UNITS)
 
 
-def _best(
+def _ranked(
     found: dict[tuple[str, str, int], Report], routing: str, columns: Sequence[str], shared: Counter[tuple[str, int]]
-) -> Report | None:
-    """The evaluation with these gates that a row shows."""
+) -> list[Report]:
+    """The evaluations with these gates, the one that a row shows first."""
 
     def rank(key: tuple[str, str, int]) -> tuple[int, int, bool, int, str]:
         _, suite, n = key
         preferred = any(part in PREFERRED_SUITES for part in suite.split("+"))
         return _known(found[key], columns), shared[suite, n], preferred, n, suite
 
-    key = max((key for key in found if key[0] == routing), key=rank, default=None)
-    return None if key is None else found[key]
+    return [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
 
 
 def _line(
-    section: str, config: Config, columns: Sequence[str], reports: Sequence[Report], runs: Sequence[Config]
+    section: str, config: Config, columns: Sequence[str], reports: Sequence[Sequence[Report]], runs: Sequence[Config]
 ) -> Line:
+    """A row from the evaluations of each of its runs; of several the first that has a column."""
     assert config.paper is not None
     cells = {}
     for column in columns:
@@ -199,9 +202,11 @@ def _line(
         if column in SIZE:
             values = sorted({size for run in runs if not math.isnan(size := _size(run, SIZE[column]))})
         else:
-            values = [value for report in reports if not math.isnan(value := _value(report, column))]
+            known = [[value for report in own if not math.isnan(value := _value(report, column))] for own in reports]
+            values = [own[0] for own in known if own]
         cells[column] = Cell(paper, tuple(values))
-    return Line(section, config.paper.row, config, cells, tuple(reports))
+    first, others = tuple(own[0] for own in reports), tuple(report for own in reports for report in own[1:])
+    return Line(section, config.paper.row, config, cells, first, others=others)
 
 
 def _size(config: Config, what: str) -> float:
