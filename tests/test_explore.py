@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import rome.explore
+from rome import cli
 from rome.analysis.subject import NATURAL
 from rome.attacks import APGD
 from rome.cli import main
@@ -166,6 +169,15 @@ def test_a_question_that_cannot_be_right_gets_one_line(
         explorer.look(torch.zeros(3, 8, 8))
 
 
+def test_a_small_model_answers_in_less_than_two_seconds(runs: dict[str, Path]) -> None:
+    """Of one core's time, so that other programs do not count; opening the run counts."""
+    started = time.process_time()
+    (explorer,) = open_explorers([runs["rome"]], "cpu")
+    image, label = explorer.test_image(3)
+    explorer.look(image, "Linf", label=label)
+    assert time.process_time() - started < 2
+
+
 def test_a_radius_may_be_a_fraction() -> None:
     ball = ball_of("Linf", "8/255", {})
     assert ball is not None
@@ -308,6 +320,10 @@ def test_of_an_upload_the_models_own_prediction_is_attacked_and_it_says_so(explo
     assert "what the model itself sees is attacked" in shown.said
     (answer,) = desk.look(shown, "L2", 0.35, 5, None, None)
     assert answer.label == explorer.predict(shown.image)
+
+
+def test_nobody_else_is_let_in_unless_told() -> None:
+    assert inspect.signature(cli.explore).parameters["host"].default == "127.0.0.1"
 
 
 def test_without_gradio_one_line_says_what_to_install(
