@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rome.errors import Interrupted, UserError, first_line
+from rome.choices import Family, choices
+from rome.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -38,17 +39,6 @@ class RoutingName(StrEnum):
     random = "random"
     inverse = "inverse"
     none = "none"
-
-
-class Family(StrEnum):
-    """What `rome list` can list."""
-
-    methods = "methods"
-    attacks = "attacks"
-    models = "models"
-    data = "data"
-    suites = "suites"
-    experiments = "experiments"
 
 
 @app.command()
@@ -153,6 +143,7 @@ def evaluate(
     with launched() as team:  # first: whatever fails now fails in every process
         from rome.assess import evaluate_named, evaluate_saved
         from rome.evaluation.any_data import batch_size_of, numbers
+        from rome.evaluation.memory import enough_memory
 
         shared: dict[str, Any] = {
             "suite": suite,
@@ -180,11 +171,11 @@ def evaluate(
             if given:
                 options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
                 raise UserError(f"{options} go with --model, not with {target}, whose config says it")
-            with _enough_memory():
+            with enough_memory():
                 report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
             name = report.settings["provenance"]["config"]["name"]
         elif model is not None and target is None and data is not None and routing is None:
-            with _enough_memory():
+            with enough_memory():
                 report, folder = evaluate_named(model, data, **of_model, **shared)
             name = report.settings["provenance"]["model"]["name"]
         else:
@@ -367,68 +358,15 @@ def list_(
     from rome.terminal import print_table
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in _listing(family, pattern, cost):
+    for name, text in choices(family, pattern, cost=cost):
         table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
     console = Console()
     print_table(table, console)
 
 
-def _listing(family: Family, pattern: str, cost: bool) -> list[tuple[str, str]]:
-    if family is Family.models:
-        from fnmatch import filter as matching
-
-        import timm
-
-        from rome.backbones import BACKBONES
-        from rome.component import summary
-
-        own = [(name, f"own: {summary(BACKBONES[name])}") for name in matching(BACKBONES, pattern)]
-        names = timm.list_models(pattern)
-        if not own and not names:
-            raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
-        return [*own, *((name, "timm") for name in names)]
-    if family is Family.experiments:
-        from rome.experiments import listing, rough_costs
-
-        rows = listing(pattern)
-        if not rows:
-            raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
-        costs = dict(rough_costs(pattern)) if cost else {}
-        return [(name, "; ".join(filter(None, (text, costs.get(name))))) for name, text in rows]
-    from rome.attacks import Attack
-    from rome.component import Component
-    from rome.data import Data
-    from rome.evaluating import Suite
-    from rome.methods import Method
-
-    families: dict[Family, type[Component]] = {
-        Family.methods: Method,
-        Family.attacks: Attack,
-        Family.data: Data,
-        Family.suites: Suite,
-    }
-    return [(kind, member.summary()) for kind, member in families[family].members().items()]
-
-
 def _names(text: str | None) -> list[str]:
     """The names in ``a,b``."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Turn a want of memory into what to do about it."""
-    from rome.evaluation.memory import out_of_memory
-
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            f"memory does not suffice ({first_line(error)}): give a smaller --batch-size, or auto, which finds one; "
-            "finished batches are kept"
-        ) from error
 
 
 def _say(text: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
 import torch
+
+from rome.errors import UserError, first_line
 
 T = TypeVar("T")
 _SIGNS = (
@@ -23,6 +26,24 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turn a want of memory into what to do about it.
+
+    Raises:
+        UserError: memory did not suffice for what runs inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory does not suffice ({first_line(error)}): give a smaller --batch-size, or auto, which finds one; "
+            "finished batches are kept"
+        ) from error
 
 
 def free(error: BaseException) -> None:
