@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import warnings
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 import rome
 from rome.cli import main
-from rome.data import Cifar10, Digits, ImageFolder
+from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
 from rome.errors import UserError
 from rome.evaluating import evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
@@ -347,15 +350,33 @@ def pictures(root: Path, split: str) -> Path:
     return root
 
 
+def hub(file: Path, names: tuple[str, ...], *sides: int) -> None:
+    """A Parquet file as of the Hub, with one image of each of these sides."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = []
+    for side in sides:
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side)).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    features = {"features": {"label": {"names": names}}}
+    table = pa.table({"image": images, "label": [0] * len(sides)})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": features})}), file)
+
+
 def test_data_is_known_by_its_content(tmp_path: Path) -> None:
     assert named_data("digits") == Digits()
     assert named_data("cifar10:some/where") == Cifar10(path="some/where")
     folder = str(pictures(tmp_path / "pets", "val"))
     assert named_data(folder, size=32, crop_pct=0.9) == ImageFolder(path=folder, size=32, crop_pct=0.9)
     assert named_data(f"folder:{folder}") == ImageFolder(path=folder)
-    (tmp_path / "hub" / "plain_text").mkdir(parents=True)
-    (tmp_path / "hub" / "plain_text" / "test-00000-of-00001.parquet").touch()
-    assert named_data(str(tmp_path / "hub"), size=32) == Cifar10(path=str(tmp_path / "hub"))
+    for place, names in (("cifar", CIFAR10_CLASSES), ("pets", ("cat", "dog"))):
+        hub(tmp_path / place / "data" / "test-00000-of-00001.parquet", names, 32)
+    assert named_data(str(tmp_path / "cifar"), size=224) == Cifar10(path=str(tmp_path / "cifar"))
+    pets = str(tmp_path / "pets")
+    assert named_data(pets, size=224, crop_pct=0.9) == Parquet(path=pets)  # of one size: as they are
+    assert named_data(pets, img_size=64, size=224, crop_pct=0.9) == Parquet(path=pets, size=64, crop_pct=0.9)
+    hub(tmp_path / "pets" / "data" / "test-00000-of-00001.parquet", ("cat", "dog"), 32, 48)
+    assert named_data(pets, size=224, crop_pct=0.9) == Parquet(path=pets, size=224, crop_pct=0.9)
     (tmp_path / "torch" / "cifar-10-batches-py").mkdir(parents=True)
     for place in (tmp_path / "torch", tmp_path / "torch" / "cifar-10-batches-py"):
         assert named_data(str(place)) == Cifar10(path=str(place))
@@ -408,6 +429,18 @@ def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
     assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
     assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
     assert report.settings["provenance"]["data"]["size"] == 8
+
+
+def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path: Path) -> None:
+    from rome.assess import evaluate_named
+
+    torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
+    hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
+    options = {"suite": "lp", "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"data kind 'parquet' has no budgets of its own; give --budgets"):
+        evaluate_named(str(tmp_path / "pets.pt"), str(tmp_path / "pets"), **options)
+    report, _ = evaluate_named(str(tmp_path / "pets.pt"), str(tmp_path / "pets"), budgets="L2=0.5", **options)
+    assert (report.n, report.settings["classes"], list(report.settings["threats"])) == (3, 2, ["L2"])
 
 
 def test_budgets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pickle
 import random
 from contextlib import suppress
@@ -22,7 +23,8 @@ from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 
 from rome.component import Settings
-from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Split
+from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
+from rome.data.resized import Resized
 from rome.errors import UserError
 
 
@@ -65,12 +67,16 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(params=["digits", "cifar10", "folder"])
+@pytest.fixture(params=["digits", "cifar10", "parquet", "parquet-resized", "folder"])
 def data(request: pytest.FixtureRequest) -> Data:
     if request.param == "digits":
         return Digits(augment=True)
-    path = str(request.getfixturevalue("parquet" if request.param == "cifar10" else "folder"))
-    return Cifar10(path=path) if request.param == "cifar10" else ImageFolder(path=path, size=8, scale=(0.3, 1))
+    path = str(request.getfixturevalue("folder" if request.param == "folder" else "parquet"))
+    if request.param == "cifar10":
+        return Cifar10(path=path)
+    if request.param == "parquet":
+        return Parquet(path=path)
+    return (ImageFolder if request.param == "folder" else Parquet)(path=path, size=8, scale=(0.3, 1))
 
 
 def in_order(split: Split, *order: list[int], **options: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +133,7 @@ def test_augment_false_leaves_images_alone(data: Data) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_global_random_state_is_untouched(data: Data, workers: int) -> None:
-    if workers and not isinstance(data, ImageFolder):
+    if workers and not isinstance(data, Resized):
         pytest.skip("data in memory has no workers")
 
     def state() -> tuple[Any, ...]:
@@ -308,14 +314,19 @@ GOOD = png(noise(1)[0])
         ([GOOD, b"nonsense"], [0, 1], {}, r"test\.parquet: row 1 is not an image"),
         ([GOOD, b""], [0, 1], {}, r"row 1 is not an image \(no bytes\)"),
         ([GOOD, None], [0, 1], {}, r"row 1 is not an image \(no bytes\)"),
-        ([GOOD, png(noise(1, 28, 30)[0])], [0, 1], {}, r"row 1 is an image of 30x28 pixels; CIFAR-10 is 32x32"),
+        (
+            [GOOD, png(noise(1, 28, 30)[0])],
+            [0, 1],
+            {},
+            r"row 1 is an image of 30x28 pixels, not 32x32: is this another data",
+        ),
         ([GOOD, GOOD], [0, 10], {}, r"test\.parquet: row 1 has the label 10"),
         ([GOOD, GOOD], [0, -1], {}, r"row 1 has the label -1"),
         ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
         ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),
         ([GOOD, GOOD], ["cat", "dog"], {}, r"column label is string"),
         ([], [], {"label_array": pa.array([], pa.int64())}, r"has no rows"),
-        ([GOOD], [0], {"column": "picture"}, r"has the columns picture, label; CIFAR-10 has a column img or image"),
+        ([GOOD], [0], {"column": "picture"}, r"has the columns picture, label; needed are a column img or image"),
         (
             [GOOD],
             [0],
@@ -424,6 +435,120 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torchvision_datasets.CIFAR10, "download", offline)
     with pytest.raises(UserError, match=r"data_batch_1 is missing: the download failed \(no route to host\)"):
         Cifar10(path=str(tmp_path), download=True).open("train")
+
+
+# Parquet files of any data set ------------------------------------------------------------------------------------
+
+
+def hub(*names: str, label: str = "label") -> dict[str, Any]:
+    """What the Hub writes into a file: the names of the classes."""
+    return {"metadata": {"huggingface": json.dumps({"info": {"features": {label: {"names": names}}}})}}
+
+
+def test_parquet_images_of_one_size_stay_as_they_are(tmp_path: Path) -> None:
+    pixels = noise(3, 12, 16)
+    file = tmp_path / "data" / "validation-00000-of-00001.parquet"
+    write_parquet(file, [png(p) for p in pixels], [2, 0, 1], "image", **hub("ant", "bee", "cow"))
+    split = Parquet(path=str(tmp_path)).open("test")
+    x, y = split.first(3)
+    assert torch.equal(x, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    assert (y.tolist(), split.classes, split.shape) == ([2, 0, 1], ("ant", "bee", "cow"), (3, 12, 16))
+
+
+def test_gray_images_become_colour(tmp_path: Path) -> None:
+    pixels = noise(1)[0, :, :, 0]
+    write_parquet(tmp_path / "test.parquet", [png(pixels)], [0])
+    x, _ = Parquet(path=str(tmp_path)).open("test").first(1)
+    assert torch.equal(x, (torch.from_numpy(pixels) / 255).expand(1, 3, 32, 32))
+
+
+def test_parquet_without_names_counts_the_classes_of_both_splits(parquet: Path) -> None:
+    write_parquet(parquet / "test-00000-of-00001.parquet", [png(noise(1)[0])], [3])
+    for split in ("train", "test"):
+        assert len(Parquet(path=str(parquet)).open(split).classes) == 10
+
+
+def test_a_table_sorted_by_class_is_mixed_and_another_is_not(tmp_path: Path) -> None:
+    images = [png(p) for p in noise(40, 8, 8)]
+    labels = [i // 10 for i in range(40)]
+    write_parquet(tmp_path / "test.parquet", images, labels)
+    data = Parquet(path=str(tmp_path))
+    first = data.open("test")
+    assert len(set(first.labels[:10].tolist())) > 2  # a fair sample
+    assert sorted(first.labels.tolist()) == labels
+    assert torch.equal(first.labels, data.open("test").labels)
+    few = data.model_copy(update={"test_limit": 7}).open("test")
+    assert torch.equal(few.first(7)[0], first.first(7)[0])
+    unsorted = [*labels[1:], 0]
+    write_parquet(tmp_path / "test.parquet", images, unsorted)
+    assert data.open("test").labels.tolist() == unsorted
+
+
+def test_the_column_of_labels_may_be_named(tmp_path: Path) -> None:
+    rows = [{"bytes": png(noise(1)[0]), "path": None}] * 2
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"img": pa.array(rows, kind), "fine_label": [7, 3], "coarse_label": [1, 0]})
+    names = [str(i) for i in range(100)]
+    pq.write_table(
+        table.replace_schema_metadata(hub(*names, label="fine_label")["metadata"]), tmp_path / "test.parquet"
+    )
+    split = Parquet(path=str(tmp_path), label="fine_label").open("test")
+    assert (split.labels.tolist(), len(split.classes)) == ([7, 3], 100)
+    with pytest.raises(UserError, match=r"has the columns img, fine_label, coarse_label; .*data\.label"):
+        Parquet(path=str(tmp_path)).open("test")
+
+
+def test_images_of_several_sizes_are_resized_or_refused(tmp_path: Path) -> None:
+    wide, high = np.full((20, 40, 3), 255, np.uint8), np.zeros((30, 10, 3), np.uint8)
+    wide[:, :10] = wide[:, 30:] = 0  # white where the centre is
+    write_parquet(tmp_path / "test.parquet", [png(wide), png(high)], [1, 0])
+    x, y = Parquet(path=str(tmp_path), size=10, crop_pct=1).open("test").first(2)
+    assert x.shape == (2, 3, 10, 10)
+    assert (x[0].mean() > 0.95, x[1].max() == 0, y.tolist()) == (True, True, [1, 0])
+    with pytest.raises(UserError, match=r"row 1 is an image of 10x30 pixels, not 40x20.*data\.size=PIXELS"):
+        Parquet(path=str(tmp_path)).open("test")
+
+
+def test_a_resized_parquet_image_equals_that_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    files = sorted((folder / "train").glob("*/*.png"))
+    labels = [("cat", "dog", "eel").index(file.parent.name) for file in files]
+    turned = [*range(1, 12), 0]  # a table that is not sorted by class keeps its order
+    images = [files[i].read_bytes() for i in turned]
+    write_parquet(tmp_path / "tables" / "train.parquet", images, [labels[i] for i in turned])
+    tables = Parquet(path=str(tmp_path / "tables"), size=8).open("train")
+    files_too = ImageFolder(path=str(folder), size=8).open("train")
+    ours, theirs = tables.first(12)[0], files_too.first(12)[0]
+    assert {image.numpy().tobytes() for image in ours} == {image.numpy().tobytes() for image in theirs}
+
+
+def test_broken_images_are_named_by_file_and_row(tmp_path: Path) -> None:
+    for shard, images in enumerate(([GOOD], [GOOD, b"nonsense"])):
+        write_parquet(tmp_path / f"test-{shard:05}-of-00002.parquet", images, [1, 0][: len(images)])
+    with pytest.raises(UserError, match=r"test-00001-of-00002\.parquet: row 1 is not an image"):
+        Parquet(path=str(tmp_path)).open("test")
+    with pytest.raises(UserError, match=r"test-00001-of-00002\.parquet: row 1: cannot be read as an image"):
+        Parquet(path=str(tmp_path), size=8).open("test").first(3)
+
+
+def test_files_of_different_data_are_not_joined(tmp_path: Path) -> None:
+    for shard, names in enumerate((("ant", "bee"), ("ant", "cow"))):
+        write_parquet(tmp_path / f"test-{shard:05}-of-00002.parquet", [GOOD], [1], **hub(*names))
+    with pytest.raises(UserError, match="name different classes"):
+        Parquet(path=str(tmp_path)).open("test")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("tables", r"tables holds no train-\*\.parquet: data\.path must contain them"),
+        ("tables/test.parquet", r"tables holds no train-\*\.parquet"),
+        ("elsewhere", "elsewhere is neither a folder nor a file"),
+    ],
+)
+def test_a_path_without_parquet_says_what_is_expected(tmp_path: Path, path: str, message: str) -> None:
+    write_parquet(tmp_path / "tables" / "test.parquet", [GOOD], [0])
+    with pytest.raises(UserError, match=message):
+        Parquet(path=str(tmp_path / path)).open("train")
 
 
 # image folders ------------------------------------------------------------------------------------------------------

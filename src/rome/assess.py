@@ -137,8 +137,13 @@ def evaluate_named(
     Raises:
         UserError: no such model or data, or they do not fit each other.
     """
-    source = named_data(data, **preprocessing(name, img_size))
-    threats = named_budgets(budgets or DATA_BUDGETS.get(source.kind, source.kind))
+    source = named_data(data, img_size=img_size, **preprocessing(name, img_size))
+    budgets = budgets or DATA_BUDGETS.get(source.kind)
+    if budgets is None:
+        raise UserError(
+            f"data kind {source.kind!r} has no budgets of its own; give --budgets cifar10, or L2=0.5,Linf=8/255"
+        )
+    threats = named_budgets(budgets)
     chosen = with_features(as_suite("apgd" if suite is None else suite), features)
     for sentence in check_files(chosen, cases):
         _say(team, sentence)

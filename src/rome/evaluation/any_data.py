@@ -8,22 +8,26 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from rome.data import Cifar10, Data, ImageFolder
+from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
+from rome.data.tables import find_tables, label_names
 from rome.errors import UserError, did_you_mean
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 _FORMS = (
-    "digits; cifar10:PATH; a folder with val/CLASS/*.jpg; or a folder with CIFAR-10 as cifar-10-batches-py or as "
-    "test-*.parquet"
+    "digits; cifar10:PATH; a folder with val/CLASS/*.jpg, with test-*.parquet or with cifar-10-batches-py; or a "
+    ".parquet file"
 )
 _TEST_FOLDERS = ("val", "validation", "test")
 
 
-def named_data(text: str, **settings: Any) -> Data:
-    """The data set that ``digits``, ``KIND:PATH`` or a folder names; what a folder holds is seen by its content.
+def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Data:
+    """The data set that ``digits``, ``KIND:PATH``, a folder or a Parquet file names; what a folder holds is seen by its
+    content.
 
     Args:
-        settings: for folders of images, such as ``size``; other kinds have no use for them.
+        img_size: the side, in pixels, that images are to have.
+        settings: how a model wants images to be resized: for folders of images, and for Parquet files where
+            ``img_size`` is given or their images differ in size; others stay as they are.
 
     Raises:
         UserError: no such data set or folder, or one of unknown content.
@@ -34,10 +38,12 @@ def named_data(text: str, **settings: Any) -> Data:
         if colon and not Path(text).expanduser().exists():
             raise UserError(f"unknown data {text!r}; give {_FORMS}")
         kind, given = _content(Path(text).expanduser()), {"path": text}
-    if kind == ImageFolder.kind:
-        given |= settings
+    if img_size is not None:
+        settings["size"] = img_size
     try:
-        return Data.of_kind(kind).model_validate(given)
+        data = Data.of_kind(kind).model_validate(given)
+        resized = isinstance(data, ImageFolder) or (isinstance(data, Parquet) and (img_size or not data.one_size()))
+        return type(data).model_validate({**given, **settings}) if resized else data
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"data {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give {_FORMS}") from None
@@ -45,19 +51,25 @@ def named_data(text: str, **settings: Any) -> Data:
 
 def _content(folder: Path) -> str:
     if folder.suffix == ".parquet" and folder.is_file():
-        return Cifar10.kind
+        return _of_tables(folder)
     if not folder.is_dir():
         near = did_you_mean(str(folder), Data.members()) if len(folder.parts) == 1 else ""
         raise UserError(f"there is no folder {folder} with data; give {_FORMS}.{near}")
     if (folder / "batches.meta").is_file() and folder.name != "cifar-10-batches-py":
         raise UserError(f"{folder} holds CIFAR-10's batches: rename it to cifar-10-batches-py")
-    tables = [table for sub in ("", "plain_text") for table in (folder / sub).glob("test*.parquet")]
-    if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir() or tables:
+    if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
         return Cifar10.kind
+    if tables := find_tables(folder, "test"):
+        return _of_tables(tables[0])
     tests = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
     raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
+
+
+def _of_tables(file: Path) -> str:
+    """CIFAR-10 where the Hub's names of classes inside a file say so."""
+    return Cifar10.kind if label_names(file) == CIFAR10_CLASSES else Parquet.kind
 
 
 def named_budgets(text: str) -> dict[str, Threat]:

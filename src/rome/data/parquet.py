@@ -1,0 +1,109 @@
+"""Any data set of images in the Hugging Face Hub's Parquet files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from rome.data.base import Split, SplitName
+from rome.data.memory import MemorySplit
+from rome.data.resized import Resized
+from rome.data.tables import ImageTable, find_tables, read_tables
+from rome.errors import UserError
+
+
+class Parquet(Resized):
+    """``train-*.parquet`` and ``test-*.parquet`` (or validation) with a column ``img`` or ``image``, and labels.
+
+    Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
+    is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
+    they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; the encoded
+    ones are held in memory. Files sorted by class are read in an order that mixes the classes and is the same
+    everywhere, so that the first n are a fair sample; others in their own. Gray images become RGB.
+    """
+
+    kind = "parquet"
+    path: str = Field(min_length=1)
+    label: str = "label"
+    """The column of labels; ``fine_label`` of CIFAR-100."""
+    size: int | None = Field(None, ge=1)
+
+    def open(self, split: SplitName) -> Split:
+        table, folder = self._table(split)
+        rows = _mixed(table)
+        rows = rows[: self._count(split, len(rows), folder)]
+        classes = table.names or tuple(map(str, range(self._classes(table, folder))))
+        labels = table.labels[rows]
+        if self.size is not None:
+            return self.resized(table, rows, labels, classes, self.size)
+        images = torch.from_numpy(decoded(table, rows)).permute(0, 3, 1, 2)
+        return MemorySplit(
+            images,
+            labels,
+            classes,
+            levels=255,
+            mean=tuple(IMAGENET_DEFAULT_MEAN),
+            std=tuple(IMAGENET_DEFAULT_STD),
+            augment=self.augment,
+            pad=max(images.shape[2:]) // 8,
+            flip=True,
+        )
+
+    def one_size(self) -> bool:
+        """Whether the first test images are all of one size."""
+        table, _ = self._table("test")
+        return len({table.picture(row).size for row in range(min(len(table), 64))}) == 1
+
+    def _table(self, split: SplitName) -> tuple[ImageTable, Path]:
+        """The encoded images of a split, and the folder of the files."""
+        root = Path(self.path).expanduser()
+        folder = root.parent if root.is_file() else root
+        files = [root] if split == "test" and root.is_file() else find_tables(folder, split)
+        if not files:
+            state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
+            raise UserError(f"{folder} {state}: data.path must contain them, also in a folder data or plain_text")
+        return read_tables(files, self.label), folder
+
+    def _classes(self, table: ImageTable, folder: Path) -> int:
+        """One more than the largest label of all files, where none names the classes."""
+        both = [file for name in ("train", "test") for file in find_tables(folder, name)]
+        others = [file for file in both if file not in table.files]
+        largest = [table.labels.max()] + ([read_tables(others, self.label).labels.max()] if others else [])
+        return int(max(largest)) + 1
+
+
+def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Images as uint8 (N, H, W, 3).
+
+    Args:
+        size: the width and height that each must have; that of the first if not given.
+
+    Raises:
+        UserError: one is broken or of another size.
+    """
+    wanted = size or table.picture(rows[0]).size
+    pixels = np.empty((len(rows), wanted[1], wanted[0], 3), dtype=np.uint8)
+    for place, row in enumerate(rows):
+        image = table.picture(row)
+        if image.size != wanted:
+            raise UserError(
+                f"{table.filename(row, absolute=True)} is an image of {image.width}x{image.height} pixels, not "
+                f"{wanted[0]}x{wanted[1]}: is this another data set? For images of several sizes set data.kind=parquet "
+                "and data.size=PIXELS (--img-size PIXELS)"
+            )
+        pixels[place] = np.asarray(image)
+    return pixels
+
+
+def _mixed(table: ImageTable) -> list[int]:
+    """Rows in their order, or, of a table sorted by class, in that of a hash of their numbers."""
+    labels, rows = table.labels, list(range(len(table)))
+    if bool((labels[1:] < labels[:-1]).any()):
+        return rows
+    return sorted(rows, key=lambda row: hashlib.sha256(str(row).encode()).digest())

@@ -1,0 +1,165 @@
+"""Images of any size, decoded and brought to one size by timm while they are used."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rome.component import Number
+from rome.data.base import Data, Split, one_line
+from rome.errors import UserError
+from rome.randomness import derive_seed
+
+
+class Resized(Data):
+    """Data whose images differ in size: what becomes of them.
+
+    Augmentation: random resized crop and horizontal flip; otherwise the shorter side is resized to ``size / crop_pct``
+    and the centre cropped (timm).
+    """
+
+    crop_pct: Number = Field(0.875, gt=0, le=1)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    scale: tuple[Number, Number] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    ratio: tuple[Number, Number] = (3 / 4, 4 / 3)
+    """Aspect ratio of the random crop."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _range(cls, given: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < given[0] <= given[1]:
+            raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(given)}")
+        return given
+
+    def resized(self, reader: Reader, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
+        """The split of a reader's images.
+
+        Args:
+            rows: their numbers there, in the order of the examples.
+            labels: int64 (N,) of these rows.
+            size: side of what they become, in pixels.
+        """
+        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        from timm.data.transforms_factory import create_transform
+
+        common: dict[str, Any] = {
+            "input_size": size,
+            "interpolation": self.interpolation,
+            "color_jitter": None,
+            "normalize": False,  # and stay uint8: a quarter of the bytes between processes
+        }
+        plain = create_transform(**common, crop_pct=self.crop_pct)
+        augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
+        return _ResizedSplit(
+            classes,
+            (3, size, size),
+            labels,
+            tuple(IMAGENET_DEFAULT_MEAN),
+            tuple(IMAGENET_DEFAULT_STD),
+            reader=reader,
+            rows=rows,
+            plain=plain,
+            augmented=augmented if self.augment else plain,
+        )
+
+
+class Reader(Protocol):
+    """Where encoded images come from: timm's readers, and ours."""
+
+    def __getitem__(self, row: int, /) -> tuple[IO[bytes], Any]:
+        """The opened file of a row, and whatever else there is."""
+
+    def filename(self, row: int, /, *, absolute: bool) -> str:
+        """Its name, for messages."""
+
+
+class _ResizedSplit(Split):
+    """Images read when they are wanted, as uint8, and turned into floats on the device."""
+
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        shape: tuple[int, int, int],
+        labels: Tensor,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        reader: Reader,
+        rows: list[int],
+        plain: Any,
+        augmented: Any,
+    ) -> None:
+        super().__init__(classes, shape, labels, mean, std)
+        self._reader, self._rows, self._plain, self._augmented = reader, rows, plain, augmented
+
+    def _batches(
+        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        transform = self._plain if augment_seed is None else self._augmented
+        loader: DataLoader[Tensor | str] = DataLoader(
+            _Files(self._reader, self._rows, transform, augment_seed),
+            batch_sampler=[indices.tolist() for indices in order],
+            collate_fn=_stack,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        for indices, images in zip(order, loader, strict=True):
+            if isinstance(images, str):
+                raise UserError(images)
+            x = images.view(len(indices), *self.shape).to(device, non_blocking=True).float().div_(255)
+            yield x, self.labels[indices].to(device, non_blocking=True)
+
+
+class _Files(Dataset["Tensor | str"]):
+    """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
+
+    def __init__(self, reader: Reader, rows: list[int], transform: Any, seed: int | None) -> None:
+        self.reader, self.rows, self.transform, self.seed = reader, rows, transform, seed
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        row = self.rows[index]
+        try:
+            file, _ = self.reader[row]
+            with file, Image.open(file) as opened:
+                image = opened.convert("RGB")
+            with _seeded(None if self.seed is None else derive_seed(self.seed, index)):
+                pixels: Tensor = self.transform(image)
+        except Exception as error:  # Pillow raises almost any kind for a broken file
+            path = self.reader.filename(row, absolute=True)
+            return f"{path}: cannot be read as an image ({one_line(error)}); replace or remove it"
+        return pixels
+
+
+def _stack(items: list[Tensor | str]) -> Tensor | str:
+    problems = [item for item in items if isinstance(item, str)]
+    images = [item for item in items if isinstance(item, Tensor)]
+    return problems[0] if problems else torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """The global generators of torch (CPU), Python and numpy seeded inside, and as they were afterwards."""
+    if seed is None:
+        yield
+        return
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
