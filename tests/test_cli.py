@@ -22,6 +22,7 @@ from rome.errors import Interrupted
 from rome.runs import Run
 from rome.training import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
+from toy_suites import ToySuite
 
 COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
 
@@ -290,6 +291,16 @@ def test_without_json_there_is_a_table(run: Run, rome: Any) -> None:
     assert ended.code == 0
     assert all(word in ended.out.lower() for word in ("tiny", "clean", "l1", "l2", "linf", "union"))
     assert str(run.folder / "evaluation" / "apgd-6") in ended.err
+
+
+def test_a_failed_case_shows_in_the_exit_code_and_costs_no_result(run: Run, rome: Any) -> None:
+    assert ToySuite.kind == "toys"
+    suite = "{kind: toys, how: [negative, raise]}"
+    for _ in range(2):  # the second call tries again
+        ended = rome("evaluate", run.folder, "--n", 6, "--suite", suite, "--json")
+        result = json.loads(ended.out)
+        assert (ended.code, list(result["robust"]), list(result["failed"])) == (1, ["toy-0"], ["toy-1"])
+        assert "1 of 2 cases failed: toy-1; the same command tries them again" in ended.err
 
 
 def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: Path) -> None:

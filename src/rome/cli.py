@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rome.choices import Family, choices
-from rome.errors import Interrupted, UserError
+from rome.errors import Incomplete, Interrupted, UserError
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -194,6 +194,7 @@ def evaluate(
 
         show([(name, report)])
         _say(f"saved in {folder}")
+    report.require_complete()
 
 
 @app.command()
@@ -375,7 +376,8 @@ def _say(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point. Exit codes: 0 done, 2 a mistake the message explains, 130 or 143 stopped by a signal."""
+    """Entry point. Exit codes: 0 done, 1 done but for cases that failed, 2 a mistake the message explains, 130 or 143
+    stopped by a signal."""
     with exiting():
         app(arguments, prog_name="rome")
 
@@ -388,6 +390,9 @@ def exiting() -> Iterator[None]:
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)
+    except Incomplete as failed:
+        _say(str(failed))
+        sys.exit(1)
     except Interrupted as stopped:
         _say(str(stopped))
         sys.exit(stopped.code)

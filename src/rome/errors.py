@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the help that goes with it."""
+"""The one error a user can cause, the help that goes with it, and other ends of a command."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class Interrupted(Exception):  # noqa: N818
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Incomplete(Exception):  # noqa: N818
+    """The work is done but for parts that failed; what there is, is saved. The command line exits with code 1."""
 
 
 def did_you_mean(given: object, valid: Iterable[str]) -> str:

@@ -160,7 +160,8 @@ def _done(point: Point) -> bool:
     if not run.finished:
         return False
     run.check_same(point.config)
-    return _report(point) is not None
+    report = _report(point)
+    return report is not None and not report.failed
 
 
 def _log(point: Point) -> Path:
@@ -194,7 +195,8 @@ def run_point(file: str, overrides: Sequence[str], folder: str) -> None:
             run.check_same(config)
         else:
             train(config, run.folder, resume=True)
-        evaluate_saved(run.folder, settings=config.evaluation)  # a finished run keeps those that it was started with
+        # a finished run keeps the settings that it was started with
+        evaluate_saved(run.folder, settings=config.evaluation)[0].require_complete()
 
 
 def gather_rows(chosen: Sequence[Point]) -> list[Row]:

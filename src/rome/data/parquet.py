@@ -19,7 +19,9 @@ from rome.errors import UserError
 
 
 class Parquet(Resized):
-    """``train-*.parquet`` and ``test-*.parquet`` (or validation) with a column ``img`` or ``image``, and labels.
+    """Any images in the Hugging Face Hub's Parquet files: train-*.parquet and test-*.parquet (or validation).
+
+    Each has a column ``img`` or ``image`` (struct with bytes) and one of labels, integers from 0.
 
     Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
     is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while

@@ -12,7 +12,7 @@ import numpy as np
 
 from rome.attacks.corruption import Corruption
 from rome.data.corruptions import constants_for
-from rome.errors import UserError, did_you_mean
+from rome.errors import Incomplete, UserError, did_you_mean
 from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.evaluation.suites import LP, suite_label
@@ -128,6 +128,18 @@ class Report:
     def suite(self) -> str:
         """Short name of the suite, such as ``apgd`` or ``apgd+unseen``."""
         return suite_label(self.settings.get("suite", {}))
+
+    def require_complete(self) -> None:
+        """Nothing, where no case failed.
+
+        Raises:
+            Incomplete: some did.
+        """
+        if self.failed:
+            raise Incomplete(
+                f"{len(self.failed)} of {len(self._planned)} cases failed: {', '.join(self.failed)}; the same command "
+                "tries them again, and the others are kept"
+            )
 
     def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
         """bool (n,): correct without an attack and under all of these cases; None: under every attack.
