@@ -52,6 +52,14 @@ def test_experts_compares_plain_rome_and_a_loop_that_computes_the_same(run: Run)
     assert all(row["arithmetic"] > 1 for row in rows if row["case"] != "plain")
 
 
+def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
+    (rows,) = run("layout").values()
+    assert {row["model"] for row in rows} == {"resnet18, plain", "resnet18, rome"}
+    assert {row["what"] for row in rows} == {"input gradient", "training step"}
+    assert cases(rows) == {"channels first", "channels last"}
+    assert all(row["ratio"] == [1, 1, 1] for row in rows if row["case"] == "channels first")
+
+
 def test_attacks_are_timed_at_equal_steps_and_inside_their_balls(run: Run) -> None:
     (rows,) = run("attacks").values()
     assert {row["norm"] for row in rows} == {"L1", "L2", "Linf"}

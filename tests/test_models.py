@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rome import __version__
+from rome.device import placed
 from rome.errors import UserError
+from rome.evaluating import hash_model
 from rome.experts import LowRank, add_experts, expert_layers
 from rome.models import (
     Classifier,
@@ -457,3 +459,19 @@ def test_saving_replaces_the_old_file_whole(tmp_path: Path) -> None:
     save_model(tiny(1), file)
     assert same(load_model(file), tiny(1))
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_model_on_a_cpu_keeps_channels_last_and_saves_what_it_always_did(tmp_path: Path) -> None:
+    model = create_model("resnet_18", num_classes=10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_model(model, tmp_path / "first.safetensors")
+    model = placed(model, torch.device("cpu"))
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4 and parameter.shape[-1] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert not any(weight.is_contiguous() for weight in weights[1:])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    save_model(model, tmp_path / "last.safetensors")
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "last.safetensors").read_bytes()
+    assert hash_model(model) == hash_model(
+        create_model("resnet_18", num_classes=10, weights=tmp_path / "first.safetensors")
+    )

@@ -117,6 +117,9 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
     assert_as_undisturbed(resume(run), undisturbed)
 
 
+CNN = {"name": "resnetv2_18", "args": {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -128,6 +131,7 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
         {"method": "eat", "attack": {"kind": "apgd", "steps": 2}, "data__augment": True},
         {"method": "ramp"},
         {"method": {"kind": "ramp", "trades": 6}, "accumulate": 2, "optimizer": "sgd", "precision": "bf16"},
+        {"method": "ramp", "model": CNN, "experts": {"kind": "low-rank", "experts": 2, "rank": 1}},
     ],
     ids=[
         "dropout+augmentation",
@@ -138,6 +142,7 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
         "eat+experts+augmentation",
         "ramp",
         "ramp+trades+accumulate+sgd+bf16",
+        "convolutions",
     ],
 )
 def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from rome.config import DATA_BUDGETS, Config, Evaluation, parse
 from rome.data import Data
-from rome.device import pick_device
+from rome.device import pick_device, placed
 from rome.errors import UserError
 from rome.evaluating import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.any_data import named_budgets, named_data
@@ -77,7 +77,7 @@ def evaluate_saved(
     folder = Path(out) if out is not None else file.parent / beside / name
     place = own_device(pick_device(device or config.device))
     report = evaluate(
-        model.to(place),
+        placed(model, place),
         x,
         y,
         threats=config.threats,

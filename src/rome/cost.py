@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.config import Config
-from rome.device import pick_device
+from rome.device import pick_device, placed
 from rome.experts import Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model
@@ -99,7 +99,7 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         works = []
         for config, model, shape, classes, facts in built:
             device = pick_device(config.device)
-            model.to(device)
+            placed(model, device)
             facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
             facts["batch_size"] = config.batch_size
             works.append((_latency(model, shape, device), updates(config, model, shape, classes, device), device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from rome.errors import UserError
 
@@ -21,3 +22,10 @@ def pick_device(asked: str) -> torch.device:
     if not there[asked]:
         raise UserError(f"device {asked} was asked for but torch sees none here; use auto or cpu")
     return torch.device(asked)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model, moved to where it is to work; on a CPU with the weights of its convolutions in the order that is faster
+    there, channels last (benchmarks/layout.py). No value changes, and nothing that is saved."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rome.attacks import PGD
 from rome.config import Config
 from rome.data import Split
+from rome.device import placed
 from rome.errors import Interrupted, UserError
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
@@ -105,7 +106,7 @@ def _train(
 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    model = model.to(fabric.device)
+    model = placed(model, fabric.device)
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model,

@@ -1,0 +1,84 @@
+"""What the order of a convolution's weights in memory costs: channels last over channels first.
+
+    python benchmarks/layout.py --threads 1                                     # ResNet-18, without and with experts
+    python benchmarks/layout.py --device cuda --batch 256 --precision bf16      # whether a GPU should have it too
+
+Shows input gradient (an attack step) and training step (forward and backward to all parameters, no optimizer). Only
+the weights are changed: the activations follow. ``x first`` is the median over rounds of (time / that of channels
+first in the same round), with the least and largest round in brackets. rome uses channels last on CPUs
+(rome.device.placed).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+import common
+from experts import gradient, training
+from rome.experts import add_experts
+
+
+def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
+    """All times of one model."""
+    plain = common.make_model(name, device, options.seed)
+    x, y = common.images(batch, None, device, options.seed)
+    context = partial(common.cast, device, options.precision)
+    rows = []
+    for what, first in {"plain": plain, "rome": add_experts(copy.deepcopy(plain))}.items():
+        last = copy.deepcopy(first).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        models = {"channels first": first, "channels last": last}
+        found = {}
+        for model in models.values():
+            model.eval().requires_grad_(False)
+        cases = {key: partial(gradient, model, context, x, y) for key, model in models.items()}
+        found["input gradient"] = common.interleave(cases, device, rounds=options.repeats)
+        for model in models.values():
+            model.train().requires_grad_(True)
+        cases = {key: partial(training, model, context, x, y) for key, model in models.items()}
+        found["training step"] = common.interleave(cases, device, rounds=options.repeats)
+        for step, times in found.items():
+            for case, seconds in times.items():
+                ratio = common.ratio(seconds, times["channels first"])
+                rows.append(
+                    {
+                        "model": f"{name}, {what}",
+                        "batch": batch,
+                        "what": step,
+                        "case": case,
+                        "seconds": seconds,
+                        "ratio": ratio,
+                    }
+                )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__, models=["resnet18"], batch=[32], repeats=7)
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.batch, options.repeats = [2], 2
+    device = common.start(options)
+    report = common.Report(options, device, argv)
+    for name in options.models:
+        for batch in options.batch:
+            data = measure(name, batch, options, device)
+            rows = [
+                {
+                    **{key: str(row[key]) for key in ("model", "batch", "what", "case")},
+                    "ms": common.milliseconds(row["seconds"]),
+                    "x first": str(row["ratio"]),
+                }
+                for row in data
+            ]
+            report.table(f"Layout, {options.precision}", rows, data)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()
