@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import rome
+from rome.assess import evaluate_given
 from rome.cli import main
 from rome.data import Cifar10, Digits, ImageFolder
 from rome.errors import UserError
 from rome.evaluating import evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
+from rome.evaluation.given import Given
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import no_traceback
 
@@ -300,7 +302,7 @@ def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
         (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
         (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
         (["runs/x"], "--data go with --model, not with runs/x"),
-        ([], "name what to evaluate"),
+        ([], "--data go with --model$"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments: list[str], message: str, call: Any, tmp_path: Path) -> None:
@@ -390,21 +392,14 @@ def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
 
 
 def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
-    from rome.assess import evaluate_named
-
     torch.manual_seed(0)
     x = torch.rand(3, 3, 8, 8)
     torch.export.save(
         torch.export.export(net(192, 2).eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
         tmp_path / "pets.pt2",
     )
-    report, folder = evaluate_named(
-        str(tmp_path / "pets.pt2"),
-        str(pictures(tmp_path / "pets", "test")),
-        img_size=8,
-        suite="lp",
-        out=tmp_path / "out",
-    )
+    given = Given(model=str(tmp_path / "pets.pt2"), data=str(pictures(tmp_path / "pets", "test")), img_size=8)
+    report, folder = evaluate_given(given, suite="lp", out=tmp_path / "out")
     assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
     assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
     assert report.settings["provenance"]["data"]["size"] == 8

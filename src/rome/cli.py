@@ -15,6 +15,7 @@ import typer
 
 from rome.choices import Family, choices
 from rome.errors import Interrupted, UserError
+from rome.options import Budgets, Classes, DataName, ImageSize, Mean, ModelName, PatchSize, Std, Weights
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -27,7 +28,6 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5.")
 ]
-ANY_MODEL = "A model that no run made"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 
@@ -76,36 +76,15 @@ def train(
 @app.command()
 def evaluate(
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=ANY_MODEL
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, cifar10:PATH, or a folder of images or of CIFAR-10.", rich_help_panel=ANY_MODEL),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=ANY_MODEL),
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=2, help="Its logits; the data's classes if not given.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    patch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=ANY_MODEL)] = None,
+    model: ModelName = None,
+    data: DataName = None,
+    weights: Weights = None,
+    budgets: Budgets = None,
+    num_classes: Classes = None,
+    img_size: ImageSize = None,
+    patch_size: PatchSize = None,
+    mean: Mean = None,
+    std: Std = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -141,8 +120,9 @@ def evaluate(
     from rome.evaluation.processes import launched
 
     with launched() as team:  # first: whatever fails now fails in every process
-        from rome.assess import evaluate_named, evaluate_saved
-        from rome.evaluation.any_data import batch_size_of, numbers
+        from rome.assess import evaluate_given, evaluate_saved
+        from rome.evaluation.any_data import batch_size_of
+        from rome.evaluation.given import Given
         from rome.evaluation.memory import enough_memory
 
         shared: dict[str, Any] = {
@@ -157,26 +137,27 @@ def evaluate(
             "overwrite": overwrite,
             "team": team,
         }
-        of_model: dict[str, Any] = {
-            "weights": weights,
-            "budgets": budgets,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "mean": numbers(mean, "--mean"),
-            "std": numbers(std, "--std"),
-        }
-        if target is not None and model is None:
-            given = [name for name, value in {"data": data, **of_model}.items() if value is not None]
-            if given:
-                options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise UserError(f"{options} go with --model, not with {target}, whose config says it")
+        given = Given.asked(
+            {
+                "model": model,
+                "data": data,
+                "weights": weights,
+                "budgets": budgets,
+                "num_classes": num_classes,
+                "img_size": img_size,
+                "patch_size": patch_size,
+                "mean": mean,
+                "std": std,
+            },
+            target,
+        )
+        if target is not None and given is None:
             with enough_memory():
                 report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
             name = report.settings["provenance"]["config"]["name"]
-        elif model is not None and target is None and data is not None and routing is None:
+        elif given is not None and target is None and routing is None:
             with enough_memory():
-                report, folder = evaluate_named(model, data, **of_model, **shared)
+                report, folder = evaluate_given(given, **shared)
             name = report.settings["provenance"]["model"]["name"]
         else:
             raise UserError(
