@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rome import options
 from rome.choices import Family, choices
 from rome.errors import Interrupted, UserError
-from rome.options import Budgets, Classes, DataName, ImageSize, Mean, ModelName, PatchSize, Std, Weights
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -24,12 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 
 
 class RoutingName(StrEnum):
@@ -44,7 +38,7 @@ class RoutingName(StrEnum):
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train RANDOM and RoME+RANDOM on real digits, attack both under L1, L2 and Linf, set them side by side."""
     from rome.demo import run_demo
@@ -55,10 +49,13 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.config import load
@@ -76,15 +73,15 @@ def train(
 @app.command()
 def evaluate(
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
-    model: ModelName = None,
-    data: DataName = None,
-    weights: Weights = None,
-    budgets: Budgets = None,
-    num_classes: Classes = None,
-    img_size: ImageSize = None,
-    patch_size: PatchSize = None,
-    mean: Mean = None,
-    std: Std = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    weights: options.Weights = None,
+    budgets: options.Budgets = None,
+    num_classes: options.Classes = None,
+    img_size: options.ImageSize = None,
+    patch_size: options.PatchSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +98,7 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(help="Examples at a time; auto halves them where memory does not suffice.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
     routing: Annotated[
         RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
     ] = None,
@@ -110,8 +107,8 @@ def evaluate(
         typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Attack a model under every threat; goes on where an earlier call was killed.
 
@@ -137,20 +134,10 @@ def evaluate(
             "overwrite": overwrite,
             "team": team,
         }
-        given = Given.asked(
-            {
-                "model": model,
-                "data": data,
-                "weights": weights,
-                "budgets": budgets,
-                "num_classes": num_classes,
-                "img_size": img_size,
-                "patch_size": patch_size,
-                "mean": mean,
-                "std": std,
-            },
-            target,
-        )
+        given = Given.asked({
+            "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
+            "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
+        }, target)  # fmt: skip
         if target is not None and given is None:
             with enough_memory():
                 report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
@@ -259,7 +246,16 @@ def table(
 
 @app.command()
 def figures(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs; each is a row or a curve.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Finished runs; each is a row or a curve.")] = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    weights: options.Weights = None,
+    budgets: options.Budgets = None,
+    num_classes: options.Classes = None,
+    img_size: options.ImageSize = None,
+    patch_size: options.PatchSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     only: Annotated[str | None, typer.Option(help="These alone, fig3,figA4; else all there is data for.")] = None,
     form: Annotated[str, typer.Option("--format", help="pdf, png, svg, or several: pdf,png.")] = "pdf,png",
     out: Annotated[Path, typer.Option(help="Folder for pictures and their data.")] = Path("figures"),
@@ -267,13 +263,20 @@ def figures(
     layer: Annotated[str | None, typer.Option(help="Look at the layer whose name holds this; else the last.")] = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the test image in figures of one image.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of t-SNE and of linear probes.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
 ) -> None:
-    """The paper's figures for runs of any method, each with its data as JSON and CSV beside it."""
+    """The paper's figures for runs of any method and for any model, each with its data as JSON and CSV beside it."""
     from rome.analysis.figures import Options, write_figures
+    from rome.analysis.subject import open_given
+    from rome.evaluation.given import Given
 
+    given = Given.asked({
+        "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
+        "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
+    }, *(runs or ())[:1])  # fmt: skip
+    shown = [*(runs or ()), *([] if given is None else [open_given(given, device)])]
     chosen = Options(n=n, seed=seed, layer=layer, image=image)
-    for picture in write_figures(runs, out, only=_names(only), formats=_names(form), options=chosen, device=device):
+    for picture in write_figures(shown, out, only=_names(only), formats=_names(form), options=chosen, device=device):
         print(picture)
 
 
@@ -286,7 +289,7 @@ def explore(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; the first free one from 7860 if not given.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Look at a run in the browser: attack an image, see prediction, perturbation, expert maps and gates."""
     from rome.explore import open_explorers
@@ -301,7 +304,7 @@ def cost(
     timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
     layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
     from rome.config import load

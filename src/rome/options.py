@@ -1,18 +1,22 @@
-"""Options that several commands share: how a model that no run made is named, and the data it is shown."""
+"""Options that several commands share, among them how a model that no run made is named."""
 
 from typing import Annotated
 
 import typer
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")]
+
 _PANEL = "A model that no run made"
 
-ModelName = Annotated[
+Model = Annotated[
     str | None,
     typer.Option(
         "--model", help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=_PANEL
     ),
 ]
-DataName = Annotated[
+Data = Annotated[
     str | None,
     typer.Option("--data", help="digits, cifar10:PATH, or a folder of images or of CIFAR-10.", rich_help_panel=_PANEL),
 ]

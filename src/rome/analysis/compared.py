@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rome.analysis.subject import names_of
 from rome.config import Config
 from rome.errors import UserError
 from rome.evaluating import Case, Report
@@ -81,7 +82,7 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
             "run `rome evaluate` on each with the same --suite and --n"
         )
     chosen = max(common, key=lambda key: (any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], key[0]))
-    names = names_of(runs, configs)
+    names = names_of([config.name for config in configs], folders)
     evaluated = [
         Evaluated(name, run, config, *each[chosen], tuple(_key(key) for key in sorted(each) if key != chosen))
         for name, run, config, each in zip(names, runs, configs, found, strict=True)
@@ -149,16 +150,6 @@ def _same(first: Evaluated, other: Evaluated) -> None:
             f"{first.name} and {other.name} were evaluated differently ({key}{values}), so their numbers cannot be "
             "compared: evaluate both on the same examples with the same threats, suite and seed"
         )
-
-
-def names_of(runs: Sequence[Run], configs: Sequence[Config]) -> list[str]:
-    """The configs' names; where two are equal, the folders' names, or their paths."""
-    choices = [
-        [config.name or run.folder.resolve().name for run, config in zip(runs, configs, strict=True)],
-        [run.folder.resolve().name for run in runs],
-        [str(run.folder) for run in runs],
-    ]
-    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
 def _key(key: tuple[str, int]) -> str:

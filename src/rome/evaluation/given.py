@@ -15,7 +15,7 @@ from rome.data import Data
 from rome.data.base import Split
 from rome.errors import UserError
 from rome.evaluation.any_data import named_budgets, named_data, numbers
-from rome.evaluation.any_model import Named, named_model, preprocessing
+from rome.evaluation.any_model import Named, is_file, named_model, preprocessing
 from rome.threats import Threat
 
 TRIED = 3
@@ -63,6 +63,11 @@ class Given(Settings):
         for name in {"mean", "std"} & said.keys():
             said[name] = numbers(said[name], f"--{name}")
         return cls(**said)
+
+    @property
+    def name(self) -> str:
+        """Of the timm model, the function or the file; without folders."""
+        return Path(self.model).stem if is_file(self.model) else self.model.rpartition(":")[2]
 
     @property
     def command(self) -> str:
