@@ -18,6 +18,7 @@ from rome.data.base import Split
 from rome.data.memory import TensorSplit
 from rome.device import pick_device
 from rome.errors import UserError
+from rome.evaluation.any_model import Named
 from rome.evaluation.given import Given
 from rome.evaluation.store import hash_model
 from rome.models import load_model
@@ -126,8 +127,8 @@ class NamedModel(GivenModel):
         self._attacked = {}
 
     @cached_property
-    def model(self) -> nn.Module:
-        """The classifier, in evaluation mode.
+    def built(self) -> Named:
+        """The classifier, in evaluation mode, and what there is to say of it.
 
         Raises:
             UserError: it cannot be built, or it is not the one with that hash.
@@ -135,9 +136,11 @@ class NamedModel(GivenModel):
         found = self.given.build(self.split, self.device, batch_size=AT_A_TIME)
         if self.sha256 is not None and hash_model(found.model) != self.sha256:
             raise UserError(f"{self.given.model} has other weights now than those that were evaluated")
-        for remark in found.remarks:
-            print(remark, file=sys.stderr)
-        return found.model
+        return found
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.built.model
 
     @cached_property
     def split(self) -> Split:
@@ -156,7 +159,8 @@ def open_given(given: Given, device: str | None = None) -> NamedModel:
         UserError: no such model, data or device, or they do not fit each other.
     """
     subject = NamedModel(given, given.name, pick_device(device or "auto"))
-    assert subject.model is not None
+    for remark in subject.built.remarks:
+        print(remark, file=sys.stderr)
     return subject
 
 

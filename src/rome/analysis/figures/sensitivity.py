@@ -45,7 +45,7 @@ class Sensitivity(PaperFigure):
         runs = gather([subject.run.folder for subject in swept])
         differences = {
             key: values
-            for key, values in config_differences([run.config for run in runs]).items()
+            for key, values in config_differences([run.config for run in runs if run.config is not None]).items()
             if key != "seed" and not key.startswith("evaluation.")
         }
         if not differences:
