@@ -13,8 +13,8 @@ import yaml
 
 from rome.analysis.compared import paired
 from rome.analysis.paper_rows import BALLS, TABLES
-from rome.analysis.paper_tables import fill, sources
-from rome.analysis.table_formats import render
+from rome.analysis.paper_tables import fill
+from rome.analysis.table_formats import render, sources
 from rome.config import load, parse
 from rome.cost import count
 from rome.errors import UserError

@@ -192,13 +192,13 @@ class EvaluatedModel(Evaluated):
         model, state = self._kept("model"), self.report.settings["model"]["sha256"]
         weights = "its own" if model else "in memory"
         normal = model.get("normalisation")
-        told = ", ".join(f"{key} {_numbers(values)}" for key, values in normal.items()) if normal else "none of ours"
+        told = ", ".join(f"{key} {_numbers(values)}" for key, values in normal.items()) if normal else ""
         return {
             "model": self.architecture,
             "weights": str(model.get("weights") or weights),
             "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
             "data": self.source,
-            "normalisation": told,
+            "normalisation": told or ("none of ours" if model else "unknown"),
             "folder": str(self.folder),
         }
 
