@@ -189,7 +189,7 @@ def sweep(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs to set side by side.")],
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, and folders of evaluations of other models.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
     union: Annotated[
         list[str] | None, typer.Option(help="A further column: the union over these cases, L1,Linf. Repeatable.")
@@ -198,7 +198,7 @@ def report(
         bool, typer.Option("--robustbench", help="Also write RobustBench's model_info JSON files.")
     ] = False,
 ) -> None:
-    """Compare evaluated runs: a table here, Markdown, and an HTML page with pictures."""
+    """Compare evaluated runs and models: a table here, Markdown, and an HTML page with pictures."""
     from rome.report import write_report
 
     unions = [_names(names) for names in union or ()]
@@ -219,7 +219,9 @@ def table(
     number: Annotated[str, typer.Argument(help="1 to 6 or A1 to A5, as in the paper.")],
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Evaluated runs; seeds of one row are joined. For 6: configs or runs, then key=value."),
+        typer.Argument(
+            help="Evaluated runs and models; seeds of one row are joined. For 6: configs or runs, then key=value."
+        ),
     ] = None,
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
     timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
