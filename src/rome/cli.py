@@ -220,7 +220,7 @@ def table(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Evaluated runs and models; seeds of one row are joined. For 6: configs or runs, then key=value."
+            help="Evaluated runs or models; seeds of a row are joined. For 6: configs or runs, then key=value."
         ),
     ] = None,
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,

@@ -38,8 +38,19 @@ class Evaluated(ABC):
 
     @property
     def attacks(self) -> dict[str, Case]:
-        """The cases that are attacks and have been run, by name."""
-        cases = [Case.model_validate(case) for case in self.report.settings["cases"]]
+        """The cases that are attacks and have been run, by name.
+
+        Raises:
+            UserError: they are of code that has not been imported, as a suite of one's own in Python may be.
+        """
+        try:
+            cases = [Case.model_validate(case) for case in self.report.settings["cases"]]
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"]
+            raise UserError(
+                f"the attacks of {self.folder} cannot be read ({reason}); call rome.report.write_report in Python, "
+                "where they are defined"
+            ) from None
         return {case.name: case for case in cases if case.name in self.report.cases and not case.on_all}
 
     @property
