@@ -149,6 +149,13 @@ def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
     assert compare([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
 
 
+def test_attacks_of_code_that_is_not_there_are_told(tmp_path: Path) -> None:
+    found = report(LP[:1], [[1, 1]] * 2)
+    found.settings["cases"][0]["attacks"] = [{"kind": "somebodys"}]
+    with pytest.raises(UserError, match=f"the attacks of {tmp_path} cannot be read .*'somebodys'"):
+        _ = EvaluatedModel(name="mine", folder=tmp_path, report=found).attacks
+
+
 # -------- RobustBench
 
 KEYS = {
