@@ -5,26 +5,35 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import rome
+from rome.analysis import examples
+from rome.analysis.compared import gather, paired
+from rome.assess import evaluate_given
 from rome.cli import main
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
 from rome.errors import UserError
-from rome.evaluating import evaluate, hash_model
+from rome.evaluating import Report, evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
+from rome.evaluation.given import Given
+from rome.models import file_hash
+from rome.report import compare, write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import no_traceback
 
@@ -254,6 +263,117 @@ def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
     assert len(hashes) == 3
 
 
+# -------- what comes after: comparing
+
+
+def matrix(folder: Path) -> dict[str, Any]:
+    with np.load(folder / "matrix.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture
+def two(call: Any) -> list[Path]:
+    """The net as it is, and with a normalisation that it was not trained with."""
+    folders = []
+    for name, options in {"plain": (), "odd": ("--mean", "0.2", "--std", "0.5")}.items():
+        ended = call("--model", "traced.pt", "--data", "digits", *QUICK, *options, "--out", name)
+        assert ended.code == 0, ended.err
+        folders.append(Path(name))
+    return folders
+
+
+def test_the_paired_comparison_is_that_of_the_stored_matrices(two: list[Path]) -> None:
+    ours, theirs = (matrix(folder)["correct"].all(axis=1) for folder in two)
+    only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    assert only_ours != only_theirs
+    first, second = gather(two)
+    found = paired(first.report, second.report)
+    assert found.value == pytest.approx((only_ours - only_theirs) / N)
+    assert found.p == pytest.approx(binomtest(only_ours, only_ours + only_theirs).pvalue)
+    assert [run.name for run in (first, second)] == ["plain", "odd"], "both are traced.pt"
+    told = compare([first, second])[1]
+    assert f"{100 * abs(found.value):.1f} points above" in told
+
+
+def test_a_report_builds_given_models_again_and_says_what_they_are(two: list[Path], tmp_path: Path) -> None:
+    page = write_report(two, tmp_path / "report").read_text()
+    digest = file_hash(Path("traced.pt"))
+    for text in (page, (tmp_path / "report" / "report.md").read_text()):
+        assert text.count(digest) == 2
+        assert "mean 0.2, std 0.5" in text
+        assert "none of ours" in text
+        assert re.search(r"data(</dt><dd>| )digits", text)
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    assert "<h3>Settings that differ" not in page
+    assert "Full config" not in page
+    x, y = Digits().open("test").first(N)
+    compared = gather(two)
+    rows = examples.pick(compared, 4)
+    assert np.logical_and(*(matrix(folder)["correct"][:, 0] for folder in two))[rows].all()
+    model = compared[1].subject(torch.device("cpu")).model
+    assert (model(x).argmax(1) == y).tolist() == matrix(two[1])["correct"][:, 0].tolist()
+    assert page.count("<img") == 2 * len(rows) * 7
+
+
+def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path], tmp_path: Path) -> None:
+    Path("traced.pt").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(net().eval(), torch.rand(3, 1, 8, 8)).save("traced.pt")
+    page = write_report(two, tmp_path / "report").read_text()
+    assert page.count("has other weights now than those that were evaluated") == 2
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "provenance"]
+    Path("traced.pt").unlink()
+    page = write_report(two, tmp_path / "report").read_text()
+    assert "No pictures of odd: there is no file traced.pt" in page
+
+
+def test_other_examples_are_refused_and_both_are_named(two: list[Path], trained: nn.Module) -> None:
+    x, y = Digits().open("test").first(N)
+    evaluate(trained, x.flip(3), y, threats=DIGITS, suite="lp", out="mirrored")
+    with pytest.raises(UserError, match=r"^traced.pt and mirrored were evaluated differently \(data.sha256 .* and "):
+        gather([two[0], Path("mirrored")])
+    evaluate(trained, x[:9], y[:9], threats=DIGITS, suite="lp", out="few")
+    with pytest.raises(UserError, match=r"share no evaluation .*\(plain: lp-30; few: lp-9\)"):
+        gather([two[0], Path("few")])
+    stored = matrix(two[1])
+    np.savez("odd/matrix.npz", **{**stored, "indices": stored["indices"][::-1]})
+    with pytest.raises(UserError, match=r"plain and odd name the same data, but the rows .* are other examples"):
+        gather(two)
+    with pytest.raises(UserError, match="not evaluated on the same examples"):
+        paired(Report.load(two[0]), Report.load(two[1]))
+
+
+def test_one_evaluated_in_python_has_numbers_and_a_line_for_its_pictures(
+    two: list[Path], trained: nn.Module, tmp_path: Path
+) -> None:
+    x, y = Digits().open("test").first(N)
+    evaluate(trained, x, y, threats=DIGITS, suite="lp", out="mine", provenance={"model": "some text", "data": [1]})
+    page = write_report([Path("mine"), two[0]], tmp_path / "report").read_text()
+    assert "No pictures of mine: mine does not say how its model is built" in page
+    assert str(hash_model(trained)) in page
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    shown = page[page.index('<section id="examples"') : page.index('<section id="provenance"')]
+    assert re.findall("<h3>(.*?)</h3>", shown) == ["traced.pt"]
+
+
+def test_the_kept_command_evaluates_the_same_again(two: list[Path], call: Any) -> None:
+    _, *words = shlex.split(gather(two)[1].command)
+    assert words[0] == "evaluate"
+    again = json.loads(call(*words[1:], *QUICK, "--out", "again", "--json").out)
+    assert again["robust"] == Report.load(two[1]).robust
+    assert (matrix(Path("again"))["correct"] == matrix(two[1])["correct"]).all()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("result.json", "unfinished"), ("settings.json", "not the folder of")]
+)
+def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: list[Path]) -> None:
+    (two[1] / missing).unlink()
+    with pytest.raises(UserError, match=f"^odd .*{message}"):
+        gather(two)
+
+
 # -------- what does not fit
 
 
@@ -303,7 +423,7 @@ def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
         (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
         (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
         (["runs/x"], "--data go with --model, not with runs/x"),
-        ([], "name what to evaluate"),
+        ([], "--data go with --model$"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments: list[str], message: str, call: Any, tmp_path: Path) -> None:
@@ -411,35 +531,26 @@ def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
 
 
 def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
-    from rome.assess import evaluate_named
-
     torch.manual_seed(0)
     x = torch.rand(3, 3, 8, 8)
     torch.export.save(
         torch.export.export(net(192, 2).eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
         tmp_path / "pets.pt2",
     )
-    report, folder = evaluate_named(
-        str(tmp_path / "pets.pt2"),
-        str(pictures(tmp_path / "pets", "test")),
-        img_size=8,
-        suite="lp",
-        out=tmp_path / "out",
-    )
+    given = Given(model=str(tmp_path / "pets.pt2"), data=str(pictures(tmp_path / "pets", "test")), img_size=8)
+    report, folder = evaluate_given(given, suite="lp", out=tmp_path / "out")
     assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
     assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
     assert report.settings["provenance"]["data"]["size"] == 8
 
 
 def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path: Path) -> None:
-    from rome.assess import evaluate_named
-
     torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
     hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
-    options = {"suite": "lp", "out": tmp_path / "out"}
+    given = Given(model=str(tmp_path / "pets.pt"), data=str(tmp_path / "pets"))
     with pytest.raises(UserError, match=r"data kind 'parquet' has no budgets of its own; give --budgets"):
-        evaluate_named(str(tmp_path / "pets.pt"), str(tmp_path / "pets"), **options)
-    report, _ = evaluate_named(str(tmp_path / "pets.pt"), str(tmp_path / "pets"), budgets="L2=0.5", **options)
+        evaluate_given(given, suite="lp", out=tmp_path / "out")
+    report, _ = evaluate_given(given.model_copy(update={"budgets": "L2=0.5"}), suite="lp", out=tmp_path / "out")
     assert (report.n, report.settings["classes"], list(report.settings["threats"])) == (3, 2, ["L2"])
 
 

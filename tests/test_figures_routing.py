@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from rome.analysis import features, gates
 from rome.analysis.figures import Options, registered, write_figures
 from rome.analysis.separability import difference, embed, silhouettes
 from rome.analysis.subject import GivenModel
+from rome.cli import main
 from rome.config import parse
+from rome.data import Digits
 from rome.errors import UserError
 from rome.experts import (
     Adapters,
@@ -37,8 +40,8 @@ from rome.experts import (
     record_gates,
     set_routing,
 )
-from rome.models import Classifier, build_model, save_model
-from rome.threats import DIGITS
+from rome.models import Classifier, build_model, create_model, save_model
+from rome.threats import DIGITS, LpBall
 from small_models import SmallCNN, grow, plain_swin
 from tiny_runs import changed
 
@@ -411,6 +414,64 @@ def test_any_model_has_its_figures_without_a_run(tmp_path: Path) -> None:
         write_figures([given], tmp_path, only=["fig3"])
     with pytest.raises(UserError, match="name at least one run's folder"):
         write_figures([], tmp_path)
+
+
+def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's, with a file of weights: the numbers are those of the model in Python."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = create_model("test_vit", num_classes=10, in_chans=1, img_size=8, patch_size=2)
+    save_model(model, tmp_path / "vit.safetensors")
+    named = ["--model", "test_vit", "--weights", str(tmp_path / "vit.safetensors"), "--data", "digits"]
+    named += ["--img-size", "8", "--patch-size", "2", "--budgets", "L2=0.3,Linf=0.1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["figures", *named, "--n", "8", "--format", "svg", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr()
+    assert ended.value.code == 0, told.err
+    written = [Path(line).name for line in told.out.split()]
+    assert written == ["fig1.svg", "fig5.svg", "fig6.svg", "figA4.svg"]
+    for missing in (
+        "fig3: none of these runs has experts",
+        "fig7: no run",
+        "routing: none",
+        "fig8: test_vit is a model",
+    ):
+        assert len([line for line in told.err.splitlines() if line.startswith(f"no {missing}")]) == 1
+    x, y = Digits().open("test").first(8)
+    given = GivenModel(model, "test_vit", x, y, {"L2": LpBall(norm="L2", eps=0.3), "Linf": DIGITS["Linf"]})
+    write_figures([given], tmp_path / "again", only=["fig5"], formats=["svg"], options=Options(n=8))
+    assert (tmp_path / "out" / "fig5.json").read_text() == (tmp_path / "again" / "fig5.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name at least one run's folder, or a model and its data: --model NAME --data DATA"),
+        (["--model", "test_vit"], "--model test_vit needs --data"),
+        (["--weights", "x", "--mean", "0.5"], "--weights, --mean go with --model"),
+        (["runs/x", "--data", "digits"], "--data go with --model, not with runs/x, whose config says it"),
+        (["--model", "test_vit", "--data", "digits"], "the pretrained weights of test_vit"),
+    ],
+)
+def test_a_model_that_is_not_named_well_is_told_before_anything_is_made(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["figures", *arguments, "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_beside_runs_a_given_model_is_left_out_of_what_asks_for_a_log(tmp_path: Path) -> None:
+    lines = [{"event": "epoch", "epoch": 1, "seconds": 1.0, "accuracy": {"L2": 0.5}}]
+    run: Any = SimpleNamespace(
+        name="run", config=SimpleNamespace(experts=None), run=SimpleNamespace(log=lambda: lines, folder=tmp_path)
+    )
+    given = GivenModel(nn.Flatten(), "mine", batch(n=2), torch.arange(2), {})
+    data = registered()["fig8"]().measure([given, run], Options())
+    assert [curve["name"] for curve in data["runs"]] == ["run"]
+    assert data["left_out"]["mine"].startswith("it is a model without a run")
 
 
 def test_the_documented_figure_works(three: list[Fake]) -> None:

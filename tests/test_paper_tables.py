@@ -13,8 +13,8 @@ import yaml
 
 from rome.analysis.compared import paired
 from rome.analysis.paper_rows import BALLS, TABLES
-from rome.analysis.paper_tables import fill, sources
-from rome.analysis.table_formats import render
+from rome.analysis.paper_tables import fill
+from rome.analysis.table_formats import render, sources
 from rome.config import load, parse
 from rome.cost import count
 from rome.errors import UserError
@@ -98,6 +98,59 @@ def test_a_run_fills_the_row_that_trains_like_it(tmp_path: Path) -> None:
     }  # fmt: skip
     assert line.cells["union"].paper == pytest.approx(0.385)
     assert not any(cell.values for other in lines if other.label != "PGD MAX" for cell in other.cells.values())
+
+
+def given(place: Path, settings: dict[str, Any], sha256: str = "1", **shown: Any) -> Path:
+    """The evaluation of a model that no run made, made from that of a run."""
+    source = next((evaluated(place / "run", {}, (0.5, 0.6, 0.4), **shown) / "evaluation").iterdir())
+    kept = {"model": {"name": "net.pt"}, "data": {"kind": "digits"}, "given": {"model": "net.pt", "data": "digits"}}
+    stored = json.loads((source / "settings.json").read_text())
+    stored |= {"model": {"type": "Net", "sha256": sha256}, "provenance": kept, **settings}
+    (source / "settings.json").write_text(json.dumps(stored))
+    return source
+
+
+def test_a_given_model_has_a_row_of_its_own_that_is_best_of_its_like_alone(tmp_path: Path) -> None:
+    run = evaluated(tmp_path / "a", {"method": "max", "attack": {"kind": "pgd"}}, (0.9, 0.9, 0.9))
+    lines = fill("1", [run, given(tmp_path / "b", {})])
+    assert lines[-1].section == "Given models"
+    assert sum(line.section == "Given models" for line in lines) == 1
+    assert {column: cell.values for column, cell in lines[-1].cells.items()} == {
+        "clean": (1.0,), "L1": (0.5,), "L2": (0.6,), "Linf": (0.4,), "average": (pytest.approx(0.5),), "union": (0.4,),
+    }  # fmt: skip
+    assert lines[-1].cells["union"].best
+    assert np.isnan(lines[-1].cells["union"].paper)
+    assert line_of([line for line in lines if line.section == "CIFAR-10"], "PGD MAX").cells["union"].best
+    assert "net.pt on digits, 200 examples, suite apgd" in sources(lines)
+    for form in ("text", "markdown", "latex", "html"):
+        assert "Given models" in render("Table 1", lines, form)
+
+
+def test_evaluations_of_one_given_model_share_a_row_and_two_models_do_not(tmp_path: Path) -> None:
+    same = [given(tmp_path / "c", {}), given(tmp_path / "e", {}, n=100)]
+    rows = [
+        line for line in fill("1", [*same, given(tmp_path / "d", {}, sha256="2")]) if line.section == "Given models"
+    ]
+    assert [[report.n for report in line.reports] for line in rows] == [[200], [200]]
+    apart = [renamed(given(tmp_path / name, {}, suite=suite), name) for name, suite in (("patch", "x"), ("gma", "y"))]
+    row = fill("2", apart)[-1]
+    assert (row.label, row.cells["patch"].values, row.cells["GMA"].values) == ("net.pt", (0.5,), (0.5,))
+
+
+def renamed(evaluation: Path, case: str) -> Path:
+    """With its L1 as if that were another attack."""
+    arrays = Report.load(evaluation).arrays()
+    names = [case if name == "L1" else name for name in arrays["cases"]]
+    np.savez(evaluation / "matrix.npz", **{**arrays, "cases": np.array(names)})
+    return evaluation
+
+
+def test_a_given_model_without_a_column_of_the_table_is_told_what_to_run(tmp_path: Path) -> None:
+    lp = given(tmp_path, {})
+    with pytest.raises(UserError, match="has no finished evaluation with a column of table 2: run") as told:
+        fill("2", [lp])
+    assert str(told.value).startswith(str(lp))
+    assert "run `rome evaluate --model net.pt --data digits --suite unseen,corruptions` first" in str(told.value)
 
 
 def test_seeds_of_a_row_are_joined_and_the_gain_over_the_plain_method_has_welchs_interval(tmp_path: Path) -> None:

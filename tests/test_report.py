@@ -22,11 +22,12 @@ from PIL import Image
 from rome.analysis import charts, examples, gates
 from rome.analysis.compared import gather, paired
 from rome.analysis.routing import routing_numbers
-from rome.assess import evaluate_saved
+from rome.assess import evaluate_given, evaluate_saved
 from rome.config import parse
 from rome.cost import show_cost
 from rome.errors import UserError
 from rome.evaluating import Report, example_images
+from rome.evaluation.given import Given
 from rome.experts import record_gates
 from rome.models import build_model, load_model, save_model
 from rome.report import _gate_pictures, show, tabulate, write_report
@@ -422,6 +423,66 @@ class TestPage:
         (tmp_path / "out").write_text("")
         with pytest.raises(UserError, match="is a file"):
             write_report(list(runs), tmp_path / "out")
+
+
+NEAREST_MEAN = """
+import torch
+from rome.data import Digits
+
+def net(num_classes):
+    split = Digits().open("train")
+    x, y = split.first(len(split))
+    means = torch.stack([x[y == c].flatten(1).mean(0) for c in range(num_classes)])
+    linear = torch.nn.Linear(64, num_classes)
+    linear.weight.data, linear.bias.data = 2 * means, -(means**2).sum(1)
+    return torch.nn.Sequential(torch.nn.Flatten(), linear)
+"""
+
+
+class TestBesideARun:
+    """A model that no run made, evaluated on what the runs were."""
+
+    @pytest.fixture(scope="class")
+    def mine(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        root = tmp_path_factory.mktemp("given")
+        (root / "nets.py").write_text(NEAREST_MEAN)
+        given = Given(model=f"{root / 'nets.py'}:net", data="digits")
+        suite = "{kind: apgd, iterations: 5}"
+        return evaluate_given(given, suite=suite, n=24, batch_size=24, out=root / "mine")[1]
+
+    @pytest.fixture(scope="class")
+    def page(self, made: tuple[Path, Path], mine: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return write_report([*made, mine], tmp_path_factory.mktemp("page")).read_text()
+
+    def test_all_have_a_row_and_their_pairs(self, made: tuple[Path, Path], mine: Path, page: str) -> None:
+        reports = [Report.load(run / "evaluation/apgd-24") for run in made] + [Report.load(mine)]
+        values = [[each.clean, *each.robust.values(), each.average, each.union] for each in reports]
+        numbers = [f"{100 * value:.1f}" for each in values for value in each]
+        assert [cell.strip() for cell in Page(page).cells[: len(numbers)]] == numbers
+        compared = gather([*made, mine])
+        best = max(compared, key=lambda run: run.report.union)
+        for run in compared:
+            if run is not best:
+                assert f"{100 * paired(best.report, run.report).low:+.1f} to" in page
+
+    def test_only_the_runs_have_configs_and_curves(self, page: str) -> None:
+        assert Page(page).tags.count("details") == 2
+        differing = page[page.index("Settings that differ") :]
+        assert re.findall("<th", differing[: differing.index("</thead>")])[1:] == ["<th"] * 3, "thead, then 1 + 2"
+        training = page[page.index('<section id="training">') : page.index('<section id="provenance">')]
+        assert training[: training.index("</ul>")].count("<li>") == 2
+        assert "nets.py:net" not in training
+        assert "<dt>normalisation</dt><dd>none of ours" in page
+
+    def test_pictures_of_what_all_get_right(self, made: tuple[Path, Path], mine: Path, page: str) -> None:
+        rows = examples.pick(gather([*made, mine]), 4)
+        assert rows
+        shown = page[page.index('<section id="examples">') : page.index('<section id="gates">')]
+        assert (shown.count("<h3>"), shown.count("<img")) == (3, 3 * len(rows) * 7)
+
+    def test_an_evaluation_of_a_run_is_no_given_model(self, made: tuple[Path, Path]) -> None:
+        with pytest.raises(UserError, match="is an evaluation of a run: name the run's folder"):
+            gather([made[0] / "evaluation/apgd-24"])
 
 
 def pixels(uri: str) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rome.analysis.compared import Evaluated, paired
+from rome.analysis.compared import paired
+from rome.analysis.evaluated import EvaluatedModel, EvaluatedRun
 from rome.analysis.robustbench import entries_of, eps_text, percent, write_entries
 from rome.analysis.tables import columns_of, missing, show, tabulate
 from rome.cli import main
@@ -125,8 +126,8 @@ def test_pairs_of_unions_over_some_cases() -> None:
     assert paired(A, B, ["L2"]).p == 1.0
 
 
-def evaluated(found: Report, folder: Path, name: str = "My run/é", **changes: Any) -> Evaluated:
-    return Evaluated(name, Run(folder), tiny(name=name, **changes), folder, found)
+def evaluated(found: Report, folder: Path, name: str = "My run/é", **changes: Any) -> EvaluatedRun:
+    return EvaluatedRun(name=name, run=Run(folder), config=tiny(name=name, **changes), folder=folder, report=found)
 
 
 def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
@@ -146,6 +147,13 @@ def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
     ]
     corrupted = report(CORRUPTIONS[:1], right[:2])
     assert compare([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
+
+
+def test_attacks_of_code_that_is_not_there_are_told(tmp_path: Path) -> None:
+    found = report(LP[:1], [[1, 1]] * 2)
+    found.settings["cases"][0]["attacks"] = [{"kind": "somebodys"}]
+    with pytest.raises(UserError, match=f"the attacks of {tmp_path} cannot be read .*'somebodys'"):
+        _ = EvaluatedModel(name="mine", folder=tmp_path, report=found).attacks
 
 
 # -------- RobustBench
@@ -191,6 +199,20 @@ def test_only_the_standard_attacks_make_an_entry(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"need AutoAttack's standard version.*--suite autoattack"):
         write_entries([evaluated(report(weak, [[1, 1]] * 2), tmp_path)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_given_model_has_an_entry_if_its_data_are_known(tmp_path: Path) -> None:
+    found = report(LP, [[1, 1, 0]] * 4)
+    found.settings.update(
+        model={"type": "ResNet", "sha256": "0"},
+        provenance={"model": {"name": "net.pt"}, "data": {"kind": "cifar10", "path": "some/where"}},
+    )
+    model = EvaluatedModel(name="mine", folder=tmp_path, report=found)
+    entry = entries_of(model)["Linf"]
+    assert (entry["name"], entry["architecture"], entry["dataset"]) == ("mine", "net.pt", "cifar10")
+    found.settings["provenance"] = {"data": "whatever somebody wrote in Python"}
+    with pytest.raises(UserError, match=f"entries name the data, and {tmp_path} does not"):
+        entries_of(model)
 
 
 def test_masked_gradients_make_an_entry_unreliable(tmp_path: Path) -> None:

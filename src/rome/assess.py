@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from rome.config import DATA_BUDGETS, Config, Evaluation, parse
+from rome.config import Config, Evaluation, parse
 from rome.data import Data
+from rome.data.base import Split
 from rome.device import pick_device, placed
 from rome.errors import UserError
 from rome.evaluating import AUTO, BATCH_SIZE, Report, Suite, evaluate
-from rome.evaluation.any_data import named_budgets, named_data
-from rome.evaluation.any_model import named_model, preprocessing
 from rome.evaluation.composed import SeveralSuites, as_suite, check_files, listed, with_features
+from rome.evaluation.given import Given
 from rome.evaluation.processes import ALONE, Team, own_device
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
@@ -25,8 +25,6 @@ from rome.runs import Run
 
 EXAMPLES = 1000
 """Of a model that comes without a config."""
-TRIED = 3
-"""Images on which such a model is tried before anything else."""
 
 
 def evaluate_saved(
@@ -65,10 +63,8 @@ def evaluate_saved(
         file = Run(file).model_file
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = settings or config.evaluation
-    chosen = with_features(_suite(suite, settings.suite), features)
-    for sentence in check_files(chosen, cases):
-        _say(team, sentence)
-    x, y = _examples(config.data, n, settings.n)[:2]
+    chosen = _readable(_suite(suite, settings.suite), features, cases, team)
+    _, x, y = _examples(config.data, n, settings.n)
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
     unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
@@ -100,17 +96,9 @@ def evaluate_saved(
     return report, folder
 
 
-def evaluate_named(
-    name: str,
-    data: str,
+def evaluate_given(
+    given: Given,
     *,
-    weights: str | None = None,
-    budgets: str | None = None,
-    num_classes: int | None = None,
-    img_size: int | None = None,
-    patch_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
     suite: str | None = None,
     features: str | None = None,
     n: int | None = None,
@@ -122,13 +110,12 @@ def evaluate_named(
     overwrite: bool = False,
     team: Team = ALONE,
 ) -> tuple[Report, Path]:
-    """Evaluate a model that no run of ours made (:func:`rome.evaluation.any_model.named_model`).
+    """Evaluate a model that no run of ours made on the test examples of its data.
 
     Args:
-        data: see :func:`rome.evaluation.any_data.named_data`; its test examples are used.
-        features: the network that measures perceptual distances in the suite; None takes the suite's.
-        budgets: see :func:`rome.evaluation.any_data.named_budgets`; None takes those of the kind of data.
-        weights, num_classes, img_size, patch_size, mean, std: the model's, see there; the rest is
+        given: names the model, its data and its budgets; it is kept with the result, so that the model can be built
+            again.
+        features: the network that measures perceptual distances in the suite; None takes the suite's. The rest is
             :func:`rome.evaluate`'s.
 
     Returns:
@@ -137,32 +124,13 @@ def evaluate_named(
     Raises:
         UserError: no such model or data, or they do not fit each other.
     """
-    source = named_data(data, img_size=img_size, **preprocessing(name, img_size))
-    budgets = budgets or DATA_BUDGETS.get(source.kind)
-    if budgets is None:
-        raise UserError(
-            f"data kind {source.kind!r} has no budgets of its own; give --budgets cifar10, or L2=0.5,Linf=8/255"
-        )
-    threats = named_budgets(budgets)
-    chosen = with_features(as_suite("apgd" if suite is None else suite), features)
-    for sentence in check_files(chosen, cases):
-        _say(team, sentence)
-    x, y, classes = _examples(source, n, EXAMPLES)
+    source, threats = given.source(), given.threats()
+    chosen = _readable(as_suite("apgd" if suite is None else suite), features, cases, team)
+    split, x, y = _examples(source, n, EXAMPLES)
     place = own_device(pick_device(device or AUTO))
     batch_size = batch_size or BATCH_SIZE
-    subject = named_model(
-        name,
-        classes=classes,
-        images=x[:TRIED],
-        weights=weights,
-        num_classes=num_classes,
-        img_size=img_size,
-        patch_size=patch_size,
-        mean=mean,
-        std=std,
-        device=place,
-        batch_size=min(len(x), batch_size if isinstance(batch_size, int) else BATCH_SIZE),
-    )
+    largest = min(len(x), batch_size if isinstance(batch_size, int) else BATCH_SIZE)
+    subject = given.build(split, place, batch_size=largest)
     for remark in subject.remarks:
         _say(team, remark)
     label = re.sub(r"[^A-Za-z0-9._+-]+", "-", subject.name)
@@ -176,13 +144,19 @@ def evaluate_named(
         batch_size=batch_size,
         device=place,
         out=folder,
-        provenance={"model": subject.facts, "data": source.dump(), "remarks": subject.remarks},
+        provenance={
+            "model": subject.facts,
+            "data": source.dump(),
+            "remarks": subject.remarks,
+            "given": given.model_dump(mode="json", exclude_none=True),
+        },
         cases=cases,
         checks=checks,
         overwrite=overwrite,
         team=team,
         progress=True,
     )
+    classes = len(split.classes)
     if report.interval("clean")[0] <= 1 / classes:
         _say(
             team,
@@ -210,13 +184,25 @@ def _suite(asked: str | None, configured: Suite) -> Suite:
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])
 
 
-def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The first test examples, as many as are asked for, and the number of classes."""
+def _readable(suite: Suite, features: str | None, cases: Sequence[str] | None, team: Team) -> Suite:
+    """The suite with these features, once it is said which of its files are missing.
+
+    Raises:
+        UserError: one that was named is missing or of no use.
+    """
+    chosen = with_features(suite, features)
+    for sentence in check_files(chosen, cases):
+        _say(team, sentence)
+    return chosen
+
+
+def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[Split, torch.Tensor, torch.Tensor]:
+    """The test set, and its first examples, as many as are asked for."""
     split = data.open("test")
     if asked is not None and asked > len(split):
         raise UserError(f"--n {asked} exceeds the {len(split)} test examples of {data.kind}; give at most that many")
     x, y = split.first(min(asked or usual or len(split), len(split)))
-    return x, y, len(split.classes)
+    return split, x, y
 
 
 def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:

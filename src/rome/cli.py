@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rome import options
 from rome.choices import Family, choices
 from rome.errors import Incomplete, Interrupted, UserError
 
@@ -23,13 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5.")
-]
-ANY_MODEL = "A model that no run made"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 
 
 class RoutingName(StrEnum):
@@ -44,7 +38,7 @@ class RoutingName(StrEnum):
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train RANDOM and RoME+RANDOM on real digits, attack both under L1, L2 and Linf, set them side by side."""
     from rome.demo import run_demo
@@ -55,10 +49,13 @@ def demo(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.config import load
@@ -76,36 +73,15 @@ def train(
 @app.command()
 def evaluate(
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=ANY_MODEL
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, cifar10:PATH, or a folder of images or of CIFAR-10.", rich_help_panel=ANY_MODEL),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=ANY_MODEL),
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(min=2, help="Its logits; the data's classes if not given.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    patch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=ANY_MODEL)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=ANY_MODEL)] = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    weights: options.Weights = None,
+    budgets: options.Budgets = None,
+    num_classes: options.Classes = None,
+    img_size: options.ImageSize = None,
+    patch_size: options.PatchSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +98,7 @@ def evaluate(
     batch_size: Annotated[
         str | None, typer.Option(help="Examples at a time; auto halves them where memory does not suffice.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
     routing: Annotated[
         RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
     ] = None,
@@ -131,8 +107,8 @@ def evaluate(
         typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
 ) -> None:
     """Attack a model under every threat; goes on where an earlier call was killed.
 
@@ -141,8 +117,9 @@ def evaluate(
     from rome.evaluation.processes import launched
 
     with launched() as team:  # first: whatever fails now fails in every process
-        from rome.assess import evaluate_named, evaluate_saved
-        from rome.evaluation.any_data import batch_size_of, numbers
+        from rome.assess import evaluate_given, evaluate_saved
+        from rome.evaluation.any_data import batch_size_of
+        from rome.evaluation.given import Given
         from rome.evaluation.memory import enough_memory
 
         shared: dict[str, Any] = {
@@ -157,26 +134,17 @@ def evaluate(
             "overwrite": overwrite,
             "team": team,
         }
-        of_model: dict[str, Any] = {
-            "weights": weights,
-            "budgets": budgets,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "mean": numbers(mean, "--mean"),
-            "std": numbers(std, "--std"),
-        }
-        if target is not None and model is None:
-            given = [name for name, value in {"data": data, **of_model}.items() if value is not None]
-            if given:
-                options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-                raise UserError(f"{options} go with --model, not with {target}, whose config says it")
+        given = Given.asked({
+            "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
+            "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
+        }, target)  # fmt: skip
+        if target is not None and given is None:
             with enough_memory():
                 report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
             name = report.settings["provenance"]["config"]["name"]
-        elif model is not None and target is None and data is not None and routing is None:
+        elif given is not None and target is None and routing is None:
             with enough_memory():
-                report, folder = evaluate_named(model, data, **of_model, **shared)
+                report, folder = evaluate_given(given, **shared)
             name = report.settings["provenance"]["model"]["name"]
         else:
             raise UserError(
@@ -222,7 +190,7 @@ def sweep(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs to set side by side.")],
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, and folders of evaluations of other models.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
     union: Annotated[
         list[str] | None, typer.Option(help="A further column: the union over these cases, L1,Linf. Repeatable.")
@@ -231,7 +199,7 @@ def report(
         bool, typer.Option("--robustbench", help="Also write RobustBench's model_info JSON files.")
     ] = False,
 ) -> None:
-    """Compare evaluated runs: a table here, Markdown, and an HTML page with pictures."""
+    """Compare evaluated runs and models: a table here, Markdown, and an HTML page with pictures."""
     from rome.report import write_report
 
     unions = [_names(names) for names in union or ()]
@@ -252,7 +220,9 @@ def table(
     number: Annotated[str, typer.Argument(help="1 to 6 or A1 to A5, as in the paper.")],
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Evaluated runs; seeds of one row are joined. For 6: configs or runs, then key=value."),
+        typer.Argument(
+            help="Evaluated runs or models; seeds of a row are joined. For 6: configs or runs, then key=value."
+        ),
     ] = None,
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
     timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
@@ -279,7 +249,16 @@ def table(
 
 @app.command()
 def figures(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs; each is a row or a curve.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Finished runs; each is a row or a curve.")] = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    weights: options.Weights = None,
+    budgets: options.Budgets = None,
+    num_classes: options.Classes = None,
+    img_size: options.ImageSize = None,
+    patch_size: options.PatchSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     only: Annotated[str | None, typer.Option(help="These alone, fig3,figA4; else all there is data for.")] = None,
     form: Annotated[str, typer.Option("--format", help="pdf, png, svg, or several: pdf,png.")] = "pdf,png",
     out: Annotated[Path, typer.Option(help="Folder for pictures and their data.")] = Path("figures"),
@@ -287,13 +266,20 @@ def figures(
     layer: Annotated[str | None, typer.Option(help="Look at the layer whose name holds this; else the last.")] = None,
     image: Annotated[int, typer.Option(min=0, help="Number of the test image in figures of one image.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of t-SNE and of linear probes.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
 ) -> None:
-    """The paper's figures for runs of any method, each with its data as JSON and CSV beside it."""
+    """The paper's figures for runs of any method and for any model, each with its data as JSON and CSV beside it."""
     from rome.analysis.figures import Options, write_figures
+    from rome.analysis.subject import open_given
+    from rome.evaluation.given import Given
 
+    given = Given.asked({
+        "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
+        "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
+    }, *(runs or ())[:1])  # fmt: skip
+    shown = [*(runs or ()), *([] if given is None else [open_given(given, device)])]
     chosen = Options(n=n, seed=seed, layer=layer, image=image)
-    for picture in write_figures(runs, out, only=_names(only), formats=_names(form), options=chosen, device=device):
+    for picture in write_figures(shown, out, only=_names(only), formats=_names(form), options=chosen, device=device):
         print(picture)
 
 
@@ -306,7 +292,7 @@ def explore(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; the first free one from 7860 if not given.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")] = None,
+    device: options.Device = None,
 ) -> None:
     """Look at a run in the browser: attack an image, see prediction, perturbation, expert maps and gates."""
     from rome.explore import open_explorers
@@ -321,7 +307,7 @@ def cost(
     timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
     layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
     from rome.config import load

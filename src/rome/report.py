@@ -1,4 +1,4 @@
-"""Runs side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
+"""Runs and given models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rome.analysis import charts, examples, gates
 from rome.analysis.classes import by_class
-from rome.analysis.compared import Evaluated, config_differences, gather, paired
+from rome.analysis.compared import config_differences, gather, paired
+from rome.analysis.evaluated import Evaluated, EvaluatedRun
 from rome.analysis.figures import Options, registered
 from rome.analysis.figures.training import HELD_OUT
 from rome.analysis.robustbench import write_entries
@@ -44,11 +45,12 @@ SHOWN_EXPERTS = 8
 def write_report(
     runs: list[Path], out: Path, *, unions: Sequence[Sequence[str]] = (), robustbench: bool = False
 ) -> Path:
-    """Set evaluated runs side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
+    """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
 
     Pictures that cannot be made (data or weights gone) are left out, and the page says why.
 
     Args:
+        runs: folders of evaluated runs, and of evaluations of models that no run made.
         unions: further columns, each the union over these cases.
         robustbench: also write RobustBench's entries into ``out`` (:func:`rome.analysis.robustbench.write_entries`).
 
@@ -56,9 +58,10 @@ def write_report(
         The HTML file: one file that needs no other and no network.
 
     Raises:
-        UserError: a folder without a run, a run without an evaluation, or evaluations that cannot be compared.
+        UserError: a folder without a run or an evaluation, or evaluations that cannot be compared.
     """
     compared = gather(runs)
+    trained = [run for run in compared if isinstance(run, EvaluatedRun)]
     rows = [(run.name, run.report) for run in compared]
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
@@ -74,11 +77,12 @@ def write_report(
         print(sentence)
 
     columns, cells = tabulate(rows, unions)
-    notes: list[str] = []
     pictures = _Pictures(compared)
+    notes = pictures.notes
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in compared),
         "runs": compared,
+        "trained": trained,
         "columns": columns,
         "cells": cells,
         "covered": covered(rows),
@@ -92,8 +96,8 @@ def write_report(
         "gates": _attempt(pictures.gates, notes, "gates"),
         "figures": _attempt(pictures.figures, notes, "figures") or [],
         "curves": _curves(compared),
-        "differences": config_differences([run.config for run in compared]),
-        "yaml": [yaml.safe_dump(run.config.dump(), sort_keys=False) for run in compared],
+        "differences": config_differences([run.config for run in trained]),
+        "yaml": {run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained},
         "command": shlex.join(["rome", "report", *map(str, runs), "--out", str(out)]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "notes": notes,
@@ -153,10 +157,27 @@ class _Pictures:
     def __init__(self, runs: Sequence[Evaluated]) -> None:
         self.runs = runs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.notes: list[str] = []
+        """Why there are no pictures of something."""
 
     @cached_property
+    def opened(self) -> list[tuple[Evaluated, Subject]]:
+        """Those whose model is there or can be built again; of the others a note says why not."""
+        found = []
+        for run in self.runs:
+            subject = _attempt(partial(self._open, run), self.notes, run.name)
+            if subject is not None:
+                found.append((run, subject))
+        return found
+
+    def _open(self, run: Evaluated) -> Subject:
+        subject = run.subject(self.device)
+        assert subject.model is not None  # built now
+        return subject
+
+    @property
     def subjects(self) -> list[Subject]:
-        return [Subject(run.run, run.name, self.device) for run in self.runs]
+        return [subject for _, subject in self.opened]
 
     @cached_property
     def data(self) -> tuple[Tensor, Tensor]:
@@ -170,14 +191,14 @@ class _Pictures:
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes; None where the data is gone."""
         try:
-            return self.subjects[0].split.classes
+            return self.subjects[0].split.classes if self.subjects else None
         except UserError:
             return None
 
     def figures(self) -> list[dict[str, Any]]:
         """The paper's figures that these runs have the data for, as far as they cost little here."""
         found = []
-        for name in FIGURES:
+        for name in FIGURES if self.subjects else ():
             figure = registered()[name]()
             if name == "fig7" and not self._cheap_regions():
                 continue
@@ -194,7 +215,7 @@ class _Pictures:
         return found
 
     def _cheap_regions(self) -> bool:
-        gated = [subject for subject in self.subjects if subject.config.experts is not None]
+        gated = [subject for subject in self.subjects if expert_layers(subject.model)]
         if self.device.type == "cuda" or not gated:
             return bool(gated)
         images = [len(subject.threats) * (1 + len(subject.threats)) for subject in gated]
@@ -202,28 +223,29 @@ class _Pictures:
         return sum(n * one for n, one in zip(images, each, strict=True)) * STEPS * 3 <= CPU_MACS
 
     def examples(self) -> dict[str, Any] | None:
+        if not self.opened:
+            return None
         x, y = self.data
-        rows = examples.pick(self.runs, EXAMPLES)
+        runs, models = [run for run, _ in self.opened], [subject.model for subject in self.subjects]
+        rows = examples.pick(runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
-        chosen = torch.tensor(rows)
-        models, classes = [subject.model for subject in self.subjects], self.subjects[0].split.classes
-        found = [examples.adversarial(run, model, x, y, rows) for run, model in zip(self.runs, models, strict=True)]
+        chosen, classes = torch.tensor(rows), self.subjects[0].split.classes
+        found = [examples.adversarial(run, model, x, y, rows) for run, model in zip(runs, models, strict=True)]
         scale = examples.scales(found, x[chosen])
         described = [
             examples.describe(run, model, x[chosen], y[chosen], rows, images, scale, classes)
-            for run, model, images in zip(self.runs, models, found, strict=True)
+            for run, model, images in zip(runs, models, found, strict=True)
         ]
-        return {"scale": scale, "gray": x.shape[1] != 3, "runs": list(zip(self.runs, described, strict=True))}
+        return {"scale": scale, "gray": x.shape[1] != 3, "runs": list(zip(runs, described, strict=True))}
 
     def gates(self) -> list[dict[str, Any]]:
         found = []
-        for run, subject in zip(self.runs, self.subjects, strict=True):
-            if run.config.experts is None:
-                continue
-            (x, y), model = self.data, subject.model
+        for run, subject in self.opened:
+            model = subject.model
             if not expert_layers(model):
                 continue
+            x, y = self.data
             balls = {name: threat for name, threat in run.threats.items() if isinstance(threat, LpBall)}
             if not balls:
                 continue
@@ -270,11 +292,13 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Evaluated]) -> dict[str, Any] | None:
-    logs = {run.name: [line for line in run.run.log() if line.get("event") == "epoch"] for run in runs}
+    trained = [run for run in runs if isinstance(run, EvaluatedRun)]
+    logs = {run.name: [line for line in run.run.log() if line.get("event") == "epoch"] for run in trained}
     if not any(logs.values()):
         return None
-    natural = max(run.config.natural_epochs for run in runs)
-    return {"charts": [Markup(chart) for chart in charts.histories(logs, natural=natural)], "natural": natural}
+    natural = max(run.config.natural_epochs for run in trained)
+    every = {run.name: logs.get(run.name, []) for run in runs}  # so that a run has its colour of the other charts
+    return {"charts": [Markup(chart) for chart in charts.histories(every, natural=natural)], "natural": natural}
 
 
 def _attempt(make: Callable[[], Any], notes: list[str], what: str) -> Any:

@@ -1,94 +1,74 @@
-"""Finished runs whose evaluations may stand side by side, and how sure their differences are."""
+"""Runs and given models whose evaluations may stand side by side, and how sure their differences are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rome.analysis.evaluated import (
+    Evaluated,
+    EvaluatedModel,
+    EvaluatedRun,
+    is_evaluation,
+    load_evaluation,
+    own_name,
+)
+from rome.analysis.subject import names_of
 from rome.config import Config
 from rome.errors import UserError
-from rome.evaluating import Case, Report
+from rome.evaluating import Report
 from rome.evaluation.statistics import Difference, paired_difference
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.files import flatten
-from rome.models import file_hash
 from rome.runs import Run
-from rome.threats import LpBall, Threat
 
 PREFERRED_SUITES = ("autoattack", "all")
-_SAME = ("suite", "threats", "n", "seed", "data", "cases")
+_SAME = ("data", "suite", "threats", "n", "seed", "cases")
 """Settings in which evaluations must agree to be compared."""
 _NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """A run with the evaluation that is compared."""
-
-    name: str
-    run: Run
-    config: Config
-    folder: Path
-    """Of the evaluation."""
-    report: Report
-    others: tuple[str, ...] = ()
-    """The run's evaluations that were not chosen, such as ``apgd-1000``."""
-
-    @property
-    def attacks(self) -> dict[str, Case]:
-        """The cases that are attacks and have been run, by name."""
-        cases = [Case.model_validate(case) for case in self.report.settings["cases"]]
-        return {case.name: case for case in cases if case.name in self.report.cases and not case.on_all}
-
-    @property
-    def threats(self) -> dict[str, Threat]:
-        """What each attack was allowed, by the case's name."""
-        return {name: case.threat for name, case in self.attacks.items()}
-
-    @property
-    def budgets(self) -> dict[str, float]:
-        """The radius of each Lp ball."""
-        return {name: threat.eps for name, threat in self.threats.items() if isinstance(threat, LpBall)}
-
-    @property
-    def method(self) -> str:
-        """As the paper writes it, such as ``RoME+RANDOM``."""
-        return ("RoME+" if self.config.experts is not None else "") + self.config.method.kind.upper()
-
-
 def gather(folders: Sequence[Path]) -> list[Evaluated]:
-    """The runs, each with its evaluation of one suite on one number of examples that all of them have.
+    """What lies in these folders, each with its evaluation of one suite on as many examples that all of them have.
 
-    Where there are several such, AutoAttack goes before other suites, then more examples before fewer.
+    A folder is that of a run, or that of the evaluation of a model that no run made. Where there are several common
+    evaluations, AutoAttack goes before other suites, then more examples before fewer.
 
     Raises:
-        UserError: a folder without a run, a run without an evaluation of its present weights, or evaluations that
+        UserError: a folder with neither, a run without an evaluation of its present weights, or evaluations that
             cannot be compared.
     """
     folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     if not folders:
         raise UserError("name at least one run's folder")
-    runs = [Run(folder) for folder in folders]
-    configs = [run.config for run in runs]
-    found = [_evaluations(run) for run in runs]
+    runs = [None if is_evaluation(folder) else _run(folder) for folder in folders]
+    found = [_given(folder) if run is None else _evaluations(run) for run, folder in zip(runs, folders, strict=True)]
     common = set.intersection(*(set(each) for each in found))
     if not common:
-        there = "; ".join(f"{run.folder}: {', '.join(map(_key, each))}" for run, each in zip(runs, found, strict=True))
+        there = "; ".join(
+            f"{folder}: {', '.join(map(_key, each))}" for folder, each in zip(folders, found, strict=True)
+        )
         raise UserError(
             f"the runs share no evaluation of one suite on as many examples ({there}); "
             "run `rome evaluate` on each with the same --suite and --n"
         )
     chosen = max(common, key=lambda key: (any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], key[0]))
-    names = names_of(runs, configs)
-    evaluated = [
-        Evaluated(name, run, config, *each[chosen], tuple(_key(key) for key in sorted(each) if key != chosen))
-        for name, run, config, each in zip(names, runs, configs, found, strict=True)
-    ]
-    for run in evaluated:
-        _fresh(run)
-        _same(evaluated[0], run)
+    own = [own_name(each[chosen][1]) if run is None else run.config.name for run, each in zip(runs, found, strict=True)]
+    evaluated: list[Evaluated] = []
+    for name, run, each in zip(names_of(own, folders), runs, found, strict=True):
+        folder, report = each[chosen]
+        if run is None:
+            evaluated.append(EvaluatedModel(name=name, folder=folder, report=report))
+            continue
+        others = tuple(_key(key) for key in sorted(each) if key != chosen)
+        one = EvaluatedRun(name=name, folder=folder, report=report, others=others, run=run, config=run.config)
+        one.check_fresh()
+        evaluated.append(one)
+    for each_one in evaluated:
+        _same(evaluated[0], each_one)
     return evaluated
 
 
@@ -106,9 +86,36 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
     With its 95% interval and McNemar's exact p-value (:func:`rome.evaluation.statistics.paired_difference`).
 
     Raises:
-        UserError: one of the cases is not in both reports.
+        UserError: one of the cases is not in both reports, or they are not of the same examples.
     """
+    if not same_examples(a, b):
+        raise UserError("the two were not evaluated on the same examples, so a paired comparison has no meaning")
     return paired_difference(a.right(cases), b.right(cases))
+
+
+def same_examples(a: Report, b: Report) -> bool:
+    """Whether row i is the same image of the same data in both: by the data's hash, its indices and labels."""
+    return (
+        a.settings.get("data") == b.settings.get("data")
+        and np.array_equal(a.indices, b.indices)
+        and np.array_equal(a.labels, b.labels)
+    )
+
+
+def _run(folder: Path) -> Run:
+    run = Run(folder)
+    if not run.config_file.is_file():
+        raise UserError(
+            f"{folder} is not the folder of a run (it has no {run.config_file.name}) nor of an evaluation (it has no "
+            f"{SETTINGS})"
+        )
+    return run
+
+
+def _given(folder: Path) -> dict[tuple[str, int], tuple[Path, Report]]:
+    """(suite, n) -> folder and report of the one evaluation that the folder is."""
+    report = load_evaluation(folder)
+    return {(report.suite, report.n): (folder, report)}
 
 
 def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
@@ -128,37 +135,23 @@ def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
     return found
 
 
-def _fresh(run: Evaluated) -> None:
-    """The evaluation is of the weights that lie in the run's folder."""
-    provenance = run.report.settings.get("provenance") or {}
-    evaluated, file = provenance.get("checkpoint_sha256"), run.run.model_file
-    if evaluated and file.exists() and file_hash(file) != evaluated:
-        raise UserError(
-            f"{run.folder} evaluated other weights ({provenance.get('checkpoint')}) than {file} holds now: "
-            f"run `rome evaluate {run.run.folder} --overwrite`"
-        )
-
-
 def _same(first: Evaluated, other: Evaluated) -> None:
     a, b = ({key: run.report.settings.get(key) for key in _SAME} for run in (first, other))
     if a != b:
         flat_a, flat_b = flatten(a), flatten(b)
         key = next(key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key))
         values = "" if key == "cases" else f" {_short(flat_a.get(key))} and {_short(flat_b.get(key))}"
+        if key.startswith("data.") and None not in (first.data, other.data):
+            values += f": {first.source} and {other.source}"
         raise UserError(
             f"{first.name} and {other.name} were evaluated differently ({key}{values}), so their numbers cannot be "
             "compared: evaluate both on the same examples with the same threats, suite and seed"
         )
-
-
-def names_of(runs: Sequence[Run], configs: Sequence[Config]) -> list[str]:
-    """The configs' names; where two are equal, the folders' names, or their paths."""
-    choices = [
-        [config.name or run.folder.resolve().name for run, config in zip(runs, configs, strict=True)],
-        [run.folder.resolve().name for run in runs],
-        [str(run.folder) for run in runs],
-    ]
-    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
+    if not same_examples(first.report, other.report):
+        raise UserError(
+            f"{first.name} and {other.name} name the same data, but the rows of their matrices are other examples: one "
+            "of them is damaged; evaluate it again"
+        )
 
 
 def _key(key: tuple[str, int]) -> str:

@@ -48,7 +48,10 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
     if not configs:
         return _with_ratios(lines, {}), ""
     _comparable(configs)
-    rows = [next((line.label for line in lines if same_row(config, line.config)), "") for config in configs]
+    rows = [
+        next((line.label for line in lines if line.config is not None and same_row(config, line.config)), "")
+        for config in configs
+    ]
     if "" in rows:
         raise UserError(
             f"{configs[rows.index('')].name} trains like no row of table 6 (method, kind of attack, experts); "

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rome.analysis.compared import Evaluated
+from rome.analysis.evaluated import Evaluated
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.evaluating import example_images

@@ -3,7 +3,8 @@
 A row of a table is an experiment that comes with rome. A run belongs to a row if it trains the same way: same method,
 kind of attack, experts and, where a table compares architectures, model. So a small run on another data set fills the
 same row as the full one, and the caption says what the runs are. Where a table has the same training on several data
-sets, a run fills the rows of its own; on data that the table does not have, those of the first.
+sets, a run fills the rows of its own; on data that the table does not have, those of the first. Models that no run made
+were trained nobody knows how: they get rows of their own, at the end.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rome.analysis.compared import PREFERRED_SUITES, paired
+from rome.analysis.evaluated import EvaluatedModel, is_evaluation, load_evaluation
 from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES, UNITS, UNSEEN
-from rome.analysis.tables import suite_text
 from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
@@ -28,6 +29,10 @@ from rome.evaluation.store import RESULT
 from rome.experiments import folder
 from rome.runs import Run
 
+GIVEN = "Given models"
+"""Section of the models that no run made."""
+LEARNED = "learned"
+"""Gate weights of an evaluation that says nothing of them."""
 _SAME = ("suite", "data", "threats", "seed")
 """Settings of evaluations in which runs must agree for a difference between them to mean anything."""
 
@@ -60,8 +65,8 @@ class Line:
 
     section: str
     label: str
-    config: Config
-    """Of the experiment that defines the row."""
+    config: Config | None
+    """Of the experiment that defines the row; None for a given model's."""
     cells: dict[str, Cell]
     reports: tuple[Report, ...] = ()
     gain: tuple[float, float, float] | None = None
@@ -77,7 +82,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     Args:
         table: ``1`` to ``6``, ``A1`` to ``A5``.
-        runs: folders of evaluated runs; several of one row (seeds) are joined.
+        runs: folders of evaluated runs; several of one row (seeds) are joined. And folders of evaluations of given
+            models; several of one model fill one row, as several of a run do.
 
     Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
     of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples. What it lacks of
@@ -94,27 +100,54 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         (section, load(folder() / f"{name}.yaml")) for section, experiments in sections.items() for name in experiments
     ]
     members: list[list[Run]] = [[] for _ in rows]
-    for run in map(Run, {Path(each).resolve(): each for each in runs}.values()):  # each counts once
+    places = [Path(each) for each in {Path(each).resolve(): each for each in runs}.values()]  # each counts once
+    given = _by_model([place for place in places if is_evaluation(place)], columns, number)
+    for run in (Run(place) for place in places if not is_evaluation(place)):
         for i in _rows_of(run, [row for _, row in rows], number):
             members[i].append(run)
     found = {run.folder: _evaluations(run, columns) for own in members for run in own}
-    shared = Counter(key for each in found.values() for key in {(suite, n) for _, suite, n in each})
+    shared = Counter(key for each in (*found.values(), *given.values()) for key in {(suite, n) for _, suite, n in each})
     lines, used = [], set()
     for (section, row), own in zip(rows, members, strict=True):
         reports = []
         for run in own:
-            ranked = _ranked(found[run.folder], row.evaluation.routing, columns, shared)
-            if ranked:
+            shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
+            if shown:
                 used.add(run.folder)
-                reports.append([each for each in ranked if columns is UNSEEN and each.n == ranked[0].n] or ranked[:1])
-        lines.append(_line(section, row, columns, reports, [run.config for run in own]))
+                reports.append(shown)
+        assert row.paper is not None
+        lines.append(_line(section, row.paper.row, row, columns, reports, [run.config for run in own]))
     for run in (run for own in members for run in own if run.folder not in used):
-        suite = " --suite unseen,corruptions" if columns is UNSEEN else ""
-        raise UserError(
-            f"{run.folder} has no finished evaluation with a column of table {number}: "
-            f"run `rome evaluate {run.folder}{suite}` first, or leave it out"
-        )
+        raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
+    for (name, _), evaluations in given.items():
+        lines.append(_line(GIVEN, name, None, columns, [_shown(evaluations, LEARNED, columns, shared)], []))
     return _with_gains(with_best(lines), OURS.rpartition("/")[2])
+
+
+def _by_model(
+    places: Sequence[Path], columns: Sequence[str], number: str
+) -> dict[tuple[str, str], dict[tuple[str, str, int], Report]]:
+    """(name, hash of the model) -> the evaluations in these folders, as :func:`_evaluations` has a run's.
+
+    Raises:
+        UserError: one of them is not finished, or has none of the columns.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str, int], Report]] = {}
+    for place in places:
+        model = EvaluatedModel(name="", folder=place, report=load_evaluation(place))
+        if not _known(model.report, columns):
+            raise UserError(_nothing_of(place, model.command, columns, number))
+        own = found.setdefault((model.architecture, str(model.report.settings["model"]["sha256"])), {})
+        own[LEARNED, model.report.suite, model.report.n] = model.report
+    return found
+
+
+def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) -> str:
+    suite = " --suite unseen,corruptions" if columns is UNSEEN else ""
+    return (
+        f"{place} has no finished evaluation with a column of table {number}: "
+        f"run `{command}{suite}` first, or leave it out"
+    )
 
 
 def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:
@@ -131,20 +164,6 @@ def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:
     kinds = [rows[i].data.kind for i in found]
     kind = config.data.kind if config.data.kind in kinds else kinds[0]
     return [i for i in found if rows[i].data.kind == kind]
-
-
-def sources(lines: Sequence[Line]) -> str:
-    """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
-    told: dict[str, None] = {}
-    for report in (report for line in lines for report in (*line.reports, *line.others)):
-        config = (report.settings.get("provenance") or {}).get("config") or {}
-        data, model = (
-            config.get("data", {}).get("kind", "unknown data"),
-            config.get("model", {}).get("name", "unknown model"),
-        )
-        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
-        told[what] = None
-    return "; ".join(told)
 
 
 def same_row(run: Config, row: Config, *, models: bool = False) -> bool:
@@ -168,7 +187,7 @@ def _evaluations(run: Run, columns: Sequence[str]) -> dict[tuple[str, str, int],
     for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
         report = Report.load(result.parent)
         if _known(report, columns):
-            routing = (report.settings.get("provenance") or {}).get("routing", "learned")
+            routing = (report.settings.get("provenance") or {}).get("routing", LEARNED)
             found[routing, report.suite, report.n] = report
     return found
 
@@ -191,14 +210,27 @@ def _ranked(
     return [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
 
 
+def _shown(
+    found: dict[tuple[str, str, int], Report], routing: str, columns: Sequence[str], shared: Counter[tuple[str, int]]
+) -> list[Report]:
+    """The evaluations that a row takes its cells from; of Table 2, whose columns stand each for itself, several."""
+    ranked = _ranked(found, routing, columns, shared)
+    return [each for each in ranked if columns is UNSEEN and each.n == ranked[0].n] or ranked[:1]
+
+
 def _line(
-    section: str, config: Config, columns: Sequence[str], reports: Sequence[Sequence[Report]], runs: Sequence[Config]
+    section: str,
+    label: str,
+    config: Config | None,
+    columns: Sequence[str],
+    reports: Sequence[Sequence[Report]],
+    runs: Sequence[Config],
 ) -> Line:
     """A row from the evaluations of each of its runs; of several the first that has a column."""
-    assert config.paper is not None
+    numbers = {} if config is None or config.paper is None else config.paper.numbers
     cells = {}
     for column in columns:
-        paper = config.paper.numbers.get(column, math.nan) / (1 if column in UNITS else 100)
+        paper = numbers.get(column, math.nan) / (1 if column in UNITS else 100)
         if column in SIZE:
             values = sorted({size for run in runs if not math.isnan(size := _size(run, SIZE[column]))})
         else:
@@ -206,7 +238,7 @@ def _line(
             values = [own[0] for own in known if own]
         cells[column] = Cell(paper, tuple(values))
     first, others = tuple(own[0] for own in reports), tuple(report for own in reports for report in own[1:])
-    return Line(section, config.paper.row, config, cells, first, others=others)
+    return Line(section, label, config, cells, first, others=others)
 
 
 def _size(config: Config, what: str) -> float:
@@ -262,7 +294,7 @@ def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
 
 
 def _group(line: Line) -> tuple[str, str]:
-    return line.section, line.config.method.own_attack or line.config.attack.kind
+    return line.section, "" if line.config is None else line.config.method.own_attack or line.config.attack.kind
 
 
 def _with_gains(lines: list[Line], ours: str) -> list[Line]:
@@ -275,12 +307,17 @@ def _with_gains(lines: list[Line], ours: str) -> list[Line]:
     """
     if UNION not in lines[0].cells:
         return lines
-    plain = {(*_group(line), line.config.method.kind): line for line in lines if line.config.experts is None}
-    whole = {line.section: line for line in lines if line.config.name == ours}
+    trained = [(line, line.config) for line in lines if line.config is not None]
+    plain = {(*_group(line), config.method.kind): line for line, config in trained if config.experts is None}
+    whole = {line.section: line for line, config in trained if config.name == ours}
     gained = []
     for line in lines:
-        base = plain.get((*_group(line), line.config.method.kind)) if plain else whole.get(line.section)
-        if line.config.experts is not None and base is not None and base is not line:
+        config = line.config
+        if config is None or config.experts is None:
+            gained.append(line)
+            continue
+        base = plain.get((*_group(line), config.method.kind)) if plain else whole.get(line.section)
+        if base is not None and base is not line:
             line = replace(line, gain=_gain(line, base), against=base.label)
         gained.append(line)
     return gained

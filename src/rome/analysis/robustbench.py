@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rome.analysis.compared import Evaluated
+from rome.analysis.evaluated import Evaluated
 from rome.data import ImageFolder
 from rome.errors import UserError
 from rome.evaluating import Case, Report
@@ -46,7 +46,7 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
         if not entries:
             raise UserError(
                 f"RobustBench's entries need AutoAttack's standard version, and {run.folder} holds suite "
-                f"{run.report.suite!r}: run `rome evaluate {run.run.folder} --suite autoattack` first"
+                f"{run.report.suite!r}: run `{run.command} --suite autoattack` first"
             )
         root, name = out / "model_info" / _dataset(run), _name(run.name)
         buffer = io.BytesIO()
@@ -67,13 +67,13 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
     union = report.union_of(standard)
     common: dict[str, Any] = {
         "link": "",
-        "name": run.config.about or run.name,
+        "name": run.about or run.name,
         "authors": "",
         "additional_data": False,
         "number_forward_passes": FORWARD_PASSES,
         "dataset": _dataset(run),
         "venue": "",
-        "architecture": _architecture(run),
+        "architecture": run.architecture,
     }
     shared = {
         "clean_acc": percent(report.clean),
@@ -147,17 +147,16 @@ def _is_standard(case: Case, report: Report) -> bool:
 
 
 def _dataset(run: Evaluated) -> str:
-    data = run.config.data
+    data = run.data
+    if data is None:
+        raise UserError(
+            f"RobustBench's entries name the data, and {run.folder} does not: evaluate with `rome evaluate --model` "
+            "and --data, or give rome.evaluate provenance={'data': {'kind': 'cifar10', 'path': PATH}}"
+        )
     if not isinstance(data, ImageFolder):
         return data.kind
     classes = run.report.settings["classes"]
     return "imagenet" if classes == 1000 else _name(Path(data.path).name.lower())
-
-
-def _architecture(run: Evaluated) -> str:
-    """The backbone, and that it has experts."""
-    name = run.config.model.name
-    return f"{name} + experts" if run.config.experts is not None else name
 
 
 def _name(text: str) -> str:

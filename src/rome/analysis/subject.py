@@ -1,7 +1,8 @@
-"""A trained run, opened to be looked at: its model, its test images, and what each threat makes of them."""
+"""A model opened to be looked at, of a run or given: its test images, and what each threat makes of them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome.analysis.compared import names_of
 from rome.attacks import APGD, Attack
 from rome.config import Config
 from rome.data.base import Split
 from rome.data.memory import TensorSplit
 from rome.device import pick_device
 from rome.errors import UserError
+from rome.evaluation.any_model import Named
+from rome.evaluation.given import Given
+from rome.evaluation.store import hash_model
 from rome.models import load_model
 from rome.runs import Run
 from rome.threats import PerExample, Threat
@@ -26,6 +29,7 @@ NATURAL = "natural"
 STEPS = 15
 """Of APGD, the attack that pictures and routing numbers are made with."""
 AT_A_TIME = 64
+WITHOUT_RUN = "is a model without a run: it has no log, no config and no evaluation"
 
 
 def short(layer: str) -> str:
@@ -104,8 +108,73 @@ class GivenModel(Subject):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("run", "config"):
-            raise UserError(f"{self.name} is a model without a run: it has no log, no config and no evaluation")
+            raise UserError(f"{self.name} {WITHOUT_RUN}")
         raise AttributeError(name)
+
+
+class NamedModel(GivenModel):
+    """A given model that a name or a file stands for; it and its data are opened when first asked for.
+
+    Args:
+        given: how it is named.
+        name: what pictures call it.
+        device: of the model and the images.
+        sha256: what :func:`rome.evaluation.store.hash_model` must say of it; None for whatever it says.
+    """
+
+    def __init__(self, given: Given, name: str, device: torch.device, *, sha256: str | None = None) -> None:
+        self.given, self.name, self.device, self.sha256 = given, name, device, sha256
+        self._attacked = {}
+
+    @cached_property
+    def built(self) -> Named:
+        """The classifier, in evaluation mode, and what there is to say of it.
+
+        Raises:
+            UserError: it cannot be built, or it is not the one with that hash.
+        """
+        found = self.given.build(self.split, self.device, batch_size=AT_A_TIME)
+        if self.sha256 is not None and hash_model(found.model) != self.sha256:
+            raise UserError(f"{self.given.model} has other weights now than those that were evaluated")
+        return found
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.built.model
+
+    @cached_property
+    def split(self) -> Split:
+        """The test examples."""
+        return self.given.source().open("test")
+
+    @property
+    def threats(self) -> Mapping[str, Threat]:
+        return MappingProxyType(self.given.threats())
+
+
+def open_given(given: Given, device: str | None = None) -> NamedModel:
+    """That model under its own name, built at once, so that what is wrong with it is told before anything is made.
+
+    Raises:
+        UserError: no such model, data or device, or they do not fit each other.
+    """
+    subject = NamedModel(given, given.name, pick_device(device or "auto"))
+    for remark in subject.built.remarks:
+        print(remark, file=sys.stderr)
+    return subject
+
+
+def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
+    """The runs among them, and why the others are left out where a figure is of training.
+
+    Raises:
+        UserError: there is no run.
+    """
+    given = {subject.name: subject for subject in subjects if isinstance(subject, GivenModel)}
+    runs = [subject for subject in subjects if not isinstance(subject, GivenModel)]
+    if not runs:
+        raise UserError("; ".join(f"{name} {WITHOUT_RUN}" for name in given))
+    return runs, dict.fromkeys(given, f"it {WITHOUT_RUN}")
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
@@ -119,8 +188,22 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
         raise UserError("name at least one run's folder")
     runs = [Run(folder) for folder in folders]
     where = pick_device(device or "auto")
-    names = names_of(runs, [run.config for run in runs])
+    names = names_of([run.config.name for run in runs], folders)
     return [Subject(run, name, where) for run, name in zip(runs, names, strict=True)]
+
+
+def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """What pictures and tables call what lies in these folders, so that names tell them apart.
+
+    Their own names, with the folder's where there is none; where two are equal, the folders' names, or their paths.
+    """
+    last = [folder.resolve().name for folder in folders]
+    choices = [
+        [name or folder for name, folder in zip(own, last, strict=True)],
+        last,
+        [str(folder) for folder in folders],
+    ]
+    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
 def attack_all(

@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import Literal
 
 from rome.analysis.paper_rows import COST, UNITS
-from rome.analysis.paper_tables import Cell, Line, sources
+from rome.analysis.paper_tables import Cell, Line
+from rome.analysis.tables import suite_text
 
 Format = Literal["text", "markdown", "latex", "html"]
 DASH = "\N{EN DASH}"
@@ -39,7 +40,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     columns = list(lines[0].cells)
     costs = columns == list(COST)
     compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
-    plain = any(line.config.experts is None for line in lines)
+    plain = any(line.config is not None and line.config.experts is None for line in lines)
     change = "" if not compared else "gain in union" if plain else "union less RoME's"
     head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
     body = [
@@ -59,6 +60,21 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
         note += "; rows evaluated differently, so compare with care"
     return _WRITERS[form](title, head, body, note)
+
+
+def sources(lines: Sequence[Line]) -> str:
+    """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
+    told: dict[str, None] = {}
+    for report in (report for line in lines for report in (*line.reports, *line.others)):
+        kept = report.settings.get("provenance") or {}
+        config = kept.get("config") or kept  # a given model's evaluation keeps the two of them alone
+        data, model = (
+            config.get("data", {}).get("kind", "unknown data"),
+            config.get("model", {}).get("name", "unknown model"),
+        )
+        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
+        told[what] = None
+    return "; ".join(told)
 
 
 def _differ(lines: Sequence[Line]) -> bool:

@@ -44,7 +44,7 @@ def write_figures(
 
     Args:
         runs: their folders, or what is there already: :func:`rome.analysis.subject.open_subjects`, and models that no
-            run made (:class:`rome.analysis.subject.GivenModel`).
+            run made (:func:`rome.analysis.subject.open_given`, :class:`rome.analysis.subject.GivenModel`).
         device: of runs that are named by their folders.
 
     A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
@@ -65,9 +65,11 @@ def write_figures(
             raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a folder")
+    if not runs:
+        raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
     subjects = [run for run in runs if isinstance(run, Subject)]
-    if folders or not subjects:
+    if folders:
         subjects = [*open_subjects(folders, device), *subjects]
     written: list[Path] = []
     missing: list[str] = []

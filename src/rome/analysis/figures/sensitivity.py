@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from rome.analysis.compared import config_differences, gather
 from rome.analysis.figures.base import Options, PaperFigure
 from rome.analysis.figures.style import MARKERS, RUNS
-from rome.analysis.subject import Subject
+from rome.analysis.subject import Subject, trained
 from rome.errors import UserError
 from rome.evaluation.suites import LP
 
@@ -41,10 +41,11 @@ class Sensitivity(PaperFigure):
     title = "sensitivity of union robustness to settings"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = gather([subject.run.folder for subject in subjects])
+        swept, left_out = trained(subjects)
+        runs = gather([subject.run.folder for subject in swept])
         differences = {
             key: values
-            for key, values in config_differences([run.config for run in runs]).items()
+            for key, values in config_differences([run.config for run in runs if run.config is not None]).items()
             if key != "seed" and not key.startswith("evaluation.")
         }
         if not differences:
@@ -64,7 +65,8 @@ class Sensitivity(PaperFigure):
                 f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one "
                 "number alone, so there is no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
             )
-        return {"evaluation": f"{runs[0].report.suite}, {runs[0].report.n} examples", "panels": panels}
+        evaluation = f"{runs[0].report.suite}, {runs[0].report.n} examples"
+        return {"evaluation": evaluation, "panels": panels, "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         return [

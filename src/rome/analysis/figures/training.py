@@ -9,7 +9,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis.figures.base import Options, PaperFigure
 from rome.analysis.figures.style import MARKERS, RUNS
-from rome.analysis.subject import Subject
+from rome.analysis.subject import Subject, trained
 from rome.errors import UserError
 
 HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training images"
@@ -30,11 +30,12 @@ class TrainingTime(PaperFigure):
     title = "training time against robustness"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        curves = [_curve(subject) for subject in subjects]
-        without = [subject.name for subject, curve in zip(subjects, curves, strict=True) if not curve["points"]]
+        runs, left_out = trained(subjects)
+        curves = [_curve(subject) for subject in runs]
+        without = [curve["name"] for curve in curves if not curve["points"]]
         if without:
             raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
-        return {"runs": curves, "reached": _reached(curves)}
+        return {"runs": curves, "reached": _reached(curves), "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         return [
