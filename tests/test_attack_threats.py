@@ -228,11 +228,16 @@ def test_passes_are_the_forwards_and_backwards_that_are_made(batch: tuple[Tensor
 
 
 @pytest.mark.parametrize(
-    ("method", "names"), [({"kind": "eat", "threats": ["Linf", "stadv-3"]}, 2), ({"kind": "random"}, 3)]
+    ("method", "trained"),
+    [
+        ({"kind": "random"}, ["Linf", "L2", "stadv-3"]),
+        ({"kind": "eat", "threats": ["Linf", "stadv-3"]}, ["Linf", "stadv-3"]),
+        ({"kind": "ramp", "source": "stadv-3", "target": "L2"}, ["stadv-3", "L2"]),
+    ],
 )
-def test_any_threat_may_be_named_where_threats_are_named(method: dict[str, Any], names: int) -> None:
+def test_any_threat_may_be_named_where_threats_are_named(method: dict[str, Any], trained: list[str]) -> None:
     config = tiny(threats=[LINF.dump(), L2.dump(), FLOW.dump()], method=method, attack__steps=1)
-    assert len(config.method.trained(config.threats, config.attack)) == names
+    assert [threat.name for threat in config.method.trained(config.threats, config.attack)] == trained
 
 
 def test_e_at_counts_what_the_threats_own_attack_fools(batch: tuple[Tensor, Tensor]) -> None:
