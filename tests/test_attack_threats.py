@@ -96,7 +96,7 @@ def test_in_a_mixture_each_example_gets_what_its_attack_alone_gives_it(
 
 
 def test_lp_balls_still_share_one_batch(batch: tuple[Tensor, Tensor]) -> None:
-    """Three steps over the six examples of both balls, three over the flow's four and none for both together."""
+    """Three steps over the nine examples of both balls, then three over the flow's three."""
     (x, y), model = batch, network()
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 2, 2])
     with recorded(model) as calls:
