@@ -57,6 +57,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "RANDOM per batch+experts": {"method": {"kind": "random", "per": "batch"}},
     "MAX+experts": {"method": "max"},
     "MAX+experts, two steps": {"method": "max", "attack__steps": 2, "batch_size": 8, "data__train_limit": 40},
+    "RANDOM+experts, threats with their own attacks": {
+        "threats": [
+            {"norm": "linf", "eps": 0.1},
+            {"kind": "attack", "attack": {"kind": "stadv", "steps": 2}},
+            {"kind": "attack", "attack": {"kind": "fog", "steps": 1}},
+        ],
+        "accumulate": 2,
+    },
     "AVG, accumulated": {"method": "avg", "experts": None, "accumulate": 3},
     "trainable projection": {"experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
     "trainable projection, a natural epoch first": {

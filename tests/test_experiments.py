@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rome.attacks import AttackThreat
 from rome.config import Config, load
 from rome.cost import updates
 from rome.data import Cifar10, ImageFolder
@@ -21,7 +22,7 @@ from tiny_runs import same
 
 FILES = {str(file.relative_to(folder()).with_suffix("")): file for file in files()}
 SETTINGS = functools.cache(load)
-FULL = [name for name in FILES if not name.startswith(("digits/", "table1/small/", "scratch/"))]
+FULL = [name for name in FILES if not name.startswith(("digits/", "table1/small/", "scratch/", "beyond/"))]
 """The paper's own settings."""
 
 ARCHITECTURES = ("deit-b", "swin-b")
@@ -105,6 +106,7 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     tuned = {f"fine-tuning/{model}/{r}{name}" for model in models for r in rome for name in ("eat", "max", "ramp")}
     assert digits | pgd | apgd | hundred | others | small | tuned <= set(FILES)
     assert {"alexnet/cifar10", "digits/cnn", "fine-tuning/vit-b/linf"} <= set(FILES)
+    assert {f"beyond/{name}" for name in {*both, "avg", "stadv", "recoloradv"}} | {"digits/random-stadv"} <= set(FILES)
     tables = {f"table{number}" for number in ("2", "4", "5", "6", "A2", "A3", "A4", "A5")}
     assert tables | {"fig3", "figA3"} <= {name.partition("/")[0] for name in FILES}
     assert not any(name.rpartition("/")[2].startswith("_") for name in FILES)
@@ -122,7 +124,15 @@ def test_a_name_says_what_is_in_the_file(name: str) -> None:
     tuned = name.startswith(("fine-tuning/", "scratch/")) and parts != ["linf"]
     assert config.attack.kind == ("apgd" if "apgd" in parts or tuned else "pgd")
     budgets = DIGITS if name.startswith("digits/") else IMAGENET if isinstance(config.data, ImageFolder) else CIFAR10
-    assert config.threats == (tuple(budgets) if parts != ["linf"] else (CIFAR10["Linf"],))
+    balls = tuple(threat for threat in config.threats if not isinstance(threat, AttackThreat))
+    own = {threat.attack.kind for threat in config.threats if isinstance(threat, AttackThreat)}
+    if name.startswith("beyond/"):
+        alone = {"stadv", "recoloradv"} & set(parts)
+        assert own == (alone or {"stadv", "recoloradv"})
+        assert balls == (() if alone else (CIFAR10["Linf"], CIFAR10["L2"]))
+        return
+    assert own == {"stadv"} & set(parts)
+    assert balls == (tuple(budgets) if parts != ["linf"] else (CIFAR10["Linf"],))
 
 
 @pytest.mark.parametrize("name", FILES)

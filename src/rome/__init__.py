@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rome.attacks import APGD, PGD, Attack, FastLPA
+    from rome.attacks import APGD, PGD, Attack, AttackThreat, FastLPA
     from rome.config import Config, load
     from rome.errors import UserError
     from rome.evaluating import Report, evaluate
@@ -28,6 +28,7 @@ __all__ = [
     "IMAGENET",
     "PGD",
     "Attack",
+    "AttackThreat",
     "Config",
     "Diversification",
     "DualScale",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attacks": ("APGD", "PGD", "Attack", "FastLPA"),
+    "attacks": ("APGD", "PGD", "Attack", "AttackThreat", "FastLPA"),
     "config": ("Config", "load"),
     "errors": ("UserError",),
     "evaluating": ("Report", "evaluate"),

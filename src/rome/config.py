@@ -18,7 +18,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from rome.attacks import PGD, Attack
+from rome.attacks import PGD, Attack, AttackThreat
 from rome.component import Component, Settings
 from rome.data import Data
 from rome.errors import UserError, did_you_mean
@@ -66,7 +66,7 @@ class Validation(Settings):
     every: int = Field(default=1, ge=1)
     """Epochs from one validation to the next; the last epoch always ends in one."""
     steps: int = Field(default=10, ge=1)
-    """Of APGD under each threat."""
+    """Of APGD under each Lp ball."""
 
 
 class Paper(Settings):
@@ -187,7 +187,8 @@ def _consistent(config: Config, where: _Where) -> None:
         problems.append(f"threats: is missing; data kind {config.data.kind!r} has no budgets of its own")
     names = [threat.name for threat in config.threats]
     if len(set(names)) < len(names):
-        problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; name each norm once")
+        advice = "name each norm once, and give attacks of one kind a label each"
+        problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; {advice}")
     try:
         trained = config.method.trained(config.threats, config.attack)
         config.method.suits(trained, config.experts, range(config.natural_epochs, config.epochs))
@@ -199,8 +200,13 @@ def _consistent(config: Config, where: _Where) -> None:
                 config.experts.check_threats(len(trained))
         except UserError as error:
             problems.append(f"{where.of(('experts', 'regularizer'))}experts: {error}")
-    if not all(isinstance(threat, LpBall) for threat in config.threats):
-        problems.append(f"{where.of(('threats',))}threats: only Lp balls can be trained on so far")
+    bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
+    if bare:
+        problems.append(
+            f"{where.of(('threats',))}threats: {', '.join(bare)} cannot be trained on as such; give Lp balls such as "
+            "{norm: linf, eps: 8/255}, and other threats with the attack that searches them: "
+            "{kind: attack, attack: {kind: stadv}}"
+        )
     if problems:
         raise UserError("\n".join(problems))
 

@@ -26,6 +26,7 @@ from rome.analysis.robustbench import write_entries
 from rome.analysis.routing import routing_numbers
 from rome.analysis.subject import STEPS, Subject, short
 from rome.analysis.tables import covered, missing, show, tabulate
+from rome.attacks import AttackThreat
 from rome.cost import macs
 from rome.errors import UserError
 from rome.evaluation.store import hash_data
@@ -246,12 +247,13 @@ class _Pictures:
             if not expert_layers(model):
                 continue
             x, y = self.data
-            balls = {name: threat for name, threat in run.threats.items() if isinstance(threat, LpBall)}
-            if not balls:
+            trainable = (LpBall, AttackThreat)
+            trained = {name: threat for name, threat in run.threats.items() if isinstance(threat, trainable)}
+            if not trained:
                 continue
-            n = min(self._affordable(model, x, len(balls)), len(x))
-            print(f"{run.name}: gates on {n} images under {', '.join(balls)}", file=sys.stderr, flush=True)
-            sample = gates.collect(model, x[:n].to(self.device), y[:n].to(self.device), balls)
+            n = min(self._affordable(model, x, len(trained)), len(x))
+            print(f"{run.name}: gates on {n} images under {', '.join(trained)}", file=sys.stderr, flush=True)
+            sample = gates.collect(model, x[:n].to(self.device), y[:n].to(self.device), trained)
             found.append({"run": run, "sample": sample, **_gate_pictures(sample)})
         return found
 

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, overload
 
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from rome.component import Component, Number
 from rome.errors import UserError
 from rome.projections import project_l1, project_l2, project_linf
+
+if TYPE_CHECKING:
+    from rome.attacks.base import Attack
 
 RTOL = 1e-5
 """Relative tolerance on a budget, for rounding in x + delta - x."""
@@ -44,6 +47,13 @@ class Threat(Component):
     @abstractmethod
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Which examples are allowed, up to rounding: bool (B,)."""
+
+    def searched_by(self, attack: Attack) -> tuple[Attack, Threat]:
+        """Which attack searches it where ``attack`` is called, and the threat that this one is told to search inside.
+
+        A threat that brings an attack of its own (:class:`rome.attacks.AttackThreat`) names that one.
+        """
+        return attack, self
 
 
 def _norm(value: Any) -> Any:

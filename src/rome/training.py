@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
+from rome.attacks.threat import check_channels
 from rome.config import Config
 from rome.data import Split
 from rome.device import placed
@@ -100,6 +101,7 @@ def _train(
     split, held = config.data.open("train"), None
     if config.validation is not None:
         split, held = hold_out(split, config.validation.n, config.seed)
+    check_channels(config.threats, config.attack, split.shape[0])
     steps = len(split) // config.batch_size
     if not steps:
         raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")

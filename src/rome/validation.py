@@ -39,10 +39,11 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 class Validator:
     """Attacks the held-out examples under every threat of the config and keeps the best weights.
 
-    An example is robust if neither it nor any iterate of APGD is misclassified. The attack draws no random numbers, and
-    the model is in evaluation mode meanwhile, with its flags and BatchNorm statistics as they were afterwards: on one
-    process training goes on as if nothing had happened. Several processes share the examples out; the first one's
-    BatchNorm statistics, which are those that are saved, go to all of them before.
+    An example is robust if neither it nor any iterate of APGD is misclassified; under a threat that brings an attack if
+    neither it nor what that one finds is. No random numbers of the run are drawn, and the model is in evaluation mode
+    meanwhile, with its flags and BatchNorm statistics as they were afterwards: on one process training goes on as if
+    nothing had happened. Several processes share the examples out; the first one's BatchNorm statistics, which are
+    those that are saved, go to all of them before.
 
     Args:
         config: with ``validation``.

@@ -74,7 +74,7 @@ def collect(
         model: with experts, in evaluation mode.
         x, y: images (n, C, H, W) in [0, 1] and labels (n,), on the model's device.
         threats: by the names to use.
-        attack: APGD with 15 steps if not given.
+        attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
         batch_size: images at a time; each is attacked under all threats at once.
     """
     attacked = attack_all(model, x, y, threats, attack=attack, batch_size=batch_size)

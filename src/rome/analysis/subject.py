@@ -79,7 +79,7 @@ class Subject:
     def attacked(self, n: int) -> Mapping[str, Tensor]:
         """Those images as they are (``natural``) and under each threat: name -> (n, C, H, W).
 
-        The attack is APGD with 15 steps on this very model.
+        The attack is APGD with 15 steps on this very model, or the threat's own.
         """
         if n not in self._attacked:
             x, y = self.images(n)
@@ -218,7 +218,7 @@ def attack_all(
     """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
 
     Args:
-        attack: APGD with 15 steps if not given.
+        attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
     """
     attack = attack or APGD(steps=STEPS)
     parts: list[Tensor] = []

@@ -17,6 +17,7 @@ from rome.attacks.recolor import ReColorAdv
 from rome.attacks.snow import Snow
 from rome.attacks.sparsefool import SparseFool
 from rome.attacks.stadv import StAdv
+from rome.attacks.threat import AttackThreat
 
 __all__ = [
     "APGD",
@@ -29,6 +30,7 @@ __all__ = [
     "PGD",
     "PPGD",
     "Attack",
+    "AttackThreat",
     "Corruption",
     "Elastic",
     "FastLPA",

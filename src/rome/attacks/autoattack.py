@@ -18,7 +18,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyautoattack import AutoAttack
@@ -49,6 +49,8 @@ class AutoAttackPart(Attack):
     ``AutoAttack(seed=0)`` finds on the same batch. Images must be float32. An image that rounding carried out of the
     ball is projected back.
     """
+
+    untrained: ClassVar[str] = "is made for evaluation; pgd and apgd search the same balls in training"
 
     def run(
         self,

@@ -11,13 +11,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rome.attacks.sharing import Group as Group
+from rome.attacks.sharing import Share, divide
 from rome.component import Component
 from rome.errors import UserError
 from rome.randomness import Stream, stream
@@ -42,15 +43,6 @@ class Found(NamedTuple):
 
 UNSEEN = torch.empty(0)
 """Stands for the loss of images that a search did not look at."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The examples of one threat within the sorted batch."""
-
-    threat: Threat
-    rows: slice
-    steps: int
 
 
 def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +125,8 @@ class Attack(Component):
     default_kind = "pgd"
     draws_by_image: ClassVar[bool] = False
     """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
+    untrained: ClassVar[str] = ""
+    """Why it makes no threat to train on (:class:`rome.attacks.AttackThreat`); empty where it does."""
 
     def __call__(
         self,
@@ -150,7 +144,8 @@ class Attack(Component):
                 global random state are as before afterwards.
             x: images (B, C, H, W), floating point, in [0, 1].
             y: labels (B,), int64.
-            threat: one threat for all, or one for each example.
+            threat: one threat for all, or one for each example. Examples of a threat that brings its own attack are
+                searched by that one, the others together by this.
             generator: random numbers for the start. None uses seed 0 at every call: right for a repeatable
                 evaluation; give your own in a training loop.
 
@@ -190,42 +185,42 @@ class Attack(Component):
     def _run(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat | PerExample, source: Stream, verdict: bool
     ) -> Found:
-        members = threat.groups() if isinstance(threat, PerExample) else [(threat, torch.arange(len(x)))]
-        # the groups that finish first stand last, so that they leave as a slice
-        members = sorted((part for part in members if len(part[1])), key=lambda part: -self.steps_for(part[0]))
-        groups: list[Group] = []
-        for member, where in members:
-            start = groups[-1].rows.stop if groups else 0
-            groups.append(Group(member, slice(start, start + len(where)), self.steps_for(member)))
-        if not groups:
+        if not isinstance(threat, PerExample):
+            threat = PerExample((threat,), torch.zeros(len(x), dtype=torch.int64))
+        shares = divide(self, x, threat, source)
+        if not shares:
             return Found(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x[:, 0, 0, 0]))
-        noise = self._noise(x, source)
-        order = torch.cat([where for _, where in members])
-        sort = order.to(x.device, non_blocking=True)
-        if len(groups) > 1:
-            x, y, noise = x[sort], y[sort], noise[sort]
+        order = torch.cat([share.rows for share in shares])
+        mixed = len(shares) > 1 or len(shares[0].groups) > 1
+        if mixed:
+            sort = order.to(x.device, non_blocking=True)
+            x, y = x[sort], y[sort]
+        sizes = [len(share.rows) for share in shares]
         with frozen(model), torch.no_grad():
-            found = self.search(model, x.contiguous(), y, groups, noise)
-            if verdict and found.loss is UNSEEN:
-                found = _verdict(model, found.images, y)
-        results = (found.images,) if found.adversarial is found.images else (found.images, found.adversarial)
-        allowed = [
-            torch.cat([group.threat.contains(part[group.rows], x[group.rows]) for group in groups]) for part in results
-        ]
-        check_results(x, results, torch.stack(allowed))
-        if found.loss is UNSEEN:
-            found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
-        if len(groups) == 1:
+            parts = [
+                _search(model, own, labels, share, verdict)
+                for share, own, labels in zip(
+                    shares, torch.split(x.contiguous(), sizes), torch.split(y, sizes), strict=True
+                )
+            ]
+        found = parts[0][0]
+        if len(parts) > 1:
+            found = Found(*map(torch.cat, zip(*(part for part, _ in parts), strict=True)))
+        check_results(x, found[:2], torch.cat([allowed for _, allowed in parts]))
+        if not mixed:
             return found
         unsort = torch.argsort(order).to(x.device, non_blocking=True)
         return Found(*(part[unsort] for part in found))
 
-    def _noise(self, x: Tensor, source: Stream) -> Tensor:
-        if not self.uses_noise:
-            return x
+    def noise(self, x: Tensor, source: Stream) -> Tensor:
+        """The random numbers of a batch, all of it, if the search needs some."""
         if self.draws_by_image:
-            return source.by_image(x, self.noise_shape(x.shape[1:]))
-        return source.uniform(x.shape, x.device)
+            return self.noise_by_image(x, source)
+        return source.uniform(x.shape, x.device) if self.uses_noise else x
+
+    def noise_by_image(self, x: Tensor, source: Stream) -> Tensor:
+        """Random numbers that depend on the seed and each image alone (:meth:`Stream.by_image`)."""
+        return source.by_image(x, self.noise_shape(x.shape[1:])) if self.uses_noise else x
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         """Shape of the random numbers of one example, for attacks that draw by image."""
@@ -244,6 +239,11 @@ class Attack(Component):
             UserError: this attack cannot search inside that threat.
         """
 
+    def passes_for(self, threat: Threat) -> float:
+        """Forward passes of the model that an example under this threat costs, a backward counted as one; NaN where
+        that is not known."""
+        return 2 * self.steps_for(threat)
+
     @abstractmethod
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         """The attack itself, on a sorted batch, without gradient tracking and with the model frozen.
@@ -255,6 +255,19 @@ class Attack(Component):
         Returns:
             What it found; ``loss=UNSEEN`` if it did not look at its result.
         """
+
+
+def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> tuple[Found, Tensor]:
+    """What an attack found for its share of a batch, and which of it is allowed: bool (b,)."""
+    found = share.attack.search(model, x, y, share.groups, share.noise)
+    if found.loss is UNSEEN:
+        unknown = torch.full_like(y, torch.nan, dtype=torch.float32)
+        found = _verdict(model, found.images, y) if verdict else found._replace(loss=unknown)
+    allowed = torch.ones_like(found.robust)
+    for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
+        inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
+        allowed = allowed & torch.cat(inside)
+    return found, allowed
 
 
 def _verdict(model: Model, images: Tensor, y: Tensor) -> Found:
@@ -286,7 +299,7 @@ def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> No
     Args:
         x: the originals (B, C, H, W).
         results: what the attack made of them, each (B, C, H, W).
-        allowed: bool (len(results), B): which of them are inside their threat.
+        allowed: bool (B,): whose results are all inside their threat.
     """
     inside = (x >= 0) & (x <= 1)
     if bool(allowed.all() & inside.all()):
@@ -296,7 +309,7 @@ def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> No
             f"images must lie in [0, 1], these lie in [{x.min():.3g}, {x.max():.3g}]: "
             "put the normalisation inside the model (rome.create_model does)"
         )
-    bad = int((~allowed).any(dim=0).sum())
+    bad = int((~allowed).sum())
     if not all(bool(part.isfinite().all()) for part in results):
         raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
     raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")

@@ -25,6 +25,7 @@ class Corruption(Attack):
 
     kind = "corruption"
     draws_by_image: ClassVar[bool] = True
+    untrained: ClassVar[str] = "is a fixed change that searches nothing"
 
     type: CorruptionType
     severity: int = Field(ge=1, le=5)

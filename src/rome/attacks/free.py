@@ -22,7 +22,7 @@ class FreeAttack(Attack):
         if not isinstance(threat, AnyImage):
             raise UserError(
                 f"{self.kind} bounds its perturbation itself, so its threat is AnyImage(label={self.kind!r}), "
-                f"not {type(threat).__name__}"
+                f"not {type(threat).__name__}; to train on it give threats: [{{kind: attack, attack: {self.kind}}}]"
             )
         return self.steps
 

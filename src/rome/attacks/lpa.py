@@ -51,6 +51,9 @@ class FastLPA(Attack):
             raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
         return self.steps
 
+    def passes_for(self, threat: Threat) -> float:
+        return 3 * self.steps + self.only_correct  # a step: forward, backward to the input, forward a little further
+
     def gain(self, logits: Tensor, y: Tensor) -> Tensor:
         """What each example's steps raise."""
         return margin(logits, y)

@@ -46,6 +46,9 @@ class GMA(Attack):
             )
         return self.steps
 
+    def passes_for(self, threat: Threat) -> float:
+        return 2 * self.steps + bool(self.steps)  # one forward first, for the experts to route to
+
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         x_adv = x.clone()
         if self.random_start:

@@ -78,5 +78,5 @@ def steepest_descent(
                 torch.where(better, loss, best.loss),
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
-        check_results(x, (best.images,), inside[best.chosen, rows].unsqueeze(0))
+        check_results(x, (best.images,), inside[best.chosen, rows])
     return best

@@ -6,6 +6,7 @@ alone, also where the originals let one example's failure change the others' (th
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,6 +42,9 @@ class _Bounded(Attack):
         if not isinstance(threat, Perceptual):
             raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
         return self.steps
+
+    def passes_for(self, threat: Threat) -> float:
+        return math.nan  # depends on the images
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
         space = _Space(model, x, groups)

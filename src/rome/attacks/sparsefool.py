@@ -7,7 +7,7 @@ uses; the authors' (github.com/LTS4/SparseFool) starts every round from the prev
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -37,6 +37,7 @@ class SparseFool(FreeAttack):
     """
 
     kind = "sparsefool"
+    untrained: ClassVar[str] = "has no budget, and how long it takes depends on the images"
     steps: Steps = 10
     """Rounds."""
     lam: Number = Field(default=3, gt=0)

@@ -22,6 +22,7 @@ from rome.attacks.free import FreeAttack
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
 from rome.errors import UserError
+from rome.threats import Threat
 
 
 class Transform(ABC):
@@ -66,6 +67,9 @@ class TransformAttack(FreeAttack):
     """In the units of the variables; None is :meth:`default_step`."""
     best: bool = False
     """Return the iterate with the highest loss instead of the last one; costs one forward more."""
+
+    def passes_for(self, threat: Threat) -> float:
+        return super().passes_for(threat) + self.best
 
     def default_step(self) -> float:
         """bound / sqrt(steps), as published."""

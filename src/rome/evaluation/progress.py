@@ -62,7 +62,8 @@ def cost(attack: Attack, threat: Threat) -> int:
     """Forward passes an example needs, a backward counted as two."""
     if isinstance(attack, AutoAttackPart) and isinstance(threat, LpBall):
         return attack.cost(threat)
-    return max(3 * attack.steps_for(threat), 1)
+    searcher, inside = threat.searched_by(attack)
+    return max(3 * searcher.steps_for(inside), 1)
 
 
 @contextmanager

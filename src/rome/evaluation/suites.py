@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_targets
 from rome.attacks.base import Attack
 from rome.attacks.pgd import PGD
+from rome.attacks.threat import AttackThreat
 from rome.component import Component, Settings
 from rome.errors import UserError
 from rome.threats import LpBall, Threat
@@ -72,16 +73,21 @@ def suite_label(settings: Mapping[str, Any]) -> str:
     return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind
 
 
-def _only_balls(suite: Suite, threats: Mapping[str, Threat]) -> dict[str, LpBall]:
-    balls = {}
+def _each(suite: Suite, threats: Mapping[str, Threat], case: Callable[[str, LpBall], Case]) -> list[Case]:
+    """The suite's case for each Lp ball, and for each threat that brings its attack the case of that one."""
+    made = []
     for name, threat in threats.items():
-        if not isinstance(threat, LpBall):
+        if isinstance(threat, LpBall):
+            made.append(case(name, threat))
+        elif isinstance(threat, AttackThreat):
+            note = f"searched by {threat.attack.kind} alone, as the threat says, and not by attacks of the suite"
+            made.append(Case(name=name, threat=threat, attacks=(threat.attack,), note=note))
+        else:
             raise UserError(
                 f"suite {suite.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
-                "Give threats such as LpBall(norm='Linf', eps=8/255)"
+                "Give threats such as LpBall(norm='Linf', eps=8/255) or AttackThreat(attack=StAdv())"
             )
-        balls[name] = threat
-    return balls
+    return made
 
 
 class QuickSuite(Suite):
@@ -93,10 +99,7 @@ class QuickSuite(Suite):
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         attacks = (APGD(steps=self.steps), PGD(steps=self.steps))
         note = "a quick look: stronger attacks (suite apgd or autoattack) will find less robustness"
-        return [
-            Case(name=name, threat=threat, attacks=attacks, note=note)
-            for name, threat in _only_balls(self, threats).items()
-        ]
+        return _each(self, threats, lambda name, ball: Case(name=name, threat=ball, attacks=attacks, note=note))
 
 
 class _LpSuite(Suite):
@@ -104,8 +107,7 @@ class _LpSuite(Suite):
     """Iterations of APGD and FAB; AutoAttack's is 100, fewer are for tests and quick looks."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        made = []
-        for name, threat in _only_balls(self, threats).items():
+        def case(name: str, threat: LpBall) -> Case:
             attacks, note = self.attacks(threat, classes), ""
             if classes < MIN_CLASSES_DLR:
                 attacks = [attack for attack in attacks if not isinstance(attack, APGDT)]
@@ -115,8 +117,9 @@ class _LpSuite(Suite):
                     f"apgd-t needs {MIN_CLASSES_DLR} classes for its loss and the model has {classes}; "
                     f"run instead: {', '.join(attack.kind for attack in attacks)}"
                 )
-            made.append(Case(name=name, threat=threat, attacks=tuple(attacks), note=note))
-        return made
+            return Case(name=name, threat=threat, attacks=tuple(attacks), note=note)
+
+        return _each(self, threats, case)
 
     @abstractmethod
     def attacks(self, threat: LpBall, classes: int) -> list[Attack]:

@@ -1,4 +1,4 @@
-"""Suites of threats that no method trains on (paper Table 2): attacks by name, and the common corruptions."""
+"""Suites of threats that the paper trains nothing on (Table 2): attacks by name, and the common corruptions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ COMMON_CORRUPTIONS = (
 
 
 class UnseenSuite(Suite):
-    """Attacks beyond Lp that no method trains on: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
+    """Attacks beyond Lp, those of Table 2: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
 
     kind = "unseen"
     rows: ClassVar[tuple[Row, ...]] = UNSEEN

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rome.attacks import AttackThreat
 from rome.explore.explorer import Answer, Explorer
 from rome.explore.uploads import read_upload
 from rome.randomness import Stream, stream
@@ -36,9 +37,12 @@ class Desk:
     def __init__(self, explorers: Sequence[Explorer]) -> None:
         self.explorers = list(explorers)
         self.balls: dict[str, LpBall] = {}
-        """The threats of either run; where both have one, the budget is the first run's."""
+        """The Lp balls of either run; where both have one, the budget is the first run's."""
+        self.others: dict[str, AttackThreat] = {}
+        """Their threats that bring an attack, likewise."""
         for explorer in explorers:
             self.balls = {**explorer.balls, **self.balls}
+            self.others = {**explorer.others, **self.others}
         self.tests = len(explorers[0].subject.split)
         self.layers = list(dict.fromkeys(layer for explorer in explorers for layer in explorer.layers))
         self.chance: Stream = stream(0, "explore")
@@ -72,9 +76,9 @@ class Desk:
         Raises:
             UserError: a radius that is none.
         """
-        chosen = expert or 0
+        chosen, asked = expert or 0, self.others.get(threat, threat)
         return [
-            each.look(shown.image, threat, eps, int(steps), layer, chosen, label=shown.label) for each in self.explorers
+            each.look(shown.image, asked, eps, int(steps), layer, chosen, label=shown.label) for each in self.explorers
         ]
 
     def experts(self, layer: str | None) -> list[tuple[str, int]]:

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rome.analysis.subject import NATURAL, Subject, open_subjects, short
-from rome.attacks import APGD
+from rome.attacks import APGD, AttackThreat
 from rome.errors import UserError, did_you_mean
 from rome.experts import expert_layers, record_gates
 from rome.explore.maps import on_grid
-from rome.threats import LpBall
+from rome.threats import LpBall, Threat
 
 STEPS, MOST_STEPS = 15, 100
 KEPT = 16
@@ -50,10 +50,10 @@ class Answer:
     """(C, H, W) in [0, 1], as it is."""
     perturbed: Tensor
     """(C, H, W) in [0, 1]; ``image`` itself where nothing was attacked."""
-    threat: LpBall | None
-    """With the radius that was used; None: natural."""
+    threat: LpBall | AttackThreat | None
+    """A ball with the radius that was used; None: natural."""
     size: float
-    """Of the perturbation, in the threat's own norm."""
+    """Of the perturbation, in the threat's own measure."""
     steps: int
     label: int
     """The class that was attacked: the true one, or the model's own prediction where nobody knows it."""
@@ -118,6 +118,11 @@ class Explorer:
         """The Lp balls it was trained on, by name."""
         return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, LpBall)}
 
+    @property
+    def others(self) -> dict[str, AttackThreat]:
+        """The threats it was trained on that bring their own attack, by name."""
+        return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, AttackThreat)}
+
     def experts(self, layer: str) -> int:
         """K of that layer; 0 where this run has no such layer."""
         return self._experts.get(layer, 0)
@@ -139,7 +144,7 @@ class Explorer:
     def look(
         self,
         image: Tensor,
-        threat: str = NATURAL,
+        threat: str | AttackThreat = NATURAL,
         eps: float | str | None = None,
         steps: int = STEPS,
         layer: str | None = None,
@@ -147,13 +152,13 @@ class Explorer:
         *,
         label: int | None = None,
     ) -> Answer:
-        """Attack an image with APGD (deterministic) and read predictions and gates, natural and attacked.
+        """Attack an image with APGD, or the threat's own attack, and read predictions and gates, natural and attacked.
 
         The attack is remembered: the same question about another layer or expert is answered at once.
 
         Args:
             image: (C, H, W) in [0, 1].
-            threat: ``natural``, or a norm: L1, L2, Linf.
+            threat: ``natural``, a norm (L1, L2, Linf), or a threat that brings its attack or the name of the run's.
             eps: radius in the threat's own units, a number or text such as ``8/255``; the run's budget if not given.
             steps: of APGD, 1..100.
             layer: for the map; the last if not given.
@@ -168,10 +173,12 @@ class Explorer:
             raise UserError(f"{self.name} reads images {self.shape}, not {tuple(image.shape)}")
         if not 1 <= steps <= MOST_STEPS:
             raise UserError(f"steps must be 1 to {MOST_STEPS}, not {steps}")
-        ball = ball_of(threat, eps, self.balls)
+        if isinstance(threat, str) and threat in self.others:
+            threat = self.others[threat]
+        ball = ball_of(threat, eps, self.balls) if isinstance(threat, str) else threat
         if label is None:
             label = self.predict(image)
-        key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, ball, steps if ball else 0)
+        key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, repr(ball), steps if ball else 0)
         with self._lock:
             if key not in self._seen:
                 self._seen[key] = self._attack(image, label, ball, steps)
@@ -197,7 +204,7 @@ class Explorer:
             seconds=time.perf_counter() - started,
         )
 
-    def _attack(self, image: Tensor, label: int, ball: LpBall | None, steps: int) -> _Attacked:
+    def _attack(self, image: Tensor, label: int, ball: Threat | None, steps: int) -> _Attacked:
         model, x = self.subject.model, image[None].to(self.subject.device)
         y = torch.tensor([label], device=x.device)
         moved = x if ball is None else self._worst(x, y, ball, steps)
@@ -212,7 +219,7 @@ class Explorer:
         size = 0.0 if ball is None else float(ball.size(moved, x))
         return _Attacked(moved[0].cpu(), size, logits.float().softmax(dim=1).cpu(), gates)
 
-    def _worst(self, x: Tensor, y: Tensor, ball: LpBall, steps: int) -> Tensor:
+    def _worst(self, x: Tensor, y: Tensor, ball: Threat, steps: int) -> Tensor:
         """Where the loss is highest; if the model is right there and wrong elsewhere on the way, a place there."""
         found = APGD(steps=steps).run(self.subject.model, x, y, ball)
         with torch.no_grad():

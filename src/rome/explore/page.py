@@ -38,8 +38,8 @@ MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "mon
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
     """The page."""
     desk = Desk(explorers)
-    threats = list(desk.balls)
-    start = threats[-1] if threats else NATURAL
+    start = [NATURAL, *desk.balls][-1]
+    threats = [*desk.balls, *desk.others]
     ball = desk.balls.get(start)
     layer = desk.layers[-1] if desk.layers else None
     title = " and ".join(explorer.name for explorer in explorers)

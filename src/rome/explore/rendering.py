@@ -16,6 +16,7 @@ from rome.analysis.charts import limits
 from rome.analysis.examples import picture
 from rome.analysis.subject import short
 from rome.explore.explorer import Answer, PatchMap
+from rome.threats import LpBall
 
 SHOWN_CLASSES = 5
 SMOOTH = 96
@@ -69,10 +70,7 @@ def _attack(answer: Answer, factor: float) -> str:
         facts, delta = "Nothing is attacked.", "no perturbation"
     else:
         verdict += f", attacked {_seen(names, attacked, answer.label)}"
-        facts = (
-            f"{answer.threat.norm} size {number(answer.size)} of at most {number(answer.threat.eps)}; "
-            f"APGD, {answer.steps} step{'s' if answer.steps > 1 else ''}, against {escape(names[answer.label])}."
-        )
+        facts = f"{_attacker(answer)}, against {escape(names[answer.label])}."
         delta = f"perturbation, {number(factor)} times"
     took = f"{answer.seconds:.2f}" if answer.seconds >= 0.01 else "under 0.01"
     shots = [
@@ -85,6 +83,18 @@ def _attack(answer: Answer, factor: float) -> str:
         f'<p class="verdict">{verdict}</p><div class="shots">{figures}</div>{_confidences(answer)}'
         f'<p class="facts">{facts} Answered in {took} s.</p>'
     )
+
+
+def _attacker(answer: Answer) -> str:
+    """What attacked, how far it went and in how many steps."""
+    if isinstance(answer.threat, LpBall):
+        went = f"{answer.threat.norm} size {number(answer.size)} of at most {number(answer.threat.eps)}"
+        kind, steps = "APGD", answer.steps
+    else:
+        assert answer.threat is not None
+        went = f"largest change of a pixel {number(answer.size)}"
+        kind, steps = answer.threat.attack.kind, answer.threat.attack.steps_for(answer.threat.place)
+    return f"{went}; {escape(kind)}, {steps} step{'s' if steps > 1 else ''}"
 
 
 def _seen(names: Sequence[str], predicted: int, label: int) -> str:

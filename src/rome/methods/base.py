@@ -96,7 +96,8 @@ class Method(Component):
             UserError: it cannot train on these threats, or not with this attack.
         """
         for threat in threats:
-            attack.steps_for(threat)
+            searcher, inside = threat.searched_by(attack)
+            searcher.steps_for(inside)
         return threats
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
@@ -156,6 +157,13 @@ class Method(Component):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+
+def search_passes(attack: Attack, threat: Threat) -> float:
+    """Forward passes of attacking an example under a threat, a backward counted as one, by the attack the threat brings
+    or else by this one; NaN where that is not known."""
+    searcher, inside = threat.searched_by(attack)
+    return searcher.passes_for(inside)
 
 
 def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tuple[Threat, ...]:

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from rome.attacks import Attack
-from rome.methods.base import Method, Outcome, Setting, combine, named, training_forward
+from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_forward
 from rome.processes import total
 from rome.randomness import Stream
 from rome.threats import PerExample, Threat
@@ -52,7 +52,7 @@ class EAT(Method):
         return super().trained(named(threats, self.threats, self.kind), attack)
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(2 * attack.steps_for(threat) for threat in threats) / len(threats) + 1 + 3
+        return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 1 + 3
 
     def prepare(self, setting: Setting) -> None:
         self._seen, self._robust = [0] * len(setting.threats), [0] * len(setting.threats)

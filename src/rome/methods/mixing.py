@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rome.attacks import Attack
-from rome.methods.base import Method, Outcome, Setting, combine, training_forward
+from rome.methods.base import Method, Outcome, Setting, combine, search_passes, training_forward
 from rome.randomness import Stream
 from rome.threats import PerExample, Threat
 
@@ -25,7 +25,7 @@ class Random(Method):
     per: Literal["example", "batch"] = "example"
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(2 * attack.steps_for(threat) for threat in threats) / len(threats) + 3
+        return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 3
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         if self.per == "batch":
@@ -50,7 +50,7 @@ class _Every(Method):
     """Attacks every example under every threat; one forward over all of them."""
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(2 * attack.steps_for(threat) + 3 for threat in threats)
+        return sum(search_passes(attack, threat) + 3 for threat in threats)
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         threats = len(setting.threats)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
-from rome.methods.base import Method, Outcome, Setting
+from rome.methods.base import Method, Outcome, Setting, search_passes
 from rome.methods.mixing import Random
 from rome.threats import PerExample, Threat
 
@@ -43,7 +43,7 @@ class MORE(Method):
         return epochs[:first], epochs[first:]
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        apart = sum(2 * attack.steps_for(threat) + 3 for threat in threats) / (len(threats) + 1)
+        apart = sum(search_passes(attack, threat) + 3 for threat in threats) / (len(threats) + 1)
         return (apart + Random().passes(threats, attack)) / 2  # of the whole mixture; both stages alike
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:

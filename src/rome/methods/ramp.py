@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rome.attacks import Attack
 from rome.component import Number
-from rome.methods.base import Method, Outcome, Setting, combine, named, training_logits
+from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_logits
 from rome.optim import Optimizer, set_lr
 from rome.processes import average, follow_first, total, world_size
 from rome.threats import PerExample, Threat
@@ -55,7 +55,7 @@ class RAMP(Method):
         return super().trained(named(threats, (self.source, self.target), self.kind), attack)
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        attacks = sum(2 * attack.steps_for(threat) + 1 + 3 for threat in threats)
+        attacks = sum(search_passes(attack, threat) + 1 + 3 for threat in threats)
         return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
 
     def prepare(self, setting: Setting) -> None:

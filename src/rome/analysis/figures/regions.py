@@ -32,7 +32,7 @@ Box = tuple[int, int, int, int]
 
 
 class RegionMaps(PaperFigure):
-    """Gate weights over one image whose regions are natural or under one threat each; a row for every run. What the
+    """Gate weights over one image whose regions are natural or under one Lp ball each; a row for every run. What the
     regions show differs too, not their threats alone: the file with the data has means over all arrangements.
 
     Each region is attacked by itself: the model sees the perturbation only there, so that APGD moves nothing elsewhere
@@ -152,6 +152,8 @@ def _of_run(subject: Subject, options: Options) -> dict[str, Any]:
         raise UserError(f"there is no test image {options.image}: there are {len(subject.split)}, numbered from 0")
     ((x, y),) = subject.split.batches([torch.tensor([options.image])], device=subject.device)
     threats = {label: threat for label, threat in subject.threats.items() if isinstance(threat, LpBall)}
+    if not threats:
+        raise UserError("it was trained on no Lp ball, and only these are attacked within a region")
     labels = [NATURAL, *threats]
     parts = boxes(len(labels), x.shape[2], x.shape[3])
     with torch.no_grad(), record_gates(subject.model) as recorder:  # before the attacks: is there a map at all?
