@@ -366,6 +366,19 @@ def test_what_a_missing_case_is_part_of_is_missing() -> None:
         found.union_of(["toy-1"])
 
 
+def test_the_unseen_suite_can_stop_where_the_published_attacks_go_on() -> None:
+    def stopping(suite: Suite) -> list[str]:
+        return [case.name for case in suite.cases({}, 10) if getattr(case.attacks[0], "stop", False)]
+
+    assert stopping(UnseenSuite()) == []
+    kinds = ["fog", "snow", "gabor", "elastic", "jpeg", "patch", "stadv", "recoloradv"]
+    assert stopping(UnseenSuite(stop=True)) == kinds
+    assert stopping(UnseenSuite(stop=True, attacks={"snow": {"stop": False}})) == [k for k in kinds if k != "snow"]
+    assert stopping(UnseenSuite(attacks={"fog": {"stop": True}})) == ["fog"]
+    assert "stop" not in UnseenSuite().dump()
+    assert as_suite(UnseenSuite(stop=True).dump()) == UnseenSuite(stop=True)
+
+
 @pytest.mark.parametrize("threat", CIFAR10, ids=lambda threat: threat.name)
 def test_who_has_no_gradient_is_not_reported_as_robust(threat: LpBall) -> None:
     """Its sign would be 0 and the attack stand still; one such example fails the case, in a line that says why."""
