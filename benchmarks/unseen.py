@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 import common
-from rome.attacks import ReColorAdv
+from rome.attacks import Attack, ReColorAdv
 from rome.attacks.base import frozen
-from rome.attacks.free import changed_pixels
+from rome.attacks.free import LastIterate, changed_pixels
 from rome.evaluation.suites import Case
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
 from rome.models import create_model
@@ -57,9 +57,7 @@ SEVERITY = 3
 THEIRS = "torchattacks"
 NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
 STOP = "-stop"
-STOPPING = tuple(
-    f"{kind}{STOP}" for kind in ("fog", "snow", "gabor", "elastic", "jpeg", "patch", "stadv", "recoloradv")
-)
+STOPPING = tuple(row.kind + STOP for row in UnseenSuite.rows if issubclass(Attack.of_kind(row.kind), LastIterate))
 
 
 class Batch(NamedTuple):
@@ -98,10 +96,9 @@ def planned(options: Any) -> dict[str, Case]:
     suites = (UnseenSuite(), CorruptionsSuite(severities=(SEVERITY,)))
     threats = {threat.name: threat for threat in CIFAR10}
     cases = [case for suite in suites for case in suite.cases(threats, 10)]
-    stopping = [
-        case.model_copy(update={"name": case.name + STOP}) for case in UnseenSuite(stop=True).cases(threats, 10)
-    ]
-    cases += [case for case in stopping if case.name in STOPPING]
+    for case in UnseenSuite(stop=True).cases(threats, 10):
+        if case.name + STOP in STOPPING:
+            cases.append(case.model_copy(update={"name": case.name + STOP}))
     found = {}
     for case in cases:
         (attack,) = case.attacks
@@ -240,9 +237,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[32], repeats=1)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
     parser.add_argument("--n", type=int, default=32, help="images in all")
-    parser.add_argument(
-        "--cases", nargs="+", choices=(*NAMES, *STOPPING, THEIRS), default=[*NAMES, THEIRS], metavar="CASE"
-    )
+    known = (*NAMES, *STOPPING, THEIRS)
+    parser.add_argument("--cases", nargs="+", choices=known, default=[*NAMES, THEIRS], metavar="CASE")
     parser.add_argument("--features", metavar="PATH", help="run or file of the network that measures for PPGD and LPA")
     options = parser.parse_args(argv)
     if options.quick:

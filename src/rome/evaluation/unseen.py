@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from rome.attacks.base import Attack
+from rome.attacks.free import LastIterate
 from rome.component import Number
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.suites import Case, Suite
@@ -106,7 +107,7 @@ class UnseenSuite(Suite):
 
     def _settings(self, row: Row) -> dict[str, Any]:
         """Of a row's attack."""
-        stops = self.stop and "stop" in Attack.of_kind(row.kind).model_fields
+        stops = self.stop and issubclass(Attack.of_kind(row.kind), LastIterate)
         return {**row.settings, **({"stop": True} if stops else {}), **self.attacks.get(row.kind, {})}
 
 
