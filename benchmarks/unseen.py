@@ -13,7 +13,8 @@ a CPU, which other work on the machine disturbs less, and the clock's on a GPU. 
 with gradient the case equals. ``passes`` counts forwards + backwards of the model for an image, and ``x passes``
 divides by the time of exactly those: 1 is the physical limit of that many passes, the rest is the attack's own work, in
 PPGD and LPA mostly the other network's. ``minutes`` extrapolates to 1,000 images that the model gets right. A
-corruption is made at severity 3; the suite has five. ``robust`` is the share still right.
+corruption is made at severity 3; the suite has five. ``robust`` is the share still right. Cases such as ``fog-stop``,
+which must be asked for, are the suite's ``stop: true``: an example is done with its first image that is misclassified.
 
 torchattacks and recoloradv are optional (``pip install --no-deps torchattacks recoloradv``). torchattacks' SparseFool
 takes one image after the other and computes the gradients of all parameters too, as its users get it; of recoloradv the
@@ -32,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 import common
-from rome.attacks import ReColorAdv
+from rome.attacks import Attack, ReColorAdv
 from rome.attacks.base import frozen
-from rome.attacks.free import changed_pixels
+from rome.attacks.free import LastIterate, changed_pixels
 from rome.evaluation.suites import Case
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
 from rome.models import create_model
@@ -55,6 +56,8 @@ except ImportError:
 SEVERITY = 3
 THEIRS = "torchattacks"
 NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
+STOP = "-stop"
+STOPPING = tuple(row.kind + STOP for row in UnseenSuite.rows if issubclass(Attack.of_kind(row.kind), LastIterate))
 
 
 class Batch(NamedTuple):
@@ -91,7 +94,11 @@ def features(options: Any, device: torch.device) -> Perceptual:
 def planned(options: Any) -> dict[str, Case]:
     """The cases of both suites, with few steps if it shall be quick."""
     suites = (UnseenSuite(), CorruptionsSuite(severities=(SEVERITY,)))
-    cases = [case for suite in suites for case in suite.cases({threat.name: threat for threat in CIFAR10}, 10)]
+    threats = {threat.name: threat for threat in CIFAR10}
+    cases = [case for suite in suites for case in suite.cases(threats, 10)]
+    for case in UnseenSuite(stop=True).cases(threats, 10):
+        if case.name + STOP in STOPPING:
+            cases.append(case.model_copy(update={"name": case.name + STOP}))
     found = {}
     for case in cases:
         (attack,) = case.attacks
@@ -230,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[32], repeats=1)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
     parser.add_argument("--n", type=int, default=32, help="images in all")
-    parser.add_argument("--cases", nargs="+", choices=(*NAMES, THEIRS), default=[*NAMES, THEIRS], metavar="CASE")
+    known = (*NAMES, *STOPPING, THEIRS)
+    parser.add_argument("--cases", nargs="+", choices=known, default=[*NAMES, THEIRS], metavar="CASE")
     parser.add_argument("--features", metavar="PATH", help="run or file of the network that measures for PPGD and LPA")
     options = parser.parse_args(argv)
     if options.quick:

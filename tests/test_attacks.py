@@ -659,6 +659,36 @@ def test_what_cannot_be_right_is_refused(attack: Attack, x: Tensor, y: Tensor, t
         attack(model, x, y, threat)
 
 
+class NoGradient(nn.Module):
+    """Fine answers, always class 0; the gradient of dark images is infinity times zero in one coordinate or in all."""
+
+    def __init__(self, coordinates: int) -> None:
+        super().__init__()
+        self.coordinates = coordinates
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        part = flat[:, : self.coordinates]
+        dark = (flat.mean(1) < 0.5).unsqueeze(1)
+        nothing = torch.where(dark, part - part, 1 + 0 * part).sqrt().sum(1) * 0
+        return torch.stack([flat.sum(1) + nothing, flat.sum(1) - 9], dim=1)
+
+
+@pytest.mark.parametrize("attack", [PGD(), PGD(l1_projection="ball-and-box"), APGD(), APGD(steps=1)], ids=str)
+@pytest.mark.parametrize("threat", CIFAR10, ids=lambda threat: threat.name)
+@pytest.mark.parametrize("coordinates", [1, 48])
+def test_a_gradient_that_is_nan_does_not_pass_for_robustness(attack: Attack, threat: LpBall, coordinates: int) -> None:
+    """Torch's sign of NaN is 0: the start would come back as if nothing could be found."""
+    model, y = NoGradient(coordinates), torch.zeros(5, dtype=torch.int64)
+    x = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) / 2 + 0.5
+    assert attack.run(model, x, y, threat).robust.all()
+    x[[1, 4]] -= 0.5
+    with pytest.raises(FloatingPointError, match="non-finite images for 2 of 5 examples"):
+        attack.run(model, x, y, threat)
+    with pytest.raises(FloatingPointError, match="non-finite images for 2 of 5 examples"):
+        attack(model, x, y, PerExample((threat, CIFAR10["L2"]), torch.tensor([0, 0, 1, 1, 0])))
+
+
 def test_a_model_that_gives_nan_is_named_as_such() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
     model[1].weight.data[0, 0] = float("nan")

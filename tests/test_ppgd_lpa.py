@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import recorded
 from rome.attacks import LPA, PGD, PPGD, Attack
 from rome.attacks.base import Group, margin
 from rome.attacks.perceptual import _Space
@@ -76,7 +77,7 @@ def test_more_steps_raise_the_margin_and_fool_more(attack: type[PPGD | LPA], mod
     x = torch.rand(40, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = model(x).argmax(1)
     found = [attack(steps=steps).run(model, x, y, Perceptual(bound=0.1)) for steps in (1, 4, 16)]
-    margins = [float(margin(model(each.images), y).mean()) for each in found]
+    margins = [float(margin(model(each.images), y).clamp(max=0).mean()) for each in found]  # beyond, they are done
     robust = [int(each.robust.sum()) for each in found]
     assert margins[0] + 0.01 < margins[1] < margins[2] - 0.01
     assert robust[0] > robust[1] + 2 > robust[2] + 4
@@ -177,6 +178,59 @@ def test_where_newton_arrives_the_projection_is_newtons(model: nn.Module, batch:
     torch.testing.assert_close(space.project(far)[arrived], moved[arrived])
 
 
+def literal_ppgd(
+    model: nn.Module, x: Tensor, y: Tensor, point: Tensor, bound: float, attack: PPGD
+) -> tuple[Tensor, Tensor | None]:
+    """One image (1, C, H, W) from its start, every step taken whatever the answers: the last point, the first wrong."""
+    space, wrong = _Space(model, x, [Group(Perceptual(bound=bound), slice(0, 1), 1)]), None
+    point = space.project(point)
+    for _ in range(attack.steps):
+        leaf = point.clone().requires_grad_()
+        logits, phi = space.seen(leaf)
+        if wrong is None and margin(logits, y) > 0:
+            wrong = point
+        (gradient,) = torch.autograd.grad(margin(logits, y).clamp(max=1).sum(), leaf, retain_graph=True)
+        move = attack._direction(space, leaf, phi, gradient) * 2 * bound / attack.steps
+        point = space.project((point + move).clamp(0, 1))
+    return point, wrong
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.1])
+def test_ppgd_image_by_image_without_an_early_end(bound: float, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Who is done leaves with the first image that is misclassified; to the others it makes no difference."""
+    x, y = batch
+    attack = PPGD(steps=6)
+    start = (x + 0.01 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
+    with recorded(model) as calls:
+        point, found = attack.climb(_Space(model, x, [Group(Perceptual(bound=bound), slice(0, 10), 6)]), start, y)
+    assert found.any()
+    assert not found.all()
+    done, expected = [], []
+    for i in range(len(x)):
+        last, wrong = literal_ppgd(model, x[i : i + 1], y[i : i + 1], start[i : i + 1], bound, attack)
+        done.append(wrong is not None)
+        expected.append(last if wrong is None else wrong)
+    assert found.tolist() == done
+    torch.testing.assert_close(point, torch.cat(expected), rtol=1e-5, atol=1e-7)
+    assert len(calls.forwards[-1]) < len(x), "some left"
+
+
+def test_what_is_inside_the_bound_is_not_computed_while_others_are_projected(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, _ = batch
+    space = _Space(model, x, [Group(Perceptual(bound=0.2), slice(0, len(x)), 1)])
+    point = x.clone()
+    point[4] = torch.rand(x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+    counts: list[int] = []
+    handle = model.one.register_forward_hook(lambda module, args, out: counts.append(len(out)))
+    projected = space.project(point)
+    handle.remove()
+    assert counts[0] == 10
+    assert set(counts[1:]) == {1}
+    assert torch.equal(projected[5:], x[5:])
+
+
 def literal_lpa(
     model: nn.Module, x: Tensor, y: Tensor, point: Tensor, bound: float, attack: LPA
 ) -> tuple[Tensor, bool]:
@@ -204,7 +258,7 @@ def test_lpa_image_by_image_by_the_letter(model: nn.Module, batch: tuple[Tensor,
     attack, bound = LPA(steps=3, rounds=5), 0.15
     start = (x + 0.01 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
     space = _Space(model, x, [Group(Perceptual(bound=bound), slice(0, len(x)), 3)])
-    point, _, found = attack.climb(space, start, y)
+    point, found = attack.climb(space, start, y)
     assert found.any()
     assert not found.all()
     for i in range(len(x)):

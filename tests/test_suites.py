@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,37 @@ def test_what_a_missing_case_is_part_of_is_missing() -> None:
     assert found.to_json()["groups"]["g"] is None
     with pytest.raises(UserError, match=r"no case 'toy-1' in this report \(it failed: RuntimeError"):
         found.union_of(["toy-1"])
+
+
+def test_the_unseen_suite_can_stop_where_the_published_attacks_go_on() -> None:
+    def stopping(suite: Suite) -> list[str]:
+        return [case.name for case in suite.cases({}, 10) if getattr(case.attacks[0], "stop", False)]
+
+    assert stopping(UnseenSuite()) == []
+    kinds = ["fog", "snow", "gabor", "elastic", "jpeg", "patch", "stadv", "recoloradv"]
+    assert stopping(UnseenSuite(stop=True)) == kinds
+    assert stopping(UnseenSuite(stop=True, attacks={"snow": {"stop": False}})) == [k for k in kinds if k != "snow"]
+    assert stopping(UnseenSuite(attacks={"fog": {"stop": True}})) == ["fog"]
+    assert "stop" not in UnseenSuite().dump()
+    assert as_suite(UnseenSuite(stop=True).dump()) == UnseenSuite(stop=True)
+
+
+@pytest.mark.parametrize("threat", CIFAR10, ids=lambda threat: threat.name)
+def test_who_has_no_gradient_is_not_reported_as_robust(threat: LpBall) -> None:
+    """Its sign would be 0 and the attack stand still; one such example fails the case, in a line that says why."""
+
+    class NoGradient(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            dark = (x.flatten(1).mean(1) < 0.4).view(-1, 1, 1, 1)
+            return super().forward(x) + 0 * torch.where(dark, x - x, 1 + 0 * x).sqrt().flatten(1).sum(1, keepdim=True)
+
+    suite = SeveralSuites(suites=(QuickSuite(steps=3), toys("same", prefix="s")))
+    args: dict[str, Any] = {"threats": [threat], "suite": suite}
+    assert not evaluate(Brightness().eval(), SHADES, LABELS, **args).failed
+    found = evaluate(NoGradient().eval(), SHADES, LABELS, **args)
+    said = r"FloatingPointError: .*images for \d of \d examples: the gradients of the model are not finite there"
+    assert re.fullmatch(said, found.failed[threat.name])
+    assert math.isnan(found.union)
 
 
 def test_groups_of_attacks_have_unions() -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.attacks import GMA, Attack, Patch, ReColorAdv, SparseFool, StAdv
-from rome.attacks.free import FreeAttack
+from conftest import recorded
+from rome.attacks import GMA, JPEG, Attack, Elastic, Fog, Gabor, Patch, ReColorAdv, Snow, SparseFool, StAdv
+from rome.attacks.free import FreeAttack, LastIterate
 from rome.config import Config
 from rome.errors import UserError
 from rome.evaluating import evaluate
@@ -165,6 +166,33 @@ def test_a_result_outside_of_the_own_bound_is_a_bug(bound: float) -> None:
         attack.check(size, bound)
     with pytest.raises(FloatingPointError, match=r"not finite"):
         attack.check(torch.tensor([0.3, torch.nan]), bound)
+
+
+STEPPING: list[LastIterate] = [
+    Fog(step_size=0.2), Snow(step_size=0.1), Gabor(step_size=0.2), Elastic(step_size=0.2), JPEG(step_size=0.05),
+    Patch(size=3, step_size=0.05), StAdv(lr=0.02), ReColorAdv(lr=0.02),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", STEPPING, ids=lambda attack: attack.kind)
+def test_who_stops_has_the_first_wrong_image_and_the_others_the_last(attack: LastIterate, model: nn.Module) -> None:
+    """The iterates are the results of fewer steps. Who is done costs no more passes."""
+    model, x, threat, steps = model.double(), images(n=16), AnyImage(label="any"), 4
+    logits = model(x)
+    close = (logits.topk(2, dim=1).values @ torch.tensor([1.0, -1.0]).double()).argsort()
+    x, y = x[close[:8]], logits.argmax(1)[close[:8]]
+    y[3] = (y[3] + 1) % 6  # wrong from the start, as its transform changes little
+    iterates = [attack.model_copy(update={"steps": n}).run(model, x, y, threat) for n in range(steps + 1)]
+    wrong = torch.stack([~each.robust for each in iterates])
+    first = torch.where(wrong.any(dim=0), wrong.int().argmax(dim=0), steps)
+    with recorded(model) as calls:
+        found = attack.model_copy(update={"steps": steps, "stop": True}).run(model, x, y, threat)
+    assert torch.equal(found.robust, ~wrong.any(dim=0))
+    expected = torch.stack([each.images for each in iterates])[first, torch.arange(8)]
+    torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-7)
+    needed = [int((first >= n).sum()) for n in range(steps)]
+    assert min(needed) < 8, "a test of nothing: nobody is done before the end"
+    assert [len(batch) for batch in calls.forwards] == [*(n for n in needed if n), 8]
 
 
 def test_settings_come_from_a_config_and_go_back(attack: Attack) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, loss_and_gradient
+from rome.attacks.base import Attack, Found, Group, Model, loss_and_gradient, signs
 from rome.attacks.pgd import Steps
 from rome.component import Number
 from rome.errors import UserError
@@ -98,7 +98,7 @@ class _State:
         self.last_wrong = self.point.clone()
 
     def remember(self, end: int) -> None:
-        better = self.loss[:end] > self.best_loss[:end]
+        better = ~(self.loss[:end] <= self.best_loss[:end])  # NaN counts as better, so that the final check meets it
         wide = better.view(-1, 1, 1, 1)
         self.best[:end] = torch.where(wide, self.point[:end], self.best[:end])
         self.best_gradient[:end] = torch.where(wide, self.gradient[:end], self.best_gradient[:end])
@@ -152,7 +152,7 @@ class _Momentum(_Walker):
         point, gradient = state.point[self.rows], state.gradient[self.rows]
         drift = point - state.before[self.rows]
         if self.threat.norm == "Linf":
-            direction = gradient.sign()
+            direction = signs(gradient)
         else:
             length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).view(-1, 1, 1, 1)
             direction = gradient / (length + 1e-12)
@@ -194,8 +194,8 @@ class _Sparse(_Walker):
         magnitude = gradient.abs()
         rank = ((1 - self.share) * self.dimensions).clamp(0, self.dimensions - 1).long()
         threshold = magnitude.sort(dim=1).values.gather(1, rank.unsqueeze(1))
-        signs = gradient.sign() * (magnitude >= threshold)
-        step_by = self.size.unsqueeze(1) * signs / (signs.abs().sum(dim=1, keepdim=True) + 1e-10)
+        direction = signs(gradient) * (magnitude >= threshold)
+        step_by = self.size.unsqueeze(1) * direction / (direction.abs().sum(dim=1, keepdim=True) + 1e-10)
         state.point[self.rows] = self.threat.project(state.point[self.rows] + step_by.view_as(self.x), self.x)
 
     def adapt(self, state: _State) -> None:

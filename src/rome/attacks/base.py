@@ -311,7 +311,10 @@ def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> No
         )
     bad = int((~allowed).sum())
     if not all(bool(part.isfinite().all()) for part in results):
-        raise FloatingPointError(f"the attack produced non-finite images for {bad} of {len(x)} examples")
+        raise FloatingPointError(
+            f"the attack produced non-finite images for {bad} of {len(x)} examples: "
+            "the gradients of the model are not finite there"
+        )
     raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from rome.attacks.base import Attack, check_bound
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, check_bound
 from rome.attacks.pgd import Steps
 from rome.errors import UserError
 from rome.threats import RTOL, AnyImage, Threat
@@ -33,6 +35,58 @@ class FreeAttack(Attack):
             size: (B,), how much of the bound each example used.
         """
         check_bound(self.kind, size <= bound * (1 + RTOL), size)
+
+
+class LastIterate(FreeAttack):
+    """Base of the free attacks that return their last iterate, as published, or with ``stop`` the first wrong one."""
+
+    stop: bool = False
+    """An example is done with its first image that is misclassified, and costs no passes of the model any more. At
+    least as strong as the last image, which may be classified correctly again; not the published protocol."""
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        if not self.stop:
+            images = self.last(model, x, y, noise)
+        else:
+            leaving = _Leaving(model, x, y)
+            try:
+                images = self.last(leaving, x, y, noise)
+            except _NobodyLeftError:
+                images = x
+            images = torch.where(leaving.gone.view(-1, 1, 1, 1), leaving.images.clamp(0, 1), images)
+        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+
+    @abstractmethod
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        """The last iterate (B, C, H, W) of a search whose every forward is at images that are allowed.
+
+        Nobody's steps may depend on the logits of others: of examples that are done these are zero, with no gradient.
+        """
+
+
+class _Leaving:
+    """A model that computes only the examples not misclassified before, and keeps the others' first wrong images.
+
+    Waits for the device at every forward.
+    """
+
+    def __init__(self, model: Model, x: Tensor, y: Tensor) -> None:
+        self.model, self.y = model, y
+        self.images, self.gone = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = (~self.gone).nonzero().flatten()
+        if not len(rows):
+            raise _NobodyLeftError
+        logits = self.model(x[rows])
+        wrong = rows[logits.detach().argmax(dim=1) != self.y[rows]]
+        self.images[wrong] = x.detach()[wrong]
+        self.gone[wrong] = True
+        return logits.new_zeros(len(x), logits.shape[1]).index_copy(0, rows, logits)
+
+
+class _NobodyLeftError(Exception):
+    """Every example is done."""
 
 
 def changed_pixels(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model, at_least_float32, margin
-from rome.attacks.free import FreeAttack
+from rome.attacks.base import Model, at_least_float32, margin
+from rome.attacks.free import LastIterate
 from rome.attacks.pgd import Steps
 from rome.component import Number
 
 
-class FunctionalAttack(FreeAttack):
+class FunctionalAttack(LastIterate):
     """Maximises margin(f(T(x)), y) - tau * roughness(shift) with Adam, over a shift of T's parameters from identity.
 
     The margin is max_{j != y} z_j - z_y without a cap. The shift starts at zero and stays in the l-inf ball of radius
@@ -49,7 +49,7 @@ class FunctionalAttack(FreeAttack):
     def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
         """The transformed images. Nothing here may be a matrix product, which autocast would round."""
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         identity = self.identity(x)
         shift = identity.new_zeros((len(x), *identity.shape[1:]))
         optimiser = torch.optim.Adam([shift], lr=self.lr)
@@ -64,8 +64,7 @@ class FunctionalAttack(FreeAttack):
             optimiser.step()
         self._constrain(shift, identity)
         self.check(shift.abs().flatten(1).amax(dim=1), self.bound)
-        images = self.apply(x, identity + shift).clamp(0, 1)
-        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return self.apply(x, identity + shift).clamp(0, 1)
 
     def _constrain(self, shift: Tensor, identity: Tensor) -> None:
         """First to valid parameters, then into the ball, in place."""

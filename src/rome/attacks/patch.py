@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model, loss_and_gradient, signs
-from rome.attacks.free import FreeAttack, changed_pixels
+from rome.attacks.base import Model, loss_and_gradient, signs
+from rome.attacks.free import LastIterate, changed_pixels
 from rome.attacks.pgd import Steps, StepSize
 from rome.errors import UserError
 
 
-class Patch(FreeAttack):
+class Patch(LastIterate):
     """Writes a square of ``size`` x ``size`` pixels at a random place of each image, by sign gradient on the loss.
 
     The paper gives size, steps and step size (A1). Place and start are ours: uniform over the places where the patch
@@ -33,7 +33,7 @@ class Patch(FreeAttack):
         """Two numbers for the place, then the pixels of the start."""
         return (2 + image[0] * self.size**2,)
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         height, width = x.shape[2:]
         if self.size > min(height, width):
             raise UserError(
@@ -53,7 +53,7 @@ class Patch(FreeAttack):
             _, _, gradient = loss_and_gradient(model, x_adv, y)
             x_adv = torch.where(inside, (x_adv + self.step_size * signs(gradient)).clamp(0, 1), x)
         self.check(changed_pixels(x_adv, x), self.size**2)
-        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return x_adv
 
 
 def _offsets(u: Tensor, length: int, size: int) -> Tensor:

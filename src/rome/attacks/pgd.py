@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient, signs
 from rome.component import Number
 from rome.errors import UserError
 from rome.projections import project_l1, project_l2, project_linf
@@ -94,7 +94,7 @@ def ascend(
     """
     origin, point, g = x.flatten(1), x_adv.flatten(1), gradient.flatten(1)
     if threat.norm == "Linf":
-        delta = project_linf(point + size * g.sign() - origin, threat.eps)
+        delta = project_linf(point + size * signs(g) - origin, threat.eps)
     elif threat.norm == "L2":
         g = inward(g, point)
         g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-8)
@@ -137,14 +137,15 @@ def inward(gradient: Tensor, point: Tensor) -> Tensor:
 def top_signs(gradient: Tensor, percentile: float) -> Tensor:
     """Signs of the coordinates at or above a percentile of |gradient|, scaled to L1 length 1; (B, D) -> (B, D).
 
-    The percentile is numpy's (linear interpolation), so 99 keeps 31 of 3,072 coordinates. A zero gradient gives zero.
+    The percentile is numpy's (linear interpolation), so 99 keeps 31 of 3,072 coordinates. A zero gradient gives zero,
+    one with NaN only NaN.
     """
     size = gradient.abs()
     dimensions = size.shape[1]
     keep = dimensions - math.ceil((dimensions - 1) * percentile / 100)
     threshold = size.topk(keep, dim=1).values[:, -1:]
-    signs = gradient.sign() * (size >= threshold)
-    return signs / signs.abs().sum(dim=1, keepdim=True).clamp(min=1)
+    direction = signs(gradient) * (size >= threshold)
+    return direction / direction.abs().sum(dim=1, keepdim=True).clamp(min=1)
 
 
 Value = TypeVar("Value", int, float)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Found, Group, Model
+from rome.attacks.base import Model
 from rome.attacks.functional import FunctionalAttack
 from rome.colors import luv_to_rgb, rgb_to_luv
 from rome.component import Number
@@ -35,10 +35,10 @@ class ReColorAdv(FunctionalAttack):
     def unsuited(self, channels: int) -> str:
         return "" if channels == 3 else f"changes colours: it needs images of 3 channels, not {channels}"
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         if reason := self.unsuited(x.shape[1]):
             raise UserError(f"{self.kind} {reason}")
-        return super().search(model, x, y, groups, noise)
+        return super().last(model, x, y, noise)
 
     def identity(self, x: Tensor) -> Tensor:
         axes = [torch.linspace(0, 1, count, dtype=x.dtype, device=x.device) for count in NODES]

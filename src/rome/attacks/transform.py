@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model, check_bound, signs
-from rome.attacks.free import FreeAttack
+from rome.attacks.base import Model, check_bound, signs
+from rome.attacks.free import LastIterate
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
 from rome.errors import UserError
@@ -51,7 +51,7 @@ class Transform(ABC):
         return ((variables >= self.low) & (variables <= self.high)).flatten(1).all(dim=1)
 
 
-class TransformAttack(FreeAttack):
+class TransformAttack(LastIterate):
     """Ascends the cross-entropy over the variables v of a transform: v <- P(v + step_size sign(gradient)).
 
     It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
@@ -90,15 +90,14 @@ class TransformAttack(FreeAttack):
             f"needs images of {allowed} channels, not {channels}" if allowed and channels not in self.channels else ""
         )
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         if reason := self.unsuited(x.shape[1]):
             raise UserError(f"{self.kind} {reason}")
         with _no_autocast(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
         variables = self.ascend(model, transform, y)
         check_bound(self.kind, transform.contains(variables), variables)
-        x_adv = _images(transform, variables)
-        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return _images(transform, variables)
 
     def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
         """The variables after all steps, or the best on the way; never waits for the device."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rome.attacks.apgd import APGD
@@ -74,7 +75,7 @@ def look(
         return np.concatenate([answer for some in parts for _, answer in halving.run(name, some, work)])
 
     def robust(threat: LpBall, steps: int) -> np.ndarray:
-        return every("checks", lambda x, y: APGD(steps=steps).run(model, x, y, threat).robust)
+        return every("checks", lambda x, y: _robust(model, x, y, threat, steps))
 
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
@@ -97,6 +98,16 @@ def look(
     message = f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {left:.0%} right"
     checks.append(found("unbounded-attack", {"share": left}, left > LEFT, message))
     return checks
+
+
+def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> Tensor:
+    """Whom APGD leaves right: bool (B,). So it does where it meets gradients that are not finite."""
+    try:
+        return APGD(steps=steps).run(model, x, y, threat).robust
+    except FloatingPointError:
+        if len(x) == 1:
+            return torch.ones_like(y, dtype=torch.bool)
+        return torch.cat([_robust(model, x[i : i + 1], y[i : i + 1], threat, steps) for i in range(len(x))])
 
 
 def _useless(gradient: Tensor) -> Tensor:
