@@ -316,6 +316,12 @@ def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: P
     assert "is an unfinished run, after 1 epochs" in ended.err
     settings = json.loads(ended.out)["settings"]
     assert settings["provenance"]["checkpoint"] == "last.pt"
+    assert "holds no finished model" in rome("report", run.folder).err
+    finished = shutil.copytree(run.folder, tmp_path / "finished")
+    train(tiny(), finished, resume=True)
+    assert "has no evaluation: run `rome evaluate" in rome("report", finished).err, "that of the checkpoint is another"
+    assert rome("evaluate", finished, "--n", 6).code == 0
+    assert rome("report", finished, "--out", tmp_path / "report").code == 0
     run.checkpoint_file.rename(run.folder / "other.pt")
     assert "there is no model at" in rome("evaluate", run.folder / "other.pt").err
 

@@ -77,6 +77,14 @@ def test_mappings_merge_at_every_depth(folder: Path) -> None:
     assert config.attack == PGD(steps={"L1": 5, "L2": 1, "Linf": 7}, step_size=8 / 255, random_start=False)
 
 
+def test_another_model_takes_no_arguments_of_its_parents(folder: Path) -> None:
+    parent = load(folder / "base.yaml").model
+    other = merged(folder, "model: {name: resnet_18}").model
+    assert parent.args
+    assert (other.name, other.args, other.img_size) == ("resnet_18", {}, parent.img_size)
+    assert load(folder / "base.yaml", ["model.name=my.py:net", "model.args.width=3"]).model.args == {"width": 3}
+
+
 def test_another_kind_replaces_the_whole_mapping(folder: Path) -> None:
     assert merged(folder, "attack: {kind: apgd}").attack == APGD()
     assert merged(folder, "attack: {kind: pgd}").attack == load(folder / "base.yaml").attack

@@ -322,6 +322,12 @@ GOOD = png(noise(1)[0])
         ),
         ([GOOD, GOOD], [0, 10], {}, r"test\.parquet: row 1 has the label 10"),
         ([GOOD, GOOD], [0, -1], {}, r"row 1 has the label -1"),
+        (
+            [GOOD, GOOD],
+            [-1, -1],
+            {},
+            r"test\.parquet: its labels are kept secret \(all are -1\).*validation-\*\.parquet",
+        ),
         ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
         ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),
         ([GOOD, GOOD], ["cat", "dog"], {}, r"column label is string"),
@@ -540,7 +546,7 @@ def test_files_of_different_data_are_not_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("tables", r"tables holds no train-\*\.parquet: data\.path must contain them"),
+        ("tables", r"tables holds no train-\*\.parquet: data\.path must contain train-\*\.parquet and"),
         ("tables/test.parquet", r"tables holds no train-\*\.parquet"),
         ("elsewhere", "elsewhere is neither a folder nor a file"),
     ],

@@ -407,7 +407,9 @@ def test_other_settings_are_refused_by_name(model: nn.Module, tmp_path: Path) ->
     x, y = digits(12)
     settings = {"threats": LINF, "suite": QUICK, "out": tmp_path, "save_images": False}
     evaluate(model, x, y, **settings)
-    with pytest.raises(UserError, match=r"other settings \(seed: 0 there, 1 now\).*another folder, or overwrite=True"):
+    with pytest.raises(
+        UserError, match=r"other settings \(seed: 0 there, 1 now\).*folder \(--out\), or overwrite=True"
+    ):
         evaluate(model, x, y, **settings, seed=1)
     with pytest.raises(UserError, match=r"suite.iterations: 10 there, 20 now"):
         evaluate(model, x, y, **(settings | {"suite": APGDSuite(iterations=20)}))

@@ -197,6 +197,9 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Open) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(300)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    heads = page.locator(".confidences thead th").evaluate_all("all => all.map(th => th.scrollWidth - th.clientWidth)")
+    assert len(heads) == 6
+    assert max(heads) <= 0, "none is cut"
     boxes = [page.locator("#attack .card").nth(i).bounding_box() for i in (0, 1)]
     assert boxes[0]["x"] == boxes[1]["x"]  # one above the other
     assert boxes[0]["width"] > 330

@@ -262,6 +262,12 @@ class TestWhatMayBeCompared:
         assert (first.report.n, second.report.n) == (24, 24)
         assert first.others == ("apgd-2",)
         for run in runs:
+            unseen = shutil.copytree(run / "evaluation/apgd-24", run / "evaluation/unseen-24")
+            settings = json.loads((unseen / "settings.json").read_text())
+            cases = [case | {"group": "perceptual"} for case in settings["cases"]]
+            (unseen / "settings.json").write_text(json.dumps(settings | {"suite": {"kind": "unseen"}, "cases": cases}))
+        assert [run.folder.name for run in gather(runs)] == ["apgd-24"] * 2, "Lp balls before other threats"
+        for run in runs:
             folder = shutil.copytree(run / "evaluation/apgd-2", run / "evaluation/autoattack-2")
             settings = json.loads((folder / "settings.json").read_text())
             settings["suite"]["kind"] = "autoattack"

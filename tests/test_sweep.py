@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from rome.cli import main
 from rome.errors import UserError
-from rome.sweep import gather_rows, points, save_rows, sweep
+from rome.evaluating import Report
+from rome.sweep import gather_rows, points, save_rows, show_rows, sweep
 
 CONFIG = """
 data: {kind: digits, train_limit: 64, test_limit: 40}
@@ -117,6 +119,28 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert gather_rows(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], "all 40 are asked for"
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
+
+
+def test_a_case_that_failed_in_one_seed_leaves_a_gap(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = points([config], ["seed=0,1,2"], tmp_path)
+    for point in chosen:
+        names = ["clean", "L1", "L2"][: 2 if point.config.seed == 1 else 3]
+        failed = {} if len(names) == 3 else {"L2": "broken"}
+        correct = np.ones((10, len(names)), dtype=bool)
+        made = Report(correct, tuple(names), np.zeros(10, np.int64), np.arange(10), {}, failed=failed)
+        folder = point.folder / "evaluation" / "apgd-10"
+        folder.mkdir(parents=True)
+        np.savez(folder / "matrix.npz", **made.arrays())
+        (folder / "settings.json").write_text("{}")
+        (folder / "result.json").write_text(json.dumps(made.to_json()))
+    rows = gather_rows(chosen)
+    show_rows(rows)
+    shown = capsys.readouterr().out.splitlines()[1]
+    assert re.sub(r"\s+", " ", shown).strip() == "tiny 3 100.0 ± 0.0 100.0 ± 0.0" + 3 * " \N{EN DASH}"
+    saved = json.loads((save_rows(rows, tmp_path).with_suffix(".json")).read_text(), parse_constant=pytest.fail)
+    assert [(each["L1"], each["L2"], each["union"]) for each in saved] == [(1, 1, 1), (1, None, None), (1, 1, 1)]
 
 
 def test_a_run_that_fails_is_named_and_leaves_the_others_alone(

@@ -210,6 +210,9 @@ def test_a_given_model_has_an_entry_if_its_data_are_known(tmp_path: Path) -> Non
     model = EvaluatedModel(name="mine", folder=tmp_path, report=found)
     entry = entries_of(model)["Linf"]
     assert (entry["name"], entry["architecture"], entry["dataset"]) == ("mine", "net.pt", "cifar10")
+    for path in ("Hub/CIFAR-100", "Hub/CIFAR-100/test.parquet"):
+        found.settings["provenance"]["data"] = {"kind": "parquet", "path": path}
+        assert entries_of(model)["Linf"]["dataset"] == "cifar-100"
     found.settings["provenance"] = {"data": "whatever somebody wrote in Python"}
     with pytest.raises(UserError, match=f"entries name the data, and {tmp_path} does not"):
         entries_of(model)

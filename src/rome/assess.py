@@ -50,7 +50,7 @@ def evaluate_saved(
     What is not given is that of ``settings``, and without these the config's; the rest is :func:`rome.evaluate`'s.
     ``routing`` replaces the gates (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual
     distances in the suite. The result goes to ``evaluation/SUITE-N`` beside the model, that of a run's
-    ``best.safetensors`` to ``evaluation-best/SUITE-N``.
+    ``best.safetensors`` to ``evaluation-best/SUITE-N``, of its ``last.pt`` to ``evaluation-unfinished``.
 
     Returns:
         The report and the folder it was saved in.
@@ -67,9 +67,10 @@ def evaluate_saved(
     _, x, y = _examples(config.data, n, settings.n)
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
-    unfinished = f"-unfinished-{file_hash(file)[:8]}" if file.suffix == ".pt" else ""
-    name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{unfinished}"
+    name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}"
     beside = "evaluation-best" if file == Run(file.parent).best_file else "evaluation"
+    if file.suffix == ".pt":  # apart, or reports and tables would take it for the finished model's
+        name, beside = f"{name}-{file_hash(file)[:8]}", "evaluation-unfinished"
     folder = Path(out) if out is not None else file.parent / beside / name
     place = own_device(pick_device(device or config.device))
     report = evaluate(

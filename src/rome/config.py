@@ -1,7 +1,8 @@
 """One YAML file and ``key=value`` overrides become a validated, frozen config.
 
 A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
-names another ``kind`` replaces the parent's whole, as ``paper`` always does. Every mistake is reported at once, with
+names another ``kind`` replaces the parent's whole, as ``paper`` always does; another ``model.name`` drops the parent's
+``model.args``. Every mistake is reported at once, with
 file, line and nearest name.
 """
 
@@ -96,7 +97,7 @@ class Config(Settings):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
     workers: int = Field(default=0, ge=0)
-    """Processes that read images (folders of images only)."""
+    """Processes that read images, where these are read while they are used: folders, and Parquet files with a size."""
     imports: tuple[str, ...] = ()
     """Python modules to import first: they register attacks, methods, data sets by subclassing."""
     data: Data
@@ -277,6 +278,8 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if "kind" in change and "kind" in base and change["kind"] != base["kind"]:
         return change
     merged = dict(base)
+    if change.get("name", base.get("name")) != base.get("name"):
+        merged.pop("args", None)  # they are of the model of that name
     for key, value in change.items():
         old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
         if isinstance(value, dict) and isinstance(old, str):

@@ -18,7 +18,11 @@ Model = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="digits, cifar10:PATH, or a folder of images or of CIFAR-10.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--data",
+        help="digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=_PANEL)

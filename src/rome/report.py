@@ -62,6 +62,8 @@ def write_report(
         UserError: a folder without a run or an evaluation, or evaluations that cannot be compared.
     """
     compared = gather(runs)
+    if compared[0].others:
+        print(f"{compared[0].name} has other evaluations too: {', '.join(compared[0].others)}", file=sys.stderr)
     trained = [run for run in compared if isinstance(run, EvaluatedRun)]
     rows = [(run.name, run.report) for run in compared]
     if out.exists() and not out.is_dir():

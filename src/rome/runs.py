@@ -7,7 +7,8 @@ best.safetensors    the weights that did best in validation, if there is one
 log.jsonl           one line an update, one an epoch, one a validation
 train.lock          there while a process trains in the folder
 tensorboard/        the same for TensorBoard
-evaluation/SUITE/   what `rome evaluate` found; of the best weights in evaluation-best/
+evaluation/SUITE/   what `rome evaluate` found; of the best weights in evaluation-best/, of last.pt in
+                    evaluation-unfinished/
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ class Run:
 
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
-        for folder in (self.tensorboard, self.folder / "evaluation", self.folder / "evaluation-best"):
+        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
+        for folder in (self.tensorboard, *evaluations):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.config_file):
             file.unlink(missing_ok=True)

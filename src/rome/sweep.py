@@ -63,14 +63,15 @@ class Row:
     overrides: dict[str, Any]
     seeds: tuple[int, ...]
     values: dict[str, list[float]]
-    """Column -> share right in each run."""
+    """Column -> share right in each run; NaN where a case failed."""
 
     def mean(self, column: str) -> float:
         return statistics.fmean(self.values[column]) if column in self.values else math.nan
 
     def deviation(self, column: str) -> float:
-        """Sample standard deviation over the seeds; NaN for one seed."""
-        return statistics.stdev(self.values[column]) if len(self.values.get(column, ())) > 1 else math.nan
+        """Sample standard deviation over the seeds; NaN for one seed, or where one lacks the column."""
+        values = self.values.get(column, [])
+        return math.nan if len(values) < 2 or any(map(math.isnan, values)) else statistics.stdev(values)
 
 
 def points(configs: Sequence[Path], axes: Sequence[str], out: Path) -> list[Point]:
@@ -206,8 +207,11 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
         members = [(point, report) for point in group if (report := _report(point)) is not None]
         if not members:
             continue
-        columns = list(dict.fromkeys(column for _, report in members for column in _columns(report)))
-        values = {column: [_columns(report)[column] for _, report in members] for column in columns}
+        found = [_columns(report) for _, report in members]
+        columns = dict.fromkeys(column for each in found for column in each)
+        values = {
+            column: [each.get(column, math.nan) for each in found] for column in columns
+        }  # a case may have failed
         varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
         plain = {key: yaml.safe_load(value) for key, value in varied.items()}
         rows.append(Row(name, plain, tuple(point.config.seed for point, _ in members), values))
@@ -259,15 +263,22 @@ def show_rows(rows: Sequence[Row]) -> None:
 
 
 def _cell(row: Row, column: str) -> str:
+    if math.isnan(row.mean(column)):
+        return "\N{EN DASH}"
     spread = row.deviation(column)
     text = "" if math.isnan(spread) else f" \N{PLUS-MINUS SIGN} {100 * spread:.1f}"
     return f"{100 * row.mean(column):.1f}{text}"
 
 
 def save_rows(rows: Sequence[Row], out: Path) -> Path:
-    """Write ``sweep.csv`` and ``sweep.json`` with every single value; returns the CSV's path."""
+    """Write ``sweep.csv`` and ``sweep.json`` with every single value (none where a case failed); returns the CSV's
+    path."""
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value  # JSON has no NaN
+
     records = [
-        {"run": row.name, **row.overrides, "seed": seed, **{column: values[i] for column, values in row.values.items()}}
+        {"run": row.name, **row.overrides, "seed": seed, **{name: known(own[i]) for name, own in row.values.items()}}
         for row in rows
         for i, seed in enumerate(row.seeds)
     ]

@@ -22,6 +22,7 @@ from rome.errors import UserError
 from rome.evaluating import Report
 from rome.evaluation.statistics import Difference, paired_difference
 from rome.evaluation.store import RESULT, SETTINGS
+from rome.evaluation.suites import LP
 from rome.files import flatten
 from rome.runs import Run
 
@@ -35,7 +36,8 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
     """What lies in these folders, each with its evaluation of one suite on as many examples that all of them have.
 
     A folder is that of a run, or that of the evaluation of a model that no run made. Where there are several common
-    evaluations, AutoAttack goes before other suites, then more examples before fewer.
+    evaluations, AutoAttack goes before other suites, then more examples before fewer, then those with attacks in Lp
+    balls before others.
 
     Raises:
         UserError: a folder with neither, a run without an evaluation of its present weights, or evaluations that
@@ -55,7 +57,12 @@ def gather(folders: Sequence[Path]) -> list[Evaluated]:
             f"the runs share no evaluation of one suite on as many examples ({there}); "
             "run `rome evaluate` on each with the same --suite and --n"
         )
-    chosen = max(common, key=lambda key: (any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], key[0]))
+
+    def rank(key: tuple[str, int]) -> tuple[bool, int, bool, str]:
+        report = found[0][key][1]
+        return any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], LP in report.members, key[0]
+
+    chosen = max(common, key=rank)
     own = [own_name(each[chosen][1]) if run is None else run.config.name for run, each in zip(runs, found, strict=True)]
     evaluated: list[Evaluated] = []
     for name, run, each in zip(names_of(own, folders), runs, found, strict=True):
@@ -130,6 +137,8 @@ def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
             continue  # Table 5's, beside that of the gates the config asks for
         found[report.suite, report.n] = settings.parent, report
     if not found:
+        if not run.finished:
+            raise UserError(f"{run.folder} holds no finished model: train it to its end (--resume), then evaluate it")
         state = "an unfinished evaluation only" if unfinished else "no evaluation"
         raise UserError(f"{run.folder} has {state}: run `rome evaluate {run.folder}` first")
     return found

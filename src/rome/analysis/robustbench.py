@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rome.analysis.evaluated import Evaluated
-from rome.data import ImageFolder
+from rome.data.resized import Resized
 from rome.errors import UserError
 from rome.evaluating import Case, Report
 from rome.evaluation.suites import LP, AutoAttackSuite
@@ -153,10 +153,11 @@ def _dataset(run: Evaluated) -> str:
             f"RobustBench's entries name the data, and {run.folder} does not: evaluate with `rome evaluate --model` "
             "and --data, or give rome.evaluate provenance={'data': {'kind': 'cifar10', 'path': PATH}}"
         )
-    if not isinstance(data, ImageFolder):
+    if not isinstance(data, Resized) or not data.path:
         return data.kind
-    classes = run.report.settings["classes"]
-    return "imagenet" if classes == 1000 else _name(Path(data.path).name.lower())
+    path = Path(data.path)
+    folder = path.parent if path.suffix == ".parquet" else path
+    return "imagenet" if run.report.settings["classes"] == 1000 else _name(folder.name.lower())
 
 
 def _name(text: str) -> str:

@@ -69,7 +69,10 @@ class Parquet(Resized):
         files = [root] if split == "test" and root.is_file() else find_tables(folder, split)
         if not files:
             state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
-            raise UserError(f"{folder} {state}: data.path must contain them, also in a folder data or plain_text")
+            raise UserError(
+                f"{folder} {state}: data.path must contain train-*.parquet and test-*.parquet (or validation), also in "
+                "a folder data or plain_text"
+            )
         return read_tables(files, self.label), folder
 
     def _classes(self, table: ImageTable, folder: Path) -> int:

@@ -156,6 +156,11 @@ def _read(file: Path, label: str) -> tuple[pa.ChunkedArray, Tensor, tuple[str, .
     wrong = [
         (row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < (len(names) or 2**31)
     ]
+    if wrong and all(value == -1 for value in labels):
+        raise UserError(
+            f"{file}: its labels are kept secret (all are -1), as of some test sets on the Hub; move its files away, "
+            "and validation-*.parquet is read instead"
+        )
     if wrong:
         refuse(f"row {wrong[0][0]} has the label {wrong[0][1]}")
     if not labels:

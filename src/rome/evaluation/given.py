@@ -109,6 +109,11 @@ class Given(Settings):
         Raises:
             UserError: unknown, unreadable, or it does not fit the data.
         """
+        if self.img_size not in (None, split.shape[-1]):
+            raise UserError(
+                f"--img-size {self.img_size}: {self.data} has images of {split.shape[-1]} pixels, never resized; "
+                "leave it out, or give a folder of images"
+            )
         return named_model(
             self.model,
             classes=len(split.classes),

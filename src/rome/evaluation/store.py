@@ -82,7 +82,7 @@ class Store:
             except OSError as error:
                 raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
             return settings
-        advice = "choose another folder, or overwrite=True to throw that evaluation away"
+        advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
         if not resume:
             raise UserError(f"{self.directory} already holds an evaluation: resume=True goes on with it; or {advice}")
         differing = differences(stored, settings)

@@ -102,7 +102,8 @@ def create_model(
         )
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, NameError) as error:
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
-        raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}") from error
+        hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
+        raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}{hint}") from error
     except OSError as error:
         raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
     if not isinstance(backbone, nn.Module):
