@@ -362,6 +362,33 @@ def test_a_mistake_ends_evaluate_with_2_and_a_reason(
     assert message in ended.err
 
 
+NAN = """
+import torch
+from torch import nn
+
+
+class Rooted(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + 0 * (0 * x.sum()).sqrt()  # 0 times an infinite gradient
+
+
+def build(num_classes):
+    torch.manual_seed(0)
+    return Rooted(num_classes)
+"""
+
+
+def test_where_every_gradient_is_nan_there_is_one_line_and_no_robustness(rome: Any, tmp_path: Path) -> None:
+    (tmp_path / "rooted.py").write_text(NAN)
+    ended = rome("evaluate", "--model", "rooted.py:build", "--data", "digits", "--n", 20, "--suite", "lp")
+    assert (ended.code, ended.out) == (1, "")
+    assert "the gradients of the model are not finite" in ended.err.splitlines()[-1]
+
+
 def test_a_model_whose_logits_are_not_finite_is_refused(run: Run, rome: Any) -> None:
     from rome.models import read_tensors
 

@@ -474,6 +474,14 @@ def test_parquet_without_names_counts_the_classes_of_both_splits(parquet: Path) 
         assert len(Parquet(path=str(parquet)).open(split).classes) == 10
 
 
+def test_train_and_test_must_name_the_same_classes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [GOOD], [1], **hub("ant", "bee"))
+    write_parquet(tmp_path / "test.parquet", [GOOD], [1], **hub("bee", "ant"))
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"differ in the names of their classes \(2 and 2\)"):
+            Parquet(path=str(tmp_path)).open(split)
+
+
 def test_a_table_sorted_by_class_is_mixed_and_another_is_not(tmp_path: Path) -> None:
     images = [png(p) for p in noise(40, 8, 8)]
     labels = [i // 10 for i in range(40)]
@@ -485,6 +493,8 @@ def test_a_table_sorted_by_class_is_mixed_and_another_is_not(tmp_path: Path) -> 
     assert torch.equal(first.labels, data.open("test").labels)
     few = data.model_copy(update={"test_limit": 7}).open("test")
     assert torch.equal(few.first(7)[0], first.first(7)[0])
+    write_parquet(tmp_path / "test.parquet", images, [3 - label for label in labels])
+    assert len(set(data.open("test").labels[:10].tolist())) > 2
     unsorted = [*labels[1:], 0]
     write_parquet(tmp_path / "test.parquet", images, unsorted)
     assert data.open("test").labels.tolist() == unsorted

@@ -376,8 +376,8 @@ def exiting() -> Iterator[None]:
     except UserError as error:
         _say(f"error: {error}")
         sys.exit(2)
-    except Incomplete as failed:
-        _say(str(failed))
+    except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
+        _say(f"error: {failed}")
         sys.exit(1)
     except Interrupted as stopped:
         _say(str(stopped))

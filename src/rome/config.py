@@ -2,8 +2,7 @@
 
 A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
 names another ``kind`` replaces the parent's whole, as ``paper`` always does; another ``model.name`` drops the parent's
-``model.args``. Every mistake is reported at once, with
-file, line and nearest name.
+``model.args``. Every mistake is reported at once, with file, line and nearest name.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from rome.data.base import Split, SplitName
 from rome.data.memory import MemorySplit
 from rome.data.resized import Resized
-from rome.data.tables import ImageTable, find_tables, read_tables
+from rome.data.tables import ImageTable, find_tables, label_names, largest_label, read_tables
 from rome.errors import UserError
 
 
@@ -26,8 +26,8 @@ class Parquet(Resized):
     Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
     is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
     they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; the encoded
-    ones are held in memory. Files sorted by class are read in an order that mixes the classes and is the same
-    everywhere, so that the first n are a fair sample; others in their own. Gray images become RGB.
+    ones are held in memory. Files in which each class stands together are read in an order that mixes the classes and
+    is the same everywhere, so that the first n are a fair sample; others in their own. Gray images become RGB.
     """
 
     kind = "parquet"
@@ -40,7 +40,7 @@ class Parquet(Resized):
         table, folder = self._table(split)
         rows = _mixed(table)
         rows = rows[: self._count(split, len(rows), folder)]
-        classes = table.names or tuple(map(str, range(self._classes(table, folder))))
+        classes = self._classes(table, folder)
         labels = table.labels[rows]
         if self.size is not None:
             return self.resized(table, rows, labels, classes, self.size)
@@ -75,12 +75,19 @@ class Parquet(Resized):
             )
         return read_tables(files, self.label), folder
 
-    def _classes(self, table: ImageTable, folder: Path) -> int:
-        """One more than the largest label of all files, where none names the classes."""
-        both = [file for name in ("train", "test") for file in find_tables(folder, name)]
-        others = [file for file in both if file not in table.files]
-        largest = [table.labels.max()] + ([read_tables(others, self.label).labels.max()] if others else [])
-        return int(max(largest)) + 1
+    def _classes(self, table: ImageTable, folder: Path) -> tuple[str, ...]:
+        """The classes that the files name, which must be the same in both splits; else the numbers up to the largest
+        label of all files."""
+        splits: tuple[SplitName, ...] = ("train", "test")
+        others = [file for name in splits for file in find_tables(folder, name) if file not in table.files]
+        for file in others:
+            if (names := label_names(file, self.label)) != table.names:
+                raise UserError(
+                    f"{table.files[0]} and {file} differ in the names of their classes ({len(table.names) or 'none'} "
+                    f"and {len(names) or 'none'}): keep the files of one data set in {folder}"
+                )
+        largest = max([int(table.labels.max()), *(largest_label(file, self.label) for file in others)])
+        return table.names or tuple(map(str, range(largest + 1)))
 
 
 def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -107,8 +114,9 @@ def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = N
 
 
 def _mixed(table: ImageTable) -> list[int]:
-    """Rows in their order, or, of a table sorted by class, in that of a hash of their numbers."""
+    """Rows in their order, or, of a table where each class stands together, in that of a hash of their numbers."""
     labels, rows = table.labels, list(range(len(table)))
-    if bool((labels[1:] < labels[:-1]).any()):
+    classes, changes = len(set(labels.tolist())), int((labels[1:] != labels[:-1]).sum())
+    if changes >= classes or len(rows) < 2 * classes:
         return rows
     return sorted(rows, key=lambda row: hashlib.sha256(str(row).encode()).digest())

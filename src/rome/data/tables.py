@@ -125,6 +125,19 @@ def label_names(file: Path, label: str = "label") -> tuple[str, ...]:
         return ()
 
 
+def largest_label(file: Path, label: str = "label") -> int:
+    """The largest label of a file, without reading its images; -1 where it has none, or cannot be read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        found = pc.max(pq.read_table(file, columns=[label]).column(label)).as_py()
+    except (pa.ArrowException, OSError, KeyError):
+        return -1
+    return int(found) if isinstance(found, int) else -1
+
+
 def _read(file: Path, label: str) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
     import pyarrow as pa
     import pyarrow.compute as pc
