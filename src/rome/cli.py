@@ -71,17 +71,10 @@ def train(
 
 
 @app.command()
+@options.names_model
 def evaluate(
+    named: dict[str, Any],
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
-    model: options.Model = None,
-    data: options.Data = None,
-    weights: options.Weights = None,
-    budgets: options.Budgets = None,
-    num_classes: options.Classes = None,
-    img_size: options.ImageSize = None,
-    patch_size: options.PatchSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -134,10 +127,7 @@ def evaluate(
             "overwrite": overwrite,
             "team": team,
         }
-        given = Given.asked({
-            "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
-            "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
-        }, target)  # fmt: skip
+        given = Given.asked(named, target)
         if target is not None and given is None:
             with enough_memory():
                 report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
@@ -248,17 +238,10 @@ def table(
 
 
 @app.command()
+@options.names_model
 def figures(
+    named: dict[str, Any],
     runs: Annotated[list[Path] | None, typer.Argument(help="Finished runs; each is a row or a curve.")] = None,
-    model: options.Model = None,
-    data: options.Data = None,
-    weights: options.Weights = None,
-    budgets: options.Budgets = None,
-    num_classes: options.Classes = None,
-    img_size: options.ImageSize = None,
-    patch_size: options.PatchSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
     only: Annotated[str | None, typer.Option(help="These alone, fig3,figA4; else all there is data for.")] = None,
     form: Annotated[str, typer.Option("--format", help="pdf, png, svg, or several: pdf,png.")] = "pdf,png",
     out: Annotated[Path, typer.Option(help="Folder for pictures and their data.")] = Path("figures"),
@@ -273,10 +256,7 @@ def figures(
     from rome.analysis.subject import open_given
     from rome.evaluation.given import Given
 
-    given = Given.asked({
-        "model": model, "data": data, "weights": weights, "budgets": budgets, "num_classes": num_classes,
-        "img_size": img_size, "patch_size": patch_size, "mean": mean, "std": std,
-    }, *(runs or ())[:1])  # fmt: skip
+    given = Given.asked(named, *(runs or ())[:1])
     shown = [*(runs or ()), *([] if given is None else [open_given(given, device)])]
     chosen = Options(n=n, seed=seed, layer=layer, image=image)
     for picture in write_figures(shown, out, only=_names(only), formats=_names(form), options=chosen, device=device):

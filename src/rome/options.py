@@ -1,6 +1,9 @@
 """Options that several commands share, among them how a model that no run made is named."""
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -10,13 +13,13 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best the
 
 _PANEL = "A model that no run made"
 
-Model = Annotated[
+_Model = Annotated[
     str | None,
     typer.Option(
         "--model", help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=_PANEL
     ),
 ]
-Data = Annotated[
+_Data = Annotated[
     str | None,
     typer.Option(
         "--data",
@@ -24,16 +27,48 @@ Data = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-Weights = Annotated[
+_Weights = Annotated[
     str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=_PANEL)
 ]
-Budgets = Annotated[
+_Budgets = Annotated[
     str | None, typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=_PANEL)
 ]
-Classes = Annotated[
+_Classes = Annotated[
     int | None, typer.Option(min=2, help="Its logits; the data's classes if not given.", rich_help_panel=_PANEL)
 ]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=_PANEL)]
-PatchSize = Annotated[int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=_PANEL)]
-Mean = Annotated[str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=_PANEL)]
-Std = Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=_PANEL)]
+_ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=_PANEL)]
+_PatchSize = Annotated[int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=_PANEL)]
+_Mean = Annotated[str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=_PANEL)]
+_Std = Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=_PANEL)]
+
+_GIVEN: dict[str, Any] = {
+    "model": _Model,
+    "data": _Data,
+    "weights": _Weights,
+    "budgets": _Budgets,
+    "num_classes": _Classes,
+    "img_size": _ImageSize,
+    "patch_size": _PatchSize,
+    "mean": _Mean,
+    "std": _Std,
+}
+"""The fields of :class:`rome.evaluation.given.Given`."""
+
+
+def names_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that name a model that no run made. It gets what was said as ``named``, by field."""
+    own = inspect.signature(command, eval_str=True)
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_GIVEN[name])
+        for name in _GIVEN
+    ]
+    parameters = [*(each for each in own.parameters.values() if each.name != "named"), *shared]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        named = {name: values.pop(name) for name in _GIVEN}
+        command(**values, named=named)
+
+    wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what typer reads
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapped

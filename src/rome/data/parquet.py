@@ -59,11 +59,11 @@ class Parquet(Resized):
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""
-        table, _ = self._table("test")
-        return len({table.picture(row).size for row in range(min(len(table), 64))}) == 1
+        table, _ = self._table("test", first=64)
+        return len({table.picture(row).size for row in range(len(table))}) == 1
 
-    def _table(self, split: SplitName) -> tuple[ImageTable, Path]:
-        """The encoded images of a split, and the folder of the files."""
+    def _table(self, split: SplitName, first: int | None = None) -> tuple[ImageTable, Path]:
+        """The encoded images of a split, of each file the first so many, and the folder of the files."""
         root = Path(self.path).expanduser()
         folder = root.parent if root.is_file() else root
         files = [root] if split == "test" and root.is_file() else find_tables(folder, split)
@@ -73,7 +73,7 @@ class Parquet(Resized):
                 f"{folder} {state}: data.path must contain train-*.parquet and test-*.parquet (or validation), also in "
                 "a folder data or plain_text"
             )
-        return read_tables(files, self.label), folder
+        return read_tables(files, self.label, first=first), folder
 
     def _classes(self, table: ImageTable, folder: Path) -> tuple[str, ...]:
         """The classes that the files name, which must be the same in both splits; else the numbers up to the largest

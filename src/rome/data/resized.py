@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,7 +50,6 @@ class Resized(Data):
             labels: int64 (N,) of these rows.
             size: side of what they become, in pixels.
         """
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         from timm.data.transforms_factory import create_transform
 
         common: dict[str, Any] = {
@@ -60,17 +60,7 @@ class Resized(Data):
         }
         plain = create_transform(**common, crop_pct=self.crop_pct)
         augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
-        return _ResizedSplit(
-            classes,
-            (3, size, size),
-            labels,
-            tuple(IMAGENET_DEFAULT_MEAN),
-            tuple(IMAGENET_DEFAULT_STD),
-            reader=reader,
-            rows=rows,
-            plain=plain,
-            augmented=augmented if self.augment else plain,
-        )
+        return _ResizedSplit(reader, rows, labels, classes, size, plain, augmented if self.augment else plain)
 
 
 class Reader(Protocol):
@@ -88,18 +78,15 @@ class _ResizedSplit(Split):
 
     def __init__(
         self,
-        classes: tuple[str, ...],
-        shape: tuple[int, int, int],
-        labels: Tensor,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
         reader: Reader,
         rows: list[int],
+        labels: Tensor,
+        classes: tuple[str, ...],
+        size: int,
         plain: Any,
         augmented: Any,
     ) -> None:
-        super().__init__(classes, shape, labels, mean, std)
+        super().__init__(classes, (3, size, size), labels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         self._reader, self._rows, self._plain, self._augmented = reader, rows, plain, augmented
 
     def _batches(

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -94,18 +95,19 @@ def find_tables(root: Path, split: SplitName) -> list[Path]:
     return files
 
 
-def read_tables(files: list[Path], label: str = "label") -> ImageTable:
+def read_tables(files: list[Path], label: str = "label", *, first: int | None = None) -> ImageTable:
     """The images, still encoded, and labels of Parquet files with a column ``img`` or ``image`` (struct with bytes).
 
     Args:
         label: the column of labels, integers from 0.
+        first: read no more than so many rows of each file.
 
     Raises:
         UserError: they are not such files, or disagree about the names of the classes.
     """
     images, labels, names = [], [], set()
     for file in files:
-        some, some_labels, some_names = _read(file, label)
+        some, some_labels, some_names = _read(file, label, first)
         images.append(some)
         labels.append(some_labels)
         names.add(some_names)
@@ -138,7 +140,7 @@ def largest_label(file: Path, label: str = "label") -> int:
     return int(found) if isinstance(found, int) else -1
 
 
-def _read(file: Path, label: str) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
+def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -160,7 +162,10 @@ def _read(file: Path, label: str) -> tuple[pa.ChunkedArray, Tensor, tuple[str, .
                 refuse(f"column {column} is {kind}")
             if not pa.types.is_integer(schema.field(label).type):
                 refuse(f"column {label} is {schema.field(label).type}")
-            table = parquet.read([column, label])
+            if first is None:
+                table = parquet.read([column, label])
+            else:
+                table = pa.Table.from_batches(list(islice(parquet.iter_batches(first, columns=[column, label]), 1)))
             encoded = pc.struct_field(table.column(column), "bytes")
     except (pa.ArrowException, OSError) as error:
         refuse(f"not a readable Parquet file ({one_line(error)})")
