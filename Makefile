@@ -1,9 +1,9 @@
-# make demo | test | check | test-slow | test-gpu | test-browser | clean
+# make demo | test | check | test-slow | test-gpu | test-browser | test-originals | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-slow test-gpu test-browser clean
+.PHONY: demo test check format test-slow test-gpu test-browser test-originals clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -29,6 +29,11 @@ test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path
 	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[browser]"
 	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_explore_browser.py
+
+test-originals: $(VENV)/ready  # the unseen attacks beside the packages they were published in
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/originals \
+		advex-uar==0.0.6.dev0 perceptual-advex==0.2.6 recoloradv==0.0.1 six==1.17.0 torchattacks==3.5.1
+	PYTHONPATH=$(VENV)/originals OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_originals.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rome needs Python >= 3.11; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }

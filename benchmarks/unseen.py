@@ -1,7 +1,7 @@
 """What the attacks of the suite ``unseen`` and the corruptions made here cost, beside the passes they must make.
 
     python benchmarks/unseen.py --data PATH --threads 1      # ResNet-18 and ViT-Ti, 32 images; on a CPU an hour
-    python benchmarks/unseen.py --data PATH --models resnet18 --cases sparsefool torchattacks --json sparsefool.json
+    python benchmarks/unseen.py --data PATH --models resnet18 --cases sparsefool sparsefool-original
 
 ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights and its own answers as labels. All images
 are classified correctly, which is what an evaluation attacks. PPGD and LPA measure with ``--features``, a trained
@@ -16,15 +16,14 @@ PPGD and LPA mostly the other network's. ``minutes`` extrapolates to 1,000 image
 corruption is made at severity 3; the suite has five. ``robust`` is the share still right. Cases such as ``fog-stop``,
 which must be asked for, are the suite's ``stop: true``: an example is done with its first image that is misclassified.
 
-torchattacks and recoloradv are optional (``pip install --no-deps torchattacks recoloradv``). torchattacks' SparseFool
-takes one image after the other and computes the gradients of all parameters too, as its users get it; of recoloradv the
-transform of colours is timed, forwards and backwards. Aim: SparseFool 20 x torchattacks' on a CPU.
+Cases such as ``ppgd-original`` are the published code (:mod:`originals`) with the same settings: torchattacks'
+SparseFool, the others perceptual-advex's. They are as their users get them but for CUDA, parameter gradients included.
+The packages are optional (``make test-originals`` names them). Aim: SparseFool 20 x torchattacks' on a CPU.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,30 +32,20 @@ import torch
 from torch import Tensor, nn
 
 import common
-from rome.attacks import Attack, ReColorAdv
+from originals import published
+from rome.attacks import Attack
 from rome.attacks.base import frozen
 from rome.attacks.free import LastIterate, changed_pixels
 from rome.evaluation.suites import Case
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
-from rome.models import create_model
+from rome.models import create_model, load_model
+from rome.perceptual import loaded
 from rome.threats import CIFAR10, Perceptual
 
-try:
-    from torchattacks.attacks.sparsefool import SparseFool as Sequential
-except ImportError:
-    Sequential = None
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its docstrings hold invalid escapes
-        from recoloradv.color_spaces import CIELUVColorSpace
-        from recoloradv.color_transformers import FullSpatial
-except ImportError:
-    FullSpatial = None
-
 SEVERITY = 3
-THEIRS = "torchattacks"
 NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
-STOP = "-stop"
+STOP, ORIGINAL = "-stop", "-original"
+ORIGINALS = tuple(row.kind + ORIGINAL for row in UnseenSuite.rows if row.kind not in ("patch", "gma"))
 STOPPING = tuple(row.kind + STOP for row in UnseenSuite.rows if issubclass(Attack.of_kind(row.kind), LastIterate))
 
 
@@ -72,9 +61,9 @@ Attacked = Callable[[Tensor, Tensor], Batch]
 
 def problem(name: str, options: Any, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
     """A model and images that it classifies correctly."""
-    model = common.make_model(name, device, options.seed)
-    real = options.data is not None and name == "resnet18"
-    x, y = common.images(3 * options.n if real else options.n, options.data, device, options.seed)
+    model = load_model(name).to(device).eval() if options.run else common.make_model(name, device, options.seed)
+    real = options.data is not None and name not in common.TIMM
+    x, y = common.images(8 * options.n if real else options.n, options.data, device, options.seed)
     with torch.no_grad():
         answer = model(x).argmax(dim=1)
     right = (answer == y).nonzero().flatten()[: options.n] if real else torch.arange(options.n, device=device)
@@ -110,7 +99,9 @@ def planned(options: Any) -> dict[str, Case]:
 
 def attacks(model: nn.Module, options: Any, device: torch.device) -> dict[str, Attacked]:
     """Every case that was asked for."""
-    perceptual, cases, found = features(options, device), planned(options), {}
+    perceptual, cases, found = loaded(features(options, device), device), planned(options), {}
+    network = perceptual.network
+    assert network is not None
 
     def ours(case: Case, x: Tensor, y: Tensor) -> Batch:
         threat = perceptual if isinstance(case.threat, Perceptual) else case.threat
@@ -118,17 +109,16 @@ def attacks(model: nn.Module, options: Any, device: torch.device) -> dict[str, A
         return Batch(result.adversarial, result.robust)
 
     def theirs(reference: Any, x: Tensor, y: Tensor) -> Batch:
-        images = reference(x, y).detach()
+        images = reference(x, y)
         with torch.no_grad():
             return Batch(images, model(images).argmax(dim=1) == y)
 
     for name in options.cases:
         if name in cases:
             found[name] = partial(ours, cases[name])
-        elif Sequential is not None:
-            attack: Any = cases["sparsefool"].attacks[0]
-            reference = Sequential(model, steps=attack.steps, lam=attack.lam, overshoot=attack.overshoot)
-            reference.deepfool.steps = attack.deepfool_steps
+        elif (
+            reference := published(model, cases[name.removesuffix(ORIGINAL)].attacks[0], network, perceptual.bound)
+        ) is not None:
             found[name] = partial(theirs, reference)
     return found
 
@@ -194,29 +184,6 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, size: int, attack: Attacked)
     }
 
 
-def colours(x: Tensor) -> dict[str, float]:
-    """Seconds of the transform of colours with its gradient, for an image: ours and recoloradv's."""
-    shape = ReColorAdv().identity(x).shape[1:]
-
-    def ours() -> None:
-        grid = ReColorAdv().identity(x).expand(len(x), *shape).clone().requires_grad_()
-        with torch.no_grad():
-            grid.copy_(ReColorAdv().valid(grid))
-        torch.autograd.grad(ReColorAdv().apply(x, grid).sum(), grid)
-
-    def theirs() -> None:
-        sizes = dict(zip(("resolution_x", "resolution_y", "resolution_z"), shape[:3], strict=True))
-        space = CIELUVColorSpace()
-        transform = FullSpatial(shape=x.shape, manual_gpu=x.device.type == "cuda", cspace=space, **sizes)
-        transform.clip_params()
-        torch.autograd.grad(space.to_rgb(transform(space.from_rgb(x))).sum(), transform.xform_params)
-
-    return {
-        name: min(timed(x.device, work)[0] for _ in range(3)) / len(x)
-        for name, work in (("rome", ours), ("recoloradv", theirs))
-    }
-
-
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """A row of the printed table."""
     return {
@@ -237,40 +204,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[32], repeats=1)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
     parser.add_argument("--n", type=int, default=32, help="images in all")
-    known = (*NAMES, *STOPPING, THEIRS)
-    parser.add_argument("--cases", nargs="+", choices=known, default=[*NAMES, THEIRS], metavar="CASE")
+    parser.add_argument("--run", metavar="PATH", help="attack the model of this run instead of --models")
+    known = (*NAMES, *STOPPING, *ORIGINALS)
+    parser.add_argument("--cases", nargs="+", choices=known, default=[*NAMES, "sparsefool-original"], metavar="CASE")
     parser.add_argument("--features", metavar="PATH", help="run or file of the network that measures for PPGD and LPA")
     options = parser.parse_args(argv)
     if options.quick:
         options.models, options.batch, options.n = ["vit-micro"], [4], 4
+    if options.run:
+        options.models = [options.run]
     device = common.start(options)
     report = common.Report(options, device, argv)
     report.note(f"PPGD and LPA measure with {options.features or 'an AlexNet of random weights'}")
+    ran: set[str] = set()
     for name in options.models:
         model, x, y = problem(name, options, device)
         for size in options.batch:
             data = []
             for case, attack in attacks(model, options, device).items():
+                ran.add(case)
                 data.append(
                     {"model": name, "images": options.n, "batch": size, "case": case}
                     | measure(model, x, y, size, attack)
                 )
             report.table(f"Unseen threats, batch {size}", [shown(row) for row in data], data)
             summary(report, name, data)
-        if "recoloradv" in options.cases and FullSpatial is not None:
-            found = colours(x[: max(options.batch)])
-            report.note(
-                f"{name}: recoloradv's transform takes {found['recoloradv'] / found['rome']:.2f} x as long as rome's"
-            )
-    if THEIRS in options.cases and Sequential is None:
-        report.note("torchattacks is not installed: its SparseFool was skipped")
-    if "recoloradv" in options.cases and FullSpatial is None:
-        report.note("recoloradv is not installed: its transform was skipped")
+    if missing := sorted(set(options.cases) & set(ORIGINALS) - ran):
+        report.note(f"{', '.join(missing)} skipped: the package is not installed")
     return report.finish()
 
 
 def summary(report: common.Report, model: str, rows: list[dict[str, Any]]) -> None:
-    """What follows from the rows of one model: the whole suite, and SparseFool's ratio."""
+    """What follows from the rows of one model: the whole suite, and ratios to the originals."""
     found = {row["case"]: row for row in rows}
     unseen = [row for name, row in found.items() if name in [row.kind for row in UnseenSuite.rows]]
     made = [row for name, row in found.items() if name.endswith(f"-{SEVERITY}")]
@@ -278,13 +243,14 @@ def summary(report: common.Report, model: str, rows: list[dict[str, Any]]) -> No
         if part:
             minutes = factor * sum(row["minutes_1000"] for row in part)
             report.note(f"{model}: {len(part)} {title} take {minutes:.3g} minutes for 1,000 images")
-    if "sparsefool" in found and THEIRS in found:
-        ours, theirs = found["sparsefool"], found[THEIRS]
-        same = sum(a == b for a, b in zip(ours["verdicts"], theirs["verdicts"], strict=True))
-        report.note(
-            f"{model}: SparseFool takes 1/{theirs['seconds'] / ours['seconds']:.2f} of {THEIRS}' time, "
-            f"with the same verdict on {same} of {ours['images']} images"
-        )
+    for name, theirs in found.items():
+        ours = found.get(name.removesuffix(ORIGINAL))
+        if name.endswith(ORIGINAL) and ours is not None:
+            same = sum(a == b for a, b in zip(ours["verdicts"], theirs["verdicts"], strict=True))
+            report.note(
+                f"{model}: {ours['case']} takes 1/{theirs['seconds'] / ours['seconds']:.2f} of the original's time, "
+                f"with the same verdict on {same} of {ours['images']} images"
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -57,6 +58,16 @@ def digits_model(digits: Digits) -> nn.Module:
             F.cross_entropy(model(images), labels).backward()
             optimiser.step()
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def digits64(digits: Digits, digits_model: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
+    """40 digits in float64, one of them classified wrongly before any attack."""
+    model = copy.deepcopy(digits_model).double()
+    x, y = digits.test[0][:40].double(), digits.test[1][:40].clone()
+    y[model(x).argmax(1) != y] = model(x).argmax(1)[model(x).argmax(1) != y]
+    y[7] = (y[7] + 1) % 10
+    return model, x, y
 
 
 @pytest.fixture(params=["L1", "L2", "Linf"])

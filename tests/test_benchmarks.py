@@ -96,9 +96,9 @@ def test_training_runs_real_updates_of_both_methods_and_says_where_the_time_goes
 
 
 def test_unseen_counts_the_passes_of_every_attack_and_corruption(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    (rows,) = run("unseen", "--cases", "fog", "sparsefool", "ppgd", "gma", "pixelate-3", "torchattacks").values()
+    (rows,) = run("unseen", "--cases", "fog", "sparsefool", "ppgd", "gma", "pixelate-3", "sparsefool-original").values()
     ours = {"fog", "sparsefool", "ppgd", "gma", "pixelate-3"}
-    assert ours <= cases(rows) <= ours | {"torchattacks"}
+    assert ours <= cases(rows) <= ours | {"sparsefool-original"}
     passes = {row["case"]: tuple(row["passes"]) for row in rows}
     assert passes["fog"] == (2 + 1, 2)  # two steps, the verdict
     assert passes["gma"] == (1 + 2 + 1, 2)  # also which experts the clean image avoids
@@ -113,11 +113,11 @@ def test_unseen_counts_the_passes_of_every_attack_and_corruption(run: Run, capsy
     assert "an AlexNet of random weights" in told
     assert "4 attacks take" in told
     assert "1 types of corruption at five severities take" in told
-    if "torchattacks" in passes:
-        assert passes["torchattacks"][1] > passes["sparsefool"][1]
-        assert "of torchattacks' time" in told
+    if "sparsefool-original" in passes:
+        assert passes["sparsefool-original"][1] > passes["sparsefool"][1]
+        assert "of the original's time" in told
     else:
-        assert "torchattacks is not installed: its SparseFool was skipped" in told
+        assert "sparsefool-original skipped: the package is not installed" in told
 
 
 def test_cases_take_turns(common: ModuleType) -> None:

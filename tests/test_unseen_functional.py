@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from rome.attacks import ReColorAdv, StAdv
 from rome.attacks.base import margin
 from rome.attacks.functional import FunctionalAttack, roughness
-from rome.attacks.recolor import NODES
 from rome.colors import luv_to_rgb, rgb_to_luv
 from rome.errors import UserError
 from rome.threats import AnyImage
@@ -257,29 +255,6 @@ def test_colours_go_through_the_grid_by_the_letter() -> None:
     for i, row, column in itertools.product(range(2), range(3), range(4)):
         expected = luv_to_rgb(literal_recolor(rgb_to_luv(x[i, :, row, column]), grid[i]))
         torch.testing.assert_close(found[i, :, row, column], expected, rtol=0, atol=1e-9)
-
-
-def test_recoloradv_changes_colours_alike() -> None:
-    """The original's transform and its constraints, whose matrix to sRGB is rounded to four digits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spaces = pytest.importorskip("recoloradv.color_spaces")
-        transformers = pytest.importorskip("recoloradv.color_transformers")
-    attack, space = ReColorAdv(), spaces.CIELUVColorSpace()
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(3, 3, 10, 10, generator=g)
-    identity = attack.identity(x)
-    shift = 0.1 * torch.randn(3, *identity.shape[1:], generator=g)
-    sizes = dict(zip(("resolution_x", "resolution_y", "resolution_z"), NODES, strict=True))
-    theirs = transformers.FullSpatial(shape=x.shape, manual_gpu=False, cspace=space, **sizes)
-    theirs.xform_params.data.copy_(identity + shift)
-    theirs.project_params("inf", attack.bound)
-    attack._constrain(shift, identity)
-    torch.testing.assert_close(identity + shift, theirs.xform_params.data, rtol=0, atol=2e-4)
-    changed = space.to_rgb(theirs(space.from_rgb(x))).detach()
-    difference = (attack.apply(x, identity + shift) - changed).abs()
-    assert float(difference.max()) < 3e-3
-    assert float(difference.mean()) < 2e-4
 
 
 def test_the_identity_changes_muted_colours_by_nothing_and_those_at_the_limits_of_srgb_by_little() -> None:

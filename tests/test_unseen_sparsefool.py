@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Digits, recorded
+from conftest import recorded
 from rome.attacks import SparseFool
 from rome.attacks.free import changed_pixels
 from rome.attacks.sparsefool import _Searches, cross_plane
@@ -66,16 +65,6 @@ def literal_sparsefool(model: nn.Module, x: Tensor, y: int, attack: SparseFool) 
         crossed = literal_cross_plane(origin.flatten(), (w / w.norm()).flatten(), beyond.flatten()).view_as(x)
         result = (origin + (1 + attack.overshoot) * (crossed - origin)).clamp(0, 1)
     return result
-
-
-@pytest.fixture(scope="module")
-def digits64(digits: Digits, digits_model: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
-    """40 digits in float64, one of them classified wrongly before any attack."""
-    model = copy.deepcopy(digits_model).double()
-    x, y = digits.test[0][:40].double(), digits.test[1][:40].clone()
-    y[model(x).argmax(1) != y] = model(x).argmax(1)[model(x).argmax(1) != y]
-    y[7] = (y[7] + 1) % 10
-    return model, x, y
 
 
 # -- crossing the plane ------------------------------------------------------------------------------------------------
@@ -165,17 +154,6 @@ def test_a_batch_is_attacked_as_its_images_one_by_one_by_the_letter(
         torch.testing.assert_close(found.images[i : i + 1], expected, rtol=0, atol=1e-7)
         assert bool(found.robust[i]) == (int(model(expected).argmax()) == int(y[i]))
     assert torch.equal(found.images[7], x[7])  # wrong from the start
-
-
-def test_torchattacks_finds_the_same(digits64: tuple[nn.Module, Tensor, Tensor]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference = pytest.importorskip("torchattacks").SparseFool
-    model, x, y = digits64
-    found = SparseFool().run(model, x[:20], y[:20], L0)
-    theirs = reference(model)(x[:20], y[:20])
-    torch.testing.assert_close(found.images, theirs, rtol=0, atol=1e-7)
-    assert torch.equal(found.robust, model(theirs).argmax(1) == y[:20])
 
 
 def test_more_rounds_keep_what_is_fooled_and_fool_more(digits64: tuple[nn.Module, Tensor, Tensor]) -> None:
