@@ -274,6 +274,14 @@ class TestWhatMayBeCompared:
             (folder / "settings.json").write_text(json.dumps(settings))
         assert [run.folder.name for run in gather(runs)] == ["autoattack-2"] * 2
 
+    def test_a_suite_that_is_asked_for(self, runs: tuple[Path, Path]) -> None:
+        for run in runs:
+            evaluate_saved(run, n=2)
+        assert [run.report.n for run in gather(runs, "apgd")] == [24, 24]
+        assert [run.report.n for run in gather(runs, "apgd-2")] == [2, 2]
+        with pytest.raises(UserError, match=r"no evaluation of suite unseen on as many examples .*a: apgd-2, apgd-24;"):
+            gather(runs, "unseen")
+
     def test_an_evaluation_of_other_weights(self, runs: tuple[Path, Path], made: tuple[Path, Path]) -> None:
         shutil.copy(made[1] / "model.safetensors", runs[0])
         with pytest.raises(UserError, match=r"other weights .* --overwrite"):

@@ -182,6 +182,9 @@ def sweep(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, and folders of evaluations of other models.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+    suite: Annotated[
+        str | None, typer.Option(help="Which evaluation, where there are several: unseen, or unseen-500.")
+    ] = None,
     union: Annotated[
         list[str] | None, typer.Option(help="A further column: the union over these cases, L1,Linf. Repeatable.")
     ] = None,
@@ -193,7 +196,7 @@ def report(
     from rome.report import write_report
 
     unions = [_names(names) for names in union or ()]
-    _say(f"open {write_report(runs, out, unions=unions, robustbench=robustbench)}")
+    _say(f"open {write_report(runs, out, suite=suite, unions=unions, robustbench=robustbench)}")
 
 
 class TableFormat(StrEnum):

@@ -44,7 +44,12 @@ SHOWN_EXPERTS = 8
 
 
 def write_report(
-    runs: list[Path], out: Path, *, unions: Sequence[Sequence[str]] = (), robustbench: bool = False
+    runs: list[Path],
+    out: Path,
+    *,
+    suite: str | None = None,
+    unions: Sequence[Sequence[str]] = (),
+    robustbench: bool = False,
 ) -> Path:
     """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
 
@@ -52,6 +57,8 @@ def write_report(
 
     Args:
         runs: folders of evaluated runs, and of evaluations of models that no run made.
+        suite: which evaluation to show where there are several, ``unseen`` or ``unseen-500``; chosen by
+            :func:`rome.analysis.compared.gather` unless given.
         unions: further columns, each the union over these cases.
         robustbench: also write RobustBench's entries into ``out`` (:func:`rome.analysis.robustbench.write_entries`).
 
@@ -61,9 +68,10 @@ def write_report(
     Raises:
         UserError: a folder without a run or an evaluation, or evaluations that cannot be compared.
     """
-    compared = gather(runs)
-    if compared[0].others:
-        print(f"{compared[0].name} has other evaluations too: {', '.join(compared[0].others)}", file=sys.stderr)
+    compared = gather(runs, suite)
+    if compared[0].others and suite is None:
+        others = ", ".join(compared[0].others)
+        print(f"{compared[0].name} has other evaluations too (--suite shows them): {others}", file=sys.stderr)
     trained = [run for run in compared if isinstance(run, EvaluatedRun)]
     rows = [(run.name, run.report) for run in compared]
     if out.exists() and not out.is_dir():
@@ -101,7 +109,9 @@ def write_report(
         "curves": _curves(compared),
         "differences": config_differences([run.config for run in trained]),
         "yaml": {run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained},
-        "command": shlex.join(["rome", "report", *map(str, runs), "--out", str(out)]),
+        "command": shlex.join(
+            ["rome", "report", *map(str, runs), "--out", str(out), *(["--suite", suite] if suite else [])]
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "notes": notes,
         "nearly": gates.NEARLY_IDENTICAL,

@@ -32,29 +32,35 @@ _SAME = ("data", "suite", "threats", "n", "seed", "cases")
 _NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
 
 
-def gather(folders: Sequence[Path]) -> list[Evaluated]:
+def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]:
     """What lies in these folders, each with its evaluation of one suite on as many examples that all of them have.
 
     A folder is that of a run, or that of the evaluation of a model that no run made. Where there are several common
     evaluations, AutoAttack goes before other suites, then more examples before fewer, then those with attacks in Lp
     balls before others.
 
+    Args:
+        suite: only evaluations of this suite, ``unseen``, or of this suite on so many examples, ``unseen-500``.
+
     Raises:
-        UserError: a folder with neither, a run without an evaluation of its present weights, or evaluations that
-            cannot be compared.
+        UserError: a folder with neither, a run without an evaluation of its present weights, none of that suite, or
+            evaluations that cannot be compared.
     """
     folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     if not folders:
         raise UserError("name at least one run's folder")
     runs = [None if is_evaluation(folder) else _run(folder) for folder in folders]
     found = [_given(folder) if run is None else _evaluations(run) for run, folder in zip(runs, folders, strict=True)]
-    common = set.intersection(*(set(each) for each in found))
+    common = {
+        key for key in set.intersection(*(set(each) for each in found)) if suite is None or suite in (key[0], _key(key))
+    }
     if not common:
         there = "; ".join(
             f"{folder}: {', '.join(map(_key, each))}" for folder, each in zip(folders, found, strict=True)
         )
+        kind = "one suite on as many examples" if suite is None else f"suite {suite} on as many examples"
         raise UserError(
-            f"the runs share no evaluation of one suite on as many examples ({there}); "
+            f"the runs share no evaluation of {kind} ({there}); "
             "run `rome evaluate` on each with the same --suite and --n"
         )
 
