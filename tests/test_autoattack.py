@@ -9,7 +9,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import nn
 
-from rome.attacks.autoattack import APGDCE, APGDT, FABT, AttackWarning, Square, standard_targets
+from rome.attacks.autoattack import APGDCE, APGDT, FABT, AttackWarning, AutoAttackPart, Square, standard_targets
 from rome.attacks.base import Attack
 from rome.errors import UserError
 from rome.threats import DIGITS, LpBall, PerExample
@@ -149,6 +149,24 @@ def test_zero_gradients_are_a_structured_warning() -> None:
         found = APGDT(iterations=10).run(Flat().eval(), x, y, DIGITS["Linf"])
     assert found.robust.all()
     assert (caught[0].message.check, caught[0].message.examples) == ("zero-gradients", 5)
+
+
+@pytest.mark.parametrize("part", [APGDCE(iterations=10), APGDT(iterations=10), FABT(iterations=2, targets=2)])
+def test_gradients_that_are_nan_are_a_structured_warning(part: AutoAttackPart) -> None:
+    """A root at zero on three of five images: the value is right, the slope 0 * inf."""
+    net = small_net()
+
+    class Rooted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = x[:, 0, 0, :1]
+            return net(x) + 0 * ((first > 0.5) * first).sqrt()
+
+    x = images(5)
+    x[:, :, 0, 0] = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.1])[:, None]
+    model = Rooted().eval()
+    with pytest.warns(AttackWarning) as caught:
+        part.run(model, x, model(x).argmax(1), LpBall(norm="Linf", eps=0.01))
+    assert [(each.message.check, each.message.examples) for each in caught] == [("nan-gradients", 3)]
 
 
 def test_no_budget_no_change() -> None:

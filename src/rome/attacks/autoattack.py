@@ -97,13 +97,13 @@ class AutoAttackPart(Attack):
         logits = model(x)
         robust = logits.argmax(1) == y
         images = x.clone()
-        seen = _ZeroGradients()
+        seen, watched = _ZeroGradients(), _Watched(model)
         for group in groups:
             threat, rows = group.threat, group.rows
             assert isinstance(threat, LpBall)
             if threat.eps == 0:
                 continue
-            suite = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=torch.initial_seed(), device=x.device)
+            suite = AutoAttack(watched, norm=threat.norm, eps=threat.eps, seed=torch.initial_seed(), device=x.device)
             suite.apgd.logger = suite.apgd_targeted.logger = seen
             found = self.searcher(suite, logits.shape[1]).perturb(x[rows], y[rows])
             fooled = (found != x[rows]).flatten(1).any(dim=1)
@@ -116,6 +116,9 @@ class AutoAttackPart(Attack):
         if seen.most:
             message = "their gradient was zero, so a gradient-based attack cannot move them; gradients may be masked"
             warnings.warn(AttackWarning("zero-gradients", message, seen.most), stacklevel=2)
+        if broken := int(watched.most):
+            message = "their gradient was NaN, which counts as zero here, so the attack did not move them as it should"
+            warnings.warn(AttackWarning("nan-gradients", message, broken), stacklevel=2)
         return Found(images, images, robust, torch.full_like(y, torch.nan, dtype=torch.float32))
 
 
@@ -233,6 +236,22 @@ class _ZeroGradients:
     def warning(self, message: str) -> None:
         count = re.search(r"(\d+) points with zero gradient", message)
         self.most = max(self.most, int(count[1]) if count else 1)
+
+
+class _Watched:
+    """The model; keeps the largest number of examples of a batch whose input gradient was NaN, on their device."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.most = model, torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(self._count)  # type: ignore[no-untyped-call]
+        return self.model(x)
+
+    def _count(self, gradient: Tensor) -> None:
+        broken = gradient.isnan().flatten(1).any(dim=1).sum()
+        self.most = torch.maximum(self.most.to(broken.device), broken)
 
 
 def cuda_in_use() -> list[int]:
