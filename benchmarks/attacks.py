@@ -180,6 +180,22 @@ def strengths(
     return found
 
 
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the printed table."""
+    return {
+        "model": row["model"],
+        "batch": str(row["batch"]),
+        "norm": row["norm"],
+        "case": row["case"],
+        "ms": common.milliseconds(row["seconds"]),
+        "x limit": str(row["ratio"]),
+        "passes": "{:.3g} + {:.3g}".format(*row["passes"]),
+        "x passes": str(row["over_passes"]),
+        "robust %": "" if row["robust"] is None else f"{row['robust']:.1f}",
+        "size": "" if row["size"] is None else f"{row['size']:.2f}",
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[64], repeats=5)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
@@ -193,28 +209,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.models, options.batch, options.repeats, options.steps = ["vit-micro"], [4], 2, 3
     device = common.start(options)
     report = common.Report(options, device, argv)
-    for name in options.models:
-        for batch in options.batch:
-            data = measure(name, batch, options, device)
-            rows = [
-                {
-                    "model": row["model"],
-                    "batch": str(row["batch"]),
-                    "norm": row["norm"],
-                    "case": row["case"],
-                    "ms": common.milliseconds(row["seconds"]),
-                    "x limit": str(row["ratio"]),
-                    "passes": "{:.3g} + {:.3g}".format(*row["passes"]),
-                    "x passes": str(row["over_passes"]),
-                    "robust %": "" if row["robust"] is None else f"{row['robust']:.1f}",
-                    "size": "" if row["size"] is None else f"{row['size']:.2f}",
-                }
-                for row in data
-            ]
-            title = f"Attacks, {options.steps} steps, radii x {options.scale:g}, {options.precision}"
-            report.table(title + (", compiled" if options.compile else ""), rows, data)
-            worst = max(row["over_passes"].median for row in data if str(row["case"]).startswith("rome"))
-            report.note(f"{name}, batch {batch}: our most expensive attack takes {worst:.3f} x its passes")
+    title = f"Attacks, {options.steps} steps, radii x {options.scale:g}, {options.precision}"
+    title += ", compiled" if options.compile else ""
+    for name, batch, data in report.measured(measure, shown, title):
+        worst = max(row["over_passes"].median for row in data if str(row["case"]).startswith("rome"))
+        report.note(f"{name}, batch {batch}: our most expensive attack takes {worst:.3f} x its passes")
     return report.finish()
 
 

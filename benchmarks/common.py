@@ -341,7 +341,7 @@ class Report:
     """Collects rows; prints them as Markdown and writes them as JSON."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, argv: Sequence[str] | None) -> None:
-        self.options = options
+        self.options, self.device = options, device
         script = Path(sys.modules["__main__"].__file__ or "").name if argv is None else ""
         self.head: dict[str, Any] = {
             "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]) if argv is None else list(argv),
@@ -365,6 +365,19 @@ class Report:
             table.add_row(*row.values())
         CONSOLE.print(table)
         self.tables.setdefault(title, []).extend(data)
+
+    def measured(
+        self,
+        measure: Callable[[str, int, argparse.Namespace, torch.device], list[dict[str, Any]]],
+        shown: Callable[[dict[str, Any]], dict[str, str]],
+        title: str,
+    ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+        """Measure each model at each batch size and print its table; then the model, the size and its rows."""
+        for name in self.options.models:
+            for batch in self.options.batch:
+                data = measure(name, batch, self.options, self.device)
+                self.table(title, [shown(row) for row in data], data)
+                yield name, batch, data
 
     def note(self, text: str) -> None:
         CONSOLE.print(text + "\n", markup=False)

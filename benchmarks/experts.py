@@ -179,6 +179,20 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
     return rows
 
 
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the printed table."""
+    return {
+        "model": row["model"],
+        "batch": str(row["batch"]),
+        "what": row["what"],
+        "case": row["case"],
+        "ms": common.milliseconds(row["seconds"]),
+        "x plain": str(row["ratio"]),
+        "arithmetic": f"{row['arithmetic']:.3f}",
+        "GMAC/image": f"{row['gmacs_per_image']:.3g}",
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-b", "vit-s", "vit-ti"], batch=[8], repeats=9)
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
@@ -189,24 +203,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = common.start(options)
     report = common.Report(options, device, argv)
     title = f"Experts, {options.precision}, {'compiled' if options.compile else 'eager'}"
-    for name in options.models:
-        for batch in options.batch:
-            data = measure(name, batch, options, device)
-            rows = [
-                {
-                    "model": row["model"],
-                    "batch": str(row["batch"]),
-                    "what": row["what"],
-                    "case": row["case"],
-                    "ms": common.milliseconds(row["seconds"]),
-                    "x plain": str(row["ratio"]),
-                    "arithmetic": f"{row['arithmetic']:.3f}",
-                    "GMAC/image": f"{row['gmacs_per_image']:.3g}",
-                }
-                for row in data
-            ]
-            report.table(title, rows, data)
-            report.note(f"{name}: RoME and the loop agree to {data[0]['disagreement']:.1e} of the largest value")
+    for name, _, data in report.measured(measure, shown, title):
+        report.note(f"{name}: RoME and the loop agree to {data[0]['disagreement']:.1e} of the largest value")
     return report.finish()
 
 

@@ -57,6 +57,15 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
     return rows
 
 
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the printed table."""
+    return {
+        **{key: str(row[key]) for key in ("model", "batch", "what", "case")},
+        "ms": common.milliseconds(row["seconds"]),
+        "x first": str(row["ratio"]),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18"], batch=[32], repeats=7)
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
@@ -65,18 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.batch, options.repeats = [2], 2
     device = common.start(options)
     report = common.Report(options, device, argv)
-    for name in options.models:
-        for batch in options.batch:
-            data = measure(name, batch, options, device)
-            rows = [
-                {
-                    **{key: str(row[key]) for key in ("model", "batch", "what", "case")},
-                    "ms": common.milliseconds(row["seconds"]),
-                    "x first": str(row["ratio"]),
-                }
-                for row in data
-            ]
-            report.table(f"Layout, {options.precision}", rows, data)
+    list(report.measured(measure, shown, f"Layout, {options.precision}"))
     return report.finish()
 
 

@@ -104,6 +104,20 @@ def _count(model: nn.Module) -> list[int]:
     return calls
 
 
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the printed table."""
+    return {
+        "model": row["model"],
+        "batch": str(row["batch"]),
+        "what": row["what"],
+        "case": row["case"],
+        "ms": common.milliseconds(row["seconds"]),
+        "x separate": str(row["ratio"]),
+        "forwards": str(row["forwards"]),
+        "same": f"{row['same']:.0%}",
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti"], batch=[64, 192], repeats=3)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
@@ -115,25 +129,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.models, options.batch, options.repeats, options.steps = ["vit-micro"], [6], 2, [2, 2, 1]
     device = common.start(options)
     report = common.Report(options, device, argv)
-    for name in options.models:
-        for batch in options.batch:
-            data = measure(name, batch, options, device)
-            rows = [
-                {
-                    "model": row["model"],
-                    "batch": str(row["batch"]),
-                    "what": row["what"],
-                    "case": row["case"],
-                    "ms": common.milliseconds(row["seconds"]),
-                    "x separate": str(row["ratio"]),
-                    "forwards": str(row["forwards"]),
-                    "same": f"{row['same']:.0%}",
-                }
-                for row in data
-            ]
-            steps = "/".join(map(str, options.steps))
-            experts = ", with experts" if options.experts else ""
-            report.table(f"Mixed batch, PGD {steps}, {options.precision}{experts}", rows, data)
+    steps, experts = "/".join(map(str, options.steps)), ", with experts" if options.experts else ""
+    list(report.measured(measure, shown, f"Mixed batch, PGD {steps}, {options.precision}{experts}"))
     return report.finish()
 
 
