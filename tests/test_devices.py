@@ -24,6 +24,7 @@ from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
 from rome.experts import (
     Diversification,
     Gate,
+    Networks,
     Regularizer,
     add_experts,
     expert_layers,
@@ -249,6 +250,10 @@ def test_losses_on_the_gates(regularizer: Regularizer, x: Tensor) -> None:
 @pytest.mark.parametrize("kind", ["random", "avg", "max", "msd", "eat", "ramp"])
 def test_methods(kind: str, x: Tensor) -> None:
     compare_training(Method.of_kind(kind)(), vit(), x, Diversification())
+
+
+def test_more_in_both_stages(x: Tensor) -> None:
+    compare_training(Method.of_kind("more")(), Networks(experts=3).inject(vit(experts=False)), x, None)
 
 
 @pytest.mark.parametrize("kind", ["pat", "vr"])
