@@ -234,6 +234,7 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> Non
     assert_same_run(train(tiny(), run.folder, resume=True), train(tiny(), tmp_path / "one"))
 
 
+@pytest.mark.timeout(400)  # two processes that load torch, on a machine that may be busy
 def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200))
     run = Run(tmp_path / "run")
@@ -243,7 +244,7 @@ def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
     with open(tmp_path / "err", "wb") as err:
         process = subprocess.Popen(command, stdout=err, stderr=err, env=env)
     try:
-        wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 2 * STEPS, 120)
+        wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 2 * STEPS, 240)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     finally:
