@@ -248,8 +248,8 @@ def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # killed, it would leave its workers behind
+        process.wait(60)
     state, lines = run.load_checkpoint(), updates(run.log())
     assert state["epoch"] * STEPS + state["step"] == len(lines) < 200 * STEPS
     assert "stopped by SIGTERM" in (tmp_path / "err").read_text()
