@@ -12,6 +12,7 @@ from torch import nn
 from rome.cli import main
 from rome.cost import macs, measure, parameters
 from rome.experiments import folder
+from rome.models import Classifier
 from tiny_runs import tiny
 
 
@@ -102,3 +103,23 @@ def test_timing_runs_whole_updates(changes: dict[str, Any], monkeypatch: pytest.
     assert facts["seconds_per_update"] > 0
     assert facts["latency_ms"] > 0
     assert facts["batch_size"] == 12
+
+
+def test_precision_and_compilation_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    seen: set[str] = set()
+    forward = Classifier.forward
+
+    def spy(self: Classifier, x: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_float32_matmul_precision())
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(Classifier, "forward", spy)
+    before = torch.get_float32_matmul_precision()
+    measure(tiny(compile=True, precision="tf32"), repeats=1)
+    assert len(compiled) == 1
+    assert "high" in seen
+    assert torch.get_float32_matmul_precision() == before
+    measure(tiny(), repeats=1)
+    assert len(compiled) == 1

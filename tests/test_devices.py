@@ -175,6 +175,8 @@ def test_gates(gate: str, routing: Any, x: Tensor) -> None:
         torch.testing.assert_close(on_device(images).cpu(), model(x))
     for name, gates in found.gates.items():
         torch.testing.assert_close(gates.weights.cpu(), expected.gates[name].weights)
+    after, images, _, _ = both(model, x)  # moved with the routing it has, as `rome evaluate --routing` does
+    torch.testing.assert_close(after(images).cpu(), model(x))
 
 
 @pytest.mark.parametrize("build", [vit, resnet])

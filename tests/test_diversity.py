@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rome.experts import Diversification, DualScale, Gates, MixtureLinear, Recorded, add_experts, record_gates
+from rome.experts.groups import group_means
 from tiny_runs import in_two_processes
 
 
@@ -290,3 +291,11 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> Non
             assert two["gradients"].keys() == one["gradients"].keys()
             for name, gradient in one["gradients"].items():
                 torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [600, 601])
+def test_members_are_counted_exactly_whatever_the_precision_of_the_gates(count: int) -> None:
+    values = torch.ones(count, 2, dtype=torch.bfloat16)
+    means, members = group_means(values, torch.zeros(count, dtype=torch.int64), 2)
+    assert members.tolist() == [count, 0]
+    assert means.tolist() == [[1, 1], [0, 0]]

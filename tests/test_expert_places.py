@@ -15,7 +15,19 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from rome.errors import UserError
-from rome.experts import Gated, Layout, LowRank, add_experts, expert_layers, layout_of, record_gates
+from rome.experts import (
+    DualScale,
+    Experts,
+    FeedForward,
+    Gated,
+    Layout,
+    LowRank,
+    add_experts,
+    expert_layers,
+    layout_of,
+    record_gates,
+)
+from rome.experts.maps import grid_of
 from rome.models import ModelSettings, build_model
 from small_models import grow, images, normal, plain_swin, small_cnn, timm_model
 
@@ -280,3 +292,90 @@ def test_a_wide_resnet_numbers_its_residual_blocks() -> None:
     layers = add_experts(holder, layers=("conv_?",), rank=2)
     betas = [layer.gate.beta for layer in expert_layers(layers).values()]
     assert betas == [1 / (1 + math.exp(-(4 * (1 - (i // 2 + 1) / 12) - 2))) for i in range(24)]
+
+
+# Models whose layers are not where a name says
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "why"),
+    [
+        ("pvt_v2_b0", {}, r"no fused projection qkv.*layers ending in .*kv, proj, q"),
+        ("levit_128s", {}, "no fused projection qkv"),
+        ("samvit_base_patch16_224", {"img_size": 64, "depth": 2}, "sees windows of Block"),
+        ("twins_svt_small", {}, "sees windows of LocallyGroupedAttn"),
+    ],
+)
+def test_attention_of_other_forms_is_refused_and_not_adapted_in_part(name: str, args: Any, why: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **args)
+    with pytest.raises(UserError, match=why):
+        add_experts(model)
+    assert not expert_layers(model)
+
+
+def test_one_window_that_is_the_whole_image_is_an_image() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("samvit_base_patch16_224", depth=2)
+    assert {layer.layout for layer in expert_layers(add_experts(model)).values()} == {Layout()}
+
+
+def test_a_stem_of_several_convolutions_is_left_alone() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet26d")
+    assert [name for name in expert_layers(add_experts(model)) if name.startswith("conv1")] == []
+    assert next(iter(expert_layers(model))) == "layer1.0.conv2"
+
+
+def test_feed_forward_experts_stand_in_the_blocks_and_not_in_class_attention() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("xcit_nano_12_p16_224", depth=3)
+        named = timm.create_model("xcit_nano_12_p16_224", depth=3)
+    assert list(expert_layers(FeedForward().inject(model))) == [f"blocks.{i}.mlp" for i in range(3)]
+    FeedForward(layers=("cls_attn_blocks.0.mlp",)).inject(named)
+    assert list(expert_layers(named)) == ["cls_attn_blocks.0.mlp"]
+
+
+def test_register_tokens_are_no_class_token() -> None:
+    build = timm_model("vit_tiny_patch16_224", class_token=False, reg_tokens=2, global_pool="avg")
+    with pytest.raises(UserError, match=r"reads a class token, and layer .* sees none"):
+        LowRank(gate=DualScale(pool="cls")).inject(build())
+    with_both = timm_model("vit_tiny_patch16_224", reg_tokens=2)()
+    assert LowRank(gate=DualScale(pool="cls")).inject(with_both) is with_both
+
+
+def test_tokens_in_another_order_have_no_map() -> None:
+    with torch.device("meta"):
+        model = add_experts(timm.create_model("nest_tiny", img_size=64))
+    name = next(iter(expert_layers(model)))
+    with pytest.raises(UserError, match="tokens of Nest do not lie row by row"):
+        grid_of(model, name, 64, (64, 64))
+
+
+# Programs
+
+
+def program(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "convolution":
+        return grow(add_experts(small_cnn(), rank=2)).eval()
+    if kind == "window":
+        return swin(4).float()
+    model = timm_model("vit_tiny_patch16_224")()
+    settings: dict[str, Any] = {} if kind == "ffn" else {"rank": 2}
+    return grow(Experts.of_kind(kind)(**settings).inject(model)).eval()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["export", "trace"])
+@pytest.mark.parametrize("kind", ["low-rank", "adapter", "ffn", "convolution", "window"])
+def test_programs_of_adapted_models_take_any_batch(kind: str, form: str) -> None:
+    model = program(kind)
+    shape = (1, 8, 8) if kind == "convolution" else (3, 32, 32)
+    x, other = (normal(n, *shape, seed=n, dtype=torch.float32) for n in (6, 3))
+    with torch.no_grad():
+        if form == "export":
+            made = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        else:
+            made = torch.jit.trace(model, (x,), check_trace=False)
+        torch.testing.assert_close(made(other), model(other), rtol=1e-4, atol=1e-5)

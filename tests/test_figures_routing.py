@@ -36,6 +36,7 @@ from rome.experts import (
     LowRank,
     Networks,
     Uniform,
+    add_experts,
     expert_layers,
     record_gates,
     set_routing,
@@ -206,6 +207,22 @@ def test_a_mixture_of_networks_shows_the_first_networks_blocks() -> None:
     assert names == ("backbone.networks.0.blocks.0", "backbone.networks.0.blocks.1")
     _, out = outputs(model, names[1], batch())
     assert np.allclose(features.collect(model, {"natural": batch()}, names[1])[0], out[:, 1:].numpy(), atol=1e-6)
+
+
+def test_a_mixture_of_swins_reads_their_maps_channels_last() -> None:
+    model = Networks(experts=2).inject(Classifier(plain_swin(), (0.5,) * 3, (0.5,) * 3)).eval()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    name = features.block_layers(model)[0]
+    _, out = outputs(model, name, x)
+    assert np.array_equal(features.collect(model, {"natural": x}, name)[0], out.flatten(1, 2).numpy())
+
+
+def test_gates_over_different_numbers_of_experts_are_not_compared() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    add_experts(model, layers="0", experts=2, rank=1)
+    add_experts(model, layers="1", experts=3, rank=1)
+    with pytest.raises(UserError, match="layers have 2 and 3 experts"):
+        gates.read(model, {"natural": torch.rand(2, 3, 4)})
 
 
 def test_recording_keeps_copies_and_ends_even_when_the_forward_fails() -> None:

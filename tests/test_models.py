@@ -16,7 +16,7 @@ from rome import __version__
 from rome.device import placed
 from rome.errors import UserError
 from rome.evaluating import hash_model
-from rome.experts import LowRank, add_experts, expert_layers
+from rome.experts import DualScale, LowRank, add_experts, expert_layers
 from rome.models import (
     Classifier,
     ModelSettings,
@@ -475,3 +475,18 @@ def test_a_model_on_a_cpu_keeps_channels_last_and_saves_what_it_always_did(tmp_p
     assert hash_model(model) == hash_model(
         create_model("resnet_18", num_classes=10, weights=tmp_path / "first.safetensors")
     )
+
+
+def test_gates_of_other_settings_are_refused_though_their_weights_fit(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    settings = [{"gate": DualScale(b=-2)}, {"regularizer": None}]  # the second changes no output
+    for save, load in ((save_model, lambda model: load_model(file, model)), (save_experts, _experts_of(file))):
+        save(LowRank(rank=2).inject(tiny()), file)
+        other, same_function = (LowRank(rank=2, **each).inject(tiny()) for each in settings)
+        with pytest.raises(UserError, match=r"holds experts with gate: .*'b': 2\.0.*the model's have .*'b': -2\.0"):
+            load(other)
+        assert load(same_function) is same_function
+
+
+def _experts_of(file: Path) -> Any:
+    return lambda model: load_experts(model, file)

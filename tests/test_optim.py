@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from rome.experts import add_experts, expert_layers
+from rome.experts import Adapters, add_experts, expert_layers
 from rome.models import create_model
 from rome.optim import SGD, AdamW, Optimizer, Schedule, set_lr
 
@@ -173,3 +173,10 @@ def test_defaults_are_the_papers() -> None:
 def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AdamW(**settings)
+
+
+def test_biases_of_adapters_do_not_decay() -> None:
+    model = Adapters(rank=2).inject(create_model("vit_tiny_patch16_224", num_classes=10, **TINY))
+    decay = decays(AdamW(weight_decay=0.3), model)
+    layer = "backbone.blocks.0.attn.qkv"
+    assert [decay[f"{layer}.{name}"] for name in ("D", "U", "D_bias", "U_bias")] == [0.3, 0.3, 0, 0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -443,6 +444,24 @@ def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in wanted.values())
     return {name: p.grad.clone() for name, p in wanted.items()}
+
+
+def test_checkpointing_that_hides_the_gates_from_their_loss_is_refused() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+            super().__init__()
+            self.inner, self.reentrant = inner, reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.reentrant)
+
+    kind = next(kind for kind in SETTINGS if "trainable" not in kind)
+    plain = gradients(tokens_model(SETTINGS[kind]), REGULARIZERS[0])
+    kept = gradients(Checkpointed(tokens_model(SETTINGS[kind]), reentrant=False), REGULARIZERS[0])
+    for name, gradient in plain.items():
+        torch.testing.assert_close(kept[f"inner.{name}"], gradient)
+    with pytest.raises(UserError, match=r"recorded without gradient.*use_reentrant=False"):
+        gradients(Checkpointed(tokens_model(SETTINGS[kind]), reentrant=True), REGULARIZERS[0])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.errors import UserError
-from rome.experts import MixtureLinear, add_experts, record_gates, set_routing
+from rome.experts import FeedForward, MixtureLinear, add_experts, record_gates, set_routing
 
 
 @pytest.fixture
@@ -85,3 +85,7 @@ def test_what_cannot_be_rerouted_is_said() -> None:
     lone = add_experts(nn.ModuleDict({"qkv": nn.Linear(6, 6), "proj": nn.Linear(6, 6)}), experts=1, rank=2)
     with pytest.raises(UserError, match="has one expert, whose gate has no inverse"):
         set_routing(lone, "inverse")
+    ffn = FeedForward(experts=3).inject(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(6, 6))}))
+    with pytest.raises(UserError, match="experts of mlp stand in the layer's place: without them nothing is left"):
+        set_routing(ffn, "none")
+    assert ffn["mlp"].fixed_weights is None

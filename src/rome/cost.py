@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.config import Config
-from rome.device import pick_device, placed
+from rome.device import numerics, pick_device, placed
 from rome.experts import Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model
@@ -78,7 +78,8 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     """All costs of some configs on this machine, timed in turn so that its moods hit all of them alike.
 
     Args:
-        configs: weights and images are random: the cost depends on neither.
+        configs: weights and images are random: the cost depends on neither. Precision and compilation are theirs, but
+            for the latency, which is without autocast.
         repeats: timed updates and latency passes (five each), after one warm-up; medians are reported.
         timing: False leaves out everything that takes time.
 
@@ -100,9 +101,13 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         for config, model, shape, classes, facts in built:
             device = pick_device(config.device)
             placed(model, device)
+            if config.compile:
+                model.compile()
             facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
             facts["batch_size"] = config.batch_size
-            works.append((_latency(model, shape, device), updates(config, model, shape, classes, device), device))
+            works.append(
+                (_latency(config, model, shape, device), updates(config, model, shape, classes, device), device)
+            )
         latencies = _in_turn([([(latency, 1.0)], device) for latency, _, device in works], repeats * 5)
         seconds_of = _in_turn([(stages, device) for _, stages, device in works], repeats)
         for facts, latency, seconds in zip((row[-1] for row in built), latencies, seconds_of, strict=True):
@@ -136,6 +141,7 @@ def updates(
     x = torch.rand(batch, *shape, generator=source).to(device)
     y = torch.randint(classes, (batch,), generator=source).to(device)
 
+    @numerics(config.precision)
     def update(epoch: int) -> None:
         model.train()
         setting.epoch = epoch
@@ -153,11 +159,11 @@ def updates(
     return [(functools.partial(update, start), length / epochs) for start, length in stages]
 
 
-def _latency(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Work:
+def _latency(config: Config, model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Work:
     image = torch.zeros(1, *shape, device=device)
 
     def forward() -> None:
-        with torch.no_grad():
+        with numerics(config.precision), torch.no_grad():
             model.eval()(image)
 
     return forward

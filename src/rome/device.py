@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -29,3 +32,19 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     there, channels last (benchmarks/layout.py). No value changes, and nothing that is saved."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model
+
+
+@contextmanager
+def numerics(precision: str) -> Iterator[None]:
+    """TF32 if asked for, and room for the variants of a compiled model (training, attack, batches that shrink)."""
+    import torch._dynamo
+
+    before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = max(limit, 32)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch._dynamo.config.recompile_limit = limit

@@ -41,6 +41,7 @@ class Optimizer(Component):
         else:
             backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
             skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
+            skip |= {f"{name}.{bias}" for name, layer in expert_layers(model).items() for bias in layer.biases}
             groups = list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
         if self.experts_lr == self.gates_lr == 1:
             return groups

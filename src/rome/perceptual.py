@@ -20,6 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
+from rome.experts.layers import channels_last
 from rome.models import file_hash, load_model
 from rome.threats import Perceptual, Threat
 
@@ -102,7 +103,7 @@ class Features:
             self._layers[name] = modules[name]
         self._patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
         self._prefix = int(getattr(backbone, "num_prefix_tokens", 0))
-        self._channels_last = getattr(backbone, "output_fmt", None) == "NHWC"
+        self._channels_last = {name for name in self._layers if channels_last(backbone, name)}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ class Features:
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, N, C); choose another")
         output = _full(output[rows])
-        channels = -1 if output.ndim == 3 or self._channels_last else 1
+        channels = -1 if output.ndim == 3 or name in self._channels_last else 1
         if output.ndim == 3 and output.shape[1] != self._patches:
             output = output[:, self._prefix :]
         positions = output[0].numel() // output.shape[channels]

@@ -24,7 +24,7 @@ from rome.attacks import PGD
 from rome.attacks.threat import check_channels
 from rome.config import Config
 from rome.data import Split
-from rome.device import placed
+from rome.device import numerics, placed
 from rome.errors import Interrupted, UserError
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
@@ -142,7 +142,7 @@ def _train(
         model.compile()
     setting.model, optimizer = fabric.setup(model, optimizer)
     loop = _Loop(config, run, fabric, setting, optimizer, split, steps, position, validator)
-    with _numerics(config):
+    with numerics(config.precision):
         if progress is not None and rank == 0:
             with progress(config, steps * config.epochs, loop.updates) as shown:
                 loop.run_all(shown)
@@ -390,22 +390,6 @@ class _Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def _numerics(config: Config) -> Iterator[None]:
-    """TF32 if asked for, and room for the variants of a compiled model (training, attack, batches that shrink)."""
-    import torch._dynamo
-
-    before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = max(limit, 32)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch._dynamo.config.recompile_limit = limit
 
 
 def _fabric(config: Config) -> Any:

@@ -19,6 +19,7 @@ from rome.analysis.subject import AT_A_TIME
 from rome.errors import UserError
 from rome.experts import Gated, Layout, ModelMixture, expert_layers, layout_of
 from rome.experts.gating import positions, select
+from rome.experts.layers import channels_last
 from rome.models.loading import head_names
 from rome.perceptual import feature_layers
 
@@ -148,10 +149,10 @@ def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> It
 
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
     """A hook that keeps copies: what follows a layer may work in place."""
-    module, backbone = model.get_submodule(name), getattr(model, "backbone", model)
+    module = model.get_submodule(name)
     layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
     maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))
-    last = not maps or getattr(backbone, "output_fmt", None) == "NHWC"
+    last = not maps or channels_last(model, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rome.analysis.subject import AT_A_TIME, NATURAL, attack_all
 from rome.attacks import Attack
+from rome.errors import UserError
 from rome.experts import record_gates
 from rome.threats import Threat
 
@@ -82,7 +83,11 @@ def collect(
 
 
 def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> GateSample:
-    """Record the gates of groups of images: name -> (n, C, H, W), the same n images in each."""
+    """Record the gates of groups of images: name -> (n, C, H, W), the same n images in each.
+
+    Raises:
+        UserError: no experts, or layers with different numbers of them.
+    """
     layers: tuple[str, ...] = ()
     parts: list[list[tuple[np.ndarray, ...]]] = []
     for images in groups.values():
@@ -92,6 +97,11 @@ def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT
                 model(batch)
             gates = recorder.gates
             layers = tuple(gates)
+            counts = {each.weights.shape[-1] for each in gates.values()}
+            if len(counts) > 1:
+                raise UserError(
+                    f"layers have {' and '.join(map(str, sorted(counts)))} experts, so their gates do not compare"
+                )
             mixed = [each.weights.mean(dim=1) for each in gates.values()]
             parts[-1].append(
                 (

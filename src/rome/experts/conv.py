@@ -93,14 +93,14 @@ class MixtureConv2d(nn.Conv2d, Gated):
         kernels = up @ self.A.view(self.experts, -1, self.in_channels * size)
         kernels = kernels.view(-1, self.in_channels, size, size)
         each = F.conv2d(x, kernels, None, self.stride, self._pad, self.dilation)
-        return (each.view(len(x), self.experts, self.out_channels, -1) * weights[:, :, None]).sum(dim=1)
+        return (each.view(x.shape[0], self.experts, self.out_channels, -1) * weights[:, :, None]).sum(dim=1)
 
     def _factored(self, x: Tensor, weights: Tensor) -> Tensor:
         """The same by A_k, the weights, and B_k."""
         codes = self._codes(x)
-        scaled = codes.view(len(x), codes.shape[1], self.experts, -1, weights.shape[-1]) * weights[:, None, :, None]
+        scaled = codes.view(x.shape[0], codes.shape[1], self.experts, -1, weights.shape[-1]) * weights[:, None, :, None]
         joint = self.B.view(self.out_channels, -1, 1, 1)  # for loralib: (C_out, c K r c)
-        return F.conv2d(scaled.reshape(len(x), -1, *codes.shape[-2:]), joint)
+        return F.conv2d(scaled.reshape(x.shape[0], -1, *codes.shape[-2:]), joint)
 
     def _scores(self, where: Tensor) -> Tensor:
         return (self.gate.rows() @ where.flatten(2)).transpose(1, 2)

@@ -58,10 +58,17 @@ class MixtureFFN(Gated):
         return answer
 
     def forward(self, input: Tensor) -> Tensor:
-        h = input.reshape(len(input), -1, self.in_features)
+        h = input.reshape(input.shape[0], -1, self.in_features)
         rows = self.gate.rows()
         gates = self.weigh(nn.functional.linear(h, rows), lambda: nn.functional.linear(h.detach(), rows))
-        mixed = self._all(h, gates.weights) if self.top is None else self._chosen(h, gates.weights, self.top)
+        if self.top is None:
+            mixed = self._all(h, gates.weights)
+        elif _becomes_a_program():
+            best = gates.weights.topk(self.top, dim=-1)
+            shares = best.values / best.values.sum(dim=-1, keepdim=True)
+            mixed = self._all(h, torch.zeros_like(gates.weights).scatter(-1, best.indices, shares))
+        else:
+            mixed = self._chosen(h, gates.weights, self.top)
         return mixed.view(*input.shape[:-1], -1)
 
     def _all(self, h: Tensor, weights: Tensor) -> Tensor:
@@ -82,3 +89,8 @@ class MixtureFFN(Gated):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, top={self.top}"
+
+
+def _becomes_a_program() -> bool:
+    """Inside torch.jit.trace and torch.export, whose fixed programs cannot sort tokens by expert."""
+    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined, no-untyped-call]

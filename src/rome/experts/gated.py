@@ -43,6 +43,8 @@ class Gated(nn.Module):
 
     adds: ClassVar[bool] = True
     """Whether the experts add to what the layer gives without them; if not, they stand in its place."""
+    biases: ClassVar[tuple[str, ...]] = ()
+    """Its own parameters that are biases by role, whatever their shape: not decayed."""
     experts: int
     gate: GateModule
     projection: nn.Linear | None
@@ -63,7 +65,8 @@ class Gated(nn.Module):
             train_projection: learn that projection instead of keeping its random start.
         """
         self.experts, self.layout, self.sink = experts, layout, None
-        self.fixed_weights, self.inverted = None, False
+        self.inverted = False
+        self.register_buffer("fixed_weights", None, persistent=False)  # a buffer, so that it moves with the layer
         if gate is not None:
             self.gate = gate
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None

@@ -28,6 +28,7 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
     Returns:
         means (groups, D), zero for a group without members, and the number of members (groups,).
     """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 counts no further than 256
     member = torch.nn.functional.one_hot(labels.to(values.device, non_blocking=True), groups).to(values.dtype)
     sums = sum_over_processes(torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1))
     counts = sums[:, -1:]

@@ -16,7 +16,15 @@ from rome.experts.diversity import Diversification, Regularizer
 from rome.experts.ffn import MixtureFFN
 from rome.experts.gated import Gated
 from rome.experts.gating import DualScale, Gate, GateModule, Layout, Local, Uniform
-from rome.experts.layers import block_numbers, check_places, find_layers, layout_of, matches_end
+from rome.experts.layers import (
+    block_numbers,
+    check_places,
+    find_layers,
+    joins_late,
+    layout_of,
+    matches_end,
+    sees_class_token,
+)
 from rome.experts.mixture import AdapterLinear, GatedLinear, MixtureLinear
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -81,7 +89,7 @@ class Layerwise(Experts):
         layouts = {name: layout_of(model, name) for name in chosen}
         for name, module in chosen.items():
             self.check(name, module)
-            if self.gate.needs_class_token and not layouts[name].prefix:
+            if self.gate.needs_class_token and not sees_class_token(model, name):
                 raise UserError(f"gate.pool: cls reads a class token, and layer {name} sees none; use mean")
         for name, module in chosen.items():
             layout, block, blocks = layouts[name], numbers[name], max(numbers.values())
@@ -208,7 +216,8 @@ class FeedForward(Layerwise):
     top: int | None = Field(default=2, ge=1)
     """Experts for each token; null mixes all of them."""
     layers: tuple[str, ...] = Field(default=("mlp",), min_length=1)
-    """Names of the feed-forward networks, as in ``low-rank``."""
+    """Names of the feed-forward networks, as in ``low-rank``; those of class attention and of pooling by attention are
+    meant only where the pattern names ``cls_attn_blocks`` or ``attn_pool``."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -220,7 +229,7 @@ class FeedForward(Layerwise):
         chosen = {
             name: module
             for name, module in model.named_modules()
-            if name and any(matches_end(name, pattern) for pattern in self.layers)
+            if name and any(matches_end(name, pattern) and not joins_late(name, pattern) for pattern in self.layers)
         }
         if not chosen:
             named = ", ".join(self.layers)

@@ -18,6 +18,10 @@ KINDS = (nn.Linear, nn.Conv2d)
 """What can be named in ``layers``. A pattern means the Linear layers it matches, or if there are none the others."""
 
 
+STEMS = {"stem", "conv_stem", "patch_embed"}
+"""Parts of networks before their first block."""
+
+
 def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.Module]:
     """The layers whose names match, in module order.
 
@@ -76,14 +80,26 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     behind_stem: dict[str, nn.Module] = {
         name: module
         for name, module in list(convolutions.items())[1:]
-        if module.kernel_size == (3, 3) and module.groups == 1
+        if module.kernel_size == (3, 3) and module.groups == 1 and not _in_stem(name)
     }
+    attends = any("attn" in name.split(".") and isinstance(module, nn.Linear) for name, module in layers.items())
+    if attends:
+        raise UserError(
+            "the attention of this model has no fused projection qkv with its proj, so the layers have to be named "
+            f"(experts.layers); it has layers ending in {_ends(layers)}"
+        )
     if not behind_stem:
         raise UserError(
             "this model has neither fused attention (qkv and proj) nor 3x3 convolutions, so its layers have to be "
             f"named (experts.layers); it has layers ending in {_ends(layers)}"
         )
     return behind_stem
+
+
+def _in_stem(name: str) -> bool:
+    """Whether a convolution's name says that it comes before the first block; timm's deep stems are ``conv1.0``..."""
+    parts = name.split(".")
+    return bool(STEMS & set(parts)) or any(a == "conv1" and b.isdigit() for a, b in pairwise(parts))
 
 
 def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -119,6 +135,22 @@ def ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules around a module, the nearest first."""
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts)))]
+
+
+def channels_last(model: nn.Module, name: str) -> bool:
+    """Whether the network around a module keeps its maps as (B, H, W, C), as timm's Swin does."""
+    return any(getattr(parent, "output_fmt", None) == "NHWC" for parent in ancestors(model, name))
+
+
+def sees_class_token(model: nn.Module, name: str) -> bool:
+    """Whether a class token stands before the tokens that a layer sees; register tokens are none."""
+    around = ancestors(model, name)
+    own = any(getattr(place, "cls_token", None) is not None for part in around for place in (part, _embeds(part)))
+    return own and _prefix(around, name) > 0
+
+
+def _embeds(part: nn.Module) -> Any:
+    return getattr(part, "embeds", None)  # where timm's NaFlexViT keeps its class token
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -158,11 +190,33 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     for inner, outer in pairwise(around):
         if type(inner).__name__.startswith("WindowAttention"):
             return _windows(outer, name)
+    for parent in around:
+        if _cuts_foreign_windows(parent, model):
+            raise UserError(
+                f"layer {name} sees windows of {type(parent).__name__}, with padding, which are gathered to whole "
+                "images for Swin alone. Leave it out of experts.layers."
+            )
     return Layout(prefix=_prefix(around, name))
+
+
+def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
+    """Whether timm's Twins or a block of its SAM cuts windows here; not where one window is the whole image."""
+    if type(parent).__name__ == "LocallyGroupedAttn":
+        return True
+    size: Any = getattr(parent, "window_size", 0)
+    if not isinstance(size, int) or size < 1 or not isinstance(getattr(parent, "attn", None), nn.Module):
+        return False
+    patches = (getattr(getattr(part, "patch_embed", None), "num_patches", None) for part in model.modules())
+    return size**2 not in patches
 
 
 JOINED_LATE = ("cls_attn_blocks", "blocks_token_only")
 """Blocks of XCiT and CaiT (timm) before which the class token joins; the blocks proper see patches alone."""
+
+
+def joins_late(name: str, pattern: str) -> bool:
+    """Whether a module works for the class token alone, in a part of the model that the pattern does not name."""
+    return any(part in (*JOINED_LATE, "attn_pool") and part not in pattern for part in name.split("."))
 
 
 def _prefix(around: list[nn.Module], name: str) -> int:

@@ -27,6 +27,10 @@ class Grid(NamedTuple):
         return values[:, self.order].transpose(1, 2).reshape(len(values), -1, self.rows, self.columns)
 
 
+REORDERED = ("Nest", "Hiera", "Twins")
+"""Families of timm that group the tokens of an image by blocks."""
+
+
 def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) -> Grid:
     """The map of a layer's recorded gates.
 
@@ -39,9 +43,14 @@ def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) ->
         image: height and width.
 
     Raises:
-        UserError: one token an image, or tokens that fill no such grid.
+        UserError: one token an image, tokens that fill no such grid, or that stand in another order.
     """
     layer = expert_layers(model)[name]
+    for part in ancestors(model, name):
+        if type(part).__name__ in REORDERED:
+            raise UserError(
+                f"the tokens of {type(part).__name__} do not lie row by row: there is no map of layer {name}"
+            )
     if tokens == 1:
         raise UserError(f"layer {name} weighs its experts for the image as a whole: there is no map of them")
     for inner, outer in pairwise(ancestors(model, name)):

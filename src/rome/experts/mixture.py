@@ -57,7 +57,7 @@ class GatedLinear(nn.Linear, Gated):
     def tokens(self, input: Tensor) -> Tensor:
         """The input as (B, T, d_in)."""
         count = math.prod(input.shape[1:-1]) * self.layout.windows
-        return input.reshape(len(input) // self.layout.windows, count, self.in_features)
+        return input.reshape(input.shape[0] // self.layout.windows, count, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts={self.experts}, rank={self.rank}"
@@ -94,6 +94,8 @@ class AdapterLinear(GatedLinear):
     "adapter-based experts"). ``D`` (K r, d_out) and ``U`` (d_out, K r) are stacked like A and B, r is the width of the
     bottleneck. U = 0 and e = 0 at the start, so that the function does not change.
     """
+
+    biases = ("D_bias", "U_bias")
 
     def make(self, experts: int, rank: int) -> None:
         self.D = nn.Parameter(torch.empty(experts * rank, self.out_features))

@@ -72,7 +72,7 @@ class ModelMixture(Gated):
             parts = x.reshape(len(self.visited), -1, *x.shape[1:])
             return torch.cat([self.networks[k](part) for k, part in zip(self.visited, parts, strict=True)])
         scores = self.router(x)
-        if scores.shape != (len(x), self.experts):
+        if scores.shape != (x.shape[0], self.experts):
             raise UserError(
                 f"the gate network answers {len(x)} images with {tuple(scores.shape)}, not with {self.experts} weights "
                 "each: its last Linear layer is not its classifier. Give the network get_classifier() and "

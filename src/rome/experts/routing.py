@@ -27,15 +27,21 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
         The same model.
 
     Raises:
-        UserError: the model has no experts, or one expert only and so no inverse.
+        UserError: the model has no experts, one expert only and so no inverse, or experts that stand in a layer's place
+            and so cannot be left out. Nothing has changed then.
     """
     layers = expert_layers(model)
     if not layers and routing != "learned":
         raise UserError(f"routing {routing} is for models with experts, and this one has none; leave it out")
     for name, layer in layers.items():
-        layer.fixed_weights, layer.inverted = None, routing == "inverse"
+        if routing == "none" and not layer.adds:
+            raise UserError(
+                f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
+            )
         if routing == "inverse" and layer.experts < 2:
             raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")
+    for name, layer in layers.items():
+        layer.fixed_weights, layer.inverted = None, routing == "inverse"
         if routing == "random":
             drawn = -torch.log1p(-stream(seed, f"routing:{name}").uniform((layer.experts,)))
             layer.fixed_weights = _like(layer, drawn / drawn.sum())

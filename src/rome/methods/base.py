@@ -211,6 +211,12 @@ def training_logits(setting: Setting, images: Tensor, labels: Tensor) -> tuple[T
         records = [record._replace(gates=record.gates.first(len(labels))) for record in records]
     with torch.autocast(images.device.type, enabled=False):  # means of gates may differ by less than bf16 resolves
         penalty = regularizer.loss(records, labels, len(setting.threats))
+    learning = [record for record in records if any(p.requires_grad for p in record.layer.gate_parameters())]
+    if torch.is_grad_enabled() and not all(record.gates.weights.requires_grad for record in learning):
+        raise UserError(
+            "the gates were recorded without gradient, so their loss would teach nothing: reentrant gradient "
+            "checkpointing hides them; use torch's other form (use_reentrant=False) or none"
+        )
     return logits, regularizer.weight * penalty
 
 

@@ -36,6 +36,7 @@ def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
     metadata, tensors = read_tensors(path)
     if metadata.get("format") not in (None, "experts"):
         raise UserError(f"{path} holds a whole model, not experts alone; use rome.load_model(path, model)")
+    _check_settings(metadata.get("experts"), model, path)
     target = model
     if not expert_layers(model):
         if not metadata.get("experts"):
@@ -65,6 +66,7 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
         model = create_model(**metadata["model"])
+    _check_settings(metadata.get("experts"), model, path)
     if metadata.get("experts") and not expert_layers(model):
         trial = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
         fit(trial, tensors, expected=set(trial.state_dict()), path=path)
@@ -111,6 +113,26 @@ def _expert_state(model: nn.Module) -> dict[str, Tensor]:
         for key, value in layer.state_dict().items()
         if key not in layer.shared
     }
+
+
+NO_MATTER = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim"}
+"""Settings of experts that change no output, or that the names and shapes of the tensors tell."""
+
+
+def _check_settings(saved: Any, model: nn.Module, path: str | Path) -> None:
+    """Some settings of gates are in no tensor: the weights would fit a model that computes something else with them.
+
+    Raises:
+        UserError: the model's experts were made with other settings than the saved ones.
+    """
+    theirs = saved if isinstance(saved, list) else [saved] if saved else []
+    for own, other in zip(getattr(model, "experts_settings", []), theirs, strict=False):
+        for key in (own.keys() & other.keys()) - NO_MATTER:
+            if own[key] != other[key]:
+                raise UserError(
+                    f"{path} holds experts with {key}: {other[key]}, the model's have {own[key]}; "
+                    "add them with the same settings, or load into a model without experts"
+                )
 
 
 def _inject(settings: list[dict[str, Any]] | dict[str, Any], model: nn.Module, path: str | Path) -> nn.Module:
