@@ -369,6 +369,32 @@ def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPa
         assert torch.equal(value, before[name])
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias)
+
+
+def test_under_autocast_parameters_stay_the_objects_they_were_and_foreign_layers_their_own() -> None:
+    """DistributedDataParallel's hooks hang on them, and a layer that changes its weight first rounds it afterwards."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    x, y = torch.rand(2, 3, 8, 8), torch.arange(2)
+    before = dict(model.named_parameters())
+    hooked: list[str] = []
+    for name, parameter in before.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: hooked.append(name))
+    accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in before.values()]
+    dtypes: list[torch.dtype] = []
+    for layer in model[:2]:
+        layer.register_forward_hook(lambda layer, given, out: dtypes.append(layer.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        PGD(steps=1, random_start=False)(model, x, y, CIFAR10["L2"])
+        assert dtypes[:2] == [torch.bfloat16, torch.float32]
+        model(x).sum().backward()
+    assert dict(model.named_parameters()) == before
+    assert [p.expand_as(p).grad_fn.next_functions[0][0] for p in before.values()] == accumulators
+    assert sorted(hooked) == sorted(before)
+
+
 def test_l1_projected_onto_ball_and_box_spends_more_of_the_budget(digits: Digits, digits_model: nn.Module) -> None:
     x, y = digits.test
     threat = LpBall(norm=1, eps=2.0)
@@ -739,3 +765,4 @@ def test_an_attack_works_inside_inference_mode(attack: Attack, problem: Problem)
     model, x, y = problem(4)
     with torch.inference_mode():
         attack(model, x, y, MIXED["Linf"])
+        assert torch.equal(attack(model, x.clone(), y.clone(), MIXED["Linf"]), attack(model, x, y, MIXED["Linf"]))

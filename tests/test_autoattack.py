@@ -1,5 +1,6 @@
 """AutoAttack's parts find what pyautoattack finds, know closed forms, and leave everything as it was."""
 
+import contextlib
 import logging
 import sys
 
@@ -178,3 +179,30 @@ def test_no_budget_no_change() -> None:
 def test_float64_images_are_refused() -> None:
     with pytest.raises(UserError, match=r"float32 images, not torch.float64.*x.float\(\)"):
         APGDCE()(small_net(), images().double(), torch.zeros(12, dtype=torch.int64), DIGITS["L2"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_half_precision_are_taken(dtype: torch.dtype) -> None:
+    net, x = small_net(), images(6)
+    y = net(x).to(dtype).argmax(dim=1)
+    for part in parts(iterations=5, queries=20):
+        found = part.run(lambda z: net(z).to(dtype), x, y, LpBall(norm="Linf", eps=0.1))
+        assert bool(found.images.isfinite().all())
+
+
+def test_no_gradient_reaches_the_parameters_of_a_model_that_cannot_be_frozen() -> None:
+    net, x = small_net(), images(4)
+    for part in parts(iterations=5, queries=20):
+        part.run(lambda z: net(z), x, net(x).argmax(dim=1), LpBall(norm="L2", eps=0.5))
+        assert all(parameter.grad is None for parameter in net.parameters()), part.kind
+
+
+@pytest.mark.parametrize("size", range(4, 40))
+def test_square_says_which_sizes_it_cannot_search(size: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 4))
+    x, y = torch.rand(2, 3, size, size), torch.zeros(2, dtype=torch.int64)
+    part = Square(queries=2)
+    unfit = size in (4, 12, 14, 18, 19, 24)
+    with pytest.raises(UserError, match=f"not fit into images of {size}x{size}") if unfit else contextlib.nullcontext():
+        part.run(net, x, y, LpBall(norm="L2", eps=0.01))
+    part.run(net, x, y, LpBall(norm="Linf", eps=0.01))

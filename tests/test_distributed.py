@@ -98,6 +98,41 @@ def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_pa
     assert_same_run(run, train(tiny(**changes), tmp_path / "one"))
 
 
+@pytest.mark.parametrize("case", ["RANDOM+experts", "RANDOM per batch", "MORE"])
+def test_bf16_processes_end_with_the_same_weights(case: str, tmp_path: Path) -> None:
+    """Attacks under autocast use weights that are cast once; the gradients are still averaged, in every update."""
+    changes = CONFIGS[case] | {"precision": "bf16", "model": {"name": f"{tmp_path / 'own.py'}:build"}}
+    (tmp_path / "own.py").write_text(REMEMBERED)
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**changes))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    first, second = (torch.load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
+    assert any(value.dtype == torch.float32 and value.ndim > 1 for value in first.values())
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+REMEMBERED = """
+import os
+from pathlib import Path
+import timm
+import torch
+from rome.methods import Method
+
+def build(num_classes):
+    end = Method.epoch_end
+
+    def spy(self, setting, epoch):
+        end(self, setting, epoch)
+        torch.save(setting.attacked.state_dict(), Path(__file__).with_name(f"end-{os.environ['RANK']}.pt"))
+
+    Method.epoch_end = spy
+    torch.manual_seed(0)
+    sizes = dict(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **sizes)
+"""
+"""A model that each process writes down after every epoch."""
+
+
 BATCHNORM = """
 import os
 from pathlib import Path

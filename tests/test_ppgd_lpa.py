@@ -295,3 +295,36 @@ def test_the_networks_file_is_read_once_however_many_examples_leave(
     found = LPA(steps=4, rounds=3).run(model, *batch, Perceptual(bound=0.8, features="net"))
     assert not bool(found.robust.all()), "some left"
     assert reads == ["net"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
+def test_autocast_changes_nothing(attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Their finite differences drown in bfloat16, so they compute as the model does without it."""
+    net, x, threat = model.float(), batch[0].float(), Perceptual(features="self", bound=0.3)
+    expected = attack(net, x, batch[1], threat)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(net(x).float(), net.double()(x.double()).float())
+        assert torch.equal(attack(net.float(), x, batch[1], threat), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ppgd_makes_finite_images_where_the_features_are_few(seed: int) -> None:
+    """J v is a finite difference: of a network with kinks and few features, v J^T J v may come out negative."""
+
+    class Narrow(nn.Module):
+        feature_layers = ("0",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.add_module("0", nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU()))
+            self.head = nn.Linear(36, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.get_submodule("0")(x).flatten(1))
+
+    narrow = Narrow().eval()
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    y = narrow(x).argmax(dim=1)
+    found = PPGD(steps=5).run(narrow, x, y, Perceptual(features="self", bound=0.3))
+    assert bool(found.images.isfinite().all())

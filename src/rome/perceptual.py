@@ -38,9 +38,15 @@ def distance(phi: Tensor, other: Tensor) -> Tensor:
 
 
 def measure(threat: Perceptual, model: Model, x_adv: Tensor, x: Tensor) -> Tensor:
-    """d of each pair of images, by the threat's network (``model`` itself where that is ``self``): (B,)."""
-    with torch.no_grad():
-        seen = Perception(model, [(threat, ALL)], x.device)
+    """d of each pair of images, by the threat's network (``model`` itself where that is ``self``), in evaluation mode:
+    (B,)."""
+    from rome.attacks.base import frozen  # late: attacks import this module
+
+    seen = Perception(model, [(threat, ALL)], x.device)
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(frozen(model))
+        for network in seen.networks:
+            stack.enter_context(frozen(network))
         return distances(seen.features(x_adv), seen.features(x))
 
 

@@ -62,7 +62,7 @@ class APGD(Attack):
         return Found(state.best, adversarial, state.robust, state.best_loss)
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
-        if group.threat.name == "L1":
+        if isinstance(group.threat, LpBall) and group.threat.norm == "L1":
             share = max(0.05, 12 / x[0].numel()) if self.l1_share is None else self.l1_share
             return _Sparse(group, x[group.rows], min(share, 1.0))
         return _Momentum(group, x[group.rows], state.best_loss[group.rows].clone())

@@ -18,6 +18,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from pyautoattack import AutoAttack
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model
+from rome.attacks.base import Attack, Found, Group, Model, at_least_float32
 from rome.errors import UserError
 from rome.randomness import Stream
 from rome.threats import LpBall, PerExample, Threat
@@ -111,7 +112,7 @@ class AutoAttackPart(Attack):
             robust[rows] &= ~fooled
             if bool(outside.any()):  # by rounding: pyautoattack projects in float32
                 found[outside] = threat.project(found[outside], x[rows][outside])
-                robust[rows] = torch.where(outside, model(found).argmax(1) == y[rows], robust[rows])
+                robust[rows] = torch.where(outside, watched(found).argmax(1) == y[rows], robust[rows])
             images[rows] = found
         if seen.most:
             message = "their gradient was zero, so a gradient-based attack cannot move them; gradients may be masked"
@@ -190,6 +191,7 @@ class FABT(AutoAttackPart):
         suite.fab.targeted = True
         suite.fab.n_iter = self.iterations
         suite.fab.n_target_classes = _targets(self.targets, suite.fab.n_target_classes, classes)
+        suite.fab.get_diff_logits_grads_batch_targeted = partial(_differences, suite.fab.predict)
         return suite.fab
 
 
@@ -210,6 +212,18 @@ class Square(AutoAttackPart):
         suite.square.n_queries = self.queries
         return suite.square
 
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        height, width = x.shape[2:]
+        side = height // 5
+        first = (height - 5 * side) // 2
+        fits = side > 0 and all(first + size // side * side <= size or side == 1 for size in (height, width))
+        if not fits and any(isinstance(group.threat, LpBall) and group.threat.norm != "Linf" for group in groups):
+            raise UserError(
+                f"Square's first windows in L1 and L2 do not fit into images of {height}x{width} (a defect of "
+                "pyautoattack): give another size (model.img_size, --img-size), or take the suite apgd"
+            )
+        return super().search(model, x, y, groups, noise)
+
 
 def standard_targets(kind: str, threat: LpBall) -> int:
     """Target classes of AutoAttack's standard version."""
@@ -218,6 +232,18 @@ def standard_targets(kind: str, threat: LpBall) -> int:
 
 def _targets(asked: int | None, standard: int, classes: int) -> int:
     return min(standard if asked is None else asked, classes - 1)
+
+
+def _differences(model: Model, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """z_target - z_label (B, 1) and its input gradient (B, 1, C, H, W), and no gradient to anything else: FAB's own
+    calls ``backward``, which reaches the parameters of models that cannot be frozen."""
+    each = torch.arange(len(images), device=images.device)
+    leaf = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(leaf)
+        apart = logits[each, targets] - logits[each, labels]
+        (gradient,) = torch.autograd.grad(apart.sum(), leaf)
+    return apart.detach().unsqueeze(1), gradient.unsqueeze(1)
 
 
 def set_iterations(apgd: Any, iterations: int) -> None:
@@ -247,7 +273,7 @@ class _Watched:
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return self.model(x)
+        return at_least_float32(self.model(x))
 
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()

@@ -21,6 +21,7 @@ from rome.attacks.sharing import Group as Group
 from rome.attacks.sharing import Share, divide
 from rome.component import Component
 from rome.errors import UserError
+from rome.experts.gated import Gated
 from rome.randomness import Stream, stream
 from rome.threats import PerExample, Threat
 
@@ -80,43 +81,46 @@ def frozen(model: Model) -> Iterator[None]:
 
     BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only. Under autocast the
     weights of matrix products are cast once instead of at every step: autocast's own cache skips frozen weights. The
-    results are the same to the last bit.
+    results are the same to the last bit. The casts stand in the parameters' places and leave these untouched: another
+    type of data inside one would cut DistributedDataParallel's hooks off, which hang on its gradient's accumulator.
     """
     if not isinstance(model, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    full: dict[nn.Parameter, Tensor] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         model.eval()
         for parameter in wanted:
             parameter.requires_grad_(False)
-        for parameter, reduced in _autocast_weights(model):
-            full[parameter] = parameter.data
-            parameter.data = parameter.data.to(reduced)
+        for module, name, reduced in _autocast_weights(model):
+            own = module.get_parameter(name)
+            replaced.append((module, name, own))
+            module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
         yield
     finally:
-        for parameter, data in full.items():
-            parameter.data = data
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
         for module, training in modes:
             module.training = training
         for parameter in wanted:
             parameter.requires_grad_(True)
 
 
-def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
-    """The float32 weights that autocast, if it is on, casts before every product, and to what."""
+def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
+    """The float32 weights that autocast, if it is on, casts before every product: module, name, and to what."""
     first = next(model.parameters(), None)
     if first is None or not torch.is_autocast_enabled(first.device.type):
         return
     reduced = torch.get_autocast_dtype(first.device.type)
     products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for module in model.modules():
-        if isinstance(module, products):  # with the experts' A and B, which belong to a Linear
-            for parameter in module.parameters(recurse=False):
+        # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it
+        if type(module) in products or (isinstance(module, Gated) and isinstance(module, products)):
+            for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
-                    yield parameter, reduced
+                    yield module, name, reduced
 
 
 class Attack(Component):
@@ -125,6 +129,8 @@ class Attack(Component):
     default_kind = "pgd"
     draws_by_image: ClassVar[bool] = False
     """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
+    full_precision: ClassVar[bool] = False
+    """Whether it computes in the model's own precision under autocast too: finite differences drown in bfloat16."""
     untrained: ClassVar[str] = ""
     """Why it makes no threat to train on (:class:`rome.attacks.AttackThreat`); empty where it does."""
 
@@ -178,8 +184,7 @@ class Attack(Component):
             generator = stream(0, "attack")
         source = generator if isinstance(generator, Stream) else Stream(generator)
         with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
-            if x.is_inference():
-                x = x.clone()
+            x, y = (each.clone() if each.is_inference() else each for each in (x, y))
             return self._run(model, x.detach(), y.detach(), threat, source, verdict)
 
     def _run(
@@ -196,7 +201,8 @@ class Attack(Component):
             sort = order.to(x.device, non_blocking=True)
             x, y = x[sort], y[sort]
         sizes = [len(share.rows) for share in shares]
-        with frozen(model), torch.no_grad():
+        lower = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
+        with torch.autocast(x.device.type, enabled=lower), frozen(model), torch.no_grad():
             parts = [
                 _search(model, own, labels, share, verdict)
                 for share, own, labels in zip(

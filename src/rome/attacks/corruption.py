@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
@@ -33,6 +33,12 @@ class Corruption(Attack):
     """The unpacked folder of CIFAR-10-C; None makes the images."""
     constants: Constants | None = None
     """Whose severities to make; None is CIFAR-10-C's up to 32 pixels and ImageNet-C's above."""
+
+    @model_validator(mode="after")
+    def _made_or_read(self) -> Self:
+        if self.path is not None and self.constants is not None:
+            raise ValueError("constants are of images that are made; with path they are read: leave one out")
+        return self
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (SEEDS,)

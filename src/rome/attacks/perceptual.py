@@ -36,6 +36,7 @@ class _Bounded(Attack):
     """What PPGD and LPA share: Gaussian start, networks frozen, results projected into the bound and checked."""
 
     draws_by_image: ClassVar[bool] = True
+    full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)
 
     def steps_for(self, threat: Threat) -> int:
@@ -117,7 +118,8 @@ class PPGD(_Bounded):
         search, power = residual, _dot(residual, residual)
         for _ in range(self.iterations):
             pushed = squared(search)
-            share = power / _dot(search, pushed).clamp(min=1e-20)
+            curved = _dot(search, pushed)  # not positive where the finite difference is lost in rounding: no step then
+            share = torch.where(curved > 0, power / curved.clamp(min=1e-20), 0)
             v, residual = v + share * search, residual - share * pushed
             before, power = power, _dot(residual, residual)
             search = residual + power / before.clamp(min=1e-30) * search

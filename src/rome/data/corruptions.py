@@ -130,7 +130,7 @@ def corrupt(
     distort: Callable[..., NDArray[np.float64]] = getattr(distortions, name)
     c = SEVERITIES[name][constants or constants_for(max(x.shape[2:]))][severity - 1]
     pixels = (255 * x.detach()).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    seeds = (noise.double() * 2**24).long().tolist()
+    seeds = (noise.cpu().double() * 2**24).long().tolist()
     found = np.empty_like(pixels)
     for i, (image, seed) in enumerate(zip(pixels, seeds, strict=True)):
         rng = np.random.default_rng([*seed, CORRUPTIONS.index(name), severity])
