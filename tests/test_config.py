@@ -151,6 +151,37 @@ def test_an_override_of_the_kind_replaces_then_merges(folder: Path) -> None:
     assert merged(folder, "", "attack=apgd", "attack.steps=3").attack == APGD(steps=3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["attack.steps=3", "attack.kind=apgd"], APGD(steps=3)),
+        (["attack.steps=3", "attack=apgd"], APGD(steps=3)),
+        (["attack.kind=apgd", "attack.steps=3"], APGD(steps=3)),
+        (
+            ["attack=apgd", "attack.steps=3", "attack.kind=pgd"],
+            PGD(steps={"L1": 5, "L2": 6, "Linf": 7}, step_size="8/255"),
+        ),
+    ],
+)
+def test_overrides_of_a_kind_and_its_settings_stand_in_any_order(
+    overrides: list[str], expected: Any, folder: Path
+) -> None:
+    """But for the last: another kind takes away what was set for the kind before it."""
+    assert merged(folder, "", *overrides).attack == expected
+
+
+def test_arguments_and_name_of_a_model_stand_in_any_order(folder: Path) -> None:
+    pair = ["model.args.depth=6", "model.name=vit_small_patch16_224"]
+    one, other = (merged(folder, "", *overrides).model for overrides in (pair, pair[::-1]))
+    assert one == other
+    assert one.args == {"depth": 6}
+
+
+def test_no_threats_at_all_are_refused_and_not_replaced(folder: Path) -> None:
+    (line,) = refused(child(folder, "extends: base.yaml\nthreats: []"))
+    assert "threats:" in line
+
+
 @pytest.mark.parametrize("text", ["epochs", "=5", ".epochs=5", "attack..steps=5", "attack.=5", ""])
 def test_an_override_is_key_and_value(text: str, folder: Path) -> None:
     (line,) = refused(folder / "base.yaml", text)

@@ -109,6 +109,16 @@ def test_processes_draw_their_rows_of_one_global_draw(per: Any, world: int) -> N
         assert torch.equal(torch.cat(parts), threats_of(method, 4 * world, seed=seed))
 
 
+def test_random_per_batch_keeps_its_threat_for_all_steps_of_an_update(batch: tuple[Tensor, Tensor]) -> None:
+    method, setting = Random(per="batch"), setting_of(network(experts=False))
+    updates = []
+    for _ in range(12):
+        updates.append([set(method.loss(setting, *batch).labels.tolist()) for _ in range(3)])
+        method.update_end(setting)
+    assert all(len(set.union(*parts)) == 1 for parts in updates)
+    assert len(set.union(*(parts[0] for parts in updates))) == 3, "another one in another update"
+
+
 def test_random_per_batch_draws_one_threat_uniformly() -> None:
     drawn = [threats_of(Random(per="batch"), 5, seed=s) for s in range(90)]
     assert all(len(labels.unique()) == 1 for labels in drawn)

@@ -387,6 +387,25 @@ def damaged(stopped: Run, content: bytes) -> str:
     return str(refused.value)
 
 
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(stopped: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stopped.checkpoint_file.read_bytes()
+
+    def full(state: Any, file: Any) -> None:
+        Path(file).write_bytes(b"part")
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0\nframe #0: ...")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written .*is the disk full.*--resume"):
+        resume(stopped)
+    assert stopped.checkpoint_file.read_bytes() == before
+    assert list(stopped.folder.glob("*.partial")) == list(stopped.folder.glob(".*.partial")) == []
+    monkeypatch.undo()
+    (stopped.folder / ".last.pt.1.partial").write_bytes(b"of a kill")
+    resume(stopped)
+    assert stopped.finished
+    assert list(stopped.folder.glob(".*.partial")) == []
+
+
 def test_a_damaged_checkpoint_is_named_and_kept(stopped: Run) -> None:
     whole = stopped.checkpoint_file.read_bytes()
     contents = [

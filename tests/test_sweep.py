@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import pytest
 from rome.cli import main
 from rome.errors import UserError
 from rome.evaluating import Report
+from rome.runs import Run
 from rome.sweep import gather_rows, points, save_rows, show_rows, sweep
+from tiny_runs import rome, wait_for
 
 CONFIG = """
 data: {kind: digits, train_limit: 64, test_limit: 40}
@@ -119,6 +123,19 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert gather_rows(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], "all 40 are asked for"
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
+
+
+def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp_path: Path) -> None:
+    config.write_text(CONFIG.replace("epochs: 1", "epochs: 400"))
+    run = Run(tmp_path / "out" / "tiny-seed=0")
+    child = rome("sweep", config, "seed=0,1", "--out", tmp_path / "out", logs=tmp_path / "logs")
+    wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 3)
+    os.kill(child.process.pid, signal.SIGTERM)
+    ended = child.wait()
+    assert (ended.code, ended.err) == (143, "stopped; the same command goes on\n")
+    assert run.checkpoint_file.exists()
+    assert "stopped by SIGTERM" in run.folder.with_name("tiny-seed=0.log").read_text()
+    assert not (tmp_path / "out" / "tiny-seed=1").exists()
 
 
 def test_a_case_that_failed_in_one_seed_leaves_a_gap(

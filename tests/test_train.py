@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rome
 import rome.training
 from rome.data import Digits
+from rome.device import numerics
 from rome.errors import UserError
 from rome.methods import Outcome, Random, Setting
 from rome.models import build_model, read_tensors
@@ -412,3 +413,13 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_the_default_threats_are_those_of_the_data() -> None:
     assert tiny().threats == tuple(DIGITS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_only_tf32_computes_in_tf32(precision: str) -> None:
+    """torch convolves in TF32 on CUDA unless it is told not to."""
+    conv, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    with numerics(precision):
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else matmul)
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (conv, matmul)

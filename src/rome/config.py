@@ -86,8 +86,8 @@ class Config(Settings):
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=20, ge=1)
     natural_epochs: int = Field(default=0, ge=0)
-    """The first so many of the epochs train on unperturbed images, without regularizer: a start for models that are
-    not pretrained. All of them: standard training."""
+    """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
+    that are not pretrained. All of them: standard training."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update, over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
@@ -139,8 +139,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     where = _Where()
     data = _read(Path(path), where, ())
-    for text in overrides:
-        data = _merge(data, _override(text, where))
+    changes: dict[str, Any] = {}
+    for text in overrides:  # among themselves first: a kind takes away what the file sets, not what stands beside it
+        changes = _merge(changes, _override(text, where), names=True)
+    data = _merge(data, changes)
     data["name"] = data.get("name") or Path(path).stem
     return parse(data, where)
 
@@ -162,7 +164,7 @@ def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
             raise UserError(f"{where.of(('imports',))}imports: {problem}") from error
     data = dict(data)
-    if not data.get("threats") and isinstance(data.get("data"), (dict, str)):
+    if data.get("threats") in (None, "") and isinstance(data.get("data"), (dict, str)):
         kind = data["data"] if isinstance(data["data"], str) else data["data"].get("kind", Data.default_kind)
         if kind in DATA_BUDGETS:
             data["threats"] = DATA_BUDGETS[kind]
@@ -273,17 +275,23 @@ def _override(text: str, where: _Where) -> dict[str, Any]:
     return dict(result)
 
 
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], change: dict[str, Any], *, names: bool = False) -> dict[str, Any]:
+    """``names``: a name in place of a mapping names its kind; otherwise it replaces the mapping."""
     if "kind" in change and "kind" in base and change["kind"] != base["kind"]:
         return change
     merged = dict(base)
-    if change.get("name", base.get("name")) != base.get("name"):
+    if "name" in base and change.get("name", base["name"]) != base["name"]:
         merged.pop("args", None)  # they are of the model of that name
     for key, value in change.items():
         old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
         if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
-        merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+        if names and isinstance(value, str) and isinstance(old, dict):
+            value = {"kind": value}
+        if isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _merge(old, value, names=names)
+        else:
+            merged[key] = value
     return merged
 
 

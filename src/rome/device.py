@@ -36,10 +36,13 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """TF32 if asked for, and room for the variants of a compiled model (training, attack, batches that shrink)."""
+    """TF32 if asked for and nowhere else (torch convolves in it unless told not to), and room for the variants of a
+    compiled model (training, attack, batches that shrink)."""
     import torch._dynamo
 
     before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = max(limit, 32)
@@ -47,4 +50,5 @@ def numerics(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
         torch._dynamo.config.recompile_limit = limit

@@ -14,7 +14,6 @@ evaluation/SUITE/   what `rome evaluate` found; of the best weights in evaluatio
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rome.config import Config, parse
-from rome.errors import UserError
-from rome.files import flatten, replace_file
+from rome.errors import UserError, first_line
+from rome.files import flatten, replace_file, replace_with
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
@@ -99,6 +98,9 @@ class Run:
             )
         if resume and self.config_file.exists():
             self.check_same(config)
+        for file in (self.checkpoint_file, self.model_file):  # what a kill left half written
+            for partial in self.folder.glob(f".{file.name}.*.partial"):
+                partial.unlink(missing_ok=True)
         replace_file(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False).encode())
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
 
@@ -110,12 +112,15 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint in one step; a kill leaves the old or the new one, never a part."""
-        partial = self.checkpoint_file.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save({**state, "format": CHECKPOINT_FORMAT}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.checkpoint_file)
+        try:
+            replace_with(
+                self.checkpoint_file, lambda partial: torch.save({**state, "format": CHECKPOINT_FORMAT}, partial)
+            )
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
+            raise UserError(
+                f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? The checkpoint "
+                "before it is kept; make room and go on with --resume"
+            ) from error
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The checkpoint, on the CPU.

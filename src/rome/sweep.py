@@ -14,9 +14,11 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +123,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
         Folder -> what went wrong, for the points that failed.
 
     Raises:
-        Interrupted: SIGINT; the runs under way wrote their checkpoints.
+        Interrupted: SIGINT or SIGTERM; the runs under way wrote their checkpoints.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -130,6 +132,8 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already", file=sys.stderr)
     working: list[tuple[subprocess.Popen[bytes], int, Point, float]] = []
     failed: dict[Path, str] = {}
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if main else None
     try:
         while waiting or working:
             while waiting and len(working) < jobs:
@@ -144,11 +148,25 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
                     failed[point.folder] = _last_line(_log(point)) or f"exit code {process.returncode}"
                 state = f"{failed.get(point.folder) or _told(point)} ({time.monotonic() - started:.0f} s)"
                 print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        for process, *_ in working:  # the terminal sent them the signal too
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        for process, *_ in working if terminated else ():  # a terminal sends them its signal too
+            process.terminate()
+        for process, *_ in working:
             process.wait()
-        raise Interrupted(130, "stopped; the same command goes on") from None
+        raise Interrupted(143 if terminated else 130, "stopped; the same command goes on") from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
     return failed
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _done(point: Point) -> bool:

@@ -29,6 +29,7 @@ from rome.errors import Interrupted, UserError
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
 from rome.optim import set_lr
+from rome.processes import follow_first
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
@@ -169,9 +170,17 @@ def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: 
 
 
 def natural(method: Method, setting: Setting) -> tuple[Method, Setting]:
-    """Training without perturbations. The regularizer stays, and is 0: there are no two threats to part."""
+    """Training without perturbations. The regularizer stays: what parts threats is 0, for there
+    are no two, and losses on the use of experts (load balancing, importance) go on."""
     method = method if method.own_natural else Random()
     return method, replace(setting, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
+
+
+def statistics(model: nn.Module) -> Iterator[Tensor]:
+    """The running statistics of BatchNorm."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from module.buffers()
 
 
 class _Loop:
@@ -273,6 +282,7 @@ class _Loop:
         return self.agreed if self.fabric.world_size > 1 else self.asked
 
     def _interrupted(self) -> Interrupted:
+        self.fabric.barrier()  # the first process has written the checkpoint; whoever ended before would have it killed
         return Interrupted(128 + self._stop, f"stopped by {signal.Signals(self._stop).name}; resume with --resume")
 
     def _update(self, method: Method, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
@@ -285,6 +295,8 @@ class _Loop:
         set_lr(self.optimizer, lr)
         setting.lr = lr
 
+        # attacks run beside DistributedDataParallel, which would do this for the training forward alone
+        follow_first(statistics(setting.attacked))
         tally = Tally(len(setting.threats), self.fabric.device)
         for part in range(config.accumulate):
             x, y = next(batches)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Literal
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from rome.attacks import Attack
@@ -23,19 +24,26 @@ class Random(Method):
 
     kind = "random"
     per: Literal["example", "batch"] = "example"
+    _drawn: int | None = PrivateAttr(default=None)
+    """The threat of the current update's batch."""
 
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 3
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         if self.per == "batch":
-            labels = torch.full((len(x),), int(setting.threat_stream.permutation(len(setting.threats))[0]))
+            if self._drawn is None:
+                self._drawn = int(setting.threat_stream.permutation(len(setting.threats))[0])
+            labels = torch.full((len(x),), self._drawn)
         else:
             labels = equal_shares(setting.threat_stream, len(x), len(setting.threats))
         mixture = PerExample(setting.threats, labels)
         images = setting.attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
         losses, correct, penalty = training_forward(setting, images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)
+
+    def update_end(self, setting: Setting) -> None:
+        self._drawn = None
 
 
 def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:

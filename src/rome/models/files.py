@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rome.errors import UserError, first_line
 from rome.experts import Experts, expert_layers
+from rome.files import replace_with
 from rome.models.building import create_model
 from rome.models.loading import fit, read_tensors
 
@@ -93,14 +94,13 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
 
 
 def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     own = {
         name: tensor.detach().clone().contiguous() for name, tensor in state.items()
     }  # tied weights are written twice
-    save_file(own, partial, {"rome": json.dumps(metadata)})
-    os.replace(partial, file)
+    try:
+        replace_with(Path(path), lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)}): is the disk full?") from error
 
 
 def _expert_state(model: nn.Module) -> dict[str, Tensor]:
