@@ -533,7 +533,7 @@ class TestExamples:
         run = compared[0]
         x, y = run.config.data.open("test").first(run.report.n)
         model = load_model(run.run.model_file)
-        found = examples.adversarial(run, model, x, y, rows)
+        found = examples.adversarial(run, model, x, y, rows, examples.pictured(compared))
         for column, (case, threat) in enumerate(run.threats.items(), start=1):
             assert bool(threat.contains(found[case], x[rows]).all())
             saved = dict(zip(*example_images(run.folder, case), strict=True))
@@ -541,6 +541,17 @@ class TestExamples:
                 if not run.report.correct[row, column]:
                     assert torch.equal(found[case][place], saved[row])
                     assert int(model(found[case][place : place + 1]).argmax()) != int(y[row])
+
+    @pytest.mark.parametrize("complete", [0, 1])
+    def test_a_case_that_some_run_lacks_is_in_no_picture(
+        self, runs: tuple[Path, Path], tmp_path: Path, complete: int
+    ) -> None:
+        lacking = runs[1 - complete]
+        shutil.rmtree(lacking / "evaluation")
+        evaluate_saved(lacking, cases=["L1", "Linf"])
+        text = write_report(list(runs), tmp_path / "out").read_text()
+        assert examples.pictured(gather(runs)) == ["L1", "Linf"]
+        assert Page(text).tags.count("img") == 2 * 4 * (1 + 2 * 2)
 
 
 def sample(*means: list[float], n: int = 5) -> gates.GateSample:

@@ -240,11 +240,14 @@ class _Pictures:
             return None
         x, y = self.data
         runs, models = [run for run, _ in self.opened], [subject.model for subject in self.subjects]
+        cases = examples.pictured(runs)
+        if not cases:
+            raise UserError("no attack was run on every model")
         rows = examples.pick(runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
         chosen, classes = torch.tensor(rows), self.subjects[0].split.classes
-        found = [examples.adversarial(run, model, x, y, rows) for run, model in zip(runs, models, strict=True)]
+        found = [examples.adversarial(run, model, x, y, rows, cases) for run, model in zip(runs, models, strict=True)]
         scale = examples.scales(found, x[chosen])
         described = [
             examples.describe(run, model, x[chosen], y[chosen], rows, images, scale, classes)

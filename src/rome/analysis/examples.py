@@ -61,7 +61,7 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
     broken = np.zeros(len(usable), dtype=int)
     for run, report in zip(runs, reports, strict=True):
-        for case in pictured(run):
+        for case in pictured(runs):
             fooled = report.correct[:, 0] & ~report.right((case,))
             broken += fooled
             kept = _saved(run, case)
@@ -77,13 +77,15 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     return [*distinct, *(row for row in order if row not in distinct)][:k]
 
 
-def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+def adversarial(
+    run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+) -> dict[str, Tensor]:
     """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
-    of APGD, or of the case's own attack where the threat is no Lp ball. The first few cases only."""
+    of APGD, or of the case's own attack where the threat is no Lp ball."""
     device = next(model.parameters()).device
     chosen = torch.tensor(rows)
     found = {}
-    for case in pictured(run):
+    for case in cases:
         saved, threat = _saved(run, case) or {}, run.threats[case]
         attack = APGD(steps=15) if isinstance(threat, LpBall) else run.attacks[case].attacks[0]
         images = attack.run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
@@ -94,9 +96,11 @@ def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Se
     return found
 
 
-def pictured(run: Evaluated) -> list[str]:
-    """The cases that are shown in pictures."""
-    return list(run.attacks)[:PICTURED]
+def pictured(runs: Sequence[Evaluated]) -> list[str]:
+    """The cases that are shown in pictures: the first few that every run has, as one of them may have failed in some
+    or not have been run."""
+    shared = set[str].intersection(*(set(run.attacks) for run in runs))
+    return [case for case in runs[0].attacks if case in shared][:PICTURED]
 
 
 def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
