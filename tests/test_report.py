@@ -10,7 +10,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,9 +28,10 @@ from rome.cost import show_cost
 from rome.errors import UserError
 from rome.evaluating import Report, example_images
 from rome.evaluation.given import Given
-from rome.experts import record_gates
+from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report import _gate_pictures, show, tabulate, write_report
+from small_models import grow
 
 EVIL = "<script>alert('x|y')</script>"
 CONFIG: dict[str, Any] = {
@@ -552,6 +553,27 @@ class TestExamples:
         text = write_report(list(runs), tmp_path / "out").read_text()
         assert examples.pictured(gather(runs)) == ["L1", "Linf"]
         assert Page(text).tags.count("img") == 2 * 4 * (1 + 2 * 2)
+
+    @pytest.mark.parametrize("routing", ["random", "none"])
+    def test_the_model_looked_at_is_routed_as_the_one_evaluated(
+        self, runs: tuple[Path, Path], routing: Literal["random", "none"]
+    ) -> None:
+        run = runs[1]
+        file = run / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["evaluation"] |= {"routing": routing, "seed": 3}
+        file.write_text(yaml.safe_dump(config))
+        model = load_model(run / "model.safetensors")
+        grow(model)  # after so short a training the experts change no class
+        save_model(model, run / "model.safetensors", config=config)
+        report, folder = evaluate_saved(run)
+        (found,) = gather([run])
+        assert found.folder == folder
+        x, _ = found.config.data.open("test").first(report.n)
+        seen = found.subject(torch.device("cpu")).model(x)
+        assert torch.equal(seen, set_routing(model, routing, seed=3)(x))
+        assert (seen.argmax(1).numpy() == report.labels).tolist() == report.correct[:, 0].tolist()
+        assert not torch.equal(seen, set_routing(model, "learned")(x))
 
 
 def sample(*means: list[float], n: int = 5) -> gates.GateSample:
