@@ -215,6 +215,20 @@ def test_a_config_that_contradicts_the_data_is_refused(changes: dict[str, Any], 
         build_model(settings(**changes), None, classes=10, shape=(3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    "error", ["AttributeError", "ImportError", "pickle.UnpicklingError", "TypeError", "IndexError", "EOFError"]
+)
+@pytest.mark.parametrize("place", ["function", "forward"])
+def test_whatever_own_code_raises_is_told_in_a_line(tmp_path: Path, error: str, place: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import pickle\nfrom torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n"
+        f"        raise {error}('this went wrong')\n\ndef forward(num_classes):\n    return Net(1, num_classes)\n\n"
+        f"def function(num_classes):\n    raise {error}('this went wrong')\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.py:.*: this went wrong"):
+        build_model(ModelSettings(name=f"{tmp_path}/mine.py:{place}"), None, classes=10, shape=(3, 8, 8))
+
+
 def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
     with pytest.raises(UserError, match=r"gives outputs \(2, 3\) for 2 images, not \(2, 10\)"):
         build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))
