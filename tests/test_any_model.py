@@ -315,6 +315,13 @@ def test_a_report_builds_given_models_again_and_says_what_they_are(two: list[Pat
     assert page.count("<img") == 2 * len(rows) * 7
 
 
+def test_a_report_shows_a_file_without_parameters(call: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "frozen"
+    assert call("--model", "frozen.ts", "--data", "digits", *QUICK, "--out", folder).code == 0
+    page = write_report([folder], tmp_path / "report").read_text()
+    assert page.count("<img") == 4 * 7
+
+
 def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path], tmp_path: Path) -> None:
     Path("traced.pt").unlink()
     with warnings.catch_warnings():

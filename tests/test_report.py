@@ -533,15 +533,15 @@ class TestExamples:
         assert all(run.report.correct[rows, 0].all() for run in compared)
         run = compared[0]
         x, y = run.config.data.open("test").first(run.report.n)
-        model = load_model(run.run.model_file)
-        found = examples.adversarial(run, model, x, y, rows, examples.pictured(compared))
+        subject = run.subject(torch.device("cpu"))
+        found = examples.adversarial(run, subject, x, y, rows, examples.pictured(compared))
         for column, (case, threat) in enumerate(run.threats.items(), start=1):
             assert bool(threat.contains(found[case], x[rows]).all())
             saved = dict(zip(*example_images(run.folder, case), strict=True))
             for place, row in enumerate(rows):
                 if not run.report.correct[row, column]:
                     assert torch.equal(found[case][place], saved[row])
-                    assert int(model(found[case][place : place + 1]).argmax()) != int(y[row])
+                    assert int(subject.model(found[case][place : place + 1]).argmax()) != int(y[row])
 
     @pytest.mark.parametrize("complete", [0, 1])
     def test_a_case_that_some_run_lacks_is_in_no_picture(

@@ -239,7 +239,7 @@ class _Pictures:
         if not self.opened:
             return None
         x, y = self.data
-        runs, models = [run for run, _ in self.opened], [subject.model for subject in self.subjects]
+        runs = [run for run, _ in self.opened]
         cases = examples.pictured(runs)
         if not cases:
             raise UserError("no attack was run on every model")
@@ -247,11 +247,11 @@ class _Pictures:
         if not rows:
             raise UserError("no test example is classified right by every run")
         chosen, classes = torch.tensor(rows), self.subjects[0].split.classes
-        found = [examples.adversarial(run, model, x, y, rows, cases) for run, model in zip(runs, models, strict=True)]
+        found = [examples.adversarial(run, subject, x, y, rows, cases) for run, subject in self.opened]
         scale = examples.scales(found, x[chosen])
         described = [
-            examples.describe(run, model, x[chosen], y[chosen], rows, images, scale, classes)
-            for run, model, images in zip(runs, models, found, strict=True)
+            examples.describe(run, subject, x[chosen], y[chosen], rows, images, scale, classes)
+            for (run, subject), images in zip(self.opened, found, strict=True)
         ]
         return {"scale": scale, "gray": x.shape[1] != 3, "runs": list(zip(runs, described, strict=True))}
 

@@ -11,9 +11,10 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from rome.analysis.evaluated import Evaluated
+from rome.analysis.subject import Subject
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.evaluating import example_images
@@ -78,11 +79,11 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
 
 
 def adversarial(
-    run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+    run: Evaluated, subject: Subject, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
 ) -> dict[str, Tensor]:
     """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
     of APGD, or of the case's own attack where the threat is no Lp ball."""
-    device = next(model.parameters()).device
+    model, device = subject.model, subject.device
     chosen = torch.tensor(rows)
     found = {}
     for case in cases:
@@ -113,7 +114,7 @@ def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float
 
 def describe(
     run: Evaluated,
-    model: nn.Module,
+    subject: Subject,
     clean: Tensor,
     labels: Tensor,
     rows: Sequence[int],
@@ -122,9 +123,8 @@ def describe(
     classes: Sequence[str],
 ) -> list[Example]:
     """The pictures and predictions of :func:`adversarial`."""
-    device = next(model.parameters()).device
     with torch.no_grad():
-        predicted = {case: model(batch.to(device)).argmax(1).cpu() for case, batch in images.items()}
+        predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
     sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items() if case in images}
     return [
         Example(
