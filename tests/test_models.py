@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,38 @@ def test_own_function_gets_sizes_and_arguments(own: Path) -> None:
     model = create_model(f"{own}:means", num_classes=3, mean=(0,), std=(1,), factor=4.0)
     torch.testing.assert_close(model(x), 4 * x.mean((2, 3)))
     assert create_model(f"{own}:sized", num_classes=7, img_size=32)(x).shape == (3, 7)
+
+
+WITH_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Size:
+    width: int = {width}
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, Size().width), nn.Linear(Size().width, num_classes))
+"""
+
+
+@pytest.mark.parametrize("name", ["small_net", "json"])
+def test_own_files_may_hold_dataclasses_and_share_a_name_with_a_module(tmp_path: Path, name: str) -> None:
+    for place, width in (("a", 5), ("b", 6)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").write_text(WITH_DATACLASS.format(width=width))
+    models = [create_model(f"{tmp_path / place}/{name}.py:net", num_classes=4) for place in "aba"]
+    assert [model.backbone[1].out_features for model in models] == [5, 6, 5]
+    assert sys.modules["json"] is json
+
+
+def test_an_own_file_that_fails_is_no_module(tmp_path: Path) -> None:
+    before = set(sys.modules)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        create_model(f"{tmp_path}/broken.py:net", num_classes=4)
+    assert not any("broken" in name for name in set(sys.modules) - before)
 
 
 def test_a_function_of_an_installed_module_is_found_by_name() -> None:
