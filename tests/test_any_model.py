@@ -404,6 +404,11 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
             ["--model", "test_vit", "--weights", "vit.safetensors"],
             "vit.safetensors does not fit the model|does not take",
         ),
+        (["--model", "resnet18.nonsense"], r"resnet18.nonsense: Invalid pretrained tag.*Valid: .*resnet18\.a1_in1k"),
+        (
+            ["--model", "resnet18.nonsense", "--weights", "net.pth"],
+            r"resnet18.nonsense: Invalid pretrained tag \(nonsense\) for resnet18\.",
+        ),
         (["--model", "traced.pt", "--weights", "net.pth"], "holds its weights already"),
         (["--model", "traced.pt", "--num-classes", "12"], r"gives \(3, 10\) for 3 images, not \(3, 12\)"),
         (["--model", "traced.pt", "--mean", "0.5"], "--mean and --std go together"),
