@@ -543,6 +543,15 @@ class TestExamples:
                     assert torch.equal(found[case][place], saved[row])
                     assert int(subject.model(found[case][place : place + 1]).argmax()) != int(y[row])
 
+    def test_a_damaged_batch_is_named_and_its_images_are_made_anew(
+        self, runs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        file = next((runs[0] / "evaluation/apgd-24/batches/L1").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(UserError, match=rf"{file.name} is damaged .*overwrite=True"):
+            example_images(runs[0] / "evaluation/apgd-24", "L1")
+        assert Page(write_report([runs[0]], tmp_path / "out").read_text()).tags.count("img") == 4 * 7
+
     @pytest.mark.parametrize("complete", [0, 1])
     def test_a_case_that_some_run_lacks_is_in_no_picture(
         self, runs: tuple[Path, Path], tmp_path: Path, complete: int

@@ -88,7 +88,7 @@ def _pretrained(name: str) -> Any:
         return get_pretrained_cfg(name)
     except RuntimeError as error:
         near = did_you_mean(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
-        raise UserError(f"--model {name}: {_line(error)}.{near}") from error
+        raise UserError(f"--model {name}: {_line(error).rstrip('.')}.{near}") from error
 
 
 def named_model(
