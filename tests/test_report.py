@@ -552,6 +552,16 @@ class TestExamples:
             example_images(runs[0] / "evaluation/apgd-24", "L1")
         assert Page(write_report([runs[0]], tmp_path / "out").read_text()).tags.count("img") == 4 * 7
 
+    def test_a_threat_that_a_network_measures_has_pictures_without_a_size(
+        self, runs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        shutil.rmtree(runs[0] / "evaluation")
+        evaluate_saved(runs[0], suite="unseen", features="self", cases=["jpeg", "ppgd"], n=12)
+        assert examples.pictured(gather(runs[:1])) == ["jpeg", "ppgd"]
+        text = write_report([runs[0]], tmp_path / "out").read_text()
+        assert Page(text).tags.count("img") == 4 * (1 + 2 * 2)
+        assert len(re.findall("<p>size ", text)) == 4
+
     @pytest.mark.parametrize("complete", [0, 1])
     def test_a_case_that_some_run_lacks_is_in_no_picture(
         self, runs: tuple[Path, Path], tmp_path: Path, complete: int

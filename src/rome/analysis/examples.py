@@ -18,7 +18,7 @@ from rome.analysis.subject import Subject
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.evaluating import example_images
-from rome.threats import LpBall
+from rome.threats import LpBall, Perceptual
 
 PICTURED = 6
 """Cases with pictures; more would not fit beside each other."""
@@ -39,8 +39,8 @@ class Shot:
     """Data URI of the magnified perturbation."""
     prediction: str
     fooled: bool
-    size: float
-    """Of the perturbation, in the threat's own norm."""
+    size: float | None
+    """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,11 @@ def describe(
     """The pictures and predictions of :func:`adversarial`."""
     with torch.no_grad():
         predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
-    sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items() if case in images}
+    sizes = {
+        case: threat.size(images[case], clean)
+        for case, threat in run.threats.items()
+        if case in images and not isinstance(threat, Perceptual)
+    }
     return [
         Example(
             number=row,
@@ -138,7 +142,7 @@ def describe(
                     perturbation=diverging(batch[i] - clean[i], scale[case]),
                     prediction=classes[int(predicted[case][i])],
                     fooled=bool(predicted[case][i] != labels[i]),
-                    size=float(sizes[case][i]),
+                    size=float(sizes[case][i]) if case in sizes else None,
                 )
                 for case, batch in images.items()
             ],
