@@ -439,6 +439,28 @@ class TestPage:
         with pytest.raises(UserError, match="is a file"):
             write_report(list(runs), tmp_path / "out")
 
+    @pytest.mark.parametrize("problem", ["below a file", "unwritable"])
+    def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+        self,
+        made: tuple[Path, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        problem: str,
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        out = tmp_path / "out"
+        if problem == "below a file":
+            out.write_text("")
+            out /= "deeper"
+        else:  # who is root may write anywhere
+            monkeypatch.setattr("os.open", refuse)
+        with pytest.raises(UserError, match=rf"nothing can be written in {out} \(.*--out"):
+            write_report(list(made), out)
+        assert capsys.readouterr().out == ""
+
 
 NEAREST_MEAN = """
 import torch

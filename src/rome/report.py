@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def write_report(
         The HTML file: one file that needs no other and no network.
 
     Raises:
-        UserError: a folder without a run or an evaluation, or evaluations that cannot be compared.
+        UserError: a folder without a run or an evaluation, evaluations that cannot be compared, or an ``out`` that
+            cannot be written.
     """
     compared = gather(runs, suite)
     if compared[0].others and suite is None:
@@ -79,6 +81,7 @@ def write_report(
     for cases in unions:
         for run in compared:
             run.report.union_of(cases)  # are they there?
+    _make(out)
     entries = write_entries(compared, out) if robustbench else []
     show(rows, unions)
     for entry in entries:
@@ -124,10 +127,21 @@ def write_report(
         keep_trailing_newline=True,
     )
     pages.filters["md"] = _markdown
-    out.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
+
+
+def _make(out: Path) -> None:
+    """The folder, before what takes long is put into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written in {out} ({error.strerror}): name another folder with --out"
+        ) from error
 
 
 def compare(runs: Sequence[Evaluated]) -> list[str]:
