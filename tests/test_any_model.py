@@ -535,6 +535,14 @@ def test_data_that_is_not_known(given: str, message: str, tmp_path: Path, monkey
         named_data(given)
 
 
+def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "pets.parquet"
+    hub(file, ("cat", "dog"), 8)
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(UserError, match=r"pets\.parquet: has no rows"):
+        named_data(str(file))
+
+
 def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
     wanted = preprocessing("vit_tiny_patch16_224", None)
     assert wanted == {"size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
