@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,17 @@ def call(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
 def _own_modules() -> Iterator[None]:
     with torch.random.fork_rng():
         yield
+
+
+def test_a_module_in_the_working_folder_is_found(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"", str(tmp_path)}
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in here])  # as the script starts
+    ended = call("--model", "my_net:net", "--data", "digits", *QUICK)
+    assert ended.code == 0, ended.err
+    before = list(sys.path)
+    assert call("--model", "my_net:net", "--data", "digits", *QUICK).code == 0
+    assert sys.path == before
+    del sys.modules["my_net"]
 
 
 # -------- the same model in every form
