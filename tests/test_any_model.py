@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,17 @@ def _own_modules() -> Iterator[None]:
         yield
 
 
+def test_a_module_in_the_working_folder_is_found(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"", str(tmp_path)}
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in here])  # as the script starts
+    ended = call("--model", "my_net:net", "--data", "digits", *QUICK)
+    assert ended.code == 0, ended.err
+    before = list(sys.path)
+    assert call("--model", "my_net:net", "--data", "digits", *QUICK).code == 0
+    assert sys.path == before
+    del sys.modules["my_net"]
+
+
 # -------- the same model in every form
 
 
@@ -315,6 +327,13 @@ def test_a_report_builds_given_models_again_and_says_what_they_are(two: list[Pat
     assert page.count("<img") == 2 * len(rows) * 7
 
 
+def test_a_report_shows_a_file_without_parameters(call: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "frozen"
+    assert call("--model", "frozen.ts", "--data", "digits", *QUICK, "--out", folder).code == 0
+    page = write_report([folder], tmp_path / "report").read_text()
+    assert page.count("<img") == 4 * 7
+
+
 def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path], tmp_path: Path) -> None:
     Path("traced.pt").unlink()
     with warnings.catch_warnings():
@@ -396,6 +415,11 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (
             ["--model", "test_vit", "--weights", "vit.safetensors"],
             "vit.safetensors does not fit the model|does not take",
+        ),
+        (["--model", "resnet18.nonsense"], r"resnet18.nonsense: Invalid pretrained tag.*Valid: .*resnet18\.a1_in1k"),
+        (
+            ["--model", "resnet18.nonsense", "--weights", "net.pth"],
+            r"resnet18.nonsense: Invalid pretrained tag \(nonsense\) for resnet18\.",
         ),
         (["--model", "traced.pt", "--weights", "net.pth"], "holds its weights already"),
         (["--model", "traced.pt", "--num-classes", "12"], r"gives \(3, 10\) for 3 images, not \(3, 12\)"),
@@ -521,6 +545,14 @@ def test_data_that_is_not_known(given: str, message: str, tmp_path: Path, monkey
     (tmp_path / "batches" / "batches.meta").touch()
     with pytest.raises(UserError, match=message):
         named_data(given)
+
+
+def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "pets.parquet"
+    hub(file, ("cat", "dog"), 8)
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(UserError, match=r"pets\.parquet: has no rows"):
+        named_data(str(file))
 
 
 def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:

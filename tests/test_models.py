@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,38 @@ def test_own_function_gets_sizes_and_arguments(own: Path) -> None:
     assert create_model(f"{own}:sized", num_classes=7, img_size=32)(x).shape == (3, 7)
 
 
+WITH_DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class Size:
+    width: int = {width}
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, Size().width), nn.Linear(Size().width, num_classes))
+"""
+
+
+@pytest.mark.parametrize("name", ["small_net", "json"])
+def test_own_files_may_hold_dataclasses_and_share_a_name_with_a_module(tmp_path: Path, name: str) -> None:
+    for place, width in (("a", 5), ("b", 6)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").write_text(WITH_DATACLASS.format(width=width))
+    models = [create_model(f"{tmp_path / place}/{name}.py:net", num_classes=4) for place in "aba"]
+    assert [model.backbone[1].out_features for model in models] == [5, 6, 5]
+    assert sys.modules["json"] is json
+
+
+def test_an_own_file_that_fails_is_no_module(tmp_path: Path) -> None:
+    before = set(sys.modules)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        create_model(f"{tmp_path}/broken.py:net", num_classes=4)
+    assert not any("broken" in name for name in set(sys.modules) - before)
+
+
 def test_a_function_of_an_installed_module_is_found_by_name() -> None:
     model = create_model("timm.models:vit_tiny_patch16_224", num_classes=4, depth=1, img_size=32)
     assert model(images()).shape == (3, 4)
@@ -213,6 +246,20 @@ def test_a_configs_model_takes_classes_and_channels_from_the_data() -> None:
 def test_a_config_that_contradicts_the_data_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(settings(**changes), None, classes=10, shape=(3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "error", ["AttributeError", "ImportError", "pickle.UnpicklingError", "TypeError", "IndexError", "EOFError"]
+)
+@pytest.mark.parametrize("place", ["function", "forward"])
+def test_whatever_own_code_raises_is_told_in_a_line(tmp_path: Path, error: str, place: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import pickle\nfrom torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n"
+        f"        raise {error}('this went wrong')\n\ndef forward(num_classes):\n    return Net(1, num_classes)\n\n"
+        f"def function(num_classes):\n    raise {error}('this went wrong')\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.py:.*: this went wrong"):
+        build_model(ModelSettings(name=f"{tmp_path}/mine.py:{place}"), None, classes=10, shape=(3, 8, 8))
 
 
 def test_outputs_must_be_one_logit_a_class(own: Path) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,9 +28,10 @@ from rome.cost import show_cost
 from rome.errors import UserError
 from rome.evaluating import Report, example_images
 from rome.evaluation.given import Given
-from rome.experts import record_gates
+from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report import _gate_pictures, show, tabulate, write_report
+from small_models import grow
 
 EVIL = "<script>alert('x|y')</script>"
 CONFIG: dict[str, Any] = {
@@ -438,6 +439,28 @@ class TestPage:
         with pytest.raises(UserError, match="is a file"):
             write_report(list(runs), tmp_path / "out")
 
+    @pytest.mark.parametrize("problem", ["below a file", "unwritable"])
+    def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+        self,
+        made: tuple[Path, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        problem: str,
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        out = tmp_path / "out"
+        if problem == "below a file":
+            out.write_text("")
+            out /= "deeper"
+        else:  # who is root may write anywhere
+            monkeypatch.setattr("os.open", refuse)
+        with pytest.raises(UserError, match=rf"nothing can be written in {out} \(.*--out"):
+            write_report(list(made), out)
+        assert capsys.readouterr().out == ""
+
 
 NEAREST_MEAN = """
 import torch
@@ -532,15 +555,66 @@ class TestExamples:
         assert all(run.report.correct[rows, 0].all() for run in compared)
         run = compared[0]
         x, y = run.config.data.open("test").first(run.report.n)
-        model = load_model(run.run.model_file)
-        found = examples.adversarial(run, model, x, y, rows)
+        subject = run.subject(torch.device("cpu"))
+        found = examples.adversarial(run, subject, x, y, rows, examples.pictured(compared))
         for column, (case, threat) in enumerate(run.threats.items(), start=1):
             assert bool(threat.contains(found[case], x[rows]).all())
             saved = dict(zip(*example_images(run.folder, case), strict=True))
             for place, row in enumerate(rows):
                 if not run.report.correct[row, column]:
                     assert torch.equal(found[case][place], saved[row])
-                    assert int(model(found[case][place : place + 1]).argmax()) != int(y[row])
+                    assert int(subject.model(found[case][place : place + 1]).argmax()) != int(y[row])
+
+    def test_a_damaged_batch_is_named_and_its_images_are_made_anew(
+        self, runs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        file = next((runs[0] / "evaluation/apgd-24/batches/L1").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(UserError, match=rf"{file.name} is damaged .*overwrite=True"):
+            example_images(runs[0] / "evaluation/apgd-24", "L1")
+        assert Page(write_report([runs[0]], tmp_path / "out").read_text()).tags.count("img") == 4 * 7
+
+    def test_a_threat_that_a_network_measures_has_pictures_without_a_size(
+        self, runs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        shutil.rmtree(runs[0] / "evaluation")
+        evaluate_saved(runs[0], suite="unseen", features="self", cases=["jpeg", "ppgd"], n=12)
+        assert examples.pictured(gather(runs[:1])) == ["jpeg", "ppgd"]
+        text = write_report([runs[0]], tmp_path / "out").read_text()
+        assert Page(text).tags.count("img") == 4 * (1 + 2 * 2)
+        assert len(re.findall("<p>size ", text)) == 4
+
+    @pytest.mark.parametrize("complete", [0, 1])
+    def test_a_case_that_some_run_lacks_is_in_no_picture(
+        self, runs: tuple[Path, Path], tmp_path: Path, complete: int
+    ) -> None:
+        lacking = runs[1 - complete]
+        shutil.rmtree(lacking / "evaluation")
+        evaluate_saved(lacking, cases=["L1", "Linf"])
+        text = write_report(list(runs), tmp_path / "out").read_text()
+        assert examples.pictured(gather(runs)) == ["L1", "Linf"]
+        assert Page(text).tags.count("img") == 2 * 4 * (1 + 2 * 2)
+
+    @pytest.mark.parametrize("routing", ["random", "none"])
+    def test_the_model_looked_at_is_routed_as_the_one_evaluated(
+        self, runs: tuple[Path, Path], routing: Literal["random", "none"]
+    ) -> None:
+        run = runs[1]
+        file = run / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["evaluation"] |= {"routing": routing, "seed": 3}
+        file.write_text(yaml.safe_dump(config))
+        model = load_model(run / "model.safetensors")
+        grow(model)  # after so short a training the experts change no class
+        save_model(model, run / "model.safetensors", config=config)
+        report, folder = evaluate_saved(run)
+        (found,) = gather([run])
+        assert found.folder == folder
+        x, _ = found.config.data.open("test").first(report.n)
+        seen = found.subject(torch.device("cpu")).model(x)
+        assert torch.equal(seen, set_routing(model, routing, seed=3)(x))
+        assert (seen.argmax(1).numpy() == report.labels).tolist() == report.correct[:, 0].tolist()
+        assert not torch.equal(seen, set_routing(model, "learned")(x))
 
 
 def sample(*means: list[float], n: int = 5) -> gates.GateSample:

@@ -347,6 +347,8 @@ def _say(text: str) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit codes: 0 done, 1 done but for cases that failed, 2 a mistake the message explains, 130 or 143
     stopped by a signal."""
+    if not sys.flags.safe_path and "" not in sys.path:
+        sys.path.append("")  # models and imports of one's own lie here, as for `python -m rome.cli`
     with exiting():
         app(arguments, prog_name="rome")
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def write_report(
         The HTML file: one file that needs no other and no network.
 
     Raises:
-        UserError: a folder without a run or an evaluation, or evaluations that cannot be compared.
+        UserError: a folder without a run or an evaluation, evaluations that cannot be compared, or an ``out`` that
+            cannot be written.
     """
     compared = gather(runs, suite)
     if compared[0].others and suite is None:
@@ -79,6 +81,7 @@ def write_report(
     for cases in unions:
         for run in compared:
             run.report.union_of(cases)  # are they there?
+    _make(out)
     entries = write_entries(compared, out) if robustbench else []
     show(rows, unions)
     for entry in entries:
@@ -124,10 +127,21 @@ def write_report(
         keep_trailing_newline=True,
     )
     pages.filters["md"] = _markdown
-    out.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
+
+
+def _make(out: Path) -> None:
+    """The folder, before what takes long is put into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"nothing can be written in {out} ({error.strerror}): name another folder with --out"
+        ) from error
 
 
 def compare(runs: Sequence[Evaluated]) -> list[str]:
@@ -239,16 +253,19 @@ class _Pictures:
         if not self.opened:
             return None
         x, y = self.data
-        runs, models = [run for run, _ in self.opened], [subject.model for subject in self.subjects]
+        runs = [run for run, _ in self.opened]
+        cases = examples.pictured(runs)
+        if not cases:
+            raise UserError("no attack was run on every model")
         rows = examples.pick(runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
         chosen, classes = torch.tensor(rows), self.subjects[0].split.classes
-        found = [examples.adversarial(run, model, x, y, rows) for run, model in zip(runs, models, strict=True)]
+        found = [examples.adversarial(run, subject, x, y, rows, cases) for run, subject in self.opened]
         scale = examples.scales(found, x[chosen])
         described = [
-            examples.describe(run, model, x[chosen], y[chosen], rows, images, scale, classes)
-            for run, model, images in zip(runs, models, found, strict=True)
+            examples.describe(run, subject, x[chosen], y[chosen], rows, images, scale, classes)
+            for (run, subject), images in zip(self.opened, found, strict=True)
         ]
         return {"scale": scale, "gray": x.shape[1] != 3, "runs": list(zip(runs, described, strict=True))}
 

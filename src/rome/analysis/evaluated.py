@@ -149,7 +149,10 @@ class EvaluatedRun(Evaluated):
         return f"rome evaluate {self.run.folder}"
 
     def subject(self, device: torch.device) -> Subject:
-        return Subject(self.run, self.name, device)
+        """The model as it was evaluated: its gates may have been replaced."""
+        settings = self.report.settings
+        routing = (settings.get("provenance") or {}).get("routing", self.config.evaluation.routing)
+        return Subject(self.run, self.name, device, routing=routing, seed=settings["seed"])
 
     def check_fresh(self) -> None:
         """Raise UserError unless the evaluation is of the weights that lie in the run's folder."""

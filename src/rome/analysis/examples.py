@@ -11,13 +11,14 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from rome.analysis.evaluated import Evaluated
+from rome.analysis.subject import Subject
 from rome.attacks import APGD
 from rome.errors import UserError
 from rome.evaluating import example_images
-from rome.threats import LpBall
+from rome.threats import LpBall, Perceptual
 
 PICTURED = 6
 """Cases with pictures; more would not fit beside each other."""
@@ -38,8 +39,8 @@ class Shot:
     """Data URI of the magnified perturbation."""
     prediction: str
     fooled: bool
-    size: float
-    """Of the perturbation, in the threat's own norm."""
+    size: float | None
+    """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
     broken = np.zeros(len(usable), dtype=int)
     for run, report in zip(runs, reports, strict=True):
-        for case in pictured(run):
+        for case in pictured(runs):
             fooled = report.correct[:, 0] & ~report.right((case,))
             broken += fooled
             kept = _saved(run, case)
@@ -77,13 +78,15 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     return [*distinct, *(row for row in order if row not in distinct)][:k]
 
 
-def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+def adversarial(
+    run: Evaluated, subject: Subject, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+) -> dict[str, Tensor]:
     """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
-    of APGD, or of the case's own attack where the threat is no Lp ball. The first few cases only."""
-    device = next(model.parameters()).device
+    of APGD, or of the case's own attack where the threat is no Lp ball."""
+    model, device = subject.model, subject.device
     chosen = torch.tensor(rows)
     found = {}
-    for case in pictured(run):
+    for case in cases:
         saved, threat = _saved(run, case) or {}, run.threats[case]
         attack = APGD(steps=15) if isinstance(threat, LpBall) else run.attacks[case].attacks[0]
         images = attack.run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
@@ -94,9 +97,11 @@ def adversarial(run: Evaluated, model: nn.Module, x: Tensor, y: Tensor, rows: Se
     return found
 
 
-def pictured(run: Evaluated) -> list[str]:
-    """The cases that are shown in pictures."""
-    return list(run.attacks)[:PICTURED]
+def pictured(runs: Sequence[Evaluated]) -> list[str]:
+    """The cases that are shown in pictures: the first few that every run has, as one of them may have failed in some
+    or not have been run."""
+    shared = set[str].intersection(*(set(run.attacks) for run in runs))
+    return [case for case in runs[0].attacks if case in shared][:PICTURED]
 
 
 def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
@@ -109,7 +114,7 @@ def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float
 
 def describe(
     run: Evaluated,
-    model: nn.Module,
+    subject: Subject,
     clean: Tensor,
     labels: Tensor,
     rows: Sequence[int],
@@ -118,10 +123,13 @@ def describe(
     classes: Sequence[str],
 ) -> list[Example]:
     """The pictures and predictions of :func:`adversarial`."""
-    device = next(model.parameters()).device
     with torch.no_grad():
-        predicted = {case: model(batch.to(device)).argmax(1).cpu() for case, batch in images.items()}
-    sizes = {case: threat.size(images[case], clean) for case, threat in run.threats.items() if case in images}
+        predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
+    sizes = {
+        case: threat.size(images[case], clean)
+        for case, threat in run.threats.items()
+        if case in images and not isinstance(threat, Perceptual)
+    }
     return [
         Example(
             number=row,
@@ -134,7 +142,7 @@ def describe(
                     perturbation=diverging(batch[i] - clean[i], scale[case]),
                     prediction=classes[int(predicted[case][i])],
                     fooled=bool(predicted[case][i] != labels[i]),
-                    size=float(sizes[case][i]),
+                    size=float(sizes[case][i]) if case in sizes else None,
                 )
                 for case, batch in images.items()
             ],

@@ -21,6 +21,7 @@ from rome.errors import UserError
 from rome.evaluation.any_model import Named
 from rome.evaluation.given import Given
 from rome.evaluation.store import hash_model
+from rome.experts import Routing, set_routing
 from rome.models import load_model
 from rome.runs import Run
 from rome.threats import PerExample, Threat
@@ -44,13 +45,18 @@ class Subject:
         run: its folder, with ``model.safetensors``.
         name: what pictures call it.
         device: of the model and the images.
+        routing: gate weights in place of the learned ones, of the given seed; see :func:`rome.experts.set_routing`.
 
     Raises:
         UserError: the folder holds no finished run.
     """
 
-    def __init__(self, run: Run, name: str, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+    ) -> None:
         self.run, self.name, self.device = run, name, device
+        self.routing: Routing = routing
+        self.seed = seed
         self.config: Config = run.config
         if not run.finished:
             raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
@@ -59,7 +65,7 @@ class Subject:
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, in evaluation mode."""
-        return load_model(self.run.model_file).to(self.device)
+        return set_routing(load_model(self.run.model_file), self.routing, seed=self.seed).to(self.device)
 
     @cached_property
     def split(self) -> Split:

@@ -165,7 +165,8 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
             if first is None:
                 table = parquet.read([column, label])
             else:
-                table = pa.Table.from_batches(list(islice(parquet.iter_batches(first, columns=[column, label]), 1)))
+                some = list(islice(parquet.iter_batches(first, columns=[column, label]), 1))
+                table = pa.Table.from_batches(some) if some else schema.empty_table()
             encoded = pc.struct_field(table.column(column), "bytes")
     except (pa.ArrowException, OSError) as error:
         refuse(f"not a readable Parquet file ({one_line(error)})")

@@ -16,7 +16,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.errors import UserError, did_you_mean
 from rome.models import Classifier, create_model, file_hash, load_weights
 
 TORCHSCRIPT, EXPORTED = (".pt", ".ts", ".pth", ".torchscript"), ".pt2"
@@ -72,12 +72,23 @@ def is_file(name: str) -> bool:
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
     """How a timm model wants files of images to be resized, as settings of an image folder."""
-    config = None if ":" in name or is_file(name) or not timm.is_model(name) else get_pretrained_cfg(name)
+    config = _pretrained(name)
     if config is None:
         return {} if img_size is None else {"size": img_size}
     modes = {"nearest", "bilinear", "bicubic", "lanczos"}
     wanted = {"size": img_size or config.input_size[-1], "crop_pct": config.crop_pct}
     return wanted | ({"interpolation": config.interpolation} if config.interpolation in modes else {})
+
+
+def _pretrained(name: str) -> Any:
+    """What timm knows of the weights of a model of that name; None where it has no such model."""
+    if ":" in name or is_file(name) or not timm.is_model(name):
+        return None
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError as error:
+        near = did_you_mean(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UserError(f"--model {name}: {_line(error).rstrip('.')}.{near}") from error
 
 
 def named_model(
@@ -141,7 +152,7 @@ def _from_name(
     std: Sequence[float] | None,
 ) -> Named:
     function, known = ":" in name, ":" not in name and timm.is_model(name)
-    config = get_pretrained_cfg(name) if known else None
+    config = _pretrained(name)
     pretrained = not function and weights is None
     if pretrained and known:
         if config is None or not config.has_weights:

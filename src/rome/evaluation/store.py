@@ -16,7 +16,8 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,14 +195,14 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
         misclassified; examples that no attack fooled have none, so there may be fewer than ``k``.
 
     Raises:
-        UserError: no such case, or the images were not kept.
+        UserError: no such case, the images were not kept, or a file of them is damaged.
     """
     folder = Path(directory) / BATCHES / case
     places: list[tuple[int, Path, int]] = []
     files = sorted(folder.glob("*.safetensors"))
     kept = False
     for path in files:
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             kept |= "images" in file.keys()  # noqa: SIM118
             fooled = file.get_tensor("indices")[~file.get_tensor("correct")].tolist()
             places += [(index, path, row) for row, index in enumerate(fooled)]
@@ -211,14 +212,30 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
     chosen = sorted(places)[:k]
     images: dict[int, Tensor] = {}
     for path in {path for _, path, _ in chosen}:
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             part = file.get_slice("images")
             images |= {index: part[row : row + 1] for index, where, row in chosen if where == path}
     indices = np.array([index for index, _, _ in chosen], dtype=np.int64)
     if len(indices):
         return indices, torch.cat([images[int(index)] for index in indices])
-    with safe_open(str(files[0]), framework="pt") as file:
+    with _opened(files[0]) as file:
         return indices, file.get_tensor("images")[:0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A batch's file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): evaluate again with overwrite=True, or into another folder"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from rome.component import Settings
-from rome.errors import UserError, first_line
+from rome.errors import Interrupted, UserError, first_line
 from rome.experts import Experts, record_gates
 from rome.models.classifier import Classifier
 from rome.models.loading import load_weights
@@ -100,12 +100,14 @@ def create_model(
         backbone = make_backbone(
             name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, options={**sizes, **args}
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, NameError) as error:
+    except (UserError, Interrupted):
+        raise
+    except OSError as error:
+        raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
+    except Exception as error:  # whatever a function of yours does
         given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
         hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
         raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}{hint}") from error
-    except OSError as error:
-        raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
     expected = expected_normalization(backbone)
@@ -144,7 +146,9 @@ def build_model(
     try:
         with torch.no_grad(), record_gates(model) if experts is not None else nullcontext() as recorder:
             logits = model(torch.zeros(2, *shape))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:  # whatever its code raises
         raise UserError(
             f"model {settings.name} does not take images of {'x'.join(map(str, shape))}: {first_line(error)}; "
             "set model.img_size and model.patch_size"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -116,14 +118,25 @@ def robustbench_model(
 def _own_function(name: str) -> Any:
     place, _, function = name.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _executed(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         return getattr(module, function)
     except Exception as error:  # whatever the file does
         raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _executed(file: Path) -> ModuleType:
+    """The module that a file holds, executed anew.
+
+    It is in ``sys.modules`` under a name of its own, as dataclasses and others look there for the module of a class.
+    """
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
