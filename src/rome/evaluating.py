@@ -25,6 +25,7 @@ from rome.attacks.base import Model, frozen
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.checks import check_data, check_mode, check_outputs, device_of
 from rome.evaluation.composed import SuiteChoice, as_suite
+from rome.evaluation.identity import as_known, identity
 from rome.evaluation.masking import as_warnings, look, worth_checking
 from rome.evaluation.memory import Halving
 from rome.evaluation.processes import ALONE, Team
@@ -119,11 +120,13 @@ def evaluate(
         "batch_size": size,
         "seed": seed,
         "device": where.type,
-        "model": {"type": getattr(model, "_orig_mod", model).__class__.__name__, "sha256": hash_model(model)},
+        "model": identity(model),
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
     }
     with _undisturbed(model, where):
+        stored = team.first(lambda: None if overwrite else store.stored_settings())
+        settings["model"] = as_known(settings["model"], stored)
         classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
         if classes is None:
             first = np.arange(min(size, len(x)))

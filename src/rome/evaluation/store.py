@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from rome.attacks.base import Model
 from rome.errors import UserError
+from rome.experts.recording import expert_layers
 from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
@@ -266,8 +267,9 @@ def hash_data(x: Tensor, y: Tensor) -> str:
 
 
 def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out; the same with
-    and without ``torch.compile``. None for a function that is no module: its weights cannot be seen."""
+    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of which
+    gates are inverted; the same with and without ``torch.compile``. None for a function that is no module: its weights
+    cannot be seen."""
     if not isinstance(model, nn.Module):
         return None
     digest = hashlib.sha256()
@@ -279,6 +281,8 @@ def hash_model(model: Model) -> str | None:
             digest.update(_bytes(value))
         else:  # a module's extra state
             digest.update(repr(value).encode())
+    for name in (name for name, layer in expert_layers(model).items() if layer.inverted):
+        digest.update(f"{name.replace('_orig_mod.', '')} inverted".encode())
     return digest.hexdigest()
 
 
