@@ -439,6 +439,40 @@ def test_batches_of_other_settings_do_not_count(model: nn.Module, tmp_path: Path
     assert (found.correct == evaluate(model, x, y, threats=LINF, suite=QUICK).correct).all()
 
 
+def test_a_result_of_other_settings_does_not_count(model: nn.Module, tmp_path: Path) -> None:
+    """Should the settings alone be lost, or be another evaluation's, the result is not taken for this model's."""
+    x, y = digits(24)
+    other, fresh = trained(steps=3), evaluate(model, x, y, threats=LINF, suite=QUICK)
+    evaluate(other, x, y, threats=LINF, suite=QUICK, out=tmp_path / "lost")
+    (tmp_path / "lost" / "settings.json").unlink()
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "lost")
+    assert (found.correct == fresh.correct).all()
+    evaluate(other, x, y, threats=LINF, suite=QUICK, out=tmp_path / "swapped")
+    settings = (tmp_path / "lost" / "settings.json").read_bytes()
+    (tmp_path / "swapped" / "settings.json").write_bytes(settings)
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "swapped")
+    assert (found.correct == fresh.correct).all()
+
+
+@pytest.mark.parametrize("lost", [(), ("result.json",), ("settings.json",), ("settings.json", "result.json")])
+def test_a_function_does_not_go_on_with_another_ones_work(
+    lost: tuple[str, ...], model: nn.Module, tmp_path: Path
+) -> None:
+    """Nothing tells two functions apart, so what the first left is refused, or not looked at."""
+    x, y = digits(24)
+    settings: Any = {"threats": LINF, "suite": QUICK, "device": "cpu"}
+    evaluate(lambda images: model(images), x, y, **settings, out=tmp_path)
+    for name in lost:
+        (tmp_path / name).unlink()
+    second, fresh = lambda images: -model(images), evaluate(lambda images: -model(images), x, y, **settings)
+    if "settings.json" not in lost:
+        with pytest.raises(UserError, match=r"evaluation of a function.*folder \(--out\), or overwrite=True"):
+            evaluate(second, x, y, **settings, out=tmp_path)
+    found = evaluate(second, x, y, **settings, out=tmp_path, overwrite="settings.json" not in lost)
+    assert (found.correct == fresh.correct).all()
+    assert (found.clean, Report.load(tmp_path).clean) == (fresh.clean, fresh.clean)
+
+
 def test_example_images(model: nn.Module, tmp_path: Path) -> None:
     x, y = digits(30)
     found = evaluate(model, x, y, threats=LINF, suite=QUICK, batch_size=7, out=tmp_path)

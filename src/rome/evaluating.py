@@ -85,7 +85,8 @@ def evaluate(
         seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
         device: where the model is; None asks it.
         out: folder to keep the result and every finished batch in.
-        resume: go on with what ``out`` holds; a finished result is returned at once.
+        resume: go on with what ``out`` holds; a finished result is returned at once. Not of a function that is no
+            module: nothing tells it from another one, so its evaluation is refused unless ``overwrite`` is set.
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).

@@ -34,6 +34,7 @@ from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
+_LAST = (MATRIX, RESULT)
 _NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 
 
@@ -69,16 +70,17 @@ class Store:
         """Begin or go on with these settings; returns the stored ones.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off.
+            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off, or while the
+                model is a function, of which nobody can tell whether it is the same.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
-        if overwrite:
-            self.clear()
-        stored = self.stored_settings()
+        unseen = settings["model"]["sha256"] is None
+        stored = None if overwrite else self.stored_settings()
         if stored is None:
             try:
+                self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
                 replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
             except OSError as error:
                 raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
@@ -90,6 +92,11 @@ class Store:
         if differing:
             raise UserError(
                 f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
+            )
+        if unseen:
+            raise UserError(
+                f"{self.directory} holds an evaluation of a function, whose weights cannot be seen, so this may be "
+                f"another one: {advice}; or give a torch module, whose evaluation goes on"
             )
         return self._measured_anew(stored, settings.get("networks", {}))
 
@@ -106,12 +113,13 @@ class Store:
         replace_file(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         return stored
 
-    def clear(self) -> None:
-        """Remove an earlier evaluation's files, and nothing else."""
+    def clear(self, *, batches: bool) -> None:
+        """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings
+        it is of."""
         if self.directory is not None:
             for name in (RESULT, MATRIX, CHECKS):
                 (self.directory / name).unlink(missing_ok=True)
-            for path in (self.directory / BATCHES).glob("**/*.safetensors*"):
+            for path in (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ():
                 path.unlink(missing_ok=True)
             (self.directory / SETTINGS).unlink(missing_ok=True)  # last: without it the rest would be taken as new
 
@@ -174,11 +182,14 @@ class Store:
 
     @property
     def finished(self) -> bool:
-        """Whether every case is there."""
-        if self.directory is None or not (self.directory / RESULT).exists() or not (self.directory / MATRIX).exists():
+        """Whether every case is there, of the settings that are there."""
+        stored = self.stored_settings()
+        if self.directory is None or stored is None or not all((self.directory / name).exists() for name in _LAST):
             return False
         result = read_json(self.directory / RESULT)
-        return not result["failed"] and not result.get("pending")
+        return (
+            not result["failed"] and not result.get("pending") and not differences(result.get("settings", {}), stored)
+        )
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
