@@ -231,8 +231,19 @@ def test_rows_show_the_evaluation_that_most_runs_have_before_the_stronger_one_of
     assert [line.reports[0].suite for line in fill("1", [b]) if line.reports] == ["autoattack"]
     c = evaluated(tmp_path / "c", {"method": "max"}, (0.5, 0.6, 0.4), n=80)
     assert "evaluated differently" in render("Table 1", fill("1", [a, c]), "text")
+    assert measured_differently(tmp_path, "1", "2")
+    assert not measured_differently(tmp_path, "1", "1")
     lines = fill("1", [a, evaluated(tmp_path / "d", experts, (0.5, 0.6, 0.4), n=80)])
     assert not any(line.gain for line in lines), "not on the same examples"
+
+
+def measured_differently(place: Path, *networks: str) -> bool:
+    """Whether Table 2 of given models says so whose PPGD was measured by these."""
+    both = [
+        renamed(given(place / f"{i}{networks}", {"networks": {"ppgd": network}}, sha256=str(i)), "ppgd")
+        for i, network in enumerate(networks)
+    ]
+    return "evaluated differently" in render("Table 2", fill("2", both), "text")
 
 
 def test_where_no_row_is_without_experts_differences_are_to_rome(tmp_path: Path) -> None:
