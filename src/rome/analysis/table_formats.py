@@ -79,9 +79,13 @@ def sources(lines: Sequence[Line]) -> str:
 
 
 def _differ(lines: Sequence[Line]) -> bool:
-    """Whether the runs of a section were evaluated by different suites, on different numbers of examples, or with
-    different networks that measure."""
-    shown = {(str(report.settings.get("suite")), report.n) for line in lines for report in line.reports}
+    """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
+    of examples, or with different networks that measure."""
+    shown = {
+        (*(str(report.settings.get(name)) for name in ("suite", "threats")), report.n)
+        for line in lines
+        for report in line.reports
+    }
     everything = [report for line in lines for report in (*line.reports, *line.others)]
     return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(everything, 2))
 
