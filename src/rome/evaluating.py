@@ -91,7 +91,8 @@ def evaluate(
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so where they cost less
-            than a tenth: for suites with AutoAttack's attacks, from 100 examples on.
+            than a tenth: for suites with AutoAttack's attacks, from 100 examples on. True also looks where a finished
+            result has none.
         team: the processes that share the work (:func:`rome.evaluation.processes.launched`); each calls this function
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
@@ -156,9 +157,9 @@ def evaluate(
         settings, finished = team.first(
             lambda: (store.open(settings, resume=resume, overwrite=overwrite), store.finished)
         )
-        if finished and store.directory is not None:
-            folder = store.directory
-            return team.first(lambda: Report.load(folder))
+        report = team.first(lambda: Report.load(folder)) if finished and (folder := store.directory) else None
+        if report is not None and (report.checks or not checks):
+            return report
         with watching(progress if team.leads else False) as watch:
             run = Running(
                 model=model,
@@ -174,7 +175,7 @@ def evaluate(
                 team=team,
                 aloud=bool(progress) and team.leads,
             )
-            report = run.report(settings, wanted)
+            report = report or run.report(settings, wanted)
             if worth_checking(planned, len(x)) if checks is None else checks:
                 clean = report.correct[:, 0]
 
