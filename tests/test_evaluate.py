@@ -490,6 +490,20 @@ def test_example_images(model: nn.Module, tmp_path: Path) -> None:
         example_images(tmp_path / "b", "Linf", 1)
 
 
+@pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99])
+def test_a_damaged_matrix_is_told_and_its_batches_are_kept(kept: float, model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    first = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)
+    before, content = files(tmp_path), (tmp_path / "matrix.npz").read_bytes()
+    (tmp_path / "matrix.npz").write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    for read in (lambda: Report.load(tmp_path), lambda: evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)):
+        with pytest.raises(UserError, match=r"is damaged \(.+\): remove result.json and evaluate again"):
+            read()
+    (tmp_path / "result.json").unlink()
+    assert (evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path).correct == first.correct).all()
+    assert files(tmp_path) == before
+
+
 def test_loading_nothing_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished evaluation"):
         Report.load(tmp_path)
