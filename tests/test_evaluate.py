@@ -1,5 +1,6 @@
 """The evaluator: one matrix, the same after any interruption; it refuses what would make it wrong."""
 
+import errno
 import itertools
 import json
 import math
@@ -25,8 +26,10 @@ from rome.attacks.base import Attack, Found
 from rome.attacks.pgd import PGD
 from rome.errors import UserError
 from rome.evaluating import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.evaluation import store
 from rome.evaluation.report import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
+from rome.files import replace_file
 from rome.threats import DIGITS, LpBall, Threat
 
 QUICK = APGDSuite(iterations=10)
@@ -488,6 +491,36 @@ def test_example_images(model: nn.Module, tmp_path: Path) -> None:
     evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "b", save_images=False)
     with pytest.raises(UserError, match="were not kept"):
         example_images(tmp_path / "b", "Linf", 1)
+
+
+@pytest.mark.parametrize("full", ["clean", "L1", "L2", "matrix", "result"])
+def test_a_full_disk_ends_the_evaluation_and_the_same_call_goes_on(
+    full: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not after hours of cases that nobody can keep."""
+    x, y = digits(12)
+    settings: Any = {"threats": DIGITS, "suite": QUICK, "out": tmp_path}
+
+    def replace(path: Path, content: bytes) -> None:
+        tried.append(path)
+        if full in str(path.relative_to(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(path, content)
+
+    tried: list[Path] = []
+    monkeypatch.setattr(store, "replace_file", replace)
+    with pytest.raises(UserError, match=rf"{full}.* cannot be written \(No space left on device\): .* goes on with it"):
+        evaluate(model, x, y, **settings)
+    assert full in str(tried[-1].relative_to(tmp_path)), "nothing was tried after it"
+    assert not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    before = files(tmp_path)
+    assert bool(before) == (full != "clean")
+    assert (
+        evaluate(model, x, y, **settings).correct == evaluate(model, x, y, **(settings | {"out": None})).correct
+    ).all()
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99])

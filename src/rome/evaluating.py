@@ -100,7 +100,7 @@ def evaluate(
 
     Raises:
         UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, inputs
-            outside [0, 1] ...), or ``out`` holds an evaluation with other settings.
+            outside [0, 1] ...), ``out`` holds an evaluation with other settings, or the disk is full.
         Interrupted: another process of the team ended.
         Exception: whatever the first attack raised, if every case failed. If only some did, they are in
             ``Report.failed`` and are tried again by the next call.
@@ -184,8 +184,7 @@ def evaluate(
 
                 report.checks.extend(team.first(lambda: store.checks(make)))
                 report.warnings.extend(as_warnings(report.checks))
-    if team.leads:
-        store.finish(report.arrays(), report.to_json())
+    team.first(lambda: store.finish(report.arrays(), report.to_json()))
     return report
 
 

@@ -133,8 +133,8 @@ def _by_model(
 ) -> dict[tuple[Path, str], dict[tuple[str, str, int], Report]]:
     """(first folder, name) of each model -> the evaluations in these folders, as :func:`_evaluations` has a run's.
 
-    A model is told by its name, state and code, and fills a row for each set of budgets. One without a hash, a function,
-    may be another in every folder.
+    A model is told by its name, state and code, and fills a row for each set of budgets. One without a hash, which is
+    a function, may be another in every folder.
 
     Raises:
         UserError: one of them is not finished, has none of the columns, or is of the same model, budgets, suite and

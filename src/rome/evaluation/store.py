@@ -52,6 +52,10 @@ class Unit:
     """JSON data: ``seconds`` and ``warnings``."""
 
 
+class StorageError(UserError):
+    """Nothing more can be kept, so going on would be in vain."""
+
+
 class Store:
     """The folder of one evaluation; with ``directory`` None nothing is kept."""
 
@@ -110,7 +114,7 @@ class Store:
         if any(before.get(case, digest) != digest for case, digest in now.items()):
             (self.directory / RESULT).unlink(missing_ok=True)
         stored = {**stored, "networks": now}
-        replace_file(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
+        _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         return stored
 
     def clear(self, *, batches: bool) -> None:
@@ -151,7 +155,7 @@ class Store:
             tensors["images"] = unit.images.contiguous()
         facts = json.dumps(unit.facts)
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
-        replace_file(path, safetensors.torch.save(tensors, metadata))
+        _keep(path, safetensors.torch.save(tensors, metadata))
 
     def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
@@ -165,8 +169,8 @@ class Store:
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
-            replace_file(self.directory / MATRIX, buffer.getvalue())
-            replace_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+            _keep(self.directory / MATRIX, buffer.getvalue())
+            _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
     def checks(self, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """What the checks found before, or now."""
@@ -177,7 +181,7 @@ class Store:
                 return list(stored["checks"])
         found = make()
         if path is not None:
-            replace_file(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
+            _keep(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
         return found
 
     @property
@@ -231,6 +235,16 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
         return indices, torch.cat([images[int(index)] for index in indices])
     with safe_open(str(files[0]), framework="pt") as file:
         return indices, file.get_tensor("images")[:0]
+
+
+def _keep(path: Path, content: bytes) -> None:
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): make room for it; what was written before is kept, "
+            "and the same command goes on with it"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
