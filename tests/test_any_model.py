@@ -263,6 +263,47 @@ def test_want_of_memory_is_told_with_what_to_do(call: Any) -> None:
     assert call("--model", "greedy.py:net", "--data", "digits", *QUICK, "--batch-size", "auto").code == 0
 
 
+@pytest.mark.parametrize("place", ["signed.py", "signed"])
+def test_a_function_is_told_apart_by_its_code(
+    place: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are the same and its answers are not, so its result is not that of before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = NET.replace("return net", "return nn.Sequential(net, Sign())") + (
+        "class Sign(nn.Module):\n    def forward(self, x):\n        return 1 * x\n"
+    )
+    arguments = ("--model", f"{place}:net", "--data", "digits", *QUICK, "--json")
+
+    def run(code: str, *more: str) -> Ended:
+        sys.modules.pop("signed", None)
+        Path("signed.py").write_text(code)
+        return call(*arguments, *more)
+
+    first = run(code)
+    again = run(code)
+    assert (first.code, again.out) == (0, first.out)
+    other = run(code.replace("1 * x", "-x"))
+    assert other.code == 2
+    assert "holds an evaluation with other settings (model.code: " in other.err
+    anew = run(code.replace("1 * x", "-x"), "--overwrite")
+    assert json.loads(anew.out)["clean"] < json.loads(first.out)["clean"]
+
+
+def test_an_evaluation_that_kept_no_hash_of_the_code_goes_on(call: Any) -> None:
+    arguments = ("--model", "my_net.py:net", "--data", "digits", *QUICK, "--out", "old", "--json")
+    first = json.loads(call(*arguments).out)
+    for name in ("settings.json", "result.json"):
+        stored = json.loads(Path("old", name).read_text())
+        del stored.get("settings", stored)["model"]["code"]
+        Path("old", name).write_text(json.dumps(stored))
+    before = Path("old/result.json").read_text()
+    again = call(*arguments)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["robust"] == first["robust"]
+    assert Path("old/result.json").read_text() == before
+
+
 def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
     """Weights in a graph, or none at all: what a result is filed under covers the file."""
     x = torch.rand(3, 1, 8, 8)

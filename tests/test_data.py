@@ -26,6 +26,7 @@ from rome.component import Settings
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
 from rome.data.resized import Resized
 from rome.errors import UserError
+from rome.evaluation.any_data import named_data
 
 
 def png(pixels: np.ndarray[Any, Any], format: str = "PNG") -> bytes:
@@ -301,6 +302,21 @@ def test_one_parquet_file_or_its_folder_may_be_given(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [png(noise(1)[0])], [7])
     for path in (tmp_path, tmp_path / "test.parquet"):
         assert Cifar10(path=str(path)).open("test").labels.tolist() == [7]
+
+
+def test_the_parquet_file_that_is_named_is_the_one_that_is_read(tmp_path: Path) -> None:
+    names = {"huggingface": json.dumps({"info": {"features": {"label": {"names": CIFAR10_CLASSES}}}})}
+    write_parquet(tmp_path / "hard.parquet", [png(noise(1)[0])], [3], metadata=names)
+    data = named_data(str(tmp_path / "hard.parquet"))
+    assert isinstance(data, Cifar10)
+    assert data.open("test").labels.tolist() == [3], "it has no neighbours"
+    for split, label in (("train", 5), ("test", 7)):
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [png(noise(1)[0])], [label], metadata=names)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert data.open("test").labels.tolist() == [3], "whatever lies beside it"
+    (tmp_path / "cifar-10-batches-py").rmdir()
+    assert data.open("train").labels.tolist() == [5]
+    assert Cifar10(path=str(tmp_path)).open("test").labels.tolist() == [7]
 
 
 GOOD = png(noise(1)[0])

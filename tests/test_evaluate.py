@@ -1,5 +1,6 @@
 """The evaluator: one matrix, the same after any interruption; it refuses what would make it wrong."""
 
+import errno
 import itertools
 import json
 import math
@@ -25,8 +26,10 @@ from rome.attacks.base import Attack, Found
 from rome.attacks.pgd import PGD
 from rome.errors import UserError
 from rome.evaluating import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.evaluation import store
 from rome.evaluation.report import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
+from rome.files import replace_file
 from rome.threats import DIGITS, LpBall, Threat
 
 QUICK = APGDSuite(iterations=10)
@@ -439,6 +442,40 @@ def test_batches_of_other_settings_do_not_count(model: nn.Module, tmp_path: Path
     assert (found.correct == evaluate(model, x, y, threats=LINF, suite=QUICK).correct).all()
 
 
+def test_a_result_of_other_settings_does_not_count(model: nn.Module, tmp_path: Path) -> None:
+    """Should the settings alone be lost, or be another evaluation's, the result is not taken for this model's."""
+    x, y = digits(24)
+    other, fresh = trained(steps=3), evaluate(model, x, y, threats=LINF, suite=QUICK)
+    evaluate(other, x, y, threats=LINF, suite=QUICK, out=tmp_path / "lost")
+    (tmp_path / "lost" / "settings.json").unlink()
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "lost")
+    assert (found.correct == fresh.correct).all()
+    evaluate(other, x, y, threats=LINF, suite=QUICK, out=tmp_path / "swapped")
+    settings = (tmp_path / "lost" / "settings.json").read_bytes()
+    (tmp_path / "swapped" / "settings.json").write_bytes(settings)
+    found = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "swapped")
+    assert (found.correct == fresh.correct).all()
+
+
+@pytest.mark.parametrize("lost", [(), ("result.json",), ("settings.json",), ("settings.json", "result.json")])
+def test_a_function_does_not_go_on_with_another_ones_work(
+    lost: tuple[str, ...], model: nn.Module, tmp_path: Path
+) -> None:
+    """Nothing tells two functions apart, so what the first left is refused, or not looked at."""
+    x, y = digits(24)
+    settings: Any = {"threats": LINF, "suite": QUICK, "device": "cpu"}
+    evaluate(lambda images: model(images), x, y, **settings, out=tmp_path)
+    for name in lost:
+        (tmp_path / name).unlink()
+    second, fresh = lambda images: -model(images), evaluate(lambda images: -model(images), x, y, **settings)
+    if "settings.json" not in lost:
+        with pytest.raises(UserError, match=r"evaluation of a function.*folder \(--out\), or overwrite=True"):
+            evaluate(second, x, y, **settings, out=tmp_path)
+    found = evaluate(second, x, y, **settings, out=tmp_path, overwrite="settings.json" not in lost)
+    assert (found.correct == fresh.correct).all()
+    assert (found.clean, Report.load(tmp_path).clean) == (fresh.clean, fresh.clean)
+
+
 def test_example_images(model: nn.Module, tmp_path: Path) -> None:
     x, y = digits(30)
     found = evaluate(model, x, y, threats=LINF, suite=QUICK, batch_size=7, out=tmp_path)
@@ -454,6 +491,50 @@ def test_example_images(model: nn.Module, tmp_path: Path) -> None:
     evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path / "b", save_images=False)
     with pytest.raises(UserError, match="were not kept"):
         example_images(tmp_path / "b", "Linf", 1)
+
+
+@pytest.mark.parametrize("full", ["clean", "L1", "L2", "matrix", "result"])
+def test_a_full_disk_ends_the_evaluation_and_the_same_call_goes_on(
+    full: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not after hours of cases that nobody can keep."""
+    x, y = digits(12)
+    settings: Any = {"threats": DIGITS, "suite": QUICK, "out": tmp_path}
+
+    def replace(path: Path, content: bytes) -> None:
+        tried.append(path)
+        if full in str(path.relative_to(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(path, content)
+
+    tried: list[Path] = []
+    monkeypatch.setattr(store, "replace_file", replace)
+    with pytest.raises(UserError, match=rf"{full}.* cannot be written \(No space left on device\): .* goes on with it"):
+        evaluate(model, x, y, **settings)
+    assert full in str(tried[-1].relative_to(tmp_path)), "nothing was tried after it"
+    assert not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    before = files(tmp_path)
+    assert bool(before) == (full != "clean")
+    assert (
+        evaluate(model, x, y, **settings).correct == evaluate(model, x, y, **(settings | {"out": None})).correct
+    ).all()
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.99])
+def test_a_damaged_matrix_is_told_and_its_batches_are_kept(kept: float, model: nn.Module, tmp_path: Path) -> None:
+    x, y = digits(12)
+    first = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)
+    before, content = files(tmp_path), (tmp_path / "matrix.npz").read_bytes()
+    (tmp_path / "matrix.npz").write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    for read in (lambda: Report.load(tmp_path), lambda: evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)):
+        with pytest.raises(UserError, match=r"is damaged \(.+\): remove result.json and evaluate again"):
+            read()
+    (tmp_path / "result.json").unlink()
+    assert (evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path).correct == first.correct).all()
+    assert files(tmp_path) == before
 
 
 def test_loading_nothing_says_so(tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_an_attack_that_breaks_in_one_process_fails_its_case_in_all(run: Run, tm
     assert (result["groups"]["more"], result["union"]) == (None, result["unions"]["lp"])
 
 
+def test_a_disk_that_is_full_for_one_process_ends_both_at_once(run: Run, tmp_path: Path) -> None:
+    broken = with_toys(run, tmp_path / "run", "full-1", "same")
+    ended = both(broken.folder, "--out", tmp_path / "out", logs=tmp_path / "logs")
+    assert [process.code for process in ended] == [2, 2], ended
+    assert all("error: it cannot be written" in process.err for process in ended)
+    assert not list((tmp_path / "out" / "batches").glob("more-1/*")), "no further case"
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
 def test_a_process_that_is_killed_ends_the_other_and_nothing_is_lost(run: Run, tmp_path: Path) -> None:
     broken = with_toys(run, tmp_path / "run", "kill-1")
     out = tmp_path / "out"

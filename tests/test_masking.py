@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_checks_are_in_the_result_and_made_once(digits_model: nn.Module, digits:
     again = evaluate(model, x, y, **settings, checks=True)
     assert again.checks == found.checks
     assert model.passes == 5 * len(x), "the first look at the model's outputs"
+
+
+def test_checks_are_added_to_a_finished_result(digits_model: nn.Module, digits: Any, tmp_path: Path) -> None:
+    x, y = (part[:20] for part in digits.test)
+    settings: dict[str, Any] = {"threats": LINF, "suite": QUICK}
+    whole = evaluate(digits_model, x, y, **settings, checks=True)
+    first = evaluate(digits_model, x, y, **settings, out=tmp_path, checks=False)
+    shutil.rmtree(tmp_path / "batches")  # no attack is made again for them
+    found = evaluate(digits_model, x, y, **settings, out=tmp_path, checks=True)
+    assert found.checks == whole.checks != []
+    assert not (tmp_path / "batches").exists()
+    assert (found.correct == first.correct).all()
+    before = (tmp_path / "result.json").stat().st_mtime_ns
+    for checks in (None, False, True):
+        assert evaluate(digits_model, x, y, **settings, out=tmp_path, checks=checks).checks == whole.checks
+    assert (tmp_path / "result.json").stat().st_mtime_ns == before
 
 
 def test_a_small_batch_size_holds_for_the_checks_too(digits_model: nn.Module, digits: Any) -> None:

@@ -137,6 +137,27 @@ def test_evaluations_of_one_given_model_share_a_row_and_two_models_do_not(tmp_pa
     assert (row.label, row.cells["patch"].values, row.cells["GMA"].values) == ("net.pt", (0.5,), (0.5,))
 
 
+def test_no_evaluation_of_a_given_model_is_dropped_without_a_word(tmp_path: Path) -> None:
+    """Of another model or under other budgets it has a row of its own; a second one of the same is refused."""
+    function = {"model": {"type": "function", "sha256": None}, "provenance": {}}
+    places = [
+        given(tmp_path / "a", {}),
+        given(tmp_path / "b", {"threats": {"Linf": {"eps": 0.1}}}),
+        given(tmp_path / "c", function),
+        given(tmp_path / "d", function),
+    ]
+    places = [place.rename(place.with_name(f"at-{i}")) for i, place in enumerate(places)]
+    lines = [line for line in fill("1", places) if line.section == "Given models"]
+    assert [line.label for line in lines] == ["at-0", "at-1", "at-2", "at-3"]
+    assert "evaluated differently" in render("Table 1", lines[:2], "text")
+    assert fill("1", [places[0], places[2]])[-1].label == "function", "its name says enough"
+    again = given(tmp_path / "e", {"seed": 1})
+    with pytest.raises(
+        UserError, match=rf"{places[0]} and {again} are both evaluations of net.pt by suite apgd on 200"
+    ):
+        fill("1", [*places, again])
+
+
 def renamed(evaluation: Path, case: str) -> Path:
     """With its L1 as if that were another attack."""
     arrays = Report.load(evaluation).arrays()
@@ -231,8 +252,19 @@ def test_rows_show_the_evaluation_that_most_runs_have_before_the_stronger_one_of
     assert [line.reports[0].suite for line in fill("1", [b]) if line.reports] == ["autoattack"]
     c = evaluated(tmp_path / "c", {"method": "max"}, (0.5, 0.6, 0.4), n=80)
     assert "evaluated differently" in render("Table 1", fill("1", [a, c]), "text")
+    assert measured_differently(tmp_path, "1", "2")
+    assert not measured_differently(tmp_path, "1", "1")
     lines = fill("1", [a, evaluated(tmp_path / "d", experts, (0.5, 0.6, 0.4), n=80)])
     assert not any(line.gain for line in lines), "not on the same examples"
+
+
+def measured_differently(place: Path, *networks: str) -> bool:
+    """Whether Table 2 of given models says so whose PPGD was measured by these."""
+    both = [
+        renamed(given(place / f"{i}{networks}", {"networks": {"ppgd": network}}, sha256=str(i)), "ppgd")
+        for i, network in enumerate(networks)
+    ]
+    return "evaluated differently" in render("Table 2", fill("2", both), "text")
 
 
 def test_where_no_row_is_without_experts_differences_are_to_rome(tmp_path: Path) -> None:

@@ -249,6 +249,21 @@ class TestWhatMayBeCompared:
             gather(runs)
         assert "\n" not in str(caught.value)
 
+    def test_networks_that_measure_differ(self, runs: tuple[Path, Path]) -> None:
+        """Of a case that both have; one that does not say which it was may be the same."""
+
+        def measured(run: Path, networks: dict[str, str]) -> None:
+            file = run / "evaluation/apgd-24/settings.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"networks": networks}))
+
+        measured(runs[0], {"L2": "a" * 64, "ppgd": "a"})
+        for networks in ({}, {"L2": "a" * 64}, {"Linf": "b", "ppgd": "b"}):
+            measured(runs[1], networks)
+            assert len(gather(runs)) == 2
+        measured(runs[1], {"L2": "b" * 64})
+        with pytest.raises(UserError, match=r"evaluated differently \(networks.L2 a+… and b+…: .*--features"):
+            gather(runs)
+
     def test_no_common_evaluation_lists_what_there_is(self, runs: tuple[Path, Path]) -> None:
         file = runs[1] / "evaluation/apgd-24/settings.json"
         settings = json.loads(file.read_text())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rome.errors import UserError
-from rome.experts import FeedForward, MixtureLinear, add_experts, record_gates, set_routing
+from rome.evaluating import Report, evaluate, hash_model
+from rome.experts import FeedForward, MixtureLinear, add_experts, expert_layers, record_gates, set_routing
+from rome.threats import LpBall
 
 
 @pytest.fixture
@@ -89,3 +93,35 @@ def test_what_cannot_be_rerouted_is_said() -> None:
     with pytest.raises(UserError, match="experts of mlp stand in the layer's place: without them nothing is left"):
         set_routing(ffn, "none")
     assert ffn["mlp"].fixed_weights is None
+
+
+def test_an_evaluation_with_other_gates_is_another(tmp_path: Path) -> None:
+    """Also where one layer alone is changed, and with the same gates the settings are those of before."""
+    torch.manual_seed(0)
+    model = add_experts(
+        nn.Sequential(nn.Flatten(), nn.ModuleDict({"qkv": nn.Linear(4, 6)})["qkv"], nn.Linear(6, 3)),
+        experts=3, rank=2, layers=["1", "2"],
+    ).eval()  # fmt: skip
+    for layer in expert_layers(model).values():
+        nn.init.normal_(layer.B)
+    x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+
+    def run() -> Report:
+        return evaluate(model, x, y, threats=LpBall(norm="Linf", eps=0.1), suite="lp", out=tmp_path)
+
+    first = run()
+    assert "routing" not in first.settings["model"]
+    hashes = {hash_model(model)}
+    for routing in ("inverse", "none", "random"):
+        set_routing(model, routing)
+        hashes.add(hash_model(model))
+        with pytest.raises(UserError, match=f'model.routing: null there, "{routing}" now'):
+            run()
+    set_routing(model, "learned")
+    next(iter(expert_layers(model).values())).inverted = True
+    hashes.add(hash_model(model))
+    with pytest.raises(UserError, match=r'model.routing: null there, "inverse\+learned" now'):
+        run()
+    assert len(hashes) == 5
+    set_routing(model, "learned")
+    assert run().to_json() == first.to_json()

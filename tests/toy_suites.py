@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
 from rome.evaluating import Case, Suite
+from rome.evaluation.store import StorageError
 from rome.randomness import Stream
 from rome.threats import AnyImage, Threat
 
@@ -22,7 +23,8 @@ class Toy(Attack):
     kind = "toy"
     how: str = "negative"
     """``negative``: 1 - x; ``same``: nothing; ``noise``: what was drawn; ``raise``; ``raise-1``: in process 1;
-    ``kill-1``: ends process 1; ``kill:FILE``: ends the process and removes the file, if there is one."""
+    ``full-1``: its disk is full; ``kill-1``: ends process 1; ``kill:FILE``: ends the process and removes the file, if
+    there is one."""
     type: str = ""
     severity: int = 0
 
@@ -33,6 +35,8 @@ class Toy(Attack):
         first = os.environ.get("RANK", "0") == "0"
         if self.how == "raise" or (self.how == "raise-1" and not first):
             raise RuntimeError("a toy that breaks")
+        if self.how == "full-1" and not first:
+            raise StorageError("it cannot be written")
         if self.how == "kill-1" and not first:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how.startswith("kill:") and (flag := Path(self.how.removeprefix("kill:"))).exists():

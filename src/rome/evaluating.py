@@ -25,6 +25,7 @@ from rome.attacks.base import Model, frozen
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.checks import check_data, check_mode, check_outputs, device_of
 from rome.evaluation.composed import SuiteChoice, as_suite
+from rome.evaluation.identity import as_known, identity
 from rome.evaluation.masking import as_warnings, look, worth_checking
 from rome.evaluation.memory import Halving
 from rome.evaluation.processes import ALONE, Team
@@ -84,12 +85,14 @@ def evaluate(
         seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
         device: where the model is; None asks it.
         out: folder to keep the result and every finished batch in.
-        resume: go on with what ``out`` holds; a finished result is returned at once.
+        resume: go on with what ``out`` holds; a finished result is returned at once. Not of a function that is no
+            module: nothing tells it from another one, so its evaluation is refused unless ``overwrite`` is set.
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so where they cost less
-            than a tenth: for suites with AutoAttack's attacks, from 100 examples on.
+            than a tenth: for suites with AutoAttack's attacks, from 100 examples on. True also looks where a finished
+            result has none.
         team: the processes that share the work (:func:`rome.evaluation.processes.launched`); each calls this function
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
@@ -97,7 +100,7 @@ def evaluate(
 
     Raises:
         UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, inputs
-            outside [0, 1] ...), or ``out`` holds an evaluation with other settings.
+            outside [0, 1] ...), ``out`` holds an evaluation with other settings, or the disk is full.
         Interrupted: another process of the team ended.
         Exception: whatever the first attack raised, if every case failed. If only some did, they are in
             ``Report.failed`` and are tried again by the next call.
@@ -119,11 +122,13 @@ def evaluate(
         "batch_size": size,
         "seed": seed,
         "device": where.type,
-        "model": {"type": getattr(model, "_orig_mod", model).__class__.__name__, "sha256": hash_model(model)},
+        "model": identity(model),
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
     }
     with _undisturbed(model, where):
+        stored = team.first(lambda: None if overwrite else store.stored_settings())
+        settings["model"] = as_known(settings["model"], stored)
         classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
         if classes is None:
             first = np.arange(min(size, len(x)))
@@ -152,9 +157,9 @@ def evaluate(
         settings, finished = team.first(
             lambda: (store.open(settings, resume=resume, overwrite=overwrite), store.finished)
         )
-        if finished and store.directory is not None:
-            folder = store.directory
-            return team.first(lambda: Report.load(folder))
+        report = team.first(lambda: Report.load(folder)) if finished and (folder := store.directory) else None
+        if report is not None and (report.checks or not checks):
+            return report
         with watching(progress if team.leads else False) as watch:
             run = Running(
                 model=model,
@@ -170,7 +175,7 @@ def evaluate(
                 team=team,
                 aloud=bool(progress) and team.leads,
             )
-            report = run.report(settings, wanted)
+            report = report or run.report(settings, wanted)
             if worth_checking(planned, len(x)) if checks is None else checks:
                 clean = report.correct[:, 0]
 
@@ -179,8 +184,7 @@ def evaluate(
 
                 report.checks.extend(team.first(lambda: store.checks(make)))
                 report.warnings.extend(as_warnings(report.checks))
-    if team.leads:
-        store.finish(report.arrays(), report.to_json())
+    team.first(lambda: store.finish(report.arrays(), report.to_json()))
     return report
 
 

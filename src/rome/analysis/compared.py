@@ -115,6 +115,14 @@ def same_examples(a: Report, b: Report) -> bool:
     )
 
 
+def other_network(a: Report, b: Report) -> str | None:
+    """A case of both reports whose perceptual distances two different networks measured; None where there is none, or
+    where one of them does not say (earlier versions)."""
+    ours, theirs = (report.settings.get("networks") or {} for report in (a, b))
+    both = set(a.cases) & set(b.cases) & ours.keys() & theirs.keys()
+    return next((case for case in a.cases if case in both and ours[case] != theirs[case]), None)
+
+
 def _run(folder: Path) -> Run:
     run = Run(folder)
     if not run.config_file.is_file():
@@ -161,6 +169,13 @@ def _same(first: Evaluated, other: Evaluated) -> None:
         raise UserError(
             f"{first.name} and {other.name} were evaluated differently ({key}{values}), so their numbers cannot be "
             "compared: evaluate both on the same examples with the same threats, suite and seed"
+        )
+    if case := other_network(first.report, other.report):
+        one, two = (_short(each.report.settings["networks"][case]) for each in (first, other))
+        raise UserError(
+            f"{first.name} and {other.name} were evaluated differently (networks.{case} {one} and {two}: the files of "
+            "weights that measured it differ), so their numbers cannot be compared: evaluate both again with "
+            "the same file (--features); only what it measures is done again"
         )
     if not same_examples(first.report, other.report):
         raise UserError(

@@ -9,6 +9,7 @@ were trained nobody knows how: they get rows of their own, at the end.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -20,10 +21,12 @@ from typing import Any
 from rome.analysis.compared import PREFERRED_SUITES, paired
 from rome.analysis.evaluated import EvaluatedModel, is_evaluation, load_evaluation
 from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES, UNITS, UNSEEN
+from rome.analysis.subject import names_of
 from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
+from rome.evaluation.identity import CODE
 from rome.evaluation.report import UNION
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
@@ -119,27 +122,47 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         lines.append(_line(section, row.paper.row, row, columns, reports, [run.config for run in own]))
     for run in (run for own in members for run in own if run.folder not in used):
         raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
-    for (name, _), evaluations in given.items():
+    firsts = [place for place, _ in given]
+    for name, evaluations in zip(names_of([name for _, name in given], firsts), given.values(), strict=True):
         lines.append(_line(GIVEN, name, None, columns, [_shown(evaluations, LEARNED, columns, shared)], []))
     return _with_gains(with_best(lines), OURS.rpartition("/")[2])
 
 
 def _by_model(
     places: Sequence[Path], columns: Sequence[str], number: str
-) -> dict[tuple[str, str], dict[tuple[str, str, int], Report]]:
-    """(name, hash of the model) -> the evaluations in these folders, as :func:`_evaluations` has a run's.
+) -> dict[tuple[Path, str], dict[tuple[str, str, int], Report]]:
+    """(first folder, name) of each model -> the evaluations in these folders, as :func:`_evaluations` has a run's.
+
+    A model is told by its name, state and code, and fills a row for each set of budgets. One without a hash, which is
+    a function, may be another in every folder.
 
     Raises:
-        UserError: one of them is not finished, or has none of the columns.
+        UserError: one of them is not finished, has none of the columns, or is of the same model, budgets, suite and
+            number of examples as another: a row cannot show both.
     """
-    found: dict[tuple[str, str], dict[tuple[str, str, int], Report]] = {}
+    found: dict[tuple[str, ...], dict[tuple[str, str, int], Report]] = {}
+    sources: dict[tuple[str, ...], dict[tuple[str, int], Path]] = {}
     for place in places:
         model = EvaluatedModel(name="", folder=place, report=load_evaluation(place))
         if not _known(model.report, columns):
             raise UserError(_nothing_of(place, model.command, columns, number))
-        own = found.setdefault((model.architecture, str(model.report.settings["model"]["sha256"])), {})
-        own[LEARNED, model.report.suite, model.report.n] = model.report
-    return found
+        settings, evaluation = model.report.settings, (model.report.suite, model.report.n)
+        state = settings["model"]["sha256"] or str(place.resolve())
+        key = (
+            model.architecture,
+            state,
+            str(settings["model"].get(CODE)),
+            json.dumps(settings.get("threats"), sort_keys=True),
+        )
+        own = sources.setdefault(key, {})
+        if evaluation in own:
+            raise UserError(
+                f"{own[evaluation]} and {place} are both evaluations of {model.architecture} by suite {evaluation[0]} "
+                f"on {evaluation[1]} examples, and a row shows one of them: leave the other out"
+            )
+        own[evaluation] = place
+        found.setdefault(key, {})[LEARNED, *evaluation] = model.report
+    return {(next(iter(sources[key].values())), key[0]): own for key, own in found.items()}
 
 
 def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) -> str:

@@ -6,9 +6,10 @@ import html
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Literal
 
+from rome.analysis.compared import other_network
 from rome.analysis.paper_rows import COST, UNITS
 from rome.analysis.paper_tables import Cell, Line
 from rome.analysis.tables import suite_text
@@ -78,8 +79,15 @@ def sources(lines: Sequence[Line]) -> str:
 
 
 def _differ(lines: Sequence[Line]) -> bool:
-    """Whether the runs of a section were evaluated by different suites or on different numbers of examples."""
-    return len({(str(report.settings.get("suite")), report.n) for line in lines for report in line.reports}) > 1
+    """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
+    of examples, or with different networks that measure."""
+    shown = {
+        (*(str(report.settings.get(name)) for name in ("suite", "threats")), report.n)
+        for line in lines
+        for report in line.reports
+    }
+    everything = [report for line in lines for report in (*line.reports, *line.others)]
+    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(everything, 2))
 
 
 def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:

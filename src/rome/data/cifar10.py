@@ -22,8 +22,10 @@ class Cifar10(Data):
     """CIFAR-10 from torchvision's files or the Hugging Face Hub's Parquet files, 32x32 colour.
 
     ``path`` is the folder that contains ``cifar-10-batches-py``, or a folder with ``train-*.parquet`` and
-    ``test-*.parquet`` (also in its subfolder ``plain_text``; columns ``img`` or ``image``, and ``label``). With
-    ``download`` torchvision fetches what is missing. Augmentation: zero padding of 4, random crop, horizontal flip.
+    ``test-*.parquet`` (also in its subfolder ``plain_text``; columns ``img`` or ``image``, and ``label``), or one
+    Parquet file: its images are the test set, whatever lies beside it, and ``train-*.parquet`` beside it the training
+    set. With ``download`` torchvision fetches what is missing. Augmentation: zero padding of 4, random crop, horizontal
+    flip.
     """
 
     kind = "cifar10"
@@ -35,15 +37,16 @@ class Cifar10(Data):
 
     def open(self, split: SplitName) -> Split:
         root = Path(self.path).expanduser()
+        named = [root] if split == "test" and root.suffix == ".parquet" and root.is_file() else []
         if root.name == "cifar-10-batches-py" or root.suffix == ".parquet":
             root = root.parent
-        tables = find_tables(root, split)
+        tables = named or find_tables(root, split)
         if not tables and not self.download and not (root / "cifar-10-batches-py").is_dir():
             raise UserError(
                 f"{root} {'holds no CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
                 f"cifar-10-batches-py (torchvision) or {split}-*.parquet (Hugging Face Hub); or set data.download=true"
             )
-        if (root / "cifar-10-batches-py").is_dir() or not tables:
+        if not tables or (not named and (root / "cifar-10-batches-py").is_dir()):
             images, labels = _read_batches(root, split, self.download)
             count = self._count(split, len(labels), root)
             images, labels = images[:count], labels[:count]

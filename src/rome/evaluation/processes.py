@@ -52,7 +52,8 @@ class Team:
         try:
             result = work()
         except Exception as error:
-            own, told = error, (isinstance(error, UserError), str(error), type(error).__name__)
+            of_user = type(error) if isinstance(error, UserError) else None
+            own, told = error, (of_user, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
         try:
             dist.all_gather_object(everything, (result, told), group=self.group)
@@ -66,7 +67,7 @@ class Team:
         for rank, (_, told) in enumerate(everything):
             if told is not None:
                 of_user, text, kind = told
-                raise UserError(text) if of_user else ElsewhereError(rank, kind, text)
+                raise of_user(text) if of_user else ElsewhereError(rank, kind, text)
         return [result for result, _ in everything]
 
     def first(self, work: Callable[[], T]) -> T:

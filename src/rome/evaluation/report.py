@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from rome.attacks.corruption import Corruption
 from rome.data.corruptions import constants_for
-from rome.errors import Incomplete, UserError, did_you_mean
+from rome.errors import Incomplete, UserError, did_you_mean, first_line
 from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.evaluation.suites import LP, suite_label
@@ -247,7 +248,7 @@ class Report:
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
-            with np.load(folder / MATRIX, allow_pickle=False) as matrix:
+            with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],
                     cases=tuple(map(str, matrix["cases"])),
@@ -258,9 +259,9 @@ class Report:
                     pending=tuple(result.get("pending", ())),  # earlier versions ran all cases, and no checks
                     checks=result.get("checks", []),
                 )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"the evaluation in {folder} is damaged ({error}): remove {RESULT} and evaluate again; "
+                f"the evaluation in {folder} is damaged ({first_line(error)}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"
             ) from None
 

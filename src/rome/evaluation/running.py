@@ -17,7 +17,7 @@ from rome.evaluation.memory import Halving, free, out_of_memory
 from rome.evaluation.processes import Team
 from rome.evaluation.progress import Clock, Watcher
 from rome.evaluation.report import CLEAN, Report
-from rome.evaluation.store import Store, Unit
+from rome.evaluation.store import StorageError, Store, Unit
 from rome.evaluation.suites import Case
 from rome.evaluation.units import Examples, attack_batch, summed, told, warning
 
@@ -53,6 +53,7 @@ class Running:
         """All cases that are wanted or on disk; the others are pending.
 
         Raises:
+            StorageError: a finished batch cannot be kept.
             Exception: whatever the first case raised, if none of them ended well.
         """
         clean = self.clean()
@@ -63,7 +64,7 @@ class Running:
         for case in self.cases:
             try:
                 column = self.case(case, clean, clock if case in chosen else None)
-            except Interrupted:
+            except (Interrupted, StorageError):  # there is no sense in going on
                 raise
             except Exception as error:  # the other cases go on; this one is reported and tried again next time
                 if out_of_memory(error):
@@ -106,9 +107,8 @@ class Running:
                 return {index: right(parts[index]) for index in range(self.team.rank, len(parts), self.team.world)}
 
             verdicts = {index: some for share in self.team.together(work) for index, some in share.items()}
-            done = Unit(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
-            if self.team.leads:
-                self.store.write(CLEAN, done)
+            unit = done = Unit(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
+            self.team.first(lambda: self.store.write(CLEAN, unit))
         return done.correct
 
     def _right(self, part: np.ndarray) -> np.ndarray:

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from rome.attacks.base import Model
 from rome.errors import UserError
+from rome.experts.recording import expert_layers
 from rome.files import flatten, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
+_LAST = (MATRIX, RESULT)
 _NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 
 
@@ -49,6 +51,10 @@ class Unit:
     """float32 (fooled, C, H, W): the images of those that are not, in order; None if images are not kept."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON data: ``seconds`` and ``warnings``."""
+
+
+class StorageError(UserError):
+    """Nothing more can be kept, so going on would be in vain."""
 
 
 class Store:
@@ -69,16 +75,17 @@ class Store:
         """Begin or go on with these settings; returns the stored ones.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off.
+            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off, or while the
+                model is a function, of which nobody can tell whether it is the same.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
-        if overwrite:
-            self.clear()
-        stored = self.stored_settings()
+        unseen = settings["model"]["sha256"] is None
+        stored = None if overwrite else self.stored_settings()
         if stored is None:
             try:
+                self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
                 replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
             except OSError as error:
                 raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
@@ -90,6 +97,11 @@ class Store:
         if differing:
             raise UserError(
                 f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
+            )
+        if unseen:
+            raise UserError(
+                f"{self.directory} holds an evaluation of a function, whose weights cannot be seen, so this may be "
+                f"another one: {advice}; or give a torch module, whose evaluation goes on"
             )
         return self._measured_anew(stored, settings.get("networks", {}))
 
@@ -103,15 +115,16 @@ class Store:
         if any(before.get(case, digest) != digest for case, digest in now.items()):
             (self.directory / RESULT).unlink(missing_ok=True)
         stored = {**stored, "networks": now}
-        replace_file(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
+        _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         return stored
 
-    def clear(self) -> None:
-        """Remove an earlier evaluation's files, and nothing else."""
+    def clear(self, *, batches: bool) -> None:
+        """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings
+        it is of."""
         if self.directory is not None:
             for name in (RESULT, MATRIX, CHECKS):
                 (self.directory / name).unlink(missing_ok=True)
-            for path in (self.directory / BATCHES).glob("**/*.safetensors*"):
+            for path in (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ():
                 path.unlink(missing_ok=True)
             (self.directory / SETTINGS).unlink(missing_ok=True)  # last: without it the rest would be taken as new
 
@@ -143,7 +156,7 @@ class Store:
             tensors["images"] = unit.images.contiguous()
         facts = json.dumps(unit.facts)
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
-        replace_file(path, safetensors.torch.save(tensors, metadata))
+        _keep(path, safetensors.torch.save(tensors, metadata))
 
     def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
@@ -157,8 +170,8 @@ class Store:
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
-            replace_file(self.directory / MATRIX, buffer.getvalue())
-            replace_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+            _keep(self.directory / MATRIX, buffer.getvalue())
+            _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
     def checks(self, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """What the checks found before, or now."""
@@ -169,16 +182,19 @@ class Store:
                 return list(stored["checks"])
         found = make()
         if path is not None:
-            replace_file(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
+            _keep(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
         return found
 
     @property
     def finished(self) -> bool:
-        """Whether every case is there."""
-        if self.directory is None or not (self.directory / RESULT).exists() or not (self.directory / MATRIX).exists():
+        """Whether every case is there, of the settings that are there."""
+        stored = self.stored_settings()
+        if self.directory is None or stored is None or not all((self.directory / name).exists() for name in _LAST):
             return False
         result = read_json(self.directory / RESULT)
-        return not result["failed"] and not result.get("pending")
+        return (
+            not result["failed"] and not result.get("pending") and not differences(result.get("settings", {}), stored)
+        )
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -238,6 +254,16 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
+def _keep(path: Path, content: bytes) -> None:
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror or error}): make room for it; what was written before is kept, "
+            "and the same command goes on with it"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises:
     UserError: the file is absent or damaged.
@@ -283,8 +309,9 @@ def hash_data(x: Tensor, y: Tensor) -> str:
 
 
 def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out; the same with
-    and without ``torch.compile``. None for a function that is no module: its weights cannot be seen."""
+    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of which
+    gates are inverted; the same with and without ``torch.compile``. None for a function that is no module: its weights
+    cannot be seen."""
     if not isinstance(model, nn.Module):
         return None
     digest = hashlib.sha256()
@@ -296,6 +323,8 @@ def hash_model(model: Model) -> str | None:
             digest.update(_bytes(value))
         else:  # a module's extra state
             digest.update(repr(value).encode())
+    for name in (name for name, layer in expert_layers(model).items() if layer.inverted):
+        digest.update(f"{name.replace('_orig_mod.', '')} inverted".encode())
     return digest.hexdigest()
 
 

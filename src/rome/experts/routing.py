@@ -13,6 +13,7 @@ from rome.experts.recording import expert_layers
 from rome.randomness import stream
 
 Routing = Literal["learned", "random", "inverse", "none"]
+LEARNED: Routing = "learned"
 
 
 def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Module:
@@ -48,6 +49,17 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
         if routing == "none":
             layer.fixed_weights = _like(layer, torch.zeros(layer.experts))
     return model
+
+
+def routing_of(model: nn.Module) -> str:
+    """What :func:`set_routing` was last told; where layers differ, all of it, such as ``inverse+learned``."""
+    return "+".join(sorted({_routing(layer) for layer in expert_layers(model).values()})) or LEARNED
+
+
+def _routing(layer: Gated) -> Routing:
+    if layer.fixed_weights is not None:
+        return "random" if bool(layer.fixed_weights.any()) else "none"
+    return "inverse" if layer.inverted else LEARNED
 
 
 def _like(layer: Gated, weights: torch.Tensor) -> torch.Tensor:
