@@ -94,11 +94,12 @@ def _train(
     run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
 ) -> None:
     config = config.model_copy(deep=True)  # the method's state belongs to this run alone
-    fabric = _fabric(config)
-    world, rank = fabric.world_size, fabric.global_rank
-    micro = config.batch_size // config.accumulate
+    world, micro = int(os.environ.get("WORLD_SIZE", 1)), config.batch_size // config.accumulate
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    fabric = _fabric(config)
+    rank = fabric.global_rank
+    fabric.barrier()  # nobody ends over a mistake while others still look for the first process
     split, held = config.data.open("train"), None
     if config.validation is not None:
         split, held = hold_out(split, config.validation.n, config.seed)
