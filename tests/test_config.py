@@ -157,16 +157,15 @@ def test_an_override_of_the_kind_replaces_then_merges(folder: Path) -> None:
         (["attack.steps=3", "attack.kind=apgd"], APGD(steps=3)),
         (["attack.steps=3", "attack=apgd"], APGD(steps=3)),
         (["attack.kind=apgd", "attack.steps=3"], APGD(steps=3)),
-        (
-            ["attack=apgd", "attack.steps=3", "attack.kind=pgd"],
-            PGD(steps={"L1": 5, "L2": 6, "Linf": 7}, step_size="8/255"),
-        ),
+        (["attack.steps=3", "attack=apgd", "attack=pgd"], PGD(steps=3)),
+        (["attack=pgd", "attack.steps=3"], PGD(steps=3)),
+        (["attack.steps=3", "attack.kind=pgd"], PGD(steps=3, step_size=8 / 255)),
     ],
 )
 def test_overrides_of_a_kind_and_its_settings_stand_in_any_order(
     overrides: list[str], expected: Any, folder: Path
 ) -> None:
-    """But for the last: another kind takes away what was set for the kind before it."""
+    """``attack=pgd`` stands for a mapping of its own; ``attack.kind=pgd`` changes nothing where the file says so."""
     assert merged(folder, "", *overrides).attack == expected
 
 

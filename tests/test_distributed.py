@@ -176,6 +176,40 @@ def test_processes_fuse_to_the_same_weights_and_statistics(tmp_path: Path) -> No
         assert differ == ["backbone.2.running_mean", "backbone.2.running_var"], "each had its own batches"
 
 
+ATTACKED = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+from rome.attacks import PGD
+
+def build(num_classes):
+    search, calls = PGD.search, []
+
+    def spy(self, model, *rest):
+        calls.append(model)
+        if len(calls) == 4:
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            torch.save(state, Path(__file__).with_name(f"attacked-{os.environ['RANK']}.pt"))
+        return search(self, model, *rest)
+
+    PGD.search = spy
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+"""
+"""A model with BatchNorm that writes down what the fourth attack of each process meets."""
+
+
+def test_processes_attack_the_same_statistics(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(ATTACKED)
+    config = write_yaml(tmp_path / "tiny.yaml", changed(experts=None, model={"name": f"{tmp_path / 'own.py'}:build"}))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    first, second = (torch.load(tmp_path / f"attacked-{rank}.pt") for rank in (0, 1))
+    assert bool(first["backbone.2.running_mean"].any())
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
 def test_only_the_first_process_speaks(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=1, data__train_limit=12))
     first, second = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))

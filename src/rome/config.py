@@ -134,15 +134,15 @@ class _Where:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply ``key=value`` overrides such as ``attack.steps=5`` or ``model.args.depth=6``.
 
+    Kinds and names are set before what belongs to them, whatever their order; of two for one key the last counts.
+
     Raises:
         UserError: every mistake, one line each, with file, line and nearest name.
     """
     where = _Where()
     data = _read(Path(path), where, ())
-    changes: dict[str, Any] = {}
-    for text in overrides:  # among themselves first: a kind takes away what the file sets, not what stands beside it
-        changes = _merge(changes, _override(text, where), names=True)
-    data = _merge(data, changes)
+    for text in sorted(overrides, key=_depth):
+        data = _merge(data, _override(text, where))
     data["name"] = data.get("name") or Path(path).stem
     return parse(data, where)
 
@@ -275,23 +275,24 @@ def _override(text: str, where: _Where) -> dict[str, Any]:
     return dict(result)
 
 
-def _merge(base: dict[str, Any], change: dict[str, Any], *, names: bool = False) -> dict[str, Any]:
-    """``names``: a name in place of a mapping names its kind; otherwise it replaces the mapping."""
+def _depth(override: str) -> int:
+    """How deep an override reaches. What replaces a mapping (``attack=apgd``, ``attack.kind=apgd``, ``model.name=...``)
+    goes before what changes a part of it, or it would take that away again."""
+    parts = override.partition("=")[0].strip().split(".")
+    return len(parts) - (parts[-1] in ("kind", "name"))
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if "kind" in change and "kind" in base and change["kind"] != base["kind"]:
         return change
     merged = dict(base)
-    if "name" in base and change.get("name", base["name"]) != base["name"]:
+    if change.get("name", base.get("name")) != base.get("name"):
         merged.pop("args", None)  # they are of the model of that name
     for key, value in change.items():
         old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
         if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
-        if names and isinstance(value, str) and isinstance(old, dict):
-            value = {"kind": value}
-        if isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _merge(old, value, names=names)
-        else:
-            merged[key] = value
+        merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
 
 
