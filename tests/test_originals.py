@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rome.attacks import JPEG, LPA, PPGD, Attack, Elastic, FastLPA, Fog, Gabor, ReColorAdv, Snow, SparseFool, StAdv
 from rome.attacks.base import Group
+from rome.attacks.free import Form
 from rome.attacks.gabor import DRAWS as GABOR_DRAWS
 from rome.attacks.gabor import gabor_kernels
 from rome.attacks.lpa import gaussian
@@ -96,29 +97,31 @@ def published(
     name: str,
     attack: TransformAttack,
     batch: tuple[nn.Module, Tensor, Tensor],
-    start: Callable[[int], Any],
+    start: Callable[[slice], Any],
     **mend: Any,
 ) -> Tensor:
-    """advex-uar's attack as perceptual-advex calls it, image by image, from the start given for each.
+    """advex-uar's attack as perceptual-advex calls it, image by image, from the start given for each; in its published
+    form the whole batch at once.
 
-    ``mend``: other methods to replace, name to what is called with the number of the image first; ``corners`` and
-    ``roll`` go to :class:`OnCPU`.
+    ``mend``: other methods to replace, name to what is called with the rows first; ``corners`` and ``roll`` go to
+    :class:`OnCPU`.
     """
     wrapper = original("perceptual_advex.attacks")
     module = original(f"advex_uar.attacks.{name.split('_')[0]}_attack")
     (kind,) = (value for key, value in vars(module).items() if key.lower() == f"{name.split('_')[0]}attack")
     model, x, y = batch
     mode, found = OnCPU(corners=mend.pop("corners", False), roll=mend.pop("roll", False)), []
-    for i in range(len(x)):
+    size = len(x) if attack.form == "published" else 1
+    for rows in (slice(i, i + size) for i in range(0, len(x), size)):
         with ExitStack() as stack:
             stack.enter_context(mode)
-            stack.enter_context(mock.patch.object(kind, "_init", lambda *_, i=i: start(i)))
+            stack.enter_context(mock.patch.object(kind, "_init", lambda *_, rows=rows: start(rows)))
             for key, replacement in mend.items():
                 where = kind if hasattr(kind, key) else module
-                stack.enter_context(mock.patch.object(where, key, replacement(i, getattr(where, key))))
+                stack.enter_context(mock.patch.object(where, key, replacement(rows, getattr(where, key))))
             step = attack.default_step() if attack.step_size is None else attack.step_size
             theirs = wrapper.UARAttack(model, "cifar", name, attack.bound, num_iterations=attack.steps, step=step)
-            found.append(theirs(x[i : i + 1].clone(), y[i : i + 1]))
+            found.append(theirs(x[rows].clone(), y[rows]))
     return torch.cat(found)
 
 
@@ -126,29 +129,36 @@ def noise_for(attack: TransformAttack, x: Tensor) -> Tensor:
     return torch.rand(len(x), *attack.noise_shape(x.shape[1:]), generator=torch.Generator().manual_seed(2)).to(x)
 
 
+forms = pytest.mark.parametrize("form", ["corrected", "published"])
+"""The published form equals the original as it is; the corrected one once it is mended."""
+
+
+@forms
 @pytest.mark.parametrize("steps", [1, 5])
-def test_elastic(steps: int, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
-    """Once corners are aligned, as they were in its torch."""
-    attack, (model, x, y) = Elastic(steps=steps), batch
+def test_elastic(steps: int, form: Form, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Mended: corners are aligned, as they were in its torch."""
+    attack, (model, x, y) = Elastic(steps=steps, form=form), batch
     noise = noise_for(attack, x)
     flow = (2 * noise - 1) * attack.bound * 2 / 32
-    theirs = published("elastic", attack, batch, lambda i: flow[i : i + 1].clone().requires_grad_(), corners=True)
+    corners = form == "corrected"
+    theirs = published("elastic", attack, batch, lambda rows: flow[rows].clone().requires_grad_(), corners=corners)
     torch.testing.assert_close(attack.last(model, x, y, noise), theirs, rtol=0, atol=1e-5)
 
 
+@forms
 @pytest.mark.parametrize("steps", [1, 5])
-def test_jpeg(steps: int, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
-    """Once its first forward, too, is at the start, which it multiplies by the bound a second time there."""
-    attack, (model, x, y) = JPEG(steps=steps), batch
+def test_jpeg(steps: int, form: Form, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Mended: its first forward, too, is at the start, which it multiplies by the bound a second time there."""
+    attack, (model, x, y) = JPEG(steps=steps, form=form), batch
     noise = noise_for(attack, x)
 
-    def start(i: int) -> Tensor:
+    def start(rows: slice) -> Tensor:
         """Theirs goes through the columns of a transposed image."""
-        planes = zip(torch.split(2 * noise[i : i + 1] - 1, [1024, 256, 256], dim=1), (4, 2, 2), strict=True)
-        blocks = [plane.view(1, side, side, 8, 8).permute(0, 2, 1, 4, 3).flatten(1) for plane, side in planes]
+        planes = zip(torch.split(2 * noise[rows] - 1, [1024, 256, 256], dim=1), (4, 2, 2), strict=True)
+        blocks = [plane.view(-1, side, side, 8, 8).permute(0, 2, 1, 4, 3).flatten(1) for plane, side in planes]
         return (attack.bound * torch.cat(blocks, dim=1)).requires_grad_()
 
-    def at_the_start(i: int, compressed: Any) -> Any:
+    def at_the_start(rows: slice, compressed: Any) -> Any:
         calls = iter([True])
 
         def call(self: Any, images: Tensor, variables: Tensor, eps: Tensor, *rest: int) -> Any:
@@ -156,29 +166,31 @@ def test_jpeg(steps: int, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
 
         return call
 
-    theirs = published("jpeg_linf", attack, batch, start, _jpeg_cat=at_the_start)
+    mend = {"_jpeg_cat": at_the_start} if form == "corrected" else {}
+    theirs = published("jpeg_linf", attack, batch, start, **mend)
     torch.testing.assert_close(attack.last(model, x, y, noise), theirs, rtol=0, atol=1e-5)
 
 
+@forms
 @pytest.mark.parametrize("steps", [1, 5])
-def test_fog(steps: int, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
-    """Image by image, and rolled by one."""
-    attack, (model, x, y) = Fog(steps=steps), batch
+def test_fog(steps: int, form: Form, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Mended: image by image, and rolled by one."""
+    attack, (model, x, y) = Fog(steps=steps, form=form), batch
     noise = noise_for(attack, x)
     sides = [2**level for level in range(6) for _ in range(3)]
 
-    def start(i: int) -> list[Tensor]:
-        parts = torch.split(noise[i : i + 1], [side * side for side in sides], dim=1)
-        return [part.view(1, side, side).clone().requires_grad_() for part, side in zip(parts, sides, strict=True)]
+    def start(rows: slice) -> list[Tensor]:
+        parts = torch.split(noise[rows], [side * side for side in sides], dim=1)
+        return [part.view(-1, side, side).clone().requires_grad_() for part, side in zip(parts, sides, strict=True)]
 
-    theirs = published("fog", attack, batch, start, roll=True)
+    theirs = published("fog", attack, batch, start, roll=form == "corrected")
     torch.testing.assert_close(attack.last(model, x, y, noise), theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_gabor(steps: int, batch: tuple[nn.Module, Tensor, Tensor], doubles: None) -> None:
     """With its inverted mask."""
-    attack = Gabor(steps=steps, support="complement")
+    attack = Gabor(steps=steps, form="published")
     model, x, y = batch[0].double(), batch[1].double(), batch[2]
     noise = noise_for(attack, x)
     sparse = attack.prepare(x, noise).start[:, None]
@@ -186,8 +198,8 @@ def test_gabor(steps: int, batch: tuple[nn.Module, Tensor, Tensor], doubles: Non
         "gabor",
         attack,
         (model, x, y),
-        lambda i: (sparse[i : i + 1].clone().requires_grad_(), (sparse[i : i + 1] == 0).double()),
-        _get_gabor_kernel=lambda i, _: lambda *_: gabor_kernels(noise[i : i + 1, :GABOR_DRAWS])[:, None],
+        lambda rows: (sparse[rows].clone().requires_grad_(), (sparse[rows] == 0).double()),
+        _get_gabor_kernel=lambda rows, _: lambda *_: gabor_kernels(noise[rows, :GABOR_DRAWS])[:, None],
     )
     torch.testing.assert_close(attack.last(model, x, y, noise), theirs, rtol=0, atol=1e-9)
 
@@ -204,29 +216,22 @@ def test_gabor_kernels(angle: float) -> None:
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_snow(steps: int, batch: tuple[nn.Module, Tensor, Tensor], doubles: None) -> None:
-    """Its forwards, the last one too, are at intensities not yet brought into their range: so are ours here."""
-    attack = Snow(steps=steps)
+    """Its forwards, the last one too, are at intensities not yet brought into their range; one draw of kernels a batch,
+    so here one image."""
+    attack = Snow(steps=steps, form="published")
     model, x, y = batch[0].double(), batch[1].double(), batch[2]
     noise = noise_for(attack, x)
-    transform = attack.prepare(x, noise)
-    kernels = line_kernels(noise[:, :SNOW_DRAWS])
-    theirs = published(
-        "snow",
-        attack,
-        (model, x, y),
-        lambda i: transform.start[i : i + 1].clone().requires_grad_(),
-        make_kernels=lambda i, _: lambda: [kernels[i : i + 1, j : j + 1] for j in range(7)],
-    )
-
-    projected = variables = transform.start
-    for _ in range(steps):
-        # the slope of v^4 has the sign that it has at the projected v, which is positive
-        leaf = variables.abs().clamp(min=transform.low).requires_grad_()
-        loss = F.cross_entropy(model(transform.images(leaf)), y, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        variables = projected + attack.default_step() * gradient.sign()
-        projected = transform.project(variables)
-    torch.testing.assert_close(transform.images(variables), theirs, rtol=0, atol=1e-9)
+    for rows in (slice(i, i + 1) for i in range(len(x))):
+        start = attack.prepare(x[rows], noise[rows]).start
+        kernels = line_kernels(noise[rows, :SNOW_DRAWS])
+        theirs = published(
+            "snow",
+            attack,
+            (model, x[rows], y[rows]),
+            lambda _, start=start: start.clone().requires_grad_(),
+            make_kernels=lambda *_, kernels=kernels: lambda: [kernels[:, j : j + 1] for j in range(7)],
+        )
+        torch.testing.assert_close(attack.last(model, x[rows], y[rows], noise[rows]), theirs, rtol=0, atol=1e-9)
 
 
 # Functional attacks ---------------------------------------------------------------------------------------------------
@@ -279,6 +284,7 @@ def test_the_colours_of_recoloradv() -> None:
 
 OWN, OTHER = Net(0, 30.0, 16).double(), Net(1, 30.0, 16).double()
 """Large logits, so that PPGD's conjugate gradients, which end there where a residual is small, do not end early."""
+SMALL, FLAT = Net(0, 3.0, 16).double(), Net(0, 1e-6, 16).double()
 
 
 @pytest.fixture
@@ -293,19 +299,21 @@ def threats(bound: float) -> list[tuple[Perceptual, nn.Module]]:
     return [(Perceptual(bound=bound), OWN), (Perceptual(bound=bound, features="x").measured_by(OTHER), OTHER)]
 
 
-def from_noise(make: Callable[[], nn.Module], x: Tensor, y: Tensor, noise: Tensor, **mend: bool) -> Tensor:
-    """An attack of perceptual-advex, image by image, started from this noise."""
+def from_noise(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, noise: Tensor, size: int = 1, **mend: bool
+) -> Tensor:
+    """An attack of perceptual-advex on batches of so many images, started from this noise."""
     found = []
-    for i in range(len(x)):
-        draw = gaussian(noise[i : i + 1])
+    for rows in (slice(i, i + size) for i in range(0, len(x), size)):
+        draw = gaussian(noise[rows])
         normal = mock.patch.object(torch.Tensor, "normal_", lambda self, mean, std, d=draw: self.copy_(std * d))
         with OnCPU(**mend), normal:
-            found.append(make()(x[i : i + 1].clone(), y[i : i + 1]).detach())
+            found.append(make()(x[rows].clone(), y[rows]).detach())
     return torch.cat(found)
 
 
-def ours(attack: Attack, threat: Threat, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-    return attack.search(OWN, x, y, [Group(threat, slice(0, len(x)), attack.steps_for(threat))], noise).adversarial
+def ours(attack: Attack, threat: Threat, x: Tensor, y: Tensor, noise: Tensor, model: nn.Module = OWN) -> Tensor:
+    return attack.search(model, x, y, [Group(threat, slice(0, len(x)), attack.steps_for(threat))], noise).adversarial
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["self", "other"])
@@ -377,6 +385,34 @@ def test_a_round_of_lpa(bound: float, which: int, seen: tuple[Tensor, Tensor, Te
     done = (OWN(found).argmax(1) != y) & (measure(threat, OWN, found, x) <= bound)
     assert (same | done).all()
     assert same.any()
+
+
+@pytest.mark.parametrize("model", [OWN, SMALL, FLAT], ids=["large", "small", "flat"])
+@pytest.mark.parametrize("bound", [0.05, 0.2, 0.5])
+def test_the_published_ppgd(bound: float, model: nn.Module, seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Whole batches, nothing mended; with logits so small that conjugate gradients end early, or nothing moves."""
+    module, (threat, network) = original("perceptual_advex.perceptual_attacks"), threats(bound)[1]
+    theirs = from_noise(
+        lambda: module.PerceptualPGDAttack(model, bound=bound, num_iterations=4, lpips_model=network), *seen, size=N
+    )
+    found = ours(PPGD(steps=4, form="published"), threat, *seen, model=model)
+    assert ((found - seen[0]).abs().amax() > 0.05) == (model is not FLAT)
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["self", "other"])
+@pytest.mark.parametrize("bound", [0.05, 0.2, 0.5])
+def test_the_published_lpa(bound: float, which: int, seen: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Whole batches, nothing mended."""
+    module, (threat, network) = original("perceptual_advex.perceptual_attacks"), threats(bound)[which]
+    theirs = from_noise(
+        lambda: module.LagrangePerceptualAttack(OWN, bound=bound, num_iterations=4, lpips_model=network),
+        *seen,
+        size=N,
+    )
+    found = ours(LPA(steps=4, form="published"), threat, *seen)
+    assert (found - seen[0]).abs().amax() > 0.03
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-7)
 
 
 # SparseFool -----------------------------------------------------------------------------------------------------------

@@ -379,6 +379,20 @@ def test_the_unseen_suite_can_stop_where_the_published_attacks_go_on() -> None:
     assert as_suite(UnseenSuite(stop=True).dump()) == UnseenSuite(stop=True)
 
 
+def test_the_unseen_suite_in_its_published_form() -> None:
+    """Every attack that has such a form takes it, and folder and tables tell the two suites apart."""
+
+    def published(suite: Suite) -> list[str]:
+        return [case.name for case in suite.cases({}, 10) if getattr(case.attacks[0], "form", "") == "published"]
+
+    assert published(UnseenSuite()) == []
+    assert published(UnseenSuite(form="published")) == ["fog", "snow", "gabor", "elastic", "jpeg", "ppgd", "lpa"]
+    assert UnseenSuite(form="published").label == "unseen-published"
+    assert as_suite(["apgd", UnseenSuite(form="published")]).label == "apgd+unseen-published"
+    with pytest.raises(UserError, match="returns its last iterate: leave best and stop out"):
+        UnseenSuite(form="published", stop=True).cases({}, 10)
+
+
 @pytest.mark.parametrize("threat", CIFAR10, ids=lambda threat: threat.name)
 def test_who_has_no_gradient_is_not_reported_as_robust(threat: LpBall) -> None:
     """Its sign would be 0 and the attack stand still; one such example fails the case, in a line that says why."""

@@ -502,7 +502,7 @@ def test_gabor_maps_are_sparse_and_their_support_is_fixed(photos: Tensor) -> Non
     moved = transform.project(torch.full_like(transform.start, 5.0))
     assert torch.equal(moved, (transform.start != 0).float())
     assert len({tuple(row.tolist()) for row in (transform.start != 0).flatten(1).int()}) == 8
-    published = prepared(Gabor(support="complement"), photos)
+    published = prepared(Gabor(form="published"), photos)
     assert torch.equal(published.start, transform.start)
     assert torch.equal(published.project(torch.full_like(transform.start, 5.0)), 1 - moved)
 

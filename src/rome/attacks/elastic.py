@@ -1,8 +1,8 @@
 """Elastic: adversarial flow (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar, ``elastic.py``,
 ``elastic_attack.py``).
 
-Written for a torch whose ``grid_sample`` had corners aligned. With today's default its grid, from -1 to 1, is not the
-identity: zero flow alone would shift images. Corners are aligned here.
+Written for a torch whose ``grid_sample`` had corners aligned. With the default since torch 1.3 its grid, from -1 to 1,
+is not the identity: zero flow alone shifts images. Corners are aligned here, except in ``form: published``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Elastic(TransformAttack):
         return (2, *image[1:])
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        return _Elastic(x, noise, self.bound)
+        return _Elastic(x, noise, self.bound, align_corners=self.form == "corrected")
 
 
 class _Elastic(Transform):
-    def __init__(self, x: Tensor, noise: Tensor, bound: float) -> None:
+    def __init__(self, x: Tensor, noise: Tensor, bound: float, *, align_corners: bool) -> None:
         super().__init__(bound * (2 * noise - 1))
-        self.x, self.low, self.high = x, -bound, bound
+        self.x, self.low, self.high, self.align_corners = x, -bound, bound, align_corners
         height, width = x.shape[2:]
         down, right = (torch.linspace(-1, 1, side, dtype=x.dtype, device=x.device) for side in (height, width))
         self.identity = torch.stack((right.expand(height, width), down[:, None].expand(height, width)))
@@ -47,7 +47,7 @@ class _Elastic(Transform):
 
     def images(self, variables: Tensor) -> Tensor:
         grid = self.identity + self.units * self.smoothed(variables)
-        sampled = F.grid_sample(self.x, grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=True)
+        sampled = F.grid_sample(self.x, grid.permute(0, 2, 3, 1), align_corners=self.align_corners)
         return sampled.clamp(0, 1)
 
     def smoothed(self, flow: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Two differences from that code: it normalises fog over the whole batch, we over each example, so that an image's fog
 does not depend on its batch mates; and its port of diamond-square to torch rolls by two where the algorithm (and the
-numpy code it was ported from) rolls by one, so that a diamond's mean takes a wrong neighbour.
+numpy code it was ported from) rolls by one, so that a diamond's mean takes a wrong neighbour. ``form: published`` does
+as that code does.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ class Fog(TransformAttack):
 
     def default_step(self) -> float:
         """2.5 / steps: bound / sqrt(steps) is a jump between the ends of the variables' range, and a weaker attack."""
-        return 2.5 / max(self.steps, 1)
+        return super().default_step() if self.form == "published" else 2.5 / max(self.steps, 1)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (4 ** levels_for(max(image[1:])) - 1,)
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        return _Fog(x, noise, self.bound / 255)
+        return _Fog(x, noise, self.bound / 255, published=self.form == "published")
 
 
 class _Fog(Transform):
-    def __init__(self, x: Tensor, start: Tensor, bound: float) -> None:
+    def __init__(self, x: Tensor, start: Tensor, bound: float, *, published: bool) -> None:
         super().__init__(start)
-        self.x, self.bound = x, bound
+        self.x, self.bound, self.published = x, bound, published
         self.levels = levels_for(max(x.shape[2:]))
         self.range = (x.amax(dim=(2, 3), keepdim=True) + bound).clamp(min=torch.finfo(x.dtype).tiny)
 
@@ -55,7 +56,8 @@ class _Fog(Transform):
 
     def fog(self, variables: Tensor) -> Tensor:
         """(B, M^2 - 1) in [0, 1] -> (B, 1, H, W) in [0, 1]."""
-        maps = to_unit(diamond_square(self.offsets(variables)))
+        maps = diamond_square(self.offsets(variables), back=2 if self.published else 1)
+        maps = to_unit(maps, together=self.published)
         height, width = self.x.shape[2:]
         top, left = (maps.shape[1] - height) // 2, (maps.shape[2] - width) // 2
         return maps[:, None, top : top + height, left : left + width]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, check_bound
 from rome.attacks.pgd import Steps
 from rome.errors import UserError
 from rome.threats import RTOL, AnyImage, Threat
+
+Form = Literal["corrected", "published"]
+"""``published``: what the released code computes, its defects included, to compare with numbers that came from it;
+docs/decisions/unseen-transforms.md and perceptual.md list them."""
 
 
 class FreeAttack(Attack):

@@ -2,13 +2,12 @@
 ``gabor_attack.py``; the noise is Co et al.'s, github.com/kenny-co/procedural-advml).
 
 That code multiplies by the mask of the *zeros* after each step, so that from the first step on the sparse points are
-gone and the other 13 of 14 pixels move; ``support: complement`` does this, ``sparse`` what is described.
+gone and the other 13 of 14 pixels move; ``form: published`` does this, with steps of bound / sqrt(steps).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,18 +33,16 @@ class Gabor(TransformAttack):
     kind = "gabor"
     bound: Number = Field(default=60, ge=0)
     """In grey levels of 255."""
-    support: Literal["sparse", "complement"] = "sparse"
-    """Which pixels of the map move: the sparse ones, or, as in advex-uar, all others."""
 
     def default_step(self) -> float:
         """5 / steps: bound / sqrt(steps) is a jump between the ends of the variables' range, and a weaker attack."""
-        return 5 / max(self.steps, 1)
+        return super().default_step() if self.form == "published" else 5 / max(self.steps, 1)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (DRAWS + 2 * math.prod(image[1:]),)
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        return _Gabor(x, noise, self.bound / 255, complement=self.support == "complement")
+        return _Gabor(x, noise, self.bound / 255, complement=self.form == "published")
 
 
 class _Gabor(Transform):
@@ -58,7 +55,7 @@ class _Gabor(Transform):
         sparse = torch.zeros_like(values, dtype=torch.bool).scatter(1, ranks.topk(points, dim=1).indices, True)
         super().__init__(((2 * values - 1) * sparse).view(-1, height, width))
         self.x, self.bound = x, bound
-        # the start is sparse in either case, as published: `complement` leaves it with the first step
+        # the start is sparse in either case, as published, which leaves it with the first step
         self.support = (~sparse if complement else sparse).view_as(self.start)
         # a convolution by FFT, padded so far that what wraps around is cut off: faster than a direct one of 23 x 23
         self.padded = [-(-(side + RADIUS) // 16) * 16 for side in (height, width)]

@@ -56,7 +56,10 @@ class JPEG(TransformAttack):
         return (sum(math.prod(plane) for plane in planes(image)),)
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        return _JPEG(x, noise, self.bound)
+        transform = _JPEG(x, noise, self.bound)
+        if self.form == "published":  # which multiplies by the bound once more before the first gradient
+            transform.first = self.bound * transform.start
+        return transform
 
 
 def planes(image: torch.Size) -> list[tuple[int, int]]:

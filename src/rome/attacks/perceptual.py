@@ -1,7 +1,8 @@
 """Attacks inside a perceptual bound for evaluation: PPGD and LPA (Laidlaw et al. 2021, sections 4 and A.3).
 
 Facts from the paper and from the repository cassidylaidlaw/perceptual-advex; each example is searched as if it were
-alone, also where the originals let one example's failure change the others' (the projection's fallback).
+alone, also where the originals let one example's failure change the others' (the projection's fallback). ``form:
+published`` is what that repository computes, defects included: docs/decisions/perceptual.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, Found, Group, Model, check_bound, frozen, margin
+from rome.attacks.free import Form
 from rome.attacks.lpa import START, among, gaussian, length, perceptual
 from rome.component import Number
 from rome.errors import UserError
@@ -38,6 +40,7 @@ class _Bounded(Attack):
     draws_by_image: ClassVar[bool] = True
     full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)
+    form: Form = "corrected"
 
     def steps_for(self, threat: Threat) -> int:
         if not isinstance(threat, Perceptual):
@@ -48,12 +51,15 @@ class _Bounded(Attack):
         return math.nan  # depends on the images
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
-        space = _Space(model, x, groups)
+        start = x + START * gaussian(noise)
+        published = self.form == "published"
+        space = (_PublishedSpace if published else _Space)(model, x, groups)
         with space.still():
-            point, found = self.climb(space, (x + START * gaussian(noise)).clamp_(0, 1), y)
+            point, found = self.climb(space, start if published else start.clamp_(0, 1), y)
             logits, phi = space.seen(point)
             apart = distances(phi, space.origin)
-            check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
+            if not published:  # whose bisection may end beyond the bound
+                check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
             robust = (logits.argmax(dim=1) == y) & ~found
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         return Found(point, point, robust, loss)
@@ -79,6 +85,8 @@ class PPGD(_Bounded):
     """Length of the finite difference for J v."""
 
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "published":
+            return self._climb_as_published(space, point, y), torch.zeros_like(y, dtype=torch.bool)
         point = space.project(point)
         found = torch.zeros_like(y, dtype=torch.bool)
         part, live = space, torch.arange(len(y), device=y.device)
@@ -98,13 +106,29 @@ class PPGD(_Bounded):
             point[live] = part.project((point[live] + move).clamp_(0, 1))
         return point, found
 
+    def _climb_as_published(self, space: _Space, point: Tensor, y: Tensor) -> Tensor:
+        """All steps for all examples, and a step that the whole batch skips if no gradient reaches 1e-4."""
+        for _ in range(self.steps):
+            leaf = point.requires_grad_()
+            with torch.enable_grad():
+                logits, phi = space.seen(leaf)
+                gained = margin(logits, y).clamp(max=KAPPA)
+                (gradient,) = torch.autograd.grad(gained.sum(), leaf, retain_graph=True)
+            point = leaf.detach()
+            if bool(gradient.abs().max() >= 1e-4):
+                move = self._direction(space, leaf, phi, gradient) * (2 * space.bound / self.steps).view(-1, 1, 1, 1)
+                point = (point + move).clamp_(0, 1)
+            point = space.project(point)
+        return point
+
     def _direction(self, space: _Space, leaf: Tensor, phi: list[Tensor], gradient: Tensor) -> Tensor:
         """v with |J v| = 1, zero where the gradient is too small to follow."""
         point, fixed = leaf.detach(), [part.detach() for part in phi]
+        published = self.form == "published"
 
         def along(v: Tensor) -> list[Tensor]:
-            """J v, by a finite difference along the unit vector."""
-            norm = length(v).clamp(min=1e-30)
+            """J v, by a finite difference along the unit vector; as published, along v itself."""
+            norm = torch.ones_like(v[:, :1, :1, :1]) if published else length(v).clamp(min=1e-30)
             ahead = space.seen.features(point + self.h * v / norm)
             scale = [norm.flatten()[rows].unsqueeze(1) / self.h for rows in space.rows]
             return [(a - f) * s for a, f, s in zip(ahead, fixed, scale, strict=True)]
@@ -116,10 +140,12 @@ class PPGD(_Bounded):
 
         v, residual = torch.zeros_like(gradient), gradient
         search, power = residual, _dot(residual, residual)
-        for _ in range(self.iterations):
+        for i in range(self.iterations):
+            if published and i and bool(power.max() < 0.1):
+                break
             pushed = squared(search)
             curved = _dot(search, pushed)  # not positive where the finite difference is lost in rounding: no step then
-            share = torch.where(curved > 0, power / curved.clamp(min=1e-20), 0)
+            share = power / curved if published else torch.where(curved > 0, power / curved.clamp(min=1e-20), 0)
             v, residual = v + share * search, residual - share * pushed
             before, power = power, _dot(residual, residual)
             search = residual + power / before.clamp(min=1e-30) * search
@@ -141,11 +167,13 @@ class LPA(_Bounded):
     """Length of the finite difference."""
 
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        published = self.form == "published"
         weight = torch.full_like(space.bound, 0.01)
         found = torch.zeros_like(y, dtype=torch.bool)
         point = point.clone()
         part, live = space, torch.arange(len(y), device=y.device)
         for _ in range(self.rounds):
+            before = torch.zeros_like(space.bound)  # distances before a round's last step, of those it moved
             for i in range(self.steps):
                 if not len(live):
                     break
@@ -162,14 +190,16 @@ class LPA(_Bounded):
                 rate = distances([one.detach() for one in phi], ahead) / self.h
                 step = part.bound * 0.1 ** (i / self.steps) / (rate + 1e-8)
                 moved = (here - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
-                point[live] = torch.where(done.view(-1, 1, 1, 1), here, moved)
+                before = torch.zeros_like(before).index_copy(0, live, apart.detach())
+                point[live] = moved if published else torch.where(done.view(-1, 1, 1, 1), here, moved)
                 found[live] = done
                 if bool(done.any()):
                     part, live = part.among(~done), live[~done]
-            apart = distances(space.seen.features(point), space.origin)
+            apart = before if published else distances(space.seen.features(point), space.origin)
             weight = torch.where(apart >= space.bound, 10 * weight, weight)
-        point = torch.where(found.view(-1, 1, 1, 1), point, space.project(point))
-        return point, found
+        if published:  # which trusts what the projection returns
+            return space.project(point), torch.zeros_like(found)
+        return torch.where(found.view(-1, 1, 1, 1), point, space.project(point)), found
 
 
 class _Space:
@@ -232,6 +262,36 @@ class _Space:
 
     def _apart(self, point: Tensor) -> Tensor:
         return distances(self.seen.features(point), self.origin)
+
+
+class _PublishedSpace(_Space):
+    """The projection of perceptual-advex: Newton's steps follow the sum of all gradients so far, and bisection of the
+    whole batch starts where they end."""
+
+    def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
+        point, total = point.clone(), torch.zeros_like(point)
+        part: _Space = self
+        live = torch.arange(len(point), device=point.device)
+        for _ in range(rounds):
+            leaf = point[live].requires_grad_()
+            with torch.enable_grad():
+                apart = distances(part.seen.features(leaf), part.origin)
+            (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
+            total[live] += gradient
+            excess = apart.detach() - part.bound
+            outside = excess > 0
+            push = torch.where(outside, 1.1 * (excess + 0.1), 0).view(-1, 1, 1, 1)
+            point[live] = (leaf.detach() - push * (total[live] / length(total[live]) ** 2)).clamp_(0, 1)
+            if not bool(outside.any()):
+                return point
+            part, live = part.among(outside), live[outside]
+        low, high = torch.zeros_like(self.bound), torch.ones_like(self.bound)
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            tried = self._between(point, middle)
+            inside = self._apart(tried) <= self.bound
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return tried
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Snow: adversarial flakes (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar, ``snow.py``,
 ``snow_attack.py``).
 
-Differences from that code: it keeps intensities in their range between steps but not after the last one, we always do;
-its 7 kernels are drawn once for a batch, ours for every image.
+Differences from that code: its forwards and its result take intensities before they are brought into their range, ours
+only in ``form: published``; its 7 kernels are drawn once for a batch, ours for every image, in either form.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Snow(TransformAttack):
         return (len(OFFSETS) * -(-height // CELL) * -(-width // CELL) + DRAWS,)
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        return _Snow(x, noise, self.bound)
+        return (_PublishedSnow if self.form == "published" else _Snow)(x, noise, self.bound)
 
 
 class _Snow(Transform):
@@ -83,6 +83,17 @@ class _Snow(Transform):
         means = _region_means(variables).flatten(1).amax(dim=1)
         within = (variables >= 0) & (variables <= self.high)
         return within.flatten(1).all(dim=1) & (means <= BUDGET * (1 + 1e-5))
+
+
+class _PublishedSnow(_Snow):
+    """Intensities are brought into their range only where the next step starts."""
+
+    def moved(self, variables: Tensor, step: Tensor) -> Tensor:
+        upwards = torch.where(variables < 0, -step, step)  # v^4 falls where v < 0; its slope there is taken at |v|
+        return self.project(variables) + upwards
+
+    def contains(self, variables: Tensor) -> Tensor:
+        return torch.ones(len(variables), dtype=torch.bool, device=variables.device)
 
 
 def _region_means(grids: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Model, check_bound, signs
-from rome.attacks.free import LastIterate
+from rome.attacks.free import Form, LastIterate
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
 from rome.errors import UserError
@@ -30,13 +30,14 @@ class Transform(ABC):
 
     Attributes:
         start: the variables (B, ...) the ascent begins with, within their range.
+        first: where the first gradient is taken; ``start``, unless the published code has it elsewhere.
     """
 
     low: float = 0.0
     high: float = 1.0
 
     def __init__(self, start: Tensor) -> None:
-        self.start = start
+        self.start = self.first = start
 
     @abstractmethod
     def images(self, variables: Tensor) -> Tensor:
@@ -45,6 +46,10 @@ class Transform(ABC):
     def project(self, variables: Tensor) -> Tensor:
         """Allowed variables near these."""
         return variables.clamp(self.low, self.high)
+
+    def moved(self, variables: Tensor, step: Tensor) -> Tensor:
+        """Allowed variables after a step."""
+        return self.project(variables + step)
 
     def contains(self, variables: Tensor) -> Tensor:
         """Whose variables are allowed: bool (B,)."""
@@ -67,6 +72,13 @@ class TransformAttack(LastIterate):
     """In the units of the variables; None is :meth:`default_step`."""
     best: bool = False
     """Return the iterate with the highest loss instead of the last one; costs one forward more."""
+    form: Form = "corrected"
+
+    @model_validator(mode="after")
+    def _published_as_it_was(self) -> Self:
+        if self.form == "published" and (self.best or self.stop):
+            raise ValueError("the published form returns its last iterate: leave best and stop out, or form")
+        return self
 
     def passes_for(self, threat: Threat) -> float:
         return super().passes_for(threat) + self.best
@@ -104,11 +116,11 @@ class TransformAttack(LastIterate):
         size = self.default_step() if self.step_size is None else self.step_size
         variables = kept = transform.start
         highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
-        for _ in range(self.steps):
-            loss, gradient = _loss_and_gradient(model, transform, variables, y)
+        for i in range(self.steps):
+            loss, gradient = _loss_and_gradient(model, transform, variables if i else transform.first, y)
             if self.best:
                 highest, kept = _better(loss, variables, highest, kept)
-            variables = transform.project(variables + size * signs(gradient))
+            variables = transform.moved(variables, size * signs(gradient))
         if not self.best:
             return variables
         loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")

@@ -68,9 +68,11 @@ class Suite(Component):
 
 
 def suite_label(settings: Mapping[str, Any]) -> str:
-    """:attr:`Suite.label` of a suite that was dumped: its kind, or those of its parts as ``apgd+unseen``."""
+    """:attr:`Suite.label` of a suite that was dumped: its kind, or those of its parts as ``apgd+unseen``; with
+    ``-published`` where it runs attacks in that form."""
     kind = str(settings.get("kind") or "own")
-    return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind
+    published = "-published" if settings.get("form") == "published" else ""
+    return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind + published
 
 
 def _each(suite: Suite, threats: Mapping[str, Threat], case: Callable[[str, LpBall], Case]) -> list[Case]:
