@@ -40,6 +40,12 @@ class Corruption(Attack):
             raise ValueError("constants are of images that are made; with path they are read: leave one out")
         return self
 
+    def unsuited(self, channels: int) -> str:
+        allowed = (1, 3) if self.path is None else (3,)
+        return (
+            "" if channels in allowed else f"needs images of {' or '.join(map(str, allowed))} channels, not {channels}"
+        )
+
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (SEEDS,)
 
