@@ -32,7 +32,8 @@ class Resized(Data):
     test_split: TestSplit | None = None
     """Which one is the test set; without it the first of test, validation, valid and val that is there and has
     labels."""
-    crop_pct: Number = Field(0.875, gt=0, le=1)
+    crop_pct: Number = Field(0.875, gt=0, le=1.25)
+    """Above 1, as VOLO's 1.15, the resized image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     scale: tuple[Number, Number] = (0.08, 1.0)

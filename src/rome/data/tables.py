@@ -80,7 +80,7 @@ class ImageTable:
             again = len(self) - pc.count_distinct(images, mode="all").as_py()
             if again <= len(self) // 100:
                 return []
-        return [f"{self.files[0].parent}: {again} of {len(self)} images are there before: is a piece there twice?"]
+        return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a piece there twice?"]
 
     def _bytes(self, row: int) -> bytes:
         file, place = self._place(row)
