@@ -940,6 +940,13 @@ def test_of_several_test_sets_the_first_with_labels_is_used(tmp_path: Path, kind
     assert read() == (2, (remark,))
     assert read(test_split="val") == (3, ())
     write("test", 1, False)
+    if kind == "parquet":
+        table = pq.read_table(tmp_path / "test.parquet")
+        for labels in ([None, None], None):  # none of them, and not even a column
+            other = table.drop_columns(["label"])
+            other = other if labels is None else other.append_column("label", pa.array(labels, pa.int64()))
+            pq.write_table(other, tmp_path / "test.parquet")
+            assert read()[0] == 2
     assert read() == (2, (f"{tmp_path}: test has no labels and is not used", remark))
     with pytest.raises(UserError, match=r"data\.test_split: .* has no valid; it has test, validation, val"):
         read(test_split="valid")

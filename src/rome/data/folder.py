@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, Self
 
@@ -141,14 +142,15 @@ class ImageFolder(Resized):
         return names
 
 
-class _Images(NamedTuple):
+@dataclass(frozen=True)
+class _Images:
     """Files to read, by their number."""
 
     folder: Path
     images: list[tuple[str, str]]
     """Class folder and file name of each."""
 
-    def __getitem__(self, row: int) -> IO[bytes]:  # type: ignore[override]
+    def __getitem__(self, row: int) -> IO[bytes]:
         return open(self.filename(row), "rb")
 
     def filename(self, row: int) -> str:

@@ -167,16 +167,21 @@ def label_names(file: Path, label: str = "label") -> tuple[str, ...]:
 
 
 def label_range(file: Path, label: str = "label") -> tuple[int, int]:
-    """The smallest and the largest label of a file, without reading its images; (0, -1) where it has none, or cannot be
-    read."""
+    """The smallest and the largest label of a file, without reading its images: (-1, -1) where it has none or where
+    they are kept secret, as of some test sets on the Hub; (0, -1) where they are no integers or cannot be read."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
-        found = pc.min_max(pq.read_table(file, columns=[label]).column(label)).as_py()
-    except (pa.ArrowException, OSError, KeyError):
+        with pq.ParquetFile(file) as parquet:
+            if label not in parquet.schema_arrow.names:
+                return -1, -1
+            found = pc.min_max(parquet.read([label]).column(label)).as_py()
+    except (pa.ArrowException, OSError):
         return 0, -1
+    if found["min"] is None:
+        return -1, -1
     integers = isinstance(found["min"], int) and isinstance(found["max"], int)
     return (int(found["min"]), int(found["max"])) if integers else (0, -1)
 
