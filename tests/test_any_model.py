@@ -573,6 +573,14 @@ def test_data_is_known_by_its_content(tmp_path: Path) -> None:
     [
         ("digts", "there is no folder digts with data; .*Did you mean 'digits'"),
         ("cifra10:x", "unknown data 'cifra10:x'; give digits; cifar10:PATH"),
+        (r"C:\data", r"there is no folder C:\\data with data; give digits"),
+        ("./a:b", "there is no folder a:b with data; give digits"),
+        ("x" * 5000, "there is no folder x+ with data"),
+        ("folder:" + "x" * 5000, "path: .*cannot be a path: File name too long"),
+        ("~nobody-of-that-name/x", "there is no folder ~nobody"),
+        ("{kind: foldr, path: x}", "unknown data kind 'foldr'. Did you mean 'folder'"),
+        ("{kind: folder", "is not YAML"),
+        ("{kind: folder, path: x, splitt: y}", "splitt: Extra inputs"),
         ("empty", "empty holds no data that is known by its content; give digits"),
         ("flat", "flat holds no data that is known by its content"),
         ("batches", "rename it to cifar-10-batches-py"),
@@ -598,10 +606,29 @@ def test_a_file_without_rows_is_told(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
     wanted = preprocessing("vit_tiny_patch16_224", None)
-    assert wanted == {"size": 224, "crop_pct": 0.9, "interpolation": "bicubic"}
+    assert wanted == {"size": 224, "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
     assert preprocessing("vit_tiny_patch16_224", 64)["size"] == 64
     assert preprocessing("net.py:f", None) == {}
     assert preprocessing("net.pt2", 96) == {"size": 96}
+    with pytest.raises(UserError, match=r"reads images of 768 x 1024 pixels, not square ones: give --img-size"):
+        preprocessing("vit_base_patch16_sapiens2", None)
+
+
+@pytest.mark.parametrize("name", [r"C:\nets\net.pt", "./a:b/net.pt2", "./a:b/net.py", r"C:\nets\net.py"])
+def test_a_colon_in_the_path_of_a_model_makes_it_no_module(name: str) -> None:
+    message = "there is no file" if name.endswith(("pt", "pt2")) else "a function is named path.py:function"
+    with pytest.raises(UserError, match=message):
+        named_model(name, classes=2, images=torch.rand(2, 3, 8, 8))
+
+
+def test_settings_of_data_may_be_named_in_braces(tmp_path: Path) -> None:
+    folder = str(pictures(tmp_path / "a:b", "val"))
+    for text in (f"{{path: '{folder}', test_split: val}}", f"{{kind: folder, path: '{folder}', test_split: val}}"):
+        assert named_data(text, size=32, crop_pct=0.9) == ImageFolder(
+            path=folder, size=32, crop_pct=0.9, test_split="val"
+        )
+    assert named_data(folder) == ImageFolder(path=folder)
+    assert named_data(f"{{path: '{folder}', size: 16}}", size=32) == ImageFolder(path=folder, size=16)
 
 
 def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
@@ -616,6 +643,7 @@ def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
     assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
     assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
     assert report.settings["provenance"]["data"]["size"] == 8
+    assert report.settings["provenance"]["examples"] == str(tmp_path / "pets" / "test")
 
 
 def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path: Path) -> None:

@@ -494,11 +494,28 @@ def test_a_corruption_is_named_in_a_config() -> None:
             Attack.model_validate(data | wrong)
 
 
+@pytest.mark.parametrize(("channels", "path"), [(4, None), (2, None), (1, "cifar-10-c")])
+def test_images_of_other_channels_leave_corruptions_out(
+    channels: int, path: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).eval()
+    x, y = torch.rand(4, channels, 16, 16), torch.tensor([0, 1, 2, 3])
+    corruptions = CorruptionsSuite(types=("fog",), severities=(1, 5), path=path)
+    reason = f"needs images of {'1 or 3' if path is None else '3'} channels, not {channels}"
+    with pytest.raises(UserError, match=rf"fog-1 {reason}; fog-5 {reason}"):
+        rome.evaluate(model, x, y, suite=corruptions)
+    report = rome.evaluate(model, x, y, suite=["lp", corruptions], threats=LpBall(norm="Linf", eps=0), progress=True)
+    assert report.cases == ("clean", "Linf")
+    assert f"fog-1: left out: it {reason}" in capsys.readouterr().err
+
+
 def test_images_from_files_need_their_numbers(folder: Path) -> None:
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 7])
     attack = Corruption(type="fog", severity=5, path=str(folder))
     found = attack.images(x, y, torch.tensor([0, 7]), stream(0, "attack"))
     assert row_of(found[1]) == 40_007
+    with pytest.raises(UserError, match="CIFAR-10-C has images of 3 x 32 x 32, not 3 x 64 x 64"):
+        attack.images(torch.rand(2, 3, 64, 64), y, torch.tensor([0, 7]), stream(0, "attack"))
     with pytest.raises(UserError, match=r"needs the numbers of the images: call Corruption\.images"):
         attack(Brightest(), x, y, ANY)
 

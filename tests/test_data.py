@@ -19,14 +19,23 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from sklearn.datasets import load_digits
+from timm.data.config import resolve_data_config
+from timm.data.dataset_factory import create_dataset
+from timm.data.loader import create_loader
+from timm.data.transforms_factory import create_transform
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 
 from rome.component import Settings
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
+from rome.data.pixels import read_rgb
 from rome.data.resized import Resized
 from rome.errors import UserError
 from rome.evaluation.any_data import named_data
+from rome.evaluation.any_model import preprocessing
+from rome.explore import read_upload
 
 
 def png(pixels: np.ndarray[Any, Any], format: str = "PNG") -> bytes:
@@ -229,6 +238,16 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert train.labels[:10].tolist() == [3, 9, 1, 3, 1, 9, 4, 4, 2, 8]
     torch.testing.assert_close(rows.mean(), torch.tensor(train.mean[0]), rtol=0, atol=1e-3)
     torch.testing.assert_close(rows.std(), torch.tensor(train.std[0]), rtol=0, atol=1e-3)
+
+
+def test_digits_have_the_labels_of_scikit_learn() -> None:
+    known = load_digits()
+    label = {image.tobytes(): int(target) for image, target in zip(known.images, known.target, strict=True)}
+    for name in ("train", "test"):
+        split = Digits().open(name)  # type: ignore[arg-type]
+        x, y = split.first(len(split))
+        assert [label[image.tobytes()] for image in (16 * x[:, 0]).double().numpy()] == y.tolist()
+        assert [split.classes[k] for k in y] == [str(int(k)) for k in y]
 
 
 def test_digits_are_not_augmented_unless_asked() -> None:
@@ -562,6 +581,65 @@ def test_broken_images_are_named_by_file_and_row(tmp_path: Path) -> None:
         Parquet(path=str(tmp_path), size=8).open("test").first(3)
 
 
+def piece(root: Path, name: str, seed: int, n: int = 4) -> Path:
+    file = root / name
+    write_parquet(file, [png(p) for p in noise(n, 8, 8, seed=seed)], [i % 2 for i in range(n)], **hub("ant", "bee"))
+    return file
+
+
+@pytest.mark.parametrize("end", ["", "-8c7f4b3bb3e6b7f6"])
+def test_pieces_that_are_missing_or_there_twice_are_named(tmp_path: Path, end: str) -> None:
+    def opened() -> Split:
+        return Parquet(path=str(tmp_path)).open("test")
+
+    first = piece(tmp_path, f"test-00000-of-00002{end}.parquet", 0)
+    with pytest.raises(UserError, match=r"has 1 of the 2 files test-\*-of-00002"):
+        opened()
+    second = piece(tmp_path, f"test-00001-of-00002{end}.parquet", 1)
+    assert (len(opened()), opened().remarks, opened().source) == (8, (), f"{first} and 1 more")
+    for name in ("test.parquet", "test-00000-of-00002-1b2c.parquet", "test-00000-of-00003.parquet"):
+        more = piece(tmp_path, name, 2)
+        with pytest.raises(UserError, match=r"has 3 files of test and not 2"):
+            opened()
+        more.unlink()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"00000-of.* and .*00001-of.* are the same piece"):
+        opened()
+
+
+def test_images_that_are_there_twice_are_said(tmp_path: Path) -> None:
+    piece(tmp_path, "test.parquet", 0)
+    again = piece(tmp_path, "test-again.parquet", 0, 5)  # not byte for byte
+    (remark,) = Parquet(path=str(tmp_path)).open("test").remarks
+    assert remark == f"{tmp_path}: 4 of 9 images repeat another one: is a piece there twice?"
+    again.rename(tmp_path / "train.parquet")
+    assert not Parquet(path=str(tmp_path)).open("test").remarks
+    (tmp_path / "train.parquet").write_bytes((tmp_path / "test.parquet").read_bytes())
+    for split in ("train", "test"):
+        (remark,) = Parquet(path=str(tmp_path)).open(split).remarks  # type: ignore[arg-type]
+        assert remark.endswith("are the same file")
+
+
+def test_images_may_be_a_column_of_bytes_but_not_of_paths(tmp_path: Path) -> None:
+    for kind in (pa.binary(), pa.large_binary()):
+        pq.write_table(pa.table({"image": pa.array([GOOD], kind), "label": [0]}), tmp_path / "test.parquet")
+        x, _ = Parquet(path=str(tmp_path)).open("test").first(1)
+        assert torch.equal(x[0], torch.from_numpy(noise(1)[0]).permute(2, 0, 1) / 255)
+    write_parquet(tmp_path / "test.parquet", [None, None], [0, 1])
+    for path in (Parquet(path=str(tmp_path), size=8), Cifar10(path=str(tmp_path))):
+        with pytest.raises(UserError, match="column img has no bytes in any row: the images are in other files"):
+            path.open("test")
+    pq.write_table(pa.table({"image": ["a.png"], "label": [0]}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="column image is string"):
+        Parquet(path=str(tmp_path)).open("test")
+
+
+def test_a_part_of_cifar10_is_said_to_be_one(parquet: Path) -> None:
+    assert Cifar10(path=str(parquet)).open("test").remarks == (
+        f"{parquet}: 8 images, where CIFAR-10 has 10000 to test",
+    )
+
+
 def test_files_of_different_data_are_not_joined(tmp_path: Path) -> None:
     for shard, names in enumerate((("ant", "bee"), ("ant", "cow"))):
         write_parquet(tmp_path / f"test-{shard:05}-of-00002.parquet", [GOOD], [1], **hub(*names))
@@ -652,6 +730,307 @@ def test_gray_and_transparent_images_become_colour(folder: Path) -> None:
     torch.testing.assert_close(x[y == 0], torch.full((2, 3, 8, 8), 0.2), rtol=0, atol=1e-6)
 
 
+# what other readers give --------------------------------------------------------------------------------------------
+
+
+timm_leaves_files_open = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def image(mode: str) -> Image.Image:
+    """Noise of 12x9 pixels in a mode of at most 8 bits a channel."""
+    if mode == "P":  # with a palette of its own, and a transparent colour
+        found = Image.fromarray(noise(1, 9, 12)[0]).quantize(7)
+        found.info["transparency"] = 2
+        return found
+    if mode == "CMYK":
+        return Image.frombytes("CMYK", (12, 9), noise(1, 12, 12)[0].tobytes())
+    return Image.frombytes("RGBA", (12, 9), noise(1, 12, 12)[0].tobytes()).convert(mode)
+
+
+@timm_leaves_files_open
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "bmp", "webp", "tif", "tiff", "ppm", "pgm"])
+def test_images_are_those_of_timm_and_torchvision(tmp_path: Path, ending: str) -> None:
+    """Every mode that a format has, transparency and EXIF orientation included, in folders and in Parquet files."""
+    modes = {
+        "png": ("1", "L", "LA", "P", "RGB", "RGBA"), "jpg": ("L", "RGB", "CMYK"), "bmp": ("1", "L", "P", "RGB"),
+        "webp": ("RGB", "RGBA"), "tif": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"), "ppm": ("RGB",), "pgm": ("L",),
+    }  # fmt: skip
+    modes |= {"JPEG": modes["jpg"], "tiff": modes["tif"]}
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter
+    for i, mode in enumerate(modes[ending]):
+        (tmp_path / "test" / f"{i}").mkdir(parents=True)
+        options = {} if ending in ("bmp", "ppm", "pgm") else {"exif": exif}
+        image(mode).save(tmp_path / "test" / f"{i}" / f"a.{ending}", **options)
+    theirs = torchvision_datasets.ImageFolder(str(tmp_path / "test"))
+    if ending in ("png", "jpg", "JPEG"):  # the others timm leaves out
+        timms = create_dataset("", root=str(tmp_path / "test"), search_split=False)
+        assert [(np.asarray(x).tolist(), y) for x, y in timms] == [(np.asarray(x).tolist(), y) for x, y in theirs]
+    images, labels = zip(*theirs, strict=True)
+    encoded = [Path(file).read_bytes() for file, _ in theirs.samples]
+    write_parquet(tmp_path / "tables" / "test.parquet", encoded, list(labels))
+    tables = Parquet(path=str(tmp_path / "tables"))
+    for i, wanted in enumerate(images):
+        assert np.array_equal(read_rgb(io.BytesIO(encoded[i])), wanted)
+    size = {"size": 9, "crop_pct": 1}
+    for data in (ImageFolder(path=str(tmp_path), **size), tables.model_copy(update=size)):
+        x, y = data.open("test").first(len(images))
+        for pixels, label in zip(x, y.tolist(), strict=True):
+            plain = create_transform(9, crop_pct=1, normalize=False)(images[label])
+            assert torch.equal(pixels, plain / 255)
+
+
+def gray(kind: str, value: float, path: Path) -> Path:
+    """A file of 6x6 pixels of a share of white, in more than 8 bits."""
+    top = 4095 if kind == "tif12" else 65535
+    values = np.full((6, 6), round(value * top), np.uint16)
+    file = path.with_suffix(
+        "." + {"tif12": "tif", "tif-big": "tif", "tif-white": "tif", "float": "tif"}.get(kind, kind)
+    )
+    if kind == "tif-big":
+        Image.fromarray(values.astype(">u2")).save(file)
+    elif kind == "tif-white":  # 0 is white
+        Image.fromarray(top - values).save(file, tiffinfo={262: 0})
+    elif kind == "float":
+        Image.fromarray(np.full((6, 6), value, np.float32)).save(file)
+    elif kind == "pgm12":
+        file = path.with_suffix(".pgm")
+        file.write_bytes(b"P5 6 6 4095\n" + np.full((6, 6), round(value * 4095), ">u2").tobytes())
+    else:
+        Image.fromarray(values).save(file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["png", "pgm", "pgm12", "tif", "tif-big", "tif-white", "float"])
+@pytest.mark.parametrize("value", [0.0, 0.125, 0.6, 1.0])
+def test_more_than_eight_bits_are_scaled_and_not_cut(tmp_path: Path, kind: str, value: float) -> None:
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    file = gray(kind, value, tmp_path / "test" / "a" / "x")
+    write_parquet(tmp_path / "test.parquet", [file.read_bytes()], [0], **hub(*CIFAR10_CLASSES))
+    size = {"size": 4, "crop_pct": 1}
+    splits = [ImageFolder(path=str(tmp_path), **size).open("test")]
+    splits += [Parquet(path=str(tmp_path), **settings).open("test") for settings in ({}, size)]
+    for x in (*(split.first(1)[0] for split in splits), read_upload(file, (1, 6, 6)).image[None]):
+        torch.testing.assert_close(x, torch.full_like(x, value), rtol=0, atol=0.5 / 255)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((6, 6), 700, np.int32), "integers of 32 bits or with a sign"),
+        (np.full((6, 6), -7, np.int16), "integers of 32 bits or with a sign"),
+        (np.full((6, 6), 200, np.float32), "floats from 200 to 200; black must be 0 and white 1"),
+        (np.full((6, 6), -1e-3, np.float32), "floats from -0.001"),
+        (np.full((6, 6), np.nan, np.float32), "floats from nan"),
+    ],
+)
+def test_pixels_whose_white_is_unknown_are_refused(tmp_path: Path, pixels: np.ndarray[Any, Any], message: str) -> None:
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    file = tmp_path / "test" / "a" / "x.tif"
+    if pixels.dtype == np.int16:
+        Image.fromarray(pixels.view(np.uint16)).save(file, tiffinfo={339: 2})
+    else:
+        Image.fromarray(pixels).save(file)
+    write_parquet(tmp_path / "test.parquet", [file.read_bytes()], [0])
+    with pytest.raises(UserError, match=rf"x\.tif: .*{message}"):
+        ImageFolder(path=str(tmp_path), size=4).open("test").first(1)
+    with pytest.raises(UserError, match=rf"row 0 .*{message}"):
+        Parquet(path=str(tmp_path)).open("test")
+    with pytest.raises(UserError, match=rf"x\.tif .*{message}"):
+        read_upload(file, (1, 6, 6))
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    with pytest.raises(ValueError, match="PostScript is a program"):
+        read_rgb(tmp_path / "a.eps")
+
+
+def labels_by_timm(root: Path, class_map: str = "") -> dict[str, int]:
+    reader = create_dataset("", root=str(root), search_split=False, class_map=class_map).reader
+    return {name: int(label) for name, label in reader.class_to_idx.items()}
+
+
+NUMBERED = ("0", "1", "2", "10", "11", "Class 3", "class 12", "b", "B2", "n02", "n1", "a1b10", "a1b9", "_x")
+
+
+def test_classes_are_numbered_as_timm_or_torchvision_does(tmp_path: Path) -> None:
+    for name in NUMBERED:
+        (tmp_path / "test" / name).mkdir(parents=True)
+        (tmp_path / "test" / name / "0.png").write_bytes(GOOD)
+    theirs = torchvision_datasets.ImageFolder(str(tmp_path / "test")).class_to_idx
+    (tmp_path / "list.txt").write_text("n1\n10\nb\n2\n")
+    listed = {"classes": str(tmp_path / "list.txt")}
+    for settings, wanted in (
+        ({}, labels_by_timm(tmp_path / "test")),
+        ({"class_order": "torchvision"}, theirs),
+        ({**listed, "class_order": "list"}, labels_by_timm(tmp_path / "test", listed["classes"])),
+        (listed, {"2": 0, "10": 1, "b": 2, "n1": 3}),
+    ):
+        split = ImageFolder.model_validate({"path": str(tmp_path), "size": 4, **settings}).open("test")
+        assert {name: label for label, name in enumerate(split.classes)} == wanted
+        assert any("classes are numbered in" in remark for remark in split.remarks)
+    with pytest.raises(ValidationError, match="class_order=list needs a list"):
+        ImageFolder(path=str(tmp_path), class_order="list")
+
+
+def test_an_order_is_only_spoken_of_where_there_are_two(folder: Path) -> None:
+    split = ImageFolder(path=str(folder), size=8).open("test")
+    assert (split.remarks, split.source) == ((), str(folder / "val"))
+
+
+def test_files_that_are_not_read_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat/a.gif", "cat/b.GIF", "dog/labels", "cat/.c.png", ".DS_Store", "__MACOSX/cat/._0.png"):
+        (folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "val" / name).write_bytes(GOOD)
+    split = ImageFolder(path=str(folder), size=8).open("test")
+    assert split.remarks == (f"{folder}/val: 6 of 12 files are not read: 3 hidden, 2 .gif, 1 without an ending",)
+    assert capsys.readouterr().err == f"{split.remarks[0]}\n"
+    assert ImageFolder(path=str(folder), size=8).open("test").remarks == split.remarks
+    assert not capsys.readouterr().err, "once"
+    for file in (folder / "val" / "eel").iterdir():
+        file.rename(file.with_suffix(".gif"))
+    with pytest.raises(UserError, match=r"val/eel has no images; 8 of 12 files are not read: 4 \.gif"):
+        ImageFolder(path=str(folder), size=8).open("test")
+
+
+@pytest.mark.parametrize("name", ["a\udcff.png", "é.png", "a b.PNG"])
+def test_any_file_name_is_read(folder: Path, name: str) -> None:
+    (folder / "val" / "cat" / name).write_bytes(GOOD)
+    assert len(ImageFolder(path=str(folder), size=8).open("test").first(7)[0]) == 7
+
+
+def test_links_are_followed_and_loops_end(folder: Path, tmp_path: Path) -> None:
+    (folder / "val" / "eel").rename(tmp_path / "elsewhere")
+    (folder / "val" / "eel").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(ImageFolder(path=str(folder), size=8).open("test")) == 6
+    (folder / "val" / "cat" / "up").symlink_to(folder / "val", target_is_directory=True)
+    with pytest.raises(UserError, match=r"cat/up/.*\.png is not in .*val/CLASS/"):
+        ImageFolder(path=str(folder), size=8).open("test")
+
+
+def test_images_that_are_in_both_splits_are_counted(folder: Path) -> None:
+    (folder / "val" / "cat" / "0.png").write_bytes((folder / "train" / "cat" / "0.png").read_bytes())
+    for name, n in (("test", 6), ("train", 12)):
+        (remark,) = ImageFolder(path=str(folder), size=8).open(name).remarks  # type: ignore[arg-type]
+        assert f"1 of {n} images in " in remark
+        assert "are in" in remark
+        assert "cat/0.png" in remark
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_of_several_test_sets_the_first_with_labels_is_used(tmp_path: Path, kind: str) -> None:
+    def write(name: str, level: int, labelled: bool) -> None:
+        picture = png(np.full((8, 8, 3), level, np.uint8))
+        if kind == "parquet":
+            write_parquet(tmp_path / f"{name}.parquet", [picture, GOOD], [0, 1] if labelled else [-1, -1])
+            return
+        for place in "ab" if labelled else ".":
+            (tmp_path / name / place).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / place / "0.png").write_bytes(picture)
+
+    def read(**settings: Any) -> tuple[int, tuple[str, ...]]:
+        split = Data.of_kind(kind).model_validate({"path": str(tmp_path), "size": 8, **settings}).open("test")
+        return round(255 * float(split.first(1)[0].mean())), split.remarks
+
+    write("val", 3, True)
+    assert read() == (3, ())
+    write("validation", 2, True)
+    remark = f"{tmp_path} has validation and val: validation is used (data.test_split=val changes it)"
+    assert read() == (2, (remark,))
+    assert read(test_split="val") == (3, ())
+    write("test", 1, False)
+    if kind == "parquet":
+        table = pq.read_table(tmp_path / "test.parquet")
+        for labels in ([None, None], None):  # none of them, and not even a column
+            other = table.drop_columns(["label"])
+            other = other if labels is None else other.append_column("label", pa.array(labels, pa.int64()))
+            pq.write_table(other, tmp_path / "test.parquet")
+            assert read()[0] == 2
+    assert read() == (2, (f"{tmp_path}: test has no labels and is not used", remark))
+    with pytest.raises(UserError, match=r"data\.test_split: .* has no valid; it has test, validation, val"):
+        read(test_split="valid")
+    write("test", 1, True)
+    if kind == "folder":
+        (tmp_path / "test" / "0.png").unlink()
+    assert read()[0] == 1
+
+
+def test_a_class_list_has_one_name_a_line(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (folder / split / "cat").rename(folder / split / "persian cat")
+    file = tmp_path / "list.txt"
+    for text in ("eel\npersian cat", "\ufeffpersian cat\r\n\r\n  eel \r\n"):
+        file.write_bytes(text.encode())
+        assert set(ImageFolder(path=str(folder), classes=str(file), size=8).open("test").classes) == {
+            "eel",
+            "persian cat",
+        }
+    for content, message in (
+        (b"eel\neel", "names eel twice"),
+        (b"\n\n", "needs at least one name"),
+        (b"eel\npersian", "names 2 class folders; .* lacks 1 of them, such as persian"),
+        (b"eel\n\xff", "cannot be read as text in UTF-8"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            ImageFolder(path=str(folder), classes=str(file)).open("test")
+
+
+@timm_leaves_files_open
+@pytest.mark.parametrize(
+    ("name", "img_size"),
+    [
+        ("resnet50.a1_in1k", None),
+        ("resnet50.a1_in1k", 288),  # its test size, with a crop of its own
+        ("resnet50.tv_in1k", None),
+        ("vit_tiny_patch16_224", 64),
+        ("convnext_tiny.fb_in22k_ft_in1k_384", None),  # squashed
+        ("deepseek_vit_412m", 64),  # with borders
+        ("volo_d4_448", 64),  # a crop of 1.15
+        ("efficientnet_b0.ra_in1k", None),
+    ],
+)
+def test_a_timm_model_gets_the_pixels_that_timm_gives_it(folder: Path, name: str, img_size: int | None) -> None:
+    tall = noise(1, 90, 40, seed=5)[0]  # of other proportions than the 14x20 of the rest
+    Image.fromarray(tall).save(folder / "val" / "cat" / "0.png")
+    data = named_data(str(folder), img_size=img_size, **preprocessing(name, img_size))
+    split = data.open("test")
+    x, y = split.first(6)
+    known = get_pretrained_cfg(name).to_dict()
+    wanted = resolve_data_config(
+        {} if img_size in (None, 288) else {"img_size": img_size}, pretrained_cfg=known, use_test_size=img_size == 288
+    )
+    dataset = create_dataset("", root=str(folder / "val"), search_split=False)
+    borders = wanted["mean"] if wanted["crop_mode"] == "border" else (0, 0, 0)
+    (size,) = set(wanted["input_size"][1:])
+    dataset.transform = create_transform(
+        size,
+        interpolation=wanted["interpolation"],
+        crop_pct=wanted["crop_pct"],
+        crop_mode=wanted["crop_mode"],
+        mean=borders,
+        normalize=False,
+    )
+    x = {(pixels.numpy().tobytes(), int(label)) for pixels, label in zip((255 * x).round().byte(), y, strict=True)}
+    assert x == {(pixels.numpy().tobytes(), label) for pixels, label in dataset}
+    if wanted["crop_mode"] == "border":  # where its loader pads with the mean that it takes off afterwards
+        return
+    loader = create_loader(
+        create_dataset("", root=str(folder / "val"), search_split=False),
+        **{key: wanted[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")},
+        batch_size=6,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        num_workers=0,
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+    )
+    ((pixels, labels),) = loader
+    assert x == {(p.numpy().tobytes(), int(k)) for p, k in zip((255 * pixels).round().byte(), labels, strict=True)}
+
+
 def test_class_folders_must_agree(folder: Path) -> None:
     (folder / "val" / "eel").rename(folder / "val" / "fox")
     for split in ("train", "test"):
@@ -665,7 +1044,7 @@ def test_an_empty_class_folder_is_named(folder: Path) -> None:
         ImageFolder(path=str(folder)).open("train")
 
 
-@pytest.mark.parametrize("place", ["stray.png", "cat/deeper/stray.png", ".hidden/stray.png"])
+@pytest.mark.parametrize("place", ["stray.png", "cat/deeper/stray.png"])
 def test_images_outside_class_folders_are_named(folder: Path, place: str) -> None:
     (folder / "train" / place).parent.mkdir(exist_ok=True)
     (folder / "train" / place).write_bytes(GOOD)
@@ -676,7 +1055,7 @@ def test_images_outside_class_folders_are_named(folder: Path, place: str) -> Non
 def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere is not a folder: data\.path must contain train/CLASS"):
         ImageFolder(path=str(tmp_path / "nowhere")).open("train")
-    with pytest.raises(UserError, match="has no folder val or validation or test"):
+    with pytest.raises(UserError, match="has no folder test or validation or valid or val"):
         ImageFolder(path=str(folder / "train")).open("test")
     (tmp_path / "bare" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match="bare/train has no images"):
@@ -713,7 +1092,7 @@ def test_a_list_of_classes_selects_folders_and_their_images_alone(folder: Path, 
 
 def test_how_many_classes_a_folder_has_is_known_without_it_where_a_list_or_somebody_says(tmp_path: Path) -> None:
     folder = functools.partial(ImageFolder, path=str(tmp_path / "nowhere"), size=16)
-    (tmp_path / "two.txt").write_text("cat dog")
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
     assert folder(classes="imagenet100").form() == ((3, 16, 16), 100)
     assert folder(classes=str(tmp_path / "two.txt")).form(1000) == ((3, 16, 16), 2), "the list counts"
     assert folder().form(1000) == ((3, 16, 16), 1000)

@@ -64,7 +64,7 @@ def evaluate_saved(
     model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
     settings = settings or config.evaluation
     chosen = _readable(_suite(suite, settings.suite), features, cases, team)
-    _, x, y = _examples(config.data, n, settings.n)
+    split, x, y = _examples(config.data, n, settings.n)
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
     name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}"
@@ -87,6 +87,8 @@ def evaluate_saved(
             "routing": routed,
             "checkpoint": file.name,
             "checkpoint_sha256": file_hash(file),
+            "examples": split.source,
+            "remarks": list(split.remarks),
         },
         cases=cases,
         checks=checks,
@@ -148,7 +150,8 @@ def evaluate_given(
         provenance={
             "model": subject.facts,
             "data": source.dump(),
-            "remarks": subject.remarks,
+            "examples": split.source,
+            "remarks": [*split.remarks, *subject.remarks],
             "given": given.model_dump(mode="json", exclude_none=True),
         },
         cases=cases,

@@ -40,6 +40,12 @@ class Corruption(Attack):
             raise ValueError("constants are of images that are made; with path they are read: leave one out")
         return self
 
+    def unsuited(self, channels: int) -> str:
+        allowed = (1, 3) if self.path is None else (3,)
+        return (
+            "" if channels in allowed else f"needs images of {' or '.join(map(str, allowed))} channels, not {channels}"
+        )
+
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (SEEDS,)
 
@@ -61,10 +67,12 @@ class Corruption(Attack):
             source: for images made here.
 
         Raises:
-            UserError: CIFAR-10-C is not there, or has other labels.
+            UserError: CIFAR-10-C is not there, or has other labels or images of another size.
         """
         if self.path is None:
             return corrupt(x, self.type, self.severity, source.by_image(x, (SEEDS,)), self.constants)
+        if x.shape[1:] != (3, 32, 32):
+            raise UserError(f"CIFAR-10-C has images of 3 x 32 x 32, not {' x '.join(map(str, x.shape[1:]))}")
         return read_cifar10c(self.path, self.type, self.severity, numbers, y).to(x)
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:

@@ -6,18 +6,26 @@ example's number alone, so batch size, workers, ranks and a resumed epoch give t
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from rome.component import Component
 from rome.errors import UserError
 
 SplitName = Literal["train", "test"]
+TestSplit = Literal["test", "validation", "valid", "val"]
+NAMES: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
+"""What folders and files call the splits; of several that are there the first one with labels is used."""
 
 
 class Split(ABC):
@@ -28,7 +36,12 @@ class Split(ABC):
         shape: (C, H, W) of every image.
         labels: int64 (N,) on the CPU.
         mean, std: of each channel, on the scale [0, 1]: for the normalisation inside the model.
+        source: where the examples are from: a folder, or files.
+        remarks: what whoever reads the numbers should know: what was chosen among several, what is not read.
     """
+
+    source: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -39,6 +52,15 @@ class Split(ABC):
         std: tuple[float, ...],
     ) -> None:
         self.classes, self.shape, self.labels, self.mean, self.std = classes, shape, labels, mean, std
+
+    def described(self, source: str, remarks: Iterable[str] = ()) -> Self:
+        """This split with its source and remarks. The latter also go to standard error, each once, from the first of
+        several processes."""
+        self.source, self.remarks = source, tuple(remarks)
+        if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+            for remark in self.remarks:
+                _say(remark)
+        return self
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,6 +144,18 @@ class Data(Component):
     test_limit: int | None = Field(None, ge=1)
     """Use only the first so many test examples."""
 
+    @field_validator("path", check_fields=False)
+    @classmethod
+    def _possible(cls, path: str | None) -> str | None:
+        try:
+            os.stat(os.path.expanduser(path or "."))
+        except ValueError as error:
+            raise ValueError(f"cannot be a path: {error}") from None
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError(f"cannot be a path: {error.strerror}") from None
+        return path
+
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
         """Image shape (C, H, W) and number of classes, without the files where the data set fixes them.
 
@@ -147,6 +181,39 @@ class Data(Component):
                 f"{split}_limit={limit} asks for more than {where} has: {available} examples; lower it or leave it out"
             )
         return available if limit is None else limit
+
+
+@functools.cache
+def _say(remark: str) -> None:
+    print(remark, file=sys.stderr)
+
+
+def chosen_split(
+    root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
+) -> tuple[str | None, list[str]]:
+    """Which test set is used: the first that has labels; and remarks, where there was a choice.
+
+    Args:
+        root: of the data, for messages.
+        there: those that are there, in the order of :data:`NAMES`; without any, the name is None.
+        wanted: the one that somebody chose.
+        labelled: whether a split has labels.
+
+    Raises:
+        UserError: the one that is wanted is not there.
+    """
+    if wanted is not None:
+        if wanted not in there:
+            raise UserError(f"data.test_split: {root} has no {wanted}; it has {', '.join(there) or 'no test set'}")
+        return wanted, []
+    usable = [name for name in there if len(there) == 1 or labelled(name)] or list(there)
+    remarks = [f"{root}: {name} has no labels and is not used" for name in there if name not in usable]
+    if len(usable) > 1:
+        rest = " and ".join(usable[1:])
+        remarks.append(
+            f"{root} has {usable[0]} and {rest}: {usable[0]} is used (data.test_split={usable[1]} changes it)"
+        )
+    return (usable[0] if usable else None), remarks
 
 
 def one_line(error: Exception) -> str:

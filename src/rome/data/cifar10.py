@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.data.base import Data, Split, SplitName, one_line
+from rome.data.base import NAMES, Data, Split, SplitName, one_line
 from rome.data.memory import MemorySplit
 from rome.data.parquet import decoded
 from rome.data.tables import find_tables, read_tables
 from rome.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_IMAGES: dict[SplitName, int] = {"train": 50_000, "test": 10_000}
 
 
 class Cifar10(Data):
@@ -36,11 +38,11 @@ class Cifar10(Data):
         return (3, 32, 32), len(CIFAR10_CLASSES)
 
     def open(self, split: SplitName) -> Split:
-        root = Path(self.path).expanduser()
+        root = Path(os.path.expanduser(self.path))
         named = [root] if split == "test" and root.suffix == ".parquet" and root.is_file() else []
         if root.name == "cifar-10-batches-py" or root.suffix == ".parquet":
             root = root.parent
-        tables = named or find_tables(root, split)
+        tables = named or find_tables(root, *NAMES[split])
         if not tables and not self.download and not (root / "cifar-10-batches-py").is_dir():
             raise UserError(
                 f"{root} {'holds no CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
@@ -50,9 +52,10 @@ class Cifar10(Data):
             images, labels = _read_batches(root, split, self.download)
             count = self._count(split, len(labels), root)
             images, labels = images[:count], labels[:count]
+            source, remarks = str(root / "cifar-10-batches-py"), list[str]()
         else:
-            images, labels = self._read_parquet(tables, split)
-        return MemorySplit(
+            images, labels, source, remarks = self._read_parquet(tables, split)
+        opened = MemorySplit(
             images,
             labels,
             CIFAR10_CLASSES,
@@ -63,9 +66,10 @@ class Cifar10(Data):
             pad=4,
             flip=True,
         )
+        return opened.described(source, remarks)
 
-    def _read_parquet(self, files: list[Path], split: SplitName) -> tuple[Tensor, Tensor]:
-        """Images uint8 (N, 3, 32, 32) and labels int64 (N,)."""
+    def _read_parquet(self, files: list[Path], split: SplitName) -> tuple[Tensor, Tensor, str, list[str]]:
+        """Images uint8 (N, 3, 32, 32), labels int64 (N,), source and remarks."""
         table = read_tables(files)
         if table.names and table.names != CIFAR10_CLASSES:
             raise UserError(
@@ -74,11 +78,14 @@ class Cifar10(Data):
         beyond = (table.labels >= len(CIFAR10_CLASSES)).nonzero().flatten()
         if len(beyond):
             row = int(beyond[0])
-            where = table.filename(row, absolute=True)
+            where = table.filename(row)
             raise UserError(f"{where} has the label {table.labels[row]}; CIFAR-10 has 0..9: is this another data set?")
         count = self._count(split, len(table), files[0].parent)
         pixels = decoded(table, list(range(count)), (32, 32))
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), table.labels[:count]
+        remarks = table.remarks()
+        if len(table) != _IMAGES[split]:
+            remarks.append(f"{files[0].parent}: {len(table)} images, where CIFAR-10 has {_IMAGES[split]} to {split}")
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), table.labels[:count], table.source, remarks
 
 
 def _read_batches(root: Path, split: SplitName, download: bool) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -152,7 +153,7 @@ def read_cifar10c(
     Raises:
         UserError: files missing or of another form, numbers beyond 9,999, or other labels.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     wrong = numbers[(numbers < 0) | (numbers >= _ROWS)]
     if len(wrong):
         raise UserError(f"CIFAR-10-C has no image {int(wrong[0])}: they are numbered 0 to {_ROWS - 1}")
@@ -173,7 +174,7 @@ def check_cifar10c(path: str | Path, names: Iterable[str]) -> None:
     Raises:
         UserError: a file is missing or of another form.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     _load(folder / "labels.npy", (5 * _ROWS,))
     for name in names:
         _load(folder / f"{name}.npy", (5 * _ROWS, 32, 32, 3))

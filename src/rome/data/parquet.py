@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from rome.data.base import Split, SplitName
+from rome.data.base import NAMES, Split, SplitName, chosen_split
 from rome.data.memory import MemorySplit
 from rome.data.resized import Resized
-from rome.data.tables import ImageTable, find_tables, label_names, largest_label, read_tables
+from rome.data.tables import ImageTable, equal_files, find_tables, label_names, label_range, read_tables
 from rome.errors import UserError
 
 
 class Parquet(Resized):
     """Any images in the Hugging Face Hub's Parquet files: train-*.parquet and test-*.parquet (or validation).
 
-    Each has a column ``img`` or ``image`` (struct with bytes) and one of labels, integers from 0.
+    Each has a column ``img`` or ``image`` (bytes, or a struct with bytes) and one of labels, integers from 0.
 
     Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
     is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
@@ -37,10 +38,16 @@ class Parquet(Resized):
     size: int | None = Field(None, ge=1)
 
     def open(self, split: SplitName) -> Split:
-        table, folder = self._table(split)
+        files, remarks = self._files(split)
+        others, _ = self._files("test" if split == "train" else "train", needed=False)
+        table = read_tables(files, self.label)
         rows = _mixed(table)
-        rows = rows[: self._count(split, len(rows), folder)]
-        classes = self._classes(table, folder)
+        rows = rows[: self._count(split, len(rows), files[0].parent)]
+        opened = self._opened(table, rows, self._classes(table, [file for file in others if file not in files]))
+        same = [f"{mine} and {theirs} are the same file" for mine, theirs in equal_files(files, others)]
+        return opened.described(table.source, [*remarks, *table.remarks(), *same])
+
+    def _opened(self, table: ImageTable, rows: list[int], classes: tuple[str, ...]) -> Split:
         labels = table.labels[rows]
         if self.size is not None:
             return self.resized(table, rows, labels, classes, self.size)
@@ -59,34 +66,44 @@ class Parquet(Resized):
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""
-        table, _ = self._table("test", first=64)
+        table = read_tables(self._files("test")[0], self.label, first=64)
         return len({table.picture(row).size for row in range(len(table))}) == 1
 
-    def _table(self, split: SplitName, first: int | None = None) -> tuple[ImageTable, Path]:
-        """The encoded images of a split, of each file the first so many, and the folder of the files."""
-        root = Path(self.path).expanduser()
+    def _files(self, split: SplitName, *, needed: bool = True) -> tuple[list[Path], list[str]]:
+        """The files of a split, and remarks about the choice."""
+        root = Path(os.path.expanduser(self.path))
+        if split == "test" and root.is_file():
+            return [root], []
         folder = root.parent if root.is_file() else root
-        files = [root] if split == "test" and root.is_file() else find_tables(folder, split)
-        if not files:
+        found = {name: files for name in NAMES[split] if (files := find_tables(folder, name))}
+        if split == "train":
+            files, remarks = found.get("train", []), list[str]()
+        else:
+            name, remarks = chosen_split(
+                folder,
+                list(found),
+                self.test_split,
+                lambda name: any(label_range(file, self.label) != (-1, -1) for file in found[name]),
+            )
+            files = found[name] if name is not None else []
+        if needed and not files:
             state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
             raise UserError(
                 f"{folder} {state}: data.path must contain train-*.parquet and test-*.parquet (or validation), also in "
                 "a folder data or plain_text"
             )
-        return read_tables(files, self.label, first=first), folder
+        return files, remarks
 
-    def _classes(self, table: ImageTable, folder: Path) -> tuple[str, ...]:
+    def _classes(self, table: ImageTable, others: list[Path]) -> tuple[str, ...]:
         """The classes that the files name, which must be the same in both splits; else the numbers up to the largest
         label of all files."""
-        splits: tuple[SplitName, ...] = ("train", "test")
-        others = [file for name in splits for file in find_tables(folder, name) if file not in table.files]
         for file in others:
             if (names := label_names(file, self.label)) != table.names:
                 raise UserError(
                     f"{table.files[0]} and {file} differ in the names of their classes ({len(table.names) or 'none'} "
-                    f"and {len(names) or 'none'}): keep the files of one data set in {folder}"
+                    f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
                 )
-        largest = max([int(table.labels.max()), *(largest_label(file, self.label) for file in others)])
+        largest = max([int(table.labels.max()), *(label_range(file, self.label)[1] for file in others)])
         return table.names or tuple(map(str, range(largest + 1)))
 
 
@@ -105,7 +122,7 @@ def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = N
         image = table.picture(row)
         if image.size != wanted:
             raise UserError(
-                f"{table.filename(row, absolute=True)} is an image of {image.width}x{image.height} pixels, not "
+                f"{table.filename(row)} is an image of {image.width}x{image.height} pixels, not "
                 f"{wanted[0]}x{wanted[1]}: is this another data set? For images of several sizes set data.kind=parquet "
                 "and data.size=PIXELS (--img-size PIXELS)"
             )

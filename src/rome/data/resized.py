@@ -9,14 +9,14 @@ from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field, field_validator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rome.component import Number
-from rome.data.base import Data, Split, one_line
+from rome.data.base import Data, Split, TestSplit, one_line
+from rome.data.pixels import read_rgb
 from rome.errors import UserError
 from rome.randomness import derive_seed
 
@@ -24,11 +24,17 @@ from rome.randomness import derive_seed
 class Resized(Data):
     """Data whose images differ in size: what becomes of them.
 
-    Augmentation: random resized crop and horizontal flip; otherwise the shorter side is resized to ``size / crop_pct``
-    and the centre cropped (timm).
+    Augmentation: random resized crop and horizontal flip. Otherwise timm's transform for evaluation: the shorter side
+    is resized to ``size / crop_pct`` and the centre cropped. ``crop_mode: squash`` resizes both sides to that length
+    instead, ``border`` the longer one, and pads with gray. What pixels are is said in :mod:`rome.data.pixels`.
     """
 
-    crop_pct: Number = Field(0.875, gt=0, le=1)
+    test_split: TestSplit | None = None
+    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
+    labels."""
+    crop_pct: Number = Field(0.875, gt=0, le=1.25)
+    """Above 1, as VOLO's 1.15, the resized image is padded with black."""
+    crop_mode: Literal["center", "squash", "border"] = "center"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     scale: tuple[Number, Number] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
@@ -54,22 +60,23 @@ class Resized(Data):
 
         common: dict[str, Any] = {
             "input_size": size,
+            "mean": (0.5, 0.5, 0.5),  # the gray of borders, which is that of all timm models with borders
             "interpolation": self.interpolation,
             "color_jitter": None,
             "normalize": False,  # and stay uint8: a quarter of the bytes between processes
         }
-        plain = create_transform(**common, crop_pct=self.crop_pct)
+        plain = create_transform(**common, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
         augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
         return _ResizedSplit(reader, rows, labels, classes, size, plain, augmented if self.augment else plain)
 
 
 class Reader(Protocol):
-    """Where encoded images come from: timm's readers, and ours."""
+    """Where encoded images come from."""
 
-    def __getitem__(self, row: int, /) -> tuple[IO[bytes], Any]:
-        """The opened file of a row, and whatever else there is."""
+    def __getitem__(self, row: int, /) -> IO[bytes]:
+        """The opened file of a row."""
 
-    def filename(self, row: int, /, *, absolute: bool) -> str:
+    def filename(self, row: int, /) -> str:
         """Its name, for messages."""
 
 
@@ -117,13 +124,12 @@ class _Files(Dataset["Tensor | str"]):
     def __getitem__(self, index: int) -> Tensor | str:
         row = self.rows[index]
         try:
-            file, _ = self.reader[row]
-            with file, Image.open(file) as opened:
-                image = opened.convert("RGB")
+            with self.reader[row] as file:
+                image = read_rgb(file)
             with _seeded(None if self.seed is None else derive_seed(self.seed, index)):
                 pixels: Tensor = self.transform(image)
         except Exception as error:  # Pillow raises almost any kind for a broken file
-            path = self.reader.filename(row, absolute=True)
+            path = self.reader.filename(row)
             return f"{path}: cannot be read as an image ({one_line(error)}); replace or remove it"
         return pixels
 

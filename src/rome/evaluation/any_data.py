@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
+from rome.data.base import NAMES
 from rome.data.tables import find_tables, label_names
 from rome.errors import UserError, did_you_mean
+from rome.evaluation.composed import listed
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 _FORMS = (
-    "digits; cifar10:PATH; a folder with val/CLASS/*.jpg, with test-*.parquet or with cifar-10-batches-py; or a "
-    ".parquet file"
+    "digits; cifar10:PATH; a folder with test/CLASS/*.jpg (or val), with test-*.parquet or with cifar-10-batches-py; a "
+    ".parquet file; or settings as in a config: '{path: PATH, test_split: val}'"
 )
-_TEST_FOLDERS = ("val", "validation", "test")
 
 
 def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Data:
-    """The data set that ``digits``, ``KIND:PATH``, a folder or a Parquet file names; what a folder holds is seen by its
-    content.
+    """The data set that ``digits``, ``KIND:PATH``, a folder, a Parquet file or settings in braces name; what a folder
+    holds is seen by its content.
 
     Args:
         img_size: the side, in pixels, that images are to have.
@@ -32,36 +35,54 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
     Raises:
         UserError: no such data set or folder, or one of unknown content.
     """
-    kind, colon, path = text.partition(":")
-    given: dict[str, Any] = {"path": path} if colon else {}
-    if kind not in Data.members():
-        if colon and not Path(text).expanduser().exists():
-            raise UserError(f"unknown data {text!r}; give {_FORMS}")
-        kind, given = _content(Path(text).expanduser()), {"path": text}
+    given = _given(text)
+    kind = given.pop("kind")
     if img_size is not None:
         settings["size"] = img_size
     try:
         data = Data.of_kind(kind).model_validate(given)
-        resized = isinstance(data, ImageFolder) or (isinstance(data, Parquet) and (img_size or not data.one_size()))
-        return type(data).model_validate({**given, **settings}) if resized else data
+        resized = isinstance(data, ImageFolder) or (
+            isinstance(data, Parquet) and (img_size or data.size or not data.one_size())
+        )
+        return type(data).model_validate({**settings, **given}) if resized else data
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"data {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give {_FORMS}") from None
+    except PydanticCustomError as error:
+        raise UserError(f"data {text!r}: {error}; give {_FORMS}") from None
+
+
+def _given(text: str) -> dict[str, Any]:
+    """What a text says of a data set: its kind, and settings."""
+    if text.lstrip().startswith("{"):
+        try:
+            (given,) = listed(text)
+        except ValueError as error:
+            raise UserError(f"data: {error}") from None
+        return given if "kind" in given else {"kind": _content(Path(str(given.get("path", "")))), **given}
+    kind, colon, path = text.partition(":")
+    if kind in Data.members():
+        return {"kind": kind, **({"path": path} if colon else {})}
+    path_like = len(kind) == 1 or {"/", "\\"} & set(kind)  # C:\x, ./a:b
+    if colon and not path_like and not os.path.exists(os.path.expanduser(text)):
+        raise UserError(f"unknown data {text!r}; give {_FORMS}")
+    return {"kind": _content(Path(text)), "path": text}
 
 
 def _content(folder: Path) -> str:
-    if folder.suffix == ".parquet" and folder.is_file():
+    folder = Path(os.path.expanduser(folder))
+    if folder.suffix == ".parquet" and os.path.isfile(folder):
         return _of_tables(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         near = did_you_mean(str(folder), Data.members()) if len(folder.parts) == 1 else ""
         raise UserError(f"there is no folder {folder} with data; give {_FORMS}.{near}")
     if (folder / "batches.meta").is_file() and folder.name != "cifar-10-batches-py":
         raise UserError(f"{folder} holds CIFAR-10's batches: rename it to cifar-10-batches-py")
     if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
         return Cifar10.kind
-    if tables := find_tables(folder, "test"):
+    if tables := find_tables(folder, *NAMES["test"]):
         return _of_tables(tables[0])
-    tests = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+    tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
     raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")

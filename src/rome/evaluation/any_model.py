@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -67,17 +68,39 @@ class SavedModule(nn.Module):
 
 def is_file(name: str) -> bool:
     """Whether the name is that of a saved module and not of a timm model or a function."""
-    return ":" not in name and Path(name).suffix in (*TORCHSCRIPT, EXPORTED)
+    return Path(name).suffix in (*TORCHSCRIPT, EXPORTED)  # never of a function: its name has no dot
 
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
-    """How a timm model wants files of images to be resized, as settings of an image folder."""
+    """How a timm model wants files of images to be resized, as settings of an image folder: what
+    ``timm.data.resolve_data_config`` says of its weights, and at their test size what it says of that.
+
+    Raises:
+        UserError: it wants images that are not square.
+    """
     config = _pretrained(name)
     if config is None:
         return {} if img_size is None else {"size": img_size}
-    modes = {"nearest", "bilinear", "bicubic", "lanczos"}
-    wanted = {"size": img_size or config.input_size[-1], "crop_pct": config.crop_pct}
-    return wanted | ({"interpolation": config.interpolation} if config.interpolation in modes else {})
+    tested = img_size is not None and img_size == (config.test_input_size or (0,))[-1]
+    resolve: Any = resolve_data_config
+    wanted = resolve({}, pretrained_cfg=config.to_dict(), use_test_size=tested)
+    _, height, width = wanted["input_size"]
+    if img_size is None and height != width:
+        raise UserError(
+            f"--model {name}: it reads images of {width} x {height} pixels, not square ones: give --img-size"
+        )
+    resizing = {key: wanted[key] for key in ("crop_pct", "crop_mode", "interpolation")}
+    return {"size": img_size or width, **resizing}
+
+
+def of_another_size(name: str, size: int) -> str:
+    """A remark where images have the size of the weights' training, and timm validates them at another one."""
+    config = _pretrained(name)
+    if config is None or config.test_input_size is None or size != config.input_size[-1]:
+        return ""
+    test = config.test_input_size[-1]
+    said = f"images of {size} pixels, as {name} was trained; timm validates these weights at {test} (--img-size {test})"
+    return said if test != size else ""
 
 
 def _pretrained(name: str) -> Any:
@@ -152,6 +175,8 @@ def _from_name(
     std: Sequence[float] | None,
 ) -> Named:
     function, known = ":" in name, ":" not in name and timm.is_model(name)
+    if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
+        raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
     config = _pretrained(name)
     pretrained = not function and weights is None
     if pretrained and known:

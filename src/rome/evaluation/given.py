@@ -15,7 +15,7 @@ from rome.data import Data
 from rome.data.base import Split
 from rome.errors import UserError
 from rome.evaluation.any_data import named_budgets, named_data, numbers
-from rome.evaluation.any_model import Named, is_file, named_model, preprocessing
+from rome.evaluation.any_model import Named, is_file, named_model, of_another_size, preprocessing
 from rome.threats import Threat
 
 TRIED = 3
@@ -114,7 +114,7 @@ class Given(Settings):
                 f"--img-size {self.img_size}: {self.data} has images of {split.shape[-1]} pixels, never resized; "
                 "leave it out, or give a folder of images"
             )
-        return named_model(
+        named = named_model(
             self.model,
             classes=len(split.classes),
             images=split.first(min(TRIED, len(split)))[0],
@@ -127,3 +127,6 @@ class Given(Settings):
             device=device,
             batch_size=batch_size,
         )
+        of_size = "" if self.weights or self.img_size else of_another_size(self.model, split.shape[-1])
+        named.remarks += [of_size] if of_size else []
+        return named

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rome.data.base import one_line
+from rome.data.pixels import eight_bits
 from rome.errors import UserError
 
 MOST_BYTES = 20 * 2**20
@@ -75,7 +77,7 @@ def _opened(path: Path) -> tuple[Image.Image, list[str]]:
             steps = [f"{wide} x {tall} {opened.mode}"]
             if getattr(opened, "n_frames", 1) > 1:
                 steps.append("its first frame")
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(eight_bits(opened))
             if opened.getexif().get(0x0112, 1) not in (0, 1):
                 steps.append("turned as its EXIF says")
             image = _plain(image, steps)
@@ -83,8 +85,10 @@ def _opened(path: Path) -> tuple[Image.Image, list[str]]:
         raise UserError(
             f"{path.name} has more than {MOST_PIXELS // 10**6} million pixels; upload a smaller one"
         ) from None
-    except Exception:  # Pillow raises almost any kind for what is no image or a broken one
-        raise UserError(f"{path.name} is not an image that can be read; upload one, such as PNG or JPEG") from None
+    except Exception as error:  # Pillow raises almost any kind for what is no image or a broken one
+        raise UserError(
+            f"{path.name} is not an image that can be read ({one_line(error)}); upload one, such as PNG or JPEG"
+        ) from None
     return image, steps
 
 
@@ -95,10 +99,6 @@ def _plain(image: Image.Image, steps: list[str]) -> Image.Image:
             return image
     elif image.mode == "1":
         return image.convert("L")
-    elif image.mode[0] in "IF":  # 16 or 32 bits, or floats
-        values = np.array(image, dtype=np.float64)
-        top = next(top for top in (1.0, 255.0, 65535.0, max(values.max(), 65536.0)) if values.max() <= top)
-        return Image.fromarray((values.clip(0) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         over = image.convert("RGBA")
         if over.getchannel("A").getextrema() != (255, 255):
