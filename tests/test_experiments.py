@@ -283,7 +283,7 @@ def test_the_listing_names_every_file_and_the_papers_numbers() -> None:
     [
         ("imagenet100/random-*", {"random-pgd": 85.88, "random-apgd": 85.88}),
         ("tableA2/max-pgd", {"max-pgd": 86.57}),
-        ("wrn-28-10/*eat", {"eat": 36.48, "rome-eat": 46.52}),
+        ("fine-tuning/wrn-28-10/*eat.yaml", {"eat": 36.48, "rome-eat": 46.52}),
         ("xcit-s/ramp", {"ramp": 26.25}),
     ],
 )
