@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         ],
         "accumulate": 2,
     },
+    "MAX per batch": {"method": {"kind": "max", "per": "batch"}, "experts": None},
     "AVG, accumulated": {"method": "avg", "experts": None, "accumulate": 3},
     "trainable projection": {"experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
     "trainable projection, a natural epoch first": {

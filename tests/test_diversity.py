@@ -13,8 +13,9 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from rome.experts import Diversification, DualScale, Gates, MixtureLinear, Recorded, add_experts, record_gates
+from rome.experts import Diversification, DualScale, Gates, LowRank, MixtureLinear, Recorded, add_experts, record_gates
 from rome.experts.groups import group_means
+from small_models import timm_model
 from tiny_runs import in_two_processes
 
 
@@ -113,6 +114,19 @@ def test_ordered_pairs_count_twice() -> None:
 def test_the_loss_is_the_mean_over_layers() -> None:
     one, two, labels = random_gates(seed=0), random_gates(seed=1, tokens=6), [0, 1, 2, 0, 1, 2, 0]
     torch.testing.assert_close(loss([one, two], labels), (loss([one], labels) + loss([two], labels)) / 2)
+
+
+@pytest.mark.parametrize(("layers", "blocks", "ratio"), [(("qkv", "proj"), 2, 2.0), (("qkv", "proj", "fc1"), 2, 3.0)])
+def test_the_mean_over_blocks_adds_the_layers_of_a_block_up(layers: tuple[str, ...], blocks: int, ratio: float) -> None:
+    """Eq. 8 with L the blocks of a ViT: the sum over a block's gated layers, so many times the mean over layers."""
+    torch.manual_seed(0)
+    model = LowRank(rank=2, layers=layers).inject(timm_model("vit_tiny_patch16_224", depth=blocks)())
+    with record_gates(model) as recorder:
+        model(torch.rand(7, 3, 32, 32))
+    records, labels = recorder.complete(), [2, 0, 1, 0, 0, 2, 1]
+    by_block = loss(records, labels, mean_over="blocks")
+    torch.testing.assert_close(by_block, ratio * loss(records, labels))
+    assert by_block.item() == pytest.approx(sum(literal([each], labels, 3) for each in records) / blocks, rel=1e-4)
 
 
 def test_a_threat_without_examples_drops_its_pairs_without_renormalising() -> None:

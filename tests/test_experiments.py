@@ -106,6 +106,10 @@ def test_the_experiments_are_those_that_were_promised() -> None:
     tuned = {f"fine-tuning/{model}/{r}{name}" for model in models for r in rome for name in ("eat", "max", "ramp")}
     assert digits | pgd | apgd | hundred | others | small | tuned <= set(FILES)
     assert {"alexnet/cifar10", "digits/cnn", "fine-tuning/vit-b/linf"} <= set(FILES)
+    assert {f"fine-tuning/{model}/eat-per-example" for model in models} <= set(FILES)
+    rows = {f"{name}-{attack}" for name in both for attack in ("pgd", "apgd")}
+    literal = {f"literal/{place}{row}" for place in ("", "imagenet100/") for row in rows}
+    assert literal | {"literal/ffn", "literal/inverse", "literal/wrn-28-10/rome-ramp"} <= set(FILES)
     assert {f"beyond/{name}" for name in {*both, "avg", "stadv", "recoloradv"}} | {"digits/random-stadv"} <= set(FILES)
     tables = {f"table{number}" for number in ("2", "4", "5", "6", "A2", "A3", "A4", "A5")}
     assert tables | {"fig3", "figA3"} <= {name.partition("/")[0] for name in FILES}
@@ -121,7 +125,7 @@ def test_a_name_says_what_is_in_the_file(name: str) -> None:
     if named and "/study/" not in name:
         assert bool({"rome", "more", "moe"} & set(parts)) == (config.experts is not None)
         assert config.method.kind in parts or config.natural_epochs == config.epochs or parts == ["linf"]
-    tuned = name.startswith(("fine-tuning/", "scratch/")) and parts != ["linf"]
+    tuned = name.startswith(("fine-tuning/", "scratch/", "literal/wrn")) and parts != ["linf"]
     assert config.attack.kind == ("apgd" if "apgd" in parts or tuned else "pgd")
     budgets = DIGITS if name.startswith("digits/") else IMAGENET if isinstance(config.data, ImageFolder) else CIFAR10
     balls = tuple(threat for threat in config.threats if not isinstance(threat, AttackThreat))
@@ -181,10 +185,12 @@ def test_they_train_as_the_paper_trains(name: str) -> None:
     """5.1 and A1: optimizer, learning rates, epochs, batches, patches, steps, and K=4 experts of rank 16."""
     config = config_of(name)
     steps = [config.attack.steps_for(threat) for threat in config.threats] if not config.method.own_attack else []
-    assert config.precision == "bf16" or name.startswith(("fine-tuning/", "alexnet/"))
+    tuned = name.startswith(("fine-tuning/", "literal/wrn")) and not name.endswith("/linf")
+    if not name.startswith(("fine-tuning/", "literal/wrn", "alexnet/")):
+        assert config.precision == ("fp32" if name.startswith("literal/") else "bf16")
     if name.startswith("alexnet/"):
         return
-    if name.startswith("fine-tuning/") and not name.endswith("/linf"):
+    if tuned:
         assert config.epochs == (1 if isinstance(config.data, ImageFolder) else 3)
         assert steps == ([15, 5, 5] if isinstance(config.data, ImageFolder) else [10, 10, 10])
         factors = [round(config.schedule.factor(share), 6) for share in (0.1, 0.34, 0.5, 0.67, 1)]
@@ -210,8 +216,11 @@ def test_the_papers_experts() -> None:
     for name in FULL:
         config = config_of(name)
         if "rome-" in name and config.experts is not None:
-            dump = config.experts.dump()
-            assert (dump["experts"], dump["rank"], dump["projection_dim"], dump["projection"]) == (4, 16, 100, "frozen")
+            dump, literal = config.experts.dump(), name.startswith("literal/")
+            assert (dump["experts"], dump["rank"], dump["projection_dim"]) == (4, 16, 100)
+            assert dump["projection"] == ("trainable" if literal else "frozen")
+            assert dump["regularizer"]["mean_over"] == ("blocks" if literal else "layers")
+            assert dump["alpha"] == (1 if "/wrn" in name and literal else None)  # loralib's default, on convolutions
             assert list(dump["layers"] or ("qkv", "proj")) == ["qkv", "proj"]
             assert (dump["gate"]["kind"], dump["gate"]["s"], dump["gate"]["b"]) == ("dual-scale", 4.0, 2.0)
             assert (dump["regularizer"]["kind"], dump["regularizer"]["weight"]) == ("diversification", 0.1)
@@ -224,6 +233,41 @@ def test_comparisons_differ_in_what_they_compare_alone() -> None:
             free = {"name": "", "about": "", "paper": None, "experts": None}
             ours, baseline = config_of(name), config_of(name.replace("rome-", ""))
             assert ours.model_copy(update=free) == baseline.model_copy(update=free), name
+
+
+LITERAL = {
+    "model": {"name": "vit_base_patch16_224.augreg_in1k"},
+    "precision": "fp32",
+    "method": {"per": "batch"},
+    "evaluation": {"routing": "inverse-unscaled"},
+    "experts": {"projection": "trainable", "start": "random", "alpha": 1, "regularizer": {"mean_over": "blocks"}},
+}
+"""What the paper says to the letter and the rows of its tables do otherwise."""
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("literal/")])
+def test_the_literal_configs_differ_from_the_papers_rows_in_what_is_literal(name: str) -> None:
+    found = config_of(name).model_dump(mode="json")
+    for origin in ("table1", "table4", "table5", "fine-tuning"):
+        row = name.replace("literal", origin).replace("-per-batch", "")
+        if row in FILES:
+            break
+    expected = config_of(row).model_dump(mode="json")
+
+    def compare(one: dict[str, Any], other: dict[str, Any], literal: dict[str, Any]) -> int:
+        assert one.keys() == other.keys()
+        changed = 0
+        for key in one:
+            if one[key] == other[key] or (key in ("name", "about") and one is found):
+                continue
+            if isinstance(literal.get(key), dict):
+                changed += compare(one[key], other[key], literal[key])
+            else:
+                assert one[key] == literal[key], key
+                changed += 1
+        return changed
+
+    assert compare(found, expected, LITERAL) >= (2 if "rome" not in name else 3)
 
 
 def test_the_listing_names_every_file_and_the_papers_numbers() -> None:
@@ -239,7 +283,7 @@ def test_the_listing_names_every_file_and_the_papers_numbers() -> None:
     [
         ("imagenet100/random-*", {"random-pgd": 85.88, "random-apgd": 85.88}),
         ("tableA2/max-pgd", {"max-pgd": 86.57}),
-        ("wrn-28-10/*eat", {"eat": 36.48, "rome-eat": 46.52}),
+        ("fine-tuning/wrn-28-10/*eat.yaml", {"eat": 36.48, "rome-eat": 46.52}),
         ("xcit-s/ramp", {"ramp": 26.25}),
     ],
 )

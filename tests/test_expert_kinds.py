@@ -156,13 +156,34 @@ def test_kernels_are_built_where_that_takes_fewer_products(
     assert products[0] < products[1]
 
 
-def test_one_expert_is_the_official_lora_layer_at_scale_one() -> None:
-    layer = conv_layer(nn.Conv2d(4, 5, 3, stride=2, padding=1), experts=1, rank=3)
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1, 1 / 3), (6, 2.0)])
+def test_one_expert_is_the_official_lora_layer(alpha: float | None, scale: float) -> None:
+    """Its gate is 1, so W + (B A).view(W.shape) * alpha / r is left, as loralib merges it; without alpha at scale 1."""
+    layer = conv_layer(nn.Conv2d(4, 5, 3, stride=2, padding=1), experts=1, rank=3, alpha=alpha)
     assert layer.A.shape == (3 * 3, 4 * 3)  # lora_A (r k, C_in k)
     assert layer.B.shape == (5 * 3, 3 * 3)  # lora_B (C_out k, r k)
     x = normal(2, 4, 8, 8)
-    merged = layer.weight + (layer.B @ layer.A).view(layer.weight.shape)
-    torch.testing.assert_close(layer(x), F.conv2d(x, merged, layer.bias, 2, 1))
+    merged = layer.weight + (layer.B @ layer.A).view(layer.weight.shape) * scale
+    with record_gates(layer) as recorder:
+        torch.testing.assert_close(layer(x), F.conv2d(x, merged, layer.bias, 2, 1))
+    assert bool((recorder.records[0].gates.weights == 1).all()), "the scale is no gate's"
+    h = normal(2, 5, 6)
+    linear = grow(LowRank(experts=1, rank=3, alpha=alpha, layers="fc").inject(nn.ModuleDict({"fc": nn.Linear(6, 7)})))
+    fc = linear.double()["fc"]
+    torch.testing.assert_close(fc(h), F.linear(h, fc.weight + fc.B @ fc.A * scale, fc.bias))
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_alpha_is_told_apart_from_weights_that_fit(rank: int, tmp_path: Path) -> None:
+    """No tensor tells alpha, so a file's must be the model's; a model that is built from the file has it."""
+    torch.manual_seed(0)
+    plain = timm_model("vit_tiny_patch16_224")
+    model = grow(LowRank(rank=rank, alpha=1).inject(plain())).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path / "model.safetensors", plain())(x), model(x))
+    with pytest.raises(UserError, match=r"experts with alpha: 1.*, the model's have None"):
+        load_model(tmp_path / "model.safetensors", LowRank(rank=rank).inject(plain()))
 
 
 @pytest.mark.parametrize(("form", "size"), [("loralib", 46_080), ("peft", 16 * 160 * 9 + 160 * 16)])
@@ -431,6 +452,35 @@ def test_copies_start_equal_so_that_the_function_stays_up_to_rounding(top: int |
         assert all(torch.equal(other[key], first[key]) for other in others for key in first)
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(adapted(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_start_at_random_keep_nothing_of_the_networks() -> None:
+    """All K, the first too: weights of a fresh ViT, and nothing that a file of experts could leave to the backbone."""
+    torch.manual_seed(0)
+    plain = timm_model("vit_tiny_patch16_224", embed_dim=64)()
+    for parameter in plain.parameters():
+        parameter.data += 1
+    (layer, _) = expert_layers(FeedForward(start="random").inject(plain)).values()
+    weights = torch.stack([network.fc1.weight for network in layer.networks]).detach()
+    assert len(torch.unique(weights)) > 0.9 * weights.numel()
+    assert abs(float(weights.mean())) < 4 * 0.02 / weights.numel() ** 0.5
+    assert float(weights.std()) == pytest.approx(0.02, rel=4 / (2 * weights.numel()) ** 0.5)
+    assert not any(bool(network.fc1.bias.any()) for network in layer.networks)
+    assert layer.shared == ()
+    own = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.PReLU(), Scale(4))})
+    with pytest.raises(UserError, match=r"start: random knows no start for mlp\.2\.factor; use start: copies"):
+        FeedForward(start="random").inject(own)
+
+
+class Scale(nn.Module):
+    """A parameter without a start of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
 
 
 def test_vit_b_with_feed_forward_experts_has_the_papers_size() -> None:

@@ -21,8 +21,10 @@ from rome.randomness import stream
 from rome.threats import PerExample, budgets
 
 BUDGETS = budgets(1.6, 0.4, 0.07)  # about equally strong for the network below
-METHODS: list[Method] = [Random(), Random(per="batch"), Average(), Maximum()]
-each_method = pytest.mark.parametrize("method", METHODS, ids=["random", "random per batch", "avg", "max"])
+METHODS: list[Method] = [Random(), Random(per="batch"), Average(), Maximum(), Maximum(per="batch")]
+each_method = pytest.mark.parametrize(
+    "method", METHODS, ids=["random", "random per batch", "avg", "max", "max per batch"]
+)
 NO_ATTACK = PGD(steps=0, random_start=False)
 
 
@@ -171,6 +173,15 @@ def test_max_is_each_examples_largest_of_three_separate_losses(batch: tuple[Tens
     losses = three_losses(model, *batch)
     assert len(losses.argmax(0).unique()) > 1  # no threat is the worst for all, or this would say little
     torch.testing.assert_close(outcome.loss.double(), losses.amax(0).mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_max_per_batch_is_the_largest_of_the_threats_mean_losses() -> None:
+    losses = torch.tensor([[1.0, 5.0], [4.0, 3.0], [0.0, 0.0]], requires_grad=True)  # threats x examples
+    assert Maximum().join(losses) == 4.5
+    joined = Maximum(per="batch").join(losses)
+    assert joined == 3.5
+    (gradient,) = torch.autograd.grad(joined, losses)
+    assert gradient.tolist() == [[0, 0], [0.5, 0.5], [0, 0]]
 
 
 def test_gradient_of_max_is_that_of_the_worst_threats_alone(batch: tuple[Tensor, Tensor]) -> None:

@@ -65,13 +65,15 @@ def test_every_row_is_an_experiment_with_the_papers_numbers() -> None:
         for name in (name for experiments in sections.values() for name in experiments):
             config = load(folder() / f"{name}.yaml")
             assert config.paper is not None, name
-            assert set(columns) <= set(config.paper.numbers), (table, name)
+            if not name.endswith("/eat-per-example"):
+                assert set(columns) <= set(config.paper.numbers), (table, name)
 
 
 def test_tables_have_as_many_rows_as_in_the_paper() -> None:
+    """Table 3 has one more of each model: E-AT with a threat for each example, which is like for like beside RoME's."""
     rows = {table: [len(experiments) for experiments in sections.values()] for table, (_, sections) in TABLES.items()}
     assert rows == {
-        "1": [13, 13], "2": [17], "3": [6, 6, 6, 6], "4": [3, 7, 7], "5": [4], "6": [4],
+        "1": [13, 13], "2": [17], "3": [7, 7, 7, 7], "4": [3, 7, 7], "5": [4], "6": [4],
         "A1": [12, 12], "A2": [8], "A3": [6, 6], "A4": [7], "A5": [5],
     }  # fmt: skip
 
@@ -79,7 +81,7 @@ def test_tables_have_as_many_rows_as_in_the_paper() -> None:
 def test_every_experiment_with_the_papers_numbers_is_in_a_table() -> None:
     listed = {name for _, sections in TABLES.values() for experiments in sections.values() for name in experiments}
     for file in files():
-        if load(file).paper is not None:
+        if load(file).paper is not None and "literal" not in file.relative_to(folder()).parts:
             assert str(file.relative_to(folder()).with_suffix("")) in listed
 
 
@@ -194,6 +196,19 @@ def test_seeds_of_a_row_are_joined_and_the_gain_over_the_plain_method_has_welchs
     half = t.ppf(0.975, freedom) * (a + b) ** 0.5
     assert (low, high) == (pytest.approx(value - half), pytest.approx(value + half))
     assert line_of(lines, "PGD RANDOM").gain is None
+
+
+def test_rome_with_e_at_is_compared_with_e_at_as_it_was_measured(tmp_path: Path) -> None:
+    """Per example, like RoME's, where there is such a run, else as published; what nobody measured takes no place."""
+    model = {"name": load(folder() / "fine-tuning/vit-b/eat.yaml").model.name, "img_size": 8, "patch_size": 4}
+    base = {"model": model, "attack": "apgd"}
+    ours = evaluated(tmp_path / "o", {**base, "method": "eat", "experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
+    runs = [ours, evaluated(tmp_path / "b", {**base, "method": "eat"}, (0.5, 0.5, 0.3))]
+    line = line_of(fill("3", runs), "ViT-B RoME+E-AT")
+    assert (line.against, line.gain[0]) == ("ViT-B E-AT", pytest.approx(0.1))
+    runs.append(evaluated(tmp_path / "e", {**base, "method": {"kind": "eat", "per": "example"}}, (0.5, 0.5, 0.35)))
+    line = line_of(fill("3", runs), "ViT-B RoME+E-AT")
+    assert (line.against, line.gain[0]) == ("ViT-B E-AT per example", pytest.approx(0.05))
 
 
 def test_one_run_each_is_compared_on_the_same_examples(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_inverse_gates_are_one_minus_the_gates_scaled_to_sum_to_one(model: nn.Mo
     torch.testing.assert_close(inverse.sum(-1), torch.ones(2, 5, dtype=torch.float64))
     set_routing(model, "inverse")
     torch.testing.assert_close(layer(h), by_hand(layer, h, inverse))
+    set_routing(model, "inverse-unscaled")  # as the paper writes it: 1 - g, which sums to K - 1
+    torch.testing.assert_close(layer(h), by_hand(layer, h, 1 - g))
 
 
 def test_no_experts_leave_the_backbone_alone(model: nn.Module, h: Tensor) -> None:
@@ -72,7 +74,7 @@ def test_learned_routing_takes_everything_back_and_records_stay_the_learned_gate
     layer = model["qkv"]
     with record_gates(model) as recorder:
         before = layer(h)
-    for routing in ("random", "inverse", "none"):
+    for routing in ("random", "inverse", "inverse-unscaled", "none"):
         set_routing(model, routing)
         assert not torch.allclose(layer(h), before)
         with record_gates(model) as again:
@@ -112,16 +114,16 @@ def test_an_evaluation_with_other_gates_is_another(tmp_path: Path) -> None:
     first = run()
     assert "routing" not in first.settings["model"]
     hashes = {hash_model(model)}
-    for routing in ("inverse", "none", "random"):
+    for routing in ("inverse", "inverse-unscaled", "none", "random"):
         set_routing(model, routing)
         hashes.add(hash_model(model))
         with pytest.raises(UserError, match=f'model.routing: null there, "{routing}" now'):
             run()
     set_routing(model, "learned")
-    next(iter(expert_layers(model).values())).inverted = True
+    next(iter(expert_layers(model).values())).inverted = "inverse"
     hashes.add(hash_model(model))
     with pytest.raises(UserError, match=r'model.routing: null there, "inverse\+learned" now'):
         run()
-    assert len(hashes) == 5
+    assert len(hashes) == 6
     set_routing(model, "learned")
     assert run().to_json() == first.to_json()

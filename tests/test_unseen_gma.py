@@ -200,6 +200,18 @@ def test_without_gates_or_weight_it_is_pgd_on_the_cross_entropy(problem: Problem
     assert torch.equal(GMA(random_start=False, weight=0)(gated, x, y, LINF), pgd(gated, x, y, LINF))
 
 
+def test_a_mean_over_blocks_weighs_the_gates_of_a_vit_twice() -> None:
+    """Two gated layers in each block add up (the paper's 1/L read with L blocks); one in each makes no difference."""
+    gated, x = vit().requires_grad_(False), images()
+    y = gated(x).argmax(1)
+    blocks, twice = GMA(mean_over="blocks", steps=3), GMA(weight=2, steps=3)
+    assert torch.equal(blocks(gated, x, y, LINF), twice(gated, x, y, LINF))
+    assert not torch.equal(blocks(gated, x, y, LINF), GMA(steps=3)(gated, x, y, LINF))
+    lone = MODELS["convolutions"]().requires_grad_(False)
+    y = lone(x).argmax(1)
+    assert torch.equal(blocks(lone, x, y, LINF), GMA(steps=3)(lone, x, y, LINF))
+
+
 def test_gradients_that_are_not_finite_are_no_robustness() -> None:
     """Torch's sign of NaN is 0: the start would come back as if nothing could be found."""
 

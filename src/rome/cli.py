@@ -32,6 +32,7 @@ class RoutingName(StrEnum):
     learned = "learned"
     random = "random"
     inverse = "inverse"
+    inverse_unscaled = "inverse-unscaled"
     none = "none"
 
 

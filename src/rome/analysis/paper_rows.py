@@ -37,7 +37,7 @@ def _both(place: str, pgd: Sequence[str] = _WITH_MORE, apgd: Sequence[str] = _AP
 _PERCEPTUAL = ("pat", "vr", "rome-pat", "rome-vr")
 _TWO = ("random", "max", "rome-random", "rome-max")
 OURS = "table1/rome-random-pgd"
-_TUNED = ("eat", "rome-eat", "max", "rome-max", "ramp", "rome-ramp")
+_TUNED = ("eat", "eat-per-example", "rome-eat", "max", "rome-max", "ramp", "rome-ramp")
 
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
     "1": (

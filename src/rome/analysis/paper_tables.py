@@ -331,7 +331,8 @@ def _with_gains(lines: list[Line], ours: str) -> list[Line]:
     if UNION not in lines[0].cells:
         return lines
     trained = [(line, line.config) for line in lines if line.config is not None]
-    plain = {(*_group(line), config.method.kind): line for line, config in trained if config.experts is None}
+    measured_last = sorted(trained, key=lambda each: bool(each[0].reports))
+    plain = {(*_group(line), config.method.kind): line for line, config in measured_last if config.experts is None}
     whole = {line.section: line for line, config in trained if config.name == ours}
     gained = []
     for line in lines:

@@ -14,6 +14,7 @@ from rome.attacks.pgd import Steps, StepSize, random_start
 from rome.component import Number
 from rome.errors import UserError
 from rome.experts import Gates, expert_layers, record_gates
+from rome.experts.gated import MeanOver, count
 from rome.threats import LpBall, Threat
 
 
@@ -32,6 +33,8 @@ class GMA(Attack):
     step_size: StepSize = 2 / 255
     weight: Number = Field(default=1, ge=0)
     """Of the misrouting beside the cross-entropy."""
+    mean_over: MeanOver = "layers"
+    """What L counts: layers with gates, or blocks (literal), in which the terms of ``qkv`` and ``proj`` add up."""
     random_start: bool = True
 
     @property
@@ -54,12 +57,14 @@ class GMA(Attack):
         if self.random_start:
             for group in groups:
                 x_adv[group.rows] = random_start(group.threat, x[group.rows], noise[group.rows].to(x.dtype))
+        layers = list(expert_layers(model).values()) if isinstance(model, nn.Module) else []
+        weight = self.weight * len(layers) / max(count(layers, self.mean_over), 1)
         targets = [gates.weights.argmin(dim=-1, keepdim=True) for gates in answer(model, x)[1]] if self.steps else []
         for _ in range(self.steps):
             here = x_adv.detach().requires_grad_()
             with torch.enable_grad():
                 logits, gates = answer(model, here)
-                gain = F.cross_entropy(logits, y, reduction="none") - self.weight * misrouting(gates, targets, logits)
+                gain = F.cross_entropy(logits, y, reduction="none") - weight * misrouting(gates, targets, logits)
                 (gradient,) = torch.autograd.grad(gain.sum(), here)
             for group in groups:
                 rows = group.rows
@@ -83,10 +88,10 @@ def answer(model: Model, x: Tensor) -> tuple[Tensor, list[Gates]]:
 
 
 def misrouting(gates: list[Gates], targets: list[Tensor], like: Tensor) -> Tensor:
-    """(1/L) sum_l (1/T) sum_i -log g_i[k*_i]: (B,), zero without gates.
+    """(1/L) sum_l (1/T) sum_i -log g_i[k*_i] over L layers: (B,), zero without gates.
 
     Args:
-        gates: of L layers, weights (B, T, K).
+        gates: of the layers, weights (B, T, K).
         targets: k* for each, int64 (B, T, 1).
         like: a tensor (B, ...).
     """

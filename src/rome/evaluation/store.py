@@ -323,8 +323,9 @@ def hash_model(model: Model) -> str | None:
             digest.update(_bytes(value))
         else:  # a module's extra state
             digest.update(repr(value).encode())
-    for name in (name for name, layer in expert_layers(model).items() if layer.inverted):
-        digest.update(f"{name.replace('_orig_mod.', '')} inverted".encode())
+    for name, layer in expert_layers(model).items():
+        if layer.inverted:
+            digest.update(f"{name.replace('_orig_mod.', '')} {layer.inverted}".encode())
     return digest.hexdigest()
 
 

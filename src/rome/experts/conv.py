@@ -26,7 +26,7 @@ class MixtureConv2d(nn.Conv2d, Gated):
 
     ``A`` and ``B`` stack the experts: (K r c, C_in c) and (C_out c, K r c), or (K r, C_in, c, c) and (C_out, K r). The
     local gate reads the input at the resolution of the output (adaptive average pooling where the layer changes it),
-    the global gate the average of what the local one reads. The scale is 1 (Eq. 2). With B = 0 nothing changes.
+    the global gate the average of what the local one reads. With B = 0 nothing changes.
 
     Args:
         conv: the layer to adapt; shares its parameters. Zero padding given as a number, one group, a square kernel.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rome.component import Component, Number
 from rome.errors import UserError
-from rome.experts.gated import Recorded
+from rome.experts.gated import MeanOver, Recorded, count
 from rome.experts.groups import group_means
 
 
@@ -47,10 +47,10 @@ class Regularizer(Component):
 class Diversification(Regularizer):
     """Pushes the mean gates of different threats apart (Eq. 6-8).
 
-    L_div = mean over adapted layers of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p
-    over the examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean
-    distance. A threat without examples drops its pairs; a part that a gate lacks is left out. The local term is
-    bounded, the global one only while P is frozen (spec F5).
+    L_div = mean over l of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p over the
+    examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean distance. A
+    threat without examples drops its pairs; a part that a gate lacks is left out. The local term is bounded, the global
+    one only while P is frozen (spec F5).
     """
 
     kind = "diversification"
@@ -59,6 +59,9 @@ class Diversification(Regularizer):
     distance: Literal["l2", "cosine", "kl", "wasserstein", "wasserstein-unsorted"] = "l2"
     """Of Table A5: squared Euclidean; minus the cosine; symmetric KL divergence; L1 between the cumulative sums of the
     sorted gates, or of the gates as they stand. The last three compare the unprojected v, which is a distribution."""
+    mean_over: MeanOver = "layers"
+    """The l of the mean: adapted layers, or blocks (literal), in which the losses of ``qkv`` and ``proj`` add up: twice
+    the loss, as twice the weight would be."""
     projected: Literal["sum", "mean"] = "sum"
     """The squared distance of projected gates summed over the K' dimensions (literal) or averaged."""
     tokens: Literal["all", "patches"] = "all"
@@ -93,7 +96,8 @@ class Diversification(Regularizer):
                 excess = (squares.squeeze(1) - mean.square().sum(dim=1)) / (counts - 1).clamp(min=1)
                 apart = apart - (excess.unsqueeze(0) + excess.unsqueeze(1)) * off_diagonal(excess)
             total = total + (present.unsqueeze(0) * present.unsqueeze(1) * apart).sum()
-        return -total / len(records) * (1.0 if self.pairs == "ordered" else 0.5)
+        pairs = 1.0 if self.pairs == "ordered" else 0.5
+        return -total / count([record.layer for record in records], self.mean_over) * pairs
 
     def _terms(self, record: Recorded) -> list[Tensor]:
         """What is compared in one layer: (B, T, K) of the local gates, (B, 1, K') of the global one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ class MixtureFFN(Gated):
     """o_i = sum_k w_ik FFN_k(h_i) over the ``top`` experts with the largest gates, their weights scaled to sum to 1.
 
     For a softmax gate that is the softmax over the chosen scores. Every expert starts as a copy of the block's own
-    network (sparse upcycling, Komatsuzaki et al. 2023), so the function does not change. A token visits ``top`` experts
-    only: tokens are sorted by expert, which waits for the device once a layer. ``top=None`` mixes all experts.
+    network (sparse upcycling, Komatsuzaki et al. 2023), so the function does not change; or all start at random. A
+    token visits ``top`` experts only: tokens are sorted by expert, which waits for the device once a layer.
+    ``top=None`` mixes all experts.
 
     Args:
         ffn: the network to multiply, (B, T, d) to (B, T, d_out).
@@ -25,6 +27,7 @@ class MixtureFFN(Gated):
         top: experts for each token.
         gate: turns scores into gate weights.
         projection_dim, train_projection: see :class:`Gated`.
+        start: ``random`` takes modules for which :func:`without_start` finds nothing.
     """
 
     adds = False
@@ -40,10 +43,13 @@ class MixtureFFN(Gated):
         layout: Layout = PLAIN,
         projection_dim: int = 0,
         train_projection: bool = False,
+        start: Literal["copies", "random"] = "copies",
     ) -> None:
         super().__init__()
-        self.in_features, self.top = in_features, top
+        self.in_features, self.top, self.start = in_features, top, start
         self.networks = nn.ModuleList([ffn, *(copy.deepcopy(ffn) for _ in range(experts - 1))])
+        if start == "random":
+            self.networks.apply(_restart)
         self.equip(experts, gate, layout, projection_dim, train_projection)
         like = next(ffn.parameters())
         self.to(device=like.device, dtype=like.dtype)
@@ -51,7 +57,8 @@ class MixtureFFN(Gated):
 
     @property
     def shared(self) -> tuple[str, ...]:
-        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
+        first = self.networks[0].state_dict() if self.start == "copies" else ()
+        return tuple(f"networks.0.{name}" for name in first)
 
     def plain(self, input: Tensor) -> Tensor:
         answer: Tensor = self.networks[0](input)
@@ -89,6 +96,26 @@ class MixtureFFN(Gated):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, top={self.top}"
+
+
+def without_start(network: nn.Module) -> list[str]:
+    """Names of its parameters that have no random start: neither a Linear layer's nor of a module that can reset its
+    own."""
+    return [
+        f"{name}.{parameter}".removeprefix(".")
+        for name, module in network.named_modules()
+        for parameter, _ in module.named_parameters(recurse=False)
+        if not callable(getattr(module, "reset_parameters", None))
+    ]
+
+
+def _restart(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
 
 
 def _becomes_a_program() -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from rome.experts.gating import GateModule, Gates, Layout, positions, select
+
+MeanOver = Literal["layers", "blocks"]
+"""What L counts in the means over l of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their
+blocks, within which layers are summed."""
 
 
 class Recorded(NamedTuple):
@@ -17,6 +21,11 @@ class Recorded(NamedTuple):
 
     layer: Gated
     gates: Gates
+
+
+def count(layers: Collection[Gated], over: MeanOver) -> int:
+    """L, what divides a sum over all these layers."""
+    return len(layers) if over == "layers" else len({layer.block for layer in layers})
 
 
 @dataclass
@@ -33,11 +42,13 @@ class Gated(nn.Module):
 
     Attributes:
         experts: K.
+        block: the l = 1..L of Eq. 5 and 8; layers of one block share it.
         gate: turns scores into gate weights; missing where :meth:`equip` got none.
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
-        fixed_weights, inverted: weights (K,) instead of the gates, or the gates inverted; see
-            :func:`rome.experts.set_routing`.
+        scale: what multiplies the experts beside the gates: 1 (Eq. 2), or LoRA's alpha / r.
+        fixed_weights, inverted: weights (K,) instead of the gates, or in which way they are inverted ("" for not at
+            all); see :func:`rome.experts.set_routing`.
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
     """
 
@@ -46,13 +57,15 @@ class Gated(nn.Module):
     biases: ClassVar[tuple[str, ...]] = ()
     """Its own parameters that are biases by role, whatever their shape: not decayed."""
     experts: int
+    block: int
     gate: GateModule
     projection: nn.Linear | None
     layout: Layout
     sink: Sink | None
     real: Tensor | None
     fixed_weights: Tensor | None
-    inverted: bool
+    inverted: str
+    scale: float = 1
 
     def equip(
         self, experts: int, gate: GateModule | None, layout: Layout, projection_dim: int, train_projection: bool
@@ -64,8 +77,8 @@ class Gated(nn.Module):
             projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
             train_projection: learn that projection instead of keeping its random start.
         """
-        self.experts, self.layout, self.sink = experts, layout, None
-        self.inverted = False
+        self.experts, self.layout, self.sink, self.block = experts, layout, None, 1
+        self.inverted = ""
         self.register_buffer("fixed_weights", None, persistent=False)  # a buffer, so that it moves with the layer
         if gate is not None:
             self.gate = gate
@@ -111,12 +124,13 @@ class Gated(nn.Module):
             self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.whole)))
 
     def route(self, gates: Gates) -> Gates:
-        """The gates, or what :func:`rome.experts.set_routing` put in their place."""
+        """The gates, or what :func:`rome.experts.set_routing` put in their place, times the experts' scale."""
+        weights = gates.weights
         if self.fixed_weights is not None:
-            return gates._replace(weights=self.fixed_weights.expand_as(gates.weights))
-        if self.inverted:
-            return gates._replace(weights=(1 - gates.weights) / (self.experts - 1))
-        return gates
+            weights = self.fixed_weights.expand_as(weights)
+        elif self.inverted:
+            weights = (1 - weights) / (self.experts - 1 if self.inverted == "inverse" else 1)
+        return gates._replace(weights=weights if self.scale == 1 else weights * self.scale)
 
 
 def scale_groups(codes: Tensor, weights: Tensor) -> Tensor:

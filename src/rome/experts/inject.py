@@ -13,7 +13,7 @@ from rome.component import Component, Number
 from rome.errors import UserError
 from rome.experts.conv import MixtureConv2d
 from rome.experts.diversity import Diversification, Regularizer
-from rome.experts.ffn import MixtureFFN
+from rome.experts.ffn import MixtureFFN, without_start
 from rome.experts.gated import Gated
 from rome.experts.gating import DualScale, Gate, GateModule, Layout, Local, Uniform
 from rome.experts.layers import (
@@ -95,7 +95,9 @@ class Layerwise(Experts):
             layout, block, blocks = layouts[name], numbers[name], max(numbers.values())
             gate = self.gate.build(self.width(module), self.experts, block=block, blocks=blocks, layout=layout)
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, self.beside(module, gate, layout))
+            layer = self.beside(module, gate, layout)
+            layer.block = block
+            setattr(model.get_submodule(parent), leaf, layer)
         self.sign(model)
         return model
 
@@ -170,6 +172,9 @@ class LowRank(Bottleneck):
     kind = "low-rank"
     conv: Literal["loralib", "peft"] = "loralib"
     """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
+    alpha: Number | None = Field(default=None, gt=0)
+    """Scales the experts by alpha / rank, as LoRA's official implementation does (its default is 1); null: by 1, as
+    Eq. 2 has it."""
     initial_b: Number = Field(default=0, ge=0)
     """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
     tells the gates nothing until B has grown."""
@@ -189,6 +194,8 @@ class LowRank(Bottleneck):
             )
         else:
             layer = self.linear(MixtureLinear, module, gate, layout)
+        if self.alpha is not None:
+            layer.scale = self.alpha / self.rank
         if self.initial_b:
             nn.init.normal_(layer.B, std=self.initial_b)
         return layer
@@ -215,6 +222,9 @@ class FeedForward(Layerwise):
     gate: Gate = Field(default_factory=Local)
     top: int | None = Field(default=2, ge=1)
     """Experts for each token; null mixes all of them."""
+    start: Literal["copies", "random"] = "copies"
+    """Every expert starts as the block's own network, or all of them at random as in a vision transformer that nobody
+    has trained: Linear weights normal with deviation 0.02, biases 0."""
     layers: tuple[str, ...] = Field(default=("mlp",), min_length=1)
     """Names of the feed-forward networks, as in ``low-rank``; those of class attention and of pooling by attention are
     meant only where the pattern names ``cls_attn_blocks`` or ``attn_pool``."""
@@ -242,6 +252,8 @@ class FeedForward(Layerwise):
     def check(self, name: str, module: nn.Module) -> None:
         if not any(isinstance(part, nn.Linear) for part in module.modules()):
             raise UserError(f"{name} has no Linear layer, so it is no feed-forward network; set experts.layers")
+        if self.start == "random" and (lasting := without_start(module)):
+            raise UserError(f"experts.start: random knows no start for {name}.{lasting[0]}; use start: copies")
 
     def beside(self, module: nn.Module, gate: GateModule, layout: Layout) -> Gated:
         size, train = self.projected
@@ -254,6 +266,7 @@ class FeedForward(Layerwise):
             layout=layout,
             projection_dim=size,
             train_projection=train,
+            start=self.start,
         )
 
 
@@ -275,6 +288,7 @@ def add_experts(
     projection: Literal["frozen", "trainable", "none"] = "frozen",
     projection_dim: int = 100,
     conv: Literal["loralib", "peft"] = "loralib",
+    alpha: float | None = None,
 ) -> Module:
     """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
 
@@ -287,6 +301,7 @@ def add_experts(
         projection: of the global gate in the diversification loss (Eq. 7).
         projection_dim: K', its size.
         conv: form of the update beside convolutions.
+        alpha: scales the experts by alpha / rank, as LoRA does; None for a scale of 1, the paper's.
 
     Returns:
         The same model.
@@ -304,6 +319,7 @@ def add_experts(
             projection=projection,
             projection_dim=projection_dim,
             conv=conv,
+            alpha=alpha,
             regularizer=None if isinstance(gate, Uniform) else Diversification(),
         )
     except ValidationError as error:

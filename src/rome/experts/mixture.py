@@ -64,7 +64,7 @@ class GatedLinear(nn.Linear, Gated):
 
 
 class MixtureLinear(GatedLinear):
-    """o_i = W h_i + sum_k g_ik B_k A_k h_i.
+    """o_i = W h_i + sum_k g_ik B_k A_k h_i, the sum times :attr:`scale` where that is not 1.
 
     The K experts are one contraction: ``A`` (K r, d_in) holds the A_k one above the other, ``B`` (d_out, K r) the B_k
     side by side, and the gate scales each group of r codes in between. With B = 0 the output equals the replaced

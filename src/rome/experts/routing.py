@@ -12,14 +12,16 @@ from rome.experts.gated import Gated
 from rome.experts.recording import expert_layers
 from rome.randomness import stream
 
-Routing = Literal["learned", "random", "inverse", "none"]
+Routing = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 LEARNED: Routing = "learned"
 
 
 def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Module:
     """Replace the gate weights of every adapted layer by others, until the next call; in place.
 
-    ``inverse``: (1 - g) / (K - 1), the inverted weights scaled to sum to 1. ``random``: weights drawn once for each
+    ``inverse``: (1 - g) / (K - 1), the inverted weights scaled to sum to 1; ``inverse-unscaled``: 1 - g as the paper
+    writes it, which sums to K - 1, so that the experts weigh three times as much where K = 4 (feed-forward experts of
+    ``top`` divide by the sum in any case). ``random``: weights drawn once for each
     layer and expert, uniform over the simplex and the same for every image and token, so that the model stays a
     function of its input. ``none``: no experts at all. ``learned``: back to the gates. What is recorded are the
     learned gates.
@@ -39,10 +41,10 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
             raise UserError(
                 f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
             )
-        if routing == "inverse" and layer.experts < 2:
+        if routing.startswith("inverse") and layer.experts < 2:
             raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")
     for name, layer in layers.items():
-        layer.fixed_weights, layer.inverted = None, routing == "inverse"
+        layer.fixed_weights, layer.inverted = None, routing if routing.startswith("inverse") else ""
         if routing == "random":
             drawn = -torch.log1p(-stream(seed, f"routing:{name}").uniform((layer.experts,)))
             layer.fixed_weights = _like(layer, drawn / drawn.sum())
@@ -56,10 +58,10 @@ def routing_of(model: nn.Module) -> str:
     return "+".join(sorted({_routing(layer) for layer in expert_layers(model).values()})) or LEARNED
 
 
-def _routing(layer: Gated) -> Routing:
+def _routing(layer: Gated) -> str:
     if layer.fixed_weights is not None:
         return "random" if bool(layer.fixed_weights.any()) else "none"
-    return "inverse" if layer.inverted else LEARNED
+    return layer.inverted or LEARNED
 
 
 def _like(layer: Gated, weights: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rome.attacks import Attack
 from rome.methods.base import Method, Outcome, Setting, combine, search_passes, training_forward
+from rome.processes import total
 from rome.randomness import Stream
 from rome.threats import PerExample, Threat
 
@@ -84,9 +85,17 @@ class Average(_Every):
 
 
 class Maximum(_Every):
-    """MAX: for each example the threat with the largest loss (Tramèr and Boneh 2019)."""
+    """MAX: for each example, or each batch, the threat with the largest loss (Tramèr and Boneh 2019).
+
+    ``per: example`` is the published code of this method, and Eq. 1 with its expectation over examples. ``per: batch``
+    takes the threat with the largest mean loss over the global batch ("the worst-case threat at each iteration"); under
+    gradient accumulation each accumulation step has its own.
+    """
 
     kind = "max"
+    per: Literal["example", "batch"] = "example"
 
     def join(self, losses: Tensor) -> Tensor:
+        if self.per == "batch":
+            return losses.mean(dim=1)[total(losses.detach().sum(dim=1)).argmax()]
         return losses.amax(dim=0).mean()

@@ -29,7 +29,7 @@ class RAMP(Method):
 
     S are the examples of the global batch that the training forward classifies right at x_s; gradients flow through
     both sides. Once an epoch the weights are fused (:func:`fuse`) with those of a copy that started from the same
-    weights and saw the same batches, unperturbed. Fine-tuning has weight 1.5 and no fusion.
+    weights and saw the same batches, unperturbed. Fine-tuning has a smaller weight and no fusion.
     """
 
     kind = "ramp"
@@ -37,7 +37,7 @@ class RAMP(Method):
     target: str = "L1"
     """Names of two threats, among the config's."""
     weight: Number = Field(default=5, ge=0)
-    """lambda: 5 from scratch, 2 with ``trades``; 1.5 to fine-tune."""
+    """lambda: 5 from scratch (2 with ``trades``) and 1.5 to fine-tune in the authors' scripts, 2 and 0.5 in their paper."""
     fusion: Number | None = Field(default=0.5, ge=0, le=1)
     """beta, the share of clean training in the fused weights; null or 0: no copy and no fusion."""
     trades: Number | None = Field(default=None, ge=0)
