@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
 from rome.models import Classifier, create_model, file_hash, load_weights
+from rome.trust import PROGRAMS, names_code
 
-TORCHSCRIPT, EXPORTED = (".pt", ".ts", ".pth", ".torchscript"), ".pt2"
+EXPORTED = ".pt2"
 HOW_TO_EXPORT = (
     'torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)) '
     "with two or more images, then torch.export.save"
@@ -67,7 +68,7 @@ class SavedModule(nn.Module):
 
 def is_file(name: str) -> bool:
     """Whether the name is that of a saved module and not of a timm model or a function."""
-    return ":" not in name and Path(name).suffix in (*TORCHSCRIPT, EXPORTED)
+    return not names_code(name) and Path(name).suffix in PROGRAMS
 
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
 
 def _pretrained(name: str) -> Any:
     """What timm knows of the weights of a model of that name; None where it has no such model."""
-    if ":" in name or is_file(name) or not timm.is_model(name):
+    if names_code(name) or is_file(name) or not timm.is_model(name):
         return None
     try:
         return get_pretrained_cfg(name)
@@ -151,7 +152,7 @@ def _from_name(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Named:
-    function, known = ":" in name, ":" not in name and timm.is_model(name)
+    function, known = names_code(name), not names_code(name) and timm.is_model(name)
     config = _pretrained(name)
     pretrained = not function and weights is None
     if pretrained and known:
