@@ -44,11 +44,13 @@ def _threats(value: Any) -> Any:
     return value
 
 
-def _file_name(value: str) -> str:
-    if value != printable(value) or set("/\\\n\t") & set(value) or value in (".", ".."):
-        raise ValueError(f"{value!r} cannot be the name of a folder inside another: leave out / and \\")
-    if len(value) > LONGEST_NAME:
-        raise ValueError(f"a name of {len(value)} characters is too long for a folder; use at most {LONGEST_NAME}")
+def _inside(value: str) -> str:
+    """A name that stays inside the folder that it is joined to."""
+    path = Path(value.replace("\\", "/"))
+    if value and (not path.parts or path.is_absolute() or ".." in path.parts or value != printable(value)):
+        raise ValueError(f"{value!r} names no folder inside runs/; write a name such as rome-random")
+    if any(len(part) > LONGEST_NAME for part in path.parts):
+        raise ValueError(f"too long for a folder's name; use at most {LONGEST_NAME} characters")
     return value
 
 
@@ -91,7 +93,7 @@ class Paper(Settings):
 class Config(Settings):
     """Everything that determines a run."""
 
-    name: Annotated[str, AfterValidator(_file_name)] = ""
+    name: Annotated[str, AfterValidator(_inside)] = ""
     """Shown in tables; the file's name if empty. The run's folder is called so unless ``--out`` says another."""
     about: str = ""
     seed: int = Field(default=0, ge=0)
