@@ -20,6 +20,14 @@ from rome.threats import DIGITS, LpBall, PerExample
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests write is not remembered as the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROME_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 class Digits(NamedTuple):
     """scikit-learn's 8x8 digits in [0, 1]: images (N, 1, 8, 8) and labels (N,)."""
 

@@ -210,7 +210,10 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "model.weights=other.safetensors"], "does not fit the model"),
         (["tiny.yaml", "model.weights=tiny.yaml"], "is not a readable safetensors file"),
         (["tiny.yaml", "model.weights=nowhere.pt"], "there is no checkpoint at nowhere.pt"),
-        (["tiny.yaml", "model.weights=words.pt"], "words.pt is not a checkpoint of torch.save; copy it again"),
+        (
+            ["tiny.yaml", "model.weights=words.pt"],
+            "words.pt cannot be read (it is not a checkpoint of torch.save)",
+        ),
         (["tiny.yaml", "model.drop_head=true"], "model.drop_head drops the last layer of model.weights"),
         (["tiny.yaml", "data={kind: cifar10, path: nowhere}"], "nowhere is not a folder"),
         (["tiny.yaml", "data={kind: folder, path: nowhere}"], "nowhere is not a folder"),

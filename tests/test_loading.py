@@ -254,7 +254,7 @@ class Trap:
 
 def test_nothing_in_a_checkpoint_is_executed(save: Callable[..., Path], tmp_path: Path) -> None:
     file = save({"state_dict": {}, "trap": Trap(tmp_path / "executed")})
-    with pytest.raises(UserError, match=r"theirs\.pt holds Python objects \(\S+\), and rome loads tensors alone"):
+    with pytest.raises(UserError, match=r"theirs\.pt holds code \(\S+\), and rome loads tensors alone"):
         load_weights(tiny(), file)
     assert not (tmp_path / "executed").exists()
 
@@ -264,9 +264,9 @@ def test_nothing_in_a_checkpoint_is_executed(save: Callable[..., Path], tmp_path
     [
         (
             nn.Linear(2, 2),
-            r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\).*torch\.save\(model\.state_dict",
+            r"holds code \(torch\.nn\.modules\.linear\.Linear\).*torch\.save\(model\.state_dict",
         ),
-        ({"state_dict": {"a": torch.ones(1)}, "best": np.float64(0.5)}, r"holds Python objects \(numpy"),
+        ({"state_dict": {"a": torch.ones(1)}, "best": np.float64(0.5)}, r"holds code \(numpy"),
         ([torch.ones(1)], r"holds no state dict but a list; save model\.state_dict\(\), alone or under state_dict"),
         (torch.ones(1), r"holds no state dict but a Tensor; "),
         (

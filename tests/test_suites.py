@@ -88,7 +88,7 @@ def test_labels_name_folders_and_tables() -> None:
         ({"kind": "lp", "stps": 3}, "Extra inputs"),
         ("", r"^suite: none is named\. Valid: all, apgd"),
         (" , ", r"^suite: none is named"),
-        ("{kind: apgd", r"^suite: '{kind: apgd' is not YAML"),
+        ("{kind: apgd", r"^suite: '{kind: apgd': not valid YAML"),
         ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
         ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog', stpes: Extra inputs"),
     ],

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from rome import trust
 from rome.config import Config, Evaluation, parse
 from rome.data import Data
 from rome.data.base import Split
@@ -27,6 +28,7 @@ EXAMPLES = 1000
 """Of a model that comes without a config."""
 
 
+@trust.opens_files
 def evaluate_saved(
     target: str | Path,
     *,
@@ -42,6 +44,7 @@ def evaluate_saved(
     overwrite: bool = False,
     team: Team = ALONE,
     settings: Evaluation | None = None,
+    trust_code: bool = False,
 ) -> tuple[Report, Path]:
     """Evaluate a run's folder, its ``last.pt`` or ``best.safetensors``, or a ``model.safetensors``.
 
@@ -49,8 +52,9 @@ def evaluate_saved(
 
     What is not given is that of ``settings``, and without these the config's; the rest is :func:`rome.evaluate`'s.
     ``routing`` replaces the gates (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual
-    distances in the suite. The result goes to ``evaluation/SUITE-N`` beside the model, that of a run's
-    ``best.safetensors`` to ``evaluation-best/SUITE-N``, of its ``last.pt`` to ``evaluation-unfinished``.
+    distances in the suite, ``trust_code`` lets files run the code that they name (:mod:`rome.trust`). The result goes
+    to ``evaluation/SUITE-N`` beside the model, that of a run's ``best.safetensors`` to ``evaluation-best/SUITE-N``, of
+    its ``last.pt`` to ``evaluation-unfinished``.
 
     Returns:
         The report and the folder it was saved in.
@@ -210,7 +214,7 @@ def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[Split, 
 
 
 def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
-    metadata, _ = read_tensors(file)
+    metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
             f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "

@@ -15,7 +15,8 @@ import typer
 
 from rome import options
 from rome.choices import Family, choices
-from rome.errors import Incomplete, Interrupted, UserError
+from rome.errors import Incomplete, Interrupted, UserError, printable
+from rome.trust import opens_files
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -48,6 +49,7 @@ def demo(
 
 
 @app.command()
+@opens_files
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
     overrides: Annotated[
@@ -57,6 +59,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     overwrite: options.Overwrite = False,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.config import load
@@ -73,6 +76,7 @@ def train(
 
 @app.command()
 @options.names_model
+@opens_files
 def evaluate(
     named: dict[str, Any],
     target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
@@ -103,6 +107,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Attack a model under every threat; goes on where an earlier call was killed.
 
@@ -157,10 +162,12 @@ def evaluate(
 
 
 @app.command()
+@opens_files
 def sweep(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=a,b,c]...", help="YAML files, then axes.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs and sweep.csv.")] = Path("runs/sweep"),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Train and evaluate every combination of configs and values, one after the other; goes on where it was stopped."""
     from rome import sweep as grid
@@ -180,6 +187,7 @@ def sweep(
 
 
 @app.command()
+@opens_files
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, and folders of evaluations of other models.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
@@ -192,6 +200,7 @@ def report(
     robustbench: Annotated[
         bool, typer.Option("--robustbench", help="Also write RobustBench's model_info JSON files.")
     ] = False,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Compare evaluated runs and models: a table here, Markdown, and an HTML page with pictures."""
     from rome.report import write_report
@@ -210,6 +219,7 @@ class TableFormat(StrEnum):
 
 
 @app.command()
+@opens_files
 def table(
     number: Annotated[str, typer.Argument(help="1 to 6 or A1 to A5, as in the paper.")],
     runs: Annotated[
@@ -221,6 +231,7 @@ def table(
     form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
     timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Table 6: timed updates; the median counts.")] = 3,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Print one of the paper's tables with the numbers of runs beside the paper's.
 
@@ -243,6 +254,7 @@ def table(
 
 @app.command()
 @options.names_model
+@opens_files
 def figures(
     named: dict[str, Any],
     runs: Annotated[list[Path] | None, typer.Argument(help="Finished runs; each is a row or a curve.")] = None,
@@ -254,6 +266,7 @@ def figures(
     image: Annotated[int, typer.Option(min=0, help="Number of the test image in figures of one image.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of t-SNE and of linear probes.")] = 0,
     device: options.Device = None,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """The paper's figures for runs of any method and for any model, each with its data as JSON and CSV beside it."""
     from rome.analysis.figures import Options, write_figures
@@ -268,6 +281,7 @@ def figures(
 
 
 @app.command()
+@opens_files
 def explore(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="A finished run, or two to compare.")],
     host: Annotated[str, typer.Option(help="Address to listen on; others than this one let other machines in.")] = (
@@ -277,6 +291,7 @@ def explore(
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; the first free one from 7860 if not given.")
     ] = None,
     device: options.Device = None,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Look at a run in the browser: attack an image, see prediction, perturbation, expert maps and gates."""
     from rome.explore import open_explorers
@@ -286,12 +301,14 @@ def explore(
 
 
 @app.command()
+@opens_files
 def cost(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value]...", help="YAML files, then changes.")],
     timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
     layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
     as_json: options.Json = False,
+    trust_code: options.TrustCode = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
     from rome.config import load
@@ -348,8 +365,6 @@ def _say(text: str) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit codes: 0 done, 1 done but for cases that failed, 2 a mistake the message explains, 130 or 143
     stopped by a signal."""
-    if not sys.flags.safe_path and "" not in sys.path:
-        sys.path.append("")  # models and imports of one's own lie here, as for `python -m rome.cli`
     with exiting():
         app(arguments, prog_name="rome")
 
@@ -360,7 +375,7 @@ def exiting() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _say(f"error: {error}")
+        _say(f"error: {printable(str(error))}")
         sys.exit(2)
     except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
         _say(f"error: {failed}")

@@ -7,30 +7,33 @@ names another ``kind`` replaces the parent's whole, as ``paper`` always does; an
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
 from rome.component import Component, Settings
 from rome.data import Data
-from rome.errors import UserError, did_you_mean
+from rome.errors import UserError, did_you_mean, printable
 from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
+from rome.files import Place, Unreadable, parse_yaml
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.optim import AdamW, Optimizer, Schedule
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
+from rome.trust import import_own
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
+
+LONGEST_NAME = 120
+"""Characters; file systems take 255 bytes, and sweeps add values to it."""
 
 
 def _threats(value: Any) -> Any:
@@ -38,6 +41,16 @@ def _threats(value: Any) -> Any:
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
         return NAMED_BUDGETS[value]
+    return value
+
+
+def _inside(value: str) -> str:
+    """A name that stays inside the folder that it is joined to."""
+    path = Path(value.replace("\\", "/"))
+    if value and (not path.parts or path.is_absolute() or ".." in path.parts or value != printable(value)):
+        raise ValueError(f"{value!r} names no folder inside runs/; write a name such as rome-random")
+    if any(len(part) > LONGEST_NAME for part in path.parts):
+        raise ValueError(f"too long for a folder's name; use at most {LONGEST_NAME} characters")
     return value
 
 
@@ -80,8 +93,8 @@ class Paper(Settings):
 class Config(Settings):
     """Everything that determines a run."""
 
-    name: str = ""
-    """Shown in tables; the file's name if empty."""
+    name: Annotated[str, AfterValidator(_inside)] = ""
+    """Shown in tables; the file's name if empty. The run's folder is called so unless ``--out`` says another."""
     about: str = ""
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=20, ge=1)
@@ -159,7 +172,7 @@ def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
     modules = data.get("imports")
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
-            importlib.import_module(module)
+            import_own(module)
         except Exception as error:  # whatever the user's module raises
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
             raise UserError(f"{where.of(('imports',))}imports: {problem}") from error
@@ -219,16 +232,19 @@ def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
+    own = _Where()
+
+    def note(place: Place, line: int) -> None:
+        own.places[place] = f"{path}:{line}: "
+
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}: a config is a mapping of keys to values")
-        own = _Where()
-        data = _plain(node, path, own, ())
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        data = parse_yaml(path.read_text(encoding="utf-8"), note)
+    except Unreadable as error:
+        raise UserError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from error
+    except ValueError as error:  # not text
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values")
     parent = data.pop("extends", None)
     if parent is None:
         where.places.update(own.places)
@@ -241,31 +257,14 @@ def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
     return merged
 
 
-def _plain(node: yaml.Node, path: Path, where: _Where, place: tuple[str | int, ...]) -> Any:
-    """A YAML node as plain data; notes the line of everything and refuses duplicate keys."""
-    where.places[place] = f"{path}:{node.start_mark.line + 1}: "
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in result:
-                raise UserError(f"{path}:{key_node.start_mark.line + 1}: {key!r} is given twice; keep one")
-            result[key] = _plain(value_node, path, where, (*place, key))
-            where.places[(*place, key)] = f"{path}:{key_node.start_mark.line + 1}: "
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(child, path, where, (*place, i)) for i, child in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node)
-
-
 def _override(text: str, where: _Where) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"override {text!r}: write key=value, such as epochs=5 or attack.steps=10")
     try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
+        parsed = parse_yaml(value)
+    except Unreadable as error:
         raise UserError(f"override {text!r}: {value!r} is not a valid value") from error
     for depth in range(1, len(parts) + 1):
         where.places[tuple(parts[:depth])] = f"override {text!r}: "

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rome import trust
 from rome.attacks.autoattack import cuda_in_use
 from rome.attacks.base import Model, frozen
 from rome.errors import UserError, did_you_mean
@@ -45,6 +46,7 @@ BATCH_SIZE = 250
 """AutoAttack's."""
 
 
+@trust.opens_files
 def evaluate(
     model: Model,
     x: Tensor,
@@ -64,6 +66,7 @@ def evaluate(
     checks: bool | None = None,
     team: Team = ALONE,
     progress: Watcher | bool = False,
+    trust_code: bool = False,
 ) -> Report:
     """Attack the model under every threat and report which examples stay correct.
 
@@ -97,6 +100,7 @@ def evaluate(
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
             :data:`rome.evaluation.progress.Watcher`). Only the first process shows it.
+        trust_code: let the file of a network that measures distances run the code that it names (:mod:`rome.trust`).
 
     Raises:
         UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, inputs

@@ -11,6 +11,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Overwrite = Annotated[bool, typer.Option(help="Replace what an earlier call left there.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is if not given.")]
 
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Let files that others made run the code that they name (SECURITY.md).")
+]
+
 _PANEL = "A model that no run made"
 
 _Model = Annotated[

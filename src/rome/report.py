@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from torch import Tensor, nn
 
+from rome import trust
 from rome.analysis import charts, examples, gates
 from rome.analysis.classes import by_class
 from rome.analysis.compared import config_differences, gather, paired
@@ -44,6 +45,7 @@ FIGURES = ("fig7", "fig8", "figA3")
 SHOWN_EXPERTS = 8
 
 
+@trust.opens_files
 def write_report(
     runs: list[Path],
     out: Path,
@@ -51,6 +53,7 @@ def write_report(
     suite: str | None = None,
     unions: Sequence[Sequence[str]] = (),
     robustbench: bool = False,
+    trust_code: bool = False,
 ) -> Path:
     """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
 
@@ -62,6 +65,7 @@ def write_report(
             :func:`rome.analysis.compared.gather` unless given.
         unions: further columns, each the union over these cases.
         robustbench: also write RobustBench's entries into ``out`` (:func:`rome.analysis.robustbench.write_entries`).
+        trust_code: let files run the code that they name (:mod:`rome.trust`).
 
     Returns:
         The HTML file: one file that needs no other and no network.

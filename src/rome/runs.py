@@ -22,9 +22,11 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from rome import trust
 from rome.config import Config, parse
 from rome.errors import UserError, first_line
-from rome.files import flatten, replace_file, replace_with
+from rome.files import flatten, parse_yaml, replace_file, replace_with
+from rome.models.pickles import load_pickle
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
@@ -55,12 +57,20 @@ class Run:
         Raises:
             UserError: the folder holds no run.
         """
+        return parse(trust.check(self.config_file, {"config": self.written()})["config"])
+
+    def written(self) -> Any:
+        """What ``config.yaml`` says, as plain data that nobody has followed.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
         if not self.config_file.is_file():
             raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
         try:
-            return parse(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
-        except yaml.YAMLError as error:
-            raise UserError(f"{self.config_file} is not valid YAML; restore it or train again") from error
+            return parse_yaml(self.config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
 
     def prepare(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
@@ -101,7 +111,9 @@ class Run:
         for file in (self.checkpoint_file, self.model_file):  # what a kill left half written
             for partial in self.folder.glob(f".{file.name}.*.partial"):
                 partial.unlink(missing_ok=True)
-        replace_file(self.config_file, yaml.safe_dump(config.dump(), sort_keys=False).encode())
+        dumped = config.dump()
+        replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
+        trust.record(self.config_file, {"config": dumped})
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
 
     def release(self) -> None:
@@ -128,13 +140,7 @@ class Run:
         Raises:
             UserError: it cannot be read, or another version wrote it.
         """
-        try:
-            state = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises almost any kind, some without a message
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{self.checkpoint_file} cannot be read ({reason}); restore it, or pass --overwrite to start anew"
-            ) from error
+        state = load_pickle(self.checkpoint_file, "restore it, or pass --overwrite to start anew")
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(
                 f"{self.checkpoint_file} is not a checkpoint of this version; pass --overwrite to start anew"
@@ -162,7 +168,7 @@ class Run:
 
     def check_same(self, config: Config) -> None:
         """Raise UserError unless the folder's run was started with these settings, but for what changes no result."""
-        old, new = flatten(self.config.dump()), flatten(config.dump())
+        old, new = flatten(self.written()), flatten(config.dump())
         changed = [
             f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())

@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rome import trust
 from rome.config import Config, load
 from rome.errors import Interrupted, UserError
 from rome.evaluating import Report
 from rome.evaluation.store import RESULT
-from rome.files import replace_file
+from rome.files import parse_yaml, replace_file
 from rome.runs import Run
 from rome.terminal import print_table
 
@@ -192,16 +192,17 @@ def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]
     """Train, then evaluate, in a process of its own."""
     source = (
         "import sys, json; from rome.sweep import run_point;"
-        "run_point(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])"
+        "run_point(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], trust_code=len(sys.argv) > 4)"
     )
     arguments = [str(point.file), json.dumps(point.overrides), str(point.folder)]
-    command = [sys.executable, "-c", source, *arguments]
+    command = [sys.executable, "-c", source, *arguments, *(["trusting"] if trust.allowed() else [])]
     _log(point).parent.mkdir(parents=True, exist_ok=True)
     with open(_log(point), "wb") as log:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 
 
-def run_point(file: str, overrides: Sequence[str], folder: str) -> None:
+@trust.opens_files
+def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
     """Train and evaluate one point; what is there already is kept. Exits like the command line."""
     from rome.assess import evaluate_saved
     from rome.cli import exiting
@@ -231,7 +232,7 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
             column: [each.get(column, math.nan) for each in found] for column in columns
         }  # a case may have failed
         varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
-        plain = {key: yaml.safe_load(value) for key, value in varied.items()}
+        plain = {key: parse_yaml(value) for key, value in varied.items()}
         rows.append(Row(name, plain, tuple(point.config.seed for point, _ in members), values))
     order = list(dict.fromkeys(point.row for point in chosen))
     return sorted(rows, key=lambda row: order.index(row.name))

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rome import trust
 from rome.attacks import PGD
 from rome.attacks.threat import check_channels
 from rome.config import Config
@@ -58,6 +59,7 @@ class _Position:
     seconds: float = 0.0
 
 
+@trust.opens_files
 def train(
     config: Config,
     out: str | Path,
@@ -65,6 +67,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[Config, int, int], Any] | None = None,
+    trust_code: bool = False,
 ) -> Run:
     """Train as the config says, into a folder.
 
@@ -74,6 +77,7 @@ def train(
         resume: go on from the folder's checkpoint, or start if there is none yet.
         overwrite: remove what an earlier run left there.
         progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
+        trust_code: let the file of a network that measures distances run the code that it names (:mod:`rome.trust`).
 
     Returns:
         The finished run.

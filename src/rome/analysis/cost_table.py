@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rome import trust
 from rome.analysis.paper_rows import COST
 from rome.analysis.paper_tables import Cell, Line, fill, same_row, with_best
 from rome.config import Config, load
@@ -29,6 +30,9 @@ def named_configs(names: Sequence[str]) -> list[Config]:
     """
     changes = [name for name in names if "=" in name and not Path(name).exists()]
     paths = [Path(name) for name in names if name not in changes]
+    for path in paths:
+        if path.is_dir():  # contents of a folder, not a config that a person chose
+            trust.check(Run(path).config_file, {"config": Run(path).written()})
     return [load(Run(path).config_file if path.is_dir() else path, changes) for path in paths]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from rome import trust
 from rome.analysis.subject import NamedModel, Subject
 from rome.config import Config
 from rome.data import Data
@@ -226,6 +227,7 @@ class EvaluatedModel(Evaluated):
                 f"{self.folder} does not say how its model is built (it was evaluated in Python, or by an earlier "
                 "version), so there is none to look at"
             )
+        trust.check(self.folder / SETTINGS, {"given": self._kept("given")})
         return NamedModel(self.given, self.name, device, sha256=self.report.settings["model"]["sha256"])
 
     def _kept(self, what: str) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
         outside = tuple(f"{name}." for name in expert_layers(inner))
         names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
         names = [name for name in names if not name.startswith(outside)]
-        return tuple(before + name for name in names if name not in head_names(inner)) or tuple(names)
+        return tuple(before + name for name in [name for name in names if name not in head_names(inner)] or names)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rome import trust
 from rome.attacks import APGD, Attack
 from rome.config import Config
 from rome.data.base import Split
@@ -58,6 +59,7 @@ class Subject:
         self.routing: Routing = routing
         self.seed = seed
         self.config: Config = run.config
+        self._trusted = trust.allowed()
         if not run.finished:
             raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
         self._attacked: dict[int, dict[str, Tensor]] = {}
@@ -65,7 +67,8 @@ class Subject:
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, in evaluation mode."""
-        return set_routing(load_model(self.run.model_file), self.routing, seed=self.seed).to(self.device)
+        model = load_model(self.run.model_file, trust_code=self._trusted)
+        return set_routing(model, self.routing, seed=self.seed).to(self.device)
 
     @cached_property
     def split(self) -> Split:

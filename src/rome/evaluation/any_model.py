@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
 from rome.models import Classifier, create_model, file_hash, load_weights
+from rome.trust import PROGRAMS, names_code
 
-TORCHSCRIPT, EXPORTED = (".pt", ".ts", ".pth", ".torchscript"), ".pt2"
+EXPORTED = ".pt2"
 HOW_TO_EXPORT = (
     'torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)) '
     "with two or more images, then torch.export.save"
@@ -68,7 +69,7 @@ class SavedModule(nn.Module):
 
 def is_file(name: str) -> bool:
     """Whether the name is that of a saved module and not of a timm model or a function."""
-    return Path(name).suffix in (*TORCHSCRIPT, EXPORTED)  # never of a function: its name has no dot
+    return Path(name).suffix in PROGRAMS  # never of a function: its name has no dot
 
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def of_another_size(name: str, size: int) -> str:
 
 def _pretrained(name: str) -> Any:
     """What timm knows of the weights of a model of that name; None where it has no such model."""
-    if ":" in name or is_file(name) or not timm.is_model(name):
+    if names_code(name) or is_file(name) or not timm.is_model(name):
         return None
     try:
         return get_pretrained_cfg(name)
@@ -174,7 +175,7 @@ def _from_name(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Named:
-    function, known = ":" in name, ":" not in name and timm.is_model(name)
+    function, known = names_code(name), not names_code(name) and timm.is_model(name)
     if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
     config = _pretrained(name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from rome.data.corruptions import check_cifar10c
-from rome.errors import UserError, did_you_mean, first_line
+from rome.errors import UserError, did_you_mean
 from rome.evaluation.suites import AutoAttackSuite, Case, Suite
 from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
+from rome.files import Unreadable, parse_yaml
 from rome.perceptual import loaded
 from rome.threats import Perceptual, Threat
 
@@ -100,9 +100,9 @@ def listed(text: str) -> list[Any]:
     """
     if text.lstrip().startswith(("{", "[")):
         try:
-            given = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{text!r} is not YAML ({first_line(error)})") from None
+            given = parse_yaml(text)
+        except Unreadable as error:
+            raise ValueError(f"{text!r}: {error}") from None
         found = given if isinstance(given, list) else [given]
     else:
         found = [name.strip() for name in text.split(",") if name.strip()]

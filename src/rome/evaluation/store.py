@@ -28,10 +28,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rome import trust
 from rome.attacks.base import Model
 from rome.errors import UserError
 from rome.experts.recording import expert_layers
-from rome.files import flatten, replace_file
+from rome.files import flatten, parse_json, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
@@ -87,6 +88,7 @@ class Store:
             try:
                 self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
                 replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+                self._record(settings)
             except OSError as error:
                 raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
             return settings
@@ -114,9 +116,16 @@ class Store:
             return stored
         if any(before.get(case, digest) != digest for case, digest in now.items()):
             (self.directory / RESULT).unlink(missing_ok=True)
-        stored = {**stored, "networks": now}
+        stored, own = {**stored, "networks": now}, trust.is_own(self.directory / SETTINGS)
         _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
+        if own:
+            self._record(stored)
         return stored
+
+    def _record(self, settings: Mapping[str, Any]) -> None:
+        """That the settings are of this user, who named the model."""
+        if self.directory is not None and isinstance(kept := settings.get("provenance"), Mapping):
+            trust.record(self.directory / SETTINGS, {"given": kept.get("given")})
 
     def clear(self, *, batches: bool) -> None:
         """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings
@@ -269,7 +278,7 @@ def read_json(path: Path) -> dict[str, Any]:
     UserError: the file is absent or damaged.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: there is no finished evaluation in {path.parent}") from None
     except ValueError:

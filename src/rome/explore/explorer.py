@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from rome import trust
 from rome.analysis.subject import NATURAL, Subject, open_subjects, short
 from rome.attacks import APGD, AttackThreat
 from rome.errors import UserError, did_you_mean
@@ -99,6 +100,7 @@ class Explorer:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.name = subject, subject.name
+        self._trusted = trust.allowed()
         self.layers = tuple(expert_layers(subject.model))
         self._experts = {name: layer.experts for name, layer in expert_layers(subject.model).items()}
         self._seen: OrderedDict[tuple[object, ...], _Attacked] = OrderedDict()
@@ -179,7 +181,7 @@ class Explorer:
         if label is None:
             label = self.predict(image)
         key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, repr(ball), steps if ball else 0)
-        with self._lock:
+        with trust.trusting(self._trusted), self._lock:  # a page asks from threads of its own
             if key not in self._seen:
                 self._seen[key] = self._attack(image, label, ball, steps)
             self._seen.move_to_end(key)
@@ -258,8 +260,10 @@ def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall])
     return ball if ball.eps > 0 else None
 
 
-def open_explorers(folders: Sequence[Path], device: str | None = None) -> list[Explorer]:
-    """The runs in these folders, to be shown the same images.
+@trust.opens_files
+def open_explorers(folders: Sequence[Path], device: str | None = None, *, trust_code: bool = False) -> list[Explorer]:
+    """The runs in these folders, to be shown the same images. ``trust_code`` lets them run the code that they name
+    (:mod:`rome.trust`), also later.
 
     Raises:
         UserError: more than two, one that holds no finished run, or runs on different data.

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rome import trust
 from rome.errors import UserError, first_line
 from rome.experts import Experts, expert_layers
 from rome.files import replace_with
-from rome.models.building import create_model
+from rome.models.building import ModelSettings, create_model
 from rome.models.loading import fit, read_tensors
 
 
@@ -50,23 +52,26 @@ def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
-def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+@trust.opens_files
+def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """A model from a file saved by :func:`save_model`, in evaluation mode.
 
     Args:
         path: the file, or a run's folder.
         model: your own module to load into; None builds the model from the config in the file.
+        trust_code: build it also if the file names code for that, and no training of yours wrote it here
+            (:mod:`rome.trust`).
 
     Raises:
         UserError: not such a file, or it does not fit.
     """
-    metadata, tensors = read_tensors(path)
+    metadata, tensors = read_tensors(path, follow=model is None)
     if metadata.get("format") == "experts":
         raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
     if model is None:
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
-        model = create_model(**metadata["model"])
+        model = _built(metadata["model"], path)
     _check_settings(metadata.get("experts"), model, path)
     if metadata.get("experts") and not expert_layers(model):
         trial = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
@@ -74,6 +79,16 @@ def load_model(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         _inject(metadata["experts"], model, path)
     fit(model, tensors, expected=set(model.state_dict()), path=path)
     return model.eval()
+
+
+def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
+    """The untrained model whose arguments of :func:`create_model` a file keeps; it needs no weights but the file's."""
+    own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields and key != "args"}
+    try:
+        settings = ModelSettings(**own).untrained().model_dump(exclude={"args"}, exclude_none=True)
+        return create_model(**settings, **{key: value for key, value in recipe.items() if key not in own})
+    except (ValidationError, TypeError) as error:  # nonsense; the latter without a number of classes
+        raise UserError(f"{path} does not say how its model is built; pass the module to load it into") from error
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
@@ -99,6 +114,7 @@ def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any])
     }  # tied weights are written twice
     try:
         replace_with(Path(path), lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
+        trust.record(Path(path), metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({first_line(error)}): is the disk full?") from error
 
@@ -140,8 +156,9 @@ def _inject(settings: list[dict[str, Any]] | dict[str, Any], model: nn.Module, p
     for each in settings if isinstance(settings, list) else [settings]:
         plain = dict(each)
         try:
-            experts = Experts.of_kind(plain.pop("kind")).model_validate(plain)
-        except Exception as error:
+            Experts.of_kind(plain.pop("kind")).model_validate(plain).inject(model)
+        except UserError:
+            raise
+        except Exception as error:  # also what sizes without sense raise
             raise UserError(f"{path} holds experts this version cannot build: {first_line(error)}") from error
-        experts.inject(model)
     return model

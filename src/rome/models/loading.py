@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import pickle
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
+from rome import trust
 from rome.errors import UserError, first_line
+from rome.files import Unreadable, parse_json
 from rome.models.classifier import Classifier
+from rome.models.pickles import load_pickle
 
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
@@ -85,11 +86,23 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(inside + name for name in linears[-1:])
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class _Metadata(BaseModel):
+    """The form of what rome writes into a file, so that whoever follows it finds no surprise."""
+
+    format: str | None = None
+    model: dict[str, Any] | None = None
+    experts: dict[str, Any] | list[dict[str, Any]] | None = None
+    config: dict[str, Any] | None = None
+
+
+def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata and tensors of a safetensors file; ``path`` may be a run's folder. Only ours have metadata.
 
+    Args:
+        follow: what the metadata names will be built, so it must not name code (:mod:`rome.trust`).
+
     Raises:
-        UserError: no such file, or not a safetensors file.
+        UserError: no such file, not a safetensors file, or metadata that is not of ours.
     """
     file = Path(path)
     if file.is_dir():
@@ -99,9 +112,18 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"there is no model at {file}{hint}; give a finished run's folder or a .safetensors file")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get("rome", "{}"))
+            metadata = parse_json((opened.metadata() or {}).get("rome", "{}"))
+            _Metadata.model_validate(metadata)
+            if follow:
+                trust.check(file, metadata)
             return metadata, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(("metadata", *map(str, first["loc"])))
+        raise UserError(f"{file} is not a file of rome's: {where}: {first['msg']}; train or copy it again") from error
+    except Unreadable as error:
+        raise UserError(f"{file} is not a file of rome's: metadata: {error}; train or copy it again") from error
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is not a readable safetensors file ({first_line(error)}); train or copy it again"
         ) from error
@@ -116,18 +138,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"there is no checkpoint at {file}; give an existing file ({', '.join(CHECKPOINTS)})")
-    try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if found is None:
-            raise UserError(f"{file} is not a checkpoint of torch.save; copy it again") from error
-        raise UserError(
-            f"{file} holds Python objects ({found[1]}), and rome loads tensors alone, for others could run code: load "
-            "it where you trust it, torch.save(model.state_dict(), ...) and give that file"
-        ) from error
-    except Exception as error:  # a damaged file raises almost any kind
-        raise UserError(f"{file} cannot be read ({first_line(error)}); copy it again") from error
+    held = load_pickle(file)
     while isinstance(held, Mapping) and not _is_state(held):
         inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), None)
         if inner is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import importlib.util
 import sys
 from contextlib import redirect_stdout
@@ -17,6 +16,7 @@ from torch import nn
 
 from rome.backbones import BACKBONES, IDENTITY, Normalization
 from rome.errors import UserError, did_you_mean, first_line
+from rome.trust import import_own, names_code
 
 ROBUSTBENCH = "robustbench:"
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -42,10 +42,10 @@ def make_backbone(
     """
     if name.startswith(ROBUSTBENCH):
         return robustbench_model(name.removeprefix(ROBUSTBENCH), num_classes=num_classes, **options)
-    ours = ":" in name or name in BACKBONES
+    ours = names_code(name) or name in BACKBONES
     if ours and pretrained:
         raise UserError(f"model.pretrained is for timm's models, not {name}; name a file in model.weights")
-    if ":" in name:
+    if names_code(name):
         return _own_function(name)(num_classes=num_classes, **options)
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
@@ -118,7 +118,7 @@ def robustbench_model(
 def _own_function(name: str) -> Any:
     place, _, function = name.rpartition(":")
     try:
-        module = _executed(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _executed(Path(place)) if place.endswith(".py") else import_own(place)
         return getattr(module, function)
     except Exception as error:  # whatever the file does
         raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error

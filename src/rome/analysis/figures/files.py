@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 
+from rome import trust
 from rome.analysis.figures.base import Options, PaperFigure, registered
 from rome.analysis.subject import Subject, open_subjects
 from rome.errors import UserError, did_you_mean
@@ -31,6 +32,7 @@ _STYLE: Any = {
 }
 
 
+@trust.opens_files
 def write_figures(
     runs: Sequence[Path | Subject],
     out: Path,
@@ -39,6 +41,7 @@ def write_figures(
     formats: Sequence[str] = ("pdf", "png"),
     options: Options | None = None,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> list[Path]:
     """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
 
@@ -46,6 +49,7 @@ def write_figures(
         runs: their folders, or what is there already: :func:`rome.analysis.subject.open_subjects`, and models that no
             run made (:func:`rome.analysis.subject.open_given`, :class:`rome.analysis.subject.GivenModel`).
         device: of runs that are named by their folders.
+        trust_code: let files run the code that they name (:mod:`rome.trust`).
 
     A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
     is an error.
