@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
@@ -24,6 +24,7 @@ from rome.data import Data
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
+from rome.files import check_name
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.optim import AdamW, Optimizer, Schedule
@@ -80,8 +81,8 @@ class Paper(Settings):
 class Config(Settings):
     """Everything that determines a run."""
 
-    name: str = ""
-    """Shown in tables; the file's name if empty."""
+    name: Annotated[str, AfterValidator(check_name)] = ""
+    """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
     about: str = ""
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=20, ge=1)

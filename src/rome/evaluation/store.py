@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rome.attacks.base import Model
 from rome.errors import UserError
 from rome.experts.recording import expert_layers
-from rome.files import flatten, replace_file
+from rome.files import flatten, remove_partials, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
@@ -81,6 +81,8 @@ class Store:
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
+        for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
+            remove_partials(folder)
         unseen = settings["model"]["sha256"] is None
         stored = None if overwrite else self.stored_settings()
         if stored is None:
