@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import rome
 from rome.analysis import examples
-from rome.analysis.compared import gather, paired
+from rome.analysis.compared import findings, gather, paired
 from rome.assess import evaluate_given
 from rome.cli import main
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
@@ -34,7 +34,7 @@ from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
 from rome.evaluation.given import Given
 from rome.models import file_hash
-from rome.report import compare, write_report
+from rome.report import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import no_traceback
 
@@ -344,7 +344,7 @@ def test_the_paired_comparison_is_that_of_the_stored_matrices(two: list[Path]) -
     assert found.value == pytest.approx((only_ours - only_theirs) / N)
     assert found.p == pytest.approx(binomtest(only_ours, only_ours + only_theirs).pvalue)
     assert [run.name for run in (first, second)] == ["plain", "odd"], "both are traced.pt"
-    told = compare([first, second])[1]
+    told = findings([first, second])[1]
     assert f"{100 * abs(found.value):.1f} points above" in told
 
 

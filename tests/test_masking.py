@@ -202,7 +202,7 @@ def pattern(both: int, only_a: int, only_b: int, none: int) -> tuple[np.ndarray,
     return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
 
 
-def test_a_difference_is_clear_if_interval_and_test_agree() -> None:
+def test_a_difference_is_clear_if_the_exact_test_rejects() -> None:
     borderline = paired_difference(*pattern(40, 5, 0, 15))
     assert borderline.low > 0
     assert borderline.p == pytest.approx(0.0625)

@@ -219,6 +219,34 @@ def test_one_run_each_is_compared_on_the_same_examples(tmp_path: Path) -> None:
     assert line.gain == (expected.value, expected.low, expected.high)
 
 
+def test_intervals_of_several_differences_hold_together(tmp_path: Path) -> None:
+    def made(name: str, method: str, union: float, *, experts: bool, seed: int = 0) -> Path:
+        settings = {"method": method, "seed": seed, **({"experts": {"kind": "low-rank"}} if experts else {})}
+        return evaluated(tmp_path / name, settings, (0.5, 0.5, union))
+
+    two = [made("a", "random", 0.3, experts=False), made("b", "random", 0.4, experts=True)]
+    four = [*two, made("c", "max", 0.3, experts=False), made("d", "max", 0.35, experts=True)]
+    filled = [[line for line in fill("1", runs) if line.section == "CIFAR-10"] for runs in (two, four)]
+    alone, among = (line_of(lines, "PGD RoME+RANDOM").gain for lines in filled)
+    assert alone[0] == among[0] == pytest.approx(0.1)
+    # normal quantiles of 95% and of 97.5%
+    assert (among[2] - among[1]) / (alone[2] - alone[1]) == pytest.approx(2.2414027 / 1.9599640)
+    assert "in brackets intervals that hold together with 95% for all 2" in render("Table 1", filled[1], "text")
+
+
+def test_seeds_that_agree_have_a_difference_without_an_interval(tmp_path: Path) -> None:
+    runs = [
+        evaluated(tmp_path / f"{i}{s}", {"seed": s, **settings}, (0.5, 0.5, 0.3 + 0.1 * i))
+        for i, settings in enumerate(({}, {"experts": {"kind": "low-rank"}}))
+        for s in range(2)
+    ]
+    lines = [line for line in fill("1", runs) if line.section == "CIFAR-10"]
+    value, low, high = line_of(lines, "PGD RoME+RANDOM").gain
+    assert value == pytest.approx(0.1)
+    assert np.isnan([low, high]).all()
+    assert "+10.0 (" not in render("Table 1", lines, "text")
+
+
 def test_table_5_reads_the_evaluations_with_other_gates(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
     evaluated(run, {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.2), routing="inverse")

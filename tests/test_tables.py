@@ -6,22 +6,25 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
-from rome.analysis.compared import paired
+from rome.analysis.compared import findings, paired
 from rome.analysis.evaluated import EvaluatedModel, EvaluatedRun
 from rome.analysis.robustbench import entries_of, eps_text, percent, write_entries
 from rome.analysis.tables import columns_of, missing, show, tabulate
 from rome.cli import main
 from rome.errors import UserError
 from rome.evaluating import Case, Report
+from rome.evaluation.statistics import holm
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS
-from rome.report import compare, write_report
+from rome.report import write_report
 from rome.runs import Run
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
 from rome.training import train
@@ -126,7 +129,7 @@ def test_pairs_of_unions_over_some_cases() -> None:
     assert paired(A, B, ["L2"]).p == 1.0
 
 
-def evaluated(found: Report, folder: Path, name: str = "My run/é", **changes: Any) -> EvaluatedRun:
+def evaluated(found: Report, folder: Path, name: str = "My run:é", **changes: Any) -> EvaluatedRun:
     return EvaluatedRun(name=name, run=Run(folder), config=tiny(name=name, **changes), folder=folder, report=found)
 
 
@@ -134,19 +137,57 @@ def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
     right = [[1] * 40, [1] * 40, [1] * 40, [1] * 40]
     wrong = [[1] * 40, [1] * 40, [1] * 40, [0] * 7 + [1] * 33]
     runs = [evaluated(report(LP, columns), tmp_path, name) for name, columns in (("a", right), ("b", wrong))]
-    told = compare(runs)
+    told = findings(runs)
     assert told[0].startswith("a classifies 100.0% of 40 test examples right under every attack (L1, L2, Linf)")
     assert "exact McNemar p = 0.016): more than the choice of examples explains" in told[1]
-    tied = compare([evaluated(report(LP, wrong), tmp_path, name) for name in ("a", "b")])
+    tied = findings([evaluated(report(LP, wrong), tmp_path, name) for name in ("a", "b")])
     assert tied[1].startswith(
         "b reaches the same share on the same examples (95% interval -4.7 to +4.7, exact McNemar p"
     )
     waiting = report(LP, right[:3], pending=("Linf",))
-    assert compare([evaluated(waiting, tmp_path)]) == [
+    assert findings([evaluated(waiting, tmp_path)]) == [
         "Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."
     ]
     corrupted = report(CORRUPTIONS[:1], right[:2])
-    assert compare([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
+    assert findings([evaluated(corrupted, tmp_path)]) == ["No attack was run, so there is no union to compare."]
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("k", [2, 5, 10])
+def test_of_equal_models_one_report_in_twenty_at_most_claims_a_difference(k: int, named: bool, tmp_path: Path) -> None:
+    """Images are as hard for every model. A family-wise error of .05 exceeds the bound once in a million seeds."""
+    rng, reports = np.random.default_rng([k, named]), 300
+    claims, one = 0, evaluated(A, tmp_path)
+    for _ in range(reports):
+        right = rng.random((k, 60)) < rng.random(60)
+        runs = [replace(one, report=report(LP[:1], [[1] * 60, row.tolist()])) for row in right]
+        claims += any("more than the choice" in sentence for sentence in findings(runs, runs[0] if named else None))
+    assert claims <= binom.ppf(1 - 1e-6, reports, 0.05)
+
+
+def test_comparisons_are_counted_and_a_named_base_leaves_fewer(tmp_path: Path) -> None:
+    wrong = [0, 7, 2, 1]
+    runs = [
+        evaluated(report(LP[:1], [[1] * 40, [0] * n + [1] * (40 - n)]), tmp_path, name)
+        for n, name in zip(wrong, "abcd", strict=True)
+    ]
+    told = findings(runs)
+    assert "exact McNemar p = 0.094): within what the choice" in told[1], "2 (1/2)^7 times six pairs"
+    assert "the 6 comparisons among the 4" in told[-2]
+    based = findings(runs, runs[0])
+    assert "exact McNemar p = 0.047): more than the choice" in based[1], "times three"
+    assert "the 3 comparisons with a;" in based[-2]
+    assert findings(runs, runs[1])[1].startswith("That is 17.5 points below a on the same examples")
+    assert sum("comparisons" in sentence for sentence in findings(runs[:2])) == 0
+    # intervals hold together: those of six are wider than those of three
+    width = [float(re.search(r"interval \S+ to (\S+),", text[1])[1]) for text in (told, based)]
+    assert width[0] > width[1]
 
 
 def test_attacks_of_code_that_is_not_there_are_told(tmp_path: Path) -> None:

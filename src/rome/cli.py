@@ -16,6 +16,7 @@ import typer
 from rome import options
 from rome.choices import Family, choices
 from rome.errors import Incomplete, Interrupted, UserError, printable
+from rome.files import explain
 from rome.trust import opens_files
 
 app = typer.Typer(
@@ -197,6 +198,9 @@ def report(
     union: Annotated[
         list[str] | None, typer.Option(help="A further column: the union over these cases, L1,Linf. Repeatable.")
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The run that all others are compared with; the best if not given.")
+    ] = None,
     robustbench: Annotated[
         bool, typer.Option("--robustbench", help="Also write RobustBench's model_info JSON files.")
     ] = False,
@@ -206,7 +210,7 @@ def report(
     from rome.report import write_report
 
     unions = [_names(names) for names in union or ()]
-    _say(f"open {write_report(runs, out, suite=suite, unions=unions, robustbench=robustbench)}")
+    _say(f"open {write_report(runs, out, suite=suite, unions=unions, robustbench=robustbench, base=base)}")
 
 
 class TableFormat(StrEnum):
@@ -376,6 +380,12 @@ def exiting() -> Iterator[None]:
         yield
     except UserError as error:
         _say(f"error: {printable(str(error))}")
+        sys.exit(2)
+    except OSError as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _say(f"error: {line}")
         sys.exit(2)
     except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
         _say(f"error: {failed}")

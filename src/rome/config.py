@@ -22,10 +22,11 @@ from rome.data import Data
 from rome.errors import UserError, did_you_mean, printable
 from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
-from rome.files import Place, Unreadable, parse_yaml
+from rome.files import check_name
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.optim import AdamW, Optimizer, Schedule
+from rome.plain_data import Place, Unreadable, parse_yaml
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 from rome.trust import import_own
 
@@ -41,16 +42,6 @@ def _threats(value: Any) -> Any:
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
         return NAMED_BUDGETS[value]
-    return value
-
-
-def _inside(value: str) -> str:
-    """A name that stays inside the folder that it is joined to."""
-    path = Path(value.replace("\\", "/"))
-    if value and (not path.parts or path.is_absolute() or ".." in path.parts or value != printable(value)):
-        raise ValueError(f"{value!r} names no folder inside runs/; write a name such as rome-random")
-    if any(len(part) > LONGEST_NAME for part in path.parts):
-        raise ValueError(f"too long for a folder's name; use at most {LONGEST_NAME} characters")
     return value
 
 
@@ -93,8 +84,8 @@ class Paper(Settings):
 class Config(Settings):
     """Everything that determines a run."""
 
-    name: Annotated[str, AfterValidator(_inside)] = ""
-    """Shown in tables; the file's name if empty. The run's folder is called so unless ``--out`` says another."""
+    name: Annotated[str, AfterValidator(check_name)] = ""
+    """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
     about: str = ""
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=20, ge=1)

@@ -1,19 +1,30 @@
-"""Files that are whole or not there, plain data out of text of unknown origin, and nested data under dotted names."""
+"""Files that are whole or not there, what keeps them from being written, and nested data under dotted names."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-import yaml
+from rome.errors import UserError
 
-DEEPEST, MOST = 60, 100_000
-"""How deep plain data may be nested, and how many values it may have."""
-LONGEST_JSON, LONGEST_YAML = 16_000_000, 1_000_000
-"""Characters of its text; YAML is read a hundred times slower."""
+ROOM = 2**20
+"""Bytes that a folder for results must have room for before the work begins."""
+LONGEST_NAME = 150
+"""Bytes of a name that folders and files are called by; file systems allow 255, and endings come on top."""
+_FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on file sizes"}
+_ADVICE = {
+    **_FULL,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "check its permissions, or choose another path",
+    errno.EPERM: "check its permissions, or choose another path",
+}
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -22,7 +33,11 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for what ``write`` writes into the file it is given. If it fails, what was there stays."""
+    """The same for what ``write`` writes into the file it is given. If it fails, what was there stays.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` is the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -30,8 +45,11 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk comes without, the rest with the partial file's
         raise
     if os.name == "posix":  # make the new name itself durable
         folder = os.open(path.parent, os.O_RDONLY)
@@ -41,97 +59,72 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
-class Unreadable(ValueError):  # noqa: N818
-    """Text is not plain data. ``line`` counts from 1; 0 where none is to blame."""
-
-    def __init__(self, message: str, line: int = 0) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Raises:
-    Unreadable: not JSON, or too long or too deep to be of ours.
-    """
-    try:
-        data = json.loads(_short_enough(text, LONGEST_JSON))
-    except RecursionError:
-        raise Unreadable(f"nested more than {DEEPEST} deep") from None
-    except ValueError as error:
-        raise Unreadable(f"not valid JSON: {error}") from error
-    values, left = [(data, 0)], MOST
-    while values:
-        value, depth = values.pop()
-        left = _counted(depth, left)
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        values.extend((part, depth + 1) for part in inner)
-    return data
-
-
-Place = tuple[str | int, ...]
-
-
-def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, line: None) -> Any:
-    """YAML as plain data. Aliases count as often as they are used, so that few lines cannot mean billions of values.
+def remove_partials(folder: Path, *, alone: bool = False) -> None:
+    """Remove what killed processes left half written in a folder.
 
     Args:
-        note: gets the line of every value and of every key.
+        alone: nobody else writes there; otherwise the files of processes that are alive stay.
+    """
+    for partial in folder.glob(".*.partial"):
+        number = partial.name.split(".")[-2]
+        if number.isdecimal() and (alone or not _another(int(number))):
+            partial.unlink(missing_ok=True)
+
+
+def _another(process: int) -> bool:
+    """Whether there is another process of this number on this machine."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for results, before the work they come from: made, tried, and without what killed processes left.
 
     Raises:
-        Unreadable: not YAML, a key twice in one mapping, or too long, deep or large to be a config.
+        UserError: it is a file, or cannot be made or written, or its disk is full.
     """
-    loader = yaml.SafeLoader("")
-    left = MOST
-
-    def plain(node: yaml.Node, place: Place) -> Any:
-        nonlocal left
-        left = _counted(len(place), left)
-        note(place, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [plain(child, (*place, number)) for number, child in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            value = loader.construct_object(node)
-            if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to print 0xFF... of thousands
-                raise Unreadable("a number of more than 1024 bits", node.start_mark.line + 1)
-            return value
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise Unreadable("not valid YAML for a config: a key is a word", key_node.start_mark.line + 1)
-            key = str(key_node.value)
-            if key in found:
-                raise Unreadable(f"{key!r} is given twice; keep one", key_node.start_mark.line + 1)
-            found[key] = plain(value_node, (*place, key))
-            note((*place, key), key_node.start_mark.line + 1)
-        return found
-
     try:
-        node = yaml.compose(_short_enough(text, LONGEST_YAML), Loader=yaml.SafeLoader)
-        return None if node is None else plain(node, ())
-    except RecursionError:
-        raise Unreadable(f"not valid YAML: nested more than {DEEPEST} deep") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or error
-        raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
-    except Unreadable:
-        raise
-    except ValueError as error:  # a date that is none
-        raise Unreadable(f"not valid YAML: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+        remove_partials(folder)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        advice = _FULL.get(error.errno or 0, "choose another --out")
+        raise UserError(f"nothing can be written in {folder} ({reason}): {advice}") from error
 
 
-def _short_enough(text: Any, longest: int) -> Any:
-    if len(text) > longest:
-        raise Unreadable(f"{len(text):,} characters, more than {longest:,}")
-    return text
+def explain(error: OSError) -> str | None:
+    """A file system's error in a line: path, reason and advice; None for an error that is of none."""
+    if error.filename is None and error.errno not in _FULL:
+        return None
+    reason, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0, "check the path")
+    return f"{reason}: {advice}" if error.filename is None else f"{error.filename}: {reason}: {advice}"
 
 
-def _counted(depth: int, left: int) -> int:
-    if depth > DEEPEST:
-        raise Unreadable(f"nested more than {DEEPEST} deep")
-    if not left:
-        raise Unreadable(f"more than {MOST:,} values, aliases counted as often as they are used")
-    return left - 1
+def check_name(name: str) -> str:
+    """A name that a folder can be called by, as it is.
+
+    Raises:
+        ValueError: it would lead out of its folder, is too long, or holds characters that no file name may.
+    """
+    wrong = [letter for letter in name if letter in "/\\" or not letter.isprintable()]
+    if wrong:
+        raise ValueError(f"{name[:40]!r} holds {wrong[0]!r}; folders are called by it, so use letters, digits, - and _")
+    if name in (".", ".."):
+        raise ValueError(f"{name!r} is no name of a folder; use letters, digits, - and _")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"{name[:40]!r}... is {len(name.encode())} bytes long; at most {LONGEST_NAME}")
+    return name
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

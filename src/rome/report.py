@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from rome import trust
 from rome.analysis import charts, examples, gates
 from rome.analysis.classes import by_class
-from rome.analysis.compared import config_differences, gather, paired
+from rome.analysis.compared import config_differences, findings, gather
 from rome.analysis.evaluated import Evaluated, EvaluatedRun
 from rome.analysis.figures import Options, registered
 from rome.analysis.figures.training import HELD_OUT
@@ -33,7 +32,7 @@ from rome.cost import macs
 from rome.errors import UserError
 from rome.evaluation.store import hash_data
 from rome.experts import expert_layers
-from rome.files import replace_file
+from rome.files import make_folder, replace_file
 from rome.threats import LpBall
 
 EXAMPLES = 4
@@ -54,6 +53,7 @@ def write_report(
     unions: Sequence[Sequence[str]] = (),
     robustbench: bool = False,
     trust_code: bool = False,
+    base: Path | None = None,
 ) -> Path:
     """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
 
@@ -66,6 +66,8 @@ def write_report(
         unions: further columns, each the union over these cases.
         robustbench: also write RobustBench's entries into ``out`` (:func:`rome.analysis.robustbench.write_entries`).
         trust_code: let files run the code that they name (:mod:`rome.trust`).
+        base: the one that the others are compared with, chosen before their numbers were seen; unless given, the best
+            is (:func:`rome.analysis.compared.findings`).
 
     Returns:
         The HTML file: one file that needs no other and no network.
@@ -74,24 +76,22 @@ def write_report(
         UserError: a folder without a run or an evaluation, evaluations that cannot be compared, or an ``out`` that
             cannot be written.
     """
-    compared = gather(runs, suite)
+    compared = gather(runs if base is None else [base, *runs], suite)
     if compared[0].others and suite is None:
         others = ", ".join(compared[0].others)
         print(f"{compared[0].name} has other evaluations too (--suite shows them): {others}", file=sys.stderr)
     trained = [run for run in compared if isinstance(run, EvaluatedRun)]
     rows = [(run.name, run.report) for run in compared]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a folder")
     for cases in unions:
         for run in compared:
             run.report.union_of(cases)  # are they there?
-    _make(out)
+    make_folder(out)
     entries = write_entries(compared, out) if robustbench else []
     show(rows, unions)
     for entry in entries:
         print(entry, file=sys.stderr)
-    findings = compare(compared)
-    for sentence in findings:
+    sentences = findings(compared, compared[0] if base is not None else None)
+    for sentence in sentences:
         print(sentence)
 
     columns, cells = tabulate(rows, unions)
@@ -104,7 +104,7 @@ def write_report(
         "columns": columns,
         "cells": cells,
         "covered": covered(rows),
-        "findings": findings,
+        "findings": sentences,
         "eps": compared[0].budgets,
         "missing": [missing(run.report) for run in compared],
         "chart": Markup(charts.accuracies(rows, unions)),
@@ -117,7 +117,13 @@ def write_report(
         "differences": config_differences([run.config for run in trained]),
         "yaml": {run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained},
         "command": shlex.join(
-            ["rome", "report", *map(str, runs), "--out", str(out), *(["--suite", suite] if suite else [])]
+            [
+                *("rome", "report", *map(str, runs), "--out", str(out)),
+                *(["--suite", suite] if suite else []),
+                *(part for cases in unions for part in ("--union", ",".join(cases))),
+                *(["--base", str(base)] if base is not None else []),
+                *(["--robustbench"] if robustbench else []),
+            ]
         ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "notes": notes,
@@ -134,52 +140,6 @@ def write_report(
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
-
-
-def _make(out: Path) -> None:
-    """The folder, before what takes long is put into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"nothing can be written in {out} ({error.strerror}): name another folder with --out"
-        ) from error
-
-
-def compare(runs: Sequence[Evaluated]) -> list[str]:
-    """What the unions say, and which differences the examples cannot decide."""
-    if any(run.report.failed for run in runs):
-        return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
-    if any(run.report.pending for run in runs):
-        return ["Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."]
-    if not runs[0].report.attacks:
-        return ["No attack was run, so there is no union to compare."]
-    best = max(runs, key=lambda run: run.report.union)
-    share, n, cases = f"{best.report.union:.1%}", best.report.n, ", ".join(best.report.attacks)
-    text = [f"{best.name} classifies {share} of {n} test examples right under every attack ({cases})."]
-    for run in runs:
-        if run is not best:
-            difference = paired(best.report, run.report)
-            span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-            span += f", exact McNemar {_p(difference.p)}"
-            meaning = (
-                "more than the choice of examples explains"
-                if difference.clear
-                else "within what the choice of examples explains"
-            )
-            ahead = f"That is {100 * difference.value:.1f} points above {run.name}"
-            if difference.value == 0:
-                ahead = f"{run.name} reaches the same share"
-            text.append(f"{ahead} on the same examples ({span}): {meaning}.")
-    if len(runs) > 1:
-        text.append("The intervals do not cover the training seed: another one can move a number by points.")
-    return text
-
-
-def _p(value: float) -> str:
-    return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
 
 
 class _Pictures:
@@ -352,4 +312,4 @@ def _markdown(value: object) -> str:
     return " ".join(text.split())
 
 
-__all__ = ["compare", "show", "tabulate", "write_report"]
+__all__ = ["show", "tabulate", "write_report"]

@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from rome import trust
 from rome.config import Config, parse
 from rome.errors import UserError, first_line
-from rome.files import flatten, parse_yaml, replace_file, replace_with
+from rome.files import flatten, make_folder, remove_partials, replace_file, replace_with
 from rome.models.pickles import load_pickle
+from rome.plain_data import parse_yaml
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
@@ -79,18 +80,18 @@ class Run:
             UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
                 read.
         """
-        held = self.folder.exists() and not self.config_file.exists()
-        if held and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
-            raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            held = self.folder.exists() and not self.config_file.exists()
+            if held and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
+                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+            make_folder(self.folder)
             self._lock.acquire()
         except Timeout:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
             ) from None
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another --out") from error
+            raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
         try:
             return self._ready(config, resume=resume, overwrite=overwrite)
         except UserError:
@@ -108,9 +109,7 @@ class Run:
             )
         if resume and self.config_file.exists():
             self.check_same(config)
-        for file in (self.checkpoint_file, self.model_file):  # what a kill left half written
-            for partial in self.folder.glob(f".{file.name}.*.partial"):
-                partial.unlink(missing_ok=True)
+        remove_partials(self.folder, alone=True)
         dumped = config.dump()
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
@@ -129,9 +128,10 @@ class Run:
                 self.checkpoint_file, lambda partial: torch.save({**state, "format": CHECKPOINT_FORMAT}, partial)
             )
         except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
+            kept = "The checkpoint before it is kept" if self.checkpoint_file.exists() else "There is none before it"
             raise UserError(
-                f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? The checkpoint "
-                "before it is kept; make room and go on with --resume"
+                f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
+                "and go on with --resume"
             ) from error
 
     def load_checkpoint(self) -> dict[str, Any]:

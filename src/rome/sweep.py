@@ -8,6 +8,7 @@ is unfinished. Points that differ in the seed alone are one row of the table: me
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -33,7 +34,8 @@ from rome.config import Config, load
 from rome.errors import Interrupted, UserError
 from rome.evaluating import Report
 from rome.evaluation.store import RESULT
-from rome.files import parse_yaml, replace_file
+from rome.files import LONGEST_NAME, make_folder, replace_file
+from rome.plain_data import parse_yaml
 from rome.runs import Run
 from rome.terminal import print_table
 
@@ -94,12 +96,22 @@ def points(configs: Sequence[Path], axes: Sequence[str], out: Path) -> list[Poin
         for overrides in itertools.product(*grid):
             config = load(file, overrides)
             varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
-            folder = out / "-".join([config.name, *(text.replace("/", "_").replace(" ", "") for text in varied)])
-            found.append(Point(Path(file), overrides, folder, config))
+            found.append(Point(Path(file), overrides, out / _folder_name(config.name, varied), config))
     twice = sorted({str(p.folder) for p in found if sum(q.folder == p.folder for q in found) > 1})
     if twice:
         raise UserError(f"{twice[0]} would be more than one run; give the configs different names (name=...)")
     return found
+
+
+def _folder_name(name: str, varied: Sequence[str]) -> str:
+    """``NAME-key=value``; what no file name may hold is replaced, and what would be too long ends in a hash."""
+    whole = "-".join([name, *varied])
+    text = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in whole)
+    text = text.replace(" ", "")
+    if len(text.encode()) <= LONGEST_NAME:
+        return text
+    start = text.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
@@ -125,6 +137,8 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
     Raises:
         Interrupted: SIGINT or SIGTERM; the runs under way wrote their checkpoints.
     """
+    for folder in {point.folder.parent for point in chosen}:
+        make_folder(folder)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     waiting = [(number, point) for number, point in enumerate(chosen, 1) if not _done(point)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rome.analysis.subject import names_of
 from rome.config import Config
 from rome.errors import UserError
 from rome.evaluating import Report
-from rome.evaluation.statistics import Difference, paired_difference
+from rome.evaluation.statistics import Difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.evaluation.suites import LP
 from rome.files import flatten
@@ -85,6 +86,52 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
     return evaluated
 
 
+def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[str]:
+    """What the unions say, and which differences the examples cannot decide.
+
+    The best is compared with every other. As the same examples choose it, all pairs count as comparisons; with a
+    ``base``, which was chosen without them, those with it alone. p-values and intervals are corrected for their number
+    (:func:`all_paired`), so that of models that are equally good one report in twenty at most claims a difference. No
+    other column is tested.
+    """
+    if any(run.report.failed for run in runs):
+        return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
+    if any(run.report.pending for run in runs):
+        return ["Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."]
+    if not runs[0].report.attacks:
+        return ["No attack was run, so there is no union to compare."]
+    ranked = sorted(runs, key=lambda run: -run.report.union)
+    first = base or ranked[0]
+    others = [run for run in runs if run is not first]
+    pairs = list(combinations(ranked, 2)) if base is None else [(first, run) for run in others]
+    found = dict(zip(pairs, all_paired([(a.report, b.report) for a, b in pairs]), strict=True))
+    share, n, cases = f"{first.report.union:.1%}", first.report.n, ", ".join(first.report.attacks)
+    text = [f"{first.name} classifies {share} of {n} test examples right under every attack ({cases})."]
+    for run in others:
+        difference = found[first, run]
+        span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+        span += f", exact McNemar {_p(difference.p)}"
+        meaning = "more than" if difference.clear else "within what"
+        side = "above" if difference.value > 0 else "below"
+        ahead = f"That is {100 * abs(difference.value):.1f} points {side} {run.name}"
+        if difference.value == 0:
+            ahead = f"{run.name} reaches the same share"
+        text.append(f"{ahead} on the same examples ({span}): {meaning} the choice of examples explains.")
+    if len(pairs) > 1:
+        which = f"with {first.name}" if base is not None else f"among the {len(runs)}, as the examples chose the best"
+        text.append(
+            f"p-values (Holm) and intervals (Bonferroni) are corrected for the {len(pairs)} comparisons {which}; no "
+            "other column is tested."
+        )
+    if others:
+        text.append("The intervals do not cover the training seed: another one can move a number by points.")
+    return text
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
+
+
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
     """Dotted key -> value in each config, for the keys that differ and determine results; None where absent."""
     flat = [flatten(config.dump()) for config in configs]
@@ -101,9 +148,15 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
     Raises:
         UserError: one of the cases is not in both reports, or they are not of the same examples.
     """
-    if not same_examples(a, b):
+    return all_paired([(a, b)], cases)[0]
+
+
+def all_paired(pairs: Sequence[tuple[Report, Report]], cases: Sequence[str] | None = None) -> list[Difference]:
+    """:func:`paired` of all pairs that are claimed together, corrected for their number
+    (:func:`rome.evaluation.statistics.paired_differences`)."""
+    if not all(same_examples(a, b) for a, b in pairs):
         raise UserError("the two were not evaluated on the same examples, so a paired comparison has no meaning")
-    return paired_difference(a.right(cases), b.right(cases))
+    return paired_differences([(a.right(cases), b.right(cases)) for a, b in pairs])
 
 
 def same_examples(a: Report, b: Report) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rome import trust
+from rome.analysis.lines import Cell, Line, with_best
 from rome.analysis.paper_rows import COST
-from rome.analysis.paper_tables import Cell, Line, fill, same_row, with_best
+from rome.analysis.paper_tables import fill, same_row
 from rome.config import Config, load
 from rome.cost import compare
 from rome.errors import UserError

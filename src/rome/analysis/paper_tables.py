@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rome.analysis.compared import PREFERRED_SUITES, paired
+from rome.analysis.compared import PREFERRED_SUITES
 from rome.analysis.evaluated import EvaluatedModel, is_evaluation, load_evaluation
-from rome.analysis.paper_rows import BALLS, BY_MODEL, CASES, OURS, SIZE, TABLES, UNITS, UNSEEN
+from rome.analysis.lines import Cell, Line, value_of, with_best, with_gains
+from rome.analysis.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
 from rome.analysis.subject import names_of
 from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
 from rome.evaluation.identity import CODE
-from rome.evaluation.report import UNION
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
 from rome.runs import Run
@@ -36,48 +34,6 @@ GIVEN = "Given models"
 """Section of the models that no run made."""
 LEARNED = "learned"
 """Gate weights of an evaluation that says nothing of them."""
-_SAME = ("suite", "data", "threats", "seed")
-"""Settings of evaluations in which runs must agree for a difference between them to mean anything."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number: the paper's and ours, as shares of 1 (:data:`UNITS` as they are); NaN where there is none."""
-
-    paper: float
-    values: tuple[float, ...] = ()
-    """Of each run of this row."""
-    best: bool = False
-    ratio: float = math.nan
-    """Of costs: ours to that of the row that costs are compared with."""
-    paper_ratio: float = math.nan
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation over the runs; NaN for fewer than two."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of a table."""
-
-    section: str
-    label: str
-    config: Config | None
-    """Of the experiment that defines the row; None for a given model's."""
-    cells: dict[str, Cell]
-    reports: tuple[Report, ...] = ()
-    gain: tuple[float, float, float] | None = None
-    """Union minus that of the row ``against``, with its 95% interval; shares."""
-    against: str = ""
-    """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
-    others: tuple[Report, ...] = ()
-    """Further evaluations of the same runs that cells were taken from."""
 
 
 def fill(table: str, runs: Sequence[Path]) -> list[Line]:
@@ -125,7 +81,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     firsts = [place for place, _ in given]
     for name, evaluations in zip(names_of([name for _, name in given], firsts), given.values(), strict=True):
         lines.append(_line(GIVEN, name, None, columns, [_shown(evaluations, LEARNED, columns, shared)], []))
-    return _with_gains(with_best(lines), OURS.rpartition("/")[2])
+    return with_gains(with_best(lines), OURS.rpartition("/")[2])
 
 
 def _by_model(
@@ -217,7 +173,7 @@ def _evaluations(run: Run, columns: Sequence[str]) -> dict[tuple[str, str, int],
 
 def _known(report: Report, columns: Sequence[str]) -> int:
     """How many of the columns it has."""
-    return sum(not math.isnan(_value(report, column)) for column in columns if column not in UNITS)
+    return sum(not math.isnan(value_of(report, column)) for column in columns if column not in UNITS)
 
 
 def _ranked(
@@ -257,7 +213,7 @@ def _line(
         if column in SIZE:
             values = sorted({size for run in runs if not math.isnan(size := _size(run, SIZE[column]))})
         else:
-            known = [[value for report in own if not math.isnan(value := _value(report, column))] for own in reports]
+            known = [[value for report in own if not math.isnan(value := value_of(report, column))] for own in reports]
             values = [own[0] for own in known if own]
         cells[column] = Cell(paper, tuple(values))
     first, others = tuple(own[0] for own in reports), tuple(report for own in reports for report in own[1:])
@@ -270,99 +226,3 @@ def _size(config: Config, what: str) -> float:
         return count(config)[what] / 1e6
     except UserError:
         return math.nan
-
-
-def _value(report: Report, column: str) -> float:
-    if column == "clean":
-        return report.clean
-    if column in ("average", UNION):
-        if not set(BALLS) <= set(report.cases):
-            return math.nan
-        return report.union_of(BALLS) if column == UNION else statistics.fmean(report.robust[ball] for ball in BALLS)
-    case = CASES.get(column, column)
-    return report.robust.get(case, report.groups.get(case, math.nan))
-
-
-def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
-    """Marks the best of our accuracies, as printed, in every column of a section and kind of attack.
-
-    Args:
-        least: the smallest is the best, of a section whatever the attack.
-    """
-
-    def shown(cell: Cell) -> float:
-        return -float(f"{cell.mean:.4g}") if least else round(cell.mean, 3)
-
-    def key(line: Line, column: str) -> tuple[str, ...]:
-        return (line.section, column) if least else (*_group(line), column)
-
-    def counts(column: str, cell: Cell) -> bool:
-        return bool(cell.values) and (least or column not in UNITS)
-
-    top: dict[tuple[str, ...], float] = {}
-    for line in lines:
-        for column, cell in line.cells.items():
-            if counts(column, cell):
-                top[key(line, column)] = max(top.get(key(line, column), -math.inf), shown(cell))
-    return [
-        replace(
-            line,
-            cells={
-                column: replace(cell, best=counts(column, cell) and shown(cell) == top[key(line, column)])
-                for column, cell in line.cells.items()
-            },
-        )
-        for line in lines
-    ]
-
-
-def _group(line: Line) -> tuple[str, str]:
-    return line.section, "" if line.config is None else line.config.method.own_attack or line.config.attack.kind
-
-
-def _with_gains(lines: list[Line], ours: str) -> list[Line]:
-    """Adds differences in union to every row with experts: to the same method without them, else to RoME.
-
-    Paired examples for one run each, Welch's interval for several.
-
-    Args:
-        ours: name of the experiment that is RoME's row in the tables that take it apart.
-    """
-    if UNION not in lines[0].cells:
-        return lines
-    trained = [(line, line.config) for line in lines if line.config is not None]
-    measured_last = sorted(trained, key=lambda each: bool(each[0].reports))
-    plain = {(*_group(line), config.method.kind): line for line, config in measured_last if config.experts is None}
-    whole = {line.section: line for line, config in trained if config.name == ours}
-    gained = []
-    for line in lines:
-        config = line.config
-        if config is None or config.experts is None:
-            gained.append(line)
-            continue
-        base = plain.get((*_group(line), config.method.kind)) if plain else whole.get(line.section)
-        if base is not None and base is not line:
-            line = replace(line, gain=_gain(line, base), against=base.label)
-        gained.append(line)
-    return gained
-
-
-def _gain(line: Line, base: Line) -> tuple[float, float, float] | None:
-    """None where there are too few runs, or runs that were evaluated differently."""
-    reports = [report for report in (*line.reports, *base.reports) if not math.isnan(_value(report, UNION))]
-    if any(report.settings.get(key) != reports[0].settings.get(key) for report in reports for key in _SAME):
-        return None
-    ours, theirs = ([report for report in reports if report in each.reports] for each in (line, base))
-    if len(ours) == len(theirs) == 1:
-        on_examples = paired(ours[0], theirs[0], BALLS)
-        return on_examples.value, on_examples.low, on_examples.high
-    if len(ours) < 2 or len(theirs) < 2:
-        return None
-    from scipy.stats import ttest_ind
-
-    a, b = ([_value(report, UNION) for report in each] for each in (ours, theirs))
-    difference = statistics.fmean(a) - statistics.fmean(b)
-    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
-        return difference, difference, difference
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval()
-    return difference, float(interval.low), float(interval.high)

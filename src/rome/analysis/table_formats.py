@@ -10,8 +10,8 @@ from itertools import combinations, groupby
 from typing import Literal
 
 from rome.analysis.compared import other_network
+from rome.analysis.lines import Cell, Line
 from rome.analysis.paper_rows import COST, UNITS
-from rome.analysis.paper_tables import Cell, Line
 from rome.analysis.tables import suite_text
 
 Format = Literal["text", "markdown", "latex", "html"]
@@ -33,7 +33,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
 
     The best of ours is bold, missing numbers are dashes, and the last column is the difference in union to another row
-    with its 95% interval, which the note names. Costs have their ratios to the first row behind them.
+    with its interval, which the note names. Costs have their ratios to the first row behind them.
 
     Args:
         about: what the numbers are, for the caption.
@@ -55,7 +55,11 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     )
     if change:
         base = "the same method without experts" if plain else " and ".join(compared)
-        note += f"; {change}: difference to {base}, in brackets its 95% interval"
+        count = sum(line.gain is not None for line in lines)
+        span = (
+            "its 95% interval" if count == 1 else f"intervals that hold together with 95% for all {count} differences"
+        )
+        note += f"; {change}: difference to {base}, in brackets {span}"
     told = sources(lines)
     note += f"; runs: {told}" if told else f"; {about}" if about else ""
     if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
@@ -118,7 +122,7 @@ def _gain(line: Line) -> str:
     if line.gain is None:
         return ""
     value, low, high = (100 * number for number in line.gain)
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _text(title: str, head: list[str], body: Body, note: str) -> str:

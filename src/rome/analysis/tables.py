@@ -138,7 +138,7 @@ def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -
             table.add_row(column, *(text(cell, "  ") for cell in across))
     print_table(table, console)
     counts, suites = counts_and_suites(rows)
-    best = f"; {star or 'bold'} is best" if len(rows) > 1 else ""
+    best = f"; {star or 'bold'} is the largest" if len(rows) > 1 else ""
     over = "over" if len(columns) < WIDE else "before"
     caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)

@@ -11,8 +11,8 @@ from rome.data.corruptions import check_cifar10c
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.suites import AutoAttackSuite, Case, Suite
 from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
-from rome.files import Unreadable, parse_yaml
 from rome.perceptual import loaded
+from rome.plain_data import Unreadable, parse_yaml
 from rome.threats import Perceptual, Threat
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
+LEVEL = 0.05
+"""Of false claims in one table or report, whatever their number."""
 Z95 = 1.959963984540054
 """Normal quantile of a two-sided 95% interval."""
 
@@ -18,12 +22,12 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
-    """McNemar's exact p-value of no difference (:func:`mcnemar`)."""
+    """McNemar's exact p-value of no difference (:func:`mcnemar`), adjusted where it is one of several."""
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero and the exact test agrees."""
-        return (self.low > 0 or self.high < 0) and self.p < 0.05
+        """Whether the exact test rejects that there is no difference."""
+        return self.p < LEVEL
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -52,14 +56,39 @@ def mcnemar(b: int, c: int) -> float:
     return min(1.0, 2 * total / 2**n)
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """The share of ``a`` minus that of ``b``, bool (n,) each, with Agresti and Min's 95% interval (2005).
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's step-down procedure (1979).
+
+    With p_(1) <= ... <= p_(m): the largest of min(1, (m - j + 1) p_(j)) over j <= i. Rejecting what lies below .05
+    makes one or more false rejections with probability .05 at most, however the tests depend on each other.
+    """
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def paired_differences(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Difference]:
+    """Of all that are claimed together: p-values adjusted by :func:`holm`, intervals that hold together with 95%
+    (Bonferroni)."""
+    found = [paired_difference(a, b, comparisons=len(pairs)) for a, b in pairs]
+    adjusted = holm([each.p for each in found])
+    return [each._replace(p=p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, *, comparisons: int = 1) -> Difference:
+    """The share of ``a`` minus that of ``b``, bool (n,) each, with Agresti and Min's interval (2005).
 
     With b and c examples that only one of the two gets right, half an example added to each cell of the 2 x 2 table:
     d = (b - c) / (n + 2), standard error sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
+
+    Args:
+        comparisons: how many intervals hold together with 95%, this one among them.
     """
+    z = NormalDist().inv_cdf(1 - LEVEL / comparisons / 2)
     only_a, only_b, n = int((a & ~b).sum()), int((~a & b).sum()), len(a) + 2
     middle = (only_a - only_b) / n
-    half = Z95 * math.sqrt(max(only_a + only_b + 1 - (only_a - only_b) ** 2 / n, 0)) / n
+    half = z * math.sqrt(max(only_a + only_b + 1 - (only_a - only_b) ** 2 / n, 0)) / n
     low, high = max(-1.0, middle - half), min(1.0, middle + half)
     return Difference(float(np.mean(a) - np.mean(b)), low, high, mcnemar(only_a, only_b))

@@ -32,7 +32,8 @@ from rome import trust
 from rome.attacks.base import Model
 from rome.errors import UserError
 from rome.experts.recording import expert_layers
-from rome.files import flatten, parse_json, replace_file
+from rome.files import flatten, remove_partials, replace_file
+from rome.plain_data import parse_json
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
@@ -82,6 +83,8 @@ class Store:
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
+        for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
+            remove_partials(folder)
         unseen = settings["model"]["sha256"] is None
         stored = None if overwrite else self.stored_settings()
         if stored is None:

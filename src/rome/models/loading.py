@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rome import trust
 from rome.errors import UserError, first_line
-from rome.files import Unreadable, parse_json
 from rome.models.classifier import Classifier
 from rome.models.pickles import load_pickle
+from rome.plain_data import Unreadable, parse_json
 
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""

@@ -16,7 +16,7 @@ from rome import trust
 from rome.analysis.figures.base import Options, PaperFigure, registered
 from rome.analysis.subject import Subject, open_subjects
 from rome.errors import UserError, did_you_mean
-from rome.files import replace_file
+from rome.files import make_folder, replace_file
 
 FORMATS = ("pdf", "png", "svg")
 _STYLE: Any = {
@@ -67,14 +67,13 @@ def write_figures(
     for form in formats:
         if form not in FORMATS:
             raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a folder")
     if not runs:
         raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
     subjects = [run for run in runs if isinstance(run, Subject)]
     if folders:
         subjects = [*open_subjects(folders, device), *subjects]
+    make_folder(out)
     written: list[Path] = []
     missing: list[str] = []
     for name in only or known:
@@ -97,7 +96,6 @@ def write_figures(
 
 
 def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequence[str]) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
     replace_file(out / f"{figure.name}.json", json.dumps(data, indent=1).encode())
     rows = figure.rows(data)
     text = io.StringIO()

@@ -1,0 +1,107 @@
+"""Plain data out of text of unknown origin: JSON and YAML, bounded in length, depth and number of values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+DEEPEST, MOST = 60, 100_000
+"""How deep plain data may be nested, and how many values it may have."""
+LONGEST_JSON, LONGEST_YAML = 16_000_000, 1_000_000
+"""Characters of its text; YAML is read a hundred times slower."""
+
+
+class Unreadable(ValueError):  # noqa: N818
+    """Text is not plain data. ``line`` counts from 1; 0 where none is to blame."""
+
+    def __init__(self, message: str, line: int = 0) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises:
+    Unreadable: not JSON, or too long or too deep to be of ours.
+    """
+    try:
+        data = json.loads(_short_enough(text, LONGEST_JSON))
+    except RecursionError:
+        raise Unreadable(f"nested more than {DEEPEST} deep") from None
+    except ValueError as error:
+        raise Unreadable(f"not valid JSON: {error}") from error
+    values, left = [(data, 0)], MOST
+    while values:
+        value, depth = values.pop()
+        left = _counted(depth, left)
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        values.extend((part, depth + 1) for part in inner)
+    return data
+
+
+Place = tuple[str | int, ...]
+
+
+def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, line: None) -> Any:
+    """YAML as plain data. Aliases count as often as they are used, so that few lines cannot mean billions of values.
+
+    Args:
+        note: gets the line of every value and of every key.
+
+    Raises:
+        Unreadable: not YAML, a key twice in one mapping, or too long, deep or large to be a config.
+    """
+    loader = yaml.SafeLoader("")
+    left = MOST
+
+    def plain(node: yaml.Node, place: Place) -> Any:
+        nonlocal left
+        left = _counted(len(place), left)
+        note(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [plain(child, (*place, number)) for number, child in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            value = loader.construct_object(node)
+            if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to print 0xFF... of thousands
+                raise Unreadable("a number of more than 1024 bits", node.start_mark.line + 1)
+            return value
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise Unreadable("not valid YAML for a config: a key is a word", key_node.start_mark.line + 1)
+            key = str(key_node.value)
+            if key in found:
+                raise Unreadable(f"{key!r} is given twice; keep one", key_node.start_mark.line + 1)
+            found[key] = plain(value_node, (*place, key))
+            note((*place, key), key_node.start_mark.line + 1)
+        return found
+
+    try:
+        node = yaml.compose(_short_enough(text, LONGEST_YAML), Loader=yaml.SafeLoader)
+        return None if node is None else plain(node, ())
+    except RecursionError:
+        raise Unreadable(f"not valid YAML: nested more than {DEEPEST} deep") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or error
+        raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
+    except Unreadable:
+        raise
+    except ValueError as error:  # a date that is none
+        raise Unreadable(f"not valid YAML: {error}") from error
+
+
+def _short_enough(text: Any, longest: int) -> Any:
+    if len(text) > longest:
+        raise Unreadable(f"{len(text):,} characters, more than {longest:,}")
+    return text
+
+
+def _counted(depth: int, left: int) -> int:
+    if depth > DEEPEST:
+        raise Unreadable(f"nested more than {DEEPEST} deep")
+    if not left:
+        raise Unreadable(f"more than {MOST:,} values, aliases counted as often as they are used")
+    return left - 1
