@@ -7,20 +7,44 @@ Writing a subclass with a ``kind`` is its registration: ``class PGD(Attack): kin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Self
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_serializer,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from rome.errors import did_you_mean
+from rome.errors import UserError, did_you_mean
 
 
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        """Raises:
+        UserError: every mistake, in one line. Where settings are read from plain data (``model_validate``), pydantic
+            raises its own error instead, which collects the mistakes of the whole with their places.
+        """
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            name = type(self).__name__
+            raise UserError("; ".join(each.of(name) for each in mistakes(error, data, type(self)))) from None
+
+    # pydantic otherwise calls an __init__ of one's own for every value inside plain data too
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def _number(value: Any) -> Any:
@@ -119,3 +143,72 @@ class Component(Settings):
     def dump(self) -> dict[str, Any]:
         """The settings as plain data, ``kind`` first: what a config file would say."""
         return self.model_dump(mode="json")
+
+
+class Mistake(NamedTuple):
+    """One thing that is wrong with plain data given for settings."""
+
+    path: tuple[str | int, ...]
+    """Its place in the data."""
+    message: str
+    hint: str
+    """Of an unknown setting: the nearest name, and all of them. Empty for other mistakes."""
+
+    def of(self, owner: str) -> str:
+        """What to say where settings were given in Python."""
+        place = ".".join(map(str, self.path))
+        if self.hint:
+            return f"unknown setting {place!r} of {owner}.{self.hint}"
+        return f"{owner}: {place}: {self.message}" if place else f"{owner}: {self.message}"
+
+
+def mistakes(error: ValidationError, data: Any, owner: type[Settings]) -> list[Mistake]:
+    """What pydantic found wrong with the data for some settings, in plain words, one mistake a place."""
+    found: dict[tuple[str | int, ...], Mistake] = {}
+    for each in error.errors(include_url=False):
+        path, hint = tuple(takewhile(_is_key, each["loc"])), ""  # a union adds the names of the types it tried
+        message = str(each["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if each["type"] == "extra_forbidden":  # any text can be a key here
+            path = (*takewhile(_is_key, each["loc"][:-1]), each["loc"][-1])
+            message, hint = "unknown key.", did_you_mean(path[-1], _keys(data, path[:-1], owner))
+        elif each["type"] == "missing":
+            message = "is missing"
+        elif each["type"] not in ("unknown_kind", "missing_kind", "fraction", "value_error"):
+            message = f"{message[0].lower()}{message[1:]}, not {_short(each['input'])}"
+        found.setdefault(path, Mistake(path, message, hint))
+    return list(found.values())
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
+
+
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys(data: Any, path: Sequence[str | int], owner: type[Settings] | None) -> list[str]:
+    """The valid keys of the settings at a path in the data for an owner's settings."""
+    value = data
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        else:
+            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
+        field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
+        if field is not None:
+            owner = next(_settings_in(field.annotation), None)
+        if owner is not None and issubclass(owner, Component) and isinstance(value, dict):
+            owner = owner.members().get(value.get("kind", owner.kind or owner.default_kind), owner)
+    return list(owner.model_fields) if owner is not None else []
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _settings_in(part)

@@ -7,19 +7,16 @@ names another ``kind`` replaces the parent's whole, as ``paper`` always does; an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
-from rome.component import Component, Settings
+from rome.component import Settings, mistakes
 from rome.data import Data
-from rome.errors import UserError, did_you_mean, printable
+from rome.errors import UserError, did_you_mean
 from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
 from rome.files import check_name
@@ -32,9 +29,6 @@ from rome.trust import import_own
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
-
-LONGEST_NAME = 120
-"""Characters; file systems take 255 bytes, and sweeps add values to it."""
 
 
 def _threats(value: Any) -> Any:
@@ -175,7 +169,11 @@ def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error, data, where)) from None
+        lines = [
+            f"{where.of(path)}{'.'.join(map(str, path))}: {message}{hint}"
+            for path, message, hint in mistakes(error, data, Config)
+        ]
+        raise UserError("\n".join(lines)) from None
     _consistent(config, where)
     return config
 
@@ -284,59 +282,6 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
         merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
-
-
-def _explain(error: ValidationError, data: dict[str, Any], where: _Where) -> str:
-    lines: dict[tuple[str | int, ...], str] = {}
-    for mistake in error.errors(include_url=False):
-        path = list(takewhile(_is_key, mistake["loc"]))  # a union adds the names of the types it tried
-        if mistake["type"] == "extra_forbidden":  # any text can be a key here
-            path = [*takewhile(_is_key, mistake["loc"][:-1]), mistake["loc"][-1]]
-        message = str(mistake["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if mistake["type"] == "extra_forbidden":
-            message = f"unknown key.{did_you_mean(path[-1], _keys(data, path[:-1]))}"
-        elif mistake["type"] == "missing":
-            message = "is missing"
-        elif mistake["type"] not in ("unknown_kind", "missing_kind", "fraction", "value_error"):
-            message = f"{message[0].lower()}{message[1:]}, not {_short(mistake['input'])}"
-        lines.setdefault(tuple(path), f"{where.of(path)}{'.'.join(map(str, path))}: {message}")
-    return "\n".join(lines.values())
-
-
-def _is_key(part: str | int) -> bool:
-    return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except TypeError:
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys(data: Any, path: Sequence[str | int]) -> list[str]:
-    """The valid keys of the settings at a path in the data."""
-    owner: type[Settings] | None = Config
-    value = data
-    for part in path:
-        if isinstance(value, dict):
-            value = value.get(part)
-        else:
-            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
-        field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
-        if field is not None:
-            owner = next(_settings_in(field.annotation), None)
-        if owner is not None and issubclass(owner, Component) and isinstance(value, dict):
-            owner = owner.members().get(value.get("kind", owner.kind or owner.default_kind), owner)
-    return list(owner.model_fields) if owner is not None else []
-
-
-def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _settings_in(part)
 
 
 __all__ = ["Config", "Evaluation", "Paper", "Validation", "load", "parse"]

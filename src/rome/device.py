@@ -10,6 +10,20 @@ from torch import nn
 
 from rome.errors import UserError
 
+_NO_MEMORY = (
+    "defaultcpuallocator",  # torch on a CPU: "can't allocate memory", "not enough memory"
+    "out of memory",  # CUDA, MPS
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
+
 
 def pick_device(asked: str) -> torch.device:
     """The device a config or an option names; ``auto`` is CUDA, then MPS, then the CPU.

@@ -9,7 +9,6 @@ may be shared among processes, and a finished one is on disk: an evaluation that
 from __future__ import annotations
 
 import platform
-import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 from rome import trust
-from rome.attacks.autoattack import cuda_in_use
 from rome.attacks.base import Model, frozen
 from rome.errors import UserError, did_you_mean
-from rome.evaluation.checks import check_data, check_mode, check_outputs, device_of
+from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.composed import SuiteChoice, as_suite
 from rome.evaluation.identity import as_known, identity
 from rome.evaluation.masking import as_warnings, look, worth_checking
@@ -37,6 +35,7 @@ from rome.evaluation.store import Store, example_images, fingerprint, hash_data,
 from rome.evaluation.suites import Case, Suite, as_named
 from rome.evaluation.units import Examples
 from rome.perceptual import network_hash
+from rome.randomness import unchanged_states
 from rome.threats import CIFAR10, Threat
 
 __all__ = ["Case", "Report", "Suite", "SuiteChoice", "evaluate", "example_images", "hash_model"]
@@ -134,13 +133,18 @@ def evaluate(
         stored = team.first(lambda: None if overwrite else store.stored_settings())
         settings["model"] = as_known(settings["model"], stored)
         classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
+        unseen = classes is None
         if classes is None:
-            first = np.arange(min(size, len(x)))
+            first, last = np.arange(min(size, len(x))), len(x) % size
             answers = team.together(
-                lambda: halving.run(CLEAN, first, lambda part: check_outputs(model, examples.batch(part)[0], y))
+                lambda: halving.run(
+                    CLEAN, first, lambda part: check_outputs(model, examples.batch(part)[0], y, last=last)
+                )
             )
             classes = answers[0][0][1]
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
+        if unseen and any(attack.differentiates for case in planned for attack in case.attacks):
+            team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         if progress and team.leads:
             for name, reason in left_out.items():
                 print(f"{name}: left out: it {reason}", file=sys.stderr)
@@ -235,12 +239,11 @@ def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
 @contextmanager
 def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
     """Strict float32, no graph, no autocast; the model's flags and all global random states as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
     matmul: Any = torch.backends.cuda.matmul
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     precisions = matmul.fp32_precision, conv.fp32_precision
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda_in_use()))
+        stack.enter_context(unchanged_states())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -250,5 +253,3 @@ def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision, conv.fp32_precision = precisions
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -7,8 +7,12 @@ process with the same global batch sees. Streams are saved with the checkpoint.
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,3 +57,21 @@ class Stream:
 def stream(seed: int, name: str, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Stream:
     """A fresh stream for a named purpose."""
     return Stream(torch.Generator(device=device).manual_seed(derive_seed(seed, name)), rank, world)
+
+
+def cuda_in_use() -> list[int]:
+    """The GPUs whose random state a global seed would change; none while this process has not touched CUDA."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return list(range(torch.cuda.device_count())) if started else []
+
+
+@contextmanager
+def unchanged_states() -> Iterator[None]:
+    """All global random states, of torch, numpy and Python, as before afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda_in_use()):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

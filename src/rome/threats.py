@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, overload
 
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from rome.component import Component, Number
@@ -70,6 +70,15 @@ class LpBall(Threat):
     kind = "lp"
     norm: Norm
     eps: Number = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _smaller_than_the_box(self) -> Self:
+        if self.norm == "Linf" and self.eps > 1:
+            raise ValueError(
+                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; a radius counted in "
+                f"steps of 8-bit images is a fraction of 255: {self.eps:g}/255"
+            )
+        return self
 
     @property
     def name(self) -> str:

@@ -34,6 +34,7 @@ from rome.processes import follow_first
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
+from rome.trial import check_attackable, tried
 from rome.updates import Tally, Update, epoch_means, finite, log_line, scalars
 from rome.validation import Validator, hold_out
 
@@ -115,6 +116,8 @@ def _train(
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
     model = placed(model, fabric.device)
+    with tried(model):
+        check_attackable(model, split.first(min(3, len(split)))[0].to(fabric.device), name=f"model {config.model.name}")
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model,

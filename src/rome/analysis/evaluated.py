@@ -179,7 +179,7 @@ class EvaluatedModel(Evaluated):
         kept = self._kept("given")
         try:
             return Given(**kept) if kept else None
-        except ValidationError:
+        except UserError:
             return None
 
     @property

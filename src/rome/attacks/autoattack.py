@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rome.attacks.base import Attack, Found, Group, Model, at_least_float32
 from rome.errors import UserError
-from rome.randomness import Stream
+from rome.randomness import Stream, cuda_in_use
 from rome.threats import LpBall, PerExample, Threat
 
 MIN_CLASSES_DLR = 4
@@ -199,6 +199,7 @@ class Square(AutoAttackPart):
     """Square Attack: random search with square patches, without gradients."""
 
     kind = "square"
+    differentiates: ClassVar[bool] = False
     queries: int = Field(default=5000, ge=1)
 
     @property
@@ -278,12 +279,6 @@ class _Watched:
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()
         self.most = torch.maximum(self.most.to(broken.device), broken)
-
-
-def cuda_in_use() -> list[int]:
-    """The GPUs whose random state a global seed would change; none while this process has not touched CUDA."""
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return list(range(torch.cuda.device_count())) if started else []
 
 
 @contextmanager

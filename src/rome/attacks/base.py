@@ -9,7 +9,7 @@ whatever mixture of threats it holds.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from rome.attacks.sharing import Group as Group
 from rome.attacks.sharing import Share, divide
 from rome.component import Component
+from rome.device import out_of_memory
 from rome.errors import UserError
 from rome.experts.gated import Gated
 from rome.randomness import Stream, stream
 from rome.threats import PerExample, Threat
-
-Model = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) in [0, 1] to logits (B, classes)."""
+from rome.trial import IN_PLACE, THE_MODEL, ask, check_labels, outside_box, unusable
+from rome.trial import Model as Model
 
 
 class Found(NamedTuple):
@@ -87,6 +87,8 @@ def frozen(model: Model) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
+    if reason := unusable([*model.parameters(), *model.buffers()]):
+        raise UserError(f"{THE_MODEL} {reason}")
     modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -131,6 +133,8 @@ class Attack(Component):
     """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
     full_precision: ClassVar[bool] = False
     """Whether it computes in the model's own precision under autocast too: finite differences drown in bfloat16."""
+    differentiates: ClassVar[bool] = True
+    """Whether it needs gradients of the model."""
     untrained: ClassVar[str] = ""
     """Why it makes no threat to train on (:class:`rome.attacks.AttackThreat`); empty where it does."""
 
@@ -202,17 +206,21 @@ class Attack(Component):
             x, y = x[sort], y[sort]
         sizes = [len(share.rows) for share in shares]
         lower = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
+        x = x.contiguous()
+        before = x._version
         with torch.autocast(x.device.type, enabled=lower), frozen(model), torch.no_grad():
-            parts = [
-                _search(model, own, labels, share, verdict)
-                for share, own, labels in zip(
-                    shares, torch.split(x.contiguous(), sizes), torch.split(y, sizes), strict=True
-                )
-            ]
+            gradient = any(share.attack.differentiates for share in shares)
+            with explained(model, x, y, gradient=gradient):
+                parts = [
+                    _search(model, own, labels, share, verdict)
+                    for share, own, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
+                ]
+        if x._version != before:
+            raise UserError(f"{THE_MODEL} {IN_PLACE}")
         found = parts[0][0]
         if len(parts) > 1:
             found = Found(*map(torch.cat, zip(*(part for part, _ in parts), strict=True)))
-        check_results(x, found[:2], torch.cat([allowed for _, allowed in parts]))
+        check_results(x, y, found[:2], torch.cat([allowed for _, allowed in parts]))
         if not mixed:
             return found
         unsort = torch.argsort(order).to(x.device, non_blocking=True)
@@ -276,21 +284,47 @@ def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> 
     return found, allowed
 
 
+@contextmanager
+def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
+    """Where the search inside breaks off, see whether the model or the labels are why.
+
+    Raises:
+        UserError: they are, and what to do.
+    """
+    try:
+        yield
+    except (UserError, FloatingPointError, AssertionError):
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            for images in (x[:2], x[:1]):
+                try:
+                    check_labels(y, ask(model, images, gradient=gradient).shape[1])
+                except UserError as reason:
+                    raise reason from error
+        raise
+
+
 def _verdict(model: Model, images: Tensor, y: Tensor) -> Found:
     logits = model(images).float()
     return Found(images, images, logits.argmax(1) == y, F.cross_entropy(logits, y, reduction="none"))
 
 
 def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
-    """Shapes and dtypes of a batch and its threats.
+    """Shapes, dtypes and devices of a batch and its threats.
 
     Raises:
         UserError: they cannot be right.
     """
+    for what, value in (("images", x), ("labels", y)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{what} must be a torch tensor, not {type(value).__name__}: torch.as_tensor({what})")
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise UserError(f"labels of {len(x)} images must be int64 ({len(x)},), not {y.dtype} {tuple(y.shape)}")
+    if y.device != x.device:
+        raise UserError(f"images are on {x.device} and labels on {y.device}: move one of them")
     if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
         raise UserError(f"{len(x)} images need {len(x)} threat labels, not {tuple(threat.labels.shape)}")
     if isinstance(threat, PerExample) and (wrong := set(threat.labels.tolist()) - set(range(len(threat.threats)))):
@@ -299,22 +333,22 @@ def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
         raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
 
 
-def check_results(x: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
-    """One wait for the device per attack: input in the box, results inside their threats and finite.
+def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
+    """One wait for the device per attack: input in the box, results inside their threats and finite, labels from 0
+    (-100 has no loss in torch).
 
     Args:
         x: the originals (B, C, H, W).
+        y: their labels (B,).
         results: what the attack made of them, each (B, C, H, W).
         allowed: bool (B,): whose results are all inside their threat.
     """
     inside = (x >= 0) & (x <= 1)
-    if bool(allowed.all() & inside.all()):
+    if bool(allowed.all() & inside.all() & (y >= 0).all()):
         return
+    check_labels(y)
     if not bool(inside.all()):
-        raise UserError(
-            f"images must lie in [0, 1], these lie in [{x.min():.3g}, {x.max():.3g}]: "
-            "put the normalisation inside the model (rome.create_model does)"
-        )
+        raise UserError(outside_box(x))
     bad = int((~allowed).sum())
     if not all(bool(part.isfinite().all()) for part in results):
         raise FloatingPointError(

@@ -24,6 +24,7 @@ class Corruption(Attack):
     """
 
     kind = "corruption"
+    differentiates: ClassVar[bool] = False
     draws_by_image: ClassVar[bool] = True
     untrained: ClassVar[str] = "is a fixed change that searches nothing"
 

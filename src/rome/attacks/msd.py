@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.base import Model, check_batch, check_results, frozen, loss_and_gradient
+from rome.attacks.base import Model, check_batch, check_results, explained, frozen, loss_and_gradient
 from rome.attacks.pgd import ascend
 from rome.threats import LpBall
 
@@ -63,7 +63,7 @@ def steepest_descent(
     x, rows, members = x.detach(), torch.arange(len(x), device=x.device), list(zip(threats, sizes, strict=True))
     best = InUnion(x, torch.zeros_like(y), torch.full_like(y, -torch.inf, dtype=torch.float32))
     point, labels = x, y.repeat(len(threats))
-    with frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad(), explained(model, x, y):
         for _ in range(steps):
             _, _, gradient = loss_and_gradient(model, point, y)
             steps_by_norm = [ascend(t, point, x, gradient, size=size, percentile=percentile) for t, size in members]
@@ -78,5 +78,5 @@ def steepest_descent(
                 torch.where(better, loss, best.loss),
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
-        check_results(x, (best.images,), inside[best.chosen, rows])
+        check_results(x, y, (best.images,), inside[best.chosen, rows])
     return best

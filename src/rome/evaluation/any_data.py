@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from rome.component import mistakes
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES
 from rome.data.tables import find_tables, label_names
@@ -46,8 +47,8 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
         )
         return type(data).model_validate({**settings, **given}) if resized else data
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"data {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give {_FORMS}") from None
+        wrong = mistakes(error, given, Data)[0].of(f"data {text!r}")
+        raise UserError(f"{wrong}; give {_FORMS}") from None
     except PydanticCustomError as error:
         raise UserError(f"data {text!r}: {error}; give {_FORMS}") from None
 
@@ -106,12 +107,12 @@ def named_budgets(text: str) -> dict[str, Threat]:
     threats: dict[str, Threat] = {}
     for part in text.split(","):
         norm, _, eps = part.partition("=")
+        given = {"norm": norm.strip(), "eps": eps.strip()}
         try:
-            threat = LpBall.model_validate({"norm": norm.strip(), "eps": eps.strip()})
-        except ValidationError:
-            raise UserError(
-                f"budget {part!r}: write a norm and its radius, such as L1=12, L2=0.5 or Linf=8/255"
-            ) from None
+            threat = LpBall.model_validate(given)
+        except ValidationError as error:
+            wrong = mistakes(error, given, LpBall)[0].of(f"budget {part!r}")
+            raise UserError(f"{wrong}; write a norm and its radius, such as L1=12, L2=0.5 or Linf=8/255") from None
         if threat.name in threats:
             raise UserError(f"budgets {text!r} name {threat.name} twice")
         threats[threat.name] = threat

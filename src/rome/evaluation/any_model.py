@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
 from rome.models import Classifier, create_model, file_hash, load_weights
+from rome.trial import check_attackable, last_line
 from rome.trust import PROGRAMS, names_code
 
 EXPORTED = ".pt2"
@@ -112,7 +113,7 @@ def _pretrained(name: str) -> Any:
         return get_pretrained_cfg(name)
     except RuntimeError as error:
         near = did_you_mean(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
-        raise UserError(f"--model {name}: {_line(error).rstrip('.')}.{near}") from error
+        raise UserError(f"--model {name}: {last_line(error).rstrip('.')}.{near}") from error
 
 
 def named_model(
@@ -243,8 +244,8 @@ def _scripted(file: Path, device: torch.device | str) -> nn.Module:
             return torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{file} is not a TorchScript module ({_line(error)}); for a file of weights give the model's name with "
-            f"--model and the file with --weights"
+            f"{file} is not a TorchScript module ({last_line(error)}); for a file of weights give the model's name "
+            f"with --model and the file with --weights"
         ) from error
 
 
@@ -256,7 +257,7 @@ def _exported(file: Path, device: torch.device | str, batch_size: int) -> nn.Mod
             program = torch.export.load(str(file))
     except Exception as error:  # it raises almost any kind
         raise UserError(
-            f"{file} is not a file of torch.export.save that this torch can read: {_line(error)}"
+            f"{file} is not a file of torch.export.save that this torch can read: {last_line(error)}"
         ) from error
     inputs = [
         node
@@ -299,30 +300,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _try(model: nn.Module, name: str, images: Tensor, outputs: int) -> None:
-    """Batches of different sizes give logits that have gradients."""
-    for count in range(min(3, len(images)), 0, -1):
-        batch = images[:count].clone().requires_grad_()
-        try:
-            with torch.enable_grad():
-                logits = model(batch)
-        except Exception as error:  # whatever the model's code raises
-            form = "x".join(map(str, batch.shape[1:]))
-            raise UserError(
-                f"{name} does not take {count} images of {form}: {_line(error)}. It must take batches of any size; for "
-                "another image size give --img-size"
-            ) from error
-        if not isinstance(logits, Tensor) or logits.shape != (count, outputs):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(
-                f"{name} gives {found} for {count} images, not ({count}, {outputs}); if it has more classes than "
-                "the data, and its first ones are the data's, give --num-classes"
-            )
-        gradient = torch.autograd.grad(logits.sum(), batch, allow_unused=True)[0] if logits.requires_grad else None
-        if gradient is None:
-            raise UserError(f"{name} has no gradient with respect to its images, so it cannot be attacked")
-
-
-def _line(error: Exception) -> str:
-    """The last line of what torch said, which has the reason, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:200]
+    """It can be attacked on such images, and gives so many logits."""
+    hint = "it must take batches of any size; for another image size give --img-size"
+    classes = check_attackable(model, images, name=name, hint=hint)
+    if classes != outputs:
+        raise UserError(
+            f"{name} gives {classes} logits, not {outputs}; if it has more classes than the data, and its first ones "
+            "are the data's, give --num-classes"
+        )

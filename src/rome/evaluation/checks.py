@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.base import Model
 from rome.errors import UserError
-
-RANDOM_TOLERANCE = 1e-4
-"""How far two outputs for one image may differ, each scaled to length 1 (AutoAttack's tolerance)."""
+from rome.trial import REPEATABLE, Model, ask, check_company, check_labels, outside_box, steady, unusable
 
 
 def check_data(x: Tensor, y: Tensor) -> None:
@@ -24,30 +25,44 @@ def check_data(x: Tensor, y: Tensor) -> None:
         raise UserError(f"labels must be an int64 tensor ({len(x)},) for {len(x)} images, not {_describe(y)}")
     if len(x) == 0:
         raise UserError("there are no images to evaluate on")
-    low, high = x.min().item(), x.max().item()
-    if not (low >= 0 and high <= 1):  # also refuses NaN
-        raise UserError(
-            f"images must lie in [0, 1], these lie in [{low:.3g}, {high:.3g}]: divide by 255 if they are bytes, "
-            "and put the normalisation inside the model (rome.create_model does)"
-        )
-    if int(y.min()) < 0:
-        raise UserError(f"labels must count from 0, the smallest here is {int(y.min())}")
+    if not (x.min().item() >= 0 and x.max().item() <= 1):  # also refuses NaN
+        raise UserError(outside_box(x))
+    check_labels(y)
 
 
 def check_mode(model: Model) -> None:
-    """No module in training mode.
+    """No module in training mode, and weights that gradients go through; also of the modules that a function calls.
 
     Raises:
-        UserError: some are.
+        UserError: some are, or they have none.
     """
-    if isinstance(model, nn.Module):
-        training = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
+    for network in _networks(model):
+        training = [name or type(module).__name__ for name, module in network.named_modules() if module.training]
         if training:
             some = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
+            inside = "" if network is model else f"{type(network).__name__} inside "
             raise UserError(
-                f"the model is in training mode ({len(training)} modules: {some}), so dropout or batch statistics "
-                "would change its answers: call model.eval() first"
+                f"{inside}the model is in training mode ({len(training)} modules: {some}), so dropout or batch "
+                "statistics would change its answers: call .eval() on it first"
             )
+        if reason := unusable([*network.parameters(), *network.buffers()]):
+            raise UserError(f"the model {reason}")
+
+
+def _networks(model: object) -> Iterator[nn.Module]:
+    """The modules that a model is made of, as far as they can be told: itself, or those that a function refers to."""
+    if isinstance(model, nn.Module):
+        yield model
+    elif isinstance(model, partial):
+        for part in (model.func, *model.args, *model.keywords.values()):
+            yield from _networks(part)
+    elif inspect.ismethod(model):
+        yield from _networks(model.__self__)
+    elif inspect.isfunction(model):
+        known = inspect.getclosurevars(model)
+        yield from (
+            value for value in (*known.nonlocals.values(), *known.globals.values()) if isinstance(value, nn.Module)
+        )
 
 
 def device_of(model: Model, x: Tensor, asked: str | torch.device | None) -> torch.device:
@@ -66,45 +81,48 @@ def device_of(model: Model, x: Tensor, asked: str | torch.device | None) -> torc
     return found or wanted
 
 
-def check_outputs(model: Model, x: Tensor, labels: Tensor, *, repeats: int = 5) -> int:
-    """The model's answers to one batch (B, C, H, W) are logits, finite and repeatable; returns the number of classes.
+def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, repeats: int = 5) -> int:
+    """The model's answers to one batch (B, C, H, W) are logits, finite, repeatable, and no answer depends on the other
+    images; returns the number of classes.
 
     Args:
         labels: of all examples, to see that they fit the classes.
-        repeats: how often the model is asked.
+        last: size of the last batch, where it is another one.
+        repeats: how often the model is asked the same.
 
     Raises:
         UserError: they are not.
     """
-    answers = [_logits(model, x) for _ in range(repeats)]
-    logits = answers[0]
-    classes = logits.shape[1]
-    if int(labels.max()) >= classes:
-        raise UserError(
-            f"the largest label is {int(labels.max())} but the model has {classes} classes (labels 0 to {classes - 1})"
-        )
-    if bool(((logits >= 0) & (logits <= 1)).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
-        raise UserError(
-            "the model's outputs are probabilities (all in [0, 1], rows sum to 1), which hides gradients from attacks: "
-            "return the logits, without softmax"
-        )
-    scaled = [nn.functional.normalize(answer, dim=1) for answer in answers]
-    apart = max((other - scaled[0]).norm(dim=1).max().item() for other in scaled)
-    if apart > RANDOM_TOLERANCE:
-        raise UserError(
-            f"the model answers differently when asked again (outputs {apart:.2g} apart, at most {RANDOM_TOLERANCE:g} "
-            "is rounding): a randomised model cannot be judged by these attacks; make its forward deterministic"
-        )
-    return classes
+    answers = [ask(model, x)]
+    with steady(model):
+        answers += [ask(model, x) for _ in range(repeats - 1)]
+        answers = [answer.float() for answer in answers]
+        logits = answers[0]
+        check_finite(logits)
+        check_labels(labels, logits.shape[1])
+        if bool(((logits >= 0) & (logits <= 1)).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
+            raise UserError(
+                "the model's outputs are probabilities (all in [0, 1], rows sum to 1), which hides gradients from "
+                "attacks: return the logits, without softmax"
+            )
+        scaled = [nn.functional.normalize(answer, dim=1) for answer in answers]
+        apart = max((other - scaled[0]).norm(dim=1).max().item() for other in scaled)
+        if not apart <= REPEATABLE:
+            raise UserError(
+                f"the model answers differently when asked again (outputs {apart:.2g} apart, at most {REPEATABLE:g} "
+                "is rounding): a randomised model cannot be judged by these attacks; make its forward deterministic"
+            )
+        check_company(model, x, sizes=(last,))
+    return logits.shape[1]
 
 
-def _logits(model: Model, x: Tensor) -> Tensor:
-    logits = model(x)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise UserError(f"the model must return logits ({len(x)}, classes >= 2), not {_describe(logits)}")
-    logits = logits.float()
-    check_finite(logits)
-    return logits
+def check_gradient(model: Model, x: Tensor) -> None:
+    """The logits of images (B, C, H, W) have gradients with respect to them.
+
+    Raises:
+        UserError: they have none, or the backward fails.
+    """
+    ask(model, x, gradient=True, hint="an attack that needs no gradients says differentiates = False")
 
 
 def check_finite(logits: Tensor) -> None:

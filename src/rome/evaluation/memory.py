@@ -10,22 +10,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from rome.device import out_of_memory
 from rome.errors import UserError, first_line
 
 T = TypeVar("T")
-_SIGNS = (
-    "defaultcpuallocator",  # torch on a CPU: "can't allocate memory", "not enough memory"
-    "out of memory",  # CUDA, MPS
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 @contextmanager

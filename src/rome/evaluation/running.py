@@ -11,9 +11,10 @@ import numpy as np
 
 from rome.attacks.autoattack import Square
 from rome.attacks.base import Model
+from rome.device import out_of_memory
 from rome.errors import Interrupted
 from rome.evaluation.checks import check_finite
-from rome.evaluation.memory import Halving, free, out_of_memory
+from rome.evaluation.memory import Halving, free
 from rome.evaluation.processes import Team
 from rome.evaluation.progress import Clock, Watcher
 from rome.evaluation.report import CLEAN, Report

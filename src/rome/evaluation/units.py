@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rome.attacks.autoattack import AttackWarning, collected
 from rome.attacks.base import Attack, Model
+from rome.device import out_of_memory
 from rome.errors import UserError
-from rome.evaluation.memory import Halving, out_of_memory
+from rome.evaluation.memory import Halving
 from rome.evaluation.store import Unit
 from rome.evaluation.suites import Case
 from rome.randomness import Stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator, model_serializer
+from pydantic import Field, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from rome.attacks.base import Attack
@@ -150,10 +150,8 @@ def _linf(threats: Mapping[str, Threat]) -> LpBall:
 
 def _attack(suite: str, kind: str, settings: Mapping[str, Any]) -> Attack:
     try:
-        return Attack.of_kind(kind).model_validate(dict(settings))
+        return Attack.of_kind(kind)(**settings)
     except PydanticCustomError as error:
         raise UserError(f"suite {suite!r} needs an attack that is not there: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"suite {suite!r}: attack {kind!r}, {where}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"suite {suite!r}: attack {kind!r}: {error}") from None

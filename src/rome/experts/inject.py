@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from torch import nn
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
 
 from rome.component import Component, Number
 from rome.errors import UserError
+from rome.experts.checking import check_experts
 from rome.experts.conv import MixtureConv2d
 from rome.experts.diversity import Diversification, Regularizer
 from rome.experts.ffn import MixtureFFN, without_start
@@ -48,9 +49,32 @@ class Experts(Component):
         """Note on a model that it got these experts; the notes travel with saved files, which are loaded by them."""
         object.__setattr__(model, "experts_settings", [*getattr(model, "experts_settings", []), self.dump()])
 
+    def inject(self, model: Module, images: Tensor | None = None) -> Module:
+        """Add the experts to ``model`` in place and return it.
+
+        A forward pass shows whether the model runs them and whether what they see are images: of ``images``, or of
+        zeros in the size that the model itself tells; where there is none, it is the first one that the model makes
+        (:func:`rome.experts.checking.check_experts`).
+
+        Args:
+            images: two or more (B, C, H, W) as the model takes them.
+
+        Raises:
+            UserError: they do not fit; the model is unchanged then.
+        """
+        replaced = self.place(model)
+        try:
+            check_experts(model, images)
+        except BaseException:
+            for name, module in replaced.items():
+                model.set_submodule(name, module)
+            raise
+        self.sign(model)
+        return model
+
     @abstractmethod
-    def inject(self, model: Module) -> Module:
-        """Add the experts to ``model`` in place and return it; ends with :meth:`sign`.
+    def place(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Put the experts into ``model`` in place; returns the modules whose places they took, by name.
 
         Raises:
             UserError: they do not fit; the model is unchanged then.
@@ -82,7 +106,7 @@ class Layerwise(Experts):
         if self.regularizer is not None:
             self.regularizer.check(self.experts, threats)
 
-    def inject(self, model: Module) -> Module:
+    def place(self, model: nn.Module) -> dict[str, nn.Module]:
         chosen = self.places(model)
         check_places(model, chosen)
         numbers = block_numbers(list(chosen))
@@ -91,15 +115,15 @@ class Layerwise(Experts):
             self.check(name, module)
             if self.gate.needs_class_token and not sees_class_token(model, name):
                 raise UserError(f"gate.pool: cls reads a class token, and layer {name} sees none; use mean")
+        blocks, made = max(numbers.values()), dict[str, Gated]()
         for name, module in chosen.items():
-            layout, block, blocks = layouts[name], numbers[name], max(numbers.values())
-            gate = self.gate.build(self.width(module), self.experts, block=block, blocks=blocks, layout=layout)
-            parent, _, leaf = name.rpartition(".")
-            layer = self.beside(module, gate, layout)
-            layer.block = block
-            setattr(model.get_submodule(parent), leaf, layer)
-        self.sign(model)
-        return model
+            layout = layouts[name]
+            gate = self.gate.build(self.width(module), self.experts, block=numbers[name], blocks=blocks, layout=layout)
+            made[name] = self.beside(module, gate, layout)
+            made[name].block = numbers[name]
+        for name, layer in made.items():
+            model.set_submodule(name, layer)
+        return chosen
 
     @property
     def projected(self) -> tuple[int, bool]:
@@ -289,6 +313,7 @@ def add_experts(
     projection_dim: int = 100,
     conv: Literal["loralib", "peft"] = "loralib",
     alpha: float | None = None,
+    images: Tensor | None = None,
 ) -> Module:
     """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
 
@@ -302,27 +327,24 @@ def add_experts(
         projection_dim: K', its size.
         conv: form of the update beside convolutions.
         alpha: scales the experts by alpha / rank, as LoRA does; None for a scale of 1, the paper's.
+        images: two or more (B, C, H, W) as the model takes them, to see that it runs the experts. None asks the model
+            for their size; where it does not tell, its first forward pass shows it.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: nothing matches ``layers``, a match cannot be adapted, or a setting is out of range; the model is
-            unchanged then.
+        UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is out of range;
+            the model is unchanged then.
     """
-    try:
-        settings = LowRank(
-            experts=experts,
-            rank=rank,
-            layers=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
-            gate=gate or DualScale(),
-            projection=projection,
-            projection_dim=projection_dim,
-            conv=conv,
-            alpha=alpha,
-            regularizer=None if isinstance(gate, Uniform) else Diversification(),
-        )
-    except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
-        raise UserError("; ".join(mistakes)) from None
-    return settings.inject(model)
+    return LowRank(
+        experts=experts,
+        rank=rank,
+        layers=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
+        gate=gate or DualScale(),
+        projection=projection,
+        projection_dim=projection_dim,
+        conv=conv,
+        alpha=alpha,
+        regularizer=None if isinstance(gate, Uniform) else Diversification(),
+    ).inject(model, images)

@@ -15,7 +15,7 @@ from rome.errors import UserError
 from rome.experts.diversity import Regularizer
 from rome.experts.gated import Gated
 from rome.experts.gating import PLAIN, Gates
-from rome.experts.inject import Experts, Module
+from rome.experts.inject import Experts
 
 
 class ModelMixture(Gated):
@@ -125,7 +125,7 @@ class Networks(Experts):
     """Networks, one for each threat."""
     regularizer: Regularizer | None = None
 
-    def inject(self, model: Module) -> Module:
+    def place(self, model: nn.Module) -> dict[str, nn.Module]:
         if hasattr(model, "_orig_mod"):
             raise UserError("this model is compiled already: add the experts first, then compile")
         if any(isinstance(module, Gated) for module in model.modules()):
@@ -137,8 +137,7 @@ class Networks(Experts):
                 "it: rome.models.Classifier(model, mean=(0,), std=(1,)), or build it with rome.create_model"
             )
         model.backbone = ModelMixture(backbone, experts=self.experts)
-        self.sign(model)
-        return model
+        return {"backbone": backbone}
 
 
 def classifiers(network: nn.Module) -> dict[str, nn.Module]:

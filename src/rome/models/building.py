@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,10 +12,11 @@ from torch import nn
 
 from rome.component import Settings
 from rome.errors import Interrupted, UserError, first_line
-from rome.experts import Experts, record_gates
+from rome.experts import Experts
 from rome.models.classifier import Classifier
 from rome.models.loading import load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
+from rome.trial import ask, tried
 
 
 class ModelSettings(Settings):
@@ -140,29 +140,13 @@ def build_model(
     if twice:
         raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
     model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0]}, **settings.args)
+    images, name = torch.zeros(2, *shape), f"model {settings.name}"
+    with tried(model):
+        outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
+    if outputs != classes:
+        raise UserError(f"{name} gives {outputs} logits, and the data has {classes} classes")
     if experts is not None:
-        experts.inject(model)
-    model.eval()
-    try:
-        with torch.no_grad(), record_gates(model) if experts is not None else nullcontext() as recorder:
-            logits = model(torch.zeros(2, *shape))
-    except (UserError, Interrupted):
-        raise
-    except Exception as error:  # whatever its code raises
-        raise UserError(
-            f"model {settings.name} does not take images of {'x'.join(map(str, shape))}: {first_line(error)}; "
-            "set model.img_size and model.patch_size"
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
-        given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"of type {type(logits).__name__}"
-        raise UserError(f"model {settings.name} gives outputs {given} for 2 images, not (2, {classes})")
-    if recorder is not None:
-        for name, gates in recorder.gates.items():
-            if len(gates.weights) != 2:
-                raise UserError(
-                    f"layer {name} sees {len(gates.weights)} inputs for 2 images, so its global gate would not average "
-                    "over the image. Leave it out of experts.layers."
-                )
+        experts.inject(model, images)
     return model.train()
 
 
