@@ -329,12 +329,29 @@ def test_experts_alone_come_back_to_the_last_bit(tmp_path: Path) -> None:
         assert same(load_experts(target, file), model)
 
 
-def test_experts_leave_another_backbone_alone(tmp_path: Path) -> None:
-    save_experts(grown(0), tmp_path / "e.safetensors")
+def test_experts_belong_to_the_weights_they_were_saved_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, frozen, x = tmp_path / "e.safetensors", grown(0), images()
+    save_experts(frozen, file)
+    assert torch.equal(load_experts(tiny(0), file).eval()(x), frozen.eval()(x))
+    assert capsys.readouterr().err == ""
     other = tiny(1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    load_experts(other, tmp_path / "e.safetensors")
+    load_experts(other, file)  # trained beside frozen weights, they may stand beside others
     assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+    assert "the model has other weights than those" in capsys.readouterr().err
+    moved = grown(0)
+    with torch.no_grad():
+        moved.backbone.head.bias += 1
+    save_experts(moved, file)
+    for target in (tiny(0), grown(0)):  # where they started
+        start = {name: value.clone() for name, value in target.state_dict().items()}
+        with pytest.raises(UserError, match="trained together with the weights beside them, and the model has others"):
+            load_experts(target, file)
+        assert target.state_dict().keys() == start.keys()
+        assert all(torch.equal(target.state_dict()[name], value) for name, value in start.items())
+        load_experts(target, file, any_backbone=True)
 
 
 def test_metadata_says_what_the_file_holds(tmp_path: Path) -> None:
@@ -420,9 +437,8 @@ def test_starting_weights_must_cover_the_backbone(tmp_path: Path) -> None:
     save_model(tiny(0), tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=r"backbone\.head\.bias is missing in the file"):
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__head__bias=None))
-    target = tiny(1)
-    load_weights(target, changed(tmp_path / "m.safetensors", backbone__head__A=torch.zeros(1)))  # as experts lie
-    assert same(target, tiny(0))
+    with pytest.raises(UserError, match=r"backbone\.head\.A is not in the model; it seems to have experts"):
+        load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__head__A=torch.zeros(1)))
     with pytest.raises(UserError, match=r"backbone\.blocks\.2\.attn\.qkv\.weight is not in the model"):
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__blocks__2__attn__qkv__weight=torch.ones(1)))
 
