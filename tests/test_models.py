@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,6 +159,40 @@ def test_own_files_may_hold_dataclasses_and_share_a_name_with_a_module(tmp_path:
     models = [create_model(f"{tmp_path / place}/{name}.py:net", num_classes=4) for place in "aba"]
     assert [model.backbone[1].out_features for model in models] == [5, 6, 5]
     assert sys.modules["json"] is json
+
+
+def test_an_own_file_may_import_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any working directory; of two with neighbours of equal names each gets its own, and none an older one."""
+    for place, width in (("a", 5), ("b", 6)):
+        folder = tmp_path / place / "parts"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "sizes.py").write_text(f"width = {width}\n")
+        (tmp_path / place / "neighbour_x.py").write_text("from parts.sizes import width\n")
+        (tmp_path / place / "mine.py").write_text(
+            "from torch import nn\nimport neighbour_x\n\ndef net(num_classes):\n"
+            "    from parts import sizes\n    assert sizes.width == neighbour_x.width\n"
+            "    return nn.Linear(sizes.width, num_classes)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    widths = [create_model(f"{place}/mine.py:net", num_classes=4).backbone.in_features for place in "aba"]
+    assert widths == [5, 6, 5]
+    (tmp_path / "a" / "parts" / "sizes.py").write_text("width = 77\n")
+    assert create_model(f"{tmp_path}/a/mine.py:net", num_classes=4).backbone.in_features == 77
+    assert sys.path == path
+
+
+def test_a_neighbour_that_another_module_shadows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "helper_x.py").write_text("width = 5\n")
+    (tmp_path / "mine.py").write_text("import helper_x\nfrom torch import nn\nnet = lambda num_classes: nn.ReLU()\n")
+    (tmp_path / "other.py").write_text("from torch import nn\nnet = lambda num_classes: nn.ReLU()\n")
+    already = ModuleType("helper_x")
+    monkeypatch.setitem(sys.modules, "helper_x", already)
+    create_model(f"{tmp_path}/other.py:net", num_classes=4)  # does not ask for it
+    with pytest.raises(UserError, match=r"the module helper_x in .* has the name of another, which is in use; rename"):
+        create_model(f"{tmp_path}/mine.py:net", num_classes=4)
+    assert sys.modules["helper_x"] is already
 
 
 def test_an_own_file_that_fails_is_no_module(tmp_path: Path) -> None:
