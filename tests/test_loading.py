@@ -138,7 +138,7 @@ def test_the_prefix_below_which_a_model_is_complete_is_found(
     model = tiny()
     remarks = load_weights(model, save(held))
     assert same(copied(model.backbone), theirs)
-    assert len(remarks) == bool(said)
+    assert bool(remarks) == bool(said)
     assert re.search(said, "".join(remarks))
     normalised = "normalisation" in said
     assert model.mean.flatten().tolist() == pytest.approx([0.25] * 3 if normalised else [0.4914, 0.4822, 0.4465])
@@ -165,9 +165,7 @@ def test_several_models_in_a_file_are_refused_without_a_key(
 ) -> None:
     other = copied(tiny(seed=2).backbone)
     file = save({"teacher": prefixed(other, "module."), "student": prefixed(theirs, "module.")})
-    with pytest.raises(
-        UserError, match=r"holds 2 sets .* differ: teacher\.module, student\.module; set model\.weights_k"
-    ):
+    with pytest.raises(UserError, match=r"holds 2 sets .* differ: teacher\.module, student\.module; set model\."):
         load_weights(tiny(), file)
     model = tiny()
     load_weights(model, file, key="student")
@@ -360,7 +358,7 @@ def test_experts_come_with_the_weights_or_are_dropped_on_purpose(tmp_path: Path)
         assert torch.equal(model.eval()(x), source.eval()(x))
         dropped = vit(weights=tmp_path / f"{name}.safetensors", drop_experts=True)
         assert torch.equal(dropped.eval()(x), plain.eval()(x))
-    with pytest.raises(UserError, match=r"qkv\.A, .* not in the model; it seems to have experts, whose settings"):
+    with pytest.raises(UserError, match=r"proj\.A, .* not in the model; it seems to have experts, whose settings"):
         vit(weights=tmp_path / "bare.pt")
 
 

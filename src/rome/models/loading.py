@@ -231,8 +231,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"there is no checkpoint at {file}; give an existing file ({', '.join(CHECKPOINTS)})")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, which timm's and others' hold
-            held: Any = torch.load(file, map_location="cpu", weights_only=True)
+        # as an open file: by its name torch would read it in another way. Namespaces, which timm's hold, are plain data
+        with open(file, "rb") as opened, torch.serialization.safe_globals([argparse.Namespace]):
+            held: Any = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if found is None:
