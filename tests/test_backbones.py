@@ -22,6 +22,7 @@ TINY: dict[str, dict[str, Any]] = {
     "resnet_18": {"width": 4},
     "preact_resnet_18": {"width": 4},
     "wide_resnet": {"depth": 16, "width": 2},
+    "wide_resnet_trades": {"depth": 16, "width": 2},
     "alexnet_cifar": {},
 }
 
@@ -53,6 +54,7 @@ def images(n: int = 2, size: int = 32) -> Tensor:
         ("preact_resnet_18", {}, 11_172_170, 0.56),
         ("wide_resnet_28_10", {}, 36_479_194, 5.24),
         ("wide_resnet_94_16", {}, 365_915_610, None),
+        ("wide_resnet_trades", {}, 46_160_474, None),
         ("alexnet_cifar", {}, 23_272_266, None),
         ("vit_base_patch16_224", {"img_size": 32, "patch_size": 4}, 85_152_010, 5.60),
         ("deit_base_patch16_224", {"img_size": 32, "patch_size": 4}, 85_152_010, 5.60),
@@ -61,7 +63,8 @@ def images(n: int = 2, size: int = 32) -> Tensor:
 )
 def test_sizes_are_the_published_ones(name: str, args: dict[str, Any], parameters: int, gmacs: float | None) -> None:
     """ResNet-18 as in kuangliu/pytorch-cifar, PreActResNet-18 as in E-AT, WRN-28-10 as in its paper (36.5M),
-    WRN-94-16 as in Bartoldson et al. 2024 (366M), ViT-B and Swin-B as in the paper's spec (85.15M, 86.69M)."""
+    WRN-94-16 as in Bartoldson et al. 2024 (366M), WRN-34-10 as in TRADES without
+    the layers it never calls, ViT-B and Swin-B as in the paper's spec (85.15M, 86.69M)."""
     with torch.device("meta"):
         model = create_model(name, num_classes=10, **args).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -158,6 +161,20 @@ def dm_wide_resnet(s: Read, x: Tensor, act: Any = swish) -> Tensor:
     return s.linear(F.avg_pool2d(act(s.bn(x, "batchnorm")), 8).flatten(1), "logits")
 
 
+def trades_wide_resnet(s: Read, x: Tensor) -> Tensor:
+    """yaodongyu/TRADES, models/wideresnet.py, without dropout."""
+    x = F.conv2d(x, s["conv1.weight"], padding=1)
+    for group in range(3):
+        for block in range(2):
+            at, stride = f"block{group + 1}.layer.{block}", 2 if group and block == 0 else 1
+            out = F.relu(s.bn(x, f"{at}.bn1"))
+            if block == 0:
+                x = F.conv2d(out, s[f"{at}.convShortcut.weight"], stride=stride)
+            out = F.relu(s.bn(F.conv2d(out, s[f"{at}.conv1.weight"], stride=stride, padding=1), f"{at}.bn2"))
+            x = x + F.conv2d(out, s[f"{at}.conv2.weight"], padding=1)
+    return s.linear(F.avg_pool2d(F.relu(s.bn(x, "bn1")), 8).flatten(1), "fc")
+
+
 def alexnet(s: Read, x: Tensor) -> Tensor:
     """cassidylaidlaw/perceptual-advex, perceptual_advex/models.py, CifarAlexNet in evaluation mode."""
     for number, stride, pool in ((0, 2, True), (3, 1, True), (6, 1, False), (8, 1, False), (10, 1, True)):
@@ -176,9 +193,10 @@ def alexnet(s: Read, x: Tensor) -> Tensor:
         ("preact_resnet_18", {"activation": "relu"}, lambda s, x: preact_resnet(s, x, F.relu)),
         ("wide_resnet", {}, dm_wide_resnet),
         ("wide_resnet", {"activation": "relu"}, lambda s, x: dm_wide_resnet(s, x, F.relu)),
+        ("wide_resnet_trades", {}, trades_wide_resnet),
         ("alexnet_cifar", {}, alexnet),
     ],
-    ids=["resnet", "preact softplus", "preact relu", "wide silu", "wide relu", "alexnet"],
+    ids=["resnet", "preact softplus", "preact relu", "wide silu", "wide relu", "wide trades", "alexnet"],
 )
 def test_a_backbone_computes_what_its_source_does_from_the_sources_names(
     name: str, args: dict[str, Any], literal: Any
@@ -244,6 +262,7 @@ def test_alexnets_features_are_the_five_relus() -> None:
         ("resnet_18", (0, 0, 0), (1, 1, 1)),
         ("preact_resnet_18", (0, 0, 0), (1, 1, 1)),
         ("wide_resnet", (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+        ("wide_resnet_trades", (0, 0, 0), (1, 1, 1)),
         ("alexnet_cifar", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ],
 )
@@ -255,7 +274,7 @@ def test_a_model_normalises_as_its_source_does(name: str, mean: tuple[float, ...
     assert recipe["std"] == pytest.approx(std)
 
 
-@pytest.mark.parametrize("name", ["resnet_18", "preact_resnet_18", "wide_resnet"])
+@pytest.mark.parametrize("name", ["resnet_18", "preact_resnet_18", "wide_resnet", "wide_resnet_trades"])
 def test_other_sizes_channels_and_classes(name: str) -> None:
     model = create_model(name, num_classes=7, in_chans=1, **TINY[name]).eval()
     for size in (8, 40):

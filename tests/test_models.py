@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,6 +159,40 @@ def test_own_files_may_hold_dataclasses_and_share_a_name_with_a_module(tmp_path:
     models = [create_model(f"{tmp_path / place}/{name}.py:net", num_classes=4) for place in "aba"]
     assert [model.backbone[1].out_features for model in models] == [5, 6, 5]
     assert sys.modules["json"] is json
+
+
+def test_an_own_file_may_import_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any working directory; of two with neighbours of equal names each gets its own, and none an older one."""
+    for place, width in (("a", 5), ("b", 6)):
+        folder = tmp_path / place / "parts"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "sizes.py").write_text(f"width = {width}\n")
+        (tmp_path / place / "neighbour_x.py").write_text("from parts.sizes import width\n")
+        (tmp_path / place / "mine.py").write_text(
+            "from torch import nn\nimport neighbour_x\n\ndef net(num_classes):\n"
+            "    from parts import sizes\n    assert sizes.width == neighbour_x.width\n"
+            "    return nn.Linear(sizes.width, num_classes)\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    widths = [create_model(f"{place}/mine.py:net", num_classes=4).backbone.in_features for place in "aba"]
+    assert widths == [5, 6, 5]
+    (tmp_path / "a" / "parts" / "sizes.py").write_text("width = 77\n")
+    assert create_model(f"{tmp_path}/a/mine.py:net", num_classes=4).backbone.in_features == 77
+    assert sys.path == path
+
+
+def test_a_neighbour_that_another_module_shadows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "helper_x.py").write_text("width = 5\n")
+    (tmp_path / "mine.py").write_text("import helper_x\nfrom torch import nn\nnet = lambda num_classes: nn.ReLU()\n")
+    (tmp_path / "other.py").write_text("from torch import nn\nnet = lambda num_classes: nn.ReLU()\n")
+    already = ModuleType("helper_x")
+    monkeypatch.setitem(sys.modules, "helper_x", already)
+    create_model(f"{tmp_path}/other.py:net", num_classes=4)  # does not ask for it
+    with pytest.raises(UserError, match=r"the module helper_x in .* has the name of another, which is in use; rename"):
+        create_model(f"{tmp_path}/mine.py:net", num_classes=4)
+    assert sys.modules["helper_x"] is already
 
 
 def test_an_own_file_that_fails_is_no_module(tmp_path: Path) -> None:
@@ -329,12 +364,29 @@ def test_experts_alone_come_back_to_the_last_bit(tmp_path: Path) -> None:
         assert same(load_experts(target, file), model)
 
 
-def test_experts_leave_another_backbone_alone(tmp_path: Path) -> None:
-    save_experts(grown(0), tmp_path / "e.safetensors")
+def test_experts_belong_to_the_weights_they_were_saved_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, frozen, x = tmp_path / "e.safetensors", grown(0), images()
+    save_experts(frozen, file)
+    assert torch.equal(load_experts(tiny(0), file).eval()(x), frozen.eval()(x))
+    assert capsys.readouterr().err == ""
     other = tiny(1)
     before = {name: value.clone() for name, value in other.state_dict().items()}
-    load_experts(other, tmp_path / "e.safetensors")
+    load_experts(other, file)  # trained beside frozen weights, they may stand beside others
     assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+    assert "the model has other weights than those" in capsys.readouterr().err
+    moved = grown(0)
+    with torch.no_grad():
+        moved.backbone.head.bias += 1
+    save_experts(moved, file)
+    for target in (tiny(0), grown(0)):  # where they started
+        start = {name: value.clone() for name, value in target.state_dict().items()}
+        with pytest.raises(UserError, match="trained together with the weights beside them, and the model has others"):
+            load_experts(target, file)
+        assert target.state_dict().keys() == start.keys()
+        assert all(torch.equal(target.state_dict()[name], value) for name, value in start.items())
+        load_experts(target, file, any_backbone=True)
 
 
 def test_metadata_says_what_the_file_holds(tmp_path: Path) -> None:
@@ -420,9 +472,8 @@ def test_starting_weights_must_cover_the_backbone(tmp_path: Path) -> None:
     save_model(tiny(0), tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=r"backbone\.head\.bias is missing in the file"):
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__head__bias=None))
-    target = tiny(1)
-    load_weights(target, changed(tmp_path / "m.safetensors", backbone__head__A=torch.zeros(1)))  # as experts lie
-    assert same(target, tiny(0))
+    with pytest.raises(UserError, match=r"backbone\.head\.A is not in the model; it seems to have experts"):
+        load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__head__A=torch.zeros(1)))
     with pytest.raises(UserError, match=r"backbone\.blocks\.2\.attn\.qkv\.weight is not in the model"):
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__blocks__2__attn__qkv__weight=torch.ones(1)))
 

@@ -34,6 +34,10 @@ _Data = Annotated[
 _Weights = Annotated[
     str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=_PANEL)
 ]
+_Key = Annotated[
+    str | None,
+    typer.Option(help="Where in --weights, if it holds several models: state_dict.", rich_help_panel=_PANEL),
+]
 _Budgets = Annotated[
     str | None, typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=_PANEL)
 ]
@@ -49,6 +53,7 @@ _GIVEN: dict[str, Any] = {
     "model": _Model,
     "data": _Data,
     "weights": _Weights,
+    "weights_key": _Key,
     "budgets": _Budgets,
     "num_classes": _Classes,
     "img_size": _ImageSize,

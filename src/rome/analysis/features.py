@@ -20,7 +20,7 @@ from rome.errors import UserError
 from rome.experts import Gated, Layout, ModelMixture, expert_layers, layout_of
 from rome.experts.gating import positions, select
 from rome.experts.layers import channels_last
-from rome.models.loading import head_names
+from rome.models.fitting import head_names
 from rome.perceptual import feature_layers
 
 PLACES = ("first", "middle", "last", "global")

@@ -10,11 +10,25 @@ from rome.backbones.alexnet import AlexNet, alexnet_cifar
 from rome.backbones.common import IDENTITY, Normalization
 from rome.backbones.preact_resnet import PreActResNet, preact_resnet_18
 from rome.backbones.resnet import ResNet, resnet_18
-from rome.backbones.wide_resnet import WideResNet, wide_resnet, wide_resnet_28_10, wide_resnet_94_16
+from rome.backbones.wide_resnet import (
+    WideResNet,
+    wide_resnet,
+    wide_resnet_28_10,
+    wide_resnet_94_16,
+    wide_resnet_trades,
+)
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (alexnet_cifar, preact_resnet_18, resnet_18, wide_resnet, wide_resnet_28_10, wide_resnet_94_16)
+    for builder in (
+        alexnet_cifar,
+        preact_resnet_18,
+        resnet_18,
+        wide_resnet,
+        wide_resnet_28_10,
+        wide_resnet_94_16,
+        wide_resnet_trades,
+    )
 }
 """Builders by name. Each takes ``num_classes``, ``in_chans`` and its own arguments; what it builds says in
 ``normalization`` which normalisation it expects."""
@@ -33,4 +47,5 @@ __all__ = [
     "wide_resnet",
     "wide_resnet_28_10",
     "wide_resnet_94_16",
+    "wide_resnet_trades",
 ]

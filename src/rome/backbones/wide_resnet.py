@@ -8,7 +8,16 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.backbones.common import CIFAR10_STATISTICS, Normalization, conv1x1, conv3x3, make_activation, pooled, stage
+from rome.backbones.common import (
+    CIFAR10_STATISTICS,
+    IDENTITY,
+    Normalization,
+    conv1x1,
+    conv3x3,
+    make_activation,
+    pooled,
+    stage,
+)
 
 
 class WideBlock(nn.Module):
@@ -75,6 +84,70 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(pooled(self.relu(self.batchnorm(self.layer(self.init_conv(x))))))
+
+
+class TradesBlock(nn.Module):
+    """As :class:`WideBlock`, with ReLU and a stride of 2 that pads on all sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.convShortcut = conv1x1(in_channels, out_channels, stride) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        kept = x if self.convShortcut is None else self.convShortcut(active)
+        return kept + self.conv2(F.relu(self.bn2(self.conv1(active))))
+
+
+class TradesGroup(nn.Module):
+    """Blocks of one width."""
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.layer = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class TradesWideResNet(nn.Module):
+    """The Wide ResNet of TRADES (Zhang et al. 2019, arXiv:1901.08573), and with it of AWP, MART, RST and others.
+
+    It differs from :class:`WideResNet` in ReLU, in padding on all sides and in taking images in [0, 1] as they are, so
+    the weights of one do not serve the other. Names of weights are those of TRADES' ``models/wideresnet.py``:
+    ``conv1``, ``block1.layer.0.conv1``, ``bn1``, ``fc``.
+    """
+
+    normalization: ClassVar[Normalization] = IDENTITY
+    unused: ClassVar[tuple[str, ...]] = ("sub_block1.",)
+    """Tensors that published checkpoints hold beside: TRADES builds these layers and never calls them."""
+
+    def __init__(self, depth: int, width: int, *, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"a Wide ResNet's depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+        blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = conv3x3(in_chans, channels[0])
+        self.block1 = TradesGroup(stage(TradesBlock, blocks, channels[0], channels[1], 1))
+        self.block2 = TradesGroup(stage(TradesBlock, blocks, channels[1], channels[2], 2))
+        self.block3 = TradesGroup(stage(TradesBlock, blocks, channels[2], channels[3], 2))
+        self.bn1 = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(pooled(F.relu(self.bn1(maps))))
+
+
+def wide_resnet_trades(
+    *, depth: int = 34, width: int = 10, num_classes: int = 10, in_chans: int = 3
+) -> TradesWideResNet:
+    """Wide ResNet of TRADES and its followers, WRN-34-10 unless told; 46,160,474 parameters, 10 classes."""
+    return TradesWideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
 
 
 def wide_resnet(

@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from rome.errors import UserError, did_you_mean
-from rome.models import Classifier, create_model, file_hash, load_weights
+from rome.models import Classifier, create_model, file_hash, load_weights, weights_file
 from rome.trial import check_attackable, last_line
 from rome.trust import PROGRAMS, names_code
 
@@ -122,6 +122,7 @@ def named_model(
     classes: int,
     images: Tensor,
     weights: str | None = None,
+    weights_key: str | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
     patch_size: int | None = None,
@@ -137,10 +138,13 @@ def named_model(
             of torch.export (.pt2).
         classes: of the data.
         images: (B, C, H, W), to try it on.
-        weights: a file for a timm model or a function's; without it, a timm model's are those of its tag.
+        weights: a file for a timm model or a function's; the model gets its experts if it has some. Without it, a timm
+            model's are those of its tag.
+        weights_key: where in that file, if it holds several models.
         num_classes: logits of the model, where it has more than the data has classes.
         img_size, patch_size: of a timm model that is built for one size; None takes the images' and the model's own.
-        mean, std: normalisation per channel. Without them timm models use their own; functions and files get none.
+        mean, std: normalisation per channel. Without them that of ``weights`` counts if it has one; else timm models
+            use their own, and functions and files get none.
         batch_size: the largest batch it will be asked.
 
     Raises:
@@ -161,7 +165,7 @@ def named_model(
         named = _from_file(Path(name), mean, std, device, batch_size)
     else:
         sizes = {"img_size": img_size or images.shape[-1], "patch_size": patch_size}
-        named = _from_name(name, outputs, images.shape[1], weights, sizes, mean, std)
+        named = _from_name(name, outputs, images.shape[1], weights, weights_key, sizes, mean, std)
     named.model.to(device).eval()
     _try(named.model, name, images.to(device), outputs)
     return named
@@ -172,6 +176,7 @@ def _from_name(
     outputs: int,
     channels: int,
     weights: str | None,
+    weights_key: str | None,
     sizes: dict[str, int | None],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -192,9 +197,7 @@ def _from_name(
             )
     if config is None or not config.fixed_input_size or config.input_size[-1] == sizes["img_size"]:
         sizes = {**sizes, "img_size": None}
-    plain = function and mean is None
-    if plain:
-        mean, std = (0.0,), (1.0,)
+    given, plain = mean is not None, function and mean is None
     model = create_model(
         name,
         num_classes=outputs,
@@ -202,18 +205,20 @@ def _from_name(
         patch_size=sizes["patch_size"],
         in_chans=channels,
         pretrained=pretrained,
-        mean=mean,
-        std=std,
+        mean=(0.0,) if plain else mean,
+        std=(1.0,) if plain else std,
     )
     facts: dict[str, Any] = {"name": name, "normalisation": None}
+    remarks: list[str] = []
     if weights is not None:
-        load_weights(model, weights)
+        remarks = load_weights(model, weights, key=weights_key, keep_normalization=given)
         facts["weights"] = str(weights)
-        facts["weights_sha256"] = file_hash(weights) if Path(weights).is_file() else None
-    if plain:
-        return Named(model, name.rpartition(":")[2], facts, [_no_normalisation(name)])
-    facts["normalisation"] = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
-    return Named(model, name.rpartition(":")[2], facts)
+        facts["weights_sha256"] = file_hash(weights_file(weights))
+    if plain and bool((model.mean == 0).all() and (model.std == 1).all()):
+        remarks.append(_no_normalisation(name))
+    else:
+        facts["normalisation"] = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    return Named(model, name.rpartition(":")[2], facts, remarks)
 
 
 def _from_file(

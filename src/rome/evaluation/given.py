@@ -32,6 +32,7 @@ class Given(Settings):
     model: str
     data: str
     weights: str | None = None
+    weights_key: str | None = None
     budgets: str | None = None
     """None takes those of the kind of data."""
     num_classes: int | None = None
@@ -119,6 +120,7 @@ class Given(Settings):
             classes=len(split.classes),
             images=split.first(min(TRIED, len(split)))[0],
             weights=self.weights,
+            weights_key=self.weights_key,
             num_classes=self.num_classes,
             img_size=self.img_size,
             patch_size=self.patch_size,

@@ -27,6 +27,7 @@ from rome.experts.layers import (
     sees_class_token,
 )
 from rome.experts.mixture import AdapterLinear, GatedLinear, MixtureLinear
+from rome.experts.state import sign
 
 Module = TypeVar("Module", bound=nn.Module)
 Adapted = TypeVar("Adapted", bound=GatedLinear)
@@ -47,7 +48,7 @@ class Experts(Component):
 
     def sign(self, model: nn.Module) -> None:
         """Note on a model that it got these experts; the notes travel with saved files, which are loaded by them."""
-        object.__setattr__(model, "experts_settings", [*getattr(model, "experts_settings", []), self.dump()])
+        sign(model, self.dump())
 
     def inject(self, model: Module, images: Tensor | None = None) -> Module:
         """Add the experts to ``model`` in place and return it.

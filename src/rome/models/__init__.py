@@ -3,7 +3,7 @@
 from rome.models.building import ModelSettings, build_model, create_model
 from rome.models.classifier import Classifier
 from rome.models.files import load_experts, load_model, save_experts, save_model
-from rome.models.loading import file_hash, load_weights, read_tensors
+from rome.models.loading import file_hash, load_weights, read_tensors, weights_file
 
 __all__ = [
     "Classifier",
@@ -17,4 +17,5 @@ __all__ = [
     "read_tensors",
     "save_experts",
     "save_model",
+    "weights_file",
 ]

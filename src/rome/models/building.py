@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +16,7 @@ from rome.component import Settings
 from rome.errors import Interrupted, UserError, first_line
 from rome.experts import Experts
 from rome.models.classifier import Classifier
-from rome.models.loading import load_weights
+from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 from rome.trial import ask, tried
 
@@ -38,12 +40,16 @@ class ModelSettings(Settings):
     weights: str | None = None
     """What to start from: a run's folder, a safetensors file, a checkpoint of ``torch.save`` or ``pyautoattack``; see
     :func:`rome.models.load_weights`."""
+    weights_key: str | None = None
+    """Where in ``weights``, if it holds several models: ``state_dict``, ``teacher``."""
     drop_head: bool = False
     """Leave the last layer of ``weights`` out and start it anew, for other classes."""
+    drop_experts: bool = False
+    """Leave the experts of ``weights`` out; otherwise the config must have the same, and they go on."""
 
     def untrained(self) -> Self:
         """The same architecture without weights to start from."""
-        return self.model_copy(update={"pretrained": False, "weights": None, "drop_head": False})
+        return self.model_copy(update={"pretrained": False, **_no_start()})
 
     def outline(self) -> Self:
         """The same architecture for whom weights are nothing, such as who counts: also without RobustBench's package
@@ -64,7 +70,9 @@ def create_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
     drop_head: bool = False,
+    drop_experts: bool = False,
     **args: Any,
 ) -> Classifier:
     """A model by name, or your own, as a classifier of images in [0, 1].
@@ -83,16 +91,22 @@ def create_model(
         in_chans: image channels.
         pretrained: load the tag's weights (timm only; needs the network once).
         mean, std: normalisation per channel; None takes the model's own: CIFAR-10's for Wide ResNets, none for the
-            ResNets and RobustBench's models, timm's for timm's, otherwise 0.5.
-        weights: what to start from; see :func:`rome.models.load_weights`.
+            ResNets and RobustBench's models, timm's for timm's, otherwise 0.5. That of ``weights`` comes before these
+            but not before one that is given.
+        weights: what to start from, with its experts if it has some; see :func:`rome.models.load_weights`. What there
+            is to say of it goes to standard error.
+        weights_key: where in ``weights``, if it holds several models.
         drop_head: leave the last layer of ``weights`` out, for other classes.
+        drop_experts: leave the experts of ``weights`` out.
         args: passed on, such as ``depth=6, embed_dim=192``.
 
     Raises:
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
     """
-    if drop_head and weights is None:
-        raise UserError("model.drop_head drops the last layer of model.weights, and there are none; name them")
+    if weights is None and (drop_head or drop_experts or weights_key is not None):
+        which = "drop_head drops the last layer" if drop_head else "drop_experts drops the experts"
+        which = which if drop_head or drop_experts else "weights_key names a part"
+        raise UserError(f"model.{which} of model.weights, and there are none; name them")
     sizes: dict[str, Any] = {
         key: value for key, value in (("img_size", img_size), ("patch_size", patch_size)) if value is not None
     }
@@ -110,7 +124,7 @@ def create_model(
         raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}{hint}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
-    expected = expected_normalization(backbone)
+    keep, expected = mean is not None or std is not None, expected_normalization(backbone)
     mean = _per_channel(expected.mean if mean is None else mean, in_chans, "mean")
     std = _per_channel(expected.std if std is None else std, in_chans, "std")
     if min(std) <= 0:
@@ -119,7 +133,16 @@ def create_model(
     model.recipe = {"name": name, "num_classes": num_classes, **sizes, "in_chans": in_chans, "mean": mean, "std": std}
     model.recipe |= args
     if weights is not None:
-        load_weights(model, weights, drop_head=drop_head)
+        say(
+            load_weights(
+                model,
+                weights,
+                drop_head=drop_head,
+                drop_experts=drop_experts,
+                key=weights_key,
+                keep_normalization=keep,
+            )
+        )
     return model
 
 
@@ -139,7 +162,14 @@ def build_model(
     twice = sorted(set(settings.args) & (set(ModelSettings.model_fields) - {"args"}))
     if twice:
         raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
-    model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0]}, **settings.args)
+    goes_on = settings.weights is not None and not settings.drop_experts and holds_experts(settings.weights)
+    if goes_on and experts is None:
+        raise UserError(
+            f"{settings.weights} (model.weights) has experts, and the config has none: give it the same experts "
+            "(experts: ...), or set model.drop_experts=true to start without them"
+        )
+    later = _no_start() if goes_on else {}
+    model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0], **later}, **settings.args)
     images, name = torch.zeros(2, *shape), f"model {settings.name}"
     with tried(model):
         outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
@@ -147,7 +177,30 @@ def build_model(
         raise UserError(f"{name} gives {outputs} logits, and the data has {classes} classes")
     if experts is not None:
         experts.inject(model, images)
+    if settings.weights is not None and goes_on:
+        try:
+            say(
+                load_weights(
+                    model,
+                    settings.weights,
+                    key=settings.weights_key,
+                    drop_head=settings.drop_head,
+                    keep_normalization=settings.mean is not None or settings.std is not None,
+                )
+            )
+        except UserError as error:
+            raise UserError(f"{error} (model.drop_experts=true starts with new experts)") from error
     return model.train()
+
+
+def _no_start() -> dict[str, Any]:
+    return {"weights": None, "weights_key": None, "drop_head": False, "drop_experts": False}
+
+
+def say(remarks: Sequence[str]) -> None:
+    """Remarks on a model to standard error, by the first of several processes."""
+    for remark in remarks if os.environ.get("RANK", "0") == "0" else ():
+        print(remark, file=sys.stderr)
 
 
 def _per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:

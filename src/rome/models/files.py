@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,74 @@ from torch import Tensor, nn
 
 from rome import trust
 from rome.errors import UserError, first_line
-from rome.experts import Experts, expert_layers
+from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.files import replace_with
-from rome.models.building import ModelSettings, create_model
-from rome.models.loading import fit, read_tensors
+from rome.models.adapted import fill
+from rome.models.building import ModelSettings, create_model, say
+from rome.models.fitting import check_fit, fit
+from rome.models.loading import read_tensors
+from rome.wrappers import bare_state, unwrapped
 
 
 def save_model(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write all weights as safetensors, with the config inside its metadata; replaces the file in one step."""
-    _write(dict(model.state_dict()), path, _metadata("model", model, config))
+    """Write all weights as safetensors, with the config inside its metadata; replaces the file in one step.
+
+    Of a model that is compiled or wrapped (DataParallel, AveragedModel) the inner one is saved.
+
+    Raises:
+        UserError: the file cannot be written, or what it would hold could not be read again.
+    """
+    extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if extra:
+        raise UserError(f"the model's state holds {extra[0]}, which is no tensor; save it with torch.save")
+    _write(bare_state(model), path, _metadata("model", model, config))
 
 
 def save_experts(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write only what the experts add (A, B, gates, projections) as safetensors, with their settings as metadata."""
-    _write(_expert_state(model), path, _metadata("experts", model, config))
+    """Write only what the experts add (A, B, gates, projections) as safetensors, with their settings as metadata.
 
-
-def load_experts(model: nn.Module, path: str | Path) -> nn.Module:
-    """Read experts saved by :func:`save_experts` into a model; a model without experts gets them first.
+    The hash of the weights beside them is there too, and whether these changed since the experts were added.
 
     Raises:
-        UserError: not such a file, or it does not fit the model (the message names the tensors).
+        UserError: as :func:`save_model`, or the model has no experts.
+    """
+    state = _own_experts(model)
+    beside = {"beside": fingerprint(model), "moved": moved(model)}
+    _write(state, path, _metadata("experts", model, config) | beside)
+
+
+def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = False) -> nn.Module:
+    """Read experts saved by :func:`save_experts` into a model; a model without experts gets them first.
+
+    Beside other weights than those they were saved beside, they are refused if these had been trained too; else a line
+    on standard error says that the model's are others.
+
+    Args:
+        any_backbone: load them all the same, in silence, such as into a copy in half precision.
+
+    Raises:
+        UserError: not such a file, it does not fit the model (the message names the tensors), or it belongs to other
+            weights.
     """
     metadata, tensors = read_tensors(path)
     if metadata.get("format") not in (None, "experts"):
         raise UserError(f"{path} holds a whole model, not experts alone; use rome.load_model(path, model)")
-    _check_settings(metadata.get("experts"), model, path)
-    target = model
-    if not expert_layers(model):
-        if not metadata.get("experts"):
-            raise UserError(f"{path} does not say which experts it holds; call rome.add_experts(model, ...) first")
-        target = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
-    fit(target, tensors, expected=set(_expert_state(target)), path=path)
-    if target is not model:
-        _inject(metadata["experts"], model, path)
-        fit(model, tensors, expected=set(_expert_state(model)), path=path)
+    if not metadata.get("experts") and not expert_state(model):
+        raise UserError(f"{path} does not say which experts it holds; call rome.add_experts(model, ...) first")
+
+    def copy_into(target: nn.Module) -> None:
+        expected = set(_own_experts(target))
+        check_fit(target, tensors, expected=expected, path=path)
+        if not any_backbone and metadata.get("moved", True) and metadata.get("beside") != fingerprint(target):
+            raise UserError(
+                f"{path} holds experts that were trained together with the weights beside them, and the model has "
+                "others: save the whole model (rome.save_model), or load them all the same with any_backbone=True"
+            )
+        fit(target, tensors, expected=expected, path=path)
+
+    fill(model, metadata.get("experts") or [], path, copy_into)
+    if not any_backbone and metadata.get("beside") != fingerprint(model):
+        say([f"{path}: the model has other weights than those that these experts were saved beside"])
     return model
 
 
@@ -72,12 +104,12 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
         model = _built(metadata["model"], path)
-    _check_settings(metadata.get("experts"), model, path)
-    if metadata.get("experts") and not expert_layers(model):
-        trial = _inject(metadata["experts"], copy.deepcopy(model), path)  # nothing changes if it does not fit
-        fit(trial, tensors, expected=set(trial.state_dict()), path=path)
-        _inject(metadata["experts"], model, path)
-    fit(model, tensors, expected=set(model.state_dict()), path=path)
+    fill(
+        model,
+        metadata.get("experts") or [],
+        path,
+        lambda target: fit(target, tensors, expected=set(bare_state(target)), path=path),
+    )
     return model.eval()
 
 
@@ -94,7 +126,7 @@ def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
     from rome import __version__  # late: rome imports this module
 
-    recipe = getattr(model, "recipe", None)
+    recipe = getattr(unwrapped(model), "recipe", None)
     try:
         json.dumps(recipe)
     except TypeError:  # an argument such as act_layer=nn.GELU: such a model has to be built by its owner
@@ -103,7 +135,7 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
         "format": kind,
         "version": __version__,
         "model": recipe,
-        "experts": getattr(model, "experts_settings", None),
+        "experts": settings_of(model) or None,
         "config": config,
     }
 
@@ -113,52 +145,15 @@ def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any])
         name: tensor.detach().clone().contiguous() for name, tensor in state.items()
     }  # tied weights are written twice
     try:
-        replace_with(Path(path), lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
-        trust.record(Path(path), metadata)
+        file = Path(path).expanduser()
+        replace_with(file, lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
+        trust.record(file, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({first_line(error)}): is the disk full?") from error
 
 
-def _expert_state(model: nn.Module) -> dict[str, Tensor]:
-    layers = expert_layers(model)
-    if not layers:
+def _own_experts(model: nn.Module) -> dict[str, Tensor]:
+    state = expert_state(model)
+    if not state:
         raise UserError("this model has no experts to save or load: call rome.add_experts(model) first")
-    return {
-        f"{name}.{key}": value
-        for name, layer in layers.items()
-        for key, value in layer.state_dict().items()
-        if key not in layer.shared
-    }
-
-
-NO_MATTER = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim"}
-"""Settings of experts that change no output, or that the names and shapes of the tensors tell."""
-
-
-def _check_settings(saved: Any, model: nn.Module, path: str | Path) -> None:
-    """Some settings of gates are in no tensor: the weights would fit a model that computes something else with them.
-
-    Raises:
-        UserError: the model's experts were made with other settings than the saved ones.
-    """
-    theirs = saved if isinstance(saved, list) else [saved] if saved else []
-    for own, other in zip(getattr(model, "experts_settings", []), theirs, strict=False):
-        for key in (own.keys() & other.keys()) - NO_MATTER:
-            if own[key] != other[key]:
-                raise UserError(
-                    f"{path} holds experts with {key}: {other[key]}, the model's have {own[key]}; "
-                    "add them with the same settings, or load into a model without experts"
-                )
-
-
-def _inject(settings: list[dict[str, Any]] | dict[str, Any], model: nn.Module, path: str | Path) -> nn.Module:
-    """Add experts as often as the saved model got some; one that got some once may say so without a list."""
-    for each in settings if isinstance(settings, list) else [settings]:
-        plain = dict(each)
-        try:
-            Experts.of_kind(plain.pop("kind")).model_validate(plain).inject(model)
-        except UserError:
-            raise
-        except Exception as error:  # also what sizes without sense raise
-            raise UserError(f"{path} holds experts this version cannot build: {first_line(error)}") from error
-    return model
+    return state

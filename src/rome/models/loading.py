@@ -1,10 +1,13 @@
-"""Reading weights: files of ours, checkpoints of others, and whether they fit a model."""
+"""Reading weights: files of ours and checkpoints of others, into models that they fit."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
-from collections.abc import Collection, Mapping
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,75 +18,187 @@ from torch import Tensor, nn
 
 from rome import trust
 from rome.errors import UserError, first_line
+from rome.experts.state import PART, expert_state
+from rome.models.adapted import fill, inject
 from rome.models.classifier import Classifier
+from rome.models.fitting import find, fit, head_names, numbers, within
 from rome.models.pickles import load_pickle
 from rome.plain_data import Unreadable, parse_json
+from rome.wrappers import bare_state, unwrapped
 
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-"""Endings of files that ``torch.save`` wrote; everything else is read as safetensors."""
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which checkpoints keep the state dict."""
-PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
-"""What DataParallel, wrappers and torch.compile put before every name."""
-NORMALIZATIONS = (("mean", "std"), ("mu", "sigma"), ("normalize.mean", "normalize.std"))
-"""Names under which others keep their normalisation."""
+"""Usual endings of files that ``torch.save`` wrote. Files are told apart by their content, where it can be read."""
 SHOWN = 3
+DEPTH = 8
+"""How deep in a checkpoint's dicts and lists tensors are looked for."""
 
 
-def load_weights(model: nn.Module, source: str | Path, *, drop_head: bool = False) -> None:
-    """Start from saved weights; what the file holds beside the backbone (our experts) is left out.
+def load_weights(
+    model: nn.Module,
+    source: str | Path,
+    *,
+    drop_head: bool = False,
+    drop_experts: bool = False,
+    key: str | None = None,
+    keep_normalization: bool = False,
+) -> list[str]:
+    """Start from saved weights.
 
     Args:
-        model: without experts.
+        model: with or without experts; one without gets those that a file of rome's has.
         source: one of
 
-            - a run's folder or a safetensors file saved by rome, with its normalisation;
-            - a safetensors file of somebody else, or a checkpoint of ``torch.save`` (``.pt``, ``.pth``, ``.ckpt``,
-              ``.bin``, ``.tar``): a state dict, or a dict with one under ``state_dict``, ``model_state_dict``,
-              ``model`` or ``net``. The prefixes ``module.``, ``model.``, ``backbone.`` and ``_orig_mod.`` may stand
-              before all names. Normalisation is the file's if it has one (``mean`` and ``std``, ``mu`` and ``sigma``),
+            - a run's folder or a safetensors file saved by rome, with its normalisation and its experts;
+            - a safetensors file of somebody else, a folder or index of several (``model.safetensors.index.json``), or a
+              checkpoint of ``torch.save``: the model is found wherever in it all names of the model are, behind one
+              prefix (``state_dict.module.``, ``model.net.``). Where there are several that differ, timm's averaged
+              weights are taken (``state_dict_ema``, ``model_ema``); others are refused without a ``key``. Normalisation
+              is the file's if it has one beside the model (``mean`` and ``std``, ``0.mean``, ``normalizer.new_mean``),
               otherwise the model's;
             - ``pyautoattack``: the ResNet-18 for CIFAR-10 that comes with that package.
         drop_head: leave the file's last layer out, and the model's as it is.
+        drop_experts: leave the file's experts out.
+        key: where in the file, if there are several: ``state_dict``, ``teacher``.
+        keep_normalization: keep the model's, whatever the file has.
+
+    Returns:
+        What a reader of results should know: what was chosen, left out, converted.
 
     Raises:
         UserError: no such file, not readable as tensors alone, or it does not fit: the message counts and names what
-            is missing, unexpected or of another shape. The model is unchanged then.
+            is missing, unexpected, of another shape or another type of number. The model is unchanged then.
     """
-    file = pyautoattack_weights() if str(source) == PYAUTOATTACK else Path(source)
-    own = set(model.state_dict())
-    if not file.is_dir() and file.suffix in CHECKPOINTS:
-        metadata, tensors = dict[str, Any](), read_checkpoint(file)
-    else:
-        metadata, tensors = read_tensors(file)
+    file = weights_file(source)
+    metadata, tensors = read_weights(file)
     if metadata.get("format") == "experts":
         raise UserError(f"{file} holds experts alone, without a backbone; use rome.load_experts(model, path)")
-    if metadata:
-        expected = own
-        tensors = {name: tensor for name, tensor in tensors.items() if name in own or not _within_a_layer(name, own)}
-    else:
-        inside = _backbone(model)[1]
-        expected = {n for n in own if n.startswith(inside) and not n.endswith("num_batches_tracked")}
-        tensors = _as_ours(tensors, model)
-    head = tuple(f"{name}." for name in head_names(model))
-    if drop_head:
-        if not head:
-            raise UserError("this model has no Linear layer, so which layer is its head to drop is unknown")
-        expected = {name for name in expected if not name.startswith(head)}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
-    fit(model, tensors, expected=expected, path=source, head=head)
+    name = str(source)
+    head = tuple(f"{layer}." for layer in head_names(model))
+    if drop_head and not head:
+        raise UserError("this model has no Linear layer, so which layer is its head to drop is unknown")
+    # the file's model may lie deeper in a module than ours, or less deep: its experts go to the whole model
+    saved = [{key: value for key, value in each.items() if key != PART} for each in metadata.get("experts") or []]
+    left_out = head if drop_head else ()
+    if drop_experts and saved:
+        left_out += tuple(expert_state(inject(saved, copy.deepcopy(model), name)))
+    remarks: list[str] = []
+
+    def copy_into(target: nn.Module) -> None:
+        backbone, inside = within(target)
+        skipped = left_out + tuple(inside + unused for unused in getattr(backbone, "unused", ()))
+        own = {n.removeprefix(inside): value for n, value in bare_state(target).items() if n.startswith(inside)}
+        required = {n for n in own if not n.endswith("num_batches_tracked") and not f"{inside}{n}".startswith(skipped)}
+        channels = target.mean.numel() if isinstance(target, Classifier) else None
+        found = find(tensors, own, required, source=name, key=key, channels=channels)
+        placed = {inside + n: tensor for n, tensor in found.tensors.items() if not f"{inside}{n}".startswith(skipped)}
+        hint = _hint(placed.keys() - {inside + n for n in own})
+        fit(target, placed, expected={inside + n for n in required}, path=name, head=head, hint=hint)
+        remarks[:] = found.remarks
+        types = {tensor.dtype for tensor in placed.values() if tensor.is_floating_point()} - {torch.float32}
+        if types:
+            remarks.append(f"{name}: its weights are {', '.join(sorted(str(t).removeprefix('torch.') for t in types))}")
+        if found.normalization is not None and isinstance(target, Classifier):
+            remarks.extend(_normalize(target, *found.normalization, name, keep_normalization))
+
+    fill(unwrapped(model), [] if drop_experts else saved, name, copy_into)
+    return remarks + _other_arguments(unwrapped(model), metadata.get("model"), name)
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that give the logits: as timm knows them, otherwise the last Linear layer."""
-    backbone, inside = _backbone(model)
-    known = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier")
-    if known:
-        return tuple(inside + name for name in ([known] if isinstance(known, str) else known))
-    linears = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    return tuple(inside + name for name in linears[-1:])
+def _normalize(model: Classifier, mean: Tensor, std: Tensor, source: str, keep: bool) -> list[str]:
+    """Take a file's normalisation, or say that it is not taken."""
+    theirs = f"mean {numbers(mean)}, std {numbers(std)}"
+    if keep:
+        ours = f"mean {numbers(model.mean)}, std {numbers(model.std)}"
+        return [] if ours == theirs else [f"normalisation: {ours}, as given; {source} has {theirs}"]
+    for own, value in ((model.mean, mean), (model.std, std)):
+        own.copy_(value.reshape(1, -1, 1, 1).expand_as(own))
+    if model.recipe is not None:
+        model.recipe |= {"mean": tuple(model.mean.flatten().tolist()), "std": tuple(model.std.flatten().tolist())}
+    return [f"normalisation of {source}: {theirs}"]
+
+
+def _hint(unexpected: Collection[str]) -> str:
+    """What names that a model does not have tell."""
+    if any(re.search(r"\.(A|B|gate\.\w+(\.\w+)?|router\..+)$", name) for name in unexpected):
+        return (
+            "; it seems to have experts, whose settings a file of rome.save_model alone keeps: give that one, or a "
+            "finished run"
+        )
+    if any(name.endswith("block1.layer.0.conv1.weight") for name in unexpected):
+        return "; its names are those of model.name=wide_resnet_trades"
+    return ""
+
+
+def _other_arguments(model: nn.Module, saved: Any, source: str) -> list[str]:
+    """That a file was saved of a model that was built otherwise: what is in no tensor, such as activations."""
+    own = getattr(model, "recipe", None)
+    if not own or not saved:
+        return []
+    told = ("num_classes", "mean", "std")
+    plain = json.loads(json.dumps([saved, own], default=str))
+    theirs, ours = ({k: v for k, v in each.items() if k not in told} for each in plain)
+    differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+    said = ", ".join(f"{k}={theirs.get(k)} (here {ours.get(k)})" for k in differing)
+    return [f"{source} was saved of a model with {said}"] if differing else []
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file that a source of weights stands for.
+
+    Raises:
+        UserError: ``pyautoattack`` is not installed.
+    """
+    if str(source) == PYAUTOATTACK:
+        return pyautoattack_weights()
+    file = Path(source).expanduser()
+    if file.is_dir():
+        index = file / "model.safetensors.index.json"
+        return index if index.exists() else file / "model.safetensors"
+    return file
+
+
+def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata of rome's in a file of weights, and its tensors.
+
+    Raises:
+        UserError: no such file, or not readable as tensors alone.
+    """
+    if file.name.endswith(".index.json"):
+        return {}, _read_shards(file)
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(9)
+    except OSError:
+        start = b""
+    ours = start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
+    pickled = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+    if not ours and (pickled or file.suffix in CHECKPOINTS):
+        return {}, read_checkpoint(file)
+    return read_tensors(file)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of several safetensors files, as an index in Hugging Face's form lists them."""
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {file: read_tensors(index.parent / Path(file).name)[1] for file in sorted(set(places.values()))}
+        return {name: files[file][name] for name, file in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is not an index of safetensors files that are all there: {first_line(error)}"
+        ) from error
+
+
+def holds_experts(source: str | Path) -> bool:
+    """Whether a file of weights says that it has experts.
+
+    Raises:
+        UserError: no such file, or not readable.
+    """
+    file = weights_file(source)
+    return bool(read_weights(file)[0].get("experts"))
 
 
 class _Metadata(BaseModel):
@@ -91,7 +206,7 @@ class _Metadata(BaseModel):
 
     format: str | None = None
     model: dict[str, Any] | None = None
-    experts: dict[str, Any] | list[dict[str, Any]] | None = None
+    experts: list[dict[str, Any]] | None = None
     config: dict[str, Any] | None = None
 
 
@@ -104,7 +219,7 @@ def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, A
     Raises:
         UserError: no such file, not a safetensors file, or metadata that is not of ours.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.is_dir():
         file = file / "model.safetensors"
     if not file.is_file():
@@ -130,27 +245,32 @@ def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, A
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of ``torch.save``, on the CPU. Nothing in the file is executed.
+    """The tensors in a file of ``torch.save`` on the CPU, named by the keys above them. Nothing in it is executed.
 
     Raises:
-        UserError: no such file, one that cannot be read, or one without a state dict.
+        UserError: no such file, one that cannot be read, or one without tensors in dicts.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"there is no checkpoint at {file}; give an existing file ({', '.join(CHECKPOINTS)})")
     held = load_pickle(file)
-    while isinstance(held, Mapping) and not _is_state(held):
-        inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), None)
-        if inner is None:
-            break
-        held = inner
-    if not isinstance(held, Mapping) or not _is_state(held):
-        keys = [str(key) for key in held] if isinstance(held, Mapping) else []
+    tensors = dict(_flat(held)) if isinstance(held, Mapping) else {}
+    if not tensors:
+        keys = ", ".join(list(map(str, held))[:SHOWN]) if isinstance(held, Mapping) else ""
         raise UserError(
-            f"{file} holds no state dict but a {type(held).__name__}{f' ({_some(keys)} in it)' if keys else ''}; "
-            f"save model.state_dict(), alone or under {', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}"
+            f"{file} holds no state dict but a {type(held).__name__}{f' ({keys})' if keys else ''}; "
+            "save model.state_dict(), alone or under a key such as state_dict"
         )
-    return dict(held)
+    return tensors
+
+
+def _flat(held: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dicts and lists, the keys above them as parts of their names."""
+    if isinstance(held, Tensor):
+        yield name, held
+    elif depth < DEPTH and isinstance(held, (Mapping, list, tuple)):
+        for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
+            yield from _flat(value, f"{name}.{key}" if depth else str(key), depth + 1)
 
 
 def pyautoattack_weights() -> Path:
@@ -166,85 +286,7 @@ def pyautoattack_weights() -> Path:
     return file
 
 
-def fit(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    expected: Collection[str],
-    path: str | Path,
-    head: tuple[str, ...] = (),
-) -> None:
-    """Copy tensors into a model, all or none.
-
-    Args:
-        expected: names that must be there; every tensor must be in the model too.
-        path: for the message.
-        head: prefixes of the last layer's names; where nothing else is wrong, the message says how to drop it.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    own = model.state_dict()
-    missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(own))
-    resized = sorted(name for name in set(tensors) & set(own) if tensors[name].shape != own[name].shape)
-    problems = [f"{_some(missing)} missing in the file"] if missing else []
-    problems += [f"{_some(unexpected)} not in the model"] if unexpected else []
-    shapes = [f"{n} is {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in resized]
-    problems += shapes[:SHOWN]
-    problems += [f"and {len(shapes) - SHOWN} more of other shapes"] if len(shapes) > SHOWN else []
-    if problems:
-        only = head and all(name.startswith(head) for name in (*missing, *unexpected, *resized))
-        hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start it anew" if only else ""
-        raise UserError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _as_ours(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of somebody else under the model's names, with as many prefixes stripped as gives most known names."""
-    own = model.state_dict()
-    _, inside = _backbone(model)
-    normalization: dict[str, Tensor] = {}
-    best: dict[str, Tensor] = {}
-    rest = dict(tensors)
-    while True:
-        for names in NORMALIZATIONS if inside else ():
-            if rest.keys() >= set(names) and not any(inside + name in own for name in names):
-                normalization = {ours: rest.pop(name) for ours, name in zip(("mean", "std"), names, strict=True)}
-        placed = {inside + name: tensor for name, tensor in rest.items()}
-        placed |= {name: tensor.reshape(1, -1, 1, 1) for name, tensor in normalization.items()}
-        if not best or len(own.keys() & placed.keys()) > len(own.keys() & best.keys()):
-            best = placed
-        prefix = next((prefix for prefix in PREFIXES if rest and all(n.startswith(prefix) for n in rest)), None)
-        if prefix is None:
-            return best
-        rest = {name.removeprefix(prefix): tensor for name, tensor in rest.items()}
-
-
-def _backbone(model: nn.Module) -> tuple[nn.Module, str]:
-    """The part others would save, and what stands before its names in ours."""
-    return (model.backbone, "backbone.") if isinstance(model, Classifier) else (model, "")
-
-
-def _is_state(held: Mapping[Any, Any]) -> bool:
-    return bool(held) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())
-
-
-def _within_a_layer(name: str, own: Collection[str]) -> bool:
-    """Whether a tensor lies in a layer of the model, as experts do: ``qkv.gate.local.bias`` beside ``qkv.weight``."""
-    parts = name.split(".")
-    return any(".".join([*parts[:depth], "weight"]) in own for depth in range(1, len(parts)))
-
-
-def _some(names: list[str]) -> str:
-    """``a is``, ``a, b are``, ``a, b, c and 7 more are``."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"

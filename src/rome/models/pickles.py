@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import pickletools
@@ -31,9 +32,11 @@ def load_pickle(file: Path, advice: str = "copy it again") -> Any:
         program = _program(file)
         if b"bytearray" in program:  # torch lets it through, and it makes gigabytes of one number
             raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
-        with warnings.catch_warnings():
+        # as an open file: by its name torch would read it in another way. Namespaces, which timm's hold, are plain data
+        plain = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(), file.open("rb") as opened, plain:
             warnings.simplefilter("ignore")  # of protocols and TorchScript: either works or is refused
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:

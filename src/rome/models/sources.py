@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,7 +47,10 @@ def make_backbone(
     if ours and pretrained:
         raise UserError(f"model.pretrained is for timm's models, not {name}; name a file in model.weights")
     if names_code(name):
-        return _own_function(name)(num_classes=num_classes, **options)
+        place = name.rpartition(":")[0]
+        with neighbours(Path(place).resolve().parent) if place.endswith(".py") else nullcontext():
+            module: nn.Module = _own_function(name)(num_classes=num_classes, **options)
+            return module
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
     if not timm.is_model(name):
@@ -122,6 +126,52 @@ def _own_function(name: str) -> Any:
         return getattr(module, function)
     except Exception as error:  # whatever the file does
         raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+_IMPORTED: dict[str, ModuleType] = {}
+"""Modules by name that lie beside the latest file of somebody's and were imported by it."""
+
+
+@contextmanager
+def neighbours(folder: Path) -> Iterator[None]:
+    """Inside, modules of this folder can be imported, as for a script that lies in it.
+
+    They are executed anew, as the file itself is: neither an earlier version counts nor a module of the same name in
+    another file's folder. Afterwards they are in ``sys.modules``, where their code can be found.
+
+    Raises:
+        UserError: a module of such a name was imported from elsewhere before, by somebody else.
+    """
+    for name, module in _IMPORTED.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+    _IMPORTED.clear()
+    own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
+    own -= sys.stdlib_module_names
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in own}
+    aside = {name: module for name, module in before.items() if not _lies_in(folder, name.partition(".")[0])}
+    for name in aside:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        again = sorted(aside.keys() & sys.modules.keys())
+        sys.modules.update(aside)
+        found = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in own}
+        _IMPORTED.update((name, module) for name, module in found.items() if name not in before)
+    if again:
+        other = getattr(aside[again[0]], "__file__", None) or "another"
+        raise UserError(f"the module {again[0]} in {folder} has the name of {other}, which is in use; rename it")
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether the imported module of that name is the one in the folder."""
+    module = sys.modules.get(name)
+    place = next(iter(getattr(module, "__path__", [])), None) or getattr(module, "__file__", None)
+    return place is not None and Path(place).resolve() in (folder / name, folder / f"{name}.py")
 
 
 def _executed(file: Path) -> ModuleType:

@@ -1,0 +1,78 @@
+"""What experts add to a model's state, and what they were added with and to."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome.errors import UserError
+from rome.experts.recording import expert_layers
+from rome.wrappers import bare_name, bare_state, unwrapped
+
+SETTINGS, BESIDE = "experts_settings", "experts_beside"
+"""Attributes of a module that got experts: their settings, and the :func:`fingerprint` of its other weights then."""
+PART = "part"
+"""In saved settings: the name of the module that got the experts, where that is not the whole model."""
+
+
+def settings_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The settings of all experts in a model, those of inner modules first.
+
+    Raises:
+        UserError: a layer has experts that nothing in the model knows the settings of.
+    """
+    inner = unwrapped(model)
+    found: list[dict[str, Any]] = []
+    for name, module in inner.named_modules():
+        part = bare_name(inner, name) if name else ""
+        found = [{**each, **({PART: part} if part else {})} for each in vars(module).get(SETTINGS, [])] + found
+    parts = [each.get(PART, "") for each in found]
+    for name in expert_names(inner):
+        if not any(not part or f"{name}.".startswith(f"{part}.") for part in parts):
+            raise UserError(
+                f"the settings of the experts at {name} are unknown, and no file could say how to use its weights: the "
+                "module that rome.add_experts was called with is not in this model; save that one"
+            )
+    return found
+
+
+def expert_names(model: nn.Module) -> list[str]:
+    """The adapted layers, named as if nothing were wrapped."""
+    inner = unwrapped(model)
+    return [bare_name(inner, name) for name in expert_layers(inner)]
+
+
+def expert_state(model: nn.Module) -> dict[str, Tensor]:
+    """What the experts add to a model's state; empty where there are none."""
+    state = bare_state(model)
+    layers = dict(zip(expert_names(model), expert_layers(unwrapped(model)).values(), strict=True))
+    shared = {f"{name}.{key}" for name, layer in layers.items() for key in layer.shared}
+    places = tuple(f"{name}." for name in layers)
+    return {name: value for name, value in state.items() if name.startswith(places) and name not in shared}
+
+
+def sign(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Note on a model that it just got experts. The notes travel with copies and saved files."""
+    object.__setattr__(model, SETTINGS, [*vars(model).get(SETTINGS, []), settings])
+    object.__setattr__(model, BESIDE, fingerprint(model))
+
+
+def moved(model: nn.Module) -> bool:
+    """Whether weights beside the experts changed since these were added."""
+    signed = [module for module in unwrapped(model).modules() if BESIDE in vars(module)]
+    return any(vars(module)[BESIDE] != fingerprint(module) for module in signed)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all tensors that are not the experts', with their names. Counts of batches do not matter."""
+    experts, digest = expert_state(model), hashlib.sha256()
+    for name, value in sorted(bare_state(model).items()):
+        if name not in experts and not name.endswith("num_batches_tracked"):
+            if value.is_meta:
+                return ""
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,312 @@
+"""Which tensors of a file are a model's, and whether they fit it: by name, by shape and by type of number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rome.errors import UserError
+from rome.experts.more import ModelMixture
+from rome.models.classifier import Classifier
+from rome.wrappers import bare_name, bare_state, unwrapped
+
+TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys of a checkpoint in the order in which timm's ``load_state_dict`` prefers them: averaged weights first."""
+NORMALIZATIONS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}
+"""Last parts of the names under which others keep their normalisation (``0.mean``, ``normalizer.new_mean``)."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SHOWN = 3
+
+
+def within(model: nn.Module) -> tuple[nn.Module, str]:
+    """The part of a model that others would save, and what stands before its names in ours."""
+    inner = unwrapped(model)
+    return (unwrapped(inner.backbone), "backbone.") if isinstance(inner, Classifier) else (inner, "")
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the logits: as timm knows them, otherwise the last Linear layer."""
+    backbone, inside = within(model)
+    networks = {inside: backbone}
+    if isinstance(backbone, ModelMixture):
+        networks = {f"{inside}networks.{k}.": network for k, network in enumerate(backbone.networks)}
+    return tuple(place + name for place, network in networks.items() for name in _head(network))
+
+
+def _head(network: nn.Module) -> list[str]:
+    known = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    if known:
+        return [known] if isinstance(known, str) else list(known)
+    linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return [bare_name(network, name) for name in linears[-1:]]
+
+
+# Where in a file a model's tensors lie
+
+
+@dataclass
+class Found:
+    """The tensors of a file that belong to a model."""
+
+    tensors: dict[str, Tensor]
+    """Under the names of the model's backbone; also those that it does not have."""
+    normalization: tuple[Tensor, Tensor] | None = None
+    """Mean and std, each of one or as many values as images have channels."""
+    remarks: list[str] = field(default_factory=list)
+
+
+def find(
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    required: Collection[str],
+    *,
+    source: str,
+    key: str | None = None,
+    channels: int | None = None,
+) -> Found:
+    """Find a model in a file: below the prefix under which all names are there that it needs.
+
+    Args:
+        tensors: of the file; a checkpoint's keys are parts of the names (``state_dict.module.fc.weight``).
+        own: the model's.
+        required: the names among them that must be there.
+        key: look below this prefix alone.
+        channels: of the images; None for a model that has no place for a normalisation.
+
+    Returns:
+        What lies below the prefix, or below the one with most of the names where none has all. What lies elsewhere is
+        named in the remarks, but for a normalisation beside the prefix.
+
+    Raises:
+        UserError: several such sets of tensors differ, and it is not timm's layout, or there is nothing below the key.
+    """
+    counts: Counter[str] = Counter(start for name in tensors for start, rest in _cuts(name) if rest in required)
+    if key is not None:
+        below = {start: n for start, n in counts.items() if (start.startswith(f"{key}.") if key else not start)}
+        counts = Counter(below)
+        if not counts:
+            raise UserError(f"{source} holds no tensors of this model under {key!r}; its keys: {_groups(tensors, '')}")
+    complete = [start for start, n in counts.items() if n == len(required)]
+    fitting = [s for s in complete if all(tensors[s + n].shape == own[n].shape for n in required)] or complete
+    remarks: list[str] = []
+    if fitting:
+        start = _choose(fitting, tensors, own, required, source, remarks)
+    else:
+        start = max(counts, key=lambda start: (counts[start], -len(start)), default="")
+    others = tuple(other for other in complete if len(other) > len(start))
+    inside = [name for name in tensors if name.startswith(start) and not name.startswith(others)]
+    outside = [name for name in tensors if name not in set(inside)]
+    found = Found({name.removeprefix(start): tensors[name] for name in inside}, remarks=remarks)
+    if channels is not None:
+        strange = [name for name in inside if name.removeprefix(start) not in own]
+        pairs = _normalizations(strange + outside, start, tensors, channels)
+        for mean, std in pairs:
+            for name in (mean, std):
+                found.tensors.pop(name.removeprefix(start) if name.startswith(start) else "", None)
+        outside = [name for name in outside if not any(name in pair for pair in pairs)]
+        if pairs:
+            found.normalization = _one_normalization(pairs, tensors, source)
+    twins = tuple(other for other in fitting if other != start)  # equal, or told already
+    outside = [name for name in outside if not name.startswith(twins)]
+    if outside and fitting:
+        place = f"those under {start.rstrip('.')}" if start else "the weights"
+        found.remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
+    return found
+
+
+def _choose(
+    fitting: list[str],
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    required: Collection[str],
+    source: str,
+    remarks: list[str],
+) -> str:
+    """One of the prefixes under which a model is complete; where they differ, the one that timm would take."""
+
+    def strangers(start: str) -> int:
+        return sum(name.startswith(start) and name.removeprefix(start) not in own for name in tensors)
+
+    fitting = sorted(fitting, key=lambda start: (strangers(start), len(start)))
+    different = [fitting[0]]
+    for start in fitting[1:]:
+        if not any(all(_equal(tensors[start + n], tensors[one + n]) for n in required) for one in different):
+            different.append(start)
+    if len(different) == 1:
+        return different[0]
+    by_key = {start.split(".")[0]: start for start in different}
+    names = [start.rstrip(".") or '""' for start in different]
+    how = "set model.weights_key (--weights-key, weights_key=)"
+    preferred = next((by_key[key] for key in TIMM if key in by_key), "")
+    if len(by_key) < len(different) or not by_key.keys() <= set(TIMM) or not preferred.startswith(TIMM[:2]):
+        raise UserError(
+            f"{source} holds {len(different)} sets of weights that fit the model and differ: {', '.join(names)}; {how} "
+            "to the one that is meant"
+        )
+    taken = preferred.rstrip(".")
+    rest = ", ".join(name for name in names if name != taken)
+    remarks.append(f"{source}: the averaged weights ({taken}) are taken, as timm does; {how} to {rest} for the others")
+    return preferred
+
+
+def _normalizations(
+    names: Collection[str], start: str, tensors: Mapping[str, Tensor], channels: int
+) -> list[tuple[str, str]]:
+    """Names of mean and std beside a prefix, or one module away from it; the nearest, and several that are as near."""
+    near: dict[int, list[tuple[str, str]]] = {}
+    for name in names:
+        place, dot, leaf = name.rpartition(".")
+        partner = f"{place}{dot}{NORMALIZATIONS.get(leaf, '')}"
+        scopes = (f"{place}{dot}", f"{place.rpartition('.')[0]}." if "." in place else "")
+        scope = next((scope for scope in scopes if start.startswith(scope)), None)
+        sizes = {tensors[each].numel() for each in (name, partner) if each in tensors}
+        if leaf in NORMALIZATIONS and partner in names and scope is not None and sizes <= {1, channels}:
+            near.setdefault(len(scope), []).append((name, partner))
+    return near[max(near)] if near else []
+
+
+def _one_normalization(
+    pairs: list[tuple[str, str]], tensors: Mapping[str, Tensor], source: str
+) -> tuple[Tensor, Tensor]:
+    mean, std = (tensors[name] for name in pairs[0])
+    if not all(_equal(mean, tensors[m]) and _equal(std, tensors[s]) for m, s in pairs):
+        raise UserError(f"{source} holds several normalisations: {', '.join(m for m, _ in pairs)}; save one of them")
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and (mean.abs() <= 1).all()):
+        raise UserError(
+            f"{source} normalises with mean {numbers(mean)} and std {numbers(std)}, which is not for images in [0, 1]; "
+            "save it without, and give mean and std (model.mean, --mean)"
+        )
+    return mean, std
+
+
+def numbers(values: Tensor) -> str:
+    """``0.5, 0.25``."""
+    return ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
+
+
+def _cuts(name: str) -> Iterator[tuple[str, str]]:
+    """A name cut in two at its beginning and behind every dot."""
+    at = 0
+    while True:
+        yield name[:at], name[at:]
+        at = name.find(".", at) + 1
+        if not at:
+            return
+
+
+def _groups(names: Collection[str], start: str) -> str:
+    """``optimizer (62 tensors), criterion.weight``: names up to where they leave the prefix."""
+    groups: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for name in names:
+        depth = 1
+        parts, taken = name.split("."), start.split(".")
+        while depth < len(parts) and parts[:depth] == taken[:depth]:
+            depth += 1
+        group = ".".join(parts[:depth])
+        groups[group] += 1
+        example[group] = name
+    told = [example[group] if n == 1 else f"{group} ({n} tensors)" for group, n in groups.items()]
+    return ", ".join(told[: 2 * SHOWN]) + (f" and {len(told) - 2 * SHOWN} more" if len(told) > 2 * SHOWN else "")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+# Whether they fit
+
+
+def fit(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    expected: Collection[str],
+    path: object,
+    head: tuple[str, ...] = (),
+    hint: str = "",
+) -> None:
+    """Copy tensors into a model, all or none.
+
+    Args:
+        tensors: under the model's names, as :func:`bare_state` gives them.
+        expected: names that must be there; every tensor must be in the model too.
+        path: for the message.
+        head: prefixes of the last layer's names; where nothing else is wrong, the message says how to drop it.
+        hint: the end of the message otherwise.
+
+    Raises:
+        UserError: as :func:`check_fit`.
+    """
+    check_fit(model, tensors, expected=expected, path=path, head=head, hint=hint)
+    own = bare_state(model)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def check_fit(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    expected: Collection[str],
+    path: object,
+    head: tuple[str, ...] = (),
+    hint: str = "",
+) -> None:
+    """:func:`fit` without the copying.
+
+    Raises:
+        UserError: a tensor is missing, too many, of another shape or type of number, or not finite.
+    """
+    own = bare_state(model)
+    both = sorted(set(tensors) & set(own))
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(set(tensors) - set(own))
+    resized = [name for name in both if tensors[name].shape != own[name].shape]
+    others = [name for name in both if _kind(tensors[name]) != _kind(own[name])]
+    broken = [name for name in both if name not in others and not _sound(tensors[name], own[name])]
+    problems = [f"{_some(missing)} missing in the file"] if missing else []
+    problems += [f"{_some(unexpected)} not in the model"] if unexpected else []
+    problems += _each(
+        "shapes", [f"{n} is {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in resized]
+    )
+    problems += _each("types", [f"{n} holds {_kind(tensors[n])}, in the model {_kind(own[n])}" for n in others])
+    problems += [f"{_some(broken)} not finite (NaN, infinity)"] if broken else []
+    if problems:
+        only = head and not others and all(n.startswith(head) for n in (*missing, *unexpected, *resized, *broken))
+        if only and not hint:
+            hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
+        raise UserError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
+
+
+def _kind(tensor: Tensor) -> str:
+    """The type of number: those of one kind are converted, others are not what the model means by its tensors."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return "no numbers" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+    if tensor.dtype in FLOATS:
+        return "real numbers"
+    return "integers" if tensor.dtype in INTEGERS else str(tensor.dtype).removeprefix("torch.")
+
+
+def _sound(tensor: Tensor, own: Tensor) -> bool:
+    """Whether all numbers are finite, also in the model's precision; or as in the model, such as masks of -inf."""
+    if tensor.dtype not in FLOATS:
+        return True
+    cast = tensor.to(own.dtype)
+    return bool(cast.isfinite().all()) or (not own.is_meta and torch.equal(cast, own.to(cast.device)))
+
+
+def _each(what: str, lines: list[str]) -> list[str]:
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more of other {what}"] if len(lines) > SHOWN else [])
+
+
+def _some(names: list[str]) -> str:
+    """``a is``, ``a, b are``, ``a, b, c and 7 more are``."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"
