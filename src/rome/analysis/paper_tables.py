@@ -26,7 +26,6 @@ from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
-from rome.evaluation.identity import CODE
 from rome.evaluation.report import UNION
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
@@ -151,7 +150,7 @@ def _by_model(
         key = (
             model.architecture,
             state,
-            str(settings["model"].get(CODE)),
+            json.dumps(settings["model"], sort_keys=True),
             json.dumps(settings.get("threats"), sort_keys=True),
         )
         own = sources.setdefault(key, {})
