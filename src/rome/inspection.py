@@ -36,8 +36,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), tor
 _DESCRIPTORS = (types.FunctionType, property, staticmethod, classmethod, functools.cached_property)
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
-_VERSIONED = {"rome", "torch", "numpy", "timm"}
-"""Packages of which every evaluation keeps the version."""
+_VERSIONED = {"rome", "torch", "numpy", "timm", "pydantic"}
+"""Packages of which every evaluation keeps the version, or that compute nothing."""
 
 
 class Inspection:

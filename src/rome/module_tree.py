@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+_INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}
 """Attributes that every module has: tensors, submodules, mode, hooks."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
