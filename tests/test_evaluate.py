@@ -400,7 +400,8 @@ def test_finished_result_comes_from_disk(model: nn.Module, tmp_path: Path) -> No
     assert not calls
     for loaded in (again, Report.load(tmp_path)):
         assert (loaded.correct == first.correct).all()
-        assert loaded.to_json() == first.to_json()
+        assert loaded.to_json() | {"reused": {}} == first.to_json()
+    assert again.reused == {"result": first.date}
     assert first.settings["provenance"] == {"config": "a.yaml"}
     assert (np.load(tmp_path / "matrix.npz")["labels"] == y.numpy()).all()
     assert json.loads((tmp_path / "result.json").read_text())["intervals"]["union"] == list(first.interval("union"))

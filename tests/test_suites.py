@@ -494,24 +494,6 @@ def test_a_failed_case_is_run_again_and_others_stay(tmp_path: Path) -> None:
     assert (again.failed, again.pending) == ({}, ("toy-1",))
 
 
-def test_files_of_earlier_versions_are_read_and_gone_on_with(tmp_path: Path) -> None:
-    def run() -> Report:
-        return evaluate(Brightness().eval(), SHADES, LABELS, threats=LINF, suite=QuickSuite(steps=3), out=tmp_path)
-
-    found = run()
-    result = json.loads((tmp_path / "result.json").read_text())
-    for name in ("groups", "unions", "pending", "checks"):  # which they did not have
-        del result[name]
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    old = Report.load(tmp_path)
-    assert (old.pending, old.checks) == ((), [])
-    assert old.to_json() == found.to_json()
-    (tmp_path / "result.json").unlink()
-    before = stamps(tmp_path)
-    assert run().to_json()["robust"] == found.robust
-    assert stamps(tmp_path) == before
-
-
 # -------- killed in the middle
 
 

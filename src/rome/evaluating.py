@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +25,24 @@ from rome.attacks.base import Model, frozen
 from rome.errors import UserError, did_you_mean
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.composed import SuiteChoice, as_suite
-from rome.evaluation.identity import as_known, identity
+from rome.evaluation.identity import (
+    CHANGING,
+    aside,
+    changed,
+    code_of,
+    hash_data,
+    hash_model,
+    identity,
+    settled,
+    versions,
+)
 from rome.evaluation.masking import as_warnings, look, worth_checking
 from rome.evaluation.memory import Halving
 from rome.evaluation.processes import ALONE, Team
 from rome.evaluation.progress import Watcher, watching
 from rome.evaluation.report import CLEAN, UNION, Report
 from rome.evaluation.running import Running
-from rome.evaluation.store import Store, example_images, fingerprint, hash_data, hash_model, versions
+from rome.evaluation.store import Store, example_images, fingerprint
 from rome.evaluation.suites import Case, Suite, as_named
 from rome.evaluation.units import Examples
 from rome.perceptual import network_hash
@@ -87,8 +98,9 @@ def evaluate(
         seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
         device: where the model is; None asks it.
         out: folder to keep the result and every finished batch in.
-        resume: go on with what ``out`` holds; a finished result is returned at once. Not of a function that is no
-            module: nothing tells it from another one, so its evaluation is refused unless ``overwrite`` is set.
+        resume: go on with what ``out`` holds; a finished result is returned at once. What is reused is in
+            ``Report.reused`` and said on standard error. Nothing is reused of a function that is no module, nor of
+            another object that nothing tells from another one: its evaluation is refused unless ``overwrite`` is set.
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
@@ -103,7 +115,8 @@ def evaluate(
 
     Raises:
         UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, inputs
-            outside [0, 1] ...), ``out`` holds an evaluation with other settings, or the disk is full.
+            outside [0, 1] ...), ``out`` holds an evaluation with other settings, of another model or by other code
+            (:mod:`rome.evaluation.identity`), or the disk is full.
         Interrupted: another process of the team ended.
         Exception: whatever the first attack raised, if every case failed. If only some did, they are in
             ``Report.failed`` and are tried again by the next call.
@@ -118,6 +131,7 @@ def evaluate(
     where, halving = examples.device, Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
 
+    facts = identity(model)
     settings: dict[str, Any] = {
         "suite": suite.dump(),
         "threats": {name: threat.dump() for name, threat in named.items()},
@@ -125,13 +139,14 @@ def evaluate(
         "batch_size": size,
         "seed": seed,
         "device": where.type,
-        "model": identity(model),
+        "model": facts,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
     }
     with _undisturbed(model, where):
         stored = team.first(lambda: None if overwrite else store.stored_settings())
-        settings["model"] = as_known(settings["model"], stored)
+        changing = set(stored["model"].get(CHANGING, ())) if stored else set()
+        settings["model"] = settled(facts, changing)
         classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
         unseen = classes is None
         if classes is None:
@@ -142,6 +157,7 @@ def evaluate(
                 )
             )
             classes = answers[0][0][1]
+            settings["model"] = settled(facts, changing | set(changed(facts, aside(model))))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
         if unseen and any(attack.differentiates for case in planned for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
@@ -150,6 +166,7 @@ def evaluate(
                 print(f"{name}: left out: it {reason}", file=sys.stderr)
         wanted = _wanted(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
+        settings["code"], settings["unknown"] = code_of((suite, named, planned))
         settings |= {"save_images": save_images, "provenance": dict(provenance or {})}
         networks = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
         settings["networks"] = networks
@@ -166,8 +183,9 @@ def evaluate(
             lambda: (store.open(settings, resume=resume, overwrite=overwrite), store.finished)
         )
         report = team.first(lambda: Report.load(folder)) if finished and (folder := store.directory) else None
-        if report is not None and (report.checks or not checks):
-            return report
+        found = None if report is None else replace(report, reused={"result": report.date})
+        if found is not None and (found.checks or not checks):
+            return _said(found, team)
         with watching(progress if team.leads else False) as watch:
             run = Running(
                 model=model,
@@ -193,6 +211,13 @@ def evaluate(
                 report.checks.extend(team.first(lambda: store.checks(make)))
                 report.warnings.extend(as_warnings(report.checks))
     team.first(lambda: store.finish(report.arrays(), report.to_json()))
+    return _said(report if found is None else replace(report, reused=found.reused), team)
+
+
+def _said(report: Report, team: Team) -> Report:
+    """The report, once the first process has said what of it was not run now."""
+    if report.reuse and team.leads:
+        print(f"reused: {report.reuse}", file=sys.stderr)
     return report
 
 

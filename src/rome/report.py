@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,8 @@ from rome.analysis.tables import covered, missing, show, tabulate
 from rome.attacks import AttackThreat
 from rome.cost import macs
 from rome.errors import UserError
-from rome.evaluation.store import hash_data
+from rome.evaluation.identity import hash_data, other_model
+from rome.evaluation.store import now
 from rome.experts import expert_layers
 from rome.files import make_folder, replace_file
 from rome.threats import LpBall
@@ -125,7 +125,7 @@ def write_report(
                 *(["--robustbench"] if robustbench else []),
             ]
         ),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": now(),
         "notes": notes,
         "nearly": gates.NEARLY_IDENTICAL,
     }
@@ -163,7 +163,8 @@ class _Pictures:
 
     def _open(self, run: Evaluated) -> Subject:
         subject = run.subject(self.device)
-        assert subject.model is not None  # built now
+        if differing := other_model(subject.model, run.report.settings["model"]):
+            raise UserError(f"the model is not the one that was evaluated any more ({'; '.join(differing)})")
         return subject
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -16,8 +18,11 @@ def wrapped(module: object) -> str | None:
     return "module" if inner is None and parallel else inner
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside all wrappers around it."""
+M = TypeVar("M")
+
+
+def unwrapped(model: M) -> M:
+    """The model inside all wrappers around it; what is no module stays as it is."""
     while (name := wrapped(model)) is not None:
         model = getattr(model, name)
     return model

@@ -28,7 +28,7 @@ from rome.files import flatten
 from rome.runs import Run
 
 PREFERRED_SUITES = ("autoattack", "all")
-_SAME = ("data", "suite", "threats", "n", "seed", "cases")
+_SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
 _NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
 

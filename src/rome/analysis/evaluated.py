@@ -96,6 +96,12 @@ class Evaluated(ABC):
         """Where the model and its numbers come from, as words and values for a list."""
 
     @property
+    def dates(self) -> dict[str, str]:
+        """When it was evaluated, and what of that is from earlier calls."""
+        report = self.report
+        return {"evaluated": report.date, **({"reused": report.reuse} if report.reuse else {})}
+
+    @property
     @abstractmethod
     def command(self) -> str:
         """What evaluates it."""
@@ -143,6 +149,7 @@ class EvaluatedRun(Evaluated):
             "training seed": str(self.config.seed),
             "checkpoint": str(provenance.get("checkpoint")),
             "SHA-256": str(provenance.get("checkpoint_sha256")),
+            **self.dates,
         }
 
     @property
@@ -215,6 +222,7 @@ class EvaluatedModel(Evaluated):
             "data": self.source,
             "normalisation": told or ("none of ours" if model else "unknown"),
             "folder": str(self.folder),
+            **self.dates,
         }
 
     @property
@@ -228,7 +236,7 @@ class EvaluatedModel(Evaluated):
                 "version), so there is none to look at"
             )
         trust.check(self.folder / SETTINGS, {"given": self._kept("given")})
-        return NamedModel(self.given, self.name, device, sha256=self.report.settings["model"]["sha256"])
+        return NamedModel(self.given, self.name, device)
 
     def _kept(self, what: str) -> Mapping[str, Any]:
         return _kept(self.report, what)

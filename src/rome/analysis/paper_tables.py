@@ -25,7 +25,6 @@ from rome.config import Config, load
 from rome.cost import count
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
-from rome.evaluation.identity import CODE
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
 from rome.runs import Run
@@ -107,7 +106,7 @@ def _by_model(
         key = (
             model.architecture,
             state,
-            str(settings["model"].get(CODE)),
+            json.dumps(settings["model"], sort_keys=True),
             json.dumps(settings.get("threats"), sort_keys=True),
         )
         own = sources.setdefault(key, {})

@@ -21,7 +21,6 @@ from rome.device import pick_device
 from rome.errors import UserError
 from rome.evaluation.any_model import Named
 from rome.evaluation.given import Given
-from rome.evaluation.store import hash_model
 from rome.experts import Routing, set_routing
 from rome.models import load_model
 from rome.runs import Run
@@ -128,11 +127,10 @@ class NamedModel(GivenModel):
         given: how it is named.
         name: what pictures call it.
         device: of the model and the images.
-        sha256: what :func:`rome.evaluation.store.hash_model` must say of it; None for whatever it says.
     """
 
-    def __init__(self, given: Given, name: str, device: torch.device, *, sha256: str | None = None) -> None:
-        self.given, self.name, self.device, self.sha256 = given, name, device, sha256
+    def __init__(self, given: Given, name: str, device: torch.device) -> None:
+        self.given, self.name, self.device = given, name, device
         self._attacked = {}
 
     @cached_property
@@ -140,12 +138,9 @@ class NamedModel(GivenModel):
         """The classifier, in evaluation mode, and what there is to say of it.
 
         Raises:
-            UserError: it cannot be built, or it is not the one with that hash.
+            UserError: it cannot be built.
         """
-        found = self.given.build(self.split, self.device, batch_size=AT_A_TIME)
-        if self.sha256 is not None and hash_model(found.model) != self.sha256:
-            raise UserError(f"{self.given.model} has other weights now than those that were evaluated")
-        return found
+        return self.given.build(self.split, self.device, batch_size=AT_A_TIME)
 
     @cached_property
     def model(self) -> nn.Module:

@@ -47,6 +47,9 @@ class SavedModule(nn.Module):
     It is in evaluation mode for good: what was exported cannot change its mode, and some cannot even be asked.
     """
 
+    told_by_state = True
+    """What is inside need not be looked at to tell it from others."""
+
     def __init__(self, inner: nn.Module, digest: str) -> None:
         super().__init__()
         self.inner, self.digest = inner, digest

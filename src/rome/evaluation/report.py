@@ -20,6 +20,7 @@ from rome.evaluation.suites import LP, suite_label
 from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
+_STORED = ("warnings", "failed", "after", "seconds", "checks", "date", "reused")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,12 @@ class Report:
     """Case -> time its attacks took, over all the processes that worked on it."""
     checks: list[dict[str, Any]] = field(default_factory=list)
     """What the checks for masked gradients measured (:func:`rome.evaluation.masking.look`)."""
+    date: str = ""
+    """When it was finished."""
+    reused: dict[str, Any] = field(default_factory=dict)
+    """What no call before this one would have had to run: ``result``, the date of one that is returned whole; or how
+    many ``batches`` ``of`` all, in which ``cases``, are of earlier calls, the ``first`` and the ``last`` of what date.
+    """
 
     def __post_init__(self) -> None:
         rows, columns = self.correct.shape
@@ -129,6 +136,17 @@ class Report:
     def suite(self) -> str:
         """Short name of the suite, such as ``apgd`` or ``apgd+unseen``."""
         return suite_label(self.settings.get("suite", {}))
+
+    @property
+    def reuse(self) -> str:
+        """:attr:`reused` in words; empty where everything was run now."""
+        if "result" in self.reused:
+            return f"this is the result of {self.reused['result']}; no attack was run now"
+        if not self.reused:
+            return ""
+        dates = " to ".join(dict.fromkeys((self.reused["first"], self.reused["last"])))
+        count = f"{self.reused['batches']} of {self.reused['of']} batches"
+        return f"{count} are those of an earlier call ({dates}): {', '.join(self.reused['cases'])}"
 
     def require_complete(self) -> None:
         """Nothing, where no case failed.
@@ -226,6 +244,8 @@ class Report:
             "failed": self.failed,
             "pending": list(self.pending),
             "seconds": self.seconds,
+            "date": self.date,
+            "reused": self.reused,
             "settings": self.settings,
         }
 
@@ -255,9 +275,8 @@ class Report:
                     labels=matrix["labels"],
                     indices=matrix["indices"],
                     settings=settings,
-                    **{name: result[name] for name in ("warnings", "failed", "after", "seconds")},
-                    pending=tuple(result.get("pending", ())),  # earlier versions ran all cases, and no checks
-                    checks=result.get("checks", []),
+                    pending=tuple(result["pending"]),
+                    **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(

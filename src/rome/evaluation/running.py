@@ -18,7 +18,7 @@ from rome.evaluation.memory import Halving, free
 from rome.evaluation.processes import Team
 from rome.evaluation.progress import Clock, Watcher
 from rome.evaluation.report import CLEAN, Report
-from rome.evaluation.store import StorageError, Store, Unit
+from rome.evaluation.store import StorageError, Store, Unit, now
 from rome.evaluation.suites import Case
 from rome.evaluation.units import Examples, attack_batch, summed, told, warning
 
@@ -49,6 +49,8 @@ class Running:
     seconds: dict[str, float] = field(default_factory=dict)
     said: bool = False
     """Whether it was said that memory did not suffice."""
+    dates: dict[str, list[str]] = field(default_factory=dict)
+    """Column -> when its batches were run, for each batch of it that an earlier call ran; empty for one run now."""
 
     def report(self, settings: dict[str, Any], wanted: Collection[str]) -> Report:
         """All cases that are wanted or on disk; the others are pending.
@@ -92,7 +94,20 @@ class Running:
             pending=tuple(pending),
             after=self.after,
             seconds=self.seconds,
+            date=now(),
+            reused=self.reused,
         )
+
+    @property
+    def reused(self) -> dict[str, Any]:
+        """As in a report."""
+        taken = {name: list(filter(None, dates)) for name, dates in self.dates.items()}
+        dates = sorted(date for some in taken.values() for date in some)
+        if not dates:
+            return {}
+        cases = [name for name, some in taken.items() if some]
+        count = {"batches": len(dates), "of": sum(map(len, self.dates.values()))}
+        return {**count, "cases": cases, "first": dates[0], "last": dates[-1]}
 
     def clean(self) -> np.ndarray:
         """Which examples are classified correctly: bool (n,)."""
@@ -110,6 +125,7 @@ class Running:
             verdicts = {index: some for share in self.team.together(work) for index, some in share.items()}
             unit = done = Unit(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
             self.team.first(lambda: self.store.write(CLEAN, unit))
+        self.dates[CLEAN] = [done.facts.get("date", "")]
         return done.correct
 
     def _right(self, part: np.ndarray) -> np.ndarray:
@@ -126,7 +142,7 @@ class Running:
         robust = np.ones_like(clean) if case.on_all else clean.copy()
         after: dict[str, float] = {}
         found = [warning("fewer-attacks", case, None, 0, case.note)] if case.note else []
-        seconds, done = 0.0, 0
+        seconds, done, dates = 0.0, 0, list[str]()
         for stage, attack in enumerate(case.attacks):
             before = robust.mean()
             parts = self.parts(np.flatnonzero(robust))
@@ -139,6 +155,7 @@ class Running:
                 seconds += unit.facts["seconds"]
                 found += unit.facts["warnings"]
                 pieces += unit.facts.get("pieces", [])
+                dates.append(unit.facts.get("date", ""))
             if pieces:
                 found.append(self._halved(case, stage, pieces))
             done += len(parts)
@@ -154,7 +171,7 @@ class Running:
             self.watch(
                 case.name, done, done, float(robust.mean()), self._left(clock, case, len(case.attacks) - 1, 0, 0)
             )
-        self.after[case.name], self.seconds[case.name] = after, round(seconds, 3)
+        self.after[case.name], self.seconds[case.name], self.dates[case.name] = after, round(seconds, 3), dates
         self.warnings += summed(found)
         return robust
 

@@ -12,8 +12,8 @@ A kill at any moment leaves files that are complete or absent; a file whose chec
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import importlib.metadata
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +26,12 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from rome import trust
-from rome.attacks.base import Model
 from rome.errors import UserError
-from rome.experts.recording import expert_layers
 from rome.files import flatten, remove_partials, replace_file
+from rome.module_tree import tensor_bytes
 from rome.plain_data import parse_json
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
@@ -52,7 +51,7 @@ class Unit:
     images: Tensor | None = None
     """float32 (fooled, C, H, W): the images of those that are not, in order; None if images are not kept."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """JSON data: ``seconds`` and ``warnings``."""
+    """JSON data: ``seconds`` and ``warnings``, and the ``date`` of one that was read."""
 
 
 class StorageError(UserError):
@@ -77,19 +76,19 @@ class Store:
         """Begin or go on with these settings; returns the stored ones.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off, or while the
-                model is a function, of which nobody can tell whether it is the same.
+            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off, or while
+                nobody can tell whether it is one of the same model and attacks.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
         for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
             remove_partials(folder)
-        unseen = settings["model"]["sha256"] is None
+        unseen = _unseen(settings)
         stored = None if overwrite else self.stored_settings()
         if stored is None:
             try:
-                self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
+                self.clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
                 replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
                 self._record(settings)
             except OSError as error:
@@ -104,10 +103,7 @@ class Store:
                 f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
             )
         if unseen:
-            raise UserError(
-                f"{self.directory} holds an evaluation of a function, whose weights cannot be seen, so this may be "
-                f"another one: {advice}; or give a torch module, whose evaluation goes on"
-            )
+            raise UserError(f"{self.directory} holds an evaluation of {unseen}, so this may be another one: {advice}")
         return self._measured_anew(stored, settings.get("networks", {}))
 
     def _measured_anew(self, stored: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
@@ -166,7 +162,7 @@ class Store:
         tensors = {"indices": torch.from_numpy(unit.indices), "correct": torch.from_numpy(unit.correct)}
         if unit.images is not None:
             tensors["images"] = unit.images.contiguous()
-        facts = json.dumps(unit.facts)
+        facts = json.dumps({**unit.facts, "date": now()})
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
         _keep(path, safetensors.torch.save(tensors, metadata))
 
@@ -174,7 +170,7 @@ class Store:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def finish(self, arrays: Mapping[str, np.ndarray], result: dict[str, Any]) -> None:
@@ -207,6 +203,19 @@ class Store:
         return (
             not result["failed"] and not result.get("pending") and not differences(result.get("settings", {}), stored)
         )
+
+
+def now() -> str:
+    """The date and the minute, as results and messages say it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _unseen(settings: Mapping[str, Any]) -> str:
+    """What of an evaluation cannot be told from another one's; empty where everything can."""
+    unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
+    if settings["model"]["sha256"] is None:
+        return "a function, whose weights cannot be seen (those of a torch module can)"
+    return f"what cannot be told from others of its kind ({', '.join(unknown)})" if unknown else ""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -296,62 +305,26 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
     names = [name for name in {**there, **here} if name.split(".")[0] not in _NOT_COMPARED]
     found = [
-        f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} now"
+        _difference(name, there.get(name), here.get(name))
         for name in names
-        if there.get(name) != here.get(name)
+        if (there.get(name) or None) != (here.get(name) or None)
     ]
     if now.get("save_images") and not stored.get("save_images"):
         found.append("save_images: false there, true now")
     return found
 
 
+def _difference(name: str, there: Any, here: Any) -> str:
+    if name.startswith("versions.rome-robust") and "+" in f"{there}{here}":
+        return f"rome's own code changed, {there} there, {here} now"
+    owner, code, place = name.partition("code.")
+    if code and owner in ("", "model."):
+        if any(str(value).startswith("sha256:") for value in (there, here)):
+            return f"the code of {place} {'is new' if there is None else 'is gone' if here is None else 'changed'}"
+        return f"{place}: {there} there, {here} now"
+    return f"{name}: {_short(there)} there, {_short(here)} now"
+
+
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:12] + "..." + text[-1]
-
-
-def hash_data(x: Tensor, y: Tensor) -> str:
-    """SHA-256 of images and labels: shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in (x, y):
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        for start in range(0, len(tensor), 256):
-            digest.update(_bytes(tensor[start : start + 256]))
-    return digest.hexdigest()
-
-
-def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of which
-    gates are inverted; the same with and without ``torch.compile``. None for a function that is no module: its weights
-    cannot be seen."""
-    if not isinstance(model, nn.Module):
-        return None
-    digest = hashlib.sha256()
-    entries = {**dict(model.named_buffers()), **model.state_dict()}
-    for name, value in sorted((name.replace("_orig_mod.", ""), value) for name, value in entries.items()):
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(_bytes(value))
-        else:  # a module's extra state
-            digest.update(repr(value).encode())
-    for name, layer in expert_layers(model).items():
-        if layer.inverted:
-            digest.update(f"{name.replace('_orig_mod.', '')} {layer.inverted}".encode())
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of the packages whose code determines a result."""
-    found = {}
-    for name in ("rome-robust", "torch", "pyautoattack", "timm", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
