@@ -6,6 +6,7 @@ for L1; the training variant is that of github.com/fra31/robust-finetuning.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -191,7 +192,7 @@ class _Sparse(_Walker):
         self.period = max(int(0.04 * self.steps), 1)
         self.size = self.full(self.threat.eps)
         self.dimensions = x[0].numel()
-        self.moving = self.full(max(round(share * self.dimensions), 1))
+        self.moving = self.full(math.ceil(round(share * self.dimensions, 6)))
         self.previous_count = self.full(float(self.dimensions))
         # coordinates leave the ball's face at a tie, where rounding decides between 0 and a few units of it
         self.residue = 1e-6 * self.threat.eps + 4 * torch.finfo(x.dtype).eps
