@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from rome.attacks.pgd import ascend, random_start
 from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 
 ORD = {"L1": 1, "L2": 2, "Linf": float("inf")}
@@ -65,6 +66,35 @@ def test_size_is_the_norm_over_the_whole_image(norm: str, pair: tuple[Tensor, Te
         [torch.linalg.vector_norm((b - a).double().flatten(), ORD[norm]) for a, b in zip(x, far, strict=True)]
     )
     torch.testing.assert_close(sizes, expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "bright", "saturated", "both"])
+@pytest.mark.parametrize("eps", [1e-3, 0.01, 1.0, 255.0])
+def test_many_small_changes_stay_in_the_ball_as_float32_adds_them(norm: str, eps: float, kind: str) -> None:
+    """150,528 rounded sums x + delta keep the radius to 1e-5: projected, as a start of PGD, and as a step of it."""
+    g = torch.Generator().manual_seed(0)
+    u, noise = (torch.rand(2, 3, 224, 224, generator=g) for _ in range(2))
+    images = {"uniform": u, "bright": 0.9 + 0.1 * u, "saturated": u.round(), "both": (1.6 * u - 0.3).clamp(0, 1)}
+    x, threat = images[kind], LpBall(norm=norm, eps=eps)
+    length = {"L1": 3e-5, "L2": 1e-2, "Linf": 2.0}[norm] * eps  # of a coordinate, so that some rows are far outside
+    far = x + length * torch.randn(x.shape, generator=g)
+    step = ascend(threat, x, x, far - x, size=2 * eps, percentile=0)
+    for found in (threat.project(far, x), random_start(threat, x, noise), step):
+        assert threat.contains(found, x).all()
+        sizes = threat.size(found, x)
+        assert (sizes <= eps * (1 + 1e-5) + (1.2e-7 if norm == "Linf" else 0)).all()
+        assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_no_coordinate_moves_further_than_its_delta_where_rounding_leaves_the_ball() -> None:
+    """4e-8 at 0.9 rounds to the next float, 6e-8 further: ten thousand such leave the ball by half its radius."""
+    x, delta = torch.full((1, 10_000), 0.9), torch.full((1, 10_000), 4e-8)
+    threat = LpBall(norm="L1", eps=4e-4)
+    assert (x + delta - x).double().sum() > 1.4 * threat.eps
+    assert torch.equal(threat.shifted(x, delta), x)
+    assert not threat.contains((x + delta).view(1, 1, 100, 100), x.view(1, 1, 100, 100)).item()
+    nothing_to_round = torch.full_like(x, 2**-14)
+    assert torch.equal(LpBall(norm="L1", eps=1).shifted(x, nothing_to_round), x + nothing_to_round)
 
 
 def test_contains_draws_the_line_at_the_radius_and_at_the_box(norm: str) -> None:

@@ -95,20 +95,31 @@ class LpBall(Threat):
             delta = project_l2(delta, self.eps)
         else:
             delta = project_linf(delta, self.eps)
-        return (origin + delta).clamp_(0, 1).view_as(x)
+        return self.shifted(origin, delta).view_as(x)
+
+    def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
+        """``x + delta`` in the box, for ``delta`` inside the ball: (B, ...) twice -> (B, ...).
+
+        Each sum is rounded, in float32 by up to 3e-8: over 150,528 coordinates 0.0045 in L1. Where that leaves the
+        ball, sums are rounded towards ``x`` instead, so that no coordinate moves further than its delta.
+        """
+        moved = (x + delta).clamp_(0, 1)
+        if self.norm == "Linf":
+            return moved
+        outside = self.size(moved, x) > self.eps * (1 + RTOL)
+        further = (_wide(moved) - _wide(x)).abs() > _wide(delta).abs()
+        outside = outside.view(-1, *[1] * (x.ndim - 1))
+        return torch.where(outside & further, torch.nextafter(moved, x), moved)
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return self._length(_wide(x_adv) - _wide(x))
-
-    def _length(self, delta: Tensor) -> Tensor:
+        delta = _wide(x_adv) - _wide(x)
         ord = {"L1": 1, "L2": 2, "Linf": float("inf")}[self.norm]
         return torch.linalg.vector_norm(delta.flatten(1), ord=ord, dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        box = _in_box(x_adv)
-        # x + delta is rounded to a float below 1, so each moved coordinate may be off by a unit in the last place of 1
-        rounding = torch.finfo(x.dtype).eps * self._length((x_adv != x).to(_wide(x).dtype))
-        return box & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
+        # Linf: x + eps is rounded to a float below 1, off by a unit in the last place of 1; no sum of such errors
+        rounding = torch.finfo(x.dtype).eps if self.norm == "Linf" else 0.0
+        return _in_box(x_adv) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
 
 
 def _in_box(x: Tensor) -> Tensor:

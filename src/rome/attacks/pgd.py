@@ -104,7 +104,7 @@ def ascend(
         if exact:
             return threat.project(moved.view_as(x), x)
         delta = project_l1(moved - origin, threat.eps)
-    return (origin + delta).clamp_(0, 1).view_as(x)
+    return threat.shifted(origin, delta).view_as(x)
 
 
 def random_start(threat: Threat, x: Tensor, noise: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def random_start(threat: Threat, x: Tensor, noise: Tensor) -> Tensor:
     else:
         delta = -u.sign() * torch.log1p(-u.abs())
         delta = delta * (threat.eps / delta.abs().sum(dim=1, keepdim=True))
-    return (x + delta.view_as(x)).clamp_(0, 1)
+    return threat.shifted(x, delta.view_as(x))
 
 
 def inward(gradient: Tensor, point: Tensor) -> Tensor:
