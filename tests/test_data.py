@@ -871,7 +871,7 @@ def test_classes_are_numbered_as_timm_or_torchvision_does(tmp_path: Path) -> Non
         assert {name: label for label, name in enumerate(split.classes)} == wanted
         assert any("classes are numbered in" in remark for remark in split.remarks)
     with pytest.raises(ValidationError, match="class_order=list needs a list"):
-        ImageFolder(path=str(tmp_path), class_order="list")
+        ImageFolder.model_validate({"path": str(tmp_path), "class_order": "list"})
 
 
 def test_an_order_is_only_spoken_of_where_there_are_two(folder: Path) -> None:
