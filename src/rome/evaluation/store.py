@@ -309,9 +309,9 @@ def hash_data(x: Tensor, y: Tensor) -> str:
 
 
 def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of how gates
-    are inverted and experts scaled; the same with and without ``torch.compile``. None for a function that is no module:
-    its weights cannot be seen."""
+    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of how
+    gates are inverted and experts scaled; the same with and without ``torch.compile``. None for a function that is no
+    module: its weights cannot be seen."""
     if not isinstance(model, nn.Module):
         return None
     digest = hashlib.sha256()
