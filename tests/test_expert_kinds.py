@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rome.attacks import APGD, PGD
 from rome.attacks.base import frozen, loss_and_gradient
 from rome.errors import Interrupted, UserError
+from rome.evaluating import hash_model
 from rome.experts import (
     AdapterLinear,
     Adapters,
@@ -182,6 +183,7 @@ def test_alpha_is_told_apart_from_weights_that_fit(rank: int, tmp_path: Path) ->
     save_model(model, tmp_path / "model.safetensors")
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_model(tmp_path / "model.safetensors", plain())(x), model(x))
+    assert hash_model(model) != hash_model(copy.deepcopy(model).apply(unscaled)), "nor is it the same model to a reader"
     with pytest.raises(UserError, match=r"experts with alpha: 1.*, the model's have None"):
         load_model(tmp_path / "model.safetensors", LowRank(rank=rank).inject(plain()))
 
@@ -470,6 +472,10 @@ def test_experts_that_start_at_random_keep_nothing_of_the_networks() -> None:
     own = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.PReLU(), Scale(4))})
     with pytest.raises(UserError, match=r"start: random knows no start for mlp\.2\.factor; use start: copies"):
         FeedForward(start="random").inject(own)
+
+
+def unscaled(module: nn.Module) -> None:
+    module.scale = 1
 
 
 class Scale(nn.Module):

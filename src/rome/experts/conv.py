@@ -130,5 +130,5 @@ class MixtureConv2d(nn.Conv2d, Gated):
         return self.padding
 
     def extra_repr(self) -> str:
-        own = f"experts={self.experts}, rank={self.rank}, form={self.form}"
+        own = f"experts={self.experts}, rank={self.rank}, scale={self.scale:g}, form={self.form}"
         return f"{super().extra_repr()}, {own}"  # type: ignore[no-untyped-call]

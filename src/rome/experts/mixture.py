@@ -60,7 +60,7 @@ class GatedLinear(nn.Linear, Gated):
         return input.reshape(input.shape[0] // self.layout.windows, count, self.in_features)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, experts={self.experts}, rank={self.rank}"
+        return f"{super().extra_repr()}, experts={self.experts}, rank={self.rank}, scale={self.scale:g}"
 
 
 class MixtureLinear(GatedLinear):

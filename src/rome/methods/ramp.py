@@ -37,7 +37,7 @@ class RAMP(Method):
     target: str = "L1"
     """Names of two threats, among the config's."""
     weight: Number = Field(default=5, ge=0)
-    """lambda: 5 from scratch (2 with ``trades``) and 1.5 to fine-tune in the authors' scripts, 2 and 0.5 in their paper."""
+    """lambda. The authors' scripts have 5 from scratch (2 with ``trades``), 1.5 to fine-tune; their paper 2 and 0.5."""
     fusion: Number | None = Field(default=0.5, ge=0, le=1)
     """beta, the share of clean training in the fused weights; null or 0: no copy and no fusion."""
     trades: Number | None = Field(default=None, ge=0)
