@@ -70,7 +70,7 @@ class Suite(Component):
 def suite_label(settings: Mapping[str, Any]) -> str:
     """:attr:`Suite.label` of a suite that was dumped: its kind, or those of its parts as ``apgd+unseen``."""
     kind = str(settings.get("kind") or "own")
-    return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind
+    return "+".join(map(suite_label, settings.get("suites", ()))) if kind == "several" else kind
 
 
 def _each(suite: Suite, threats: Mapping[str, Threat], case: Callable[[str, LpBall], Case]) -> list[Case]:

@@ -150,6 +150,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{file} holds no state dict but a {type(held).__name__}{f' ({_some(keys)} in it)' if keys else ''}; "
             f"save model.state_dict(), alone or under {', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}"
         )
+    for name, tensor in held.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(
+                f"{file}: {name} has no plain numbers (sparse, quantized or meta); save dense tensors"
+            )
     return dict(held)
 
 
