@@ -419,6 +419,49 @@ def test_what_steers_a_terminal_is_not_printed(rome: Callable[..., Ended], tmp_p
     assert "\x1b" not in rome("train", tmp_path / "\x1b[2Jx.yaml").err
 
 
+@pytest.mark.parametrize(
+    "state", [{}, {"model": {}, "epoch": 1}, {"model": 3, "epoch": 1}, {"model": {"w": torch.zeros(1)}, "epoch": 1}]
+)
+def test_a_checkpoint_of_a_run_that_is_none_ends_in_one_line(
+    state: dict[str, Any], place: Place, rome: Callable[..., Ended], tmp_path: Path
+) -> None:
+    run = shutil.copytree(place.plain, tmp_path / "run")
+    torch.save({"format": 1, **state}, run / "last.pt")
+    ended = rome("evaluate", run / "last.pt")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "last.pt does not fit its config.yaml" in ended.err
+
+
+@pytest.mark.parametrize("form", ["sparse", "meta"])
+def test_a_tensor_without_plain_numbers_ends_in_one_line(form: str, tmp_path: Path) -> None:
+    model = create_model("resnet_18", num_classes=10)
+    state = model.backbone.state_dict()
+    odd = state["conv1.weight"].to_sparse() if form == "sparse" else state["conv1.weight"].to("meta")
+    torch.save({**state, "conv1.weight": odd}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=r"conv1\.weight has no plain numbers"):
+        load_weights(model, tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("settings", {"cases": value}) for value in (3, [3], None)),
+        *(("settings", {key: []}) for key in ("suite", "data", "threats", "versions", "environment", "model", "n")),
+        *(("result", {key: 3}) for key in ("warnings", "failed", "seconds", "after", "checks", "pending")),
+    ],
+)
+def test_an_evaluation_of_any_form_ends_in_one_line(
+    name: str, change: dict[str, Any], place: Place, rome: Callable[..., Ended], tmp_path: Path
+) -> None:
+    run = shutil.copytree(place.plain, tmp_path / "run")
+    (file,) = (run / "evaluation").glob(f"*/{name}.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    for command in (["report", run, "--out", tmp_path / "report"], ["table", "1", run]):
+        ended = rome(*command)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "is damaged" in ended.err
+
+
 # Bombs, and names that lead elsewhere
 
 

@@ -15,7 +15,7 @@ from rome.config import Config, Evaluation, parse
 from rome.data import Data
 from rome.data.base import Split
 from rome.device import pick_device, placed
-from rome.errors import UserError
+from rome.errors import UserError, first_line
 from rome.evaluating import AUTO, BATCH_SIZE, Report, Suite, evaluate
 from rome.evaluation.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.evaluation.given import Given
@@ -236,8 +236,12 @@ def _from_checkpoint(file: Path, team: Team) -> tuple[torch.nn.Module, Config]:
     split = config.data.open("test")
     untrained = config.model.untrained()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
-    model.load_state_dict(state["model"])
-    _say(team, f"{file} is an unfinished run, after {state['epoch']} epochs")
+    try:
+        model.load_state_dict(state["model"])
+        done = int(state["epoch"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} does not fit its config.yaml ({first_line(error)}); restore it") from error
+    _say(team, f"{file} is an unfinished run, after {done} epochs")
     return model.eval(), config
 
 

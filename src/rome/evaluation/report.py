@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from rome.attacks.corruption import Corruption
 from rome.data.corruptions import constants_for
@@ -21,6 +22,37 @@ from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
 _STORED = ("warnings", "failed", "after", "seconds", "checks", "date", "reused")
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Settings(BaseModel):
+    """The form of what an evaluation writes into ``settings.json``, of which readers rely on more than on the rest."""
+
+    suite: dict[str, Any]
+    threats: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, Any]
+    environment: dict[str, Any]
+    cases: list[_Named]
+    n: int
+    seed: int
+    batch_size: int
+    classes: int
+
+
+class _Result(BaseModel):
+    """The form of ``result.json``."""
+
+    warnings: list[dict[str, Any]]
+    failed: dict[str, str]
+    after: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    pending: list[str] = []
+    checks: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +300,8 @@ class Report:
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
+            _Settings.model_validate(settings)
+            _Result.model_validate(result)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],
@@ -279,8 +313,9 @@ class Report:
                     **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            said = " ".join(str(error).split()[:40]) if isinstance(error, ValidationError) else first_line(error)
             raise UserError(
-                f"the evaluation in {folder} is damaged ({first_line(error)}): remove {RESULT} and evaluate again; "
+                f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"
             ) from None
 

@@ -72,7 +72,7 @@ def suite_label(settings: Mapping[str, Any]) -> str:
     ``-published`` where it runs attacks in that form."""
     kind = str(settings.get("kind") or "own")
     published = "-published" if settings.get("form") == "published" else ""
-    return "+".join(map(suite_label, settings["suites"])) if kind == "several" else kind + published
+    return "+".join(map(suite_label, settings.get("suites", ()))) if kind == "several" else kind + published
 
 
 def _each(suite: Suite, threats: Mapping[str, Threat], case: Callable[[str, LpBall], Case]) -> list[Case]:

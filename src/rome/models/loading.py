@@ -261,6 +261,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{file} holds no state dict but a {type(held).__name__}{f' ({keys})' if keys else ''}; "
             "save model.state_dict(), alone or under a key such as state_dict"
         )
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"{file}: {name} has no plain numbers (sparse, quantized or meta); save dense tensors")
     return tensors
 
 
