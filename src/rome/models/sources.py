@@ -46,7 +46,7 @@ def make_backbone(
     if ours and pretrained:
         raise UserError(f"model.pretrained is for timm's models, not {name}; name a file in model.weights")
     if ":" in name:
-        return _own_function(name)(num_classes=num_classes, **options)
+        return own_function(name)(num_classes=num_classes, **options)
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
     if not timm.is_model(name):
@@ -115,7 +115,12 @@ def robustbench_model(
     return model
 
 
-def _own_function(name: str) -> Any:
+def own_function(name: str) -> Any:
+    """The function that ``path.py:function`` or ``package.module:function`` names.
+
+    Raises:
+        UserError: there is none, or its code cannot be run.
+    """
     place, _, function = name.rpartition(":")
     try:
         module = _executed(Path(place)) if place.endswith(".py") else importlib.import_module(place)
