@@ -131,8 +131,8 @@ def evaluate(
         given = Given.asked(named, target)
         if target is not None and given is None:
             with enough_memory():
-                routed = None if routing is None else routing.value
-                report, folder = evaluate_saved(target, data=data, routing=routed, **shared)
+                shared["routing"] = None if routing is None else routing.value
+                report, folder = evaluate_saved(target, data=data, **shared)
             name = report.settings["provenance"]["config"]["name"]
         elif given is not None and target is None and routing is None:
             with enough_memory():

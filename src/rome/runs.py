@@ -127,9 +127,13 @@ class Run:
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
-        origin = {"data": data and data_facts(data), "code": code_facts(config), "changed": []}
-        if resume and self.checkpoint_file.exists():
-            origin["changed"] = self._changes(origin["code"])
+        code = code_facts(config)
+        goes_on = resume and self.checkpoint_file.exists()
+        origin = {
+            "data": None if data is None else data_facts(data),
+            "code": code,
+            "changed": self._changes(code) if goes_on else [],
+        }
         for file in (self.checkpoint_file, self.model_file):  # what a kill left half written
             for partial in self.folder.glob(f".{file.name}.*.partial"):
                 partial.unlink(missing_ok=True)
