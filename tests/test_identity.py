@@ -6,26 +6,40 @@ import copy
 import functools
 import importlib
 import json
+import os
+import runpy
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.assess import evaluate_saved
+from rome.cli import main
+from rome.config import Config, parse
+from rome.errors import Interrupted, UserError
 from rome.evaluating import Report, evaluate, hash_model
 from rome.evaluation.identity import code_of, identity
 from rome.evaluation.store import differences
 from rome.evaluation.suites import QuickSuite
 from rome.experts import DualScale, LowRank
 from rome.models import create_model
-from test_suites import LABELS, LINF, SHADES
+from rome.origin import code_facts
+from rome.threats import LpBall
+from rome.training import train
+from tiny_runs import changed, same, tiny, watched, weights
+from toy_suites import shades
 
+LINF, SHADES, LABELS = [LpBall(norm="Linf", eps=0.1)], shades(0.1, 0.45, 0.9, 0.55, 0.2), torch.tensor([0, 0, 1, 1, 1])
 QUICK = QuickSuite(steps=2)
 Files = Callable[..., Any]
 
@@ -279,26 +293,38 @@ class Net(nn.Module):
         super().__init__()
         self.names, self.f = {"a", "b", "c", "d"}, lambda x: x in {"p", "q", "r"}
     def forward(self, x): return EDIT
-print(json.dumps(identity(Net())))
+told = json.dumps(identity(Net()))
+if __name__ == "__main__":
+    print(told)
 """
 
 
-@pytest.mark.parametrize("way", ["-c", "file"])
-def test_another_process_finds_the_same_and_an_edit_is_seen(way: str, tmp_path: Path) -> None:
-    """The class of a script, and of code that is in no file; hashes of texts differ from process to process."""
+def test_another_process_finds_the_same_and_an_edit_is_seen(tmp_path: Path) -> None:
+    """The class of a script, wherever it lies; hashes of texts differ from process to process."""
 
-    def told(edit: str, seed: str, folder: str) -> Any:
-        code, file = SCRIPT.replace("EDIT", edit), tmp_path / folder / "script.py"
+    def written(edit: str, folder: str) -> str:
+        file = tmp_path / folder / "script.py"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(code)
-        command = [sys.executable, *([way, code] if way == "-c" else [str(file)])]
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
-        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        file.write_text(SCRIPT.replace("EDIT", edit))
+        return str(file)
 
-    first = told("x", "1", "a")
-    assert told("x", "2", "b") == first, "wherever it lies"
-    where = "__main__" if way == "-c" else "script.py"
-    assert differences(first, told("-x", "1", "a")) == [f"the code of {where} changed"]
+    first = json.loads(runpy.run_path(written("x", "a"), run_name="script")["told"])
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, written("x", "b")]
+    ended = subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert json.loads(ended.stdout) == first
+    edited = json.loads(runpy.run_path(written("-x", "a"), run_name="script")["told"])
+    assert differences(first, edited) == ["the code of script.py changed"]
+
+
+def test_code_that_is_in_no_file_is_told_apart() -> None:
+    def told(edit: str) -> Any:
+        space = {"__name__": "typed"}
+        exec(SCRIPT.replace("EDIT", edit), space)
+        return json.loads(space["told"])
+
+    assert told("x") == told("x")
+    assert differences(told("x"), told("-x")) == ["the code of typed changed"]
 
 
 def test_batches_of_an_earlier_call_are_said_with_their_date(
@@ -318,3 +344,109 @@ def test_batches_of_an_earlier_call_are_said_with_their_date(
     assert json.loads((tmp_path / "result.json").read_text())["reused"] == again.reused
     assert run(net(), tmp_path, batch_size=2).reused == {"result": again.date}
     assert f"reused: this is the result of {again.date}" in capsys.readouterr().err
+
+
+# -------- runs: data that moved, code that changed
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 12 images to train on and 6 to test, of three classes; the working folder is the one around it."""
+    monkeypatch.chdir(tmp_path)
+    draw(Path("data"))
+    return Path("data")
+
+
+def draw(folder: Path, shades: tuple[int, ...] = (40, 110, 180), names: str = "abc", count: int = 4) -> None:
+    for part, number in (("train", count), ("val", 2)):
+        for name, shade in zip(names, shades, strict=True):
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(place / f"{i}.png")
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    data = {"kind": "folder", "path": "data", "size": 8}
+    return changed(data=data, epochs=1, evaluation={"suite": "lp", "n": 6}, **changes)
+
+
+def test_a_run_is_evaluated_where_its_data_lies_now(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(parse(settings()), "run")
+    pictures.rename("elsewhere")
+    with pytest.raises(UserError, match=r"data is not a folder.*rome evaluate run/model.safetensors --data PATH, or"):
+        evaluate_saved("run")
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "run", "--data", "elsewhere", "--json"])
+    first = json.loads(capsys.readouterr().out)
+    assert first["settings"]["provenance"]["config"]["data"]["path"] == "elsewhere"
+    run.config_file.write_text(run.config_file.read_text().replace("path: data", "path: elsewhere"))
+    again, _ = evaluate_saved("run")
+    assert again.reused == {"result": first["date"]}
+    draw(Path("renamed"), names="abd")
+    with pytest.raises(UserError, match=r"renamed has other classes than run was trained on: 3 \(a, b, d\) instead of"):
+        evaluate_saved("run", data="renamed")
+    draw(Path("brighter"), shades=(50, 120, 190))
+    with pytest.raises(UserError, match=r"data.sha256"):
+        evaluate_saved("run", data="brighter")
+    digits = train(tiny(epochs=1), "digits")
+    with pytest.raises(UserError, match=r"the data of digits \(digits\) lies at no path; leave it out"):
+        evaluate_saved(digits.folder, data="elsewhere")
+
+
+def stop(number: int) -> Any:
+    def see(done: int) -> None:
+        if done == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return watched(see)
+
+
+def test_training_goes_on_where_its_data_lies_now_if_it_is_the_same(pictures: Path) -> None:
+    config = settings(batch_size=4, attack__steps=1)
+    whole = train(parse(config), "whole")
+    with pytest.raises(Interrupted):
+        train(parse(config), "run", progress=stop(1))
+    draw(Path("other"), shades=(50, 120, 190))
+    draw(Path("fewer"), count=3)
+    for place, what in (("other", "its images differ"), ("fewer", "its examples differ")):
+        with pytest.raises(UserError, match=rf"run was started with other data than {place} holds \({what}\)"):
+            train(parse({**config, "data": {**config["data"], "path": place}}), "run", resume=True)
+    pictures.rename("elsewhere")
+    run = train(parse({**config, "data": {**config["data"], "path": "elsewhere"}}), "run", resume=True)
+    assert same(weights(run.folder), weights(whole.folder))
+    draw(Path("data"), shades=(50, 120, 190))
+    run.model_file.unlink()
+    with pytest.raises(UserError, match="was started with other data than data holds"):
+        train(parse(config), "run", resume=True)
+
+
+OWN = """
+from rome.attacks import PGD
+EXTRA = 0
+class OwnPGD(PGD):
+    kind = "own-pgd"
+    def search(self, *args, **kwargs):
+        return super().search(*args, **kwargs) if EXTRA >= 0 else None
+"""
+
+
+def test_code_that_changed_before_a_run_goes_on_is_said_and_kept(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config() -> Config:
+        return parse(changed(epochs=1, attack={"kind": "own-pgd", "steps": 1}, imports=["own_pgd"]))
+
+    own = files(own_pgd=OWN)
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path / "run", progress=stop(1))
+    with pytest.raises(Interrupted):
+        train(config(), tmp_path / "run", resume=True, progress=stop(2))
+    assert "other code" not in capsys.readouterr().err
+    own.EXTRA = 1
+    run = train(config(), tmp_path / "run", resume=True)
+    assert "run goes on with other code: own_pgd.py:EXTRA: 0 there, 1 now" in capsys.readouterr().err
+    assert [text.partition(" (")[0] for text in run.origin["changed"]] == ["own_pgd.py:EXTRA: 0 there, 1 now"]
+    assert run.other_code(code_facts(config())) == []
+    own.EXTRA = 2
+    assert run.other_code(code_facts(config())) == ["own_pgd.py:EXTRA: 1 there, 2 now"]

@@ -12,7 +12,6 @@ import torch
 
 from rome import trust
 from rome.config import Config, Evaluation, parse
-from rome.data import Data
 from rome.data.base import Split
 from rome.device import pick_device, placed
 from rome.errors import UserError, first_line
@@ -32,6 +31,7 @@ EXAMPLES = 1000
 def evaluate_saved(
     target: str | Path,
     *,
+    data: str | None = None,
     suite: str | None = None,
     features: str | None = None,
     n: int | None = None,
@@ -51,6 +51,7 @@ def evaluate_saved(
     On the test set of its config.
 
     What is not given is that of ``settings``, and without these the config's; the rest is :func:`rome.evaluate`'s.
+    ``data`` is where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
     ``routing`` replaces the gates (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual
     distances in the suite, ``trust_code`` lets files run the code that they name (:mod:`rome.trust`). The result goes
     to ``evaluation/SUITE-N`` beside the model, that of a run's ``best.safetensors`` to ``evaluation-best/SUITE-N``, of
@@ -65,10 +66,10 @@ def evaluate_saved(
     file = Path(target)
     if file.is_dir():
         file = Run(file).model_file
-    model, config = _from_checkpoint(file, team) if file.suffix == ".pt" else _from_file(file)
+    model, config, split = (_from_checkpoint if file.suffix == ".pt" else _from_file)(file, data, team)
     settings = settings or config.evaluation
     chosen = _readable(_suite(suite, settings.suite), features, cases, team)
-    split, x, y = _examples(config.data, n, settings.n)
+    x, y = _examples(config.data.kind, split, n, settings.n)
     routed = routing or settings.routing
     set_routing(model, routed, seed=settings.seed)
     name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}"
@@ -133,7 +134,8 @@ def evaluate_given(
     """
     source, threats = given.source(), given.threats()
     chosen = _readable(as_suite("apgd" if suite is None else suite), features, cases, team)
-    split, x, y = _examples(source, n, EXAMPLES)
+    split = source.open("test")
+    x, y = _examples(source.kind, split, n, EXAMPLES)
     place = own_device(pick_device(device or AUTO))
     batch_size = batch_size or BATCH_SIZE
     largest = min(len(x), batch_size if isinstance(batch_size, int) else BATCH_SIZE)
@@ -204,16 +206,48 @@ def _readable(suite: Suite, features: str | None, cases: Sequence[str] | None, t
     return chosen
 
 
-def _examples(data: Data, asked: int | None, usual: int | None) -> tuple[Split, torch.Tensor, torch.Tensor]:
-    """The test set, and its first examples, as many as are asked for."""
-    split = data.open("test")
+def _examples(kind: str, split: Split, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first test examples, as many as are asked for."""
     if asked is not None and asked > len(split):
-        raise UserError(f"--n {asked} exceeds the {len(split)} test examples of {data.kind}; give at most that many")
-    x, y = split.first(min(asked or usual or len(split), len(split)))
-    return split, x, y
+        raise UserError(f"--n {asked} exceeds the {len(split)} test examples of {kind}; give at most that many")
+    return split.first(min(asked or usual or len(split), len(split)))
 
 
-def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
+def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
+    """The config with the data where it lies now, and its test set.
+
+    Raises:
+        UserError: it is not there, has no path, or has other classes than those that the run was trained on.
+    """
+    run, kept = Run(file.parent), config.data.path
+    path = data or run.data_path or kept
+    if data is not None and kept is None and type(config.data).model_fields["path"].annotation is type(None):
+        raise UserError(f"--data {data}: the data of {run.folder} ({config.data.kind}) lies at no path; leave it out")
+    if path != kept:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    try:
+        split = config.data.open("test")
+    except UserError as error:
+        if path is None or Path(path).expanduser().exists():
+            raise
+        raise UserError(
+            f"{error}. If it lies elsewhere now: rome evaluate {file} --data PATH, or correct data.path in "
+            f"{run.config_file}"
+        ) from None
+    known = (run.origin.get("data") or {}).get("classes", list(split.classes))
+    if known != list(split.classes):
+        raise UserError(
+            f"{path} has other classes than {run.folder} was trained on: {_listed(split.classes)} instead of "
+            f"{_listed(known)}"
+        )
+    return config, split
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def _from_file(file: Path, data: str | None, team: Team) -> tuple[torch.nn.Module, Config, Split]:
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
@@ -221,10 +255,11 @@ def _from_file(file: Path) -> tuple[torch.nn.Module, Config]:
             f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
         )
     config = parse(metadata["config"])  # first: it imports what the model may be built of
-    return load_model(file), config
+    config, split = _located(config, file, data)
+    return load_model(file), config, split
 
 
-def _from_checkpoint(file: Path, team: Team) -> tuple[torch.nn.Module, Config]:
+def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[torch.nn.Module, Config, Split]:
     run = Run(file.parent)
     if file != run.checkpoint_file or not file.is_file():
         raise UserError(
@@ -232,8 +267,7 @@ def _from_checkpoint(file: Path, team: Team) -> tuple[torch.nn.Module, Config]:
             "models of others go by --model and --data"
         )
     state: dict[str, Any] = run.load_checkpoint()
-    config = run.config
-    split = config.data.open("test")
+    config, split = _located(run.config, file, data)
     untrained = config.model.untrained()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     try:
@@ -242,7 +276,7 @@ def _from_checkpoint(file: Path, team: Team) -> tuple[torch.nn.Module, Config]:
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} does not fit its config.yaml ({first_line(error)}); restore it") from error
     _say(team, f"{file} is an unfinished run, after {done} epochs")
-    return model.eval(), config
+    return model.eval(), config, split
 
 
 def _say(team: Team, text: str) -> None:

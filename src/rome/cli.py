@@ -134,10 +134,12 @@ def evaluate(
             "overwrite": overwrite,
             "team": team,
         }
+        data = named.pop("data") if target is not None and named["model"] is None else None
         given = Given.asked(named, target)
         if target is not None and given is None:
             with enough_memory():
-                report, folder = evaluate_saved(target, routing=None if routing is None else routing.value, **shared)
+                shared["routing"] = None if routing is None else routing.value
+                report, folder = evaluate_saved(target, data=data, **shared)
             name = report.settings["provenance"]["config"]["name"]
         elif given is not None and target is None and routing is None:
             with enough_memory():

@@ -27,7 +27,8 @@ _Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file.",
+        help="digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With a run: where its "
+        "data lies now.",
         rich_help_panel=_PANEL,
     ),
 ]

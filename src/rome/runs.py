@@ -1,6 +1,7 @@
 """A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
 
 config.yaml         the resolved config
+origin.json         what tells the data and the user's code that it was started with from others (:mod:`rome.origin`)
 last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
 model.safetensors   the finished model, config in its metadata
 best.safetensors    the weights that did best in validation, if there is one
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from filelock import FileLock, Timeout
 
 from rome import trust
 from rome.config import Config, parse
+from rome.data import Split
 from rome.errors import UserError, first_line
+from rome.evaluation.store import differences, now
 from rome.files import flatten, make_folder, remove_partials, replace_file, replace_with
 from rome.models.pickles import load_pickle
-from rome.plain_data import parse_yaml
+from rome.origin import code_facts, data_facts, other_data
+from rome.plain_data import parse_json, parse_yaml
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
@@ -40,6 +45,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config_file = self.folder / "config.yaml"
+        self.origin_file = self.folder / "origin.json"
         self.checkpoint_file = self.folder / "last.pt"
         self.model_file = self.folder / "model.safetensors"
         self.best_file = self.folder / "best.safetensors"
@@ -73,8 +79,31 @@ class Run:
         except ValueError as error:
             raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
 
-    def prepare(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    @property
+    def data_path(self) -> str | None:
+        """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
+        try:
+            said = self.written()["data"]["path"]
+        except (UserError, OSError, KeyError, TypeError):
+            return None
+        return said if isinstance(said, str) else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """``data`` and ``code`` that it was started with, and in which code was ``changed`` on the way; empty where
+        nobody wrote it down."""
+        try:
+            return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def prepare(
+        self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
+    ) -> dict[str, Any] | None:
         """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
+
+        Args:
+            data: all training examples; None leaves out whether they are those it was started with.
 
         Raises:
             UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
@@ -93,12 +122,12 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
         try:
-            return self._ready(config, resume=resume, overwrite=overwrite)
+            return self._ready(config, resume=resume, overwrite=overwrite, data=data)
         except UserError:
             self.release()
             raise
 
-    def _ready(self, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
         if overwrite and not resume:
             self._clear()
         elif self.finished:
@@ -108,12 +137,33 @@ class Run:
                 f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
-            self.check_same(config)
+            self.check_same(config, data)
+        code = code_facts(config)
+        goes_on = resume and self.checkpoint_file.exists()
+        origin = {
+            "data": None if data is None else data_facts(data),
+            "code": code,
+            "changed": self._changes(code) if goes_on else [],
+        }
         remove_partials(self.folder, alone=True)
         dumped = config.dump()
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
+        replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
+
+    def _changes(self, code: dict[str, str]) -> list[str]:
+        """What of the code became another on the way, said where that is new: a fault may have been mended, but the
+        weights come from both."""
+        found = self.other_code(code)
+        if found:
+            print(f"{self.folder} goes on with other code: {'; '.join(found)}", file=sys.stderr)
+        return [*self.origin.get("changed", ()), *(f"{text} ({now()})" for text in found)]
+
+    def other_code(self, code: dict[str, str]) -> list[str]:
+        """In what the user's code is another than the one that this run was started with."""
+        kept = self.origin
+        return differences({"code": kept["code"]}, {"code": code}) if kept else []
 
     def release(self) -> None:
         """Give up the claim of :meth:`prepare`, if there is one."""
@@ -166,17 +216,33 @@ class Run:
                 continue
         return lines
 
-    def check_same(self, config: Config) -> None:
-        """Raise UserError unless the folder's run was started with these settings, but for what changes no result."""
+    def check_same(self, config: Config, data: Split | None = None) -> None:
+        """Raise UserError unless the folder's run was started with these settings, but for what changes no result.
+
+        The path of the data is such, while what lies there is the same.
+
+        Args:
+            data: all training examples; None opens them if their path is another.
+        """
         old, new = flatten(self.written()), flatten(config.dump())
         changed = [
             f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
         ]
-        if changed:
+        kept = self.origin.get("data")
+        moved = [text for text in changed if kept and text.startswith("data.path was ")]
+        if (others := [text for text in changed if text not in moved]) or not kept:
+            if others:
+                raise UserError(
+                    f"{self.folder} was started with other settings: {'; '.join(others[:5])}; use another --out"
+                )
+            return
+        data = config.data.open("train") if moved and data is None else data
+        if data is not None and (what := other_data(kept, data_facts(data))):
             raise UserError(
-                f"{self.folder} was started with other settings: {'; '.join(changed[:5])}; use another --out"
+                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what}):"
+                " restore it (data.path may name another place), or use another --out"
             )
 
     def _clear(self) -> None:
@@ -184,7 +250,8 @@ class Run:
         evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
         for folder in (self.tensorboard, *evaluations):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.config_file):
+        files = (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.origin_file)
+        for file in (*files, self.config_file):
             file.unlink(missing_ok=True)
 
 

@@ -35,6 +35,7 @@ from rome.errors import Interrupted, UserError
 from rome.evaluating import Report
 from rome.evaluation.store import RESULT
 from rome.files import LONGEST_NAME, make_folder, replace_file
+from rome.origin import code_facts
 from rome.plain_data import parse_yaml
 from rome.runs import Run
 from rome.terminal import print_table
@@ -192,9 +193,16 @@ def _done(point: Point) -> bool:
     run = Run(point.folder)
     if not run.finished:
         return False
-    run.check_same(point.config)
+    _check_same(run, point.config)
     report = _report(point)
     return report is not None and not report.failed
+
+
+def _check_same(run: Run, config: Config) -> None:
+    """Raise UserError unless the finished run is of these settings, this data and this code."""
+    run.check_same(config)
+    if found := run.other_code(code_facts(config)):
+        raise UserError(f"{run.folder} was trained with other code ({'; '.join(found)}); use another --out")
 
 
 def _log(point: Point) -> Path:
@@ -226,11 +234,11 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
         config = load(file, tuple(overrides))
         run = Run(folder)
         if run.finished:
-            run.check_same(config)
+            _check_same(run, config)
         else:
             train(config, run.folder, resume=True)
         # a finished run keeps the settings that it was started with
-        evaluate_saved(run.folder, settings=config.evaluation)[0].require_complete()
+        evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
 
 
 def gather_rows(chosen: Sequence[Point]) -> list[Row]:
@@ -263,7 +271,10 @@ def _report(point: Point) -> Report | None:
     if found and n not in found:  # all test examples, which may be fewer
         size = len(point.config.data.open("test"))
         n = min(n or size, size)
-    return Report.load(found[n]) if n in found else None
+    report = Report.load(found[n]) if n in found else None
+    wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
+    same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
+    return report if same else None
 
 
 def _columns(report: Report) -> dict[str, float]:

@@ -106,6 +106,7 @@ def _train(
     rank = fabric.global_rank
     fabric.barrier()  # nobody ends over a mistake while others still look for the first process
     split, held = config.data.open("train"), None
+    whole = split
     if config.validation is not None:
         split, held = hold_out(split, config.validation.n, config.seed)
     check_channels(config.threats, config.attack, split.shape[0])
@@ -131,7 +132,7 @@ def _train(
         epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
-    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite)
+    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=whole)
     position = _Position()
     validator = None if held is None else Validator(config, held, run, fabric)
     if checkpoint is not None:
@@ -163,12 +164,14 @@ def _train(
     fabric.barrier()
 
 
-def _prepare(fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _prepare(
+    fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool, data: Split
+) -> dict[str, Any] | None:
     """The first process makes the folder ready; what it finds wrong is raised in every process, so that none waits."""
     checkpoint, problem = None, ""
     if fabric.global_rank == 0:
         try:
-            checkpoint = run.prepare(config, resume=resume, overwrite=overwrite)
+            checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
         except UserError as error:
             problem = str(error)
     problem, goes_on = fabric.broadcast((problem, checkpoint is not None))

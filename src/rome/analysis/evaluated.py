@@ -143,6 +143,7 @@ class EvaluatedRun(Evaluated):
     @property
     def facts(self) -> dict[str, str]:
         provenance = self.report.settings.get("provenance") or {}
+        changed = self.run.origin.get("changed")
         return {
             "method": self.method,
             "folder": str(self.run.folder),
@@ -150,6 +151,7 @@ class EvaluatedRun(Evaluated):
             "checkpoint": str(provenance.get("checkpoint")),
             "SHA-256": str(provenance.get("checkpoint_sha256")),
             **self.dates,
+            **({"trained with code that changed": "; ".join(changed)} if changed else {}),
         }
 
     @property

@@ -71,8 +71,17 @@ class Subject:
 
     @cached_property
     def split(self) -> Split:
-        """The test examples."""
-        return self.config.data.open("test")
+        """The test examples.
+
+        Raises:
+            UserError: they are not where the run's config says.
+        """
+        try:
+            return self.config.data.open("test")
+        except UserError as error:
+            raise UserError(
+                f"{error} (if it lies elsewhere now, correct data.path in {self.run.config_file})"
+            ) from None
 
     @property
     def threats(self) -> Mapping[str, Threat]:

@@ -49,7 +49,7 @@ def make_backbone(
     if names_code(name):
         place = name.rpartition(":")[0]
         with neighbours(Path(place).resolve().parent) if place.endswith(".py") else nullcontext():
-            module: nn.Module = _own_function(name)(num_classes=num_classes, **options)
+            module: nn.Module = own_function(name)(num_classes=num_classes, **options)
             return module
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
@@ -119,7 +119,12 @@ def robustbench_model(
     return model
 
 
-def _own_function(name: str) -> Any:
+def own_function(name: str) -> Any:
+    """The function that ``path.py:function`` or ``package.module:function`` names.
+
+    Raises:
+        UserError: there is none, or its code cannot be run.
+    """
     place, _, function = name.rpartition(":")
     try:
         module = _executed(Path(place)) if place.endswith(".py") else import_own(place)
