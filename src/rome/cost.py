@@ -19,7 +19,7 @@ from rome.config import Config
 from rome.device import numerics, pick_device, placed
 from rome.experts import Gated, expert_layers
 from rome.methods import Setting
-from rome.models import build_model
+from rome.models import build_model, trains_on, weights_file
 from rome.randomness import stream
 from rome.terminal import print_table
 
@@ -91,6 +91,8 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     """
     built = []
     for config in configs:
+        if config.model.weights is not None and weights_file(config.model.weights).is_file():
+            trains_on(config.model, config.experts)  # or it could not be trained
         shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
         model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
