@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     """
     built = []
     for config in configs:
-        if config.model.weights is not None and weights_file(config.model.weights).is_file():
+        weights = config.model.weights
+        if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
             trains_on(config.model, config.experts)  # or it could not be trained
         shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
