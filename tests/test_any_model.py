@@ -33,6 +33,7 @@ from rome.evaluating import Report, evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.any_model import named_model, preprocessing
 from rome.evaluation.given import Given
+from rome.experts import expert_layers
 from rome.models import file_hash
 from rome.report import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
@@ -499,6 +500,35 @@ def test_a_batch_that_an_export_takes_is_enough(call: Any) -> None:
 def test_junk_is_no_export(call: Any, tmp_path: Path) -> None:
     (tmp_path / "junk.pt2").write_bytes(b"not a zip")
     assert "junk.pt2 is not a file of torch.export.save" in call("--model", "junk.pt2", "--data", "digits").err
+
+
+def test_weights_bring_their_experts_and_their_normalisation(tmp_path: Path) -> None:
+    (tmp_path / "vit.py").write_text(
+        "import timm\n\ndef net(num_classes):\n"
+        "    return timm.create_model('vit_tiny_patch16_224', num_classes=num_classes, img_size=8, patch_size=4, "
+        "in_chans=1, embed_dim=24, depth=1, num_heads=2)\n"
+    )
+    name, file, x = f"{tmp_path / 'vit.py'}:net", tmp_path / "m.safetensors", torch.rand(3, 1, 8, 8)
+    source = rome.add_experts(rome.create_model(name, num_classes=10, in_chans=1, mean=[0.25], std=[0.5]), rank=2)
+    for layer in expert_layers(source).values():
+        torch.nn.init.normal_(layer.B)
+    rome.save_model(source, file)
+    named = named_model(name, classes=10, images=x, weights=str(file))
+    assert torch.equal(named.model(x), source.eval()(x))
+    assert named.facts["normalisation"] == {"mean": [0.25], "std": [0.5]}
+    assert named.remarks == [f"normalisation of {file}: mean 0.25, std 0.5"]
+    given = named_model(name, classes=10, images=x, weights=str(file), mean=(0.75,), std=(1.0,))
+    assert given.facts["normalisation"] == {"mean": [0.75], "std": [1.0]}
+    assert torch.equal(given.model(x), source.backbone(x - 0.75))
+    assert given.remarks == [f"normalisation: mean 0.75, std 1, as given; {file} has mean 0.25, std 0.5"]
+    torch.save({"state_dict": source.backbone.state_dict()}, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match=r"not in the model; it seems to have experts"):
+        named_model(name, classes=10, images=x, weights=str(tmp_path / "bare.pt"))
+    plain = rome.create_model(name, num_classes=10, in_chans=1).backbone.state_dict()
+    torch.save({"teacher": source.backbone.state_dict(), "student": plain}, tmp_path / "both.pt")
+    named = named_model(name, classes=10, images=x, weights=str(tmp_path / "both.pt"), weights_key="student")
+    assert named.facts["normalisation"] is None
+    assert any(remark.startswith("no normalisation added") for remark in named.remarks)
 
 
 def test_more_logits_than_classes_only_if_asked_for() -> None:

@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from rome.config import Config
 from rome.device import numerics, pick_device, placed
 from rome.experts import Gated, expert_layers
 from rome.methods import Setting
-from rome.models import build_model
+from rome.models import build_model, trains_on, weights_file
 from rome.randomness import stream
 from rome.terminal import print_table
 
@@ -91,6 +92,9 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     """
     built = []
     for config in configs:
+        weights = config.model.weights
+        if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
+            trains_on(config.model, config.experts)  # or it could not be trained
         shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
         model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)

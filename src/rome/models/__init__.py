@@ -1,6 +1,6 @@
 """Models: logits from images in [0, 1], normalisation inside; building, saving and loading them."""
 
-from rome.models.building import ModelSettings, build_model, create_model
+from rome.models.building import ModelSettings, build_model, create_model, trains_on
 from rome.models.classifier import Classifier
 from rome.models.files import load_experts, load_model, save_experts, save_model
 from rome.models.loading import file_hash, load_weights, read_tensors, weights_file
@@ -17,5 +17,6 @@ __all__ = [
     "read_tensors",
     "save_experts",
     "save_model",
+    "trains_on",
     "weights_file",
 ]

@@ -162,12 +162,7 @@ def build_model(
     twice = sorted(set(settings.args) & (set(ModelSettings.model_fields) - {"args"}))
     if twice:
         raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
-    goes_on = settings.weights is not None and not settings.drop_experts and holds_experts(settings.weights)
-    if goes_on and experts is None:
-        raise UserError(
-            f"{settings.weights} (model.weights) has experts, and the config has none: give it the same experts "
-            "(experts: ...), or set model.drop_experts=true to start without them"
-        )
+    goes_on = trains_on(settings, experts)
     later = _no_start() if goes_on else {}
     model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0], **later}, **settings.args)
     images, name = torch.zeros(2, *shape), f"model {settings.name}"
@@ -191,6 +186,22 @@ def build_model(
         except UserError as error:
             raise UserError(f"{error} (model.drop_experts=true starts with new experts)") from error
     return model.train()
+
+
+def trains_on(settings: ModelSettings, experts: Experts | None) -> bool:
+    """Whether the experts of the starting weights are those that are trained.
+
+    Raises:
+        UserError: the weights have experts and the config has none; or the weights cannot be read.
+    """
+    if settings.weights is None or settings.drop_experts or not holds_experts(settings.weights):
+        return False
+    if experts is None:
+        raise UserError(
+            f"{settings.weights} (model.weights) has experts, and the config has none: give it the same experts "
+            "(experts: ...), or set model.drop_experts=true to start without them"
+        )
+    return True
 
 
 def _no_start() -> dict[str, Any]:

@@ -111,8 +111,8 @@ def find(
         outside = [name for name in outside if not any(name in pair for pair in pairs)]
         if pairs:
             found.normalization = _one_normalization(pairs, tensors, source)
-    twins = tuple(other for other in fitting if other != start)  # equal, or told already
-    outside = [name for name in outside if not name.startswith(twins)]
+    twins = {other + name for other in fitting if other != start for name in own}  # equal, or told already
+    outside = [name for name in outside if name not in twins]
     if outside and fitting:
         place = f"those under {start.rstrip('.')}" if start else "the weights"
         found.remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
