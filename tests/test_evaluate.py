@@ -232,6 +232,25 @@ def test_everything_is_as_it_was() -> None:
     assert hash_model(model) == weights
 
 
+def test_evaluation_is_in_float32_whatever_precision_is_set(model: nn.Module) -> None:
+    """On CPUs with bfloat16 instructions ``medium`` means bfloat16 products."""
+    seen = []
+
+    def watched(x: Tensor) -> Tensor:
+        mkldnn, cuda = torch.backends.mkldnn, torch.backends.cuda
+        seen.append({mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision, cuda.matmul.fp32_precision})
+        return model(x)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        evaluate(watched, *digits(4), threats=LINF, suite=QUICK)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [{"ieee"}] * len(seen)
+
+
 def test_compiled_model_counts_as_the_same(model: nn.Module, tmp_path: Path) -> None:
     x, y = digits(12)
     plain = evaluate(model, x, y, threats=LINF, suite=QUICK, out=tmp_path)

@@ -487,6 +487,7 @@ def test_a_model_without_experts_is_refused() -> None:
 
 
 def test_a_layer_whose_weight_is_read_without_a_call_is_named(model: Blocks, h: Tensor) -> None:
+    model(h)
     model.skip = True
     with record_gates(model) as recorder:
         model(h)
