@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import RADII, Digits, FixedNoise, Problem, recorded
-from rome.attacks import APGD, PGD, Attack
+from rome.attacks import APGD, PGD, Attack, Square
 from rome.attacks.base import Group, loss_and_gradient
 from rome.attacks.pgd import random_start, top_signs
 from rome.errors import UserError
@@ -573,7 +573,7 @@ def test_an_attack_leaves_no_trace(attack: Attack, threat: Any) -> None:
 def test_an_attack_that_fails_leaves_no_trace_either(attack: Attack) -> None:
     model = Stateful()
     before = everything(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match=r"does not take 2 images of 4x8x8: .*expected input"):
         attack(model, torch.rand(6, 4, 8, 8), torch.arange(6) % 5, MIXED["Linf"])
     after = everything(model)
     assert after[:3] == before[:3]
@@ -765,6 +765,33 @@ def test_a_model_that_gives_nan_is_named_as_such() -> None:
 def test_settings_that_cannot_be_right_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         PGD.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x.numpy(), y), "images must be a torch tensor, not ndarray"),
+        (lambda x, y: (x, y.tolist()), "labels must be a torch tensor, not list"),
+        (lambda x, y: (x, y + 50), r"largest label is \d+ but the model has 5 classes"),
+        (lambda x, y: (x, y - 1), "smallest here is -1"),
+        (lambda x, y: (x, y - 100), "smallest here is -100"),  # torch ignores that label: no loss, no gradient
+        (lambda x, y: (x, y.to("meta")), "images are on cpu and labels on meta"),
+        (lambda x, y: (x * float("nan"), y), "hold NaN"),
+        (lambda x, y: (x * 0 + 1 + 1e-7, y), r"lie in \[1.00000012, 1.00000012\].*clamp"),
+    ],
+)
+def test_batches_that_cannot_be_right_are_refused_in_a_line(attack: Attack, change: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attack(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), *change(*GOOD[:2]), MIXED["Linf"])
+
+
+def test_a_model_that_changes_its_images_is_noticed_where_no_gradient_tells() -> None:
+    class Centres(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.1).clamp_(0, 1).flatten(1))
+
+    with pytest.raises(UserError, match="changes the images that it is given"):
+        Square(queries=3)(Centres(48, 5), GOOD[0].clone(), GOOD[1], MIXED["Linf"])
 
 
 # -- known gaps: these tests pass when they are closed -----------------------------------------------------------------

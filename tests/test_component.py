@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rome.attacks import APGD, PGD, Attack
 from rome.component import Component, Number, Settings
+from rome.errors import UserError
 from rome.threats import CIFAR10, LpBall, Threat
 
 
@@ -127,8 +129,28 @@ def test_other_things_are_no_component(data: Any) -> None:
 def test_an_unknown_key_is_refused() -> None:
     assert "wieght" in mistakes(Apple, {"wieght": 3})
     assert "extra" in mistakes(Attack, {"kind": "pgd", "extra": 3})
-    with pytest.raises(ValidationError, match="step"):
+    with pytest.raises(UserError, match="step"):
         PGD(step=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: PGD(step=10), r"unknown setting 'step' of PGD\. Did you mean 'steps'\? Valid: .*"),
+        (lambda: Apple(weight=-1), "Apple: weight: input should be greater than 0, not -1"),
+        (lambda: Apple(weight="x/y", colour=1), "Apple: weight: .* fraction .*; unknown setting 'colour' of Apple.*"),
+        (lambda: Basket(first=Apple()), "Basket: size: is missing"),
+        (lambda: Basket(size=1, first={"kind": "cider", "strenth": 1}),
+         "unknown setting 'first.strenth' of Basket. Did you mean 'strength'.*"),
+        (lambda: Basket(size=1, first="aple"), "Basket: first: unknown fruit kind 'aple'. Did you mean 'apple'.*"),
+        (lambda: Market(stall="apple", apple=Cider(strength=[])), "Cider: strength: .*"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_python_are_one_line(make: Any, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert re.fullmatch(line, str(caught.value))
+    assert caught.value.__suppress_context__
 
 
 def test_every_mistake_is_reported_at_once_with_its_place() -> None:

@@ -572,5 +572,5 @@ def stream_of(seed: int) -> Any:
 
 
 def test_constants_are_of_images_that_are_made() -> None:
-    with pytest.raises(ValidationError, match="with path they are read: leave one out"):
+    with pytest.raises(UserError, match="with path they are read: leave one out"):
         Corruption(type="fog", severity=1, path="x", constants="cifar10-c")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from conftest import Digits
@@ -243,7 +243,7 @@ def test_threats_are_named_among_the_configs() -> None:
         tiny(method={"kind": "eat", "threats": ["Linf", "L0"]})
     with pytest.raises(UserError, match="L1, L1 are not distinct"):
         tiny(method={"kind": "eat", "threats": ["L1", "L1"]})
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         EAT(threats=("L1",))
     chosen = EAT(threats=("L2", "L1")).trained(tuple(BUDGETS), PGD())
     assert [threat.name for threat in chosen] == ["L2", "L1"]

@@ -1,5 +1,6 @@
 """The evaluator: one matrix, the same after any interruption; it refuses what would make it wrong."""
 
+import copy
 import errno
 import itertools
 import json
@@ -11,7 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +23,15 @@ import torch
 from pyautoattack import AutoAttack
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rome.attacks.autoattack import AttackWarning, set_iterations
+from rome.attacks.autoattack import AttackWarning, Square, set_iterations
 from rome.attacks.base import Attack, Found
 from rome.attacks.pgd import PGD
 from rome.errors import UserError
 from rome.evaluating import Case, Report, Suite, evaluate, example_images, hash_model
 from rome.evaluation import store
+from rome.evaluation.checks import check_outputs
 from rome.evaluation.report import wilson
 from rome.evaluation.suites import APGDSuite, AutoAttackSuite
 from rome.files import replace_file
@@ -225,6 +230,25 @@ def test_everything_is_as_it_was() -> None:
     assert (np.random.get_state()[1] == numpy_state).all()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert hash_model(model) == weights
+
+
+def test_evaluation_is_in_float32_whatever_precision_is_set(model: nn.Module) -> None:
+    """On CPUs with bfloat16 instructions ``medium`` means bfloat16 products."""
+    seen = []
+
+    def watched(x: Tensor) -> Tensor:
+        mkldnn, cuda = torch.backends.mkldnn, torch.backends.cuda
+        seen.append({mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision, cuda.matmul.fp32_precision})
+        return model(x)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        evaluate(watched, *digits(4), threats=LINF, suite=QUICK)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [{"ieee"}] * len(seen)
 
 
 def test_compiled_model_counts_as_the_same(model: nn.Module, tmp_path: Path) -> None:
@@ -593,6 +617,184 @@ def test_rounding_of_kernels_is_no_randomness() -> None:
     assert 0 <= evaluate(noisy.eval(), *digits(12), threats=LINF, suite=QUICK).union <= 1
 
 
+class _Mixing(nn.Module):
+    """A digits model between an operation on the images and one on its answers."""
+
+    def __init__(self, before: Any = lambda x: x, after: Any = lambda z: z) -> None:
+        super().__init__()
+        self.net, self.before, self.after = trained(), before, after
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+def _without_statistics() -> nn.Module:
+    norm = nn.BatchNorm1d(64, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), norm, nn.Linear(64, 10)).eval()
+
+
+def _traced_in_training_mode() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(trained().train(), digits(8)[0], check_trace=False).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _without_statistics,
+        _traced_in_training_mode,
+        lambda: _Mixing(before=lambda x: x - x.mean(0)),
+        lambda: _Mixing(before=lambda x: x / x.max()),
+        lambda: _Mixing(after=lambda z: z + 0.01 * z.mean(0)),
+        lambda: _Mixing(after=lambda z: z.softmax(0)),  # over the wrong dimension
+        lambda: _Mixing(after=lambda z: torch.cat([z[:1], z[1:] + z[:-1]])),  # of the image before
+        lambda: _Mixing(after=lambda z: z.flip(0) if len(z) > 1 else z),
+        lambda: _Mixing(after=lambda z: z / len(z)),
+        lambda: _Mixing(after=lambda z: z + torch.arange(len(z))[:, None]),  # of the place in the batch
+        lambda: _Mixing(after=lambda z: (z.bfloat16() + z.bfloat16().mean(0)).float()),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [2, 5, 10, 24])
+def test_refuses_answers_that_depend_on_the_company(make: Any, batch_size: int) -> None:
+    with pytest.raises(UserError, match="answers an image differently in other company"):
+        evaluate(make(), *digits(24), threats=LINF, suite=QUICK, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 10)),
+        _Mixing(before=lambda x: x - x.mean((1, 2, 3), keepdim=True)),
+        _Mixing(after=lambda z: 1e4 + z),
+        _Mixing(after=lambda z: 1e-20 * z),
+        _Mixing(after=lambda z: z.bfloat16()),
+        torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), backend="eager"),
+    ],
+    ids=["norms of one image", "centred by itself", "large logits", "small logits", "bfloat16", "compiled"],
+)
+def test_answers_to_each_image_by_itself_pass_in_any_precision(model: Any) -> None:
+    x, y = digits(9)
+    assert check_outputs(model.eval(), x, y, last=4) == 10
+
+
+def test_rounding_that_depends_on_the_shape_of_the_batch_is_allowed_for_the_precision_in_which_the_model_computes() -> (
+    None
+):
+    """A sum in another order moves a bfloat16 answer by its machine epsilon, 1/128, and a float32 one by far less."""
+    other_order = lambda z: z * (1 + len(z) % 2 / 128)  # noqa: E731
+    x, y = digits(9)
+    assert check_outputs(_Mixing(after=lambda z: other_order(z.bfloat16()).float()), x, y) == 10
+    with pytest.raises(UserError, match="in other company"):
+        check_outputs(_Mixing(after=other_order), x, y)
+
+
+def test_a_function_around_a_network_in_training_mode_is_refused_before_its_statistics_move() -> None:
+    net = trained().train()
+    before = net[2].running_mean.clone()
+    for function in (lambda x: net(x), partial(net.forward), net.forward, partial(torch.func.functional_call, net, {})):
+        with pytest.raises(UserError, match="Sequential inside the model is in training mode"):
+            evaluate(function, *digits(12), threats=LINF, suite=QUICK)
+    assert torch.equal(net[2].running_mean, before)
+
+
+def test_buffers_that_move_with_every_answer_are_refused_and_put_back() -> None:
+    class Adapting(_Mixing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            return super().forward(x)
+
+    model = Adapting()
+    with pytest.raises(UserError, match=r"changes its own buffers .*\(seen\)"):
+        evaluate(model, *digits(12), threats=LINF, suite=QUICK)
+    assert model.seen.item() == 12  # the first answer may fill what is filled once
+
+
+class _Fails(_Mixing):
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.net, x)
+
+
+def _no_graph(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(x)
+
+
+def _through_numpy(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.from_numpy(net(x).detach().numpy().copy())
+
+
+CANNOT = [
+    (lambda: _Fails(lambda net, x: net(x.sub_(0.5))), "changes the images that it is given"),
+    (lambda: _Fails(lambda net, x: net(x).squeeze()), r"gives torch.float32 \(10,\) for one image: .*squeeze"),
+    (lambda: _Fails(lambda net, x: (net(x), x)), r"must return logits .* not a tuple: .*self.model\(x\)\[0\]"),
+    (lambda: _Fails(lambda net, x: {"logits": net(x)}), r"not a dict: .*self.model\(x\)\['logits'\]"),
+    (lambda: _Fails(lambda net, x: SimpleNamespace(logits=net(x))), r"SimpleNamespace: .*self.model\(x\).logits"),
+    (lambda: _Fails(lambda net, x: net(x).argmax(1, keepdim=True).expand(-1, 10)), "must return logits .* torch.int64"),
+    (lambda: _Fails(lambda net, x: checkpoint(net, x, use_reentrant=True)), "use_reentrant=False"),
+    (lambda: _Fails(lambda net, x: net(x.detach())), "no gradient with respect to its images"),
+    (lambda: _Fails(_no_graph), "no gradient with respect to its images"),
+    (lambda: _Fails(_through_numpy), "no gradient with respect to its images"),
+    (
+        lambda: _Fails(lambda net, x: net(x.repeat(1, 2, 1, 1))),
+        r"does not take 1{1,2} images? of 1x8x8: .*mat1",
+    ),
+    (lambda: trained().half(), r"weights of float16 and its images are float32: call model.float\(\)"),
+    (lambda: trained().double(), r"weights of float64 and its images are float32: call model.float\(\)"),
+    (lambda: trained().to("meta"), "is on the meta device"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("make", "message"), CANNOT)
+def test_models_that_cannot_be_attacked_are_refused_in_a_line_by_evaluation_and_by_attacks(
+    make: Any, message: str
+) -> None:
+    x, y = digits(12)
+    before = x.clone()
+    with pytest.raises(UserError, match=message):
+        evaluate(make(), x, y, threats=LINF, suite=QUICK, batch_size=11)
+    with pytest.raises(UserError, match=message):
+        PGD(steps=1)(make(), x[:1], y[:1], DIGITS["Linf"])
+    assert torch.equal(x, before)
+
+
+def test_images_changed_behind_the_back_of_torch_are_noticed_too() -> None:
+    with pytest.raises(UserError, match="changes the images that it is given"):
+        evaluate(_Fails(lambda net, x: net(x.data.mul_(0.5))), *digits(12), threats=LINF, suite=QUICK)
+
+
+def test_weights_made_in_inference_mode_are_refused_and_a_copy_is_not() -> None:
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    x, y = digits(6)
+    with pytest.raises(UserError, match=r"inference_mode.*copy.deepcopy\(model\)"):
+        evaluate(made, x, y, threats=LINF, suite=QUICK)
+    with pytest.raises(UserError, match=r"inference_mode.*copy.deepcopy\(model\)"):
+        PGD(steps=1)(made, x, y, DIGITS["Linf"])
+    PGD(steps=1)(copy.deepcopy(made), x, y, DIGITS["Linf"])
+
+
+class _SquareAlone(Suite):
+    kind = "square-alone"
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        return [Case(name=name, threat=threat, attacks=(Square(queries=5),)) for name, threat in threats.items()]
+
+
+def test_attacks_without_gradients_take_a_model_without() -> None:
+    assert set(evaluate(_Fails(_no_graph), *digits(6), threats=LINF, suite=_SquareAlone()).robust) == {"Linf"}
+
+
 def test_refuses_training_mode(model: nn.Module) -> None:
     part = trained()
     part[2].train()
@@ -606,7 +808,9 @@ def test_refuses_training_mode(model: nn.Module) -> None:
     [
         (lambda x, y: (x * 16, y), r"lie in \[0, 16\].*divide by 255"),
         (lambda x, y: (x - 0.5, y), r"lie in \[-0.5, 0.5\].*normalisation inside"),
-        (lambda x, y: (x * float("nan"), y), "must lie in"),
+        (lambda x, y: (x * float("nan"), y), "must lie in .* 12 of 12 hold NaN"),
+        (lambda x, y: (x * (1 + 1e-7), y), r"lie in \[0, 1.00000012\].*x.clamp\(0, 1\)"),
+        (lambda x, y: (x - 1e-7, y), r"lie in \[-1.0000000\d*e-07, 0.99999\d*\].*x.clamp\(0, 1\)"),
         (lambda x, y: (x.double(), y), r"float32 tensor .* not torch.float64 \(12, 1, 8, 8\)"),
         (lambda x, y: (x.numpy(), y), "not ndarray"),
         (lambda x, y: (x[:, 0], y), r"\(n, C, H, W\)"),

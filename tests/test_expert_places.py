@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
@@ -27,6 +31,7 @@ from rome.experts import (
     layout_of,
     record_gates,
 )
+from rome.experts.checking import check_experts
 from rome.experts.maps import grid_of
 from rome.models import ModelSettings, build_model
 from small_models import grow, images, normal, plain_swin, small_cnn, timm_model
@@ -163,6 +168,107 @@ def test_windowed_attention_that_cannot_hold_experts_is_refused_when_the_model_i
     args = {"window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1)}
     with pytest.raises(UserError, match=message):
         build_model(ModelSettings(name=name, img_size=32, args=args), LowRank(rank=2), classes=10, shape=(3, 32, 32))
+
+
+class Skipping(nn.Module):
+    """Reads the weight of a layer without calling it; takes tokens (B, T, 8), so its images have no known size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(F.linear(h, self.first.weight)).mean(1)
+
+
+class Folding(Skipping):
+    """Folds the tokens into the batch before its layers."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(self.first(h.flatten(0, 1))).view(*h.shape[:2], -1).mean(1)
+
+
+class Conv(nn.Sequential):
+    """Tells no size of its images and takes one alone."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Turn(), wrapped)
+
+
+class Turn(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h.transpose(1, 2)
+
+
+UNUSED = {
+    "beit": lambda: timm_model("beit_base_patch16_224", patch_size=8, embed_dim=32, num_heads=2)(),
+    "torchvision swin": lambda: torchvision.models.swin_t(num_classes=10),
+    "mobilevit": lambda: timm.create_model("mobilevit_xxs", num_classes=10),
+    "never called": lambda: Conv(Skipping()),
+    "folded": lambda: Conv(Folding()),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_experts_that_never_run_or_see_no_images_are_refused_and_the_model_is_as_before(kind: str) -> None:
+    model = UNUSED[kind]().train()
+    layers = ("first", "second") if kind in ("never called", "folded") else None
+    before, modules = list(model.state_dict()), list(model.modules())
+    with pytest.raises(UserError, match=r"never called in this forward pass|sees \d+ inputs for 2 images"):
+        add_experts(model, rank=2, layers=layers)
+    assert list(model.state_dict()) == before
+    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
+    assert all(module.training for module in modules)
+    assert not hasattr(model, "experts_settings")
+
+
+def test_looking_at_fresh_experts_changes_nothing_else() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.Flatten(2)
+    ).train()
+    add_experts(model, rank=2, layers=("3",))
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    check_experts(model)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(Skipping, "first were never called"), (Folding, "first sees 12 inputs for 3 images")],
+)
+@pytest.mark.parametrize("how", ["plain", "recorded", "copied", "pickled", "given images"])
+def test_where_no_size_is_known_the_first_pass_tells_or_the_images_given(build: Any, message: str, how: str) -> None:
+    model, h = build(), torch.rand(3, 4, 8)
+    if how == "given images":
+        with pytest.raises(UserError, match=message):
+            add_experts(model, rank=2, layers=("first", "second"), images=h)
+        assert not expert_layers(model)
+        return
+    add_experts(model, rank=2, layers=("first", "second"))
+    if how == "copied":
+        model = copy.deepcopy(model)
+    if how == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    with pytest.raises(UserError, match=message), record_gates(model) if how == "recorded" else nullcontext():
+        model(h)
+
+
+def test_the_first_pass_is_looked_at_once_and_one_that_breaks_off_is_none() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5))
+    add_experts(model, rank=2, layers=("0", "2"))
+    names = list(model.state_dict())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.rand(3, 7))
+    assert all(layer.sink is None for layer in expert_layers(model).values())
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+    h = torch.rand(3, 4, 8)
+    torch.testing.assert_close(compiled(h), model(h))
+    assert all(layer.sink is None for layer in expert_layers(model).values())
+    assert not [*model._forward_hooks, *model._forward_pre_hooks, *model._forward_hooks_always_called]
+    assert list(model.state_dict()) == names
 
 
 class WindowAttention(nn.Module):

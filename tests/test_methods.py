@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
@@ -356,7 +355,7 @@ def test_methods_are_found_by_kind_and_have_nothing_to_save() -> None:
     assert Method.of_kind("max") is Maximum
     for method in METHODS:
         assert method.state() == {}
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         Random(per="epoch")
 
 

@@ -274,7 +274,7 @@ def test_a_configs_model_takes_classes_and_channels_from_the_data() -> None:
     [
         ({"num_classes": 9}, r"num_classes is 9 but the data has 10"),
         ({"in_chans": 1}, r"in_chans is 1 but the data has 3"),
-        ({"img_size": 64}, r"does not take images of 3x32x32.*img_size"),
+        ({"img_size": 64}, r"does not take 2 images of 3x32x32.*img_size"),
     ],
     ids=str,
 )
@@ -298,7 +298,7 @@ def test_whatever_own_code_raises_is_told_in_a_line(tmp_path: Path, error: str, 
 
 
 def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
-    with pytest.raises(UserError, match=r"gives outputs \(2, 3\) for 2 images, not \(2, 10\)"):
+    with pytest.raises(UserError, match=r"gives 3 classes, and the data has 10"):
         build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))
 
 
@@ -309,7 +309,7 @@ def test_outputs_must_be_a_tensor(tmp_path: Path) -> None:
         "def net(num_classes):\n    return Net(3, num_classes)\n"
     )
     name = f"{tmp_path / 'several.py'}:net"
-    with pytest.raises(UserError, match="gives outputs of type dict for 2 images"):
+    with pytest.raises(UserError, match=r"must return logits \(2, classes >= 2\), not a dict.*\['logits'\]"):
         build_model(ModelSettings(name=name), None, classes=10, shape=(3, 32, 32))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from pydantic import ValidationError
 from torch import nn
 
+from rome.errors import UserError
 from rome.experts import Adapters, add_experts, expert_layers
 from rome.models import create_model
 from rome.optim import SGD, AdamW, Optimizer, Schedule, set_lr
@@ -53,7 +53,7 @@ def test_own_points_and_steps() -> None:
     ids=str,
 )
 def test_points_that_do_not_run_from_zero_to_one_are_refused(points: Any) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         Schedule(points=points)
 
 
@@ -171,7 +171,7 @@ def test_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("settings", [{"lr": 0}, {"lr": -1}, {"weight_decay": -1}, {"momentum": 0.9}], ids=str)
 def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError):
         AdamW(**settings)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
@@ -279,7 +278,7 @@ def test_the_settings_name_networks_and_ignore_the_lp_threats(net: str) -> None:
     assert (own.dump()["layers"], fixed.dump()["layers"]) == (["blocks.0"], [])
     with pytest.raises(UserError, match="threats of the same name"):
         PAT(features=("a/net", "b/net")).trained((), PGD())
-    with pytest.raises(ValidationError, match="features"):
+    with pytest.raises(UserError, match="features"):
         PAT(features=())
 
 

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from conftest import recorded
@@ -353,7 +352,7 @@ def test_a_perceptual_threat_is_plain_data(images: Tensor) -> None:
     assert threat.dump() == threat.measured_by(cnn()).dump() == dump
     assert Threat.model_validate(dump) == threat
     for wrong in (-1, float("nan"), None):
-        with pytest.raises(ValidationError, match="bound"):
+        with pytest.raises(UserError, match="bound"):
             Perceptual(bound=wrong)
 
 

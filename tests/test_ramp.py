@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
@@ -382,5 +382,5 @@ def test_source_and_target_are_two_of_the_configs_threats() -> None:
     assert [threat.name for threat in RAMP(source="L2", target="L1").trained(tuple(BUDGETS), PGD())] == ["L2", "L1"]
     with pytest.raises(UserError, match="ramp trains on Linf, which threats lacks; it has L1, L2"):
         tiny(method="ramp", threats=[{"norm": "L1", "eps": 1}, {"norm": "L2", "eps": 1}])
-    with pytest.raises(ValidationError, match="name two threats"):
+    with pytest.raises(UserError, match="name two threats"):
         RAMP(source="L1")

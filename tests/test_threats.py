@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from rome.attacks.pgd import ascend, random_start
+from rome.config import parse
+from rome.errors import UserError
+from rome.evaluation.any_data import named_budgets
 from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 
 ORD = {"L1": 1, "L2": 2, "Linf": float("inf")}
@@ -43,12 +48,24 @@ def test_other_radii_are_refused(wrong: object) -> None:
         LpBall.model_validate({"norm": 2, "eps": wrong})
 
 
+@pytest.mark.parametrize("eps", [8, "8", 1.5, 255])
+def test_a_linf_radius_beyond_the_range_of_images_is_refused_with_what_was_meant(eps: float | str) -> None:
+    hint = f"exceeds 1, .*: {float(eps):g}/255"
+    with pytest.raises(UserError, match=hint):
+        LpBall(norm="Linf", eps=eps)
+    with pytest.raises(UserError, match=hint):
+        parse({"data": "digits", "model": {"name": "resnet_18"}, "threats": [{"norm": "linf", "eps": eps}]})
+    with pytest.raises(UserError, match=hint):
+        named_budgets(f"L2=0.5,Linf={eps}")
+    assert (LpBall(norm="Linf", eps=1).eps, LpBall(norm="L2", eps=eps).eps) == (1, float(eps))
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 1000.0])
 def test_a_projected_image_is_allowed_and_stays_where_it_is(
     norm: str, scale: float, pair: tuple[Tensor, Tensor]
 ) -> None:
     x, far = pair
-    threat = LpBall(norm=norm, eps=EPS[norm] * scale)
+    threat = LpBall(norm=norm, eps=min(EPS[norm] * scale, 1 if norm == "Linf" else math.inf))
     p = threat.project(far, x)
     assert p.shape == x.shape
     assert p.dtype == x.dtype
@@ -131,7 +148,7 @@ def test_budgets_of_the_paper_by_name_and_order() -> None:
     assert CIFAR10["Linf"] is CIFAR10[2]
     assert NAMED_BUDGETS == {"cifar10": CIFAR10, "imagenet": IMAGENET, "digits": DIGITS}
     with pytest.raises(KeyError, match="'L3'; there are L1, L2, Linf"):
-        budgets(1, 2, 3)["L3"]
+        budgets(1, 2, 0.3)["L3"]
 
 
 def test_a_threat_is_a_frozen_value() -> None:

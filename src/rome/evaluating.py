@@ -114,9 +114,9 @@ def evaluate(
         trust_code: let the file of a network that measures distances run the code that it names (:mod:`rome.trust`).
 
     Raises:
-        UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, inputs
-            outside [0, 1] ...), ``out`` holds an evaluation with other settings, of another model or by other code
-            (:mod:`rome.evaluation.identity`), or the disk is full.
+        UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, answers
+            that depend on the other images of a batch, inputs outside [0, 1] ...), ``out`` holds an evaluation with
+            other settings, of another model or by other code (:mod:`rome.evaluation.identity`), or the disk is full.
         Interrupted: another process of the team ended.
         Exception: whatever the first attack raised, if every case failed. If only some did, they are in
             ``Report.failed`` and are tried again by the next call.
@@ -159,7 +159,7 @@ def evaluate(
             classes = answers[0][0][1]
             settings["model"] = settled(facts, changing | set(changed(facts, aside(model))))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
-        if unseen and any(attack.differentiates for case in planned for attack in case.attacks):
+        if unseen and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         if progress and team.leads:
             for name, reason in left_out.items():
@@ -264,9 +264,9 @@ def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
 @contextmanager
 def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
     """Strict float32, no graph, no autocast; the model's flags and all global random states as before afterwards."""
-    matmul: Any = torch.backends.cuda.matmul
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    precisions = matmul.fp32_precision, conv.fp32_precision
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    precisions = [product.fp32_precision for product in products]
     with ExitStack() as stack:
         stack.enter_context(unchanged_states())
         stack.enter_context(torch.inference_mode(False))
@@ -274,7 +274,9 @@ def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(frozen(model))
         try:
-            matmul.fp32_precision = conv.fp32_precision = "ieee"
+            for product in products:
+                product.fp32_precision = "ieee"
             yield
         finally:
-            matmul.fp32_precision, conv.fp32_precision = precisions
+            for product, precision in zip(products, precisions, strict=True):
+                product.fp32_precision = precision

@@ -313,6 +313,6 @@ def _try(model: nn.Module, name: str, images: Tensor, outputs: int) -> None:
     classes = check_attackable(model, images, name=name, hint=hint)
     if classes != outputs:
         raise UserError(
-            f"{name} gives {classes} logits, not {outputs}; if it has more classes than the data, and its first ones "
+            f"{name} gives {classes} classes, not {outputs}; if it has more classes than the data, and its first ones "
             "are the data's, give --num-classes"
         )

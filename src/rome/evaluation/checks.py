@@ -43,7 +43,7 @@ def check_mode(model: Model) -> None:
             inside = "" if network is model else f"{type(network).__name__} inside "
             raise UserError(
                 f"{inside}the model is in training mode ({len(training)} modules: {some}), so dropout or batch "
-                "statistics would change its answers: call .eval() on it first"
+                f"statistics would change its answers: call {'its ' if inside else 'model.'}eval() first"
             )
         if reason := unusable([*network.parameters(), *network.buffers()]):
             raise UserError(f"the model {reason}")
@@ -122,7 +122,7 @@ def check_gradient(model: Model, x: Tensor) -> None:
     Raises:
         UserError: they have none, or the backward fails.
     """
-    ask(model, x, gradient=True, hint="an attack that needs no gradients says differentiates = False")
+    ask(model, x, gradient=True)
 
 
 def check_finite(logits: Tensor) -> None:

@@ -169,7 +169,7 @@ def build_model(
     with tried(model):
         outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
     if outputs != classes:
-        raise UserError(f"{name} gives {outputs} logits, and the data has {classes} classes")
+        raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")
     if experts is not None:
         experts.inject(model, images)
     if settings.weights is not None and goes_on:
