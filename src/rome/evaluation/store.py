@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rome.attacks.base import Model
 from rome.errors import UserError
 from rome.experts.recording import expert_layers
-from rome.files import flatten, remove_partials, replace_file
+from rome.files import flatten, make_folder, remove_partials, replace_file
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
@@ -86,11 +86,9 @@ class Store:
         unseen = settings["model"]["sha256"] is None
         stored = None if overwrite else self.stored_settings()
         if stored is None:
-            try:
-                self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
-                replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
-            except OSError as error:
-                raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
+            make_folder(self.directory)
+            self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
+            replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
             return settings
         advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
         if not resume:
