@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rome.assess import evaluate_saved
 from rome.cli import main
 from rome.errors import Interrupted
 from rome.runs import Run
@@ -53,6 +55,15 @@ def rome(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that other tests only read."""
     return train(tiny(name="tiny"), tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def evaluated(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its evaluation."""
+    folder = tmp_path_factory.mktemp("evaluated") / "tiny"
+    shutil.copytree(finished.folder, folder)
+    evaluate_saved(folder)
+    return folder
 
 
 @pytest.fixture
@@ -435,6 +446,86 @@ def test_a_mistake_ends_cost_with_2(config: Path, rome: Any) -> None:
     assert "unknown key" in rome("cost", config, "sede=1").err
     assert rome("cost", config, "--repeats", 0).code == 2
     assert "unknown model" in rome("cost", config, "model.name=vit_tinny").err
+
+
+# Paths that cannot be written or read
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", LONG, f"{LONG}/below", "locked"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "tiny.yaml"],
+        ["evaluate", "runs/tiny"],
+        ["sweep", "tiny.yaml", "seed=0"],
+        ["report", "RUN"],
+        ["figures", "RUN", "--only", "fig1"],
+        ["demo"],
+    ],
+)
+def test_an_out_that_cannot_be_written_is_told_before_the_work(
+    command: list[str],
+    out: str,
+    run: Run,
+    evaluated: Path,
+    config: Path,
+    rome: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("file").write_text("mine")
+    Path("locked").mkdir()
+
+    def nothing_here(**where: Any) -> Any:  # as for a folder without permission, which root would have
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where["dir"]))
+
+    if out == "locked":
+        monkeypatch.setattr("rome.files.TemporaryFile", nothing_here)
+    for work in ("rome.sweep._start", "rome.report._Pictures", "rome.analysis.figures.outputs.embed"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
+    before = sorted(Path().rglob("*"))
+    ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)
+    assert ended.code == 2
+    last = ended.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert out in last
+    assert Path("file").read_text() == "mine"
+    assert sorted(path for path in Path().rglob("*") if path not in before and path.is_file()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sweep", "report", "figures", "cost", "table 1", "table 6"])
+def test_a_path_that_cannot_be_read_is_one_line(command: str, rome: Any) -> None:
+    ended = rome(*command.split(), f"{LONG}.yaml")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert LONG in ended.err
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
+    evaluated: Path, rome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out").mkdir()
+    (Path("out") / "report.md").write_text("before")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rome.files.os.fsync", full)
+    monkeypatch.setattr("rome.report._attempt", lambda *_: None)  # pictures take time
+    ended = rome("report", evaluated, "--out", "out")
+    assert ended.code == 2
+    assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")
+    assert [file.name for file in Path("out").iterdir()] == ["report.md"]
+    assert (Path("out") / "report.md").read_text() == "before"
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "a\0b", "a\nb", "n" * 151])
+def test_a_name_leads_out_of_no_folder(name: str, config: Path, rome: Any) -> None:
+    for command in (("train",), ("sweep",)):
+        ended = rome(*command, config, f"name={json.dumps(name)}")
+        assert ended.code == 2
+        assert "name: " in ended.err
+    assert [file.name for file in Path().iterdir()] == [config.name]
 
 
 def test_a_report_needs_evaluated_runs(run: Run, rome: Any) -> None:

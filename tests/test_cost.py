@@ -102,7 +102,27 @@ def test_timing_runs_whole_updates(changes: dict[str, Any], monkeypatch: pytest.
     assert batches == [(12 // parts, 1, 8, 8)] * (3 * parts), "one to warm up and two to time"
     assert facts["seconds_per_update"] > 0
     assert facts["latency_ms"] > 0
+    assert facts["latency_one_ms"] > 0
+    assert facts["latency_batch"] == 12 // parts
     assert facts["batch_size"] == 12
+
+
+def test_latency_is_a_batchs_by_its_images_beside_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that stands still but while the model runs, a second for every pass and one for every image."""
+    now, sizes = [0.0], set()
+    forward = Classifier.forward
+
+    def spy(self: Classifier, x: torch.Tensor) -> torch.Tensor:
+        now[0] += 1 + len(x)
+        sizes.add(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(Classifier, "forward", spy)
+    monkeypatch.setattr("rome.cost.time.perf_counter", lambda: now[0])
+    facts = measure(tiny(batch_size=12, accumulate=2), repeats=1)
+    assert {1, 6} <= sizes
+    assert facts["latency_one_ms"] == pytest.approx(2000)
+    assert facts["latency_ms"] == pytest.approx(1000 * 7 / 6)
 
 
 def test_precision_and_compilation_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

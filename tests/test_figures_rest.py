@@ -385,6 +385,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             facts.append(
                 {"name": config.name, "parameters": 2_000_000 + rome * 500_000, "macs": 3e9, "device": "cpu",
                  "batch_size": config.batch_size, "seconds_per_update": 2.0 + rome, "latency_ms": 1.0,
+                 "latency_batch": config.batch_size, "latency_one_ms": 4.0, "latency_one_ratio": [1.0, 1.0, 1.0],
                  "update_ratio": [1 + 0.6 * rome, 1.0, 2.0], "latency_ratio": [1.0, 1.0, 1.0]}
             )  # fmt: skip
         return facts if timing else [{k: v for k, v in f.items() if k in ("name", "parameters", "macs")} for f in facts]
@@ -407,7 +408,9 @@ def test_table_6_measures_what_is_named_with_random_first(measured: list[str]) -
     text = render("Table 6", lines, "text", about=about)
     assert "3 (1.60x) / 3.56 (1.17x)" in text
     assert re.search(r"MORE\s+– / 340.6 \(4.00x\)", text)  # noqa: RUF001
-    assert "vit_tiny_patch16_224 on digits, batches of 32, cpu, timed in turn" in text
+    assert "vit_tiny_patch16_224 on digits, updates of 32 images, latency per image in batches of 32, cpu" in text
+    assert re.search(r"latency \(ms/img\)\s+of one image \(ms\)", text)
+    assert "*1 (1.00x) / 0.6 (1.13x)  *4 (1.00x) / –" in re.sub(" {2,}", "  ", text)  # noqa: RUF001
 
 
 def test_table_6_without_random_has_no_ratios_and_without_timing_no_seconds(measured: list[str]) -> None:
@@ -422,6 +425,8 @@ def test_table_6_refuses_what_cannot_be_compared(measured: list[str], tmp_path: 
         fill_costs([config_of("digits/max")])
     with pytest.raises(UserError, match=r"different batch_size .*random 32, rome-random 16.*batch_size=\.\.\."):
         fill_costs([config_of("digits/random"), config_of("digits/rome-random", batch_size=16)])
+    with pytest.raises(UserError, match="different attack cannot be compared"):
+        fill_costs([config_of("digits/random"), config_of("digits/rome-random", **{"attack.steps": 3})])
     file = write_yaml(tmp_path / "tiny.yaml", TINY)
     Run(tmp_path / "run").prepare(tiny(name="kept"), resume=False, overwrite=False)
     found = named_configs([str(file), str(tmp_path / "run"), "batch_size=6"])

@@ -439,7 +439,7 @@ def test_a_finished_run_is_evaluated_from_its_file(run: Run, tmp_path: Path) -> 
 
 def test_cost_is_the_mean_over_both_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
-    loss, times = MORE.loss, iter([0.5, 2.0, 4.0])  # latency, an update of each stage
+    loss, times = MORE.loss, iter([0.5, 0.5, 2.0, 4.0])  # latencies, an update of each stage
 
     def spy(self: MORE, setting: Setting, x: Tensor, y: Tensor) -> Any:
         epochs.append(setting.epoch)

@@ -194,10 +194,12 @@ class TestTable:
         assert "88,850,602" in text
         assert "5.6 G" in text
         assert "latency" not in text
-        show_cost({**facts, "seconds_per_update": 0.5, "latency_ms": 12.345, "batch_size": 64, "device": "cpu"})
+        times = {"seconds_per_update": 0.5, "latency_ms": 12.345, "latency_one_ms": 23.45}
+        show_cost({**facts, **times, "latency_batch": 64, "batch_size": 64, "device": "cpu"})
         text = capsys.readouterr().out
         assert "0.5 s" in text
-        assert "12.3 ms" in text
+        assert re.search(r"12\.3 ms +batch of 64", text)
+        assert re.search(r"23\.4 ms +one image alone", text)
 
 
 class TestDifference:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 
 from rome.cli import main
 from rome.errors import Interrupted, UserError
+from rome.files import make_folder
 from rome.runs import Run
 from rome.training import train
 from tiny_runs import (
@@ -335,8 +338,9 @@ def test_resume_with_nothing_there_starts(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_the_config_had_its_name_does_not_block_the_folder(tmp_path: Path) -> None:
-    (tmp_path / ".config.yaml.partial").write_text("seed:")
+    (tmp_path / f".config.yaml.{os.getppid()}.partial").write_text("seed:")
     assert prepare(Run(tmp_path), resume=True) is None
+    assert list(tmp_path.glob(".*.partial")) == []
 
 
 @pytest.mark.parametrize(
@@ -404,6 +408,31 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(stopped: Run, monk
     resume(stopped)
     assert stopped.finished
     assert list(stopped.folder.glob(".*.partial")) == []
+
+
+def test_a_full_disk_before_any_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(state: Any, file: Any) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    run = Run(tmp_path)
+    with pytest.raises(UserError, match=r"There is none before it; make room and go on with --resume"):
+        run.save_checkpoint({})
+    monkeypatch.undo()
+    run.save_checkpoint({})
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="The checkpoint before it is kept"):
+        run.save_checkpoint({})
+
+
+def test_what_dead_processes_left_goes_and_what_live_ones_write_stays(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    names = {number: f".a.json.{number}.partial" for number in (int(dead.stdout), os.getpid(), os.getppid())}
+    for name in (*names.values(), ".mine.partial", "a.partial"):
+        (tmp_path / name).touch()
+    make_folder(tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {names[os.getppid()], ".mine.partial", "a.partial"}
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(stopped: Run) -> None:

@@ -78,6 +78,16 @@ def test_a_mistake_in_an_axis_is_said_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_of_points_lie_in_out_whatever_the_values(config: Path, tmp_path: Path) -> None:
+    long, other = "x" * 400, "x" * 399 + "y"
+    chosen = points([config], [f"about=../../up,{long},{other},a\\b"], tmp_path / "out")
+    assert {point.folder.parent for point in chosen} == {tmp_path / "out"}
+    names = [point.folder.name for point in chosen]
+    assert names[0] == "tiny-about=.._.._up"
+    assert len(set(names)) == 4
+    assert max(len(name.encode()) for name in names) <= 150
+
+
 def test_two_runs_of_one_name_are_refused(config: Path, tmp_path: Path) -> None:
     other = tmp_path / "more" / "tiny.yaml"
     other.parent.mkdir()

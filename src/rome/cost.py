@@ -25,6 +25,8 @@ from rome.randomness import stream
 from rome.terminal import print_table
 
 Work = Callable[[], None]
+RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", "seconds_per_update": "update_ratio"}
+"""What is timed -> what its ratio to the first config is called."""
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -81,14 +83,16 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
     Args:
         configs: weights and images are random: the cost depends on neither. Precision and compilation are theirs, but
             for the latency, which is without autocast.
-        repeats: timed updates and latency passes (five each), after one warm-up; medians are reported.
+        repeats: timed updates and forward passes of a batch (of one image five times as many), after one warm-up;
+            medians are reported.
         timing: False leaves out everything that takes time.
 
     Returns:
         For each config ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update``
         (attack, forward, backward, optimizer on one batch; the mean over the epochs of a method with stages),
-        ``latency_ms`` (one image, forward), and their ratios to the first config: ``update_ratio`` and
-        ``latency_ratio``, each median, least and largest of the rounds.
+        ``latency_ms`` (forward of a batch as it is trained, by its images, as in the paper's Table 6),
+        ``latency_one_ms`` (forward of one image alone), and their ratios to the first config: ``update_ratio``,
+        ``latency_ratio`` and ``latency_one_ratio``, each median, least and largest of the rounds.
     """
     built = []
     for config in configs:
@@ -101,24 +105,25 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
         built.append((config, model, shape, classes, facts))
     if timing:
-        works = []
+        ones, batches, stages = [], [], []
         for config, model, shape, classes, facts in built:
             device = pick_device(config.device)
             placed(model, device)
             if config.compile:
                 model.compile()
+            batch = config.batch_size // config.accumulate
             facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-            facts["batch_size"] = config.batch_size
-            works.append(
-                (_latency(config, model, shape, device), updates(config, model, shape, classes, device), device)
-            )
-        latencies = _in_turn([([(latency, 1.0)], device) for latency, _, device in works], repeats * 5)
-        seconds_of = _in_turn([(stages, device) for _, stages, device in works], repeats)
-        for facts, latency, seconds in zip((row[-1] for row in built), latencies, seconds_of, strict=True):
-            facts["latency_ms"] = 1000 * statistics.median(latency)
-            facts["seconds_per_update"] = statistics.median(seconds)
-            facts["latency_ratio"] = _ratios(latency, latencies[0])
-            facts["update_ratio"] = _ratios(seconds, seconds_of[0])
+            facts |= {"batch_size": config.batch_size, "latency_batch": batch}
+            ones.append(([(_forward(config, model, shape, device, 1), 1.0)], device))
+            batches.append(([(_forward(config, model, shape, device, batch), 1 / batch)], device))
+            stages.append((updates(config, model, shape, classes, device), device))
+        rounds = zip(_in_turn(ones, repeats * 5), _in_turn(batches, repeats), _in_turn(stages, repeats), strict=True)
+        first: list[list[float]] = []
+        for (*_, facts), times in zip(built, rounds, strict=True):
+            first = first or list(times)
+            for (what, ratio), own, other in zip(RATIOS.items(), times, first, strict=True):
+                facts[what] = statistics.median(own) * (1000 if what.endswith("_ms") else 1)
+                facts[ratio] = _ratios(own, other)
     return [row[-1] for row in built]
 
 
@@ -163,12 +168,12 @@ def updates(
     return [(functools.partial(update, start), length / epochs) for start, length in stages]
 
 
-def _latency(config: Config, model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> Work:
-    image = torch.zeros(1, *shape, device=device)
+def _forward(config: Config, model: nn.Module, shape: tuple[int, int, int], device: torch.device, size: int) -> Work:
+    images = torch.zeros(size, *shape, device=device)
 
     def forward() -> None:
         with numerics(config.precision), torch.no_grad():
-            model.eval()(image)
+            model.eval()(images)
 
     return forward
 
@@ -208,7 +213,8 @@ def show_cost(facts: dict[str, Any]) -> None:
         where = facts.get("device", "")
         lines += [
             ("update", f"{facts['seconds_per_update']:.3g} s", f"batch of {facts['batch_size']}, {where}"),
-            ("latency", f"{facts['latency_ms']:.3g} ms", f"one image, forward, {where}"),
+            ("latency per image", f"{facts['latency_ms']:.3g} ms", f"batch of {facts['latency_batch']}, forward"),
+            ("latency of one", f"{facts['latency_one_ms']:.3g} ms", "one image alone, forward"),
         ]
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
@@ -225,12 +231,13 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     timed = "seconds_per_update" in facts[0]
-    for title in ("config", "params (M)", "GMACs", *(("s/update", "x first", "ms/image", "x first") if timed else ())):
+    times = ("ms, one image", "x first", "ms/image", "x first", "s/update", "x first")
+    for title in ("config", "params (M)", "GMACs", *(times if timed else ())):
         table.add_column(title, justify="left" if title == "config" else "right", no_wrap=True)
     for each in facts:
         cells = [str(each["name"]), f"{each['parameters'] / 1e6:.2f}", f"{each['macs'] / 1e9:.3f}"]
         if timed:
-            for value, ratio in (("seconds_per_update", "update_ratio"), ("latency_ms", "latency_ratio")):
+            for value, ratio in RATIOS.items():
                 middle, low, high = each[ratio]
                 cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
         table.add_row(*cells)

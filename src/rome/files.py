@@ -68,7 +68,8 @@ def remove_partials(folder: Path, *, alone: bool = False) -> None:
     for partial in folder.glob(".*.partial"):
         number = partial.name.split(".")[-2]
         if number.isdecimal() and (alone or not _another(int(number))):
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that is only read
+                partial.unlink(missing_ok=True)
 
 
 def _another(process: int) -> bool:
@@ -94,7 +95,7 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as file:
+        with TemporaryFile(dir=folder, prefix=".", suffix=f".{os.getpid()}.partial") as file:
             file.write(bytes(ROOM))
         remove_partials(folder)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,16 @@ from rome.analysis.lines import Cell, Line, with_best
 from rome.analysis.paper_rows import COST
 from rome.analysis.paper_tables import fill, same_row
 from rome.config import Config, load
-from rome.cost import compare
+from rome.cost import RATIOS, compare
 from rome.errors import UserError
 from rome.runs import Run
 
 BASE = "RANDOM"
 """The row that ratios are taken to."""
-_SHARED = ("batch_size", "accumulate", "precision", "compile", "device", "data.kind", "model.name")
+_SHARED = (
+    *("batch_size", "accumulate", "precision", "compile", "device", "data.kind", "attack", "threats"),
+    *("model.name", "model.img_size", "model.patch_size", "model.args"),
+)
 """Settings that must agree: a cost under another one is no property of the method."""
 
 
@@ -93,19 +97,18 @@ def _comparable(configs: Sequence[Config]) -> None:
 
 def _numbers(facts: dict[str, Any]) -> dict[str, float]:
     found = {"parameters_M": facts["parameters"] / 1e6, "GMACs": facts["macs"] / 1e9}
-    return found | {key: facts[key] for key in ("seconds_per_update", "latency_ms") if key in facts}
+    return found | {key: facts[key] for key in RATIOS if key in facts}
 
 
 def _with_ratios(lines: Sequence[Line], by_row: dict[str, list[dict[str, Any]]]) -> list[Line]:
     """The paper's ratios, and ours where RANDOM was measured too."""
     (base,) = [line for line in lines if line.label == BASE]
-    timed = {"seconds_per_update": "update_ratio", "latency_ms": "latency_ratio"}
 
     def ours(line: Line, column: str, cell: Cell) -> float:
         if not cell.values or not by_row:
             return math.nan
-        if column in timed:
-            return float(by_row[line.label][0][timed[column]][0])
+        if column in RATIOS:
+            return statistics.fmean(facts[RATIOS[column]][0] for facts in by_row[line.label])
         return cell.mean / base.cells[column].mean
 
     return [
@@ -122,4 +125,7 @@ def _with_ratios(lines: Sequence[Line], by_row: dict[str, list[dict[str, Any]]])
 
 def _about(config: Config, facts: dict[str, Any]) -> str:
     what = f"ours: {config.model.name} on {config.data.kind}"
-    return what + (f", batches of {facts['batch_size']}, {facts['device']}, timed in turn" if "device" in facts else "")
+    if "device" not in facts:
+        return what
+    per = f"latency per image in batches of {facts['latency_batch']}"
+    return f"{what}, updates of {facts['batch_size']} images, {per}, {facts['device']}, timed in turn"

@@ -24,7 +24,8 @@ HEADS = {
     "parameters_M": "params (M)",
     "added_parameters_M": "added params (M)",
     "seconds_per_update": "s/update",
-    "latency_ms": "latency (ms)",
+    "latency_ms": "latency (ms/img)",
+    "latency_one_ms": "of one image (ms)",
 }
 _MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
 

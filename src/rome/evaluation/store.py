@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rome import trust
 from rome.errors import UserError
-from rome.files import flatten, remove_partials, replace_file
+from rome.files import flatten, make_folder, remove_partials, replace_file
 from rome.module_tree import tensor_bytes
 from rome.plain_data import parse_json
 
@@ -87,12 +87,10 @@ class Store:
         unseen = _unseen(settings)
         stored = None if overwrite else self.stored_settings()
         if stored is None:
-            try:
-                self.clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
-                replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
-                self._record(settings)
-            except OSError as error:
-                raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
+            make_folder(self.directory)
+            self.clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
+            replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+            self._record(settings)
             return settings
         advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
         if not resume:
