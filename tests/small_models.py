@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rome.experts import Gated, expert_layers
+
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+"""Of every process that a test starts: other sums would make another model."""
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
@@ -32,6 +38,34 @@ def grow(model: nn.Module) -> nn.Module:
 def gates_at(layer: Gated, h: Tensor) -> Tensor:
     """Gate weights (B, T, K) for tokens (B, T, d); tests/test_gating.py pins what gates do."""
     return layer.gate(h @ layer.gate.rows().t()).weights
+
+
+def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Matrices and filters drawn anew, uniformly with variance 1 / inputs, and no bias: the same bits on every kind of
+    CPU, which torch.randn does not give."""
+    draws = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            weight = 2 * torch.rand(parameter.shape, generator=draws, dtype=torch.float64) - 1
+            parameter.data = (weight * math.sqrt(3 / weight[0].numel())).to(parameter)
+        elif name.endswith("bias"):
+            parameter.data = torch.zeros_like(parameter)
+    return model
+
+
+def knowing(model: nn.Module, head: nn.Linear, x: Tensor, y: Tensor, *, ridge: float = 30) -> nn.Module:
+    """The model with its head fitted to images and labels by ridge regression on what the head sees: a closed form,
+    computed in float64, where training would make another model with every kind of CPU and number of threads."""
+    seen: list[Tensor] = []
+    with head.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].double())), torch.no_grad():
+        model.eval()(x)
+        features = F.pad(seen[0], (0, 1), value=1.0)
+        squares = features.t() @ features + ridge * torch.eye(features.shape[1], dtype=torch.float64)
+        targets = F.one_hot(y, head.out_features).double()
+        solved = 10 * torch.linalg.solve(squares, features.t() @ targets).t()
+        head.weight.copy_(solved[:, :-1])
+        head.bias.copy_(solved[:, -1])
+    return model
 
 
 def timm_model(name: str, **args: Any) -> Callable[[], nn.Module]:

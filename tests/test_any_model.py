@@ -37,6 +37,7 @@ from rome.experts import expert_layers
 from rome.models import file_hash
 from rome.report import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
+from small_models import drawn, knowing
 from tiny_runs import no_traceback
 
 N = 30
@@ -78,15 +79,8 @@ def net(inputs: int = 64, outputs: int = 10) -> nn.Sequential:
 def trained() -> nn.Module:
     """A net that knows digits in [0, 1]."""
     x, y = Digits().open("train").first(1000)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = net()
-        optimizer = torch.optim.Adam(model.parameters(), 0.02)
-        for _ in range(60):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    return model.eval()
+    model = drawn(net())
+    return knowing(model, model[4], x, y)
 
 
 @pytest.fixture(scope="module")

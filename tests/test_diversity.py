@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rome.errors import UserError
 from rome.experts import Diversification, DualScale, Gates, LowRank, MixtureLinear, Recorded, add_experts, record_gates
 from rome.experts.groups import group_means
-from small_models import timm_model
+from small_models import THREADS, timm_model
 from tiny_runs import in_two_processes
 
 
@@ -282,7 +282,7 @@ def train_step(model: nn.Module, called: nn.Module, rows: slice) -> dict[str, An
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for projection in ("frozen", "trainable"):
         model = pair_of_blocks(projection)

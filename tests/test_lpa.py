@@ -185,17 +185,17 @@ def test_a_step_is_one_forward_and_backward_of_the_batch_and_a_forward_for_the_s
 
 
 class Milder(nn.Module):
-    """Logits scaled down by ten."""
+    """Logits scaled down by fifty."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.backbone = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backbone(x) / 10
+        return self.backbone(x) / 50
 
 
-@pytest.mark.parametrize("bound", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("bound", [0.3, 0.45, 0.6])
 def test_the_loss_rises_and_the_bound_is_nearly_kept(bound: float, digits: Digits, digits_model: nn.Module) -> None:
     """Nearly, and where the margin rises by less than lambda with each unit of distance."""
     x, y = digits.test[0][:100], digits.test[1][:100]
@@ -214,7 +214,7 @@ def test_a_larger_bound_is_a_stronger_attack(digits: Digits, digits_model: nn.Mo
     x, y = digits.test[0][:200], digits.test[1][:200]
     robust = [
         FastLPA().run(digits_model, x, y, Perceptual(bound=bound, layers=("1", "3"))).robust.double().mean().item()
-        for bound in (0.02, 0.05, 0.1, 0.3)
+        for bound in (0.02, 0.1, 0.3, 0.6)
     ]
     assert robust == sorted(robust, reverse=True)
     assert robust[0] > 0.5

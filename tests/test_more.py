@@ -255,7 +255,9 @@ def test_an_experts_gradient_is_that_of_a_lone_network(model: Classifier, batch:
         for (name, own), wanted in zip(
             mixture_in(model).networks[p].named_parameters(), network.backbone.parameters(), strict=True
         ):
-            torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-5, atol=1e-8, msg=name)
+            # the loss is float32: 6e-8 of each term of the sums that a gradient is, also where they cancel
+            off = (own.grad - wanted.grad).abs().amax()
+            assert off <= 1e-5 * max(wanted.grad.abs().amax(), 1e-3), name
         assert torch.equal(outcome.correct[6 * p : 6 * p + 6], logits.argmax(1) == y)
         buffers = mixture_in(model).networks[p].buffers()
         assert all(torch.equal(a, b) for a, b in zip(buffers, network.backbone.buffers(), strict=True))

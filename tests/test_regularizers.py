@@ -44,6 +44,7 @@ from rome.methods.base import combine, training_forward
 from rome.optim import AdamW
 from rome.randomness import stream
 from rome.threats import budgets
+from small_models import THREADS
 from test_diversity import pair_of_blocks, random_gates, recorded
 from tiny_runs import changed, in_two_processes
 
@@ -503,7 +504,7 @@ def train_step(regularizer: Regularizer, model: nn.Module, called: nn.Module, ro
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for number, regularizer in enumerate(CASES):
         model = pair_of_blocks("frozen")

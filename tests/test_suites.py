@@ -27,6 +27,7 @@ from rome.evaluation.suites import APGDSuite, AutoAttackSuite, QuickSuite
 from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
 from rome.models import create_model, save_model
 from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
+from small_models import THREADS
 from tiny_runs import PRELOAD, changed
 from toy_suites import Brightness, Numbered, Toy, ToySuite, shades
 
@@ -498,7 +499,7 @@ def test_a_failed_case_is_run_again_and_others_stay(tmp_path: Path) -> None:
 
 
 def _evaluate(out: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     evaluate(Brightness().eval(), SHADES, LABELS, threats=LINF, suite=_killed(out), batch_size=2, out=out / "result")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from rome.config import Config, parse
 from rome.models import read_tensors
 from rome.training import Update
+from small_models import THREADS
 
 TINY: dict[str, Any] = {
     "data": {"kind": "digits", "train_limit": 64, "test_limit": 40},
@@ -201,7 +202,7 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
     for descriptor, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY), descriptor)
     os.environ.update(env)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if at is not None and at.rank in (None, int(env.get("RANK", 0))):
         _arm(at)
     from rome.cli import main
