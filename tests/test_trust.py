@@ -550,6 +550,6 @@ def test_a_name_stays_inside_the_folder_of_runs(name: str) -> None:
         parse({**changed(**SMALL), "name": name})
 
 
-@pytest.mark.parametrize("name", ["rome-random", "My run/é", "8/255", "a b..c"])
+@pytest.mark.parametrize("name", ["rome-random", "My run é", "a b..c"])
 def test_other_names_are_taken(name: str) -> None:
     assert parse({**changed(**SMALL), "name": name}).name == name

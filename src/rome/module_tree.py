@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rome.experts.state import BESIDE
 from rome.wrappers import bare_name, unwrapped
 
-_INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}
-"""Attributes that every module has: tensors, submodules, mode, hooks."""
+_INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_compile_kwargs", "_is_torch_compile", BESIDE}
+"""Attributes that every module has (tensors, submodules, mode, hooks), and what no answer depends on."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -118,6 +118,11 @@ def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
     own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields and key != "args"}
     try:
         settings = ModelSettings(**own).untrained().model_dump(exclude={"args"}, exclude_none=True)
+    except UserError as error:
+        raise UserError(
+            f"{path} does not say how its model is built ({error}); pass the module to load it into"
+        ) from error
+    try:
         return create_model(**settings, **{key: value for key, value in recipe.items() if key not in own})
     except (ValidationError, TypeError) as error:  # nonsense; the latter without a number of classes
         raise UserError(f"{path} does not say how its model is built; pass the module to load it into") from error
