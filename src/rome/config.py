@@ -32,8 +32,7 @@ from rome.trust import import_own
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
 
-LONGEST_NAME = 120
-"""Characters; file systems take 255 bytes, and sweeps add values to it."""
+LONGEST_NAME = 120  # characters; file systems take 255 bytes, and sweeps add values to it
 
 
 def _threats(value: Any) -> Any:

@@ -294,7 +294,10 @@ class Report:
                     checks=result.get("checks", []),
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            said = " ".join(str(error).split()[:40]) if isinstance(error, ValidationError) else first_line(error)
+            said = first_line(error)
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise UserError(
                 f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"

@@ -88,7 +88,7 @@ class Store:
             try:
                 self.clear(batches=overwrite or unseen)  # without their settings, results may be anyone's
                 replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
-                self._record(settings)
+                trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
             except OSError as error:
                 raise UserError(f"nothing can be kept in {self.directory} ({error}): choose another folder") from None
             return settings
@@ -119,13 +119,8 @@ class Store:
         stored, own = {**stored, "networks": now}, trust.is_own(self.directory / SETTINGS)
         _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         if own:
-            self._record(stored)
+            trust.record(self.directory / SETTINGS, stored.get("provenance", {}))
         return stored
-
-    def _record(self, settings: Mapping[str, Any]) -> None:
-        """That the settings are of this user, who named the model."""
-        if self.directory is not None and isinstance(kept := settings.get("provenance"), Mapping):
-            trust.record(self.directory / SETTINGS, {"given": kept.get("given")})
 
     def clear(self, *, batches: bool) -> None:
         """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings

@@ -152,9 +152,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     for name, tensor in held.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(
-                f"{file}: {name} has no plain numbers (sparse, quantized or meta); save dense tensors"
-            )
+            raise UserError(f"{file}: {name} has no plain numbers (sparse, quantized or meta); save dense tensors")
     return dict(held)
 
 
