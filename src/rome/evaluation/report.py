@@ -28,19 +28,19 @@ class _Named(BaseModel):
 
 
 class _Settings(BaseModel):
-    """The form of what an evaluation writes into ``settings.json``, of which readers rely on more than on the rest."""
+    """The form of what readers want of ``settings.json``, as far as it is there."""
 
-    suite: dict[str, Any]
-    threats: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, Any]
-    environment: dict[str, Any]
-    cases: list[_Named]
-    n: int
-    seed: int
-    batch_size: int
-    classes: int
+    suite: dict[str, Any] = {}
+    threats: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    cases: list[_Named] = []
+    n: int = 0
+    seed: int = 0
+    batch_size: int = 0
+    classes: int = 0
 
 
 class _Result(BaseModel):
