@@ -90,7 +90,7 @@ def test_labels_name_folders_and_tables() -> None:
         (" , ", r"^suite: none is named"),
         ("{kind: apgd", r"^suite: '{kind: apgd' is not YAML"),
         ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
-        ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog', stpes: Extra inputs"),
+        ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog': unknown setting 'stpes' of Fog"),
     ],
 )
 def test_what_is_no_suite_is_refused(given: Any, message: str) -> None:
@@ -300,7 +300,7 @@ def test_an_attack_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         kind = ""
         attack = "toy"
 
-    with pytest.raises(UserError, match=r"attack 'toy', severity: Input should be a valid integer"):
+    with pytest.raises(UserError, match=r"attack 'toy': Toy: severity: input should be a valid integer"):
         Misspelt.model_construct(types=("fog",), severities=("x",)).cases({}, 10)
 
 
