@@ -121,6 +121,8 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     hints = [hint] if hint else []
     if "device-side assert" in text:
         hints = ["a label beyond the classes does that"]
+    if "more than 1 value per channel" in text:
+        hints = ["a BatchNorm works on the batch there: call .eval(), and let it have running statistics"]
     reason = "; ".join([last_line(error), *hints])
     return UserError(f"{name} does not take {count} image{'s' * (count > 1)} of {form}: {reason}")
 
