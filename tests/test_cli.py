@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -229,7 +230,7 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "data={kind: cifar10, path: nowhere}"], "nowhere is not a folder"),
         (["tiny.yaml", "data={kind: folder, path: nowhere}"], "nowhere is not a folder"),
         (["tiny.yaml", "imports=[no_such_module]"], "no_such_module cannot be imported"),
-        (["tiny.yaml", "--out", "tiny.yaml"], "choose another --out"),
+        (["tiny.yaml", "--out", "tiny.yaml"], "it is a file"),
         (["tiny.yaml", "--out", "tiny.yaml/run"], "choose another --out"),
         (["tiny.yaml", "--out", "."], "is not empty and holds no run"),
         (["tiny.yaml", "--out", ".", "--overwrite"], "is not empty and holds no run"),
@@ -362,6 +363,7 @@ def test_what_the_checkpoint_was_started_from_is_not_needed(rome: Any, tmp_path:
         (["runs/tiny", "--device", "tpu"], "unknown device 'tpu'"),
         (["other.safetensors"], "holds no config"),
         (["runs/tiny/config.yaml"], "is not a readable safetensors file"),
+        (["runs/tiny", "--batch-size", "\N{SUPERSCRIPT TWO}"], "give a number from 1, or auto"),
         (["cut.safetensors"], "is not a readable safetensors file"),
     ],
 )
@@ -446,6 +448,53 @@ def test_a_mistake_ends_cost_with_2(config: Path, rome: Any) -> None:
     assert "unknown key" in rome("cost", config, "sede=1").err
     assert rome("cost", config, "--repeats", 0).code == 2
     assert "unknown model" in rome("cost", config, "model.name=vit_tinny").err
+
+
+def test_a_path_with_an_equals_sign_is_a_path(config: Path, rome: Any) -> None:
+    shutil.copy(config, "a=b.yaml")
+    assert "with experts: " in rome("cost", "a=b.yaml", "--layers").out
+    assert "'seed=x': seed: input should be a valid integer" in rome("sweep", "a=b.yaml", "seed=x").err
+
+
+def test_a_tilde_in_an_option_is_the_home_folder(
+    evaluated: Path, rome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert rome("report", evaluated, "--out=~/mine").code == 0
+    assert (tmp_path / "home" / "mine" / "report.md").is_file()
+    assert not Path("~").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_lacks_costs_no_result(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(SystemExit) as ended:
+        main(["table", "1"])
+    out.seek(0)
+    assert ended.value.code == 0
+    assert "AVG" in out.read()
+
+
+@pytest.mark.parametrize("command", [["train", "tiny.yaml"], ["evaluate", "runs/tiny"]])
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two")],
+)
+def test_half_an_environment_of_several_processes_is_refused(
+    command: list[str], environment: dict[str, str], message: str, config: Path, rome: Any, monkeypatch: Any
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = rome(*command)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert message in ended.err
+
+
+def test_a_shell_of_slurm_is_one_process(config: Path, rome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": "4", "JOB_NAME": "job", "JOB_ID": "1", "NODELIST": "n1", "PROCID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert rome("train", config).code == 0
 
 
 # Paths that cannot be written or read

@@ -18,6 +18,7 @@ from rome.errors import UserError
 from rome.experiments import files
 from rome.files import flatten
 from rome.methods import Average, Random
+from rome.optim import AdamW
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import TINY, tiny
 
@@ -190,7 +191,45 @@ def test_an_override_is_key_and_value(text: str, folder: Path) -> None:
 @pytest.mark.parametrize("value", ["[1", "{a: b", "2024-13-45", "!!int five", "'"])
 def test_an_override_that_is_no_yaml_is_refused(value: str, folder: Path) -> None:
     (line,) = refused(folder / "base.yaml", f"about={value}")
-    assert line.endswith("is not a valid value")
+    assert "is not a valid value (" in line
+
+
+@pytest.mark.parametrize("value", ["runs/a #1", "#1", "[a] # b", "'a' #b"])
+def test_a_comment_in_an_override_is_refused_and_not_lost(value: str, folder: Path) -> None:
+    (line,) = refused(folder / "base.yaml", f"about={value}")
+    assert "would be a comment; quote the value" in line
+    assert load(folder / "base.yaml", ['about="runs/a #1"']).about == "runs/a #1"
+    assert load(folder / "base.yaml", ["about=a#1"]).about == "a#1"
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "true", "Off"])
+@pytest.mark.parametrize("key", ["epochs", "seed", "optimizer.lr", "name", "evaluation.batch_size"])
+def test_true_and_false_are_no_numbers_and_no_names(key: str, value: str, folder: Path) -> None:
+    (line,) = refused(folder / "base.yaml", f"{key}={value}")
+    assert f"{key}: cannot be true or false" in line
+
+
+def test_true_and_false_are_no_numbers_in_lists_and_in_python() -> None:
+    with pytest.raises(UserError, match="betas: cannot be true or false"):
+        AdamW(betas=(True, 0.9))  # type: ignore[arg-type]
+    assert PGD(random_start=False).random_start is False
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", "8"), ("1:30", "90"), ("-0_7", "-7"), ("1:30.5", "90.5")])
+def test_numbers_that_versions_of_yaml_read_differently_are_refused(text: str, number: str, folder: Path) -> None:
+    for lines in (
+        refused(folder / "base.yaml", f"seed={text}"),
+        refused(child(folder, f"extends: base.yaml\nseed: {text}")),
+    ):
+        assert f"{text} is {number} in this version of YAML" in lines[0]
+    assert load(folder / "base.yaml", [f"about='{text}'", "seed=0", "optimizer.lr=0.5"]).about == text
+
+
+def test_seeds_are_those_that_generators_take(folder: Path) -> None:
+    assert load(folder / "base.yaml", [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+    for key in ("seed", "evaluation.seed"):
+        for value in (-1, 2**63):
+            assert f"{key}: input should be" in refused(folder / "base.yaml", f"{key}={value}")[0]
 
 
 def test_a_mistake_in_an_override_is_told_as_such(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rome.cli import main
 from rome.errors import UserError
 from rome.evaluating import Report
 from rome.runs import Run
-from rome.sweep import gather_rows, points, save_rows, show_rows, sweep
+from rome.sweep import Row, gather_rows, points, save_rows, show_rows, sweep
 from tiny_runs import rome, wait_for
 
 CONFIG = """
@@ -172,6 +172,14 @@ def test_a_case_that_failed_in_one_seed_leaves_a_gap(
     assert re.sub(r"\s+", " ", shown).strip() == "tiny 3 100.0 ± 0.0 100.0 ± 0.0" + 3 * " \N{EN DASH}"
     saved = json.loads((save_rows(rows, tmp_path).with_suffix(".json")).read_text(), parse_constant=pytest.fail)
     assert [(each["L1"], each["L2"], each["union"]) for each in saved] == [(1, 1, 1), (1, None, None), (1, 1, 1)]
+
+
+def test_brackets_in_a_row_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["tiny experts.layers=[qkv]", "tiny experts.layers=[/proj]"]
+    show_rows([Row(name, {}, (0,), {"clean": [0.5]}) for name in names])
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:3]] == [
+        f"{name} 1 50.0" for name in names
+    ]
 
 
 def test_a_run_that_fails_is_named_and_leaves_the_others_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -175,10 +176,10 @@ def sweep(
     """Train and evaluate every combination of configs and values, one after the other; goes on where it was stopped."""
     from rome import sweep as grid
 
-    files = [Path(text) for text in configs if "=" not in text]
+    files, axes = options.files_and_changes(configs)
     if not files:
         raise UserError("name at least one config, such as experiments/digits/random.yaml seed=0,1,2")
-    chosen = grid.points(files, [text for text in configs if "=" in text], out)
+    chosen = grid.points(files, axes, out)
     failed = grid.sweep(chosen, jobs=jobs)
     rows = grid.gather_rows(chosen)
     if rows:
@@ -321,7 +322,7 @@ def cost(
     from rome.cost import compare, show_cost, show_costs
     from rome.plan import plan, show_plan
 
-    files, overrides = [text for text in configs if "=" not in text], [text for text in configs if "=" in text]
+    files, overrides = options.files_and_changes(configs)
     if not files or (layers and len(files) > 1):
         raise UserError("name one config, such as experiments/table1/rome-random-pgd.yaml, or several to compare")
     loaded = [load(file, overrides) for file in files]
@@ -371,8 +372,17 @@ def _say(text: str) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit codes: 0 done, 1 done but for cases that failed, 2 a mistake the message explains, 130 or 143
     stopped by a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # "?" where an encoding lacks a sign, and not the end of a report
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
     with exiting():
-        app(arguments, prog_name="rome")
+        app(list(map(_at_home, sys.argv[1:] if arguments is None else arguments)), prog_name="rome")
+
+
+def _at_home(argument: str) -> str:
+    """``--out=~/x`` like ``--out ~/x``, the only one of the two in which a shell replaces the tilde."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"
 
 
 @contextmanager

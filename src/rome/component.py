@@ -17,8 +17,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
 )
 from pydantic.fields import FieldInfo
@@ -43,6 +46,17 @@ class Settings(BaseModel):
             name = type(self).__name__
             raise UserError("; ".join(each.of(name) for each in mistakes(error, data, type(self)))) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, so that ``epochs: yes`` would be one epoch."""
+        given = value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(each, bool) for each in given):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            if not {bool, Any} & set(_types_in(annotation)):
+                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; text stands in quotes)")
+        return value
+
     # pydantic otherwise calls an __init__ of one's own for every value inside plain data too
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
@@ -60,6 +74,10 @@ def _number(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_number)]
 """A float that may be written as a fraction: ``8/255``."""
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators take."""
 
 
 def summary(documented: object) -> str:
@@ -207,8 +225,11 @@ def _keys(data: Any, path: Sequence[str | int], owner: type[Settings] | None) ->
     return list(owner.model_fields) if owner is not None else []
 
 
-def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield annotation
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
     for part in get_args(annotation):
-        yield from _settings_in(part)
+        yield from _types_in(part)
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    return (each for each in _types_in(annotation) if isinstance(each, type) and issubclass(each, Settings))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from rome.attacks import PGD, Attack, AttackThreat
-from rome.component import Settings, mistakes
+from rome.component import Seed, Settings, mistakes
 from rome.data import Data
 from rome.errors import UserError, did_you_mean
 from rome.evaluating import BATCH_SIZE, Suite, SuiteChoice
@@ -23,7 +23,7 @@ from rome.files import check_name
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.optim import AdamW, Optimizer, Schedule
-from rome.plain_data import Place, Unreadable, parse_yaml
+from rome.plain_data import Place, Unreadable, comment_after, parse_yaml
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 from rome.trust import import_own
 
@@ -48,7 +48,7 @@ class Evaluation(Settings):
     """First n test examples; null for all."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
     """``auto``: 250, halved where memory does not suffice."""
-    seed: int = 0
+    seed: Seed = 0
     routing: Routing = "learned"
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
@@ -81,7 +81,7 @@ class Config(Settings):
     name: Annotated[str, AfterValidator(check_name)] = ""
     """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
     about: str = ""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     epochs: int = Field(default=20, ge=1)
     natural_epochs: int = Field(default=0, ge=0)
     """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
@@ -141,7 +141,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = _read(Path(path), where, ())
     for text in sorted(overrides, key=_depth):
         data = _merge(data, _override(text, where))
-    data["name"] = data.get("name") or Path(path).stem
+    if data.get("name") in (None, ""):
+        data["name"] = Path(path).stem
     return parse(data, where)
 
 
@@ -254,7 +255,9 @@ def _override(text: str, where: _Where) -> dict[str, Any]:
     try:
         parsed = parse_yaml(value)
     except Unreadable as error:
-        raise UserError(f"override {text!r}: {value!r} is not a valid value") from error
+        raise UserError(f"override {text!r}: {value!r} is not a valid value ({error})") from error
+    if comment := comment_after(value):
+        raise UserError(f"override {text!r}: {comment!r} would be a comment; quote the value: '\"{value}\"'")
     for depth in range(1, len(parts) + 1):
         where.places[tuple(parts[:depth])] = f"override {text!r}: "
     result: Any = parsed

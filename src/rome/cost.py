@@ -202,7 +202,7 @@ def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def show_cost(facts: dict[str, Any]) -> None:
     """Print what :func:`rome.cost.measure` found."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     lines = [
         ("parameters", f"{facts['parameters'] / 1e6:.3f} M", f"{facts['parameters']:,}"),
         ("trainable", f"{facts['trainable'] / 1e6:.3f} M", f"{facts['trainable']:,}"),
@@ -228,7 +228,7 @@ def show_cost(facts: dict[str, Any]) -> None:
 
 def show_costs(facts: Sequence[dict[str, Any]]) -> None:
     """Print what :func:`rome.cost.compare` found, beside the first config."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     timed = "seconds_per_update" in facts[0]
     times = ("ms, one image", "x first", "ms/image", "x first", "s/update", "x first")

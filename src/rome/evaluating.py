@@ -123,8 +123,8 @@ def evaluate(
     """
     suite, named = as_suite(suite), as_named(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
-    if not isinstance(size, int) or size < 1 or seed < 0:
-        raise UserError(f"batch_size must be at least 1 (or 'auto') and seed at least 0, not {batch_size} and {seed}")
+    if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
+        raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
     check_data(x, y)
     check_mode(model)
     examples = Examples(x, y, device_of(model, x, device))

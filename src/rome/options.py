@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -63,6 +64,12 @@ _GIVEN: dict[str, Any] = {
     "std": _Std,
 }
 """The fields of :class:`rome.evaluation.given.Given`."""
+
+
+def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What names a file or folder that is there, or has no "=", and the changes ``key=value``."""
+    changes = [text for text in texts if "=" in text and not os.path.exists(text)]
+    return [text for text in texts if text not in changes], changes
 
 
 def names_model(command: Callable[..., None]) -> Callable[..., None]:

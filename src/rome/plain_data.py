@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,10 @@ DEEPEST, MOST = 60, 100_000
 """How deep plain data may be nested, and how many values it may have."""
 LONGEST_JSON, LONGEST_YAML = 16_000_000, 1_000_000
 """Characters of its text; YAML is read a hundred times slower."""
+
+
+_AMBIGUOUS = re.compile(r"[-+]?(0[0-9_]*[0-9]|[0-9_]+(:[0-9_.]+)+)$")
+"""Numbers of base 8 and 60 in YAML 1.1, and 010 = 10 and the text 1:30 in YAML 1.2."""
 
 
 class Unreadable(ValueError):  # noqa: N818
@@ -64,6 +69,12 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
             return [plain(child, (*place, number)) for number, child in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
             value = loader.construct_object(node)
+            if isinstance(value, (int, float)) and _AMBIGUOUS.match(node.value):
+                raise Unreadable(
+                    f"{node.value} is {value} in this version of YAML and not what it looks like: write {value}, or "
+                    f"'{node.value}' for text",
+                    node.start_mark.line + 1,
+                )
             if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to print 0xFF... of thousands
                 raise Unreadable("a number of more than 1024 bits", node.start_mark.line + 1)
             return value
@@ -85,12 +96,19 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
         raise Unreadable(f"not valid YAML: nested more than {DEEPEST} deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or error
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
     except Unreadable:
         raise
     except ValueError as error:  # a date that is none
         raise Unreadable(f"not valid YAML: {error}") from error
+
+
+def comment_after(text: str) -> str:
+    """The comment that follows a value in YAML, which no one means who writes a path with " #" in it."""
+    ends = (yaml.StreamEndToken, yaml.BlockEndToken)
+    rest = text[max(token.end_mark.index for token in yaml.scan(text) if not isinstance(token, ends)) :]
+    return rest.strip()
 
 
 def _short_enough(text: Any, longest: int) -> Any:

@@ -52,7 +52,7 @@ def plan(config: Config) -> dict[str, Any]:
 
 def show_plan(facts: dict[str, Any]) -> None:
     """Print what :func:`plan` found; layers without experts that differ in a number alone share a line."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     layers = facts["layers"]
     table = Table(box=None, pad_edge=False)
     for title in ("layer", "type", "shape", "block", "beta", "added"):

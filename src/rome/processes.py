@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rome.errors import UserError
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun says to each process beside their number."""
+
+
+def launched_together() -> int:
+    """How many processes torchrun started; 1 where it did not.
+
+    Raises:
+        UserError: the environment says that there are several, and not how they find each other.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if not world.isdecimal() or int(world) < 1 or (int(world) > 1 and missing):
+        lacks = f" without {', '.join(missing)}" if missing else ""
+        raise UserError(
+            f"the environment says WORLD_SIZE={world}{lacks}: start several processes with torchrun, or unset it"
+        )
+    return int(world)
 
 
 def world_size() -> int:

@@ -27,13 +27,13 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
         yield _Lines(config, total, done)
         return
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
     )
     with Bar(*columns, console=console) as bar:
         yield _Bar(bar, config, total, done)

@@ -111,7 +111,7 @@ class Run:
         """
         try:
             held = self.folder.exists() and not self.config_file.exists()
-            if held and (not self.folder.is_dir() or any(map(_foreign, self.folder.iterdir()))):
+            if held and self.folder.is_dir() and any(map(_foreign, self.folder.iterdir())):
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
             make_folder(self.folder)
             self._lock.acquire()

@@ -79,7 +79,7 @@ class Row:
         return math.nan if len(values) < 2 or any(map(math.isnan, values)) else statistics.stdev(values)
 
 
-def points(configs: Sequence[Path], axes: Sequence[str], out: Path) -> list[Point]:
+def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> list[Point]:
     """Every combination of config file and axis values.
 
     Args:
@@ -293,7 +293,7 @@ def _last_line(file: Path) -> str:
 
 def show_rows(rows: Sequence[Row]) -> None:
     """Print percent right, mean over the seeds and standard deviation."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold")

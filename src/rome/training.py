@@ -30,7 +30,7 @@ from rome.errors import Interrupted, UserError
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
 from rome.optim import set_lr
-from rome.processes import follow_first
+from rome.processes import follow_first, launched_together
 from rome.randomness import derive_seed, stream
 from rome.runs import Run
 from rome.threats import Unperturbed
@@ -99,7 +99,7 @@ def _train(
     run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
 ) -> None:
     config = config.model_copy(deep=True)  # the method's state belongs to this run alone
-    world, micro = int(os.environ.get("WORLD_SIZE", 1)), config.batch_size // config.accumulate
+    world, micro = launched_together(), config.batch_size // config.accumulate
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
     fabric = _fabric(config)
@@ -421,6 +421,8 @@ def _fabric(config: Config) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
         from lightning_fabric.strategies.ddp import DDPStrategy
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
 
@@ -428,8 +430,8 @@ def _fabric(config: Config) -> Any:
         raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    world = launched_together()
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
     strategy: Any = "auto"
     if world > 1:
         strategy = DDPStrategy(find_unused_parameters=config.method.partial_gradients)
@@ -438,6 +440,8 @@ def _fabric(config: Config) -> Any:
         devices=local,
         num_nodes=world // local,
         strategy=strategy,
+        # not what Lightning takes for one: a shell of SLURM has the variables of a job of several processes
+        plugins=[TorchElasticEnvironment() if world > 1 else LightningEnvironment()],
         precision="32-true",  # bf16 is autocast in _update: Fabric's plugin would round the adversarial images too
     )
     fabric.launch()

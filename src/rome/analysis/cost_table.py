@@ -16,6 +16,7 @@ from rome.analysis.paper_tables import fill, same_row
 from rome.config import Config, load
 from rome.cost import RATIOS, compare
 from rome.errors import UserError
+from rome.options import files_and_changes
 from rome.runs import Run
 
 BASE = "RANDOM"
@@ -33,8 +34,8 @@ def named_configs(names: Sequence[str]) -> list[Config]:
     Raises:
         UserError: one is neither, or a mistake in a config.
     """
-    changes = [name for name in names if "=" in name and not Path(name).exists()]
-    paths = [Path(name) for name in names if name not in changes]
+    files, changes = files_and_changes(names)
+    paths = list(map(Path, files))
     for path in paths:
         if path.is_dir():  # contents of a folder, not a config that a person chose
             trust.check(Run(path).config_file, {"config": Run(path).written()})

@@ -116,7 +116,7 @@ def tabulate(
 def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
     """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
     columns, cells = tabulate(rows, unions)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     star = "" if console.is_terminal and not console.no_color else "*"
 
     def text(cell: Cell, between: str) -> Text:

@@ -129,7 +129,7 @@ def batch_size_of(text: str | None) -> int | Literal["auto"] | None:
         return None
     if text == "auto":
         return "auto"
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--batch-size {text!r}: give a number from 1, or auto")
     return int(text)
 

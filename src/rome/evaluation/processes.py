@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rome.errors import Interrupted, UserError
+from rome.processes import launched_together
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=30)
@@ -99,7 +100,7 @@ class ElsewhereError(RuntimeError):
 @contextmanager
 def launched() -> Iterator[Team]:
     """The team that torchrun started, this process alone where it did not."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = launched_together()
     if world == 1:
         yield ALONE
         return
@@ -116,7 +117,7 @@ def own_device(asked: torch.device) -> torch.device:
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    local = int(os.environ["LOCAL_RANK"]) if launched_together() > 1 else None
     if local is None or asked.type != "cuda" or asked.index is not None:
         return asked
     if local >= torch.cuda.device_count():

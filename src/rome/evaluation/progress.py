@@ -93,7 +93,7 @@ def _lines() -> Watcher:
 @contextmanager
 def _bars() -> Iterator[Watcher]:
     columns = (
-        TextColumn("{task.description:>8}"),
+        TextColumn("{task.description:>8}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} batches"),
         TextColumn("{task.fields[robust]:.1f}% robust so far"),

@@ -67,6 +67,8 @@ def write_figures(
     for form in formats:
         if form not in FORMATS:
             raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+    if not formats:
+        raise UserError(f"name at least one format: {', '.join(FORMATS)}")
     if not runs:
         raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
