@@ -471,7 +471,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "traced.pt", "--n", "361"], "--n 361 exceeds the 360 test examples of digits"),
         (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
         (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
-        (["runs/x"], "--data go with --model, not with runs/x"),
+        (["runs/x", "--mean", "0.5"], "--mean go with --model, not with runs/x"),
         ([], "--data go with --model$"),
     ],
 )

@@ -97,8 +97,9 @@ class Store:
             raise UserError(f"{self.directory} already holds an evaluation: resume=True goes on with it; or {advice}")
         differing = differences(stored, settings)
         if differing:
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise UserError(
-                f"{self.directory} holds an evaluation with other settings ({'; '.join(differing)}): {advice}"
+                f"{self.directory} holds an evaluation with other settings ({'; '.join(differing[:5])}{more}): {advice}"
             )
         if unseen:
             raise UserError(f"{self.directory} holds an evaluation of {unseen}, so this may be another one: {advice}")
