@@ -231,6 +231,12 @@ def test_an_entry_for_every_threat(tmp_path: Path) -> None:
     assert "autoattack_acc" not in corruptions
 
 
+def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
+    found = report(LP, [[1, 1]] * 4)
+    with pytest.raises(UserError, match="a:b and a b would be one file"):
+        write_entries([evaluated(found, tmp_path, "a:b"), evaluated(found, tmp_path, "a b")], tmp_path)
+
+
 def test_only_the_standard_attacks_make_an_entry(tmp_path: Path) -> None:
     weak = AutoAttackSuite(square_queries=100).cases({"Linf": CIFAR10["Linf"]}, 10)
     short = APGDSuite().cases({"L2": CIFAR10["L2"]}, 10)

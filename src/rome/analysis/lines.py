@@ -13,7 +13,7 @@ from rome.evaluating import Report
 from rome.evaluation.report import UNION
 from rome.evaluation.statistics import LEVEL, paired_difference
 
-_SAME = ("suite", "data", "threats", "seed")
+SAME = ("suite", "data", "threats", "seed")
 """Settings of evaluations in which runs must agree for a difference between them to mean anything."""
 
 
@@ -117,14 +117,19 @@ def with_gains(lines: list[Line], ours: str) -> list[Line]:
     if UNION not in lines[0].cells:
         return lines
     trained = [(line, line.config) for line in lines if line.config is not None]
-    plain = {(*_group(line), config.method.kind): line for line, config in trained if config.experts is None}
-    whole = {line.section: line for line, config in trained if config.name == ours}
+    plain: dict[tuple[str, ...], list[Line]] = {}
+    whole: dict[str, list[Line]] = {}
+    for line, trained_as in trained:
+        if trained_as.experts is None:
+            plain.setdefault((*_group(line), trained_as.method.kind), []).append(line)
+        elif trained_as.name == ours:
+            whole.setdefault(line.section, []).append(line)
     found = {}
     for i, (line, config) in enumerate((line, line.config) for line in lines):
         if config is not None and config.experts is not None:
-            base = plain.get((*_group(line), config.method.kind)) if plain else whole.get(line.section)
-            if base is not None and base is not line and (both := _comparable(line, base)):
-                found[i] = (base, *both)
+            bases = plain.get((*_group(line), config.method.kind), []) if plain else whole.get(line.section, [])
+            if len(bases) == 1 and bases[0] is not line and (both := _comparable(line, bases[0])):
+                found[i] = (bases[0], *both)
     return [
         replace(line, gain=_gain(*found[i][1:], comparisons=len(found)), against=found[i][0].label)
         if i in found
@@ -139,7 +144,7 @@ def _comparable(line: Line, base: Line) -> tuple[list[Report], list[Report]] | N
         [report for report in each.reports if not math.isnan(value_of(report, UNION))] for each in (line, base)
     )
     every = [*ours, *theirs]
-    if any(report.settings.get(key) != every[0].settings.get(key) for report in every for key in _SAME):
+    if any(report.settings.get(key) != every[0].settings.get(key) for report in every for key in SAME):
         return None
     if len(ours) == len(theirs) == 1:
         return (ours, theirs) if same_examples(ours[0], theirs[0]) else None

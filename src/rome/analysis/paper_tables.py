@@ -1,10 +1,10 @@
 """The paper's tables, filled from runs: our numbers beside the paper's.
 
 A row of a table is an experiment that comes with rome. A run belongs to a row if it trains the same way: same method,
-kind of attack, experts and, where a table compares architectures, model. So a small run on another data set fills the
-same row as the full one, and the caption says what the runs are. Where a table has the same training on several data
-sets, a run fills the rows of its own; on data that the table does not have, those of the first. Models that no run made
-were trained nobody knows how: they get rows of their own, at the end.
+kind of attack, experts and, where a table compares architectures, model. Where a table has the same training on several
+data sets, a run fills the rows of its own. Runs that differ in the seed alone, evaluated alike, are joined; others that
+train like one row get a line each. The paper's numbers stand beside runs on its data and budgets alone; the others get
+sections of their own. Models that no run made were trained nobody knows how: they get rows of their own, at the end.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rome.analysis.compared import PREFERRED_SUITES
-from rome.analysis.evaluated import EvaluatedModel, is_evaluation, load_evaluation
-from rome.analysis.lines import Cell, Line, value_of, with_best, with_gains
+from rome.analysis.evaluated import EvaluatedModel, EvaluatedRun, is_evaluation, load_evaluation
+from rome.analysis.lines import SAME, Cell, Line, value_of, with_best, with_gains
 from rome.analysis.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
 from rome.analysis.subject import names_of
 from rome.config import Config, load
@@ -27,7 +27,9 @@ from rome.errors import UserError, did_you_mean
 from rome.evaluating import Report
 from rome.evaluation.store import RESULT
 from rome.experiments import folder
-from rome.runs import Run
+from rome.files import flatten
+from rome.runs import FREE_KEYS, Run
+from rome.threats import LpBall
 
 GIVEN = "Given models"
 """Section of the models that no run made."""
@@ -40,7 +42,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     Args:
         table: ``1`` to ``6``, ``A1`` to ``A5``.
-        runs: folders of evaluated runs; several of one row (seeds) are joined. And folders of evaluations of given
+        runs: folders of evaluated runs; seeds of one run are joined. And folders of evaluations of given
             models; several of one model fill one row, as several of a run do.
 
     Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
@@ -48,7 +50,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     Table 2, whose columns stand each for itself, is taken from others on as many examples.
 
     Raises:
-        UserError: no such table, a folder that is no run, a run that belongs to no row, or one without an evaluation.
+        UserError: no such table, a folder that is no run, a run that belongs to no row, or one without an evaluation of
+            its present weights.
     """
     number = table.upper()
     if number not in TABLES:
@@ -65,22 +68,60 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
             members[i].append(run)
     found = {run.folder: _evaluations(run, columns) for own in members for run in own}
     shared = Counter(key for each in (*found.values(), *given.values()) for key in {(suite, n) for _, suite, n in each})
-    lines, used = [], set()
+    placed: list[tuple[int, str, Line]] = []
+    order, used = list(sections), set()
     for (section, row), own in zip(rows, members, strict=True):
-        reports = []
+        assert row.paper is not None
+        alike: dict[str, list[tuple[Run, list[Report]]]] = {}
         for run in own:
             shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
             if shown:
+                for report in shown:
+                    EvaluatedRun(name="", folder=run.folder, report=report, run=run, config=run.config).check_fresh()
                 used.add(run.folder)
-                reports.append(shown)
-        assert row.paper is not None
-        lines.append(_line(section, row.paper.row, row, columns, reports, [run.config for run in own]))
+                alike.setdefault(_alike(run.config, shown), []).append((run, shown))
+        heads = [group[0][0] for group in alike.values()]
+        names = names_of([run.config.name for run in heads], [run.folder for run in heads])
+        elsewhere = ["" if _setting(run.config) == _setting(row) else _elsewhere(run.config) for run in heads]
+        if "" not in elsewhere:
+            placed.append((order.index(section), "", _line(section, row.paper.row, row, columns, [], [])))
+        for name, where, group in zip(names, elsewhere, alike.values(), strict=True):
+            label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
+            reports, configs = [shown for _, shown in group], [run.config for run, _ in group]
+            line = _line(section + where, label, row, columns, reports, configs, with_paper=not where)
+            placed.append((order.index(section), where, line))
+    lines = [line for *_, line in sorted(placed, key=lambda each: each[:2])]  # stable: in the table's order
     for run in (run for own in members for run in own if run.folder not in used):
         raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
     firsts = [place for place, _ in given]
     for name, evaluations in zip(names_of([name for _, name in given], firsts), given.values(), strict=True):
         lines.append(_line(GIVEN, name, None, columns, [_shown(evaluations, LEARNED, columns, shared)], []))
     return with_gains(with_best(lines), OURS.rpartition("/")[2])
+
+
+def _setting(config: Config) -> tuple[object, ...]:
+    """On which data and budgets a run trains and is evaluated."""
+    return config.data.kind, getattr(config.data, "classes", None), config.threats
+
+
+def _elsewhere(config: Config) -> str:
+    """Ending of a section's name for runs on data or budgets that are not the paper's."""
+    budgets = [
+        f"{threat.name} {threat.eps:.4g}" if isinstance(threat, LpBall) else threat.name for threat in config.threats
+    ]
+    return f": rows on {config.data.kind} ({', '.join(budgets)}), not the paper's"
+
+
+def _alike(config: Config, reports: Sequence[Report]) -> str:
+    """What runs have in common whose numbers may be averaged: all but the seed, and how they were evaluated."""
+    free = FREE_KEYS | {"seed"}
+    trained = {
+        key: value
+        for key, value in flatten(config.dump()).items()
+        if key.split(".")[0] not in free and key not in ("data.path", "data.download")
+    }
+    evaluated = [{key: report.settings.get(key) for key in SAME} | {"n": report.n} for report in reports]
+    return json.dumps([trained, evaluated], sort_keys=True, default=str)
 
 
 def _by_model(
@@ -203,9 +244,11 @@ def _line(
     columns: Sequence[str],
     reports: Sequence[Sequence[Report]],
     runs: Sequence[Config],
+    *,
+    with_paper: bool = True,
 ) -> Line:
     """A row from the evaluations of each of its runs; of several the first that has a column."""
-    numbers = {} if config is None or config.paper is None else config.paper.numbers
+    numbers = config.paper.numbers if with_paper and config is not None and config.paper is not None else {}
     cells = {}
     for column in columns:
         paper = numbers.get(column, math.nan) / (1 if column in UNITS else 100)

@@ -38,8 +38,11 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
         The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand.
 
     Raises:
-        UserError: a run without such an evaluation.
+        UserError: a run without such an evaluation, or two runs whose files would have one name.
     """
+    called = [_name(run.name) for run in runs]
+    if len(set(called)) < len(called):
+        raise UserError(f"the entries of {' and '.join(run.name for run in runs)} would be one file; rename a run")
     files: list[Path] = []
     for run in runs:
         entries = entries_of(run)

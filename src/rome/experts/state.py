@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rome.errors import UserError
 from rome.experts.recording import expert_layers
@@ -71,7 +72,7 @@ def fingerprint(model: nn.Module) -> str:
     experts, digest = expert_state(model), hashlib.sha256()
     for name, value in sorted(bare_state(model).items()):
         if name not in experts and not name.endswith("num_batches_tracked"):
-            if value.is_meta:
+            if is_lazy(value) or value.is_meta:
                 return ""
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
