@@ -1,9 +1,9 @@
-# make demo | test | check | test-slow | test-gpu | test-browser | test-originals | clean
+# make demo | test | check | test-kernels | test-slow | test-gpu | test-browser | test-originals | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-slow test-gpu test-browser test-originals clean
+.PHONY: demo test check format test-kernels test-slow test-gpu test-browser test-originals clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -18,6 +18,9 @@ check: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-kernels: $(VENV)/ready  # the suite with the kernels of other CPUs and with 2 threads; half an hour
+	VENV=$(VENV) .ci/kernels
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

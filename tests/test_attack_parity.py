@@ -1,4 +1,4 @@
-"""Strength: not weaker than the reference implementations, on 360 digits and a briefly robust CNN."""
+"""Strength: not weaker than the reference implementations, on 360 digits and a CNN of middling robustness."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conftest import Digits, Problem
 from rome.attacks import APGD, PGD
+from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
 
 RADII = {"L1": 2.0, "L2": 0.6, "Linf": 0.15}
@@ -24,9 +25,13 @@ def threat(norm: str) -> LpBall:
     return LpBall(norm=norm, eps=RADII[norm])
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """In percent."""
-    return 100 * (model(x).argmax(1) == y).double().mean().item()
+def not_weaker(model: nn.Module, y: Tensor, ours: Tensor, theirs: Tensor) -> None:
+    """Of the images that only one of two equal attacks fools, which one does is a coin toss: chance alone fails this
+    once in 10,000 times. Both must leave some images and fool some, or it would say nothing."""
+    robust, expected = (model(images).argmax(1) == y for images in (ours, theirs))
+    assert 0.2 < expected.double().mean() < 0.8
+    stronger, weaker = int((expected & ~robust).sum()), int((robust & ~expected).sum())
+    assert stronger >= weaker or mcnemar(stronger, weaker) > 1e-4, f"{stronger} images more, {weaker} less"
 
 
 # -- APGD against AutoAttack's own -------------------------------------------------------------------------------------
@@ -43,20 +48,18 @@ def test_apgd_is_not_weaker_than_autoattacks_apgd(
     threat = LpBall(norm=name, eps=RADII[name])
     reference = pytest.importorskip("pyautoattack.autopgd_base")
     x, y = digits.test
-    ours = 100 * APGD(steps=steps, l1_share=share).run(digits_model, x, y, threat).robust.double().mean().item()
+    ours = APGD(steps=steps, l1_share=share).run(digits_model, x, y, threat).adversarial
     with torch.random.fork_rng():
         theirs = reference.APGDAttack(
             digits_model, n_iter=steps, norm=threat.norm, eps=threat.eps, n_restarts=1, device="cpu"
         ).perturb(x, y)
-    expected = accuracy(digits_model, theirs, y)
-    assert 20 < expected < 80
-    assert ours <= expected + 1, f"ours {ours:.1f}, AutoAttack {expected:.1f}"
+    not_weaker(digits_model, y, ours, theirs)
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
 @pytest.mark.parametrize("name", ["L2", "Linf"])
 def test_apgd_is_autoattacks_apgd_started_at_the_image(name: str, steps: int, problem: Problem) -> None:
-    """In L1 AutoAttack's float32 projection leaves coordinates 1e-9 from their origin and counts them as moved."""
+    """In L1 ours differs, see docs/decisions/l1-projection.md."""
     reference = pytest.importorskip("pyautoattack.autopgd_base")
     model, x, y = problem(24)
     threat = LpBall(norm=name, eps={"L2": 0.6, "Linf": 0.1}[name])
@@ -99,7 +102,7 @@ def foolbox_pgd(norm: str, *, corrected: bool, **settings: Any) -> Callable[...,
         def project(self, x: Any, x0: Any, epsilon: float) -> Any:
             delta = (x - x0).numpy().astype(np.float64)
             rows = [project_l1(row.ravel(), epsilon).reshape(row.shape) for row in delta]
-            return x0 + ep.from_numpy(x0, np.stack(rows).astype(np.float32))
+            return x0 + ep.from_numpy(x0, np.stack(rows).astype(x0.numpy().dtype))
 
     attack = (Corrected if corrected and norm == "L1" else base)(**settings)
 
@@ -121,19 +124,17 @@ def test_pgd_is_not_weaker_than_foolbox(
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        expected = accuracy(digits_model, reference(digits_model, x, y, threat.eps), y)
-    ours = accuracy(digits_model, PGD(steps=steps, random_start=start)(digits_model, x, y, threat), y)
-    assert 20 < expected < 80
-    assert ours <= expected + 1, f"ours {ours:.1f}, foolbox {expected:.1f}"
+        theirs = reference(digits_model, x, y, threat.eps)
+    not_weaker(digits_model, y, PGD(steps=steps, random_start=start)(digits_model, x, y, threat), theirs)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("name", ["L1", "Linf"])
-def test_pgd_is_foolbox_iterate_by_iterate(name: str, steps: int, digits: Digits, digits_model: nn.Module) -> None:
+def test_pgd_is_foolbox_iterate_by_iterate(name: str, steps: int, problem: Problem) -> None:
     """The same images without a random start; in L2 foolbox keeps the gradient of saturated pixels, ours does not."""
-    x, y = (t[:100] for t in digits.test)
+    model, x, y = problem(24)
     threat = LpBall(norm=name, eps=RADII[name])
     size = threat.eps / 8
     theirs = foolbox_pgd(name, corrected=True, abs_stepsize=size, steps=steps, random_start=False)
-    ours = PGD(steps=steps, step_size=size, random_start=False)(digits_model, x, y, threat)
-    torch.testing.assert_close(ours, theirs(digits_model, x, y, threat.eps), rtol=0, atol=1e-5)
+    ours = PGD(steps=steps, step_size=size, random_start=False)(model, x, y, threat)
+    torch.testing.assert_close(ours, theirs(model, x, y, threat.eps), rtol=0, atol=1e-9)

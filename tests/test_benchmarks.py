@@ -120,6 +120,12 @@ def test_unseen_counts_the_passes_of_every_attack_and_corruption(run: Run, capsy
         assert "sparsefool-original skipped: the package is not installed" in told
 
 
+def test_apgd_l1_compares_with_the_known_optimum(run: Run) -> None:
+    rows = [row for table in run("apgd_l1").values() for row in table]
+    assert cases(rows) == {"rome", "rome, float64", "rome, a fifth", "published", "published, at the image"}
+    assert all(row["least"] <= row["mean"] <= 1 + 1e-5 for row in rows)
+
+
 def test_cases_take_turns(common: ModuleType) -> None:
     order: list[str] = []
     work = {name: (lambda name=name: order.append(name)) for name in "ABC"}

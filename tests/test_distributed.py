@@ -16,6 +16,7 @@ from rome.errors import Interrupted
 from rome.runs import Run
 from rome.training import train
 from tiny_runs import (
+    EXACT,
     STEPS,
     Child,
     Ended,
@@ -92,11 +93,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **changes))
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **(EXACT | changes)))
     run = Run(tmp_path / "two")
     ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs"))
     assert [process.code for process in ended] == [0, 0], ended
-    assert_same_run(run, train(tiny(**changes), tmp_path / "one"))
+    assert_same_run(run, train(tiny(**(EXACT | changes)), tmp_path / "one"))
 
 
 @pytest.mark.parametrize("case", ["RANDOM+experts", "RANDOM per batch", "MORE"])
@@ -280,7 +281,7 @@ def test_a_loss_that_is_not_finite_ends_every_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_path: Path) -> None:
     """torchrun signals every process, but not at one moment; here only one of them hears of it."""
-    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))
     run = Run(tmp_path / "run")
     arguments = ("train", config, "--out", run.folder)
     # ``update`` counts log lines, which every process passes
@@ -293,20 +294,20 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_pat
     assert (state["epoch"], state["step"]) == (1, 3), "the update in which all of them knew"
     ended = both(two_processes(*arguments, "--resume", logs=tmp_path / "logs"))
     assert [process.code for process in ended] == [0, 0]
-    assert_same_run(run, train(tiny(), tmp_path / "one"))
+    assert_same_run(run, train(tiny(**EXACT), tmp_path / "one"))
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))
     run = Run(tmp_path / "run")
     struck = Moment("update", 3, signal.SIGTERM)
     both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs", at=struck))
-    assert_same_run(train(tiny(), run.folder, resume=True), train(tiny(), tmp_path / "one"))
+    assert_same_run(train(tiny(**EXACT), run.folder, resume=True), train(tiny(**EXACT), tmp_path / "one"))
 
 
 @pytest.mark.timeout(400)  # two processes that load torch, on a machine that may be busy
 def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
-    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200))
+    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200, **EXACT))
     run = Run(tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "rome.cli", "train", str(config), "--out", str(run.folder)]
@@ -326,6 +327,6 @@ def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
 
     one = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == STEPS else None)
     with pytest.raises(Interrupted):
-        train(tiny(epochs=200), tmp_path / "one", progress=one)
+        train(tiny(epochs=200, **EXACT), tmp_path / "one", progress=one)
     for line, expected in zip(lines[:STEPS], updates(Run(tmp_path / "one").log()), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)

@@ -297,7 +297,7 @@ def test_rough_costs_need_neither_images_nor_robustbench(
     rows = {Path(path).stem: text for path, text in rough_costs(pattern)}
     assert rows.keys() == millions.keys()
     for name, text in rows.items():
-        assert text.startswith(f"{millions[name]:.2f}M parameters, about ")
+        assert text.startswith(f"{millions[name]:.2f}M parameters, ")
 
 
 @pytest.mark.slow

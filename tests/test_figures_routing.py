@@ -6,7 +6,7 @@ import csv
 import gc
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,10 @@ import yaml
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rome.analysis import features, gates
+from rome.analysis import features, gates, subject
 from rome.analysis.figures import Options, registered, write_figures
 from rome.analysis.separability import difference, embed, silhouettes
-from rome.analysis.subject import GivenModel
+from rome.analysis.subject import GivenModel, attack_all
 from rome.cli import main
 from rome.config import parse
 from rome.data import Digits
@@ -97,6 +97,11 @@ class Fake:
 
     def images(self, n: int) -> tuple[Tensor, Tensor]:
         return batch(n=n), torch.arange(n) % 10
+
+    def attacked_parts(self, n: int) -> Iterator[Mapping[str, Tensor]]:
+        every = self.attacked(n)
+        for start in range(0, n, 5):
+            yield {name: x[start : start + 5] for name, x in every.items()}
 
     def attacked(self, n: int) -> Mapping[str, Tensor]:
         x = batch(n=n)
@@ -371,8 +376,40 @@ def test_local_scores_are_mean_and_spread_over_tokens(three: list[Fake]) -> None
                 expected = silhouettes(values.mean(axis=2))[i]
                 assert scores["global"][threat] == pytest.approx(expected, abs=1e-5)
     rows = registered()["figA4"]().rows(data)
-    # 2 layers x 3 threats x (2 spaces x 5 places, and the embedding's 4), and the points of 4 pictures a layer
-    assert len(rows) == 2 * 3 * (2 * 5 + 4) + 2 * 3 * 4 * N
+    # 2 layers x 2 spaces x 3 threats x (5 places, the embedding's 4, and the points of 4 pictures)
+    assert len(rows) == 2 * 2 * 3 * (5 + 4 + 4 * N)
+
+
+@pytest.mark.parametrize("name", ["fig5", "figA4"])
+def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_row_says_which(
+    name: str, three: list[Fake]
+) -> None:
+    data = figure(name, three[-1])
+    layers = data["runs"][0]["layers"]
+    model, groups = three[-1].model, three[-1].attacked(N)
+    for layer in layers:
+        given = features.collect(model, groups, layer["layer"])
+        for space, values in (("features", given[1:]), ("difference", difference(given))):
+            expected = embed(features.at(values, "global"), seed=0)
+            points = [layer["points"][space]["global"][threat] for threat in THREATS]
+            np.testing.assert_allclose(points, expected, atol=1e-4)
+    rows = [axes.get_ylabel() for axes in registered()[name]().draw(data).axes if axes.get_ylabel()]
+    told = ["features as they are", "less the natural image's"]
+    assert [row.splitlines()[-1] for row in rows] == told * len(layers)
+
+
+def test_more_images_than_are_kept_have_the_same_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch(n=150), torch.arange(150) % 10
+    threats = {threat.name: threat for threat in DIGITS}
+    once, parted = (GivenModel(KINDS["low-rank"](), "a model", x, y, threats) for _ in range(2))
+    fig3 = registered()["fig3"]()
+    kept = fig3.measure([once], Options(n=150))
+    sizes = []
+    monkeypatch.setattr(subject, "KEPT", 100)
+    monkeypatch.setattr(subject, "attack_all", lambda *given: sizes.append(len(given[1])) or attack_all(*given))
+    assert fig3.measure([parted], Options(n=150)) == kept
+    assert sizes == [64, 64, 22]
+    assert parted._attacked == {}
 
 
 def test_the_layer_can_be_chosen(three: list[Fake]) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from markupsafe import escape
 from PIL import Image
@@ -32,7 +31,7 @@ from rome.evaluation.given import Given
 from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report import _gate_pictures, show, tabulate, write_report
-from small_models import grow
+from small_models import grow, knowing
 
 EVIL = "<script>alert('x|y')</script>"
 CONFIG: dict[str, Any] = {
@@ -53,18 +52,13 @@ EXPERTS = {"kind": "low-rank", "experts": 3, "rank": 4, "layers": ["qkv", "proj"
 
 
 def made_run(folder: Path, settings: dict[str, Any]) -> Path:
-    """A run as `rome train` leaves it, trained for a second on clean digits, and evaluated."""
+    """A run as `rome train` leaves it, of a model that knows the digits, and evaluated."""
     config = parse({**CONFIG, **settings})
     split = config.data.open("train")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(config.model, config.experts, classes=10, shape=split.shape)
-        x, y = split.first(512)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(30):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+        knowing(model, model.backbone.head, *split.first(512))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
     events = [

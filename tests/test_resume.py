@@ -284,7 +284,7 @@ def test_overwrite_starts_anew_and_leaves_other_files(stopped: Run) -> None:
     (stopped.folder / "evaluation").mkdir()
     assert prepare(stopped, overwrite=True, seed=5) is None
     stopped.release()
-    assert sorted(path.name for path in stopped.folder.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(path.name for path in stopped.folder.iterdir()) == ["config.yaml", "notes.txt", "origin.json"]
     assert stopped.config == tiny(seed=5)
 
 

@@ -91,7 +91,7 @@ def test_labels_name_folders_and_tables() -> None:
         (" , ", r"^suite: none is named"),
         ("{kind: apgd", r"^suite: '{kind: apgd': not valid YAML"),
         ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
-        ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog', stpes: Extra inputs"),
+        ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog': unknown setting 'stpes' of Fog"),
     ],
 )
 def test_what_is_no_suite_is_refused(given: Any, message: str) -> None:
@@ -301,7 +301,7 @@ def test_an_attack_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         kind = ""
         attack = "toy"
 
-    with pytest.raises(UserError, match=r"attack 'toy', severity: Input should be a valid integer"):
+    with pytest.raises(UserError, match=r"attack 'toy': Toy: severity: input should be a valid integer"):
         Misspelt.model_construct(types=("fog",), severities=("x",)).cases({}, 10)
 
 

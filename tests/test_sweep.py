@@ -131,6 +131,9 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert {path.name for path in (more.folder / "evaluation").iterdir()} > {"apgd-10", "apgd-20"}
     assert len(gather_rows(chosen)) == 1
     assert gather_rows(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], "all 40 are asked for"
+    other = points([config], ["seed=0", "evaluation.seed=1", "evaluation.n=20", "epochs=1"], out)
+    assert gather_rows(other) == [], "a result of other settings is not shown as theirs"
+    assert "evaluation with other settings (seed: 0 there, 1 now)" in sweep(other)[more.folder]
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
 
@@ -156,11 +159,12 @@ def test_a_case_that_failed_in_one_seed_leaves_a_gap(
         names = ["clean", "L1", "L2"][: 2 if point.config.seed == 1 else 3]
         failed = {} if len(names) == 3 else {"L2": "broken"}
         correct = np.ones((10, len(names)), dtype=bool)
-        made = Report(correct, tuple(names), np.zeros(10, np.int64), np.arange(10), {}, failed=failed)
+        settings = {"suite": point.config.evaluation.suite.dump(), "seed": 0}
+        made = Report(correct, tuple(names), np.zeros(10, np.int64), np.arange(10), settings, failed=failed)
         folder = point.folder / "evaluation" / "apgd-10"
         folder.mkdir(parents=True)
         np.savez(folder / "matrix.npz", **made.arrays())
-        (folder / "settings.json").write_text("{}")
+        (folder / "settings.json").write_text(json.dumps(settings))
         (folder / "result.json").write_text(json.dumps(made.to_json()))
     rows = gather_rows(chosen)
     show_rows(rows)

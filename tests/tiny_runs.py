@@ -46,6 +46,9 @@ TINY: dict[str, Any] = {
 }
 """RoME+RANDOM: two epochs of five updates, with four examples of each threat; a RANDOM run with ``experts: None``."""
 
+EXACT = {"model": {"name": f"{Path(__file__).parent / 'exact_model.py'}:build"}}
+"""Changes of it for comparisons between other batches, which must not differ by more than rounding."""
+
 PRELOAD = ["rome.cli", "rome.training", "rome.progress", "lightning_fabric", "torch.utils.tensorboard", "torch._dynamo"]
 PRELOAD += ["sklearn.datasets", "sklearn.model_selection"]
 

@@ -27,7 +27,7 @@ def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[t
 
     Args:
         pattern: only names like ``vit_*``; of experiments a part such as ``table4``.
-        cost: experiments with parameters and estimated hours.
+        cost: experiments with parameters and multiply-accumulates to train.
 
     Raises:
         UserError: no model or experiment matches.

@@ -342,7 +342,7 @@ def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
     cost: Annotated[
-        bool, typer.Option("--cost", help="Experiments: with parameters and estimated hours on one H100.")
+        bool, typer.Option("--cost", help="Experiments: with parameters and multiply-accumulates to train.")
     ] = False,
 ) -> None:
     """List what configs can name."""

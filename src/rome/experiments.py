@@ -44,8 +44,6 @@ def _shown(path: Path) -> str:
 
 IMAGES = {"digits": 1_437, "cifar10": 50_000, "imagenet100": 126_689, "imagenet": 1_281_167}
 """Training images of the data sets that experiments name."""
-H100 = {"bf16": 0.4 * 989e12, "tf32": 0.4 * 495e12, "fp32": 0.4 * 67e12}
-"""Operations a second assumed of an H100 for the estimates: 40% of its data sheet's peak for dense products."""
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
@@ -62,11 +60,10 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
 
 
 def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
-    """Path, and parameters and hours on one H100, of the experiments; ``pattern`` as above.
+    """Path, and parameters and multiply-accumulates to train, of the experiments; ``pattern`` as above.
 
-    The hours are arithmetic alone: counted multiply-accumulates of a forward pass x the method's passes x images x
-    epochs, at :data:`H100` operations a second. Nobody measured them, and reading images, networks that measure
-    perceptual threats, and evaluation are not in them. Models are built without memory, one for each architecture.
+    Counted, not measured: those of a forward pass x the method's passes x images x epochs. Models are built without
+    memory, one for each architecture.
     """
     counted: dict[str, tuple[int, int] | str] = {}
     for path in files(pattern):
@@ -87,8 +84,8 @@ def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
         threats = config.method.trained(config.threats, config.attack)
         natural, attacked = config.natural_epochs, config.epochs - config.natural_epochs
         passes = 3 * natural + (config.method.passes(threats, config.attack) * attacked if attacked else 0)
-        hours = 2 * products * passes * _images(config) / H100[config.precision] / 3600
-        yield _shown(path), f"{size / 1e6:.2f}M parameters, about {hours:.2g} H100 hours"
+        work = products * passes * _images(config)
+        yield _shown(path), f"{size / 1e6:.2f}M parameters, {work:.2g} multiply-accumulates to train"
 
 
 def _count(config: Config, classes: int, shape: tuple[int, int, int]) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     if "does not require grad" in text:
         return UserError(f"{name} {NO_GRADIENT}")
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    if not x.is_meta and (reason := unusable(tensors)):
+    if not _without_values(x) and (reason := unusable(tensors)):
         return UserError(f"{name} {reason}")
     if other := next((tensor for tensor in tensors if tensor.device != x.device), None):
         return UserError(f"{name} has weights on {other.device} and its images are on {x.device}: move one of them")
@@ -121,6 +121,8 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     hints = [hint] if hint else []
     if "device-side assert" in text:
         hints = ["a label beyond the classes does that"]
+    if "more than 1 value per channel" in text:
+        hints = ["a BatchNorm works on the batch there: call .eval(), and let it have running statistics"]
     reason = "; ".join([last_line(error), *hints])
     return UserError(f"{name} does not take {count} image{'s' * (count > 1)} of {form}: {reason}")
 
@@ -128,7 +130,7 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
 def unusable(tensors: Iterable[Tensor]) -> str:
     """Why weights cannot be attacked with at all; empty where they can."""
     for tensor in tensors:
-        if tensor.is_meta:
+        if _without_values(tensor):
             return "is on the meta device, where weights have no values: build it on a device and load them"
         if tensor.is_inference():
             return (
@@ -136,6 +138,11 @@ def unusable(tensors: Iterable[Tensor]) -> str:
                 "it outside, or take copy.deepcopy(model) outside"
             )
     return ""
+
+
+def _without_values(tensor: Tensor) -> bool:
+    """Whether it lies on the meta device and is no wrapper that holds its values elsewhere."""
+    return tensor.device.type == "meta" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def last_line(error: Exception) -> str:
@@ -282,7 +289,7 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
 
 def _same(one: Tensor, two: Tensor) -> bool:
     """Equal to the last bit; NaN equals NaN, and on the meta device there is nothing to compare."""
-    if one.is_meta or two.is_meta:
+    if _without_values(one) or _without_values(two):
         return True
     if one.shape != two.shape or one.dtype != two.dtype:
         return False

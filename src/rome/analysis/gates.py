@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,9 @@ class GateSample:
     @property
     def experts(self) -> int:
         return int(self.weights.shape[3])
+
+
+_ARRAYS = ("weights", "local", "whole", "entropy")
 
 
 class Pair(NamedTuple):
@@ -113,6 +116,12 @@ def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT
             )
     joined = [np.stack([np.concatenate([piece[i] for piece in part], axis=1) for part in parts]) for i in range(4)]
     return GateSample(tuple(groups), layers, *joined)
+
+
+def join(parts: Sequence[GateSample]) -> GateSample:
+    """The gates of one model on images that were read in parts, one part after the other."""
+    arrays = [np.concatenate([getattr(part, name) for part in parts], axis=2) for name in _ARRAYS]
+    return GateSample(parts[0].groups, parts[0].layers, *arrays)
 
 
 def relative_entropy(weights: Tensor) -> Tensor:

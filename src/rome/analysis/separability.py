@@ -3,10 +3,10 @@
 The paper gives a silhouette per threat (Fig. 5: .611 for Linf in global features) and leaves open of which vectors.
 Threats perturb the same images, and what an image shows moves features far more than a perturbation does: of the
 features as they are, every threat's silhouette is about 0 (within .03 on our digits, at any token and layer), so the
-paper's cannot be of those. What a threat itself does is the difference from the same image's natural features, and that
-is what figures 5 and A4 draw. Whether the paper scored the vectors or their t-SNE picture it does not say either; the
-data has all of it. A silhouette of differences compares their lengths too: a threat that moves features little is a
-tight cluster within a loose one, whose own silhouette is negative.
+paper's cannot be of those. What a threat itself does is the difference from the same image's natural features. Figures
+5 and A4 draw both. Whether the paper scored the vectors or their t-SNE picture it does not say either; the data has all
+of it. A silhouette of differences compares their lengths too: a threat that moves features little is a tight cluster
+within a loose one, whose own silhouette is negative.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,8 @@ NATURAL = "natural"
 STEPS = 15
 """Of APGD, the attack that pictures and routing numbers are made with."""
 AT_A_TIME = 64
+KEPT = 1024
+"""Images whose attacked versions are kept for the next picture; of more, they are made again."""
 WITHOUT_RUN = "is a model without a run: it has no log, no config and no evaluation"
 
 
@@ -99,9 +101,21 @@ class Subject:
         The attack is APGD with 15 steps on this very model, or the threat's own.
         """
         if n not in self._attacked:
-            x, y = self.images(n)
-            self._attacked[n] = {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
+            parts = list(self._attack(n))
+            self._attacked[n] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return MappingProxyType(self._attacked[n])
+
+    def attacked_parts(self, n: int) -> Iterator[Mapping[str, Tensor]]:
+        """The same in parts that follow each other; of more than :data:`KEPT` images none is kept."""
+        if n <= KEPT or n in self._attacked:
+            yield self.attacked(n)
+        else:
+            yield from self._attack(n)
+
+    def _attack(self, n: int) -> Iterator[dict[str, Tensor]]:
+        for numbers in torch.split(torch.arange(min(n, len(self.split))), AT_A_TIME):
+            ((x, y),) = self.split.batches([numbers], device=self.device)
+            yield {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
 
 
 class GivenModel(Subject):

@@ -29,19 +29,19 @@ class _Named(BaseModel):
 
 
 class _Settings(BaseModel):
-    """The form of what an evaluation writes into ``settings.json``, of which readers rely on more than on the rest."""
+    """The form of what readers want of ``settings.json``, as far as it is there."""
 
-    suite: dict[str, Any]
-    threats: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, Any]
-    environment: dict[str, Any]
-    cases: list[_Named]
-    n: int
-    seed: int
-    batch_size: int
-    classes: int
+    suite: dict[str, Any] = {}
+    threats: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    cases: list[_Named] = []
+    n: int = 0
+    seed: int = 0
+    batch_size: int = 0
+    classes: int = 0
 
 
 class _Result(BaseModel):
@@ -313,7 +313,10 @@ class Report:
                     **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            said = " ".join(str(error).split()[:40]) if isinstance(error, ValidationError) else first_line(error)
+            said = first_line(error)
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise UserError(
                 f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"

@@ -90,7 +90,7 @@ class Store:
             make_folder(self.directory)
             self.clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
             replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
-            self._record(settings)
+            trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
             return settings
         advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
         if not resume:
@@ -116,13 +116,8 @@ class Store:
         stored, own = {**stored, "networks": now}, trust.is_own(self.directory / SETTINGS)
         _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
         if own:
-            self._record(stored)
+            trust.record(self.directory / SETTINGS, stored.get("provenance", {}))
         return stored
-
-    def _record(self, settings: Mapping[str, Any]) -> None:
-        """That the settings are of this user, who named the model."""
-        if self.directory is not None and isinstance(kept := settings.get("provenance"), Mapping):
-            trust.record(self.directory / SETTINGS, {"given": kept.get("given")})
 
     def clear(self, *, batches: bool) -> None:
         """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings

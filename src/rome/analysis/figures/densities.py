@@ -43,7 +43,7 @@ class GateDensities(PaperFigure):
                 left_out[subject.name] = "it has no experts"
                 continue
             layer = options.pick(layers)
-            sample = gates.read(subject.model, subject.attacked(options.n))
+            sample = gates.join([gates.read(subject.model, part) for part in subject.attacked_parts(options.n)])
             weights = sample.weights[:, sample.layers.index(layer)].astype(np.float64).round(6)
             runs.append(
                 {

@@ -17,6 +17,9 @@ from rome.analysis.separability import difference, embed, silhouettes
 from rome.analysis.subject import NATURAL, Subject, short
 from rome.errors import UserError
 
+FEATURES, DIFFERENCE = "features", "difference"
+SPACES = {FEATURES: "features as they are", DIFFERENCE: "less the natural image's"}
+"""What is scored and drawn: what the paper says, and what tells threats apart; how a row of panels is called."""
 POSITIONS = 64
 """Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
 
@@ -24,10 +27,10 @@ POSITIONS = 64
 class Separability(PaperFigure):
     """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
 
-    Drawn is the difference from the same image's natural features, most likely what the paper scored; see
-    :mod:`rome.analysis.separability` for why. The data has the silhouettes of the features as they are and of the
-    drawn embedding too. Local scores are mean and standard deviation over tokens, as the paper's. Layers are blocks of
-    a ViT and stages of a CNN or Swin; runs need no experts.
+    Of the features as they are, and of their difference from the same image's natural features, most likely what the
+    paper scored (:mod:`rome.analysis.separability`); each has a row of panels that says which. The data has the
+    silhouettes of the drawn embeddings too. Local scores are mean and standard deviation over tokens, as the paper's.
+    Layers are blocks of a ViT and stages of a CNN or Swin; runs need no experts.
     """
 
     @abstractmethod
@@ -72,8 +75,10 @@ class Separability(PaperFigure):
                                 | {"mean": mean, "spread": spread}
                             )
                 points += [
-                    {**where, "what": "point", "place": place, "threat": threat, "image": image, "x": x, "y": y}
-                    for place, groups in layer["points"].items()
+                    {**where, "what": "point", "space": space, "place": place, "threat": threat}
+                    | {"image": image, "x": x, "y": y}
+                    for space, of in layer["points"].items()
+                    for place, groups in of.items()
                     for threat, values in groups.items()
                     for image, (x, y) in enumerate(values)
                 ]
@@ -84,7 +89,7 @@ class LocalAndGlobal(Separability):
     """One layer, the last or that of ``layer``: t-SNE at the middle token and of the mean, and silhouettes."""
 
     name = "fig5"
-    title = "separability of threats in local and global features"
+    title = "separability of threats in local and global features, as they are and less the natural image's"
     places = ("middle", "global")
 
     def layers(self, blocks: Sequence[str], options: Options) -> list[str]:
@@ -94,20 +99,19 @@ class LocalAndGlobal(Separability):
         return list(layers)
 
     def draw(self, data: dict[str, Any]) -> Canvas:
-        runs = data["runs"]
-        canvas = Canvas(figsize=(PAGE, 0.55 + 2.15 * len(runs)), layout="constrained")
-        grid = canvas.subplots(len(runs), 3, squeeze=False)
-        for row, run in zip(grid, runs, strict=True):
-            (layer,) = run["layers"]
+        lines = _lines(data)
+        canvas = Canvas(figsize=(PAGE, 0.55 + 2.15 * len(lines)), layout="constrained")
+        grid = canvas.subplots(len(lines), 3, squeeze=False)
+        for row, (run, layer, space) in zip(grid, lines, strict=True):
             for axes, place in zip(row, self.places, strict=False):
-                _cloud(axes, layer, place)
-            row[0].set_ylabel(side(run["run"], short(layer["layer"])), fontsize=8.5)
-            _bars(row[-1], run["threats"], layer)
+                _cloud(axes, layer, space, place)
+            row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
+            _bars(row[-1], run["threats"], layer["silhouettes"][space])
             row[-1].sharey(grid[0, -1])
         for axes, title in zip(grid[0], ("local: middle token", "global: mean over tokens", "silhouette"), strict=True):
             axes.set_title(title)
         grid[-1, -1].set_xlabel("filled: local, mean ± s.d. over tokens\nhatched: global", **NOTE)
-        legend(canvas, dots(_names(runs)))
+        legend(canvas, dots(_names(data["runs"])))
         return canvas
 
 
@@ -115,7 +119,10 @@ class OverLayers(Separability):
     """First and last block, at the first, middle and last token and of the mean; the data has every block's scores."""
 
     name = "figA4"
-    title = "separability of threats in the first and last layer, at three tokens and globally"
+    title = (
+        "separability of threats in the first and last layer, at three tokens and globally, in features as they are "
+        "and less the natural image's"
+    )
     places = features.PLACES
 
     def layers(self, blocks: Sequence[str], options: Options) -> list[str]:
@@ -125,52 +132,61 @@ class OverLayers(Separability):
         return list(dict.fromkeys([layers[0], layers[-1]]))
 
     def draw(self, data: dict[str, Any]) -> Canvas:
-        lines = [(run, layer) for run in data["runs"] for layer in run["layers"] if layer["points"]]
+        lines = _lines(data)
         canvas = Canvas(figsize=(PAGE, 0.35 + 1.85 * len(lines)), layout="constrained")
         grid = canvas.subplots(len(lines), len(self.places), squeeze=False)
-        for number, (row, (run, layer)) in enumerate(zip(grid, lines, strict=True)):
+        for number, (row, (run, layer, space)) in enumerate(zip(grid, lines, strict=True)):
             for axes, place in zip(row, self.places, strict=True):
-                _cloud(axes, layer, place)
+                _cloud(axes, layer, space, place)
                 if number == 0:
                     axes.set_title("global" if place == "global" else f"{place} token")
-            row[0].set_ylabel(side(run["run"], short(layer["layer"])), fontsize=8.5)
+            row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
         legend(canvas, dots(_names(data["runs"])))
         return canvas
 
 
 def _measure(given: np.ndarray, threats: list[str], places: Sequence[str], seed: int) -> dict[str, Any]:
     """Silhouettes and points of one layer's features (1 + P, n, T, D)."""
-    apart = difference(given)
+    spaces = {FEATURES: given[1:], DIFFERENCE: difference(given)}
     chosen = np.unique(np.linspace(0, given.shape[2] - 1, min(POSITIONS, given.shape[2])).round().astype(int))
     scores: dict[str, Any] = {}
-    for space, values in (("difference", apart), ("features", given[1:])):
+    points: dict[str, Any] = {}
+    for space, values in spaces.items():
         local = np.stack([silhouettes(values[:, :, t]) for t in chosen])  # (T', P)
         pairs = np.stack([local.mean(axis=0), local.std(axis=0)], axis=1).round(6).tolist()
         scores[space] = {"local": dict(zip(threats, pairs, strict=True))}
         for place in features.PLACES:
             one = silhouettes(features.at(values, place)).round(6).tolist()
             scores[space][place] = dict(zip(threats, one, strict=True))
-    points: dict[str, Any] = {}
-    for place in places:
-        found = embed(features.at(apart, place), seed=seed)
-        one = silhouettes(found).round(6).tolist()
-        scores.setdefault("embedding", {})[place] = dict(zip(threats, one, strict=True))
-        points[place] = dict(zip(threats, found.round(4).tolist(), strict=True))
+        for place in places:
+            found = embed(features.at(values, place), seed=seed)
+            one = silhouettes(found).round(6).tolist()
+            scores.setdefault(_embedding(space), {})[place] = dict(zip(threats, one, strict=True))
+            points.setdefault(space, {})[place] = dict(zip(threats, found.round(4).tolist(), strict=True))
     return {"tokens": int(given.shape[2]), "silhouettes": scores, "points": points}
 
 
-def _cloud(axes: Axes, layer: dict[str, Any], place: str) -> None:
-    scatter(axes, layer["points"][place])
+def _embedding(space: str) -> str:
+    return f"embedding of {space}"
+
+
+def _lines(data: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    """Run, layer and space of every row of panels."""
+    return [(run, layer, space) for run in data["runs"] for layer in run["layers"] for space in layer["points"]]
+
+
+def _cloud(axes: Axes, layer: dict[str, Any], space: str, place: str) -> None:
+    scatter(axes, layer["points"][space][place])
     axes.set_box_aspect(1)
-    space, picture = (
-        signed(float(np.mean(list(layer["silhouettes"][of][place].values())))) for of in ("difference", "embedding")
+    score, picture = (
+        signed(float(np.mean(list(layer["silhouettes"][of][place].values())))) for of in (space, _embedding(space))
     )
-    axes.set_xlabel(f"silhouette {space}\nin the picture {picture}", **NOTE)
+    axes.set_xlabel(f"silhouette {score}\nin the picture {picture}", **NOTE)
 
 
-def _bars(axes: Axes, threats: list[str], layer: dict[str, Any]) -> None:
+def _bars(axes: Axes, threats: list[str], scores: dict[str, Any]) -> None:
     """Local silhouettes with their spread over tokens, and global ones hatched beside them."""
-    every, scores = looks(threats), layer["silhouettes"]["difference"]
+    every = looks(threats)
     for i, threat in enumerate(threats):
         mean, spread = scores["local"][threat]
         axes.bar(i - 0.2, mean, 0.36, color=every[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
