@@ -89,6 +89,7 @@ def test_size_is_the_norm_over_the_whole_image(norm: str, pair: tuple[Tensor, Te
 @pytest.mark.parametrize("eps", [1e-3, 0.01, 1.0, 255.0])
 def test_many_small_changes_stay_in_the_ball_as_float32_adds_them(norm: str, eps: float, kind: str) -> None:
     """150,528 rounded sums x + delta keep the radius to 1e-5: projected, as a start of PGD, and as a step of it."""
+    eps = min(eps, 1) if norm == "Linf" else eps  # more is refused
     g = torch.Generator().manual_seed(0)
     u, noise = (torch.rand(2, 3, 224, 224, generator=g) for _ in range(2))
     images = {"uniform": u, "bright": 0.9 + 0.1 * u, "saturated": u.round(), "both": (1.6 * u - 0.3).clamp(0, 1)}
