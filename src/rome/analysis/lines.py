@@ -128,14 +128,22 @@ def with_gains(lines: list[Line], ours: str) -> list[Line]:
     for i, (line, config) in enumerate((line, line.config) for line in lines):
         if config is not None and config.experts is not None:
             bases = plain.get((*_group(line), config.method.kind), []) if plain else whole.get(line.section, [])
-            if len(bases) == 1 and bases[0] is not line and (both := _comparable(line, bases[0])):
-                found[i] = (bases[0], *both)
+            measured = [(base, both) for base in bases if base is not line and (both := _comparable(line, base))]
+            # of two forms of a method, as of E-AT, the later row; of two trainings of one form, nobody knows which
+            measured = [each for each in measured if _method(each[0]) == _method(measured[-1][0])]
+            if len(measured) == 1:
+                ((base, both),) = measured
+                found[i] = (base, *both)
     return [
         replace(line, gain=_gain(*found[i][1:], comparisons=len(found)), against=found[i][0].label)
         if i in found
         else line
         for i, line in enumerate(lines)
     ]
+
+
+def _method(line: Line) -> object:
+    return None if line.config is None else line.config.method
 
 
 def _comparable(line: Line, base: Line) -> tuple[list[Report], list[Report]] | None:

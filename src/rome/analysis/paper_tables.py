@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rome.analysis.compared import PREFERRED_SUITES, config_differences
+from rome.analysis.compared import PREFERRED_SUITES
 from rome.analysis.evaluated import EvaluatedModel, EvaluatedRun, is_evaluation, load_evaluation
 from rome.analysis.lines import SAME, Cell, Line, value_of, with_best, with_gains
 from rome.analysis.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
@@ -34,8 +34,6 @@ from rome.threats import LpBall
 
 GIVEN = "Given models"
 """Section of the models that no run made."""
-_PLACES = ("data.path", "data.download")
-"""Settings of where the same data lies."""
 LEARNED = "learned"
 """Gate weights of an evaluation that says nothing of them."""
 
@@ -54,7 +52,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     Raises:
         UserError: no such table, a folder that is no run, a run that belongs to no row, or one without an evaluation of
-            its present weights; or runs of one row that differ in more than the seed, or not even in that.
+            its present weights; or two runs of one training with one seed.
     """
     number = table.upper()
     if number not in TABLES:
@@ -69,8 +67,6 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     for run in (Run(place) for place in places if not is_evaluation(place)):
         for i in _rows_of(run, [row for _, row in rows], number):
             members[i].append(run)
-    for own in members:
-        _check_seeds(own)
     found = {run.folder: _evaluations(run, columns) for own in members for run in own}
     shared = Counter(key for each in (*found.values(), *given.values()) for key in {(suite, n) for _, suite, n in each})
     placed: list[tuple[int, str, Line]] = []
@@ -85,6 +81,12 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
                     EvaluatedRun(name="", folder=run.folder, report=report, run=run, config=run.config).check_fresh()
                 used.add(run.folder)
                 alike.setdefault(_alike(run.config, shown), []).append((run, shown))
+        for first, other in (pair for group in alike.values() for pair in combinations([run for run, _ in group], 2)):
+            if first.config.seed == other.config.seed:
+                raise UserError(
+                    f"{first.folder} and {other.folder} would be joined as two seeds of a training, but have the same "
+                    f"seed, {first.config.seed}: leave one out"
+                )
         heads = [group[0][0] for group in alike.values()]
         names = names_of([run.config.name for run in heads], [run.folder for run in heads])
         elsewhere = ["" if _setting(run.config) == _setting(row) else _elsewhere(run.config) for run in heads]
@@ -172,17 +174,6 @@ def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) 
         f"{place} has no finished evaluation with a column of table {number}: "
         f"run `{command}{suite}` first, or leave it out"
     )
-
-
-def _check_seeds(runs: Sequence[Run]) -> None:
-    """Raise UserError unless the runs of a row differ in their seeds: a mean and a deviation of others mean nothing."""
-    for first, other in combinations(runs, 2):
-        found = config_differences([first.config, other.config])
-        others = [key for key in found if key.partition(".")[0] not in ("seed", "evaluation") and key not in _PLACES]
-        if others or "seed" not in found:
-            values = ", ".join(f"{key}: {found[key][0]} and {found[key][1]}" for key in others[:3])
-            what = f"differ in more than the seed ({values})" if others else f"have the same seed, {first.config.seed}"
-            raise UserError(f"{first.folder} and {other.folder} would be joined in one row, but {what}: leave one out")
 
 
 def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:

@@ -41,14 +41,15 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
     if img_size is not None:
         settings["size"] = img_size
     try:
-        data = Data.of_kind(kind).model_validate(given)
+        owner = Data.of_kind(kind)
+        data = owner.model_validate(given)
         resized = isinstance(data, ImageFolder) or (
             isinstance(data, Parquet) and (img_size or data.size or not data.one_size())
         )
         return type(data).model_validate({**settings, **given}) if resized else data
     except ValidationError as error:
-        wrong = mistakes(error, given, Data)[0].of(f"data {text!r}")
-        raise UserError(f"{wrong}; give {_FORMS}") from None
+        wrong = mistakes(error, given, owner)[0].of(f"data {text!r}")
+        raise UserError(f"{wrong.rstrip('.')}; give {_FORMS}") from None
     except PydanticCustomError as error:
         raise UserError(f"data {text!r}: {error}; give {_FORMS}") from None
 
