@@ -93,7 +93,9 @@ def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     assert first.err.count("Linf: ") >= 1
     assert (second.out, second.err) == ("", "")
     again = both(run.folder, "--out", tmp_path / "two", "--json", logs=tmp_path / "again")
-    assert json.loads(again[0].out) == json.loads(first.out), "a finished result is returned to all"
+    returned = json.loads(first.out) | {"reused": {"result": together.date}}
+    assert json.loads(again[0].out) == returned, "a finished result is returned to all"
+    assert ("reused: " in again[0].err, again[1].err) == (True, "")
 
 
 def test_what_one_process_did_two_go_on_with(run: Run, tmp_path: Path) -> None:
