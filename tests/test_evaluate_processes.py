@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 
 from rome.assess import evaluate_saved
-from rome.data import Digits
 from rome.evaluating import Report
 from rome.runs import Run
 from rome.training import train
-from small_models import drawn, knowing
 from tiny_runs import Child, Ended, no_traceback, tiny, two_processes
 
 BATCH = 4
@@ -39,23 +37,19 @@ def config(*how: str) -> Any:
     return tiny(
         name="tiny",
         imports=["toy_suites"],
-        epochs=1,
-        natural_epochs=1,
-        threats=[{"norm": "L1", "eps": 0.5}, {"norm": "L2", "eps": 0.2}, {"norm": "Linf", "eps": 0.04}],
+        epochs=4,
+        natural_epochs=4,
+        batch_size=30,
+        data__train_limit=1200,
+        optimizer={"lr": 2e-2},
+        threats=[{"norm": "L1", "eps": 0.5}, {"norm": "L2", "eps": 0.1}, {"norm": "Linf", "eps": 0.02}],
         evaluation={"suite": suite, "n": 18, "batch_size": BATCH},
     )
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Trained for a moment, with weights drawn anew and a head that knows the digits."""
-    from rome.models import load_model, save_model
-
-    run = train(config(), tmp_path_factory.mktemp("processes") / "tiny")
-    model = drawn(load_model(run.model_file))
-    model = knowing(model, model.backbone.head, *Digits().open("train").first(1000))
-    save_model(model, run.model_file, config=config().dump())
-    return run
+    return train(config(), tmp_path_factory.mktemp("processes") / "tiny")
 
 
 def with_toys(run: Run, folder: Path, *how: str) -> Run:
@@ -99,8 +93,9 @@ def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     assert first.err.count("Linf: ") >= 1
     assert (second.out, second.err) == ("", "")
     again = both(run.folder, "--out", tmp_path / "two", "--json", logs=tmp_path / "again")
-    returned = {**json.loads(again[0].out), "reused": {}}
-    assert returned == json.loads(first.out), "a finished result is returned to all"
+    returned = json.loads(first.out) | {"reused": {"result": together.date}}
+    assert json.loads(again[0].out) == returned, "a finished result is returned to all"
+    assert ("reused: " in again[0].err, again[1].err) == (True, "")
 
 
 def test_what_one_process_did_two_go_on_with(run: Run, tmp_path: Path) -> None:
