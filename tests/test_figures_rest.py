@@ -232,6 +232,14 @@ def test_curves_are_the_validations_and_say_when_the_others_peak_was_reached() -
     assert first["robust_L1"] == pytest.approx(0.2)
 
 
+def test_a_union_under_other_threats_is_no_curve_beside_the_first() -> None:
+    plain, other = (logged(name, validated(1, 0.2), validated(2, 0.5)) for name in ("plain", "other"))
+    other.config = tiny(threats="cifar10")
+    data = TrainingTime().measure([plain, other], Options())
+    assert [run["name"] for run in data["runs"]] == ["plain"]
+    assert data["left_out"] == {"other": "it was validated on other data, threats or settings than plain"}
+
+
 def test_a_run_without_validation_shows_training_accuracy_and_says_so() -> None:
     natural = {"event": "epoch", "epoch": 1, "seconds": 5, "accuracy": {"clean": 0.9}}
     epoch = {"event": "epoch", "epoch": 2, "seconds": 9, "accuracy": {"L1": 0.3, "Linf": 0.5}}

@@ -31,7 +31,16 @@ class TrainingTime(PaperFigure):
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         runs, left_out = trained(subjects)
-        curves = [_curve(subject) for subject in runs]
+        curves = []
+        first: Subject | None = None
+        for subject in runs:
+            curve = _curve(subject)
+            if curve["quantity"] == HELD_OUT:
+                first = first or subject
+                if _held_out(subject) != _held_out(first):
+                    left_out[subject.name] = f"it was validated on other data, threats or settings than {first.name}"
+                    continue
+            curves.append(curve)
         without = [curve["name"] for curve in curves if not curve["points"]]
         if without:
             raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
@@ -93,6 +102,12 @@ def _curve(subject: Subject) -> dict[str, Any]:
         if "clean" not in line["accuracy"]  # a natural epoch says nothing about robustness
     ]
     return _run(subject, TRAINING, points)
+
+
+def _held_out(subject: Subject) -> tuple[Any, ...]:
+    """What two unions on held-out examples must share to be compared."""
+    config = subject.config
+    return config.validation, config.threats, config.data.kind
 
 
 def _run(subject: Subject, quantity: str, points: list[dict[str, Any]]) -> dict[str, Any]:
