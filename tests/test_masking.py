@@ -62,7 +62,7 @@ def test_an_honest_model_raises_nothing(digits_model: nn.Module, digits: Any) ->
 @pytest.mark.parametrize(
     ("mask", "raised"),
     [
-        ({"after": lambda logits: 1e4 * logits}, {"zero-input-gradients", "unbounded-attack"}),
+        ({"after": lambda logits: 1e4 * logits}, {"zero-input-gradients"}),
         ({"after": lambda logits: logits.round()}, {"zero-input-gradients", "unbounded-attack"}),
         ({"before": lambda x: (x * 4).round() / 4}, {"zero-input-gradients", "unbounded-attack"}),
         ({"after": lambda z: z + (z - z).sum(1, keepdim=True).sqrt()}, {"zero-input-gradients", "unbounded-attack"}),

@@ -80,7 +80,7 @@ def look(
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
-    zero = float(every("checks", lambda x, y: _useless(loss_and_gradient(model, x, y)[2])).mean())
+    zero = float(every("checks", lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
     message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
@@ -108,6 +108,12 @@ def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> T
         if len(x) == 1:
             return torch.ones_like(y, dtype=torch.bool)
         return torch.cat([_robust(model, x[i : i + 1], y[i : i + 1], threat, steps) for i in range(len(x))])
+
+
+def _cross_entropy_gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    """What attacks on the cross-entropy see in float32: it is zero also where the model is very confident."""
+    odds, _, gradient = loss_and_gradient(model, x, y)
+    return gradient * odds.sigmoid().view(-1, 1, 1, 1)
 
 
 def _useless(gradient: Tensor) -> Tensor:
