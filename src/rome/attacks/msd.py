@@ -79,4 +79,4 @@ def steepest_descent(
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
         check_results(x, y, (best.images,), inside[best.chosen, rows])
-    return best._replace(loss=F.softplus(best.loss))
+    return best._replace(loss=F.softplus(best.loss).float())

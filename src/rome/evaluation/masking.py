@@ -19,6 +19,7 @@ from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE
 from rome.attacks.base import Model, loss_and_gradient
 from rome.evaluation.memory import Halving
+from rome.evaluation.progress import cost
 from rome.evaluation.statistics import mcnemar
 from rome.evaluation.suites import Case
 from rome.evaluation.units import Examples
@@ -30,6 +31,8 @@ SAMPLE, SHARE = 64, 16
 """The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
 they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
 STEPS = (10, 100)
+COST = 3 * 131 / SHARE
+"""Forward passes for each example of an evaluation, a gradient counted as three."""
 WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
 """A ball that holds the whole box around every image."""
 ZERO_SHARE = 0.05
@@ -38,8 +41,11 @@ P = 0.05
 
 
 def worth_checking(cases: Sequence[Case], n: int) -> bool:
-    """Whether the checks are made by default: a suite that is published with, and examples enough to hide the cost."""
-    return n >= FEWEST and any(isinstance(attack, APGDCE) for case in cases for attack in case.attacks)
+    """Whether the checks are made by default: examples enough, and a suite that is published with or one whose own
+    search by gradients costs ten times as much."""
+    tried = [(attack, case.threat) for case in cases if not case.on_all for attack in case.attacks]
+    searched = sum(cost(attack, threat) for attack, threat in tried if attack.differentiates)
+    return n >= FEWEST and (any(isinstance(attack, APGDCE) for attack, _ in tried) or searched >= 10 * COST)
 
 
 def look(
