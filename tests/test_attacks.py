@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import random
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -276,7 +276,7 @@ def literal_apgd(
 
     def look(point: np.ndarray) -> tuple[float, bool, np.ndarray]:
         image = torch.tensor(point)[None].requires_grad_()
-        logits = model(image).float()
+        logits = model(image)
         loss = F.cross_entropy(logits, torch.tensor([y]))
         (gradient,) = torch.autograd.grad(loss, image)
         return loss.item(), logits.argmax().item() == y, gradient[0].numpy()
@@ -314,7 +314,7 @@ def literal_apgd(
             signs = np.sign(gradient) * (np.abs(gradient) >= threshold)
             new = project(point + eta * signs / (np.abs(signs).sum() + 1e-10))
         else:
-            direction = np.sign(gradient) if norm == "Linf" else gradient / (np.linalg.norm(gradient) + 1e-12)
+            direction = np.sign(gradient) if norm == "Linf" else gradient / np.linalg.norm(gradient)
             z, a = project(point + eta * direction), (0.75 if i > 1 else 1.0)
             new = project(point + a * (z - point) + (1 - a) * (point - previous))
         previous, point = point, new
@@ -406,6 +406,34 @@ def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPa
         assert torch.equal(value, before[name])
 
 
+class Merging(nn.Linear):
+    """As LoRA's official layer: in evaluation mode its update is part of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(48, 5)
+        self.update, self.merged = nn.Parameter(torch.ones(5, 48)), False
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.update.data if mode else self.update.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.merged else super().forward(x) + F.linear(x, self.update)
+
+
+def test_layers_that_merge_their_update_to_evaluate_train_it_after_an_attack() -> None:
+    model = nn.Sequential(nn.Flatten(), Merging()).train()
+    before, x = model[1].weight.detach().clone(), torch.rand(4, 3, 4, 4)
+    PGD(steps=1)(model, x, torch.arange(4), CIFAR10["Linf"])
+    assert not model[1].merged
+    torch.testing.assert_close(model[1].weight, before, rtol=0, atol=1e-6)
+    model(x).sum().backward()
+    assert model[1].update.grad is not None
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight / self.weight.std(), self.bias)
@@ -413,7 +441,8 @@ class Standardised(nn.Conv2d):
 
 def test_under_autocast_parameters_stay_the_objects_they_were_and_foreign_layers_their_own() -> None:
     """DistributedDataParallel's hooks hang on them, and a layer that changes its weight first rounds it afterwards."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), nn.Flatten(), nn.Linear(64, 5))
+    normed = torch.nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), normed, nn.Flatten(), nn.Linear(64, 5))
     x, y = torch.rand(2, 3, 8, 8), torch.arange(2)
     before = dict(model.named_parameters())
     hooked: list[str] = []
@@ -423,9 +452,10 @@ def test_under_autocast_parameters_stay_the_objects_they_were_and_foreign_layers
     dtypes: list[torch.dtype] = []
     for layer in model[:2]:
         layer.register_forward_hook(lambda layer, given, out: dtypes.append(layer.weight.dtype))
+    normed.register_forward_hook(lambda layer, given, out: dtypes.append(layer.weight_v.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         PGD(steps=1, random_start=False)(model, x, y, CIFAR10["L2"])
-        assert dtypes[:2] == [torch.bfloat16, torch.float32]
+        assert dtypes[:3] == [torch.bfloat16, torch.float32, torch.float32]
         model(x).sum().backward()
     assert dict(model.named_parameters()) == before
     assert [p.expand_as(p).grad_fn.next_functions[0][0] for p in before.values()] == accumulators
@@ -663,6 +693,25 @@ def test_no_gradient_no_step(norm: str) -> None:
     x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64)
     for attack in (PGD(steps=5, random_start=False), APGD(steps=10)):
         assert torch.equal(attack(Constant(), x, y, LpBall(norm=norm, eps=1)), x)
+
+
+@pytest.mark.parametrize("attack", [PGD(random_start=False), APGD(steps=10)], ids=str)
+@pytest.mark.parametrize("power", [-80, -30, 6, 12, 20])
+def test_how_confident_a_model_is_does_not_matter(attack: Attack, norm: str, power: int) -> None:
+    """Of two classes' logits, 2^power (0, w.x), the gradient points the same way however large they are, although their
+    cross-entropy or the square of its gradient is zero in float32."""
+    torch.manual_seed(0)
+    w, x = torch.randn(48), 0.3 + 0.4 * torch.rand(8, 3, 4, 4)
+    threat = LpBall(norm=norm, eps=RADII[norm])
+
+    def images(scale: float) -> Tensor:
+        def model(z: Tensor) -> Tensor:
+            product = z.flatten(1) @ w * scale
+            return torch.stack([torch.zeros_like(product), product], dim=1)
+
+        return attack(model, x, model(x).argmax(1), threat)
+
+    torch.testing.assert_close(images(2.0**power), images(1.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1, 10])

@@ -63,6 +63,14 @@ def test_part_finds_the_images_of_pyautoattack(name: str, threat: LpBall) -> Non
     assert torch.equal(found.robust, model(expected).argmax(1) == y)
 
 
+@pytest.mark.parametrize("attack", parts(), ids=lambda attack: attack.kind)
+def test_logits_in_double_precision_are_taken_as_those_in_single(attack: Attack) -> None:
+    model, x = small_net(), images()
+    y, seed = model(x).argmax(1), torch.Generator().manual_seed(3)
+    found = [attack.run(each, x, y, DIGITS["L2"], generator=seed) for each in (model, lambda z: model(z).double())]
+    assert torch.equal(found[0].images, found[1].images)
+
+
 @pytest.mark.parametrize(("norm", "dual"), [("L1", float("inf")), ("L2", 2.0), ("Linf", 1.0)])
 def test_linear_model_is_fooled_exactly_where_the_dual_norm_says(norm: str, dual: float) -> None:
     """Two classes, logits (0, w.x + b): robust if and only if |w.x + b| > eps * dual norm of w."""

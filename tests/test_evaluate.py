@@ -747,6 +747,7 @@ CANNOT = [
     (lambda: trained().half(), r"weights of float16 and its images are float32: call model.float\(\)"),
     (lambda: trained().double(), r"weights of float64 and its images are float32: call model.float\(\)"),
     (lambda: trained().to("meta"), "is on the meta device"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)).eval(), "lazy layers without weights yet: call it once"),
 ]
 
 

@@ -376,6 +376,12 @@ def spectral() -> nn.Module:
     return nn.ModuleDict({"qkv": nn.Linear(8, 8), "proj": nn.utils.spectral_norm(nn.Linear(8, 8))})
 
 
+def own_forward() -> nn.Module:
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 8), "proj": nn.Linear(8, 8)})
+    model.proj.forward = lambda x: 2 * x
+    return model
+
+
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "nothing matches": (tiny_vit, {"layers": "q"}, r"no Linear or Conv2d layer matches 'q'.*fc1, fc2, head, proj, qkv"),
     "one of two matches nothing": (tiny_vit, {"layers": ("qkv", "out")}, r"matches 'out'; .*fc1, fc2, head, proj, qkv"),
@@ -402,6 +408,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "a subclass of Linear": (
         lambda: nn.ModuleDict({"proj": Quantized(8, 8)}), {"layers": "proj"}, r"proj .*a Quantized, not a plain"
     ),
+    "a forward of its own": (own_forward, {"layers": "proj"}, r"proj .* a forward of its own"),
     "a computed weight": (spectral, {"layers": "proj"}, r"proj .*computed at each call"),
     "a parametrized weight": (
         lambda: nn.ModuleDict(

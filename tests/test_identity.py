@@ -155,6 +155,18 @@ def test_what_wraps_a_model_changes_nothing() -> None:
         assert identity(wrapped) == identity(model)
 
 
+def test_tensors_of_every_layout_are_part_of_a_model() -> None:
+    def holding(buffer: Tensor) -> str | None:
+        model = nn.Linear(2, 2)
+        model.load_state_dict({"weight": torch.eye(2), "bias": torch.ones(2)})
+        model.register_buffer("held", buffer)
+        return hash_model(model)
+
+    turned = torch.tensor([1 + 2j, 3j])
+    buffers = [torch.eye(2).to_sparse(), (2 * torch.eye(2)).to_sparse(), turned, turned.conj()]
+    assert len({holding(buffer) for buffer in buffers}) == 4
+
+
 def test_settings_of_gates_are_part_of_a_model() -> None:
     def gated(pool: str) -> dict[str, Any]:
         torch.manual_seed(0)

@@ -417,6 +417,29 @@ def test_what_is_saved_of_a_wrapped_model_can_be_read(name: str, tmp_path: Path)
     assert same(copied(load_model(tmp_path / "again.safetensors")), state)
 
 
+def test_what_was_changed_after_it_was_built_is_not_built_again_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Activations are in no tensor."""
+
+    def changed() -> nn.Module:
+        model = vit(seed=1)
+        model.backbone.blocks[0].mlp.act = nn.ReLU()
+        return model
+
+    file, message = tmp_path / "m.safetensors", r"was saved of a model with .*1 ReLU \(here 0\)"
+    source, x = rome.add_experts(changed(), rank=2).eval(), torch.rand(2, 3, 32, 32)
+    save_model(source, file)
+    with pytest.raises(UserError, match=f"{message}.*pass the module to load it into"):
+        load_model(file)
+    capsys.readouterr()
+    assert torch.equal(load_model(file, changed())(x), source(x))
+    assert capsys.readouterr().err == ""
+    load_model(file, vit())
+    assert re.search(message, capsys.readouterr().err)
+    assert any(re.search(message, remark) for remark in load_weights(vit(), file))
+
+
 class Own(nn.Module):
     """A module of somebody's around a model."""
 

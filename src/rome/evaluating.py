@@ -104,9 +104,9 @@ def evaluate(
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
-        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so where they cost less
-            than a tenth: for suites with AutoAttack's attacks, from 100 examples on. True also looks where a finished
-            result has none.
+        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
+            examples on where they cost less than a tenth of the suite. True also looks where a finished result has
+            none.
         team: the processes that share the work (:func:`rome.evaluation.processes.launched`); each calls this function
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,12 @@ def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, f"{path}.{name}" if path else name)
 
 
+def layer_counts(model: nn.Module) -> dict[str, int]:
+    """How many modules of each class there are among those that hold no others."""
+    leaves = (module for _, module in walk(model) if not module._modules)
+    return dict(sorted(Counter(type(module).__qualname__ for module in leaves).items()))
+
+
 def tensors(model: nn.Module) -> dict[str, Any]:
     """Parameters, buffers, also those that a checkpoint leaves out, and extra state, under the names they have in a
     model that nothing wraps."""
@@ -40,7 +47,8 @@ def tensors(model: nn.Module) -> dict[str, Any]:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The content of a tensor, in order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = tensor.detach().cpu() if tensor.layout is torch.strided else tensor.detach().cpu().to_dense()
+    flat = dense.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 

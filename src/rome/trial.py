@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -130,6 +131,8 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
 def unusable(tensors: Iterable[Tensor]) -> str:
     """Why weights cannot be attacked with at all; empty where they can."""
     for tensor in tensors:
+        if is_lazy(tensor):
+            return "has lazy layers without weights yet: call it once on a few images"
         if _without_values(tensor):
             return "is on the meta device, where weights have no values: build it on a device and load them"
         if tensor.is_inference():
@@ -293,21 +296,35 @@ def _same(one: Tensor, two: Tensor) -> bool:
         return True
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
+    one, two = (each if each.layout is torch.strided else each.to_dense() for each in (one, two))
     return bool(((one == two) | ((one != one) & (two != two))).all())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode are told of it:
+    LoRA's official ones merge their update into the weight in evaluation mode, and in training they have to take it
+    out again, or nothing of it learns."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            if module.training != training and type(module).train is not nn.Module.train:
+                module.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
 def tried(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without a graph; modes, buffers and random states are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        model.eval()
-        with torch.no_grad(), unchanged_states():
+        with evaluating(model), torch.no_grad(), unchanged_states():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, old in buffers:
                 if not _same(buffer, old):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, loss_and_gradient, signs
+from rome.attacks.base import Attack, Found, Group, Model, log_odds, loss_and_gradient, signs, unit
 from rome.attacks.pgd import Steps
 from rome.component import Number
 from rome.errors import UserError
@@ -60,7 +60,7 @@ class APGD(Attack):
                 if walker.steps > step + 1:
                     walker.adapt(state)
         adversarial = torch.where(state.robust.view(-1, 1, 1, 1), state.best, state.last_wrong)
-        return Found(state.best, adversarial, state.robust, state.best_loss)
+        return Found(state.best, adversarial, state.robust, F.softplus(state.best_loss))
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
         if isinstance(group.threat, LpBall) and group.threat.norm == "L1":
@@ -77,18 +77,18 @@ class _State:
         self.point = x.clone()
         self.before = x.clone()
         self.gradient = torch.zeros_like(x)
-        self.loss = torch.zeros_like(y, dtype=torch.float32)
+        self.loss = torch.zeros_like(y, dtype=x.dtype)
         self.correct = torch.ones_like(y, dtype=torch.bool)
 
     def see(self, model: Model, end: int, *, gradient: bool) -> None:
-        """Loss, correctness and gradient at the current points [:end]."""
+        """Log odds against the label, correctness and gradient at the current points [:end]."""
         if gradient:
             self.loss[:end], self.correct[:end], self.gradient[:end] = loss_and_gradient(
                 model, self.point[:end], self.y[:end]
             )
         else:  # nobody moves again: the last backward is not needed
-            logits = model(self.point[:end]).float()
-            self.loss[:end] = F.cross_entropy(logits, self.y[:end], reduction="none")
+            logits = model(self.point[:end])
+            self.loss[:end] = log_odds(logits, self.y[:end])
             self.correct[:end] = logits.argmax(1) == self.y[:end]
 
     def start(self) -> None:
@@ -145,18 +145,14 @@ class _Momentum(_Walker):
         self.shorter, self.shortest = max(int(0.03 * self.steps), 1), max(int(0.06 * self.steps), 1)
         self.rises = torch.zeros_like(self.size)
         # The published code compares the first loss with an unfilled zero row, which counts as a rise.
-        self.previous_loss = torch.zeros_like(self.size, dtype=torch.float32)
+        self.previous_loss = torch.full_like(self.size, -torch.inf)
         self.halved = torch.ones_like(self.size, dtype=torch.bool)
         self.checked_loss = start_loss
 
     def move(self, state: _State, step: int) -> None:
         point, gradient = state.point[self.rows], state.gradient[self.rows]
         drift = point - state.before[self.rows]
-        if self.threat.norm == "Linf":
-            direction = signs(gradient)
-        else:
-            length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).view(-1, 1, 1, 1)
-            direction = gradient / (length + 1e-12)
+        direction = signs(gradient) if self.threat.norm == "Linf" else unit(gradient)
         target = self.threat.project(point + self.size.view(-1, 1, 1, 1) * direction, self.x)
         a = 0.75 if step > 0 else 1.0
         state.before[self.rows] = point

@@ -26,7 +26,7 @@ from pyautoattack import AutoAttack
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, at_least_float32
+from rome.attacks.base import Attack, Found, Group, Model
 from rome.errors import UserError
 from rome.randomness import Stream, cuda_in_use
 from rome.threats import LpBall, PerExample, Threat
@@ -274,7 +274,7 @@ class _Watched:
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return at_least_float32(self.model(x))
+        return self.model(x).to(x.dtype)  # pyautoattack keeps losses and gradients of one type
 
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()

@@ -25,7 +25,7 @@ from rome.errors import UserError
 from rome.experts.gated import Gated
 from rome.randomness import Stream, stream
 from rome.threats import PerExample, Threat
-from rome.trial import IN_PLACE, THE_MODEL, ask, check_labels, outside_box, unusable
+from rome.trial import IN_PLACE, THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
 from rome.trial import Model as Model
 
 
@@ -46,15 +46,27 @@ UNSEEN = torch.empty(0)
 """Stands for the loss of images that a search did not look at."""
 
 
-def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy per example (B,), correctness (B,) and input gradient (B, C, H, W), in one forward and backward.
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log of the odds against each label, log sum_{j != y} exp(z_j) - z_y, in float32 at least: (B,).
 
-    The loss is summed, so that an example's gradient does not depend on its batch mates.
+    The cross-entropy is its softplus, so both rise in the same direction. But where a model is confident the
+    cross-entropy and its gradient vanish in float32, from a lead of 17 of the label's logit on in parts, from 104 on
+    altogether, and an attack on it would stand still.
+    """
+    logits = at_least_float32(logits)
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.logsumexp(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`log_odds` per example (B,), correctness (B,) and input gradient (B, C, H, W), in one forward and backward.
+
+    They are summed, so that an example's gradient does not depend on its batch mates.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x).float()
-        loss = F.cross_entropy(logits, y, reduction="none")
+        logits = model(x)
+        loss = log_odds(logits, y)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), logits.detach().argmax(1) == y, gradient
 
@@ -62,6 +74,14 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 def signs(gradient: Tensor) -> Tensor:
     """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
     return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Each example's gradient (B, ...) at L2 length 1, however small its numbers are; one of zeros stays."""
+    flat = gradient.flatten(1)
+    tiny = torch.finfo(flat.dtype).tiny
+    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could be zero
+    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -89,25 +109,22 @@ def frozen(model: Model) -> Iterator[None]:
         return
     if reason := unusable([*model.parameters(), *model.buffers()]):
         raise UserError(f"{THE_MODEL} {reason}")
-    modes = [(module, module.training) for module in model.modules()]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        model.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for module, name, reduced in _autocast_weights(model):
-            own = module.get_parameter(name)
-            replaced.append((module, name, own))
-            module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
-        yield
-    finally:
-        for module, name, parameter in replaced:
-            module._parameters[name] = parameter
-        for module, training in modes:
-            module.training = training
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+    with evaluating(model):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for module, name, reduced in _autocast_weights(model):
+                own = module.get_parameter(name)
+                replaced.append((module, name, own))
+                module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
+            yield
+        finally:
+            for module, name, parameter in replaced:
+                module._parameters[name] = parameter
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
@@ -118,8 +135,10 @@ def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.
     reduced = torch.get_autocast_dtype(first.device.type)
     products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for module in model.modules():
-        # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it
-        if type(module) in products or (isinstance(module, Gated) and isinstance(module, products)):
+        # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it,
+        # as the hooks of weight_norm and spectral_norm do
+        plain = type(module) in products and not module._forward_pre_hooks
+        if plain or (isinstance(module, Gated) and isinstance(module, products)):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
                     yield module, name, reduced

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.base import Model, check_batch, check_results, explained, frozen, loss_and_gradient
+from rome.attacks.base import Model, check_batch, check_results, explained, frozen, log_odds, loss_and_gradient
 from rome.attacks.pgd import ascend
 from rome.threats import LpBall
 
@@ -68,7 +68,7 @@ def steepest_descent(
             _, _, gradient = loss_and_gradient(model, point, y)
             steps_by_norm = [ascend(t, point, x, gradient, size=size, percentile=percentile) for t, size in members]
             candidates = torch.cat(steps_by_norm)
-            losses = F.cross_entropy(model(candidates).float(), labels, reduction="none").view(len(threats), -1)
+            losses = log_odds(model(candidates), labels).view(len(threats), -1)
             loss, chosen = losses.max(dim=0)
             point = candidates.view(len(threats), *x.shape)[chosen, rows]
             better = ~(loss <= best.loss)  # NaN counts as better, so that the check below meets it
@@ -79,4 +79,4 @@ def steepest_descent(
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
         check_results(x, y, (best.images,), inside[best.chosen, rows])
-    return best
+    return best._replace(loss=F.softplus(best.loss).float())

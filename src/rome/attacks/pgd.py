@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient, signs
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient, signs, unit
 from rome.component import Number
 from rome.errors import UserError
 from rome.projections import project_l1, project_l2, project_linf
@@ -96,9 +96,7 @@ def ascend(
     if threat.norm == "Linf":
         delta = project_linf(point + size * signs(g) - origin, threat.eps)
     elif threat.norm == "L2":
-        g = inward(g, point)
-        g = g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + 1e-8)
-        delta = project_l2(point + size * g - origin, threat.eps)
+        delta = project_l2(point + size * unit(inward(g, point)) - origin, threat.eps)
     else:
         moved = point + size * top_signs(inward(g, point), percentile)
         if exact:

@@ -13,11 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rome.attacks.base import Model, check_bound, signs
+from rome.attacks.base import Model, check_bound, log_odds, signs
 from rome.attacks.free import Form, LastIterate
 from rome.attacks.pgd import Steps, StepSize
 from rome.component import Number
@@ -123,7 +122,7 @@ class TransformAttack(LastIterate):
             variables = transform.moved(variables, size * signs(gradient))
         if not self.best:
             return variables
-        loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
+        loss = log_odds(model(_images(transform, variables)), y)
         return _better(loss, variables, highest, kept)[1]
 
 
@@ -140,10 +139,10 @@ def _images(transform: Transform, variables: Tensor) -> Tensor:
 
 
 def _loss_and_gradient(model: Model, transform: Transform, variables: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (B,) and its gradient in the variables, summed so that examples stay independent."""
+    """Log odds against the label (B,) and their gradient in the variables, summed so that examples stay independent."""
     variables = variables.detach().requires_grad_()
     with torch.enable_grad():
-        loss = F.cross_entropy(model(_images(transform, variables)).float(), y, reduction="none")
+        loss = log_odds(model(_images(transform, variables)), y)
         (gradient,) = torch.autograd.grad(loss.sum(), variables)
     return loss.detach(), gradient
 

@@ -19,6 +19,7 @@ from rome.attacks.apgd import APGD
 from rome.attacks.autoattack import APGDCE
 from rome.attacks.base import Model, loss_and_gradient
 from rome.evaluation.memory import Halving
+from rome.evaluation.progress import cost
 from rome.evaluation.statistics import mcnemar
 from rome.evaluation.suites import Case
 from rome.evaluation.units import Examples
@@ -30,6 +31,8 @@ SAMPLE, SHARE = 64, 16
 """The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
 they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
 STEPS = (10, 100)
+COST = 3 * 131 / SHARE
+"""Forward passes for each example of an evaluation, a gradient counted as three."""
 WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
 """A ball that holds the whole box around every image."""
 ZERO_SHARE = 0.05
@@ -38,8 +41,11 @@ P = 0.05
 
 
 def worth_checking(cases: Sequence[Case], n: int) -> bool:
-    """Whether the checks are made by default: a suite that is published with, and examples enough to hide the cost."""
-    return n >= FEWEST and any(isinstance(attack, APGDCE) for case in cases for attack in case.attacks)
+    """Whether the checks are made by default: examples enough, and a suite that is published with or one whose own
+    search by gradients costs ten times as much."""
+    tried = [(attack, case.threat) for case in cases if not case.on_all for attack in case.attacks]
+    searched = sum(cost(attack, threat) for attack, threat in tried if attack.differentiates)
+    return n >= FEWEST and (any(isinstance(attack, APGDCE) for attack, _ in tried) or searched >= 10 * COST)
 
 
 def look(
@@ -80,7 +86,7 @@ def look(
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
-    zero = float(every("checks", lambda x, y: _useless(loss_and_gradient(model, x, y)[2])).mean())
+    zero = float(every("checks", lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
     message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
@@ -108,6 +114,12 @@ def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> T
         if len(x) == 1:
             return torch.ones_like(y, dtype=torch.bool)
         return torch.cat([_robust(model, x[i : i + 1], y[i : i + 1], threat, steps) for i in range(len(x))])
+
+
+def _cross_entropy_gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    """What attacks on the cross-entropy see in float32: it is zero also where the model is very confident."""
+    odds, _, gradient = loss_and_gradient(model, x, y)
+    return gradient * odds.sigmoid().view(-1, 1, 1, 1)
 
 
 def _useless(gradient: Tensor) -> Tensor:

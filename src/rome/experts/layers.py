@@ -166,6 +166,8 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return f"it is a {type(module).__name__}, not a plain {base}"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed at each call (spectral_norm, weight_norm)"
+    if "forward" in vars(module):
+        return "it has a forward of its own, which would be lost"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which would be lost"
     if isinstance(module, nn.Conv2d):

@@ -18,7 +18,8 @@ from rome.files import replace_with
 from rome.models.adapted import fill
 from rome.models.building import ModelSettings, create_model, say
 from rome.models.fitting import check_fit, fit
-from rome.models.loading import read_tensors
+from rome.models.loading import other_layers, read_tensors
+from rome.module_tree import layer_counts
 from rome.wrappers import bare_state, unwrapped
 
 
@@ -100,6 +101,7 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
     metadata, tensors = read_tensors(path, follow=model is None)
     if metadata.get("format") == "experts":
         raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
+    built = model is None
     if model is None:
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
@@ -110,6 +112,11 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         path,
         lambda target: fit(target, tensors, expected=set(bare_state(target)), path=path),
     )
+    if different := other_layers(metadata, model):
+        said = f"{path} was saved of a model with {different}"
+        if built:
+            raise UserError(f"{said}: it was changed after it was built; pass the module to load it into")
+        say([said])
     return model.eval()
 
 
@@ -142,6 +149,7 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
         "model": recipe,
         "experts": settings_of(model) or None,
         "config": config,
+        "layers": layer_counts(model),
     }
 
 

@@ -23,6 +23,7 @@ from rome.models.adapted import fill, inject
 from rome.models.classifier import Classifier
 from rome.models.fitting import find, fit, head_names, numbers, within
 from rome.models.pickles import load_pickle
+from rome.module_tree import layer_counts
 from rome.plain_data import Unreadable, parse_json
 from rome.wrappers import bare_state, unwrapped
 
@@ -103,6 +104,8 @@ def load_weights(
             remarks.extend(_normalize(target, *found.normalization, name, keep_normalization))
 
     fill(unwrapped(model), [] if drop_experts else saved, name, copy_into)
+    different = "" if drop_experts else other_layers(metadata, model)
+    remarks += [f"{name} was saved of a model with {different}"] if different else []
     return remarks + _other_arguments(unwrapped(model), metadata.get("model"), name)
 
 
@@ -142,6 +145,14 @@ def _other_arguments(model: nn.Module, saved: Any, source: str) -> list[str]:
     differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     said = ", ".join(f"{k}={theirs.get(k)} (here {ours.get(k)})" for k in differing)
     return [f"{source} was saved of a model with {said}"] if differing else []
+
+
+def other_layers(metadata: Mapping[str, Any], model: nn.Module) -> str:
+    """Of which classes the model that was saved had more or fewer modules, such as activations, which are in no
+    tensor; empty where that is unknown or nothing differs."""
+    saved, own = metadata.get("layers") or {}, layer_counts(model)
+    differing = [k for k in sorted({*saved, *own}) if saved.get(k) != own.get(k)] if saved else []
+    return ", ".join(f"{saved.get(k, 0)} {k} (here {own.get(k, 0)})" for k in differing)
 
 
 def weights_file(source: str | Path) -> Path:
@@ -208,6 +219,7 @@ class _Metadata(BaseModel):
     model: dict[str, Any] | None = None
     experts: list[dict[str, Any]] | None = None
     config: dict[str, Any] | None = None
+    layers: dict[str, int] | None = None
 
 
 def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
