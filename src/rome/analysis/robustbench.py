@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,17 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
     the common corruptions if all were run.
 
     Returns:
-        The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand.
+        The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand, and so is
+        ``additional_data`` (null) where nobody knows.
 
     Raises:
         UserError: a run without such an evaluation.
     """
     files: list[Path] = []
+    names = Counter(_name(run.name) for run in runs)
     for run in runs:
+        if names[_name(run.name)] > 1:
+            raise UserError(f"several runs would be {_name(run.name)}.json: give them other names (name=...)")
         entries = entries_of(run)
         if not entries:
             raise UserError(
@@ -69,7 +74,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
         "link": "",
         "name": run.about or run.name,
         "authors": "",
-        "additional_data": False,
+        "additional_data": _additional_data(run),
         "number_forward_passes": FORWARD_PASSES,
         "dataset": _dataset(run),
         "venue": "",
@@ -144,6 +149,14 @@ def _is_standard(case: Case, report: Report) -> bool:
     return not case.note and [attack.dump() for attack in case.attacks] == [
         attack.dump() for attack in standard.attacks
     ]
+
+
+def _additional_data(run: Evaluated) -> bool | None:
+    """Whether it was trained on more than the data set: with timm's weights it was. None, to be filled in by hand,
+    where weights came from a file, or nobody knows."""
+    if run.config is None or run.config.model.weights is not None:
+        return None
+    return run.config.model.pretrained
 
 
 def _dataset(run: Evaluated) -> str:
