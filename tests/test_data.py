@@ -530,7 +530,10 @@ def test_a_table_sorted_by_class_is_mixed_and_another_is_not(tmp_path: Path) -> 
     assert torch.equal(few.first(7)[0], first.first(7)[0])
     write_parquet(tmp_path / "test.parquet", images, [3 - label for label in labels])
     assert len(set(data.open("test").labels[:10].tolist())) > 2
-    unsorted = [*labels[1:], 0]
+    for pieces in ([*labels[1:], 0], [i // 5 % 4 for i in range(40)]):  # sorted but for one, and twice over
+        write_parquet(tmp_path / "test.parquet", images, pieces)
+        assert len(set(data.open("test").labels[:10].tolist())) > 2
+    unsorted = [i * 7 % 4 for i in range(40)]
     write_parquet(tmp_path / "test.parquet", images, unsorted)
     assert data.open("test").labels.tolist() == unsorted
 

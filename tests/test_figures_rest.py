@@ -22,7 +22,7 @@ from rome.analysis.cost_table import fill_costs, named_configs
 from rome.analysis.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
 from rome.analysis.figures.base import Options
 from rome.analysis.figures.regions import attacked_within, boxes
-from rome.analysis.figures.style import RUNS, looks, signed
+from rome.analysis.figures.style import RUNS, looks, side, signed
 from rome.analysis.paper_rows import TABLES
 from rome.analysis.paper_tables import fill
 from rome.analysis.subject import short
@@ -238,6 +238,16 @@ def test_a_union_under_other_threats_is_no_curve_beside_the_first() -> None:
     data = TrainingTime().measure([plain, other], Options())
     assert [run["name"] for run in data["runs"]] == ["plain"]
     assert data["left_out"] == {"other": "it was validated on other data, threats or settings than plain"}
+
+
+def test_names_of_runs_are_text_in_legends_and_beside_panels() -> None:
+    names = ["_base", "$x^2$", r"a $\frac{"]
+    canvas = TrainingTime().draw(TrainingTime().measure([logged(name, validated(1, 0.2)) for name in names], Options()))
+    canvas.text(0, 0, side("one $a_1$ name"))
+    canvas.draw_without_rendering()  # a formula that is none would raise
+    drawn = [text.get_text() for text in [*canvas.legends[0].get_texts(), *canvas.texts]]
+    assert [text.replace(r"\$", "$") for text in drawn] == [*names, "one $a_1$ name"]
+    assert not any("$" in text.replace(r"\$", "") for text in drawn)
 
 
 def test_a_run_without_validation_shows_training_accuracy_and_says_so() -> None:

@@ -418,6 +418,22 @@ def test_every_format_shows_ours_the_papers_and_what_is_missing(tmp_path: Path, 
     assert {"text": "CIFAR-10\n", "markdown": "| *CIFAR-10* |", "latex": r"\midrule", "html": "<caption>"}[form] in text
 
 
+def test_names_are_text_in_every_format(tmp_path: Path) -> None:
+    name = "<b>a</b>|b*c_d\\{e}$f&"
+    run = given(tmp_path / "a", {})
+    for file in run.rglob("*.json"):
+        file.write_text(file.read_text().replace("net.pt", json.dumps(name)[1:-1]))
+    lines = fill("1", [run])
+    label = {
+        "text": name,
+        "markdown": r"| &lt;b>a&lt;/b>\|b\*c_d\\{e}\$f&amp; |",
+        "latex": r"$<$b$>$a$<$/b$>$\textbar{}b*c\_d\textbackslash{}\{e\}\$f\& &",
+        "html": "<td>&lt;b&gt;a&lt;/b&gt;|b*c_d\\{e}$f&amp;</td>",
+    }
+    for form, text in label.items():
+        assert text in render("Table 1", lines, form), form  # type: ignore[arg-type]
+
+
 def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no table '7'.*Valid: 1, 2, 3"):
         fill("7", [])

@@ -231,10 +231,20 @@ def test_an_entry_for_every_threat(tmp_path: Path) -> None:
     assert "autoattack_acc" not in corruptions
 
 
-def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
-    found = report(LP, [[1, 1]] * 4)
-    with pytest.raises(UserError, match="a:b and a b would be one file"):
-        write_entries([evaluated(found, tmp_path, "a:b"), evaluated(found, tmp_path, "a b")], tmp_path)
+@pytest.mark.parametrize(
+    ("model", "known"), [({}, False), ({"pretrained": True}, True), ({"pretrained": False, "weights": "a.pt"}, None)]
+)
+def test_weights_to_start_from_are_additional_data(model: dict[str, Any], known: bool | None, tmp_path: Path) -> None:
+    settings = {"name": "vit_tiny_patch16_224", "img_size": 8, "patch_size": 4, **model}
+    run = evaluated(report(LP, [[1, 1]] * 4), tmp_path, data={"kind": "cifar10"}, model=settings)
+    assert entries_of(run)["Linf"]["additional_data"] is known
+
+
+def test_entries_of_two_runs_have_two_names(tmp_path: Path) -> None:
+    run = evaluated(report(LP, [[1, 1]] * 4), tmp_path, data={"kind": "cifar10"})
+    with pytest.raises(UserError, match="a b and a_b would be one file"):
+        write_entries([replace(run, name="a b"), replace(run, name="a_b")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_standard_attacks_make_an_entry(tmp_path: Path) -> None:
@@ -257,6 +267,7 @@ def test_a_given_model_has_an_entry_if_its_data_are_known(tmp_path: Path) -> Non
     model = EvaluatedModel(name="mine", folder=tmp_path, report=found)
     entry = entries_of(model)["Linf"]
     assert (entry["name"], entry["architecture"], entry["dataset"]) == ("mine", "net.pt", "cifar10")
+    assert entry["additional_data"] is None
     for path in ("Hub/CIFAR-100", "Hub/CIFAR-100/test.parquet"):
         found.settings["provenance"]["data"] = {"kind": "parquet", "path": path}
         assert entries_of(model)["Linf"]["dataset"] == "cifar-100"

@@ -406,6 +406,16 @@ def test_what_cannot_be_trained_is_said_before_a_folder_is_made(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 4, "accumulate": 4}])
+def test_batchnorm_on_one_value_is_said_before_a_folder_is_made(settings: dict[str, Any], tmp_path: Path) -> None:
+    layers = "nn.Conv2d(1, 8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, num_classes)"
+    (tmp_path / "net.py").write_text(f"from torch import nn\ndef build(num_classes): return nn.Sequential({layers})\n")
+    config = tiny(model={"name": f"{tmp_path}/net.py:build"}, experts=None, **settings)
+    with pytest.raises(UserError, match=r"on one image at a time .*Expected more than 1 value per channel"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torch sees no CUDA device; use device=auto or device=cpu"):
         train(tiny(device="cuda"), tmp_path / "run")

@@ -25,7 +25,7 @@ from rome.analysis.figures.training import HELD_OUT
 from rome.analysis.robustbench import write_entries
 from rome.analysis.routing import routing_numbers
 from rome.analysis.subject import STEPS, Subject, short
-from rome.analysis.tables import covered, missing, show, tabulate
+from rome.analysis.tables import covered, markdown, missing, show, tabulate
 from rome.attacks import AttackThreat
 from rome.cost import macs
 from rome.errors import UserError
@@ -136,7 +136,7 @@ def write_report(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    pages.filters["md"] = _markdown
+    pages.filters["md"] = markdown
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
@@ -305,12 +305,6 @@ def _attempt(make: Callable[[], Any], notes: list[str], what: str) -> Any:
         notes.append(f"No pictures of {what}: {error}")
         print(notes[-1], file=sys.stderr)
         return None
-
-
-def _markdown(value: object) -> str:
-    """Text that a Markdown table and a renderer of HTML leave as it is."""
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(text.split())
 
 
 __all__ = ["show", "tabulate", "write_report"]

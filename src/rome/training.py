@@ -26,7 +26,7 @@ from rome.attacks.threat import check_channels
 from rome.config import Config
 from rome.data import Split
 from rome.device import numerics, placed
-from rome.errors import Interrupted, UserError
+from rome.errors import Interrupted, UserError, first_line
 from rome.methods import Method, Random, Setting
 from rome.models import build_model, save_model
 from rome.optim import set_lr
@@ -118,7 +118,10 @@ def _train(
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
     model = placed(model, fabric.device)
     with tried(model):
-        check_attackable(model, split.first(min(3, len(split)))[0].to(fabric.device), name=f"model {config.model.name}")
+        x = split.first(min(3, len(split)))[0].to(fabric.device)
+        check_attackable(model, x, name=f"model {config.model.name}")
+        if micro == world:
+            _check_one_image(model.train(), x[:1])
     optimizer = config.optimizer.build(model)
     setting = Setting(
         model=model,
@@ -162,6 +165,17 @@ def _train(
         save_model(model, run.model_file, config=config.dump())
         run.checkpoint_file.unlink(missing_ok=True)
     fabric.barrier()
+
+
+def _check_one_image(model: nn.Module, x: Tensor) -> None:
+    """Raise UserError if a training forward of one image fails: BatchNorm has no statistics of one value."""
+    try:
+        model(x)
+    except ValueError as error:
+        raise UserError(
+            f"this model cannot train on one image at a time ({first_line(error)}): make batch_size larger, or "
+            "accumulate or the number of processes smaller"
+        ) from error
 
 
 def _prepare(

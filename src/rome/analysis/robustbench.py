@@ -35,7 +35,8 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
     the common corruptions if all were run.
 
     Returns:
-        The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand.
+        The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand, and so is
+        ``additional_data`` (null) where nobody knows.
 
     Raises:
         UserError: a run without such an evaluation, or two runs whose files would have one name.
@@ -72,7 +73,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
         "link": "",
         "name": run.about or run.name,
         "authors": "",
-        "additional_data": False,
+        "additional_data": _additional_data(run),
         "number_forward_passes": FORWARD_PASSES,
         "dataset": _dataset(run),
         "venue": "",
@@ -147,6 +148,14 @@ def _is_standard(case: Case, report: Report) -> bool:
     return not case.note and [attack.dump() for attack in case.attacks] == [
         attack.dump() for attack in standard.attacks
     ]
+
+
+def _additional_data(run: Evaluated) -> bool | None:
+    """Whether it was trained on more than the data set: with timm's weights it was. None, to be filled in by hand,
+    where weights came from a file, or nobody knows."""
+    if run.config is None or run.config.model.weights is not None:
+        return None
+    return run.config.model.pretrained
 
 
 def _dataset(run: Evaluated) -> str:

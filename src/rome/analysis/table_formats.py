@@ -12,7 +12,7 @@ from typing import Literal
 from rome.analysis.compared import other_network
 from rome.analysis.lines import Cell, Line
 from rome.analysis.paper_rows import COST, UNITS
-from rome.analysis.tables import suite_text
+from rome.analysis.tables import markdown, suite_text
 
 Format = Literal["text", "markdown", "latex", "html"]
 DASH = "\N{EN DASH}"
@@ -144,9 +144,9 @@ def _text(title: str, head: list[str], body: Body, note: str) -> str:
 def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
     lines = [f"**{title}**", "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for name, section in body:
-        lines.append(f"| *{name}* |{' |' * (len(head) - 1)}")
-        lines += [f"| {' | '.join(row)} |" for row in section]
-    return "\n".join([*lines, "", f"{note}; bold is the best of ours", ""])
+        lines.append(f"| *{markdown(name)}* |{' |' * (len(head) - 1)}")
+        lines += [f"| {' | '.join([markdown(label), *cells])} |" for label, *cells in section]
+    return "\n".join([*lines, "", f"{markdown(note)}; bold is the best of ours", ""])
 
 
 def _escape(text: str) -> str:
@@ -165,21 +165,29 @@ def _escape(text: str) -> str:
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", "".join(safe.get(letter, letter) for letter in text))
 
 
+def _plain(text: str) -> str:
+    """Text for LaTeX that holds no commands of ours."""
+    own = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "|": r"\textbar{}"}
+    return "".join(own.get(part) or _escape(part) for part in re.split(r"([\\{}|])", text))
+
+
 def _latex(title: str, head: list[str], body: Body, note: str) -> str:
     def join(row: list[str]) -> str:
-        return " & ".join(_MATH.get(cell) or _escape(cell) for cell in row) + r" \\"
+        label, *cells = row
+        return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
 
     caption = f"{title} of the paper: {note}; bold is the best of ours."
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_escape(caption)}}}"]
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_plain(caption)}}}"]
     lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
     for name, section in body:
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_escape(name)}}}}} \\", *map(join, section)]
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_plain(name)}}}}} \\", *map(join, section)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
 def _html(title: str, head: list[str], body: Body, note: str) -> str:
     def row(cells: list[str], tag: str) -> str:
-        safe = [cell if cell.startswith("<b>") else html.escape(cell) for cell in cells]
+        label, *numbers = cells
+        safe = [html.escape(label), *(cell if cell.startswith("<b>") else html.escape(cell) for cell in numbers)]
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in safe) + "</tr>"
 
     lines = ["<table>", f"<caption>{html.escape(title)}. {html.escape(note)}; bold is the best of ours.</caption>"]

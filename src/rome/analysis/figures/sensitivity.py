@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.analysis.compared import config_differences, gather
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import MARKERS, RUNS
+from rome.analysis.figures.style import MARKERS, RUNS, plain
 from rome.analysis.subject import Subject, trained
 from rome.errors import UserError
 from rome.evaluation.suites import LP
@@ -137,7 +137,7 @@ def _panel(axis: Axes, panel: dict[str, Any]) -> None:
     for i, curve in enumerate(curves):
         points = curve["points"]
         colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
-        label = ", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in telling)
+        label = plain(", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in telling))
         axis.errorbar(
             [point["value"] for point in points],
             [100 * point["mean"] for point in points],

@@ -51,13 +51,13 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     found: dict[str, Look] = {}
     others = [name for name in dict.fromkeys(names) if name not in _KNOWN]
     for name in names:
-        found[name] = _KNOWN[name] if name in _KNOWN else Look(name, *_OTHERS[others.index(name) % len(_OTHERS)])
+        found[name] = _KNOWN[name] if name in _KNOWN else Look(plain(name), *_OTHERS[others.index(name) % len(_OTHERS)])
     return found
 
 
 def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
     """One legend for all panels, above them, on as many lines as its names need."""
-    sizes = [2 if "$" in str(each.get_label()) else len(str(each.get_label())) for each in handles]
+    sizes = [2 if str(each.get_label()).startswith("$") else len(str(each.get_label())) for each in handles]
     room = 15 * canvas.get_figwidth()  # characters
     fits = sum(sizes) + 5 * len(sizes) <= room
     canvas.legend(
@@ -102,7 +102,12 @@ def dots(names: Sequence[str]) -> list[Line2D]:
 
 def side(name: str, *more: str) -> str:
     """A run's name as it fits beside a row of panels."""
-    return "\n".join([*textwrap.wrap(name, 20), *more])
+    return "\n".join([*map(plain, textwrap.wrap(name, 20)), *more])
+
+
+def plain(text: str) -> str:
+    """Text in which dollars are no formula."""
+    return text.replace("$", r"\$")
 
 
 def signed(value: float) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 from rome.analysis.figures.base import Options, PaperFigure
-from rome.analysis.figures.style import MARKERS, RUNS
+from rome.analysis.figures.style import MARKERS, RUNS, plain
 from rome.analysis.subject import Subject, trained
 from rome.errors import UserError
 
@@ -61,13 +62,14 @@ class TrainingTime(PaperFigure):
         quantities = {run["quantity"] for run in runs}
         canvas = Canvas(figsize=(3.25, 2.4 + 0.15 * len(runs)), layout="constrained")
         axes = canvas.subplots()
+        curves: list[Line2D] = []  # named, or those whose name begins with "_" would be left out
         for i, run in enumerate(runs):
             x = [point["seconds"] / scale for point in run["points"]]
             y = [100 * point["value"] for point in run["points"]]
             fallback = run["quantity"] == TRAINING
-            label = run["name"] + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
+            label = plain(run["name"]) + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
             colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
-            axes.plot(
+            curves += axes.plot(
                 x, y, color=colour, marker=marker if len(x) <= 40 else None, ms=3, lw=1.4,
                 ls="--" if fallback else "-", label=label,
             )  # fmt: skip
@@ -79,7 +81,7 @@ class TrainingTime(PaperFigure):
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
-        canvas.legend(loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
+        canvas.legend(handles=curves, loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
         return canvas
 
 
