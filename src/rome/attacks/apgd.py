@@ -60,7 +60,7 @@ class APGD(Attack):
                 if walker.steps > step + 1:
                     walker.adapt(state)
         adversarial = torch.where(state.robust.view(-1, 1, 1, 1), state.best, state.last_wrong)
-        return Found(state.best, adversarial, state.robust, F.softplus(state.best_loss))
+        return Found(state.best, adversarial, state.robust, F.softplus(state.best_loss).float())
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
         if isinstance(group.threat, LpBall) and group.threat.norm == "L1":
