@@ -276,6 +276,22 @@ def test_weights_that_are_not_finite_are_named(
         load_model(tmp_path / "m.safetensors")
 
 
+def test_the_normalisation_that_timm_keeps_beside_weights_for_the_hub_is_taken(tmp_path: Path) -> None:
+    model = vit(seed=1)
+    tensors = {name: value.contiguous() for name, value in model.backbone.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"architecture": "vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        loaded = vit()
+        assert any("mean 0.1, 0.2, 0.3, std 0.4, 0.5, 0.6" in remark for remark in load_weights(loaded, source))
+        torch.testing.assert_close(loaded.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+        torch.testing.assert_close(loaded.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+    kept = vit()
+    load_weights(kept, tmp_path, keep_normalization=True)
+    assert torch.equal(kept.mean, vit().mean)
+
+
 def test_a_normalisation_that_is_given_stands(save: Callable[..., Path], theirs: dict[str, Tensor]) -> None:
     file = save(theirs | {"mean": torch.full((3,), 0.25), "std": torch.full((3,), 0.5)})
     model = tiny()

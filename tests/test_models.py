@@ -297,6 +297,18 @@ def test_whatever_own_code_raises_is_told_in_a_line(tmp_path: Path, error: str, 
         build_model(ModelSettings(name=f"{tmp_path}/mine.py:{place}"), None, classes=10, shape=(3, 8, 8))
 
 
+def test_auxiliary_logits_in_training_mode_are_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "aux.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n"
+        "        logits = super().forward(x.flatten(1))\n"
+        "        return (logits, logits) if self.training else logits\n\n"
+        "def net(num_classes):\n    return Net(64, num_classes)\n"
+    )
+    settings = ModelSettings(name=f"{tmp_path}/aux.py:net", mean=(0,), std=(1,))
+    with pytest.raises(UserError, match=r"in training mode must return logits .* not a tuple"):
+        build_model(settings, None, classes=10, shape=(1, 8, 8))
+
+
 def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
     with pytest.raises(UserError, match=r"gives 3 classes, and the data has 10"):
         build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))

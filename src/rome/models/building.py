@@ -168,6 +168,7 @@ def build_model(
     images, name = torch.zeros(2, *shape), f"model {settings.name}"
     with tried(model):
         outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
+        ask(model.train(), images, name=f"{name} in training mode")  # where some give auxiliary logits too
     if outputs != classes:
         raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")
     if experts is not None:

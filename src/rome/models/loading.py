@@ -57,7 +57,7 @@ def load_weights(
               prefix (``state_dict.module.``, ``model.net.``). Where there are several that differ, timm's averaged
               weights are taken (``state_dict_ema``, ``model_ema``); others are refused without a ``key``. Normalisation
               is the file's if it has one beside the model (``mean`` and ``std``, ``0.mean``, ``normalizer.new_mean``),
-              otherwise the model's;
+              or that of timm's ``config.json`` in its folder, otherwise the model's;
             - ``pyautoattack``: the ResNet-18 for CIFAR-10 that comes with that package.
         drop_head: leave the file's last layer out, and the model's as it is.
         drop_experts: leave the file's experts out.
@@ -100,13 +100,24 @@ def load_weights(
         types = {tensor.dtype for tensor in placed.values() if tensor.is_floating_point()} - {torch.float32}
         if types:
             remarks.append(f"{name}: its weights are {', '.join(sorted(str(t).removeprefix('torch.') for t in types))}")
-        if found.normalization is not None and isinstance(target, Classifier):
-            remarks.extend(_normalize(target, *found.normalization, name, keep_normalization))
+        normalization = found.normalization or _beside(file)
+        if normalization is not None and isinstance(target, Classifier) and normalization[0].numel() in (1, channels):
+            remarks.extend(_normalize(target, *normalization, name, keep_normalization))
 
     fill(unwrapped(model), [] if drop_experts else saved, name, copy_into)
     different = "" if drop_experts else other_layers(metadata, model)
     remarks += [f"{name} was saved of a model with {different}"] if different else []
     return remarks + _other_arguments(unwrapped(model), metadata.get("model"), name)
+
+
+def _beside(file: Path) -> tuple[Tensor, Tensor] | None:
+    """The normalisation in the ``config.json`` that timm writes beside weights for the Hub, if there is one."""
+    try:
+        kept = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
+        mean, std = torch.tensor(kept["mean"]), torch.tensor(kept["std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (mean, std) if mean.shape == std.shape and bool((std > 0).all()) else None
 
 
 def _normalize(model: Classifier, mean: Tensor, std: Tensor, source: str, keep: bool) -> list[str]:
