@@ -91,6 +91,9 @@ def test_what_cannot_be_rerouted_is_said() -> None:
     lone = add_experts(nn.ModuleDict({"qkv": nn.Linear(6, 6), "proj": nn.Linear(6, 6)}), experts=1, rank=2)
     with pytest.raises(UserError, match="has one expert, whose gate has no inverse"):
         set_routing(lone, "inverse")
+    for wrong in ("uniform", "inverted", "inverse-", "None"):  # none of which may pass for the learned gates
+        with pytest.raises(UserError, match=f"there is no routing '{wrong}'.*Valid: inverse, inverse-unscaled"):
+            set_routing(lone, wrong)  # type: ignore[arg-type]
     ffn = FeedForward(experts=3).inject(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(6, 6))}))
     with pytest.raises(UserError, match="experts of mlp stand in the layer's place: without them nothing is left"):
         set_routing(ffn, "none")

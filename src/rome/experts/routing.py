@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from rome.errors import UserError
+from rome.errors import UserError, did_you_mean
 from rome.experts.gated import Gated
 from rome.experts.recording import expert_layers
 from rome.randomness import stream
@@ -30,9 +30,11 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
         The same model.
 
     Raises:
-        UserError: the model has no experts, one expert only and so no inverse, or experts that stand in a layer's place
-            and so cannot be left out. Nothing has changed then.
+        UserError: there is no such routing, or the model has no experts, one expert only and so no inverse, or experts
+            that stand in a layer's place and so cannot be left out. Nothing has changed then.
     """
+    if routing not in get_args(Routing):
+        raise UserError(f"there is no routing {routing!r}.{did_you_mean(routing, get_args(Routing))}")
     layers = expert_layers(model)
     if not layers and routing != "learned":
         raise UserError(f"routing {routing} is for models with experts, and this one has none; leave it out")
