@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 import common
 from rome.attacks import APGD, PGD
+from rome.core.randomness import stream
 from rome.models import load_weights
-from rome.randomness import stream
-from rome.threats import CIFAR10, LpBall
+from rome.threats.lp import CIFAR10, LpBall
 
 try:
     import foolbox

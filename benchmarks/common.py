@@ -28,9 +28,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rome.cost import flop_counter
 from rome.data import Cifar10
 from rome.models import create_model
+from rome.report.cost import flop_counter
 
 CONSOLE = Console(width=160, highlight=False)
 

@@ -6,7 +6,7 @@
 Shows input gradient (an attack step) and training step (forward and backward to all parameters, no optimizer). Only
 the weights are changed: the activations follow. ``x first`` is the median over rounds of (time / that of channels
 first in the same round), with the least and largest round in brackets. rome uses channels last on CPUs
-(rome.device.placed).
+(rome.core.device.placed).
 """
 
 from __future__ import annotations

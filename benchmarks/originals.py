@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rome.attacks import JPEG, LPA, PPGD, Attack, Elastic, Fog, Gabor, ReColorAdv, Snow, SparseFool, StAdv
-from rome.attacks.transform import TransformAttack
-from rome.perceptual import feature_layers
+from rome.attacks.perceptual.features import feature_layers
+from rome.attacks.transforms.base import TransformAttack
 
 UAR: dict[type[Attack], str] = {Elastic: "elastic", Fog: "fog", Gabor: "gabor", JPEG: "jpeg_linf", Snow: "snow"}
 """Names in advex-uar."""

@@ -5,7 +5,7 @@
 
 How to read it: ``union`` is that of the runs' own evaluation, mean and standard deviation over seeds; ``over`` is the
 difference to the first config named (or ``--base``) on the same seeds, mean (least to largest). The others are
-:mod:`rome.analysis.routing`'s numbers on the first ``--n`` test images under APGD: ``information`` is the mutual
+:mod:`rome.report.routing`'s numbers on the first ``--n`` test images under APGD: ``information`` is the mutual
 information of threat and expert as a share of the most there could be, ``distance`` the Jensen-Shannon distance of two
 threats' mean gates, both averaged over layers; ``probe`` the accuracy of a linear classifier that reads the threat from
 all gates, beside ``features``, the same from the features of all blocks (of a model without experts too); ``load`` is
@@ -25,12 +25,12 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 import common
-from rome.analysis import gates
-from rome.analysis.compared import gather
-from rome.analysis.features import image_means
-from rome.analysis.routing import linear_probe, routing_numbers
-from rome.analysis.subject import NATURAL, Subject, open_subjects
 from rome.experts import expert_layers
+from rome.report.compared import gather
+from rome.report.features import image_means
+from rome.report.page import gates
+from rome.report.routing import linear_probe, routing_numbers
+from rome.report.subject import NATURAL, Subject, open_subjects
 
 NUMBERS = ("information", "distance", "probe", "features", "load")
 

@@ -34,15 +34,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.profiler import ProfilerActivity, profile
 
 import common
-import rome.attacks.apgd
-import rome.attacks.pgd
+import rome.attacks.lp.apgd
+import rome.attacks.lp.pgd
 import rome.methods.mixing
 from rome.attacks import PGD, Attack
-from rome.config import Config, parse
 from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
 from rome.models import build_model
-from rome.threats import CIFAR10
-from rome.training import train
+from rome.runs.config import Config, parse
+from rome.threats.lp import CIFAR10
+from rome.training.loop import train
 
 METHODS = ("RANDOM", "RoME+RANDOM")
 STEPS = {"L1": 20, "L2": 20, "Linf": 10}
@@ -262,8 +262,8 @@ class Clock:
     def running(self) -> Iterator[None]:
         """Wraps inside the context."""
         places: list[tuple[Any, str, str]] = [
-            (rome.attacks.pgd, "loss_and_gradient", "attack: model"),
-            (rome.attacks.apgd, "loss_and_gradient", "attack: model"),
+            (rome.attacks.lp.pgd, "loss_and_gradient", "attack: model"),
+            (rome.attacks.lp.apgd, "loss_and_gradient", "attack: model"),
             (Attack, "run", "attack: steps"),  # all of the attack; less the model afterwards
             (rome.methods.mixing, "training_forward", "training forward"),
             (Fabric, "backward", "backward"),

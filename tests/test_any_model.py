@@ -23,20 +23,19 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import rome
-from rome.analysis import examples
-from rome.analysis.compared import findings, gather, paired
-from rome.assess import evaluate_given
-from rome.cli import main
+from rome.cli.app import main
+from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
-from rome.errors import UserError
-from rome.evaluating import Report, evaluate, hash_model
 from rome.evaluation.any_data import named_budgets, named_data
-from rome.evaluation.any_model import named_model, preprocessing
+from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.evaluation.given import Given
+from rome.evaluation.run import evaluate_given
 from rome.experts import expert_layers
 from rome.models import file_hash
-from rome.report import write_report
-from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
+from rome.models.exported import named_model, preprocessing
+from rome.report import examples, write_report
+from rome.report.compared import findings, gather, paired
+from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
 from tiny_runs import no_traceback
 

@@ -11,22 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
-from rome.analysis.subject import attack_all
-from rome.assess import evaluate_saved
 from rome.attacks import APGD, GMA, PGD, Attack, AttackThreat, FastLPA, Fog, Patch, ReColorAdv, StAdv
-from rome.config import Config
-from rome.errors import UserError
-from rome.evaluating import evaluate
+from rome.core.errors import UserError
+from rome.core.randomness import stream
+from rome.evaluation.evaluate import evaluate
 from rome.evaluation.progress import cost
+from rome.evaluation.run import evaluate_saved
 from rome.evaluation.statistics import mcnemar
-from rome.explore.explorer import Explorer, open_explorers
 from rome.methods import Average, Maximum, Method, Random, Setting
 from rome.models import load_model
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.runs import Run
-from rome.threats import AnyImage, LpBall, Perceptual, PerExample, Threat
-from rome.training import train
+from rome.report.explore.explorer import Explorer, open_explorers
+from rome.report.subject import attack_all
+from rome.runs.config import Config
+from rome.runs.folder import Run
+from rome.runs.optim import AdamW
+from rome.threats.lp import AnyImage, LpBall, Perceptual, PerExample, Threat
+from rome.training.loop import train
 from tiny_runs import STEPS, Moment, changed, rome, same, tiny, updates, weights, without_times, write_yaml
 
 LINF, L2 = LpBall(norm="Linf", eps=0.1), LpBall(norm="L2", eps=0.4)

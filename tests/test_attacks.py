@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conftest import RADII, Digits, FixedNoise, Problem, recorded
 from rome.attacks import APGD, PGD, Attack, Square
 from rome.attacks.base import Group, loss_and_gradient
-from rome.attacks.pgd import random_start, top_signs
-from rome.errors import UserError
-from rome.randomness import stream
-from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, PerExample, Threat, budgets
+from rome.attacks.lp.pgd import random_start, top_signs
+from rome.core.errors import UserError
+from rome.core.randomness import stream
+from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall, PerExample, Threat, budgets
 
 ATTACKS: dict[str, Attack] = {
     "pgd": PGD(steps={"L1": 6, "L2": 5, "Linf": 3}, percentile=90),
@@ -269,7 +269,7 @@ def literal_apgd(
     model: nn.Module, x: np.ndarray, y: int, norm: str, eps: float, n: int
 ) -> tuple[np.ndarray, float, bool, np.ndarray]:
     """APGD for training on one example, written from its description with loops and no regard for speed; in L1 with
-    the three changes that :class:`rome.attacks.apgd._Sparse` names.
+    the three changes that :class:`rome.attacks.lp.apgd._Sparse` names.
 
     Returns the best image, its loss, whether every iterate was classified correctly, and the last that was not.
     """

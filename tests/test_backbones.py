@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.backbones import BACKBONES, AlexNet, wide_resnet
-from rome.cost import macs
+from rome.core.errors import UserError
 from rome.data import Cifar10
-from rome.errors import UserError
 from rome.models import create_model
+from rome.models.backbones import BACKBONES, AlexNet, wide_resnet
 from rome.models.loading import pyautoattack_weights
+from rome.report.cost import macs
 
 TINY: dict[str, dict[str, Any]] = {
     "resnet_18": {"width": 4},

@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rome.assess import evaluate_saved
-from rome.cli import main
-from rome.errors import Interrupted
-from rome.runs import Run
-from rome.training import train
+from rome.cli.app import main
+from rome.core.errors import Interrupted
+from rome.evaluation.run import evaluate_saved
+from rome.runs.folder import Run
+from rome.training.loop import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
 from toy_suites import ToySuite
 
@@ -88,7 +88,7 @@ def plain(text: str) -> str:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    asked = "import sys; from rome.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    asked = "import sys; from rome.cli.app import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
     assert "sweep" in told
     assert "typer" in told.split()
@@ -531,8 +531,8 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where["dir"]))
 
     if out == "locked":
-        monkeypatch.setattr("rome.files.TemporaryFile", nothing_here)
-    for work in ("rome.sweep._start", "rome.report._Pictures", "rome.analysis.figures.outputs.embed"):
+        monkeypatch.setattr("rome.core.files.TemporaryFile", nothing_here)
+    for work in ("rome.cli.sweep._start", "rome.report.page._Pictures", "rome.report.figures.outputs.embed"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
     before = sorted(Path().rglob("*"))
     ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)
@@ -560,8 +560,8 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rome.files.os.fsync", full)
-    monkeypatch.setattr("rome.report._attempt", lambda *_: None)  # pictures take time
+    monkeypatch.setattr("rome.core.files.os.fsync", full)
+    monkeypatch.setattr("rome.report.page._attempt", lambda *_: None)  # pictures take time
     ended = rome("report", evaluated, "--out", "out")
     assert ended.code == 2
     assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")

@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from rome.attacks import APGD, PGD, Attack
-from rome.component import Component, Number, Settings
-from rome.errors import UserError
-from rome.threats import CIFAR10, LpBall, Threat
+from rome.core.component import Component, Number, Settings
+from rome.core.errors import UserError
+from rome.threats.lp import CIFAR10, LpBall, Threat
 
 
 class Fruit(Component):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import rome
 from rome.attacks import APGD, PGD, Attack
-from rome.config import Config, load, parse
-from rome.errors import UserError
-from rome.experiments import files
-from rome.files import flatten
+from rome.core.errors import UserError
+from rome.core.files import flatten
 from rome.methods import Average, Random
-from rome.optim import AdamW
-from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
+from rome.runs.config import Config, load, parse
+from rome.runs.experiments import files
+from rome.runs.optim import AdamW
+from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import TINY, tiny
 
 BASE = """\

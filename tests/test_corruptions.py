@@ -20,15 +20,15 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 import rome
-from rome.analysis.tables import show
 from rome.attacks import Attack, Corruption
-from rome.data import distortions
-from rome.data.corruptions import CORRUPTIONS, SEVERITIES, constants_for, corrupt, read_cifar10c
-from rome.errors import UserError
-from rome.evaluation.suites import Case, Suite
-from rome.evaluation.unseen import CorruptionsSuite
-from rome.randomness import stream
-from rome.threats import AnyImage, LpBall, Threat
+from rome.attacks.corruptions import distortions
+from rome.attacks.corruptions.severities import CORRUPTIONS, SEVERITIES, constants_for, corrupt, read_cifar10c
+from rome.attacks.suites.base import Case, Suite
+from rome.attacks.suites.unseen import CorruptionsSuite
+from rome.core.errors import UserError
+from rome.core.randomness import stream
+from rome.report.columns import show
+from rome.threats.lp import AnyImage, LpBall, Threat
 
 Rng = np.random.Generator
 ANY = AnyImage(label="corruption")
@@ -566,7 +566,7 @@ def test_a_report_says_where_the_images_are_from(folder: Path, capsys: pytest.Ca
 
 def stream_of(seed: int) -> Any:
     """The stream the evaluator gives an attack."""
-    from rome.randomness import Stream
+    from rome.core.randomness import Stream
 
     return Stream(torch.Generator().manual_seed(seed))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from rome.cli import main
-from rome.cost import macs, measure, parameters
-from rome.experiments import folder
+from rome.cli.app import main
 from rome.models import Classifier
+from rome.report.cost import macs, measure, parameters
+from rome.runs.experiments import folder
 from tiny_runs import tiny
 
 
@@ -118,7 +118,7 @@ def test_latency_is_a_batchs_by_its_images_beside_that_of_one(monkeypatch: pytes
         return forward(self, x)
 
     monkeypatch.setattr(Classifier, "forward", spy)
-    monkeypatch.setattr("rome.cost.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("rome.report.cost.time.perf_counter", lambda: now[0])
     facts = measure(tiny(batch_size=12, accumulate=2), repeats=1)
     assert {1, 6} <= sizes
     assert facts["latency_one_ms"] == pytest.approx(2000)

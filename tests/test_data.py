@@ -28,14 +28,14 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 
-from rome.component import Settings
+from rome.core.component import Settings
+from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
 from rome.data.pixels import read_rgb
 from rome.data.resized import Resized
-from rome.errors import UserError
 from rome.evaluation.any_data import named_data
-from rome.evaluation.any_model import preprocessing
-from rome.explore import read_upload
+from rome.models.exported import preprocessing
+from rome.report.explore import read_upload
 
 
 def png(pixels: np.ndarray[Any, Any], format: str = "PNG") -> bytes:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import rome
 from pretend import DEVICE, Device, Pretend, WrongDevice, moved
-from rome.analysis.gates import collect
 from rome.attacks import APGD, PGD, Attack
-from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
-from rome.evaluation.suites import APGDSuite, Case
-from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
+from rome.attacks.suites.base import APGDSuite, Case
+from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
+from rome.core.randomness import stream
 from rome.experts import (
     Diversification,
     Gate,
@@ -33,9 +33,9 @@ from rome.experts import (
 )
 from rome.methods import Method, Setting
 from rome.models import create_model
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.threats import CIFAR10, LpBall, PerExample, Threat
+from rome.report.gates import collect
+from rome.runs.optim import AdamW
+from rome.threats.lp import CIFAR10, LpBall, PerExample, Threat
 
 
 @pytest.fixture(autouse=True)

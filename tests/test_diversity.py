@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.collectives import group_means
+from rome.core.errors import UserError
 from rome.experts import Diversification, DualScale, Gates, LowRank, MixtureLinear, Recorded, add_experts, record_gates
-from rome.experts.groups import group_means
 from small_models import THREADS, timm_model
 from tiny_runs import in_two_processes
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from conftest import Digits
 from rome.attacks import APGD, PGD, Attack, Found
-from rome.errors import Interrupted, UserError
+from rome.core.errors import Interrupted, UserError
+from rome.core.randomness import stream
 from rome.experts import Diversification
 from rome.methods import EAT, Setting
 from rome.methods.eat import stratified
-from rome.randomness import stream
-from rome.runs import Run
-from rome.threats import Threat
-from rome.training import train
+from rome.runs.folder import Run
+from rome.threats.lp import Threat
+from rome.training.loop import train
 from test_methods import BUDGETS, network, setting_of
 from tiny_runs import STEPS, tiny, watched
 

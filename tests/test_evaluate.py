@@ -25,17 +25,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rome.attacks.autoattack import AttackWarning, Square, set_iterations
 from rome.attacks.base import Attack, Found
-from rome.attacks.pgd import PGD
-from rome.errors import UserError
-from rome.evaluating import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.attacks.lp.autoattack import AttackWarning, Square, set_iterations
+from rome.attacks.lp.pgd import PGD
+from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
+from rome.core.errors import UserError
+from rome.core.files import replace_file
 from rome.evaluation import store
 from rome.evaluation.checks import check_outputs
-from rome.evaluation.report import wilson
-from rome.evaluation.suites import APGDSuite, AutoAttackSuite
-from rome.files import replace_file
-from rome.threats import DIGITS, LpBall, Threat
+from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
+from rome.evaluation.result import wilson
+from rome.threats.lp import DIGITS, LpBall, Threat
 from small_models import drawn, knowing
 
 QUICK = APGDSuite(iterations=10)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rome.assess import evaluate_saved
-from rome.evaluating import Report
-from rome.runs import Run
-from rome.training import train
+from rome.evaluation.evaluate import Report
+from rome.evaluation.run import evaluate_saved
+from rome.runs.folder import Run
+from rome.training.loop import train
 from tiny_runs import Child, Ended, no_traceback, tiny, two_processes
 
 BATCH = 4
@@ -193,7 +193,7 @@ def test_a_process_that_cannot_begin_does_not_leave_the_other_waiting(tmp_path: 
 @pytest.mark.slow
 def test_torchrun_evaluates(run: Run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "rome.cli", "evaluate", str(run.folder), "--out", str(tmp_path / "two"), "--json"]
+    command += ["-m", "rome.cli.app", "evaluate", str(run.folder), "--out", str(tmp_path / "two"), "--json"]
     path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

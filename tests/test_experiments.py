@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rome.attacks import AttackThreat
-from rome.config import Config, load
-from rome.cost import updates
 from rome.data import Cifar10, ImageFolder
-from rome.experiments import files, folder, listing, rough_costs
 from rome.models import build_model
-from rome.threats import CIFAR10, DIGITS, IMAGENET
+from rome.report.cost import updates
+from rome.runs.config import Config, load
+from rome.runs.experiments import files, folder, listing, rough_costs
+from rome.threats.lp import CIFAR10, DIGITS, IMAGENET
 from tiny_runs import same
 
 FILES = {str(file.relative_to(folder()).with_suffix("")): file for file in files()}

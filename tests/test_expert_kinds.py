@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rome.attacks import APGD, PGD
 from rome.attacks.base import frozen, loss_and_gradient
-from rome.errors import Interrupted, UserError
-from rome.evaluating import hash_model
+from rome.core.errors import Interrupted, UserError
+from rome.evaluation.evaluate import hash_model
 from rome.experts import (
     AdapterLinear,
     Adapters,
@@ -46,9 +46,9 @@ from rome.models import (
     save_experts,
     save_model,
 )
-from rome.runs import Run
-from rome.threats import LpBall, PerExample
-from rome.training import train
+from rome.runs.folder import Run
+from rome.threats.lp import LpBall, PerExample
+from rome.training.loop import train
 from small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
 from tiny_runs import same, tiny, watched, weights, without_times
 

@@ -18,7 +18,7 @@ import torchvision
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.experts import (
     DualScale,
     Experts,
@@ -32,7 +32,7 @@ from rome.experts import (
     record_gates,
 )
 from rome.experts.checking import check_experts
-from rome.experts.maps import grid_of
+from rome.experts.token_maps import grid_of
 from rome.models import ModelSettings, build_model
 from small_models import grow, images, normal, plain_swin, small_cnn, timm_model
 

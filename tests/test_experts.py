@@ -13,7 +13,7 @@ import torch
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.experts import LowRank, MixtureLinear, add_experts, expert_layers, record_gates
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}

@@ -15,21 +15,21 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-import rome.explore
-from rome import cli
-from rome.analysis.subject import NATURAL
+import rome.report.explore
 from rome.attacks import APGD
-from rome.cli import main
-from rome.config import parse
-from rome.errors import UserError
+from rome.cli import app as cli
+from rome.cli.app import main
+from rome.core.errors import UserError
 from rome.experts import Local, add_experts, expert_layers, record_gates
-from rome.explore import Explorer, open_explorers, read_upload, rendering
-from rome.explore.desk import Desk
-from rome.explore.explorer import ball_of
-from rome.explore.maps import on_grid
-from rome.explore.uploads import MOST_BYTES
 from rome.models import build_model, save_model
-from rome.threats import DIGITS, LpBall
+from rome.report.explore import Explorer, open_explorers, read_upload, rendering
+from rome.report.explore.desk import Desk
+from rome.report.explore.explorer import ball_of
+from rome.report.explore.maps import on_grid
+from rome.report.explore.uploads import MOST_BYTES
+from rome.report.subject import NATURAL
+from rome.runs.config import parse
+from rome.threats.lp import DIGITS, LpBall
 from tiny_runs import changed
 
 
@@ -320,8 +320,8 @@ def test_without_gradio_one_line_says_what_to_install(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not there
-    monkeypatch.delitem(sys.modules, "rome.explore.page", raising=False)
-    monkeypatch.delattr(rome.explore, "page", raising=False)
+    monkeypatch.delitem(sys.modules, "rome.report.explore.page", raising=False)
+    monkeypatch.delattr(rome.report.explore, "page", raising=False)
     with pytest.raises(SystemExit) as ended:
         main(["explore", str(runs["rome"])])
     assert ended.value.code == 2

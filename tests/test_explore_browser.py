@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from rome.explore import open_explorers
+from rome.report.explore import open_explorers
 from test_explore import save_run
 
 pytest.importorskip("gradio")
@@ -45,7 +45,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a page for two runs, one of them with experts, is served."""
     import uvicorn
 
-    from rome.explore.page import application, build, listen
+    from rome.report.explore.page import application, build, listen
 
     folder = tmp_path_factory.mktemp("runs")
     runs = [save_run(folder / "rome"), save_run(folder / "plain", experts=None)]
@@ -208,7 +208,7 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Open) -> None:
 @pytest.mark.parametrize("width", [1360, 390])
 def test_gates_stay_inside_the_card_of_a_run_without_the_chosen_layer(browser: Any, width: int, tmp_path: Path) -> None:
     """Runs beside each other with experts in different layers: one has no map, but gates all the same."""
-    from rome.explore import rendering
+    from rome.report.explore import rendering
 
     names = {"qkv": ["qkv"], "proj": ["proj"]}
     runs = [save_run(tmp_path / name, experts__layers=layers) for name, layers in names.items()]
@@ -230,8 +230,8 @@ def test_gates_stay_inside_the_card_of_a_run_without_the_chosen_layer(browser: A
 
 
 def test_a_port_that_is_taken_gets_one_line(address: str) -> None:
-    from rome.errors import UserError
-    from rome.explore.page import listen
+    from rome.core.errors import UserError
+    from rome.report.explore.page import listen
 
     port = urlsplit(address).port
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}") as raised:

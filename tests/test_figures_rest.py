@@ -16,27 +16,27 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rome.analysis import cost_table
-from rome.analysis.classes import by_class
-from rome.analysis.cost_table import fill_costs, named_configs
-from rome.analysis.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
-from rome.analysis.figures.base import Options
-from rome.analysis.figures.regions import attacked_within, boxes
-from rome.analysis.figures.style import RUNS, looks, side, signed
-from rome.analysis.paper_rows import TABLES
-from rome.analysis.paper_tables import fill
-from rome.analysis.subject import short
-from rome.analysis.table_formats import render
-from rome.config import Config, load
-from rome.errors import UserError
-from rome.evaluating import Report
-from rome.experiments import folder
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Report
 from rome.experts import Global, Local, add_experts
-from rome.experts.gating import Gate
-from rome.experts.maps import grid_of
+from rome.experts.gates import Gate
+from rome.experts.token_maps import grid_of
 from rome.models import create_model, save_model
-from rome.runs import Run
-from rome.threats import LpBall
+from rome.report.classes import by_class
+from rome.report.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
+from rome.report.figures.base import Options
+from rome.report.figures.regions import attacked_within, boxes
+from rome.report.figures.style import RUNS, looks, side, signed
+from rome.report.page import cost_table
+from rome.report.subject import short
+from rome.report.tables.cost_table import fill_costs, named_configs
+from rome.report.tables.paper_rows import TABLES
+from rome.report.tables.paper_tables import fill
+from rome.report.tables.table_formats import render
+from rome.runs.config import Config, load
+from rome.runs.experiments import folder
+from rome.runs.folder import Run
+from rome.threats.lp import LpBall
 from small_models import grow, small_cnn
 from tiny_runs import TINY, tiny, write_yaml
 

@@ -20,14 +20,9 @@ import yaml
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from rome.analysis import features, gates, subject
-from rome.analysis.figures import Options, registered, write_figures
-from rome.analysis.separability import difference, embed, silhouettes
-from rome.analysis.subject import GivenModel, attack_all
-from rome.cli import main
-from rome.config import parse
+from rome.cli.app import main
+from rome.core.errors import UserError
 from rome.data import Digits
-from rome.errors import UserError
 from rome.experts import (
     Adapters,
     FeedForward,
@@ -42,7 +37,12 @@ from rome.experts import (
     set_routing,
 )
 from rome.models import Classifier, build_model, create_model, save_model
-from rome.threats import DIGITS, LpBall
+from rome.report import features, gates, subject
+from rome.report.figures import Options, registered, write_figures
+from rome.report.separability import difference, embed, silhouettes
+from rome.report.subject import GivenModel, attack_all
+from rome.runs.config import parse
+from rome.threats.lp import DIGITS, LpBall
 from small_models import SmallCNN, grow, plain_swin
 from tiny_runs import changed
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.experts import (
     DualScale,
     Gate,
@@ -25,8 +25,8 @@ from rome.experts import (
     expert_layers,
     record_gates,
 )
-from rome.experts.gating import DualScaleGate, LocalGate
-from rome.experts.inject import block_numbers
+from rome.experts.base import block_numbers
+from rome.experts.gates import DualScaleGate, LocalGate
 from rome.models import load_experts, load_model, save_experts, save_model
 
 

@@ -23,19 +23,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from rome.assess import evaluate_saved
-from rome.cli import main
-from rome.config import Config, parse
-from rome.errors import Interrupted, UserError
-from rome.evaluating import Report, evaluate, hash_model
+from rome.attacks.suites.base import QuickSuite
+from rome.cli.app import main
+from rome.core.errors import Interrupted, UserError
+from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.evaluation.identity import code_of, identity
+from rome.evaluation.run import evaluate_saved
 from rome.evaluation.store import differences
-from rome.evaluation.suites import QuickSuite
 from rome.experts import DualScale, LowRank
 from rome.models import create_model
-from rome.origin import code_facts
-from rome.threats import LpBall
-from rome.training import train
+from rome.runs.config import Config, parse
+from rome.runs.origin import code_facts
+from rome.threats.lp import LpBall
+from rome.training.loop import train
 from tiny_runs import changed, same, tiny, watched, weights
 from toy_suites import shades
 
@@ -259,7 +259,7 @@ def test_the_code_of_every_module_that_is_reached_counts(
 ATTACK = """
 import deepest
 from rome.attacks.base import UNSEEN, Attack, Found
-from rome.evaluation.suites import Case, Suite
+from rome.attacks.suites.base import Case, Suite
 class Own(Attack):
     kind = "own-attack"
     def steps_for(self, threat): return 1

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import rome
 import rome.experts
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.models import ModelSettings, build_model, create_model, load_model, load_weights, save_experts, save_model
 from rome.models.fitting import head_names
 

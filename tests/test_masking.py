@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from rome.attacks import APGD
 from rome.attacks.base import Found
-from rome.evaluating import Report, Suite, evaluate
+from rome.attacks.suites.base import APGDSuite
 from rome.evaluation import masking
+from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_gradient, check_outputs
+from rome.evaluation.evaluate import Report, Suite, evaluate
 from rome.evaluation.masking import SAMPLE, look, worth_checking
 from rome.evaluation.statistics import mcnemar, paired_difference
-from rome.evaluation.suites import APGDSuite
-from rome.evaluation.units import Examples
-from rome.threats import CIFAR10, DIGITS, LpBall
+from rome.threats.lp import CIFAR10, DIGITS, LpBall
 
 LINF = [DIGITS["Linf"]]
 QUICK = APGDSuite(iterations=10)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
 from rome.attacks import PGD, Attack
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.randomness import stream
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
 from rome.methods import Average, Maximum, Method, Outcome, Random, Setting
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.threats import PerExample, budgets
+from rome.runs.optim import AdamW
+from rome.threats.lp import PerExample, budgets
 
 BUDGETS = budgets(1.6, 0.4, 0.07)  # about equally strong for the network below
 METHODS: list[Method] = [Random(), Random(per="batch"), Average(), Maximum(), Maximum(per="batch")]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rome import __version__
-from rome.device import placed
-from rome.errors import UserError
-from rome.evaluating import hash_model
+from rome.core.device import placed
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import hash_model
 from rome.experts import DualScale, LowRank, add_experts, expert_layers
 from rome.models import (
     Classifier,

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 import rome
 from conftest import Digits, recorded
-from rome import cost
-from rome.assess import evaluate_saved
 from rome.attacks import PGD
-from rome.config import parse
-from rome.errors import Interrupted, UserError
+from rome.core.errors import Interrupted, UserError
+from rome.core.randomness import stream
+from rome.evaluation.run import evaluate_saved
 from rome.experts import Classification, LowRank, ModelMixture, Networks, Regularizer, expert_layers, record_gates
 from rome.methods import MORE, Random, Setting
 from rome.models import Classifier, create_model, load_experts, load_model, save_experts, save_model
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.runs import Run
-from rome.threats import budgets
-from rome.training import train
+from rome.report import cost
+from rome.runs.config import parse
+from rome.runs.folder import Run
+from rome.runs.optim import AdamW
+from rome.threats.lp import budgets
+from rome.training.loop import train
 from tiny_runs import changed, same, tiny, watched, weights
 
 BUDGETS = budgets(1.6, 0.4, 0.07)

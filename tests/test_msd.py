@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import Digits, Problem, recorded
-from rome.attacks.msd import steepest_descent
-from rome.errors import UserError
+from rome.attacks.lp.msd import steepest_descent
+from rome.core.errors import UserError
 from rome.experts import Diversification
 from rome.methods import MSD
-from rome.progress import show_training
-from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
-from rome.training import train
+from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
+from rome.training.loop import train
+from rome.training.progress import show_training
 from test_attack_parity import project_l1
 from test_methods import NO_ATTACK, gates_of_last_forward, network, setting_of
 from tiny_runs import tiny

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
-from rome.analysis.compared import paired
-from rome.analysis.paper_rows import BALLS, TABLES
-from rome.analysis.paper_tables import fill
-from rome.analysis.table_formats import render, sources
-from rome.config import load, parse
-from rome.cost import count
-from rome.errors import UserError
-from rome.evaluating import Report
-from rome.experiments import files, folder
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Report
+from rome.report.compared import paired
+from rome.report.cost import count
+from rome.report.tables.paper_rows import BALLS, TABLES
+from rome.report.tables.paper_tables import fill
+from rome.report.tables.table_formats import render, sources
+from rome.runs.config import load, parse
+from rome.runs.experiments import files, folder
 
 Robust = tuple[float, float, float]
 

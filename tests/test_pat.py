@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
 from rome.attacks import PGD, FastLPA
-from rome.attacks.lpa import FastLPAWithPair
-from rome.errors import Interrupted, UserError
+from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
+from rome.core.errors import Interrupted, UserError
+from rome.core.randomness import stream
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
 from rome.methods import PAT, VR, Method, Setting
 from rome.models import create_model, save_model
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.runs import Run
-from rome.threats import DIGITS, Perceptual, PerExample
-from rome.training import train
+from rome.runs.folder import Run
+from rome.runs.optim import AdamW
+from rome.threats.lp import DIGITS, Perceptual, PerExample
+from rome.training.loop import train
 from test_distributed import assert_same_run, both
 from tiny_runs import STEPS, changed, same, tiny, two_processes, updates, watched, weights, without_times, write_yaml
 

@@ -12,10 +12,19 @@ import torchvision
 from torch import Tensor, nn
 
 from conftest import recorded
-from rome.errors import UserError
+from rome.attacks.perceptual.features import (
+    ALL,
+    Features,
+    Perception,
+    distance,
+    distances,
+    feature_layers,
+    loaded,
+    measure,
+)
+from rome.core.errors import UserError
 from rome.models import Classifier, create_model, save_model
-from rome.perceptual import ALL, Features, Perception, distance, distances, feature_layers, loaded, measure
-from rome.threats import Perceptual, Threat
+from rome.threats.lp import Perceptual, Threat
 
 
 def cnn(seed: int = 0, classes: int = 5) -> nn.Module:
@@ -385,7 +394,7 @@ def test_a_network_is_read_frozen_and_in_evaluation_mode(tmp_path: Path) -> None
 
 
 def test_the_alexnet_of_the_paper_measures_at_its_relus() -> None:
-    backbones = pytest.importorskip("rome.backbones")
+    backbones = pytest.importorskip("rome.models.backbones")
     network = backbones.alexnet_cifar()
     found = [network.get_submodule(name) for name in feature_layers(network)]
     assert [type(module) for module in found] == [nn.ReLU] * 5

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from rome.config import Config
-from rome.cost import measure
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.models import build_model
-from rome.plan import plan
+from rome.report.cost import measure
+from rome.report.plan import plan
+from rome.runs.config import Config
 from tiny_runs import tiny
 
 OWN = """

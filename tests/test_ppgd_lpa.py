@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from conftest import recorded
 from rome.attacks import LPA, PGD, PPGD, Attack
 from rome.attacks.base import Group, margin
-from rome.attacks.perceptual import _Space
-from rome.errors import UserError
-from rome.perceptual import Features, distance, measure
-from rome.threats import CIFAR10, Perceptual
+from rome.attacks.perceptual.features import Features, distance, measure
+from rome.attacks.perceptual.ppgd_lpa import _Space
+from rome.core.errors import UserError
+from rome.threats.lp import CIFAR10, Perceptual
 
 
 class Net(nn.Module):
@@ -291,7 +291,7 @@ def test_the_networks_file_is_read_once_however_many_examples_leave(
         reads.append(path)
         return Net(seed=5).double().eval()
 
-    monkeypatch.setattr("rome.perceptual.load_model", read)
+    monkeypatch.setattr("rome.attacks.perceptual.features.load_model", read)
     found = LPA(steps=4, rounds=3).run(model, *batch, Perceptual(bound=0.8, features="net"))
     assert not bool(found.robust.all()), "some left"
     assert reads == ["net"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from rome.projections import project_l1, project_l2, project_linf
+from rome.threats.projections import project_l1, project_l2, project_linf
 
 EPS = [0.0, 1e-3, 1.0, 12.0, 1e9]
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
 from rome.attacks import PGD, Attack, Found
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.randomness import stream
 from rome.experts import Diversification
 from rome.methods import RAMP, Setting
 from rome.methods.ramp import divergence, fuse
-from rome.optim import SGD, AdamW, Optimizer
-from rome.randomness import stream
-from rome.runs import Run
-from rome.threats import Threat, budgets
-from rome.training import train
+from rome.runs.folder import Run
+from rome.runs.optim import SGD, AdamW, Optimizer
+from rome.threats.lp import Threat, budgets
+from rome.training.loop import train
 from test_methods import BUDGETS, gates_of_last_forward, network, setting_of
 from tiny_runs import STEPS, same, tiny, updates, weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rome.randomness import stream
+from rome.core.randomness import stream
 
 
 def images(n: int, seed: int = 0) -> torch.Tensor:

@@ -16,8 +16,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from rome.attacks import PGD
-from rome.config import parse
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.randomness import stream
 from rome.experts import (
     Adapters,
     Classification,
@@ -38,12 +38,12 @@ from rome.experts import (
     expert_layers,
     record_gates,
 )
-from rome.experts.gating import Layout
+from rome.experts.gates import Layout
 from rome.methods import Setting
 from rome.methods.base import combine, training_forward
-from rome.optim import AdamW
-from rome.randomness import stream
-from rome.threats import budgets
+from rome.runs.config import parse
+from rome.runs.optim import AdamW
+from rome.threats.lp import budgets
 from small_models import THREADS
 from test_diversity import pair_of_blocks, random_gates, recorded
 from tiny_runs import changed, in_two_processes

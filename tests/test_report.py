@@ -19,18 +19,17 @@ import yaml
 from markupsafe import escape
 from PIL import Image
 
-from rome.analysis import charts, examples, gates
-from rome.analysis.compared import findings, gather, paired
-from rome.analysis.routing import routing_numbers
-from rome.assess import evaluate_given, evaluate_saved
-from rome.config import parse
-from rome.cost import show_cost
-from rome.errors import UserError
-from rome.evaluating import Report, example_images
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Report, example_images
 from rome.evaluation.given import Given
+from rome.evaluation.run import evaluate_given, evaluate_saved
 from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
-from rome.report import _gate_pictures, show, tabulate, write_report
+from rome.report.compared import findings, gather, paired
+from rome.report.cost import show_cost
+from rome.report.page import _gate_pictures, charts, examples, gates, show, tabulate, write_report
+from rome.report.routing import routing_numbers
+from rome.runs.config import parse
 from small_models import grow, knowing
 
 EVIL = "<script>alert('x|y')</script>"

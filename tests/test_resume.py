@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from rome.cli import main
-from rome.errors import Interrupted, UserError
-from rome.files import make_folder
-from rome.runs import Run
-from rome.training import train
+from rome.cli.app import main
+from rome.core.errors import Interrupted, UserError
+from rome.core.files import make_folder
+from rome.runs.folder import Run
+from rome.training.loop import train
 from tiny_runs import (
     STEPS,
     Moment,

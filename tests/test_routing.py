@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rome.errors import UserError
-from rome.evaluating import Report, evaluate, hash_model
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.experts import FeedForward, MixtureLinear, add_experts, expert_layers, record_gates, set_routing
-from rome.threats import LpBall
+from rome.threats.lp import LpBall
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rome.analysis.gates import GateSample
-from rome.analysis.routing import jensen_shannon, linear_probe, mutual_information, routing_numbers
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.report.gates import GateSample
+from rome.report.routing import jensen_shannon, linear_probe, mutual_information, routing_numbers
 
 GROUPS = ("natural", "L1", "L2", "Linf")
 

@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rome.analysis.tables import missing
 from rome.attacks import LPA, PGD, Attack, Fog
-from rome.config import parse
-from rome.errors import UserError
-from rome.evaluating import Case, Report, Suite, evaluate, example_images
-from rome.evaluation.composed import AllSuites, SeveralSuites, as_suite, check_files, with_features
+from rome.attacks.suites.base import APGDSuite, AutoAttackSuite, QuickSuite
+from rome.attacks.suites.composed import AllSuites, SeveralSuites, as_suite, check_files, with_features
+from rome.attacks.suites.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.statistics import wilson
-from rome.evaluation.suites import APGDSuite, AutoAttackSuite, QuickSuite
-from rome.evaluation.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
 from rome.models import create_model, save_model
-from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
+from rome.report.columns import missing
+from rome.runs.config import parse
+from rome.threats.lp import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
 from small_models import THREADS
 from tiny_runs import PRELOAD, changed
 from toy_suites import Brightness, Numbered, Toy, ToySuite, shades

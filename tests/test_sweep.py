@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rome.cli import main
-from rome.errors import UserError
-from rome.evaluating import Report
-from rome.runs import Run
-from rome.sweep import Row, gather_rows, points, save_rows, show_rows, sweep
+from rome.cli.app import main
+from rome.cli.sweep import Row, gather_rows, points, save_rows, show_rows, sweep
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Report
+from rome.runs.folder import Run
 from tiny_runs import rome, wait_for
 
 CONFIG = """

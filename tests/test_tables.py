@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from rome.analysis.compared import findings, paired
-from rome.analysis.evaluated import EvaluatedModel, EvaluatedRun
-from rome.analysis.robustbench import entries_of, eps_text, percent, write_entries
-from rome.analysis.tables import columns_of, missing, show, tabulate
-from rome.cli import main
-from rome.errors import UserError
-from rome.evaluating import Case, Report
+from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
+from rome.attacks.suites.unseen import COMMON_CORRUPTIONS
+from rome.cli.app import main
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import Case, Report
 from rome.evaluation.statistics import holm
-from rome.evaluation.suites import APGDSuite, AutoAttackSuite
-from rome.evaluation.unseen import COMMON_CORRUPTIONS
-from rome.report import write_report
-from rome.runs import Run
-from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
-from rome.training import train
+from rome.report.columns import columns_of, missing, show, tabulate
+from rome.report.compared import findings, paired
+from rome.report.evaluated import EvaluatedModel, EvaluatedRun
+from rome.report.page import write_report
+from rome.report.robustbench import entries_of, eps_text, percent, write_entries
+from rome.runs.folder import Run
+from rome.threats.lp import CIFAR10, IMAGENET, AnyImage, LpBall
+from rome.training.loop import train
 from tiny_runs import tiny
 from toy_suites import Toy
 
@@ -308,7 +308,7 @@ def test_radii_are_written_as_leaderboards_do(ball: LpBall, text: str) -> None:
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run evaluated under APGD, an attack beyond Lp, and two corruptions."""
-    from rome.assess import evaluate_saved
+    from rome.evaluation.run import evaluate_saved
 
     suites = [
         {"kind": "apgd", "iterations": 5},
@@ -340,7 +340,7 @@ def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_part_of_the_configs_suite_keeps_its_settings(composed: Path, tmp_path: Path) -> None:
-    from rome.assess import evaluate_saved
+    from rome.evaluation.run import evaluate_saved
 
     found, _ = evaluate_saved(composed, suite="apgd", n=4, out=tmp_path / "a")
     assert found.settings["suite"] == {"kind": "apgd", "iterations": 5}

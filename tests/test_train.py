@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rome
-import rome.training
+import rome.training.loop
+from rome.core.device import numerics
+from rome.core.errors import UserError
+from rome.core.randomness import derive_seed, stream
 from rome.data import Digits
-from rome.device import numerics
-from rome.errors import UserError
 from rome.methods import Outcome, Random, Setting
 from rome.models import build_model, read_tensors
-from rome.randomness import derive_seed, stream
-from rome.runs import Run
-from rome.threats import DIGITS
-from rome.training import NonFiniteLossError, train
+from rome.runs.folder import Run
+from rome.threats.lp import DIGITS
+from rome.training.loop import NonFiniteLossError, train
 from tiny_runs import STEPS, same, tiny, updates, watched, weights, without_times
 
 THREATS = {"L1", "L2", "Linf"}
@@ -184,7 +184,7 @@ def test_accumulation_does_not_change_the_update(method: str, tmp_path: Path) ->
 
 
 def test_natural_epochs_meet_no_attack_and_nothing_to_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rome.attacks.pgd as pgd
+    import rome.attacks.lp.pgd as pgd
 
     gradients: list[int] = []
     met: list[int] = []
@@ -240,13 +240,13 @@ def test_a_trainable_projection_is_trained(tmp_path: Path) -> None:
 
 def test_the_saved_model_is_the_trained_one_and_builds_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[dict[str, Tensor]] = []
-    save = rome.training.save_model
+    save = rome.training.loop.save_model
 
     def spy(model: nn.Module, *arguments: Any, **options: Any) -> None:
         ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         save(model, *arguments, **options)
 
-    monkeypatch.setattr(rome.training, "save_model", spy)
+    monkeypatch.setattr(rome.training.loop, "save_model", spy)
     config = tiny(epochs=1)
     run = train(config, tmp_path / "run")
     model = rome.load_model(run.model_file)

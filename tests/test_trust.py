@@ -20,20 +20,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rome import trust
-from rome.analysis.figures import Options, write_figures
-from rome.analysis.subject import open_subjects
-from rome.assess import evaluate_saved
-from rome.cli import main
-from rome.config import load, parse
-from rome.errors import UserError
-from rome.evaluation.composed import as_suite
-from rome.explore import open_explorers
+from rome.attacks.suites.composed import as_suite
+from rome.cli.app import main
+from rome.cli.sweep import run_point
+from rome.core import trust
+from rome.core.errors import UserError
+from rome.evaluation.run import evaluate_saved
 from rome.models import create_model, load_model, load_weights, read_tensors
-from rome.report import write_report
-from rome.runs import Run
-from rome.sweep import run_point
-from rome.training import train
+from rome.report.explore import open_explorers
+from rome.report.figures import Options, write_figures
+from rome.report.page import write_report
+from rome.report.subject import open_subjects
+from rome.runs.config import load, parse
+from rome.runs.folder import Run
+from rome.training.loop import train
 from tiny_runs import Ended, changed, no_traceback, tiny, write_yaml
 
 CODE = """

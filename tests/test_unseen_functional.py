@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from rome.attacks import ReColorAdv, StAdv
 from rome.attacks.base import margin
-from rome.attacks.functional import FunctionalAttack, roughness
-from rome.colors import luv_to_rgb, rgb_to_luv
-from rome.errors import UserError
-from rome.threats import AnyImage
+from rome.attacks.transforms.colors import luv_to_rgb, rgb_to_luv
+from rome.attacks.transforms.functional import FunctionalAttack, roughness
+from rome.core.errors import UserError
+from rome.threats.lp import AnyImage
 
 ANY = AnyImage(label="any")
 ATTACKS = {"stadv": StAdv(), "recoloradv": ReColorAdv()}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from conftest import Digits, Problem
 from rome.attacks import GMA, PGD
-from rome.attacks.misrouting import answer, misrouting
-from rome.errors import UserError
+from rome.attacks.lp.gma import answer, misrouting
+from rome.core.errors import UserError
+from rome.core.randomness import stream
 from rome.experts import (
     Adapters,
     DualScale,
@@ -31,8 +32,7 @@ from rome.experts import (
 )
 from rome.experts.more import Networks
 from rome.models import Classifier
-from rome.randomness import stream
-from rome.threats import AnyImage, LpBall, PerExample
+from rome.threats.lp import AnyImage, LpBall, PerExample
 from test_experts import tiny_swin, tiny_vit
 
 LINF = LpBall(norm="Linf", eps=8 / 255)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from conftest import recorded
 from rome.attacks import JPEG, Attack, Elastic, Fog, Gabor, Snow
-from rome.attacks.elastic import smoothing
-from rome.attacks.gabor import flattened, gabor_kernels
-from rome.attacks.jpeg import CHROMA, LUMA
-from rome.attacks.snow import BUDGET, DRAWS, OFFSETS, line_kernels
-from rome.attacks.transform import Transform, TransformAttack
-from rome.errors import UserError
-from rome.plasma import diamond_square, to_unit
-from rome.randomness import stream
-from rome.threats import AnyImage, LpBall, PerExample
+from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.elastic import smoothing
+from rome.attacks.transforms.gabor import flattened, gabor_kernels
+from rome.attacks.transforms.jpeg import CHROMA, LUMA
+from rome.attacks.transforms.plasma import diamond_square, to_unit
+from rome.attacks.transforms.snow import BUDGET, DRAWS, OFFSETS, line_kernels
+from rome.core.errors import UserError
+from rome.core.randomness import stream
+from rome.threats.lp import AnyImage, LpBall, PerExample
 
 KINDS: dict[str, type[TransformAttack]] = {kind.kind: kind for kind in (Fog, Snow, Gabor, Elastic, JPEG)}
 ANY = AnyImage(label="unseen")

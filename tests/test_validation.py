@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rome.assess import evaluate_saved
 from rome.attacks import APGD
-from rome.config import Config
+from rome.core.errors import UserError
 from rome.data.base import Split
 from rome.data.memory import Digits
-from rome.errors import UserError
+from rome.evaluation.run import evaluate_saved
 from rome.models import load_model
-from rome.runs import Run
-from rome.training import train
-from rome.validation import Validator, hold_out
+from rome.runs.config import Config
+from rome.runs.folder import Run
+from rome.training.loop import train
+from rome.training.validation import Validator, hold_out
 from tiny_runs import Moment, changed, rome, same, tiny, two_processes, weights, without_times, write_yaml
 
 HELD = {"n": 10, "every": 1, "steps": 2}

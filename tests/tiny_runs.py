@@ -24,9 +24,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from rome.config import Config, parse
 from rome.models import read_tensors
-from rome.training import Update
+from rome.runs.config import Config, parse
+from rome.training.loop import Update
 from small_models import THREADS
 
 TINY: dict[str, Any] = {
@@ -49,7 +49,14 @@ TINY: dict[str, Any] = {
 EXACT = {"model": {"name": f"{Path(__file__).parent / 'exact_model.py'}:build"}}
 """Changes of it for comparisons between other batches, which must not differ by more than rounding."""
 
-PRELOAD = ["rome.cli", "rome.training", "rome.progress", "lightning_fabric", "torch.utils.tensorboard", "torch._dynamo"]
+PRELOAD = [
+    "rome.cli.app",
+    "rome.training.loop",
+    "rome.training.progress",
+    "lightning_fabric",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+]
 PRELOAD += ["sklearn.datasets", "sklearn.model_selection"]
 
 STEPS = 5
@@ -208,7 +215,7 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
     torch.set_num_threads(THREADS)
     if at is not None and at.rank in (None, int(env.get("RANK", 0))):
         _arm(at)
-    from rome.cli import main
+    from rome.cli.app import main
 
     try:
         main(arguments)
@@ -223,9 +230,9 @@ def _run(arguments: list[str], files: tuple[Path, Path], at: Moment | None, env:
 def _arm(at: Moment) -> None:
     """Make this process send itself a signal at that moment."""
     import rome.models.files
-    import rome.training
+    import rome.training.loop
 
-    loop = rome.training._Loop
+    loop = rome.training.loop._Loop
     calls = 0
 
     def reached() -> bool:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
-from rome.evaluating import Case, Suite
+from rome.core.randomness import Stream
+from rome.evaluation.evaluate import Case, Suite
 from rome.evaluation.store import StorageError
-from rome.randomness import Stream
-from rome.threats import AnyImage, Threat
+from rome.threats.lp import AnyImage, Threat
 
 
 class Toy(Attack):

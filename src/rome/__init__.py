@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rome.attacks import APGD, PGD, Attack, AttackThreat, FastLPA
-    from rome.config import Config, load
-    from rome.errors import UserError
-    from rome.evaluating import Report, evaluate
+    from rome.core.errors import UserError
+    from rome.evaluation.evaluate import Report, evaluate
     from rome.experts import Diversification, DualScale, LowRank, add_experts, record_gates
     from rome.methods import Method
     from rome.models import create_model, load_experts, load_model, save_experts, save_model
-    from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, Perceptual, PerExample, Threat
-    from rome.training import train
+    from rome.runs.config import Config, load
+    from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall, Perceptual, PerExample, Threat
+    from rome.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -56,14 +56,14 @@ __all__ = [
 
 _HOMES = {
     "attacks": ("APGD", "PGD", "Attack", "AttackThreat", "FastLPA"),
-    "config": ("Config", "load"),
-    "errors": ("UserError",),
-    "evaluating": ("Report", "evaluate"),
+    "runs.config": ("Config", "load"),
+    "core.errors": ("UserError",),
+    "evaluation.evaluate": ("Report", "evaluate"),
     "experts": ("Diversification", "DualScale", "LowRank", "add_experts", "record_gates"),
     "methods": ("Method",),
     "models": ("create_model", "load_experts", "load_model", "save_experts", "save_model"),
-    "threats": ("CIFAR10", "DIGITS", "IMAGENET", "LpBall", "Perceptual", "PerExample", "Threat"),
-    "training": ("train",),
+    "threats.lp": ("CIFAR10", "DIGITS", "IMAGENET", "LpBall", "Perceptual", "PerExample", "Threat"),
+    "training.loop": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

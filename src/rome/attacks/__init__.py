@@ -1,23 +1,23 @@
 """Attacks: they search inside a threat for images that raise the model's loss."""
 
-from rome.attacks.apgd import APGD
-from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.base import Attack, Found
-from rome.attacks.corruption import Corruption
-from rome.attacks.elastic import Elastic
-from rome.attacks.fog import Fog
-from rome.attacks.gabor import Gabor
-from rome.attacks.jpeg import JPEG
-from rome.attacks.lpa import FastLPA
-from rome.attacks.misrouting import GMA
-from rome.attacks.patch import Patch
-from rome.attacks.perceptual import LPA, PPGD
-from rome.attacks.pgd import PGD
-from rome.attacks.recolor import ReColorAdv
-from rome.attacks.snow import Snow
-from rome.attacks.sparsefool import SparseFool
-from rome.attacks.stadv import StAdv
+from rome.attacks.corruptions.attack import Corruption
+from rome.attacks.lp.apgd import APGD
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
+from rome.attacks.lp.gma import GMA
+from rome.attacks.lp.pgd import PGD
+from rome.attacks.lp.sparsefool import SparseFool
+from rome.attacks.perceptual.fast_lpa import FastLPA
+from rome.attacks.perceptual.ppgd_lpa import LPA, PPGD
 from rome.attacks.threat import AttackThreat
+from rome.attacks.transforms.elastic import Elastic
+from rome.attacks.transforms.fog import Fog
+from rome.attacks.transforms.gabor import Gabor
+from rome.attacks.transforms.jpeg import JPEG
+from rome.attacks.transforms.patch import Patch
+from rome.attacks.transforms.recolor import ReColorAdv
+from rome.attacks.transforms.snow import Snow
+from rome.attacks.transforms.stadv import StAdv
 
 __all__ = [
     "APGD",

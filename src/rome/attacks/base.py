@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.attacks.sharing import Group as Group
-from rome.attacks.sharing import Share, divide
-from rome.component import Component
-from rome.device import out_of_memory
-from rome.errors import UserError
+from rome.attacks.engine import Group as Group
+from rome.attacks.engine import Share, divide
+from rome.core.component import Component
+from rome.core.device import out_of_memory
+from rome.core.errors import UserError
+from rome.core.randomness import Stream, stream
+from rome.core.trial import IN_PLACE, THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
+from rome.core.trial import Model as Model
 from rome.experts.gated import Gated
-from rome.randomness import Stream, stream
-from rome.threats import PerExample, Threat
-from rome.trial import IN_PLACE, THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
-from rome.trial import Model as Model
+from rome.threats.lp import PerExample, Threat
 
 
 class Found(NamedTuple):

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Attack
-from rome.errors import UserError
-from rome.threats import AnyImage, Perceptual, Threat
+from rome.core.errors import UserError
+from rome.threats.lp import AnyImage, Perceptual, Threat
 
 
 class AttackThreat(Threat):

@@ -19,8 +19,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rome.component import Component
-from rome.errors import UserError
+from rome.core.component import Component
+from rome.core.errors import UserError
 
 SplitName = Literal["train", "test"]
 TestSplit = Literal["test", "validation", "valid", "val"]

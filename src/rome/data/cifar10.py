@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rome.core.errors import UserError
 from rome.data.base import NAMES, Data, Split, SplitName, one_line
 from rome.data.memory import MemorySplit
 from rome.data.parquet import decoded
 from rome.data.tables import find_tables, read_tables
-from rome.errors import UserError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _IMAGES: dict[SplitName, int] = {"train": 50_000, "test": 10_000}

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field, model_validator
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
 from rome.data.resized import Resized
-from rome.errors import UserError
 
 
 class ImageFolder(Resized):

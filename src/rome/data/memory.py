@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rome.core.randomness import stream
 from rome.data.base import Data, Split, SplitName
-from rome.randomness import stream
 
 
 class MemorySplit(Split):

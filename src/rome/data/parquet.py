@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split
 from rome.data.memory import MemorySplit
 from rome.data.resized import Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, label_names, label_range, read_tables
-from rome.errors import UserError
 
 
 class Parquet(Resized):

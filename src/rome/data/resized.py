@@ -14,11 +14,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rome.component import Number
+from rome.core.component import Number
+from rome.core.errors import UserError
+from rome.core.randomness import derive_seed
 from rome.data.base import Data, Split, TestSplit, one_line
 from rome.data.pixels import read_rgb
-from rome.errors import UserError
-from rome.randomness import derive_seed
 
 
 class Resized(Data):

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rome.core.errors import UserError
 from rome.data.base import one_line
 from rome.data.pixels import read_rgb
-from rome.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
-from rome.component import mistakes
+from rome.attacks.suites.composed import listed
+from rome.core.component import mistakes
+from rome.core.errors import UserError, did_you_mean
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES
 from rome.data.tables import find_tables, label_names
-from rome.errors import UserError, did_you_mean
-from rome.evaluation.composed import listed
-from rome.threats import NAMED_BUDGETS, LpBall, Threat
+from rome.threats.lp import NAMED_BUDGETS, LpBall, Threat
 
 _FORMS = (
     "digits; cifar10:PATH; a folder with test/CLASS/*.jpg (or val), with test-*.parquet or with cifar-10-batches-py; a "

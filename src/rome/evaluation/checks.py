@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rome.errors import UserError
-from rome.trial import REPEATABLE, Model, ask, check_company, check_labels, outside_box, steady, unusable
+from rome.core.errors import UserError
+from rome.core.trial import REPEATABLE, Model, ask, check_company, check_labels, outside_box, steady, unusable
 
 
 def check_data(x: Tensor, y: Tensor) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from rome.component import Settings
-from rome.config import DATA_BUDGETS
+from rome.core.component import Settings
+from rome.core.errors import UserError
 from rome.data import Data
 from rome.data.base import Split
-from rome.errors import UserError
 from rome.evaluation.any_data import named_budgets, named_data, numbers
-from rome.evaluation.any_model import Named, is_file, named_model, of_another_size, preprocessing
-from rome.threats import Threat
+from rome.models.exported import Named, is_file, named_model, of_another_size, preprocessing
+from rome.runs.config import DATA_BUDGETS
+from rome.threats.lp import Threat
 
 TRIED = 3
 """Images on which such a model is tried before anything else."""
@@ -25,7 +25,7 @@ TRIED = 3
 class Given(Settings):
     """All that it takes to build the model and to open its data, now or again: an evaluation keeps it.
 
-    Each field is the option of that name; see :func:`rome.evaluation.any_model.named_model` and
+    Each field is the option of that name; see :func:`rome.models.exported.named_model` and
     :mod:`rome.evaluation.any_data`.
     """
 

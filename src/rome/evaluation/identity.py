@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rome.attacks.base import Model
+from rome.core.wrappers import bare_name, unwrapped
 from rome.evaluation.store import differences
 from rome.experts.recording import expert_layers
 from rome.experts.routing import LEARNED, routing_of
-from rome.inspection import Inspection
-from rome.module_tree import tensor_bytes, tensors
-from rome.wrappers import bare_name, unwrapped
+from rome.models.inspection import Inspection
+from rome.models.module_tree import tensor_bytes, tensors
 
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
 _NAMED = {"attributes", CODE}
@@ -27,8 +27,8 @@ _READERS = ("analysis", "explore", "cli.py", "options.py", "report.py", "sweep.p
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """Class and tensors of a model, what else it computes with (:meth:`rome.inspection.Inspection.model`), the user's
-    ``code`` that it runs, what of it is ``unknown``, and its routing where it is not the learned one.
+    """Class and tensors of a model, what else it computes with (:meth:`rome.models.inspection.Inspection.model`), the
+    user's ``code`` that it runs, what of it is ``unknown``, and its routing where it is not the learned one.
 
     Of a function that is no module there is only its type: its weights cannot be seen.
     """

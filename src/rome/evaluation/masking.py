@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.attacks.apgd import APGD
-from rome.attacks.autoattack import APGDCE
 from rome.attacks.base import Model, loss_and_gradient
+from rome.attacks.lp.apgd import APGD
+from rome.attacks.lp.autoattack import APGDCE
+from rome.attacks.suites.base import Case
+from rome.evaluation.batch import Examples
 from rome.evaluation.memory import Halving
 from rome.evaluation.progress import cost
 from rome.evaluation.statistics import mcnemar
-from rome.evaluation.suites import Case
-from rome.evaluation.units import Examples
-from rome.threats import LpBall
+from rome.threats.lp import LpBall
 
 FEWEST = 100
 """Examples from which the checks are made unless told otherwise."""
@@ -129,7 +129,7 @@ def _useless(gradient: Tensor) -> Tensor:
 
 
 def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were raised, as entries of :attr:`rome.evaluation.report.Report.warnings`."""
+    """Those that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
     advice = "gradients may be masked, the true robustness lower"
     return [
         {

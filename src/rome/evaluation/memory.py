@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from rome.device import out_of_memory
-from rome.errors import UserError, first_line
+from rome.core.device import out_of_memory
+from rome.core.errors import UserError, first_line
 
 T = TypeVar("T")
 

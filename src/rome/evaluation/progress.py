@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from rome.attacks.autoattack import AutoAttackPart
 from rome.attacks.base import Attack
-from rome.evaluation.suites import Case
-from rome.threats import LpBall, Threat
+from rome.attacks.lp.autoattack import AutoAttackPart
+from rome.attacks.suites.base import Case
+from rome.threats.lp import LpBall, Threat
 
 Watcher = Callable[[str, int, int, float, float | None], None]
 """Called after every batch with: case, batches done in it, batches in it as far as known (it shrinks while attacks

@@ -28,11 +28,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rome import trust
-from rome.errors import UserError
-from rome.files import flatten, make_folder, remove_partials, replace_file
-from rome.module_tree import tensor_bytes
-from rome.plain_data import parse_json
+from rome.core import trust
+from rome.core.errors import UserError
+from rome.core.files import flatten, make_folder, remove_partials, replace_file
+from rome.core.plain_data import parse_json
+from rome.models.module_tree import tensor_bytes
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
@@ -107,7 +107,7 @@ class Store:
 
     def _measured_anew(self, stored: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
         """The stored settings with the networks that measure now. If one is another than it was, the evaluation is not
-        finished any more: what that one measured is done again (:class:`rome.evaluation.running.Running`)."""
+        finished any more: what that one measured is done again (:class:`rome.evaluation.runner.Running`)."""
         before = stored.get("networks", {})
         now = {**before, **networks}
         if now == before or self.directory is None:

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.component import Number
-from rome.errors import UserError
-from rome.experts.diversity import Regularizer
+from rome.core.collectives import sum_over_processes
+from rome.core.component import Number
+from rome.core.errors import UserError
 from rome.experts.gated import Recorded
-from rome.experts.groups import sum_over_processes
+from rome.experts.regularizers import Regularizer
 
 
 class MeanOverLayers(Regularizer):

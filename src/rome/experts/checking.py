@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.trial import failure, tried
 from rome.experts.gated import Sink
 from rome.experts.recording import GateRecorder, expert_layers, record_gates
-from rome.trial import failure, tried
 
 SIZES = (224, 32, 64, 128, 256, 384, 96, 28, 16, 8)
 """Sides of images, in pixels, to try on a model that does not tell its own."""

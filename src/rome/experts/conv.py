@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rome.experts.gated import Gated
-from rome.experts.gating import PLAIN, GateModule
+from rome.experts.gates import PLAIN, GateModule
 
 
 class MixtureConv2d(nn.Conv2d, Gated):

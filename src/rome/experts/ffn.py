@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.experts.gated import Gated
-from rome.experts.gating import PLAIN, GateModule, Layout
+from rome.experts.gates import PLAIN, GateModule, Layout
 
 
 class MixtureFFN(Gated):

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from rome.experts.gating import GateModule, Gates, Layout, positions, select
+from rome.experts.gates import GateModule, Gates, Layout, positions, select
 
 MeanOver = Literal["layers", "blocks"]
 """What L counts in the means over l of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rome.errors import UserError
-from rome.experts.diversity import Regularizer
+from rome.core.errors import UserError
+from rome.experts.base import Experts
 from rome.experts.gated import Gated
-from rome.experts.gating import PLAIN, Gates
-from rome.experts.inject import Experts
+from rome.experts.gates import PLAIN, Gates
+from rome.experts.regularizers import Regularizer
 
 
 class ModelMixture(Gated):

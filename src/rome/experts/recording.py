@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.experts.gated import Gated, Recorded, Sink
-from rome.experts.gating import Gates
+from rome.experts.gates import Gates
 
 
 def expert_layers(model: nn.Module) -> dict[str, Gated]:

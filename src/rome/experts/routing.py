@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from rome.errors import UserError, did_you_mean
+from rome.core.errors import UserError, did_you_mean
+from rome.core.randomness import stream
 from rome.experts.gated import Gated
 from rome.experts.recording import expert_layers
-from rome.randomness import stream
 
 Routing = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 LEARNED: Routing = "learned"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.wrappers import bare_name, bare_state, unwrapped
 from rome.experts.recording import expert_layers
-from rome.wrappers import bare_name, bare_state, unwrapped
 
 SETTINGS, BESIDE = "experts_settings", "experts_beside"
 """Attributes of a module that got experts: their settings, and the :func:`fingerprint` of its other weights then."""

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rome.attacks import Attack
-from rome.component import Component
-from rome.errors import UserError
+from rome.core.component import Component
+from rome.core.errors import UserError
+from rome.core.randomness import Stream
 from rome.experts import Experts, GateRecorder, Regularizer, record_gates
-from rome.optim import Optimizer
-from rome.randomness import Stream
-from rome.threats import Threat
+from rome.runs.optim import Optimizer
+from rome.threats.lp import Threat
 
 
 @dataclass

@@ -10,10 +10,10 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from rome.attacks import Attack
+from rome.core.distributed import total
+from rome.core.randomness import Stream
 from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_forward
-from rome.processes import total
-from rome.randomness import Stream
-from rome.threats import PerExample, Threat
+from rome.threats.lp import PerExample, Threat
 
 
 class EAT(Method):

@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rome.attacks import Attack
-from rome.errors import UserError
+from rome.core.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
 from rome.methods.base import Method, Outcome, Setting, search_passes
 from rome.methods.mixing import Random
-from rome.threats import PerExample, Threat
+from rome.threats.lp import PerExample, Threat
 
 
 class MORE(Method):

@@ -11,14 +11,14 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from rome.attacks import Attack, FastLPA
-from rome.attacks.lpa import FastLPAWithPair
-from rome.component import Number
-from rome.errors import UserError
+from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
+from rome.attacks.perceptual.features import ALL, Perception, loaded
+from rome.core.component import Number
+from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, Setting, combine, training_forward, training_logits
 from rome.methods.mixing import equal_shares
 from rome.models import file_hash
-from rome.perceptual import ALL, Perception, loaded
-from rome.threats import Perceptual, PerExample, Threat
+from rome.threats.lp import Perceptual, PerExample, Threat
 
 
 class PAT(Method):
@@ -35,7 +35,8 @@ class PAT(Method):
     """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
     folder or a safetensors file of ours. The paper's two are ``self`` and an AlexNet."""
     layers: tuple[str, ...] = ()
-    """Of ``self``: which modules to take activations from (see :func:`rome.perceptual.feature_layers`)."""
+    """Of ``self``: which modules to take activations from (see
+    :func:`rome.attacks.perceptual.features.feature_layers`)."""
     bound: Number = Field(default=0.5, gt=0)
     """Perceptual distance allowed; 0.5 on CIFAR-10, 0.25 on ImageNet-100."""
     steps: int = Field(default=10, ge=1)

@@ -11,11 +11,11 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from rome.attacks import Attack
-from rome.component import Number
+from rome.core.component import Number
+from rome.core.distributed import average, follow_first, total, world_size
 from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_logits
-from rome.optim import Optimizer, set_lr
-from rome.processes import average, follow_first, total, world_size
-from rome.threats import PerExample, Threat
+from rome.runs.optim import Optimizer, set_lr
+from rome.threats.lp import PerExample, Threat
 
 
 class RAMP(Method):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from rome.errors import UserError, first_line
+from rome.core.errors import UserError, first_line
+from rome.core.wrappers import unwrapped
 from rome.experts import Experts
 from rome.experts.state import PART, expert_names, settings_of
-from rome.wrappers import unwrapped
 
 NO_MATTER = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim", PART}
 """Settings of experts that change no output, or that the names and shapes of the tensors tell."""

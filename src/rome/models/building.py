@@ -12,21 +12,21 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from rome.component import Settings
-from rome.errors import Interrupted, UserError, first_line
+from rome.core.component import Settings
+from rome.core.errors import Interrupted, UserError, first_line
+from rome.core.trial import ask, tried
 from rome.experts import Experts
 from rome.models.classifier import Classifier
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
-from rome.trial import ask, tried
 
 
 class ModelSettings(Settings):
     """The ``model`` part of a config, and the arguments of :func:`create_model`."""
 
     name: str
-    """One of :mod:`rome.backbones`, a timm model, ``file.py:function`` / ``package.module:function`` that returns a
-    module, or ``robustbench:NAME``; ``rome list models`` names the first two."""
+    """One of :mod:`rome.models.backbones`, a timm model, ``file.py:function`` / ``package.module:function`` that
+    returns a module, or ``robustbench:NAME``; ``rome list models`` names the first two."""
     num_classes: int | None = Field(default=None, ge=2)
     """None takes the data set's."""
     img_size: int | None = Field(default=None, ge=1)
@@ -80,7 +80,7 @@ def create_model(
     Args:
         name: one of
 
-            - :mod:`rome.backbones`: ``resnet_18``, ``preact_resnet_18``, ``wide_resnet_28_10``, ...;
+            - :mod:`rome.models.backbones`: ``resnet_18``, ``preact_resnet_18``, ``wide_resnet_28_10``, ...;
             - a timm model, optionally with a weight tag (``vit_base_patch16_224.augreg_in21k``);
             - ``file.py:function`` / ``package.module:function``, called with ``num_classes`` and ``args``;
             - ``robustbench:NAME``, a model of RobustBench's zoo with its weights, if that package is installed;

@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rome import trust
-from rome.errors import UserError, first_line
+from rome.core import trust
+from rome.core.errors import UserError, first_line
+from rome.core.files import replace_with
+from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
-from rome.files import replace_with
 from rome.models.adapted import fill
 from rome.models.building import ModelSettings, create_model, say
 from rome.models.fitting import check_fit, fit
 from rome.models.loading import other_layers, read_tensors
-from rome.module_tree import layer_counts
-from rome.wrappers import bare_state, unwrapped
+from rome.models.module_tree import layer_counts
 
 
 def save_model(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
@@ -93,7 +93,7 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         path: the file, or a run's folder.
         model: your own module to load into; None builds the model from the config in the file.
         trust_code: build it also if the file names code for that, and no training of yours wrote it here
-            (:mod:`rome.trust`).
+            (:mod:`rome.core.trust`).
 
     Raises:
         UserError: not such a file, or it does not fit.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rome.errors import UserError
+from rome.core.errors import UserError
+from rome.core.wrappers import bare_name, bare_state, unwrapped
 from rome.experts.more import ModelMixture
 from rome.models.classifier import Classifier
-from rome.wrappers import bare_name, bare_state, unwrapped
 
 TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys of a checkpoint in the order in which timm's ``load_state_dict`` prefers them: averaged weights first."""

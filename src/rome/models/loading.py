@@ -16,16 +16,16 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from rome import trust
-from rome.errors import UserError, first_line
+from rome.core import trust
+from rome.core.errors import UserError, first_line
+from rome.core.plain_data import Unreadable, parse_json
+from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import PART, expert_state
 from rome.models.adapted import fill, inject
 from rome.models.classifier import Classifier
 from rome.models.fitting import find, fit, head_names, numbers, within
+from rome.models.module_tree import layer_counts
 from rome.models.pickles import load_pickle
-from rome.module_tree import layer_counts
-from rome.plain_data import Unreadable, parse_json
-from rome.wrappers import bare_state, unwrapped
 
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
@@ -237,7 +237,7 @@ def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, A
     """The metadata and tensors of a safetensors file; ``path`` may be a run's folder. Only ours have metadata.
 
     Args:
-        follow: what the metadata names will be built, so it must not name code (:mod:`rome.trust`).
+        follow: what the metadata names will be built, so it must not name code (:mod:`rome.core.trust`).
 
     Raises:
         UserError: no such file, not a safetensors file, or metadata that is not of ours.

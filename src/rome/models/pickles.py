@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rome.errors import UserError, first_line, printable
+from rome.core.errors import UserError, first_line, printable
 
 LOOKED_AT = 1 << 24
 """Bytes of the pickle that are searched for names."""

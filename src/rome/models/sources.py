@@ -1,4 +1,4 @@
-"""Where a backbone comes from: timm, :mod:`rome.backbones`, a function of yours, RobustBench."""
+"""Where a backbone comes from: timm, :mod:`rome.models.backbones`, a function of yours, RobustBench."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import timm
 from torch import nn
 
-from rome.backbones import BACKBONES, IDENTITY, Normalization
-from rome.errors import UserError, did_you_mean, first_line
-from rome.trust import import_own, names_code
+from rome.core.errors import UserError, did_you_mean, first_line
+from rome.core.trust import import_own, names_code
+from rome.models.backbones import BACKBONES, IDENTITY, Normalization
 
 ROBUSTBENCH = "robustbench:"
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}

@@ -1,0 +1,102 @@
+"""The gating misrouting attack: fools the classifier and its gates together (paper 5.2, A1)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, at_least_float32, signs
+from rome.attacks.lp.pgd import Steps, StepSize, random_start
+from rome.core.component import Number
+from rome.core.errors import UserError
+from rome.experts import Gates, expert_layers, record_gates
+from rome.experts.gated import MeanOver, count
+from rome.threats.lp import LpBall, Threat
+
+
+class GMA(Attack):
+    """PGD in an Linf ball on CE(f(x'), y) - weight * (1/L) sum_l (1/T) sum_i -log g_i^(l)(x')[k*_i].
+
+    k*_i is the expert that the clean image gives the least weight at token i of layer l, chosen once. g is what the
+    gates say (Eq. 5), a probability already. Every module with gates counts, whatever its experts are; without any
+    the attack is PGD on the cross-entropy. Steps, weight and radius (8/255 in the threat) are the paper's; step size,
+    uniform start and the last iterate as the result are ours.
+    """
+
+    kind = "gma"
+    draws_by_image: ClassVar[bool] = True
+    steps: Steps = 20
+    step_size: StepSize = 2 / 255
+    weight: Number = Field(default=1, ge=0)
+    """Of the misrouting beside the cross-entropy."""
+    mean_over: MeanOver = "layers"
+    """What L counts: layers with gates, or blocks (literal), in which the terms of ``qkv`` and ``proj`` add up."""
+    random_start: bool = True
+
+    @property
+    def uses_noise(self) -> bool:
+        return self.random_start
+
+    def steps_for(self, threat: Threat) -> int:
+        if not isinstance(threat, LpBall) or threat.norm != "Linf":
+            raise UserError(
+                f"{self.kind} searches inside Linf balls such as LpBall(norm='Linf', eps=8/255), not "
+                f"{threat.name if isinstance(threat, LpBall) else type(threat).__name__}"
+            )
+        return self.steps
+
+    def passes_for(self, threat: Threat) -> float:
+        return 2 * self.steps + bool(self.steps)  # one forward first, for the experts to route to
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        x_adv = x.clone()
+        if self.random_start:
+            for group in groups:
+                x_adv[group.rows] = random_start(group.threat, x[group.rows], noise[group.rows].to(x.dtype))
+        layers = list(expert_layers(model).values()) if isinstance(model, nn.Module) else []
+        weight = self.weight * len(layers) / max(count(layers, self.mean_over), 1)
+        targets = [gates.weights.argmin(dim=-1, keepdim=True) for gates in answer(model, x)[1]] if self.steps else []
+        for _ in range(self.steps):
+            here = x_adv.detach().requires_grad_()
+            with torch.enable_grad():
+                logits, gates = answer(model, here)
+                gain = F.cross_entropy(logits, y, reduction="none") - weight * misrouting(gates, targets, logits)
+                (gradient,) = torch.autograd.grad(gain.sum(), here)
+            for group in groups:
+                rows = group.rows
+                x_adv[rows] = group.threat.project(x_adv[rows] + self.step_size * signs(gradient[rows]), x[rows])
+        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+
+
+def answer(model: Model, x: Tensor) -> tuple[Tensor, list[Gates]]:
+    """Logits and the gates of every adapted layer; no gates if the model has none.
+
+    Raises:
+        UserError: the model's gates are being recorded already, or a layer did not run.
+    """
+    if not isinstance(model, nn.Module) or not expert_layers(model):
+        logits, gates = model(x), []
+    else:
+        with record_gates(model) as recorder:
+            logits = model(x)
+        gates = [record.gates for record in recorder.complete()]
+    return at_least_float32(logits), gates
+
+
+def misrouting(gates: list[Gates], targets: list[Tensor], like: Tensor) -> Tensor:
+    """(1/L) sum_l (1/T) sum_i -log g_i[k*_i] over L layers: (B,), zero without gates.
+
+    Args:
+        gates: of the layers, weights (B, T, K).
+        targets: k* for each, int64 (B, T, 1).
+        like: a tensor (B, ...).
+    """
+    total = like.new_zeros(len(like))
+    for layer, target in zip(gates, targets, strict=True):
+        g = layer.weights.to(like.dtype).clamp(min=torch.finfo(like.dtype).tiny)
+        total = total - g.gather(-1, target).log().mean(dim=(1, 2)) / len(gates)
+    return total

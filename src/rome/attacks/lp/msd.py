@@ -1,0 +1,82 @@
+"""Multi steepest descent: one path through the union of several Lp balls (Maini et al., ICML 2020).
+
+It stands beside the attacks, not among them: an attack searches for each example inside one threat, this inside all of
+them at once, and besides the images it tells which threat each of them belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rome.attacks.base import Model, check_batch, check_results, explained, frozen, log_odds, loss_and_gradient
+from rome.attacks.lp.pgd import ascend
+from rome.threats.lp import LpBall
+
+
+class InUnion(NamedTuple):
+    """What was found for each example of a batch, somewhere in the union of the threats."""
+
+    images: Tensor
+    """(B, C, H, W): the point of the path with the highest loss."""
+    chosen: Tensor
+    """(B,) int64: whose step led there, as a position in the threats; the image lies in that threat's ball."""
+    loss: Tensor
+    """(B,): cross-entropy at ``images``."""
+
+
+def steepest_descent(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threats: Sequence[LpBall],
+    sizes: Sequence[float],
+    *,
+    steps: int,
+    percentile: float,
+) -> InUnion:
+    """Steps of the steepest ascent of the cross-entropy, for each example in the norm that raises it most.
+
+    It starts at the image. An iteration takes one gradient and makes from the same point one candidate for each threat:
+    a steepest step in its norm (PGD's), projected onto its own ball, then the box. The candidate with the largest
+    cross-entropy is the next point. Returned is the best candidate of all iterations; the image itself is none.
+
+    An iteration costs a forward and a backward of the batch and one forward of all K candidates. The model is frozen
+    and the results are checked as in every attack. Nothing is random.
+
+    Args:
+        model, x, y: as for :class:`rome.attacks.Attack`.
+        threats: K Lp balls.
+        sizes: length of each threat's step in its norm (L1: mass).
+        steps: iterations, at least 1.
+        percentile: L1: only coordinates whose gradient reaches this percentile of its absolute values move.
+
+    Raises:
+        UserError: shapes, dtypes or ranges that cannot be right.
+        FloatingPointError: it came to images that are not finite.
+    """
+    check_batch(x, y, threats[0])
+    x, rows, members = x.detach(), torch.arange(len(x), device=x.device), list(zip(threats, sizes, strict=True))
+    best = InUnion(x, torch.zeros_like(y), torch.full_like(y, -torch.inf, dtype=torch.float32))
+    point, labels = x, y.repeat(len(threats))
+    with frozen(model), torch.no_grad(), explained(model, x, y):
+        for _ in range(steps):
+            _, _, gradient = loss_and_gradient(model, point, y)
+            steps_by_norm = [ascend(t, point, x, gradient, size=size, percentile=percentile) for t, size in members]
+            candidates = torch.cat(steps_by_norm)
+            losses = log_odds(model(candidates), labels).view(len(threats), -1)
+            loss, chosen = losses.max(dim=0)
+            point = candidates.view(len(threats), *x.shape)[chosen, rows]
+            better = ~(loss <= best.loss)  # NaN counts as better, so that the check below meets it
+            best = InUnion(
+                torch.where(better.view(-1, 1, 1, 1), point, best.images),
+                torch.where(better, chosen, best.chosen),
+                torch.where(better, loss, best.loss),
+            )
+        inside = torch.stack([threat.contains(best.images, x) for threat in threats])
+        check_results(x, y, (best.images,), inside[best.chosen, rows])
+    return best._replace(loss=F.softplus(best.loss).float())

@@ -1,0 +1,140 @@
+"""Fast Lagrangian Perceptual Attack: what perceptual adversarial training trains on (Laidlaw et al. 2021, A.3)."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, frozen, margin
+from rome.attacks.perceptual.features import Perception, distances
+from rome.core.component import Number
+from rome.core.errors import UserError
+from rome.threats.lp import Perceptual, Threat
+
+START = 0.01
+"""Standard deviation of the random start."""
+
+
+class FastLPA(Attack):
+    """Fast-LPA: raises the margin with a penalty on the perceptual distance, without projection (Laidlaw et al. 2021).
+
+    The i-th of N steps (i from 0) descends -margin + lambda_i relu(d - bound), lambda_i = 10 * 0.1^(1 - i/N), along the
+    gradient scaled to length 1, g. How fast d changes along it is the finite difference
+    r = |phi(x') - phi(x' - h g)| / h; the step is g s_i / (r + 1e-4) with s_i = bound * 0.1^(i/N), a movement of s_i
+    in features. The box is kept, the bound only nearly: nothing projects.
+
+    A step costs a forward and backward of the model over the batch, and a forward over the examples of ``self`` for r;
+    the examples of another network cost a forward, a backward and a forward of that one.
+    """
+
+    kind = "fast-lpa"
+    steps: int = Field(default=10, ge=1)
+    """N; the paper trains with 10."""
+    only_correct: bool = False
+    """Leave alone what is misclassified as it is (PAT). The others are attacked as one smaller batch."""
+    penalty: Number = Field(default=10, ge=0)
+    """Where lambda ends; it starts at a tenth."""
+    h: Number = Field(default=0.1, gt=0)
+    """Length of the finite difference."""
+
+    copies: ClassVar[int] = 1
+    """How many rows of the batch belong to one example; they stand together and start as the same image."""
+
+    def steps_for(self, threat: Threat) -> int:
+        if not isinstance(threat, Perceptual):
+            raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
+        return self.steps
+
+    def passes_for(self, threat: Threat) -> float:
+        return 3 * self.steps + self.only_correct  # a step: forward, backward to the input, forward a little further
+
+    def gain(self, logits: Tensor, y: Tensor) -> Tensor:
+        """What each example's steps raise."""
+        return margin(logits, y)
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        images = x.clone()
+        if not self.only_correct:
+            images = self._climb(model, x, y, groups, noise)
+        else:
+            correct = model(x[:: self.copies]).argmax(dim=1) == y[:: self.copies]
+            chosen = correct.repeat_interleave(self.copies).cpu()  # waits for the device once
+            if chosen.any():
+                rows = chosen.nonzero().flatten().to(x.device)
+                images[rows] = self._climb(model, x[rows], y[rows], among(groups, chosen), noise[rows])
+        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+
+    def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
+        members = [(perceptual(group.threat), group.rows) for group in groups]
+        bound = torch.cat([x.new_full((rows.stop - rows.start,), threat.bound) for threat, rows in members])
+        seen = Perception(model, members, x.device)
+        with ExitStack() as stack:
+            for network in seen.networks:
+                stack.enter_context(frozen(network))
+            origin = seen.features(x)
+            point = x + START * gaussian(noise)
+            for i in range(self.steps):
+                weight = self.penalty * 0.1 ** (1 - i / self.steps)
+                phi, gradient = self._gradient(seen, point, y, origin, bound, weight)
+                gradient = gradient / (length(gradient) + 1e-8)
+                rate = distances(phi, seen.features(point - self.h * gradient)) / self.h
+                step = bound * 0.1 ** (i / self.steps) / (rate + 1e-4)
+                point = (point - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+        return point
+
+    def _gradient(
+        self, seen: Perception, point: Tensor, y: Tensor, origin: list[Tensor], bound: Tensor, weight: float
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features at the point, and the gradient of the penalised loss; summed, so that examples do not interfere."""
+        point = point.detach().requires_grad_()
+        with torch.enable_grad():
+            logits, phi = seen(point)
+            excess = (distances(phi, origin) - bound).relu()
+            (gradient,) = torch.autograd.grad(weight * excess.sum() - self.gain(logits, y).sum(), point)
+        return [part.detach() for part in phi], gradient
+
+
+class FastLPAWithPair(FastLPA):
+    """Fast-LPA on examples that stand three times in a row: one image of high margin, and two far apart in the logits.
+
+    The second and third raise |f(x') - f(x'')|_2 instead of the margin, each with its own start, penalty and step: the
+    pair that variation regularisation compares (Dai et al. 2022). One search serves all three.
+    """
+
+    copies = 3
+
+    def gain(self, logits: Tensor, y: Tensor) -> Tensor:
+        first, one, other = logits.view(-1, 3, logits.shape[1]).unbind(1)
+        return margin(first, y[::3]) + torch.linalg.vector_norm(one - other, dim=1)
+
+
+def perceptual(threat: Threat) -> Perceptual:
+    """The threat, known to be perceptual because ``steps_for`` accepted it."""
+    assert isinstance(threat, Perceptual)
+    return threat
+
+
+def gaussian(noise: Tensor) -> Tensor:
+    """U[0, 1) to N(0, 1), elementwise."""
+    return math.sqrt(2) * torch.special.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+
+
+def length(images: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(images.flatten(1), dim=1).view(-1, 1, 1, 1)
+
+
+def among(groups: list[Group], chosen: Tensor) -> list[Group]:
+    """The groups among the chosen rows of the batch (bool, CPU) alone."""
+    found: list[Group] = []
+    for group in groups:
+        size = int(chosen[group.rows].sum())
+        start = found[-1].rows.stop if found else 0
+        if size:
+            found.append(replace(group, rows=slice(start, start + size)))
+    return found

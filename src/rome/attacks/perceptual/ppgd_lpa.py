@@ -1,0 +1,299 @@
+"""Attacks inside a perceptual bound for evaluation: PPGD and LPA (Laidlaw et al. 2021, sections 4 and A.3).
+
+Facts from the paper and from the repository cassidylaidlaw/perceptual-advex; each example is searched as if it were
+alone, also where the originals let one example's failure change the others' (the projection's fallback). ``form:
+published`` is what that repository computes, defects included: docs/decisions/perceptual.md.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.base import Attack, Found, Group, Model, check_bound, frozen, margin
+from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length, perceptual
+from rome.attacks.perceptual.features import Perception, distances, loaded
+from rome.attacks.transforms.free import Form
+from rome.core.component import Number
+from rome.core.errors import UserError
+from rome.threats.lp import Perceptual, Threat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KAPPA = 1.0
+"""A margin beyond this is not raised further."""
+TOLERANCE = 1e-4
+"""Relative, on the bound: rounding of distances."""
+
+
+class _Bounded(Attack):
+    """What PPGD and LPA share: Gaussian start, networks frozen, results projected into the bound and checked."""
+
+    draws_by_image: ClassVar[bool] = True
+    full_precision: ClassVar[bool] = True
+    steps: int = Field(default=20, ge=1)
+    form: Form = "corrected"
+
+    def steps_for(self, threat: Threat) -> int:
+        if not isinstance(threat, Perceptual):
+            raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
+        return self.steps
+
+    def passes_for(self, threat: Threat) -> float:
+        return math.nan  # depends on the images
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+        start = x + START * gaussian(noise)
+        published = self.form == "published"
+        space = (_PublishedSpace if published else _Space)(model, x, groups)
+        with space.still():
+            point, found = self.climb(space, start if published else start.clamp_(0, 1), y)
+            logits, phi = space.seen(point)
+            apart = distances(phi, space.origin)
+            if not published:  # whose bisection may end beyond the bound
+                check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
+            robust = (logits.argmax(dim=1) == y) & ~found
+            loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        return Found(point, point, robust, loss)
+
+    @abstractmethod
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """From the start to points (B, C, H, W) inside the bound; bool (B,): which were seen to be misclassified."""
+
+
+class PPGD(_Bounded):
+    """Perceptual projected gradient descent: steps of steepest ascent of the margin in features, each projected.
+
+    With J the Jacobian of phi, a step is v = (J^T J)^-1 grad margin by 5 conjugate-gradient iterations, scaled to
+    |J v| = 2 bound / steps, then Newton's projection. A step costs about 7 forward and 6 backward passes, and the
+    projection up to 11 forwards and 10 backwards, and 10 forwards where that does not arrive. Examples that are
+    misclassified are done and leave the batch.
+    """
+
+    kind = "ppgd"
+    iterations: int = Field(default=5, ge=1)
+    """Of conjugate gradients."""
+    h: Number = Field(default=1e-3, gt=0)
+    """Length of the finite difference for J v."""
+
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "published":
+            return self._climb_as_published(space, point, y), torch.zeros_like(y, dtype=torch.bool)
+        point = space.project(point)
+        found = torch.zeros_like(y, dtype=torch.bool)
+        part, live = space, torch.arange(len(y), device=y.device)
+        for _ in range(self.steps):
+            leaf = point[live].requires_grad_()
+            with torch.enable_grad():
+                logits, phi = part.seen(leaf)
+                gained = margin(logits, y[live])
+                (gradient,) = torch.autograd.grad(gained.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
+            done = gained.detach() > 0
+            found[live] = done
+            if bool(done.all()):
+                break
+            move = self._direction(part, leaf, phi, gradient) * (2 * part.bound / self.steps).view(-1, 1, 1, 1)
+            if bool(done.any()):
+                part, live, move = part.among(~done), live[~done], move[~done]
+            point[live] = part.project((point[live] + move).clamp_(0, 1))
+        return point, found
+
+    def _climb_as_published(self, space: _Space, point: Tensor, y: Tensor) -> Tensor:
+        """All steps for all examples, and a step that the whole batch skips if no gradient reaches 1e-4."""
+        for _ in range(self.steps):
+            leaf = point.requires_grad_()
+            with torch.enable_grad():
+                logits, phi = space.seen(leaf)
+                gained = margin(logits, y).clamp(max=KAPPA)
+                (gradient,) = torch.autograd.grad(gained.sum(), leaf, retain_graph=True)
+            point = leaf.detach()
+            if bool(gradient.abs().max() >= 1e-4):
+                move = self._direction(space, leaf, phi, gradient) * (2 * space.bound / self.steps).view(-1, 1, 1, 1)
+                point = (point + move).clamp_(0, 1)
+            point = space.project(point)
+        return point
+
+    def _direction(self, space: _Space, leaf: Tensor, phi: list[Tensor], gradient: Tensor) -> Tensor:
+        """v with |J v| = 1, zero where the gradient is too small to follow."""
+        point, fixed = leaf.detach(), [part.detach() for part in phi]
+        published = self.form == "published"
+
+        def along(v: Tensor) -> list[Tensor]:
+            """J v, by a finite difference along the unit vector; as published, along v itself."""
+            norm = torch.ones_like(v[:, :1, :1, :1]) if published else length(v).clamp(min=1e-30)
+            ahead = space.seen.features(point + self.h * v / norm)
+            scale = [norm.flatten()[rows].unsqueeze(1) / self.h for rows in space.rows]
+            return [(a - f) * s for a, f, s in zip(ahead, fixed, scale, strict=True)]
+
+        def squared(v: Tensor) -> Tensor:
+            """J^T J v."""
+            (back,) = torch.autograd.grad(phi, leaf, grad_outputs=along(v), retain_graph=True)
+            return back
+
+        v, residual = torch.zeros_like(gradient), gradient
+        search, power = residual, _dot(residual, residual)
+        for i in range(self.iterations):
+            if published and i and bool(power.max() < 0.1):
+                break
+            pushed = squared(search)
+            curved = _dot(search, pushed)  # not positive where the finite difference is lost in rounding: no step then
+            share = power / curved if published else torch.where(curved > 0, power / curved.clamp(min=1e-20), 0)
+            v, residual = v + share * search, residual - share * pushed
+            before, power = power, _dot(residual, residual)
+            search = residual + power / before.clamp(min=1e-30) * search
+        speed = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in along(v)]).view(-1, 1, 1, 1)
+        return torch.where(length(gradient) < 1e-4, 0, v / speed.clamp(min=1e-12))
+
+
+class LPA(_Bounded):
+    """Lagrangian perceptual attack: the margin with a penalty on d beyond the bound, its weight found by search.
+
+    ``rounds`` x ``steps`` steps as in Fast-LPA; after each round an example's lambda, 0.01 at first, grows tenfold
+    where d is not inside the bound. Examples that are misclassified inside the bound are done and leave the batch; the
+    others are projected at the end.
+    """
+
+    kind = "lpa"
+    rounds: int = Field(default=5, ge=1)
+    h: Number = Field(default=0.1, gt=0)
+    """Length of the finite difference."""
+
+    def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        published = self.form == "published"
+        weight = torch.full_like(space.bound, 0.01)
+        found = torch.zeros_like(y, dtype=torch.bool)
+        point = point.clone()
+        part, live = space, torch.arange(len(y), device=y.device)
+        for _ in range(self.rounds):
+            before = torch.zeros_like(space.bound)  # distances before a round's last step, of those it moved
+            for i in range(self.steps):
+                if not len(live):
+                    break
+                here, labels = point[live], y[live]
+                leaf = here.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits, phi = part.seen(leaf)
+                    gained, apart = margin(logits, labels), distances(phi, part.origin)
+                    loss = weight[live] * (apart - part.bound).relu() - gained.clamp(max=KAPPA)
+                    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+                done = (gained > 0) & (apart <= part.bound)
+                gradient = gradient / (length(gradient) + 1e-8)
+                ahead = part.seen.features(here - self.h * gradient)
+                rate = distances([one.detach() for one in phi], ahead) / self.h
+                step = part.bound * 0.1 ** (i / self.steps) / (rate + 1e-8)
+                moved = (here - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+                before = torch.zeros_like(before).index_copy(0, live, apart.detach())
+                point[live] = moved if published else torch.where(done.view(-1, 1, 1, 1), here, moved)
+                found[live] = done
+                if bool(done.any()):
+                    part, live = part.among(~done), live[~done]
+            apart = before if published else distances(space.seen.features(point), space.origin)
+            weight = torch.where(apart >= space.bound, 10 * weight, weight)
+        if published:  # which trusts what the projection returns
+            return space.project(point), torch.zeros_like(found)
+        return torch.where(found.view(-1, 1, 1, 1), point, space.project(point)), found
+
+
+class _Space:
+    """The examples of a batch seen through the networks of their threats: distances from the originals, projection."""
+
+    def __init__(self, model: Model, x: Tensor, groups: list[Group], origin: list[Tensor] | None = None) -> None:
+        members = [(loaded(perceptual(group.threat), x.device), group.rows) for group in groups]
+        self.model, self.x = model, x
+        self.groups = [replace(group, threat=threat) for group, (threat, _) in zip(groups, members, strict=True)]
+        self.rows = [rows for _, rows in members]
+        self.bound = torch.cat([x.new_empty(0), *(x.new_full((r.stop - r.start,), t.bound) for t, r in members)])
+        self.seen = Perception(model, members, x.device)
+        self.origin = self.seen.features(x) if origin is None else origin
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The networks that measure, frozen."""
+        with ExitStack() as stack:
+            for network in self.seen.networks:
+                stack.enter_context(frozen(network))
+            yield
+
+    def among(self, chosen: Tensor) -> _Space:
+        """The same for some of the examples (bool, (B,))."""
+        parts = [part[chosen[rows]] for part, rows in zip(self.origin, self.rows, strict=True)]
+        return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()), [p for p in parts if len(p)])
+
+    def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
+        """Points (B, C, H, W) brought inside the bound, those inside it as they are.
+
+        Newton's method: x' -= 1.1 (d - bound + 0.1) grad d / |grad d|^2 where d exceeds the bound, up to ``rounds``
+        times, in the box; where that does not arrive, bisection between the original and the point given.
+        """
+        start, point = point, point.clone()
+        part, live = self, torch.arange(len(point), device=point.device)  # those outside
+        for left in reversed(range(rounds + 1)):
+            leaf = point[live].requires_grad_()
+            with torch.enable_grad():
+                apart = distances(part.seen.features(leaf), part.origin)
+            outside = apart.detach() > part.bound
+            if not bool(outside.any()):
+                return point
+            if left:
+                (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
+                scale = 1.1 * (apart.detach() - part.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
+                moved = (leaf.detach() - scale.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+                point[live[outside]] = moved[outside]
+            if not bool(outside.all()):
+                part, live = part.among(outside), live[outside]
+        low, high = torch.zeros_like(part.bound), torch.ones_like(part.bound)
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            inside = part._apart(part._between(start[live], middle)) <= part.bound
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        point[live] = part._between(start[live], low)
+        return point
+
+    def _between(self, point: Tensor, share: Tensor) -> Tensor:
+        return self.x + share.view(-1, 1, 1, 1) * (point - self.x)
+
+    def _apart(self, point: Tensor) -> Tensor:
+        return distances(self.seen.features(point), self.origin)
+
+
+class _PublishedSpace(_Space):
+    """The projection of perceptual-advex: Newton's steps follow the sum of all gradients so far, and bisection of the
+    whole batch starts where they end."""
+
+    def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
+        point, total = point.clone(), torch.zeros_like(point)
+        part: _Space = self
+        live = torch.arange(len(point), device=point.device)
+        for _ in range(rounds):
+            leaf = point[live].requires_grad_()
+            with torch.enable_grad():
+                apart = distances(part.seen.features(leaf), part.origin)
+            (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
+            total[live] += gradient
+            excess = apart.detach() - part.bound
+            outside = excess > 0
+            push = torch.where(outside, 1.1 * (excess + 0.1), 0).view(-1, 1, 1, 1)
+            point[live] = (leaf.detach() - push * (total[live] / length(total[live]) ** 2)).clamp_(0, 1)
+            if not bool(outside.any()):
+                return point
+            part, live = part.among(outside), live[outside]
+        low, high = torch.zeros_like(self.bound), torch.ones_like(self.bound)
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            tried = self._between(point, middle)
+            inside = self._apart(tried) <= self.bound
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return tried
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each example: (B, 1, 1, 1)."""
+    return (a * b).flatten(1).sum(dim=1).view(-1, 1, 1, 1)

@@ -1,0 +1,139 @@
+"""Suites made of suites, and what a user may write for a suite: a name, several names, settings, or a list of these."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from rome.attacks.corruptions.severities import check_cifar10c
+from rome.attacks.perceptual.features import loaded
+from rome.attacks.suites.base import AutoAttackSuite, Case, Suite
+from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
+from rome.core.errors import UserError, did_you_mean
+from rome.core.plain_data import Unreadable, parse_yaml
+from rome.threats.lp import Perceptual, Threat
+
+
+class SeveralSuites(Suite):
+    """The cases of several suites, one after the other."""
+
+    kind = "several"
+    suites: tuple[Suite, ...] = Field(min_length=1)
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        owner: dict[str, Suite] = {}
+        cases = []
+        for suite in self.suites:
+            for case in suite.cases(threats, classes):
+                if case.name in owner:
+                    raise UserError(
+                        f"suites {owner[case.name].label!r} and {suite.label!r} both have a column {case.name!r}: "
+                        "leave one of them out, or evaluate them one at a time"
+                    )
+                owner[case.name] = suite
+                cases.append(case)
+        return cases
+
+
+class AllSuites(SeveralSuites):
+    """Everything there is: autoattack, unseen, corruptions."""
+
+    kind = "all"
+    suites: tuple[Suite, ...] = Field(
+        default_factory=lambda: (AutoAttackSuite(), UnseenSuite(), CorruptionsSuite()), min_length=1
+    )
+
+
+def with_features(suite: Suite, features: str | None) -> Suite:
+    """The suite with this network to measure perceptual distances; as it is if None.
+
+    Raises:
+        UserError: nothing in the suite measures any.
+    """
+    if features is None:
+        return suite
+    if isinstance(suite, UnseenSuite):
+        return suite.model_copy(update={"features": features})
+    if isinstance(suite, SeveralSuites):
+        parts = [isinstance(part, (UnseenSuite, SeveralSuites)) for part in suite.suites]
+        if any(parts):
+            pairs = zip(suite.suites, parts, strict=True)
+            changed = tuple(with_features(part, features) if measures else part for part, measures in pairs)
+            return suite.model_copy(update={"suites": changed})
+    raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
+
+
+def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]:
+    """See before hours of other cases whether the files are there that these cases (None: all) are to read.
+
+    Returns:
+        A sentence about what is missing although nobody named it: the suite's usual network.
+
+    Raises:
+        UserError: a file that was named is missing or of no use.
+    """
+    if isinstance(suite, SeveralSuites):
+        return [sentence for part in suite.suites for sentence in check_files(part, cases)]
+    if isinstance(suite, CorruptionsSuite) and suite.path is not None:
+        names = [case.name for case in suite.cases({}, 0)]
+        if cases is None or set(cases) & set(names):
+            check_cifar10c(suite.path, suite.types)
+    if isinstance(suite, UnseenSuite):
+        measured = [name for name in suite.measured if cases is None or name in cases]
+        try:
+            if measured:
+                loaded(Perceptual(bound=suite.bound, features=suite.features), "cpu")
+        except UserError as error:
+            if suite.features != UnseenSuite().features:
+                raise
+            return [f"{' and '.join(measured)} will fail: {error}"]
+    return []
+
+
+def listed(text: str) -> list[Any]:
+    """The suites in a text: names with commas between, or settings as YAML in braces or brackets.
+
+    Raises:
+        ValueError: not YAML, or nothing is named.
+    """
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            given = parse_yaml(text)
+        except Unreadable as error:
+            raise ValueError(f"{text!r}: {error}") from None
+        found = given if isinstance(given, list) else [given]
+    else:
+        found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise ValueError(f"none is named.{did_you_mean('', Suite.members())}")
+    return found
+
+
+def _listed(value: Any) -> Any:
+    """A list, or a text (:func:`listed`), as settings of one suite; anything else is left to the suite itself."""
+    if isinstance(value, str):
+        value = listed(value)
+    if isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 1 else {"kind": SeveralSuites.kind, "suites": list(value)}
+    return value
+
+
+SuiteChoice = Annotated[Suite, BeforeValidator(_listed)]
+"""A suite as a config or a caller may give it: ``apgd``, ``apgd,unseen``, ``[apgd, unseen]``, ``{kind: apgd,
+iterations: 50}``; on the command line in quotes."""
+
+
+def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> Suite:
+    """The suite that was meant, with default settings where only its name is given.
+
+    Raises:
+        UserError: no such suite.
+    """
+    given = suite if isinstance(suite, (str, Suite, Mapping)) else list(suite)
+    try:
+        return TypeAdapter(SuiteChoice).validate_python(dict(given) if isinstance(given, Mapping) else given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"suite: {str(first['msg']).removeprefix('Value error, ')}") from None

@@ -1,0 +1,84 @@
+"""Functional attacks send an image through a smooth transformation and search for that: base of StAdv and ReColorAdv.
+
+Xiao et al., "Spatially transformed adversarial examples" (ICLR 2018); Laidlaw and Feizi, "Functional adversarial
+attacks" (NeurIPS 2019); the search is that of mister_ed (Jordan et al. 2019) as Laidlaw et al. 2021 and so the paper
+set it up (github.com/cassidylaidlaw/perceptual-advex).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.base import Model, at_least_float32, margin
+from rome.attacks.lp.pgd import Steps
+from rome.attacks.transforms.free import LastIterate
+from rome.core.component import Number
+
+
+class FunctionalAttack(LastIterate):
+    """Maximises margin(f(T(x)), y) - tau * roughness(shift) with Adam, over a shift of T's parameters from identity.
+
+    The margin is max_{j != y} z_j - z_y without a cap. The shift starts at zero and stays in the l-inf ball of radius
+    ``bound``, into which it is brought before every forward and after the last step; the last iterate counts. Adam
+    works elementwise on a sum over the examples, so each has its own run.
+    """
+
+    steps: Steps = 20
+    bound: Number = Field(ge=0)
+    lr: Number = Field(gt=0)
+    tau: Number = Field(ge=0)
+    """Weight of the roughness."""
+
+    @property
+    def uses_noise(self) -> bool:
+        return False
+
+    @abstractmethod
+    def identity(self, x: Tensor) -> Tensor:
+        """Parameters of the transformation that changes nothing, (1, nodes ..., n) or (B, nodes ..., n)."""
+
+    @abstractmethod
+    def valid(self, parameters: Tensor) -> Tensor:
+        """The parameters that make sense and are nearest to these, in some sense of the word."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
+        """The transformed images. Nothing here may be a matrix product, which autocast would round."""
+
+    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        identity = self.identity(x)
+        shift = identity.new_zeros((len(x), *identity.shape[1:]))
+        optimiser = torch.optim.Adam([shift], lr=self.lr)
+        for _ in range(self.steps):
+            self._constrain(shift, identity)
+            shift.requires_grad_()
+            with torch.enable_grad():
+                logits = at_least_float32(model(self.apply(x, identity + shift)))
+                gain = margin(logits, y) - self.tau * roughness(shift)
+                (shift.grad,) = torch.autograd.grad(-gain.sum(), shift)
+            shift.requires_grad_(False)
+            optimiser.step()
+        self._constrain(shift, identity)
+        self.check(shift.abs().flatten(1).amax(dim=1), self.bound)
+        return self.apply(x, identity + shift).clamp(0, 1)
+
+    def _constrain(self, shift: Tensor, identity: Tensor) -> None:
+        """First to valid parameters, then into the ball, in place."""
+        shift.copy_((self.valid(identity + shift) - identity).clamp_(-self.bound, self.bound))
+
+
+def roughness(shift: Tensor) -> Tensor:
+    """Sum over the nodes of a grid and their neighbours along each axis of sqrt(||s - s'||^2 + 1e-10).
+
+    (B, nodes ..., n) -> (B,). Every pair counts twice, once from each side. In the sources nodes at the border are
+    neighbours of themselves, which adds a constant and is left out.
+    """
+    total = shift.new_zeros(len(shift))
+    for axis in range(1, shift.ndim - 1):
+        step = shift.diff(dim=axis)
+        total = total + 2 * (step.square().sum(dim=-1) + 1e-10).sqrt().flatten(1).sum(dim=1)
+    return total

@@ -1,0 +1,38 @@
+"""StAdv: moves the pixels instead of their values (paper 5.2; Xiao et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from rome.attacks.transforms.functional import FunctionalAttack
+from rome.core.component import Number
+
+
+class StAdv(FunctionalAttack):
+    """Every pixel of the result reads the image at a place of its own, bilinearly; the flow is where from.
+
+    Flows are in units of [-1, 1] from border to border and bounded by .05: 0.8 pixels at 32, 5.6 at 224. Places stay in
+    [-1, 1], the outer border of the image. tau = .05 is the paper's (A1), the other numbers are of mister_ed and the
+    wrapper of Laidlaw et al. 2021. Its smoothness is :func:`rome.attacks.transforms.functional.roughness` of the flow.
+
+    ``align_corners`` is False throughout: -1 and 1 are the outer edges of the border pixels, as the sources run on
+    today's torch. A place beyond the centre of a border pixel reads zeros there, also as in the sources.
+    """
+
+    kind = "stadv"
+    bound: Number = Field(default=0.05, ge=0)
+    lr: Number = Field(default=0.01, gt=0)
+    tau: Number = Field(default=0.05, ge=0)
+
+    def identity(self, x: Tensor) -> Tensor:
+        down, across = ((2 * torch.arange(n, dtype=x.dtype, device=x.device) + 1) / n - 1 for n in x.shape[2:])
+        return torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1).unsqueeze(0)
+
+    def valid(self, parameters: Tensor) -> Tensor:
+        return parameters.clamp(-1, 1)
+
+    def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
+        return F.grid_sample(x, parameters, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from rome.cli.app import main
+
+main()

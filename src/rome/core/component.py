@@ -1,0 +1,235 @@
+"""A component is a frozen, validated value named by its ``kind``: an attack, a method, a threat, a data set.
+
+Writing a subclass with a ``kind`` is its registration: ``class PGD(Attack): kind = "pgd"`` makes
+``attack: {kind: pgd, steps: 10}`` valid in every config, and an unknown name answers with the nearest one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from itertools import takewhile
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from rome.core.errors import UserError, did_you_mean
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    def __init__(self, **data: Any) -> None:
+        """Raises:
+        UserError: every mistake, in one line. Where settings are read from plain data (``model_validate``), pydantic
+            raises its own error instead, which collects the mistakes of the whole with their places.
+        """
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            name = type(self).__name__
+            raise UserError("; ".join(each.of(name) for each in mistakes(error, data, type(self)))) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, so that ``epochs: yes`` would be one epoch."""
+        given = value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(each, bool) for each in given):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            if not {bool, Any} & set(_types_in(annotation)):
+                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; text stands in quotes)")
+        return value
+
+    # pydantic otherwise calls an __init__ of one's own for every value inside plain data too
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def _number(value: Any) -> Any:
+    """Accept ``8/255`` where a number is wanted; leave everything else to pydantic."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            message = "'{given}' is not a fraction such as 8/255"
+            raise PydanticCustomError("fraction", message, {"given": value}) from None
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""A float that may be written as a fraction: ``8/255``."""
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What torch's generators take."""
+
+
+def summary(documented: object) -> str:
+    """The first paragraph of a docstring in one line."""
+    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+
+
+class Component(Settings):
+    """Base of everything a config names by ``kind``. A direct subclass opens a family (``Attack``); the classes
+    below it that set ``kind`` are its members."""
+
+    kind: ClassVar[str] = ""
+    default_kind: ClassVar[str] = ""
+    """The member meant where a config names none; empty: it must be named."""
+
+    @classmethod
+    def family(cls) -> type[Component]:
+        """The direct subclass of :class:`Component` this class descends from: the base of its family."""
+        return next(base for base in cls.__mro__ if Component in base.__bases__)
+
+    @classmethod
+    def members(cls) -> dict[str, type[Self]]:
+        """All registered kinds at and below this class, by name."""
+        found: dict[str, type[Self]] = {}
+        todo: list[type[Self]] = [cls]
+        while todo:
+            member = todo.pop()
+            if member.__dict__.get("kind"):
+                found[member.kind] = member
+            todo.extend(member.__subclasses__())
+        return dict(sorted(found.items()))
+
+    @classmethod
+    def of_kind(cls, kind: str) -> type[Self]:
+        """The registered class of that name.
+
+        Raises:
+            PydanticCustomError: no such kind; the message names the nearest one.
+        """
+        members = cls.members()
+        if not isinstance(kind, str) or kind not in members:
+            raise PydanticCustomError(
+                "unknown_kind",
+                "unknown {family} kind '{given}'.{hint}",
+                {"family": cls.family().__name__.lower(), "given": str(kind), "hint": did_you_mean(kind, members)},
+            )
+        return members[kind]
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first sentence of the docstring, for listings."""
+        return summary(cls)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        own = handler(source)
+
+        def build(value: Any, validate: Callable[[Any], Any]) -> Any:
+            if isinstance(value, cls):
+                return value
+            if isinstance(value, str) and not cls.kind:  # `attack: pgd` is short for `attack: {kind: pgd}`
+                value = {"kind": value}
+            if not isinstance(value, dict):
+                return validate(value)
+            settings = dict(value)
+            kind = settings.pop("kind", cls.kind or cls.default_kind)
+            if kind == cls.kind and cls.kind:
+                return validate(settings)
+            if not kind:
+                raise PydanticCustomError(
+                    "missing_kind", "needs a kind.{hint}", {"hint": did_you_mean("", cls.members())}
+                )
+            return cls.of_kind(kind).model_validate(settings)
+
+        return core_schema.no_info_wrap_validator_function(build, own)
+
+    @model_serializer(mode="plain")
+    def _with_kind(self) -> dict[str, Any]:
+        return {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
+
+    def dump(self) -> dict[str, Any]:
+        """The settings as plain data, ``kind`` first: what a config file would say."""
+        return self.model_dump(mode="json")
+
+
+class Mistake(NamedTuple):
+    """One thing that is wrong with plain data given for settings."""
+
+    path: tuple[str | int, ...]
+    """Its place in the data."""
+    message: str
+    hint: str
+    """Of an unknown setting: the nearest name, and all of them. Empty for other mistakes."""
+
+    def of(self, owner: str) -> str:
+        """What to say where settings were given in Python."""
+        place = ".".join(map(str, self.path))
+        if self.hint:
+            return f"unknown setting {place!r} of {owner}.{self.hint}"
+        return f"{owner}: {place}: {self.message}" if place else f"{owner}: {self.message}"
+
+
+def mistakes(error: ValidationError, data: Any, owner: type[Settings]) -> list[Mistake]:
+    """What pydantic found wrong with the data for some settings, in plain words, one mistake a place."""
+    found: dict[tuple[str | int, ...], Mistake] = {}
+    for each in error.errors(include_url=False):
+        path, hint = tuple(takewhile(_is_key, each["loc"])), ""  # a union adds the names of the types it tried
+        message = str(each["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if each["type"] == "extra_forbidden":  # any text can be a key here
+            path = (*takewhile(_is_key, each["loc"][:-1]), each["loc"][-1])
+            message, hint = "unknown key.", did_you_mean(path[-1], _keys(data, path[:-1], owner))
+        elif each["type"] == "missing":
+            message = "is missing"
+        elif each["type"] not in ("unknown_kind", "missing_kind", "fraction", "value_error"):
+            message = f"{message[0].lower()}{message[1:]}, not {_short(each['input'])}"
+        found.setdefault(path, Mistake(path, message, hint))
+    return list(found.values())
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
+
+
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys(data: Any, path: Sequence[str | int], owner: type[Settings] | None) -> list[str]:
+    """The valid keys of the settings at a path in the data for an owner's settings."""
+    value = data
+    for part in path:
+        if isinstance(value, dict):
+            value = value.get(part)
+        else:
+            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
+        field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
+        if field is not None:
+            owner = next(_settings_in(field.annotation), None)
+        if owner is not None and issubclass(owner, Component) and isinstance(value, dict):
+            owner = owner.members().get(value.get("kind", owner.kind or owner.default_kind), owner)
+    return list(owner.model_fields) if owner is not None else []
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
+def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    return (each for each in _types_in(annotation) if isinstance(each, type) and issubclass(each, Settings))

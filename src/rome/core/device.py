@@ -1,0 +1,68 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from rome.core.errors import UserError
+
+_NO_MEMORY = (
+    "defaultcpuallocator",  # torch on a CPU: "can't allocate memory", "not enough memory"
+    "out of memory",  # CUDA, MPS
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device a config or an option names; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: unknown, or not in this machine.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        asked = next(name for name, usable in there.items() if usable)
+    if asked not in there:
+        raise UserError(f"unknown device {asked!r}; valid: auto, {', '.join(there)}")
+    if not there[asked]:
+        raise UserError(f"device {asked} was asked for but torch sees none here; use auto or cpu")
+    return torch.device(asked)
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model, moved to where it is to work; on a CPU with the weights of its convolutions in the order that is faster
+    there, channels last (benchmarks/layout.py). No value changes, and nothing that is saved."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model
+
+
+@contextmanager
+def numerics(precision: str) -> Iterator[None]:
+    """TF32 if asked for and nowhere else (torch convolves in it unless told not to), and room for the variants of a
+    compiled model (training, attack, batches that shrink)."""
+    import torch._dynamo
+
+    before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = max(limit, 32)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch._dynamo.config.recompile_limit = limit

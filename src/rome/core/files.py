@@ -1,0 +1,140 @@
+"""Files that are whole or not there, what keeps them from being written, and nested data under dotted names."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from rome.core.errors import UserError
+
+ROOM = 2**20
+"""Bytes that a folder for results must have room for before the work begins."""
+LONGEST_NAME = 150
+"""Bytes of a name that folders and files are called by; file systems allow 255, and endings come on top."""
+_FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on file sizes"}
+_ADVICE = {
+    **_FULL,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "check its permissions, or choose another path",
+    errno.EPERM: "check its permissions, or choose another path",
+}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """The whole file or none of it, also when the machine stops."""
+    replace_with(path, lambda partial: partial.write_bytes(content))
+
+
+def replace_with(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for what ``write`` writes into the file it is given. If it fails, what was there stays.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` is the path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk comes without, the rest with the partial file's
+        raise
+    if os.name == "posix":  # make the new name itself durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_partials(folder: Path, *, alone: bool = False) -> None:
+    """Remove what killed processes left half written in a folder.
+
+    Args:
+        alone: nobody else writes there; otherwise the files of processes that are alive stay.
+    """
+    for partial in folder.glob(".*.partial"):
+        number = partial.name.split(".")[-2]
+        if number.isdecimal() and (alone or not _another(int(number))):
+            with suppress(OSError):  # of a folder that is only read
+                partial.unlink(missing_ok=True)
+
+
+def _another(process: int) -> bool:
+    """Whether there is another process of this number on this machine."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """A folder for results, before the work they come from: made, tried, and without what killed processes left.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder, prefix=".", suffix=f".{os.getpid()}.partial") as file:
+            file.write(bytes(ROOM))
+        remove_partials(folder)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        advice = _FULL.get(error.errno or 0, "choose another --out")
+        raise UserError(f"nothing can be written in {folder} ({reason}): {advice}") from error
+
+
+def explain(error: OSError) -> str | None:
+    """A file system's error in a line: path, reason and advice; None for an error that is of none."""
+    if error.filename is None and error.errno not in _FULL:
+        return None
+    reason, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0, "check the path")
+    return f"{reason}: {advice}" if error.filename is None else f"{error.filename}: {reason}: {advice}"
+
+
+def check_name(name: str) -> str:
+    """A name that a folder can be called by, as it is.
+
+    Raises:
+        ValueError: it would lead out of its folder, is too long, or holds characters that no file name may.
+    """
+    wrong = [letter for letter in name if letter in "/\\" or not letter.isprintable()]
+    if wrong:
+        raise ValueError(f"{name[:40]!r} holds {wrong[0]!r}; folders are called by it, so use letters, digits, - and _")
+    if name in (".", ".."):
+        raise ValueError(f"{name!r} is no name of a folder; use letters, digits, - and _")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"{name[:40]!r}... is {len(name.encode())} bytes long; at most {LONGEST_NAME}")
+    return name
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted names; the entries of a list go by their ``name`` or number."""
+    if isinstance(value, list):
+        value = {str(part.get("name", i) if isinstance(part, dict) else i): part for i, part in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat |= flatten(part, f"{prefix}.{name}" if prefix else name)
+    return flat

@@ -1,0 +1,331 @@
+"""Asking a model for a few answers before it is relied on: what would make its numbers wrong, or end in a traceback of
+torch, is said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rome.core.device import out_of_memory
+from rome.core.errors import Interrupted, UserError
+from rome.core.randomness import unchanged_states
+
+Model = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] to logits (B, classes)."""
+
+THE_MODEL = "the model"
+REPEATABLE = 1e-4
+"""How far two answers to one image may differ, relative to the logits' size (AutoAttack's tolerance)."""
+COMPANY = 16
+"""Images among which it is seen whether an answer depends on the others."""
+UNITS = 16
+"""Roundings, each of the coarsest precision in the model, by which answers may differ in batches of another shape:
+there sums are taken in another order. In float32 that is far below :data:`REPEATABLE`."""
+ROUNDED = 1e-3
+"""Images no further outside of [0, 1] were likely rounded, such as by resizing, and not normalised."""
+IN_PLACE = "changes the images that it is given, by an operation in place (such as x -= mean): write x = x - mean"
+NO_GRADIENT = (
+    "has no gradient with respect to its images, so it cannot be attacked: its forward leaves torch's graph (detach, "
+    "no_grad, inference_mode, numpy, argmax)"
+)
+
+
+def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradient: bool = False) -> Tensor:
+    """The model's logits (B, classes) for images (B, C, H, W), in the precision that it gives them, detached.
+
+    Args:
+        name: of the model, for messages.
+        hint: what to try where it does not take such images.
+        gradient: see that the logits have a gradient with respect to the images, too.
+
+    Raises:
+        UserError: its forward or backward fails, or changes the images, or it gives no logits.
+    """
+    images = x.detach().clone().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        try:
+            answer = model(images)
+        except Exception as error:
+            raise failure(error, model, x, name, hint) from error
+        if not _same(images.detach(), x.detach()):
+            raise UserError(f"{name} {IN_PLACE}")
+        logits = _as_logits(answer, len(x), name)
+        if gradient:
+            try:
+                (found,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
+            except Exception as error:
+                raise failure(error, model, x, name, hint) from error
+            if found is None:
+                raise UserError(f"{name} {NO_GRADIENT}")
+    return logits.detach()
+
+
+def _as_logits(answer: Any, images: int, name: str) -> Tensor:
+    wanted = f"{name} must return logits ({images}, classes >= 2)"
+    if not isinstance(answer, Tensor):
+        part = ".logits" if hasattr(answer, "logits") else "[0]"
+        if isinstance(answer, dict):
+            part = f"[{next((key for key in ('logits', 'out') if key in answer), next(iter(answer), 'logits'))!r}]"
+        kind = type(answer).__name__
+        raise UserError(
+            f"{wanted}, not a {kind}: wrap it so that it returns the logits alone, such as a forward that returns "
+            f"self.model(x){part}"
+        )
+    if images == 1 and answer.ndim < 2:
+        raise UserError(
+            f"{name} gives {_form(answer)} for one image: something such as squeeze() drops the batch where it holds "
+            "one image; name its dimensions, squeeze(-1), or use flatten(1)"
+        )
+    if answer.ndim != 2 or len(answer) != images or answer.shape[1] < 2 or not answer.is_floating_point():
+        raise UserError(f"{wanted}, not {_form(answer)}")
+    return answer
+
+
+def _form(value: Tensor) -> str:
+    return f"{value.dtype} {tuple(value.shape)}"
+
+
+def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hint: str = "") -> Exception:
+    """What to do about an error of the model's forward or backward; the error itself where that is said already."""
+    if isinstance(error, (UserError, Interrupted)) or out_of_memory(error):
+        return error
+    text = str(error)
+    if "in-place operation" in text and "leaf Variable" in text:
+        return UserError(f"{name} {IN_PLACE}")
+    if "use_reentrant" in text:
+        return UserError(
+            f"{name} checkpoints its activations reentrantly, which gives images no gradient: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off"
+        )
+    if "does not require grad" in text:
+        return UserError(f"{name} {NO_GRADIENT}")
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if not _without_values(x) and (reason := unusable(tensors)):
+        return UserError(f"{name} {reason}")
+    if other := next((tensor for tensor in tensors if tensor.device != x.device), None):
+        return UserError(f"{name} has weights on {other.device} and its images are on {x.device}: move one of them")
+    odd = next((tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype != x.dtype), None)
+    if odd is not None and ("dtype" in text.lower() or "type" in text.lower()):
+        own, theirs = (str(dtype).removeprefix("torch.") for dtype in (odd, x.dtype))
+        return UserError(
+            f"{name} has weights of {own} and its images are {theirs}: call "
+            f"model.{'double' if x.dtype == torch.float64 else 'float'}(), or cast inside its forward"
+        )
+    count, form = len(x), "x".join(map(str, x.shape[1:]))
+    hints = [hint] if hint else []
+    if "device-side assert" in text:
+        hints = ["a label beyond the classes does that"]
+    if "more than 1 value per channel" in text:
+        hints = ["a BatchNorm works on the batch there: call .eval(), and let it have running statistics"]
+    reason = "; ".join([last_line(error), *hints])
+    return UserError(f"{name} does not take {count} image{'s' * (count > 1)} of {form}: {reason}")
+
+
+def unusable(tensors: Iterable[Tensor]) -> str:
+    """Why weights cannot be attacked with at all; empty where they can."""
+    for tensor in tensors:
+        if is_lazy(tensor):
+            return "has lazy layers without weights yet: call it once on a few images"
+        if _without_values(tensor):
+            return "is on the meta device, where weights have no values: build it on a device and load them"
+        if tensor.is_inference():
+            return (
+                "was made inside torch.inference_mode(), so nothing can be differentiated through its weights: build "
+                "it outside, or take copy.deepcopy(model) outside"
+            )
+    return ""
+
+
+def _without_values(tensor: Tensor) -> bool:
+    """Whether it lies on the meta device and is no wrapper that holds its values elsewhere."""
+    return tensor.device.type == "meta" and type(tensor) in (Tensor, nn.Parameter)
+
+
+def last_line(error: Exception) -> str:
+    """The last line of what torch said, which has the reason, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:200]
+
+
+def check_labels(labels: Tensor, classes: int | None = None) -> None:
+    """Labels (n,) count from 0, and a model with that many classes has them all.
+
+    Raises:
+        UserError: they do not.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise UserError(f"labels must count from 0, the smallest here is {low}")
+    if classes is not None and high >= classes:
+        raise UserError(f"the largest label is {high} but the model has {classes} classes (labels 0 to {classes - 1})")
+
+
+def outside_box(x: Tensor) -> str:
+    """What to say of images that do not lie in [0, 1]."""
+    if broken := int(x.isnan().flatten(1).any(dim=1).sum()):
+        return f"images must lie in [0, 1], and {broken} of {len(x)} hold NaN"
+    low, high = x.min().item(), x.max().item()
+    advice = "divide by 255 if they are bytes, and put the normalisation inside the model (rome.create_model does)"
+    if low > -ROUNDED and high < 1 + ROUNDED:
+        advice = "where rounding took them out of it, give x.clamp(0, 1)"
+    return f"images must lie in [0, 1], these lie in [{low:.9g}, {high:.9g}]: {advice}"
+
+
+def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iterable[int] = ()) -> None:
+    """An image's answer is the same whatever stands beside it, wherever it stands, and in batches of other sizes.
+
+    The company of an image changes in two ways: beside other images in a batch of the same shape, where every number of
+    a model that answers image by image is computed as before; and in batches of another shape or order, where sums may
+    be rounded otherwise.
+
+    Args:
+        x: images (B, C, H, W); the first 16 are looked at.
+        sizes: of further batches that the model will meet, such as the last one.
+
+    Raises:
+        UserError: it is not.
+    """
+    some = x[:COMPANY]
+    if len(some) < 2:
+        return
+    usual, other = ask(model, some, name=name), 1 - some
+    odd = torch.arange(len(some), device=x.device) % 2 == 1
+    for kept in (odd, ~odd):
+        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), some, other), name=name)
+        _compare(model, some, usual[kept], mixed[kept], name)
+    _compare(model, some, usual, ask(model, some.flip(0), name=name).flip(0), name)
+    for size in sorted({1, 2, len(x), *sizes}):
+        if 0 < size <= len(x) and size != len(some):
+            together = ask(model, x[:size], name=name)
+            _compare(model, some, usual[:size], together[: len(some)], name)
+
+
+def _compare(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> None:
+    """Two answers (B, classes) to the same images are one, up to rounding: relative to the size of the logits, of which
+    what they share (softmax does not see it) only adds rounding.
+
+    Raises:
+        UserError: they are not.
+    """
+    one, two = usual.float(), now.float()
+    size = one.norm(dim=1).median().clamp_min(torch.finfo(torch.float32).tiny)
+    spread = (one - one.mean(dim=1, keepdim=True)).norm(dim=1).median()
+    apart = ((one - two).norm(dim=1).max() / size).item() if one.shape == two.shape else float("inf")
+    allowed = REPEATABLE * (spread / size).item() + UNITS * torch.finfo(torch.float32).eps
+    if apart <= allowed or apart <= (allowed := allowed + UNITS * _coarsest(model, x)):
+        return
+    raise UserError(
+        f"{name} answers an image differently in other company: beside other images, in another order or in a batch of "
+        f"another size its logits move by {apart:.2g} of their size, where rounding explains {allowed:.2g}. Something "
+        "works across the batch, such as BatchNorm without running statistics, or in training mode inside a function "
+        "or an exported file: such a model has no answer of its own to attack; make each answer depend on its image "
+        "alone"
+    )
+
+
+def check_attackable(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "") -> int:
+    """Batches of a few images (B, C, H, W) and smaller ones get logits that have gradients, and none of them depends on
+    the other images; returns the number of classes.
+
+    Raises:
+        UserError: they do not.
+    """
+    with steady(model, name):
+        for count in range(len(x), 0, -1):
+            classes = ask(model, x[:count], name=name, hint=hint, gradient=True).shape[1]
+        check_company(model, x, name=name)
+    return classes
+
+
+class _Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the machine epsilon of every floating-point result inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.coarsest = torch.finfo(torch.float32).eps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.coarsest = max(self.coarsest, torch.finfo(result.dtype).eps)
+        return results
+
+
+def _coarsest(model: Model, x: Tensor) -> float:
+    """The machine epsilon of the coarsest precision in which the model computes."""
+    seen = _Precisions()
+    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow tells nothing
+        model(x.clone())
+    return seen.coarsest
+
+
+@contextmanager
+def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
+    """See that no forward inside moves the model's buffers; those that moved are put back.
+
+    Raises:
+        UserError: one did.
+    """
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    before = {key: buffer.detach().clone() for key, buffer in buffers.items()}
+    yield
+    now = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    with torch.no_grad():
+        moved = [key for key, old in before.items() if key in now and not _same(now[key], old)]
+        for key in moved:
+            if now[key].shape == before[key].shape:
+                now[key].copy_(before[key])
+    if moved:
+        raise UserError(
+            f"{name} changes its own buffers when it answers in evaluation mode ({', '.join(moved[:3])}), so its "
+            "answers depend on what it was asked before: leave that to training mode"
+        )
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Equal to the last bit; NaN equals NaN, and on the meta device there is nothing to compare."""
+    if _without_values(one) or _without_values(two):
+        return True
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    one, two = (each if each.layout is torch.strided else each.to_dense() for each in (one, two))
+    return bool(((one == two) | ((one != one) & (two != two))).all())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode are told of it:
+    LoRA's official ones merge their update into the weight in evaluation mode, and in training they have to take it
+    out again, or nothing of it learns."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            if module.training != training and type(module).train is not nn.Module.train:
+                module.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def tried(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without a graph; modes, buffers and random states are as before afterwards."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with evaluating(model), torch.no_grad(), unchanged_states():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in buffers:
+                if not _same(buffer, old):
+                    buffer.copy_(old)

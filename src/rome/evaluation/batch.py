@@ -1,0 +1,148 @@
+"""One attack on one batch: run, checked again, and told what was odd about it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rome.attacks.base import Attack, Model
+from rome.attacks.lp.autoattack import AttackWarning, collected
+from rome.attacks.suites.base import Case
+from rome.core.device import out_of_memory
+from rome.core.errors import UserError
+from rome.core.randomness import Stream
+from rome.evaluation.memory import Halving
+from rome.evaluation.store import Unit
+from rome.threats.lp import Threat
+
+
+@runtime_checkable
+class FixedChange(Protocol):
+    """What an attack of an ``on_all`` case may offer: images that depend on an example's number, such as those of
+    CIFAR-10-C, which are read from a file."""
+
+    def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
+        """The changed images, like ``x`` (B, C, H, W); ``numbers`` int64 (B,) are the examples' places in the data."""
+
+
+class Examples(NamedTuple):
+    """All images and labels, and where to compute."""
+
+    x: Tensor
+    y: Tensor
+    device: torch.device
+
+    def batch(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The images and labels of some examples, on the device."""
+        rows = torch.from_numpy(part)
+        x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
+        return x.to(self.device).contiguous(), y.to(self.device)
+
+
+def attack_batch(
+    model: Model,
+    examples: Examples,
+    case: Case,
+    stage: int,
+    part: np.ndarray,
+    *,
+    seed: int,
+    keep_images: bool,
+    halving: Halving,
+) -> Unit:
+    """Run a case's attack number ``stage`` on the examples ``part`` (b,).
+
+    The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in float32
+    before they count. ``facts`` has ``seconds``, ``warnings``, and ``pieces`` where memory did not suffice for the
+    whole batch: the sizes of the batches that were run instead.
+    """
+    attack = case.attacks[stage]
+    start = time.perf_counter()
+    noticed: list[AttackWarning] = []
+
+    def work(piece: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[tuple[str, int, str]]]:
+        x, y = examples.batch(piece)
+        generator = torch.Generator().manual_seed(seed)
+        if case.on_all and isinstance(attack, FixedChange):
+            found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
+        else:
+            found = attack.run(model, x, y, case.threat, generator=generator).adversarial
+        images, correct, doubts = recheck(model, x, y, found, case.threat)
+        return correct.cpu().numpy(), images[~correct].cpu() if keep_images else None, doubts
+
+    with collected(noticed):
+        pieces = halving.run(f"{case.name}/{attack.kind}", part, work)
+    doubts = [doubt for _, (_, _, some) in pieces for doubt in some]
+    doubts += [(notice.check, notice.examples, notice.message) for notice in noticed]
+    facts: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "warnings": [warning(check, case, attack, count, message) for check, count, message in doubts],
+    }
+    if len(pieces) > 1:
+        facts["pieces"] = [len(piece) for piece, _ in pieces]
+    images = [some for _, (_, some, _) in pieces if some is not None]
+    correct = np.concatenate([verdicts for _, (verdicts, _, _) in pieces])
+    return Unit(part, correct, torch.cat(images) if images else None, facts)
+
+
+def recheck(
+    model: Model, x: Tensor, y: Tensor, found: Tensor, threat: Threat
+) -> tuple[Tensor, Tensor, list[tuple[str, int, str]]]:
+    """What an attack returned, made valid, classified anew, with what was wrong with it.
+
+    Outside its threat an image is projected back; not finite, or not to be projected, it is replaced by the original.
+
+    Returns:
+        Images (b, C, H, W), which of them are classified correctly (b,), and (check, examples, message) for each doubt.
+    """
+    if found.shape != x.shape:
+        raise RuntimeError(f"the attack returned images {tuple(found.shape)} for {tuple(x.shape)}")
+    found = found.detach().to(x)
+    broken = ~found.isfinite().flatten(1).all(dim=1)
+    found = torch.where(broken.view(-1, 1, 1, 1), x, found)
+    outside = ~threat.contains(found, x)
+    if bool(outside.any()):
+        found[outside] = threat.project(found[outside], x[outside])
+        broken |= ~threat.contains(found, x)
+        found = torch.where(broken.view(-1, 1, 1, 1), x, found)
+    logits = model(found).float()
+    unclear = ~logits.isfinite().all(dim=1)
+    correct = (logits.argmax(1) == y) & ~unclear
+    doubts = [
+        ("left-threat", outside, "they lay outside their threat: projected back and classified anew"),
+        ("broken-image", broken, "they were not finite or could not be projected: replaced by the clean images"),
+        ("non-finite-logits", unclear, "the logits of their adversarial images are not finite: counted as wrong"),
+    ]
+    counts = [(check, int(which.sum()), text) for check, which, text in doubts]
+    return found, correct, [doubt for doubt in counts if doubt[1]]
+
+
+def warning(check: str, case: Case, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:
+    """An entry of :attr:`rome.evaluation.result.Report.warnings`."""
+    kind = attack.kind if attack else None
+    return {"check": check, "case": case.name, "attack": kind, "examples": examples, "message": message}
+
+
+def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One warning for each check of each attack, its examples added up over the batches."""
+    merged: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for each in found:
+        key = (each["check"], each["attack"])
+        if key in merged:
+            merged[key]["examples"] += each["examples"]
+        else:
+            merged[key] = dict(each)
+    return list(merged.values())
+
+
+def told(error: Exception) -> str:
+    """An error as a result keeps it."""
+    if isinstance(error, UserError):
+        return str(error)  # written to be read as it is
+    kind = getattr(error, "kind", type(error).__name__)
+    advice = "; try a smaller batch_size, or batch_size='auto'" if out_of_memory(error) else ""
+    return f"{kind}: {error}{advice}"

@@ -1,0 +1,283 @@
+"""Evaluation: cases in, one boolean matrix (examples x cases) out; clean, average and union follow from it.
+
+Every case runs its attacks in order, each on the examples that are still correct, in full batches: the order, the
+batches and the seeds of AutoAttack's ``run_standard_evaluation``, with its per-call checks done once. Each attack on
+each batch is a unit of work of its own, repeatable by itself: its random numbers depend on the seed alone. So units
+may be shared among processes, and a finished one is on disk: an evaluation that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rome.attacks.base import Model, frozen
+from rome.attacks.perceptual.features import network_hash
+from rome.attacks.suites.base import Case, Suite, as_named
+from rome.attacks.suites.composed import SuiteChoice, as_suite
+from rome.core import trust
+from rome.core.errors import UserError, did_you_mean
+from rome.core.randomness import unchanged_states
+from rome.core.team import ALONE, Team
+from rome.evaluation.batch import Examples
+from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
+from rome.evaluation.identity import (
+    CHANGING,
+    aside,
+    changed,
+    code_of,
+    hash_data,
+    hash_model,
+    identity,
+    settled,
+    versions,
+)
+from rome.evaluation.masking import as_warnings, look, worth_checking
+from rome.evaluation.memory import Halving
+from rome.evaluation.progress import Watcher, watching
+from rome.evaluation.result import CLEAN, UNION, Report
+from rome.evaluation.runner import Running
+from rome.evaluation.store import Store, example_images, fingerprint
+from rome.threats.lp import CIFAR10, Threat
+
+__all__ = ["Case", "Report", "Suite", "SuiteChoice", "evaluate", "example_images", "hash_model"]
+
+AUTO = "auto"
+BATCH_SIZE = 250
+"""AutoAttack's."""
+
+
+@trust.opens_files
+def evaluate(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threats: Threat | Iterable[Threat] | Mapping[str, Threat] = CIFAR10,
+    suite: str | Suite | Iterable[str | Suite] = "apgd",
+    cases: Iterable[str] | None = None,
+    batch_size: int | Literal["auto"] = BATCH_SIZE,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    save_images: bool = True,
+    checks: bool | None = None,
+    team: Team = ALONE,
+    progress: Watcher | bool = False,
+    trust_code: bool = False,
+) -> Report:
+    """Attack the model under every threat and report which examples stay correct.
+
+    Runs in float32 without autocast and TF32. Every adversarial image is checked again before it counts: finite,
+    inside its threat (else projected back), and classified anew. The model's flags and the global random states are
+    as before afterwards.
+
+    Args:
+        model: logits (B, classes) from images in [0, 1], in evaluation mode, deterministic, normalisation inside.
+        x: images, float32 (n, C, H, W) in [0, 1]; they may lie on the CPU.
+        y: labels, int64 (n,).
+        threats: one, several, or a mapping from column names; their own names (``L1``, ``L2``, ``Linf``) otherwise.
+        suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),
+            ``unseen``, ``corruptions``, ``all``, several of them, or a suite of your own.
+        cases: run only these columns of the suite now; the others are ``pending`` in the result, unless ``out`` holds
+            them already. A later call runs them.
+        batch_size: examples at a time. ``auto`` is 250, halved for want of memory, as often as it takes; the result
+            says so.
+        seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
+        device: where the model is; None asks it.
+        out: folder to keep the result and every finished batch in.
+        resume: go on with what ``out`` holds; a finished result is returned at once. What is reused is in
+            ``Report.reused`` and said on standard error. Nothing is reused of a function that is no module, nor of
+            another object that nothing tells from another one: its evaluation is refused unless ``overwrite`` is set.
+        overwrite: throw away what ``out`` holds.
+        provenance: JSON data to keep with the result: config, checkpoint, data set.
+        save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
+        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
+            examples on where they cost less than a tenth of the suite. True also looks where a finished result has
+            none.
+        team: the processes that share the work (:func:`rome.core.team.launched`); each calls this function
+            with the same arguments and gets the same report, which is what one process alone would find.
+        progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
+            :data:`rome.evaluation.progress.Watcher`). Only the first process shows it.
+        trust_code: let the file of a network that measures distances run the code that it names
+        (:mod:`rome.core.trust`).
+
+    Raises:
+        UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, answers
+            that depend on the other images of a batch, inputs outside [0, 1] ...), ``out`` holds an evaluation with
+            other settings, of another model or by other code (:mod:`rome.evaluation.identity`), or the disk is full.
+        Interrupted: another process of the team ended.
+        Exception: whatever the first attack raised, if every case failed. If only some did, they are in
+            ``Report.failed`` and are tried again by the next call.
+    """
+    suite, named = as_suite(suite), as_named(threats)
+    size = BATCH_SIZE if batch_size == AUTO else batch_size
+    if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
+        raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
+    check_data(x, y)
+    check_mode(model)
+    examples = Examples(x, y, device_of(model, x, device))
+    where, halving = examples.device, Halving(allowed=batch_size == AUTO)
+    store = Store(Path(out) if out is not None else None)
+
+    facts = identity(model)
+    settings: dict[str, Any] = {
+        "suite": suite.dump(),
+        "threats": {name: threat.dump() for name, threat in named.items()},
+        "n": len(x),
+        "batch_size": size,
+        "seed": seed,
+        "device": where.type,
+        "model": facts,
+        "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
+        "versions": versions(),
+    }
+    with _undisturbed(model, where):
+        stored = team.first(lambda: None if overwrite else store.stored_settings())
+        changing = set(stored["model"].get(CHANGING, ())) if stored else set()
+        settings["model"] = settled(facts, changing)
+        classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
+        unseen = classes is None
+        if classes is None:
+            first, last = np.arange(min(size, len(x))), len(x) % size
+            answers = team.together(
+                lambda: halving.run(
+                    CLEAN, first, lambda part: check_outputs(model, examples.batch(part)[0], y, last=last)
+                )
+            )
+            classes = answers[0][0][1]
+            settings["model"] = settled(facts, changing | set(changed(facts, aside(model))))
+        planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
+        if unseen and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
+            team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
+        if progress and team.leads:
+            for name, reason in left_out.items():
+                print(f"{name}: left out: it {reason}", file=sys.stderr)
+        wanted = _wanted(cases, [case.name for case in planned])
+        settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
+        settings["code"], settings["unknown"] = code_of((suite, named, planned))
+        settings |= {"save_images": save_images, "provenance": dict(provenance or {})}
+        networks = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
+        settings["networks"] = networks
+        settings["environment"] = {
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
+            "python": platform.python_version(),
+        }
+        store.fingerprint = team.agreed(
+            fingerprint(settings),
+            "the processes were given different models, data or settings, so they cannot evaluate together: "
+            "build the model from the same file or seed in each",
+        )
+        settings, finished = team.first(
+            lambda: (store.open(settings, resume=resume, overwrite=overwrite), store.finished)
+        )
+        report = team.first(lambda: Report.load(folder)) if finished and (folder := store.directory) else None
+        found = None if report is None else replace(report, reused={"result": report.date})
+        if found is not None and (found.checks or not checks):
+            return _said(found, team)
+        with watching(progress if team.leads else False) as watch:
+            run = Running(
+                model=model,
+                examples=examples,
+                cases=planned,
+                batch_size=size,
+                seed=seed,
+                store=store,
+                networks=networks,
+                save_images=settings["save_images"],
+                watch=watch,
+                halving=halving,
+                team=team,
+                aloud=bool(progress) and team.leads,
+            )
+            report = report or run.report(settings, wanted)
+            if worth_checking(planned, len(x)) if checks is None else checks:
+                clean = report.correct[:, 0]
+
+                def make() -> list[dict[str, Any]]:
+                    return look(model, examples, planned, clean, batch_size=size, halving=halving)
+
+                report.checks.extend(team.first(lambda: store.checks(make)))
+                report.warnings.extend(as_warnings(report.checks))
+    team.first(lambda: store.finish(report.arrays(), report.to_json()))
+    return _said(report if found is None else replace(report, reused=found.reused), team)
+
+
+def _said(report: Report, team: Team) -> Report:
+    """The report, once the first process has said what of it was not run now."""
+    if report.reuse and team.leads:
+        print(f"reused: {report.reuse}", file=sys.stderr)
+    return report
+
+
+def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
+    """The cases whose attacks all have a meaning on such images, and why the others have none.
+
+    Raises:
+        UserError: none has.
+    """
+    reasons = {case.name: next(filter(None, (each.unsuited(channels) for each in case.attacks)), "") for case in cases}
+    kept = [case for case in cases if not reasons[case.name]]
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    if left_out and not kept:
+        raise UserError("; ".join(f"{name} {reason}" for name, reason in left_out.items()))
+    return kept, left_out
+
+
+def _wanted(asked: Iterable[str] | None, names: list[str]) -> frozenset[str]:
+    """The columns to run now, among the suite's.
+
+    Raises:
+        UserError: the suite has no such column, or its columns cannot be told apart.
+    """
+    if len(set(names)) < len(names) or {CLEAN, UNION} & set(names):
+        raise UserError(f"cases need different names, none of them 'clean' or 'union'; these are {names}")
+    if asked is None:
+        return frozenset(names)
+    chosen = frozenset([asked] if isinstance(asked, str) else asked)
+    for name in sorted(chosen - set(names)):
+        raise UserError(f"the suite has no case {name!r}.{did_you_mean(name, names)}")
+    if not chosen:
+        raise UserError("no case was named; give at least one, or leave the choice out for all of them")
+    return chosen
+
+
+def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
+    """The number of classes as stored, if the model is the one that was stored: then no forward is needed."""
+    stored = store.stored_settings()
+    if not stored or not store.finished or stored["model"] != settings["model"] or not settings["model"]["sha256"]:
+        return None
+    return int(stored["classes"])
+
+
+@contextmanager
+def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
+    """Strict float32, no graph, no autocast; the model's flags and all global random states as before afterwards."""
+    backends: Any = torch.backends
+    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
+    precisions = [product.fp32_precision for product in products]
+    with ExitStack() as stack:
+        stack.enter_context(unchanged_states())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(frozen(model))
+        try:
+            for product in products:
+                product.fp32_precision = "ieee"
+            yield
+        finally:
+            for product, precision in zip(products, precisions, strict=True):
+                product.fp32_precision = precision

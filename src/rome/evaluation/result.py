@@ -1,0 +1,339 @@
+"""What an evaluation found: one boolean matrix, and everything that follows from it."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from rome.attacks.corruptions.attack import Corruption
+from rome.attacks.corruptions.severities import constants_for
+from rome.attacks.suites.base import LP, suite_label
+from rome.core.errors import Incomplete, UserError, did_you_mean, first_line
+from rome.evaluation.statistics import wilson
+from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
+from rome.threats.lp import LpBall
+
+CLEAN, UNION = "clean", "union"
+_STORED = ("warnings", "failed", "after", "seconds", "checks", "date", "reused")
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Settings(BaseModel):
+    """The form of what readers want of ``settings.json``, as far as it is there."""
+
+    suite: dict[str, Any] = {}
+    threats: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    cases: list[_Named] = []
+    n: int = 0
+    seed: int = 0
+    batch_size: int = 0
+    classes: int = 0
+
+
+class _Result(BaseModel):
+    """The form of ``result.json``."""
+
+    warnings: list[dict[str, Any]]
+    failed: dict[str, str]
+    after: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    pending: list[str] = []
+    checks: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Accuracies derived from ``correct``; all are shares in [0, 1].
+
+    Columns are of two sorts. Under an *attack* an example that is wrong without one is wrong; ``average`` and
+    ``union`` are over these. A fixed change of the images (a case with ``on_all``, such as a corruption) may turn a
+    wrong answer into a right one, and counts in its group's mean alone. Where a case failed or has not been run it has
+    no column, and what it is part of is NaN.
+    """
+
+    correct: np.ndarray
+    """bool (n, 1 + cases): example i is classified correctly under case j; column 0 is clean."""
+    cases: tuple[str, ...]
+    """The columns' names; the first is ``clean``."""
+    labels: np.ndarray
+    """int64 (n,): the true classes."""
+    indices: np.ndarray
+    """int64 (n,): position of each example in the data given."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What determines the result, and its provenance."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """Each with the ``check`` that raised it, ``case``, ``attack``, how many ``examples``, and a ``message``."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Case -> what went wrong."""
+    pending: tuple[str, ...] = ()
+    """Cases of the suite that have not been run yet."""
+    after: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Case -> attack -> accuracy once that attack, too, has run."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Case -> time its attacks took, over all the processes that worked on it."""
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.look`)."""
+    date: str = ""
+    """When it was finished."""
+    reused: dict[str, Any] = field(default_factory=dict)
+    """What no call before this one would have had to run: ``result``, the date of one that is returned whole; or how
+    many ``batches`` ``of`` all, in which ``cases``, are of earlier calls, the ``first`` and the ``last`` of what date.
+    """
+
+    def __post_init__(self) -> None:
+        rows, columns = self.correct.shape
+        if self.correct.dtype != np.bool_ or columns != len(self.cases) or not rows or self.cases[:1] != (CLEAN,):
+            raise ValueError(f"expected a boolean matrix with columns {self.cases}, clean first, and at least one row")
+        attacks = np.array([not self._case(name).get("on_all", False) for name in self.cases])
+        object.__setattr__(self, "correct", self.correct & (self.correct[:, :1] | ~attacks))
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return len(self.correct)
+
+    @property
+    def clean(self) -> float:
+        """Accuracy without an attack."""
+        return float(self.correct[:, 0].mean())
+
+    @property
+    def robust(self) -> dict[str, float]:
+        """Accuracy under each case."""
+        return {name: float(self.correct[:, 1 + i].mean()) for i, name in enumerate(self.cases[1:])}
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The cases that are attacks, also those that are missing."""
+        return tuple(name for name in self._planned if not self._case(name).get("on_all", False))
+
+    @property
+    def average(self) -> float:
+        """Mean accuracy over the attacks; NaN where one is missing."""
+        return self._mean(self.attacks)
+
+    @property
+    def union(self) -> float:
+        """Share of the examples that are correct without an attack and under every one; NaN where one is missing."""
+        return self.union_of(self.attacks) if self._complete(self.attacks) else math.nan
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Group -> mean accuracy over its cases; NaN where one is missing."""
+        return {group: self._mean(names) for group, names in self.members.items()}
+
+    @property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Group -> its cases, also those that are missing."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in self._planned:
+            case = self._case(name)
+            group = case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else "")
+            if group:
+                found[group] = (*found.get(group, ()), name)
+        return found
+
+    @property
+    def unions(self) -> dict[str, float]:
+        """Group of several attacks -> their union; NaN where one is missing."""
+        groups = {group: names for group, names in self.members.items() if len(names) > 1}
+        return {
+            group: self.union_of(names) if self._complete(names) else math.nan
+            for group, names in groups.items()
+            if set(names) <= set(self.attacks)
+        }
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Where the corrupted images that were shown come from, in a sentence each; none without corruptions."""
+        height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
+        shown = [self._case(name).get("attacks", [{}])[0] for name in self.cases[1:]]
+        return tuple(dict.fromkeys(_source(attack, max(height, width)) for attack in shown if _corrupts(attack)))
+
+    @property
+    def suite(self) -> str:
+        """Short name of the suite, such as ``apgd`` or ``apgd+unseen``."""
+        return suite_label(self.settings.get("suite", {}))
+
+    @property
+    def reuse(self) -> str:
+        """:attr:`reused` in words; empty where everything was run now."""
+        if "result" in self.reused:
+            return f"this is the result of {self.reused['result']}; no attack was run now"
+        if not self.reused:
+            return ""
+        dates = " to ".join(dict.fromkeys((self.reused["first"], self.reused["last"])))
+        count = f"{self.reused['batches']} of {self.reused['of']} batches"
+        return f"{count} are those of an earlier call ({dates}): {', '.join(self.reused['cases'])}"
+
+    def require_complete(self) -> None:
+        """Nothing, where no case failed.
+
+        Raises:
+            Incomplete: some did.
+        """
+        if self.failed:
+            raise Incomplete(
+                f"{len(self.failed)} of {len(self._planned)} cases failed: {', '.join(self.failed)}; the same command "
+                "tries them again, and the others are kept"
+            )
+
+    def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
+        """bool (n,): correct without an attack and under all of these cases; None: under every attack.
+
+        Raises:
+            UserError: one of them is not in the report.
+        """
+        columns = [0]
+        for case in self.attacks if cases is None else cases:
+            if case not in self.cases:
+                missing = f"it failed: {self.failed[case]}" if case in self.failed else "it has not been run"
+                known = case in self.failed or case in self.pending
+                hint = f" ({missing})." if known else f".{did_you_mean(case, (*self.cases, UNION))}"
+                raise UserError(f"no case {case!r} in this report{hint}")
+            columns.append(self.cases.index(case))
+        return np.asarray(self.correct[:, columns].all(axis=1))
+
+    def union_of(self, cases: Iterable[str]) -> float:
+        """The union over some of the cases: the share that is correct without an attack and under each of them.
+
+        Raises:
+            UserError: one of them is not in the report.
+        """
+        return float(self.right(cases).mean())
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95% interval of an accuracy: ``clean``, a case or ``union``; NaN for a union that is NaN.
+
+        Wilson's score interval (:func:`rome.evaluation.statistics.wilson`). It covers the choice of the examples, not
+        of the training seed.
+
+        Raises:
+            UserError: no such column.
+        """
+        if name == UNION:
+            return self.union_interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
+        self.right((name,))  # is it there?
+        return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
+
+    def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
+        """95% interval of :meth:`union_of`.
+
+        Raises:
+            UserError: one of the cases is not in the report.
+        """
+        return wilson(int(self.right(cases).sum()), self.n)
+
+    def _case(self, name: str) -> Mapping[str, Any]:
+        """The description of a case, as :meth:`rome.attacks.suites.base.Case.dump` gives it; empty where unknown."""
+        return next((case for case in self.settings.get("cases", ()) if case["name"] == name), {})
+
+    @property
+    def _planned(self) -> tuple[str, ...]:
+        """The cases in the order of the suite."""
+        order = [case["name"] for case in self.settings.get("cases", ())]
+        known = (*self.cases[1:], *self.failed, *self.pending)
+        return tuple(dict.fromkeys([*(name for name in order if name in known), *known]))
+
+    def _complete(self, names: Iterable[str]) -> bool:
+        found = list(names)
+        return bool(found) and all(name in self.cases for name in found)
+
+    def _mean(self, names: Iterable[str]) -> float:
+        found, robust = list(names), self.robust
+        return float(np.mean([robust[name] for name in found])) if self._complete(found) else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the matrix, as plain data; what is unavailable is None."""
+        names = (*self.cases, *(() if math.isnan(self.union) else (UNION,)))
+        return {
+            "n": self.n,
+            "clean": self.clean,
+            "robust": self.robust,
+            "average": _or_none(self.average),
+            "union": _or_none(self.union),
+            "groups": {group: _or_none(value) for group, value in self.groups.items()},
+            "unions": {group: _or_none(value) for group, value in self.unions.items()},
+            "corruptions": list(self.corruptions),
+            "intervals": {name: list(self.interval(name)) for name in names},
+            "after": self.after,
+            "warnings": self.warnings,
+            "checks": self.checks,
+            "failed": self.failed,
+            "pending": list(self.pending),
+            "seconds": self.seconds,
+            "date": self.date,
+            "reused": self.reused,
+            "settings": self.settings,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The matrix with its names, as ``matrix.npz`` holds it."""
+        return {
+            "correct": self.correct,
+            "cases": np.array(self.cases),
+            "labels": self.labels,
+            "indices": self.indices,
+        }
+
+    @staticmethod
+    def load(directory: str | Path) -> Report:
+        """The finished evaluation in a folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        folder = Path(directory)
+        result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
+        try:
+            _Settings.model_validate(settings)
+            _Result.model_validate(result)
+            with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
+                return Report(
+                    correct=matrix["correct"],
+                    cases=tuple(map(str, matrix["cases"])),
+                    labels=matrix["labels"],
+                    indices=matrix["indices"],
+                    settings=settings,
+                    pending=tuple(result["pending"]),
+                    **{name: result[name] for name in _STORED},
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            said = first_line(error)
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise UserError(
+                f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
+                "finished batches are kept"
+            ) from None
+
+
+def _corrupts(attack: Mapping[str, Any]) -> bool:
+    return attack.get("kind") == Corruption.kind
+
+
+def _source(corruption: Mapping[str, Any], side: int) -> str:
+    """What a dumped :class:`rome.attacks.Corruption` does to images of this side."""
+    if corruption.get("path") is not None:
+        return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
+    whose = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
+    return f"corrupted images made here with the severities of {whose}, not its images"
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,188 @@
+"""A few test images with what each threat did to them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rome.attacks import APGD
+from rome.core.errors import UserError
+from rome.evaluation.evaluate import example_images
+from rome.report.evaluated import Evaluated
+from rome.report.subject import Subject
+from rome.threats.lp import LpBall, Perceptual
+
+PICTURED = 6
+"""Cases with pictures; more would not fit beside each other."""
+LOOKED_AT = 64
+"""Saved adversarial images of a case to choose from."""
+SMALLEST = 96
+"""Pixels; smaller images are enlarged by a whole factor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shot:
+    """One image under one threat."""
+
+    threat: str
+    image: str
+    """Data URI of the adversarial image."""
+    perturbation: str
+    """Data URI of the magnified perturbation."""
+    prediction: str
+    fooled: bool
+    size: float | None
+    """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One test image, classified right as it is, under every threat."""
+
+    number: int
+    label: str
+    image: str
+    shots: list[Shot]
+
+
+def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
+    """Up to ``k`` examples that every run gets right when clean, those that broke most often first, classes differing.
+
+    Where an attack fooled a run, its saved image is at hand.
+    """
+    reports = [run.report for run in runs]
+    usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
+    broken = np.zeros(len(usable), dtype=int)
+    for run, report in zip(runs, reports, strict=True):
+        for case in pictured(runs):
+            fooled = report.correct[:, 0] & ~report.right((case,))
+            broken += fooled
+            kept = _saved(run, case)
+            if kept is not None:
+                fooled[list(kept)] = False
+                usable &= ~fooled
+    order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
+    labels = reports[0].labels
+    first_of_class: dict[int, int] = {}
+    for row in order:
+        first_of_class.setdefault(int(labels[row]), row)
+    distinct = list(first_of_class.values())
+    return [*distinct, *(row for row in order if row not in distinct)][:k]
+
+
+def adversarial(
+    run: Evaluated, subject: Subject, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+) -> dict[str, Tensor]:
+    """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
+    of APGD, or of the case's own attack where the threat is no Lp ball."""
+    model, device = subject.model, subject.device
+    chosen = torch.tensor(rows)
+    found = {}
+    for case in cases:
+        saved, threat = _saved(run, case) or {}, run.threats[case]
+        attack = APGD(steps=15) if isinstance(threat, LpBall) else run.attacks[case].attacks[0]
+        images = attack.run(model, x[chosen].to(device), y[chosen].to(device), threat).adversarial.cpu()
+        for place, row in enumerate(rows):
+            if row in saved:
+                images[place] = saved[row]
+        found[case] = images
+    return found
+
+
+def pictured(runs: Sequence[Evaluated]) -> list[str]:
+    """The cases that are shown in pictures: the first few that every run has, as one of them may have failed in some
+    or not have been run."""
+    shared = set[str].intersection(*(set(run.attacks) for run in runs))
+    return [case for case in runs[0].attacks if case in shared][:PICTURED]
+
+
+def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
+    """Case -> largest change of any pixel in these images: where the colours of the perturbations are full."""
+    return {
+        case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0
+        for case in (found[0] if found else ())
+    }
+
+
+def describe(
+    run: Evaluated,
+    subject: Subject,
+    clean: Tensor,
+    labels: Tensor,
+    rows: Sequence[int],
+    images: dict[str, Tensor],
+    scale: dict[str, float],
+    classes: Sequence[str],
+) -> list[Example]:
+    """The pictures and predictions of :func:`adversarial`."""
+    with torch.no_grad():
+        predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
+    sizes = {
+        case: threat.size(images[case], clean)
+        for case, threat in run.threats.items()
+        if case in images and not isinstance(threat, Perceptual)
+    }
+    return [
+        Example(
+            number=row,
+            label=classes[int(labels[i])],
+            image=picture(clean[i]),
+            shots=[
+                Shot(
+                    threat=case,
+                    image=picture(batch[i]),
+                    perturbation=diverging(batch[i] - clean[i], scale[case]),
+                    prediction=classes[int(predicted[case][i])],
+                    fooled=bool(predicted[case][i] != labels[i]),
+                    size=float(sizes[case][i]) if case in sizes else None,
+                )
+                for case, batch in images.items()
+            ],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def picture(image: Tensor) -> str:
+    """(C, H, W) in [0, 1] as a PNG data URI; one channel is gray, more than three show their mean."""
+    return _png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def diverging(delta: Tensor, scale: float) -> str:
+    """A perturbation (C, H, W) as a PNG data URI.
+
+    One channel: blue darkens, red brightens, white is no change. Colour: gray is no change, each channel moves from it.
+    """
+    relative = 0.5 + 0.4 * (delta / scale).clamp(-1, 1)  # without the near-black ends
+    if len(relative) == 3:
+        return picture(relative)
+    colours = matplotlib.colormaps["RdBu_r"](relative.mean(dim=0).numpy())
+    return _png((colours[..., :3] * 255).round().astype(np.uint8))
+
+
+def _saved(run: Evaluated, case: str) -> dict[int, Tensor] | None:
+    """Example -> adversarial image, for the first that were fooled; None if images were not kept."""
+    try:
+        rows, images = example_images(run.folder, case, LOOKED_AT)
+    except UserError:
+        return None
+    return dict(zip(rows.tolist(), images, strict=True))
+
+
+def _png(pixels: np.ndarray) -> str:
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    factor = -(-SMALLEST // min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

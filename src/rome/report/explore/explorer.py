@@ -1,0 +1,281 @@
+"""One run, one image, one attack: everything that a person may want to see of it, as numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rome.attacks import APGD, AttackThreat
+from rome.core import trust
+from rome.core.errors import UserError, did_you_mean
+from rome.experts import expert_layers, record_gates
+from rome.report.explore.maps import on_grid
+from rome.report.subject import NATURAL, Subject, open_subjects, short
+from rome.threats.lp import LpBall, Threat
+
+STEPS, MOST_STEPS = 15, 100
+KEPT = 16
+"""Attacked images that are remembered, so that another layer or expert costs no attack."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchMap:
+    """The weight of one expert of one layer at every patch, h x w of them."""
+
+    layer: str
+    expert: int
+    natural: Tensor
+    """(h, w), of the image as it is; (1, 1) where the gate does not tell patches apart."""
+    attacked: Tensor
+    """(h, w), under attack."""
+    note: str
+    """A sentence where the map is uniform; empty otherwise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one run makes of one image under one attack. Tensors are on the CPU."""
+
+    run: str
+    classes: tuple[str, ...]
+    image: Tensor
+    """(C, H, W) in [0, 1], as it is."""
+    perturbed: Tensor
+    """(C, H, W) in [0, 1]; ``image`` itself where nothing was attacked."""
+    threat: LpBall | AttackThreat | None
+    """A ball with the radius that was used; None: natural."""
+    size: float
+    """Of the perturbation, in the threat's own measure."""
+    steps: int
+    label: int
+    """The class that was attacked: the true one, or the model's own prediction where nobody knows it."""
+    natural: Tensor
+    """(classes,): confidences for ``image``."""
+    attacked: Tensor
+    """(classes,): confidences for ``perturbed``."""
+    gates: Mapping[str, Tensor]
+    """Layer -> (2, K): gate weights averaged over tokens, natural and attacked; empty for a model without experts."""
+    map: PatchMap | None
+    missing: str
+    """Why there is no map; empty where there is one."""
+    seconds: float
+    """From question to answer."""
+
+    @property
+    def factor(self) -> float:
+        """How much the perturbation can be magnified without leaving [0, 1] around gray; 1 where there is none."""
+        largest = float((self.perturbed - self.image).abs().max())
+        return 0.5 / largest if largest > 0 else 1.0
+
+    def magnified(self, factor: float | None = None) -> Tensor:
+        """The perturbation (C, H, W) in [0, 1]: gray is no change, ``factor`` (its own if not given) times enlarged."""
+        factor = self.factor if factor is None else factor
+        return (0.5 + factor * (self.perturbed - self.image)).clamp(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attacked:
+    perturbed: Tensor
+    size: float
+    confidences: Tensor
+    gates: dict[str, Tensor]
+    """Layer -> (2, T, K)."""
+
+
+class Explorer:
+    """Answers questions about one run; may be asked from several threads, one at a time.
+
+    Args:
+        subject: the run.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.name = subject, subject.name
+        self._trusted = trust.allowed()
+        self.layers = tuple(expert_layers(subject.model))
+        self._experts = {name: layer.experts for name, layer in expert_layers(subject.model).items()}
+        self._seen: OrderedDict[tuple[object, ...], _Attacked] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images."""
+        return self.subject.split.shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.subject.split.classes
+
+    @property
+    def balls(self) -> dict[str, LpBall]:
+        """The Lp balls it was trained on, by name."""
+        return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, LpBall)}
+
+    @property
+    def others(self) -> dict[str, AttackThreat]:
+        """The threats it was trained on that bring their own attack, by name."""
+        return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, AttackThreat)}
+
+    def experts(self, layer: str) -> int:
+        """K of that layer; 0 where this run has no such layer."""
+        return self._experts.get(layer, 0)
+
+    def test_image(self, number: int) -> tuple[Tensor, int]:
+        """Image (C, H, W) and label of that test example, numbered from 0.
+
+        Raises:
+            UserError: there is none of that number.
+        """
+        ((x, y),) = self.subject.split.batches([torch.tensor([number])])
+        return x[0], int(y[0])
+
+    def predict(self, image: Tensor) -> int:
+        """The class of an image (C, H, W)."""
+        with self._lock, torch.no_grad():
+            return int(self.subject.model(image[None].to(self.subject.device)).argmax())
+
+    def look(
+        self,
+        image: Tensor,
+        threat: str | AttackThreat = NATURAL,
+        eps: float | str | None = None,
+        steps: int = STEPS,
+        layer: str | None = None,
+        expert: int = 0,
+        *,
+        label: int | None = None,
+    ) -> Answer:
+        """Attack an image with APGD, or the threat's own attack, and read predictions and gates, natural and attacked.
+
+        The attack is remembered: the same question about another layer or expert is answered at once.
+
+        Args:
+            image: (C, H, W) in [0, 1].
+            threat: ``natural``, a norm (L1, L2, Linf), or a threat that brings its attack or the name of the run's.
+            eps: radius in the threat's own units, a number or text such as ``8/255``; the run's budget if not given.
+            steps: of APGD, 1..100.
+            layer: for the map; the last if not given.
+            expert: for the map, counted from 0.
+            label: the true class; None attacks the model's own prediction.
+
+        Raises:
+            UserError: a shape, radius, number of steps or threat that cannot be right.
+        """
+        started = time.perf_counter()
+        if tuple(image.shape) != self.shape:
+            raise UserError(f"{self.name} reads images {self.shape}, not {tuple(image.shape)}")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps must be 1 to {MOST_STEPS}, not {steps}")
+        if isinstance(threat, str) and threat in self.others:
+            threat = self.others[threat]
+        ball = ball_of(threat, eps, self.balls) if isinstance(threat, str) else threat
+        if label is None:
+            label = self.predict(image)
+        key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, repr(ball), steps if ball else 0)
+        with trust.trusting(self._trusted), self._lock:  # a page asks from threads of its own
+            if key not in self._seen:
+                self._seen[key] = self._attack(image, label, ball, steps)
+            self._seen.move_to_end(key)
+            if len(self._seen) > KEPT:
+                self._seen.popitem(last=False)
+            found = self._seen[key]
+        chosen, missing = self._map(found, layer, expert)
+        return Answer(
+            run=self.name,
+            classes=self.classes,
+            image=image,
+            perturbed=found.perturbed,
+            threat=ball,
+            size=found.size,
+            steps=steps,
+            label=label,
+            natural=found.confidences[0],
+            attacked=found.confidences[1],
+            gates={name: weights.mean(dim=1) for name, weights in found.gates.items()},
+            map=chosen,
+            missing=missing,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _attack(self, image: Tensor, label: int, ball: Threat | None, steps: int) -> _Attacked:
+        model, x = self.subject.model, image[None].to(self.subject.device)
+        y = torch.tensor([label], device=x.device)
+        moved = x if ball is None else self._worst(x, y, ball, steps)
+        gates: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if self.layers:
+                with record_gates(model) as recorder:
+                    logits = model(torch.cat([x, moved]))
+                gates = {name: each.weights.float().cpu() for name, each in recorder.gates.items()}
+            else:
+                logits = model(torch.cat([x, moved]))
+        size = 0.0 if ball is None else float(ball.size(moved, x))
+        return _Attacked(moved[0].cpu(), size, logits.float().softmax(dim=1).cpu(), gates)
+
+    def _worst(self, x: Tensor, y: Tensor, ball: Threat, steps: int) -> Tensor:
+        """Where the loss is highest; if the model is right there and wrong elsewhere on the way, a place there."""
+        found = APGD(steps=steps).run(self.subject.model, x, y, ball)
+        with torch.no_grad():
+            right = bool(self.subject.model(found.images).argmax(dim=1) == y)
+        return found.adversarial if right else found.images
+
+    def _map(self, found: _Attacked, layer: str | None, expert: int) -> tuple[PatchMap | None, str]:
+        if not self.layers:
+            return None, "This run has no experts, so no gates."
+        layer = layer or self.layers[-1]
+        if layer not in self.layers:
+            return None, f"This run has no experts in {short(layer)}."
+        if not 0 <= expert < self.experts(layer):
+            return None, f"This layer has {self.experts(layer)} experts, none of number {expert + 1}."
+        _, height, width = self.shape
+        grid, note = on_grid(self.subject.model, layer, found.gates[layer], (height, width))
+        return PatchMap(layer, expert, grid[0, ..., expert], grid[1, ..., expert], note), ""
+
+
+def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall]) -> LpBall | None:
+    """The ball that a name and a radius mean; None for ``natural`` and for radius 0.
+
+    Raises:
+        UserError: no such threat, or no radius.
+    """
+    if threat == NATURAL:
+        return None
+    if threat not in budgets and eps is None:
+        raise UserError(f"unknown threat {threat!r} without a radius.{did_you_mean(threat, [NATURAL, *budgets])}")
+    try:
+        ball = LpBall.model_validate({"norm": threat, "eps": budgets[threat].eps if eps is None else eps})
+    except ValidationError as error:
+        if any(each["loc"][0] == "norm" for each in error.errors()):
+            raise UserError(f"unknown threat {threat!r}.{did_you_mean(threat, [NATURAL, *budgets])}") from None
+        raise UserError(f"ε is {eps!r}; write a number from 0 up, such as 0.03 or 8/255") from None
+    return ball if ball.eps > 0 else None
+
+
+@trust.opens_files
+def open_explorers(folders: Sequence[Path], device: str | None = None, *, trust_code: bool = False) -> list[Explorer]:
+    """The runs in these folders, to be shown the same images. ``trust_code`` lets them run the code that they name
+    (:mod:`rome.core.trust`), also later.
+
+    Raises:
+        UserError: more than two, one that holds no finished run, or runs on different data.
+    """
+    if len(folders) > 2:
+        raise UserError(f"explore shows one run or two side by side, not {len(folders)}")
+    explorers = [Explorer(subject) for subject in open_subjects(folders, device)]
+    first = explorers[0]
+    for other in explorers[1:]:
+        if (other.shape, other.classes) != (first.shape, first.classes):
+            raise UserError(
+                f"{first.name} and {other.name} do not see the same images: {first.shape} in {len(first.classes)} "
+                f"classes against {other.shape} in {len(other.classes)}; choose runs on the same data"
+            )
+    return explorers

@@ -1,0 +1,220 @@
+"""The page of `rome explore`: a thin layer of Gradio around :class:`rome.report.explore.Explorer`, served to this
+machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rome.core.errors import UserError, first_line
+from rome.report.explore import rendering
+from rome.report.explore.desk import Desk, Shown
+from rome.report.explore.explorer import MOST_STEPS, STEPS, Answer, Explorer
+from rome.report.explore.uploads import MOST_BYTES
+from rome.report.robustbench import eps_text
+from rome.report.subject import NATURAL, short
+from rome.threats.lp import LpBall
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+try:
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+except ImportError as error:
+    raise UserError(f"rome explore needs Gradio ({first_line(error)}): pip install rome-robust[explore]") from None
+
+REACH = 3
+"""The slider ends at so many times the budget."""
+PORTS = 20
+"""Ports after the first that are tried where none was asked for."""
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
+MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+
+def build(explorers: Sequence[Explorer]) -> gr.Blocks:
+    """The page."""
+    desk = Desk(explorers)
+    start = [NATURAL, *desk.balls][-1]
+    threats = [*desk.balls, *desk.others]
+    ball = desk.balls.get(start)
+    layer = desk.layers[-1] if desk.layers else None
+    title = " and ".join(explorer.name for explorer in explorers)
+    with gr.Blocks(title=f"{title} · rome explore", analytics_enabled=False, fill_width=True) as page:
+        shown = gr.State(None)
+        gr.HTML(f'<header><p class="kicker">rome explore</p><h1>{escape(title)}</h1></header>')
+        with gr.Row(elem_id="desk", equal_height=False):
+            with gr.Column(scale=0, min_width=290, elem_id="controls"):
+                with gr.Group():
+                    number = gr.Number(0, label="Test image", precision=0, elem_id="number")
+                    with gr.Row(elem_id="turn"):
+                        previous = gr.Button("Previous", size="sm", min_width=60)
+                        following = gr.Button("Next", size="sm", min_width=60)
+                        random = gr.Button("Random", size="sm", min_width=60)
+                    file = gr.UploadButton("Upload an image", size="sm", elem_id="upload")
+                said = gr.HTML(elem_id="said")
+                threat = gr.Radio([NATURAL, *threats], value=start, label="Threat", elem_id="threat")
+                with gr.Group(visible=ball is not None) as budget:
+                    eps = gr.Textbox(
+                        eps_text(ball) if ball else "", label="ε, such as 0.03 or 8/255", max_lines=1, elem_id="eps"
+                    )
+                    slide = gr.Slider(**_range(ball), show_label=False, container=False, elem_id="slide", buttons=[])
+                steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps of APGD", elem_id="steps", buttons=[])
+            with gr.Column(scale=1, min_width=300, elem_id="answers"):
+                attack = gr.HTML(elem_id="attack")
+                with gr.Row(visible=bool(desk.layers), elem_id="where"):
+                    names = [(short(each), each) for each in desk.layers]
+                    place = gr.Dropdown(names, value=layer, label="Layer", elem_id="layer")
+                    expert = gr.Dropdown(desk.experts(layer), value=0, label="Expert", elem_id="expert")
+                gates = gr.HTML(elem_id="experts")
+        asked = [shown, threat, eps, steps, place, expert]
+        answered = [said, attack, gates]
+
+        def answer(*question: Any) -> tuple[Any, Any, Any]:
+            return _attempt(lambda: desk.look(*question), question[0])
+
+        def opened(find: Callable[[], Shown], rest: Sequence[Any]) -> tuple[Any, ...]:
+            try:
+                found = find()
+            except UserError as error:
+                return gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
+            return found, *answer(found, *rest)
+
+        def turned(way: Callable[[float], float]) -> Callable[..., Any]:
+            def turn(now: float | None, *rest: Any) -> tuple[Any, ...]:
+                number = way(now or 0) % desk.tests
+                return number, *opened(lambda: desk.test(number), rest)
+
+            return turn
+
+        def uploaded(path: str, *rest: Any) -> tuple[Any, ...]:
+            return opened(lambda: desk.upload(path), rest)
+
+        def budgeted(name: str) -> tuple[Any, Any, Any]:
+            chosen = desk.balls.get(name)
+            if chosen is None:
+                return gr.update(visible=False), gr.skip(), gr.skip()
+            return gr.update(visible=True), eps_text(chosen), gr.update(**_range(chosen))
+
+        def elsewhere(name: str, now: int) -> Any:
+            choices = desk.experts(name)
+            return gr.update(choices=choices, value=min(now or 0, max(len(choices) - 1, 0)))
+
+        rest = asked[1:]
+        for event, way in (
+            (page.load, lambda now: now),
+            (number.input, lambda now: now),
+            (previous.click, lambda now: now - 1),
+            (following.click, lambda now: now + 1),
+            (random.click, lambda now: desk.random()),
+        ):
+            _on(event, turned(way), [number, *rest], [number, shown, *answered], busy=said)
+        _on(file.upload, uploaded, [file, *rest], [shown, *answered], busy=said)
+        for event in (
+            _on(threat.change, budgeted, [threat], [budget, eps, slide]).then,
+            _on(slide.release, rendering.number, [slide], [eps]).then,
+            _on(place.change, elsewhere, [place, expert], [expert]).then,
+            steps.release,
+            eps.submit,
+            eps.blur,
+            expert.input,
+        ):
+            _on(event, answer, asked, answered, busy=said)
+    return page
+
+
+def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Callable[[str], None]) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        host: address to listen on.
+        port: None takes the first free one from 7860 on.
+        say: gets the line with the address.
+
+    Raises:
+        UserError: the address or port cannot be listened on.
+    """
+    with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="rome-explore-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
+        page = build(explorers)
+        address, number = listening.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        app = application(page, address, number)
+        say(f"explore at http://{shown}:{number} (Ctrl-C ends it)")
+        uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listening])
+
+
+def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
+    """The page as a web application that asks nothing of any other host."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    here = Path(__file__).parent
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name=host,
+        server_port=port,
+        footer_links=[],
+        show_error=False,
+        max_file_size=4 * MOST_BYTES,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Base(font=FONTS, font_mono=MONO),
+        css_paths=here / "page.css",
+    )
+    return app
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A bound socket.
+
+    Args:
+        host, port: see :func:`serve`.
+
+    Raises:
+        UserError: they cannot be listened on.
+    """
+    first = 7860 if port is None else port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for tried in range(first, first + (PORTS if port is None else 1)):
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, tried))
+            return listening
+        except OSError as error:
+            listening.close()
+            reason = error.strerror or first_line(error)
+    raise UserError(f"cannot listen on {host} port {first} ({reason}); choose another with --port or --host")
+
+
+def _attempt(look: Callable[[], list[Answer]], shown: Shown) -> tuple[Any, Any, Any]:
+    """What was said of the image, and both halves of the answer; or what was wrong, and the last answer stays."""
+    try:
+        answers = look()
+    except UserError as error:
+        return rendering.error(str(error)), gr.skip(), gr.skip()
+    return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
+
+
+def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any], busy: Any = None) -> Any:
+    """Only the latest of several quick events counts, and answers are not an API.
+
+    Args:
+        busy: where the seconds are counted meanwhile; nowhere if not given.
+    """
+    shown: dict[str, Any] = (
+        {"show_progress": "minimal", "show_progress_on": busy} if busy else {"show_progress": "hidden"}
+    )
+    return event(function, list(given), list(out), api_visibility="private", trigger_mode="always_last", **shown)
+
+
+def _range(ball: LpBall | None) -> dict[str, Any]:
+    budget = 1.0 if ball is None else ball.eps or 1.0
+    rounded = [float(f"{value:.3g}") for value in (REACH * budget, budget, budget / 100)]
+    return {"minimum": 0, **dict(zip(("maximum", "value", "step"), rounded, strict=True))}

@@ -1,0 +1,171 @@
+"""What the layers of a model make of natural images and of each threat: read by hooks that end with a context.
+
+Features are tokens (B, T, D): the patches of a transformer in their order, windows put back together, and the positions
+of a convolution's map row by row. Class and register tokens are left out, so that the first, middle and last token are
+places in the image and the mean over tokens is one over the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rome.attacks.perceptual.features import feature_layers
+from rome.core.errors import UserError
+from rome.experts import Gated, Layout, ModelMixture, expert_layers, layout_of
+from rome.experts.gates import positions, select
+from rome.experts.placement import channels_last
+from rome.models.fitting import head_names
+from rome.report.subject import AT_A_TIME
+
+PLACES = ("first", "middle", "last", "global")
+"""Where features are looked at: single tokens, and the mean over all."""
+
+
+class Seen(NamedTuple):
+    """One layer in one forward pass, (B, T, D) each."""
+
+    output: Tensor
+    """What it gave: with the experts, if it has any."""
+    plain: Tensor | None
+    """What it gives without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
+
+    For low-rank experts W h + b, for adapters and convolutions alike what the layer itself gives; for feed-forward
+    experts and whole networks (MORE), which stand in the layer's place, the answer of the first expert.
+    """
+
+
+class Parts(NamedTuple):
+    """What a layer with experts gives, averaged over tokens: (G, n, D) each, for G groups of the same n images."""
+
+    backbone: np.ndarray
+    """Without its experts."""
+    experts: np.ndarray
+    """What the experts add, weighed by the gates; all that the layer gives where they stand in its place."""
+    output: np.ndarray
+    """With its experts."""
+
+
+def block_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose outputs are looked at, first to last.
+
+    The blocks of a vision transformer; else the stages that :func:`rome.attacks.perceptual.features.feature_layers`
+    finds (ResNets, Wide ResNets, Swin ...); else every Linear and Conv2d layer but the classifier. Of a mixture of
+    whole networks, those of the first.
+    """
+    inner, before = model, ""
+    if isinstance(getattr(inner, "backbone", None), nn.Module):
+        inner, before = model.get_submodule("backbone"), "backbone."
+    if isinstance(inner, ModelMixture):
+        inner, before = inner.networks[0], before + "networks.0."
+    blocks = getattr(inner, "blocks", None)
+    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks):
+        return tuple(f"{before}blocks.{i}" for i in range(len(blocks)))
+    try:
+        return tuple(before + name for name in feature_layers(inner))
+    except UserError:
+        outside = tuple(f"{name}." for name in expert_layers(inner))
+        names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
+        names = [name for name in names if not name.startswith(outside)]
+        return tuple(before + name for name in [name for name in names if name not in head_names(inner)] or names)
+
+
+@contextmanager
+def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Seen]]:
+    """What these modules give in the latest forward pass inside the context, by name; hooks are gone afterwards.
+
+    Raises:
+        UserError: in a forward pass, if a module gives something else than images, tokens or vectors.
+    """
+    found: dict[str, Seen] = {}
+    with ExitStack() as stack:
+        for name in layers:
+            hook = _keeper(model, name, found)
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield found
+
+
+def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> np.ndarray:
+    """Features of groups of images, name -> (n, C, H, W), at the output of one module: (G, n, T, D) float32."""
+    found = []
+    for images in groups.values():
+        passes = _passes(model, images, layer, batch_size)
+        found.append(np.concatenate([_numpy(seen.output) for seen in passes]))
+    return np.stack(found)
+
+
+def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> np.ndarray:
+    """Features of all :func:`block_layers`, averaged over tokens, one layer beside the other: (G, n, sum of D)."""
+    layers = block_layers(model)
+    means = [collect(model, groups, layer, batch_size=batch_size).mean(axis=2) for layer in layers]
+    return np.concatenate(means, axis=-1)
+
+
+def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
+    """What a layer with experts gives with and without them, averaged over tokens."""
+    adds = expert_layers(model)[layer].adds
+    plain, output = [], []
+    for x in groups.values():
+        passes = list(_passes(model, x, layer, batch_size))
+        output.append(np.concatenate([_numpy(seen.output.mean(dim=1)) for seen in passes]))
+        plain.append(np.concatenate([_numpy(seen.plain.mean(dim=1)) for seen in passes if seen.plain is not None]))
+    backbone, full = np.stack(plain), np.stack(output)
+    return Parts(backbone, full - backbone if adds else full, full)
+
+
+def at(features: np.ndarray, place: str) -> np.ndarray:
+    """Features (..., T, D) at one of :data:`PLACES`: (..., D). The middle token is number T // 2, counted from 0."""
+    if place == "global":
+        return np.asarray(features.mean(axis=-2))
+    return np.asarray(features[..., {"first": 0, "middle": features.shape[-2] // 2, "last": -1}[place], :])
+
+
+def tokens(output: Tensor, layout: Layout, *, channels_last: bool) -> Tensor:
+    """A layer's output as tokens (B, T, D) of whole images, without padding and class tokens.
+
+    Args:
+        output: (B, D), (B, C, H, W), or (B x windows, ..., D) where ``channels_last``, as of a Linear layer.
+    """
+    if output.ndim == 4 and not channels_last:
+        output = output.flatten(2).transpose(1, 2)
+    whole = output.reshape(len(output) // layout.windows, -1, output.shape[-1])
+    real = positions(layout)
+    return select(whole, None if real is None else real.to(whole.device))[:, layout.prefix :]
+
+
+def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> Iterator[Seen]:
+    for batch in torch.split(images, batch_size):
+        with torch.no_grad(), record_features(model, [layer]) as found:
+            model(batch)
+        if layer not in found:
+            raise UserError(f"layer {layer} did not run in this forward; choose one that always runs")
+        yield found[layer]
+
+
+def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
+    """A hook that keeps copies: what follows a layer may work in place."""
+    module = model.get_submodule(name)
+    layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
+    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))
+    last = not maps or channels_last(model, name)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, T, D); choose another")
+        plain = module.plain(args[0]) if isinstance(module, Gated) else None
+        found[name] = Seen(
+            tokens(output.detach().clone(), layout, channels_last=last),
+            None if plain is None else tokens(plain.detach(), layout, channels_last=last),
+        )
+
+    return hook
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()

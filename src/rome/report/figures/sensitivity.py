@@ -1,0 +1,161 @@
+"""Fig. A3: what union robustness depends on, from the runs of a sweep."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from rome.attacks.suites.base import LP
+from rome.core.errors import UserError
+from rome.report.compared import config_differences, gather
+from rome.report.figures.base import Options, PaperFigure
+from rome.report.figures.style import MARKERS, RUNS, plain
+from rome.report.subject import Subject, trained
+
+PAPER: dict[str, tuple[str, float]] = {
+    "experts.experts": ("number of experts $K$", 4),
+    "experts.rank": ("rank $r$", 16),
+    "experts.regularizer.weight": (r"loss weight $\lambda$", 0.1),
+    "experts.gate.s": ("$s$", 4),
+    "experts.gate.b": ("$b$", 2),
+}
+"""The keys that the paper varies, how it writes them, and the value it chose."""
+
+
+class Sensitivity(PaperFigure):
+    """A panel for each numeric config key that the runs vary: union robustness over its values, all else equal. Where
+    the suite has more than Lp balls, the union is over these.
+
+    Runs that differ in the seed alone are one point, mean and sample standard deviation. Where a grid varies several
+    keys, a key has a curve for every choice of the others; where each run changes one key of a common base, as in the
+    paper, every panel has one curve, and the base is a point of each.
+    """
+
+    name = "figA3"
+    title = "sensitivity of union robustness to settings"
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        swept, left_out = trained(subjects)
+        runs = gather([subject.run.folder for subject in swept])
+        differences = {
+            key: values
+            for key, values in config_differences([run.config for run in runs if run.config is not None]).items()
+            if key != "seed" and not key.startswith("evaluation.")
+        }
+        if not differences:
+            raise UserError(
+                "these runs differ in no setting (but perhaps the seed), so there is nothing to plot their robustness "
+                "over; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
+            )
+        order = sorted(differences, key=lambda key: list(PAPER).index(key) if key in PAPER else len(PAPER))
+        panels = []
+        for key in order:
+            curves = _curves(key, differences, [run.report.unions.get(LP, run.report.union) for run in runs])
+            if curves:
+                panels.append({"key": key, "curves": curves})
+        if not panels:
+            more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+            raise UserError(
+                f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one "
+                "number alone, so there is no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
+            )
+        evaluation = f"{runs[0].report.suite}, {runs[0].report.n} examples"
+        return {"evaluation": evaluation, "panels": panels, "left_out": left_out}
+
+    def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {
+                "key": panel["key"],
+                "value": point["value"],
+                "others": json.dumps(curve["others"]),
+                "runs": len(point["unions"]),
+                "union": point["mean"],
+                "deviation": point["deviation"],
+            }
+            for panel in data["panels"]
+            for curve in panel["curves"]
+            for point in curve["points"]
+        ]
+
+    def draw(self, data: dict[str, Any]) -> Canvas:
+        panels = data["panels"]
+        columns = min(len(panels), 3)
+        lines = -(-len(panels) // columns)
+        size = (3.25, 2.3) if columns == 1 else (6.75, 2.1 * lines)
+        canvas = Canvas(figsize=size, layout="constrained")
+        axes = canvas.subplots(lines, columns, sharey=True, squeeze=False)
+        for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
+            _panel(axis, panel)
+            axis.set_title(f"({chr(ord('a') + i)})", loc="left", fontsize=8)
+            if i % columns == 0:
+                axis.set_ylabel("union robustness (%)")
+        for axis in list(axes.flat)[len(panels) :]:
+            axis.set_visible(False)
+        return canvas
+
+
+def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]) -> list[dict[str, Any]]:
+    """The runs grouped by all other keys; groups in which the key has two values at least."""
+    groups: dict[str, tuple[dict[str, Any], dict[float, list[float]]]] = {}
+    for i, union in enumerate(unions):
+        value = differences[key][i]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(union):
+            continue
+        others = {name: values[i] for name, values in differences.items() if name != key}
+        _, points = groups.setdefault(json.dumps(others, sort_keys=True), (others, {}))
+        points.setdefault(value, []).append(union)
+    return [
+        {
+            "others": others,
+            "points": [
+                {
+                    "value": value,
+                    "unions": unions,
+                    "mean": statistics.fmean(unions),
+                    "deviation": statistics.stdev(unions) if len(unions) > 1 else None,
+                }
+                for value, unions in sorted(points.items())
+            ],
+        }
+        for others, points in groups.values()
+        if len(points) > 1
+    ]
+
+
+def _panel(axis: Axes, panel: dict[str, Any]) -> None:
+    curves = panel["curves"]
+    telling = [
+        name for name in curves[0]["others"] if any(c["others"][name] != curves[0]["others"][name] for c in curves)
+    ]
+    values = sorted({point["value"] for curve in curves for point in curve["points"]})
+    for i, curve in enumerate(curves):
+        points = curve["points"]
+        colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
+        label = plain(", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in telling))
+        axis.errorbar(
+            [point["value"] for point in points],
+            [100 * point["mean"] for point in points],
+            yerr=[100 * (point["deviation"] or 0) for point in points],
+            color=colour, marker=marker, ms=3.5, lw=1.3, elinewidth=0.8, capsize=2, label=label,
+        )  # fmt: skip
+        for point in points:
+            if len(point["unions"]) > 1:
+                single = [100 * union for union in point["unions"]]
+                axis.plot([point["value"]] * len(single), single, ".", color=colour, ms=2.5, alpha=0.5)
+    title, chosen = PAPER.get(panel["key"], (panel["key"], None))
+    if chosen is not None and values[0] <= chosen <= values[-1]:
+        axis.axvline(chosen, color="gray", lw=0.7, ls=":")
+    if values[0] > 0 and values[-1] / values[0] >= 8:
+        axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(title)
+    axis.grid(axis="y", lw=0.4, alpha=0.5)
+    if telling:
+        axis.legend(frameon=False, fontsize=7)

@@ -1,0 +1,135 @@
+"""Fig. 8: robustness against the time spent on training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+
+from rome.core.errors import UserError
+from rome.report.figures.base import Options, PaperFigure
+from rome.report.figures.style import MARKERS, RUNS, plain
+from rome.report.subject import Subject, trained
+
+HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training images"
+
+
+class TrainingTime(PaperFigure):
+    """A curve for each run: union robustness on held-out training images over seconds of training.
+
+    The points are the run's validations (config key ``validation``; time spent on these is not counted). A run without
+    any is drawn dashed with what its log has, the mean over threats of the accuracy in training under the training
+    attack, which is another quantity: higher, as the attack is weaker, no union is taken and the images are trained on.
+    Times compare only between runs on one machine.
+
+    ``reached`` in the data: when each validated run first had the best union of the first one without experts.
+    """
+
+    name = "fig8"
+    title = "training time against robustness"
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        runs, left_out = trained(subjects)
+        curves = []
+        first: Subject | None = None
+        for subject in runs:
+            curve = _curve(subject)
+            if curve["quantity"] == HELD_OUT:
+                first = first or subject
+                if _held_out(subject) != _held_out(first):
+                    left_out[subject.name] = f"it was validated on other data, threats or settings than {first.name}"
+                    continue
+            curves.append(curve)
+        without = [curve["name"] for curve in curves if not curve["points"]]
+        if without:
+            raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
+        return {"runs": curves, "reached": _reached(curves), "left_out": left_out}
+
+    def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"run": run["name"], "quantity": run["quantity"], **{k: v for k, v in point.items() if k != "robust"}}
+            | {f"robust_{name}": value for name, value in point.get("robust", {}).items()}
+            for run in data["runs"]
+            for point in run["points"]
+        ]
+
+    def draw(self, data: dict[str, Any]) -> Canvas:
+        runs, reached = data["runs"], data["reached"]
+        longest = max(point["seconds"] for run in runs for point in run["points"])
+        unit, scale = ("h", 3600) if longest > 3 * 3600 else ("min", 60) if longest > 300 else ("s", 1)
+        quantities = {run["quantity"] for run in runs}
+        canvas = Canvas(figsize=(3.25, 2.4 + 0.15 * len(runs)), layout="constrained")
+        axes = canvas.subplots()
+        curves: list[Line2D] = []  # named, or those whose name begins with "_" would be left out
+        for i, run in enumerate(runs):
+            x = [point["seconds"] / scale for point in run["points"]]
+            y = [100 * point["value"] for point in run["points"]]
+            fallback = run["quantity"] == TRAINING
+            label = plain(run["name"]) + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
+            colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
+            curves += axes.plot(
+                x, y, color=colour, marker=marker if len(x) <= 40 else None, ms=3, lw=1.4,
+                ls="--" if fallback else "-", label=label,
+            )  # fmt: skip
+        if reached:
+            axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":")
+        axes.set_xlabel(f"training time ({unit})")
+        axes.set_ylabel("robust accuracy (%)")
+        axes.set_title(quantities.pop() if len(quantities) == 1 else "robustness", loc="left", fontsize=8)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", lw=0.4, alpha=0.5)
+        canvas.legend(handles=curves, loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
+        return canvas
+
+
+def _curve(subject: Subject) -> dict[str, Any]:
+    log = subject.run.log()
+    validations = [line for line in log if line["event"] == "validation"]
+    keys = ("seconds", "epoch", "clean", "robust")
+    if validations:
+        points = [{"value": line["union"], **{key: line[key] for key in keys}} for line in validations]
+        return _run(subject, HELD_OUT, points)
+    epochs = [line for line in log if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line]
+    points = [
+        {
+            "value": sum(line["accuracy"].values()) / len(line["accuracy"]),
+            "seconds": line["seconds"],
+            "epoch": line["epoch"],
+            "robust": line["accuracy"],
+        }
+        for line in epochs
+        if "clean" not in line["accuracy"]  # a natural epoch says nothing about robustness
+    ]
+    return _run(subject, TRAINING, points)
+
+
+def _held_out(subject: Subject) -> tuple[Any, ...]:
+    """What two unions on held-out examples must share to be compared."""
+    config = subject.config
+    return config.validation, config.threats, config.data.kind
+
+
+def _run(subject: Subject, quantity: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "experts": subject.config.experts is not None,
+        "quantity": quantity,
+        "points": points,
+    }
+
+
+def _reached(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Best union of the first validated run without experts (or the first at all), and when each first had it."""
+    validated = [curve for curve in curves if curve["quantity"] == HELD_OUT]
+    if len(validated) < 2:
+        return {}
+    base = next((curve for curve in validated if not curve["experts"]), validated[0])
+    union = max(point["value"] for point in base["points"])
+    times = {
+        curve["name"]: next((point["seconds"] for point in curve["points"] if point["value"] >= union), None)
+        for curve in validated
+    }
+    return {"of": base["name"], "union": union, "seconds": times}

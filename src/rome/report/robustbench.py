@@ -1,0 +1,177 @@
+"""RobustBench's leaderboard entries (Croce et al. 2021, github.com/RobustBench/robustbench, ``model_info``).
+
+``model_info/<dataset>/<threat>/<Name>.json`` with its keys and its way to write numbers (percent as text). What it has
+no place for is added: the union over the Lp balls, every threat's accuracy, and the file that says which examples
+stayed correct, ``model_info/<dataset>/<Name>.npz``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rome.attacks.suites.base import LP, AutoAttackSuite
+from rome.attacks.suites.unseen import CORRUPTIONS, CorruptionsSuite
+from rome.core.errors import UserError
+from rome.core.files import replace_file
+from rome.data.resized import Resized
+from rome.evaluation.evaluate import Case, Report
+from rome.report.evaluated import Evaluated
+from rome.threats.lp import LpBall
+
+FORWARD_PASSES = 1
+"""What a leaderboard calls ``number_forward_passes``: of one prediction."""
+
+
+def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
+    """Write an entry for every run and every threat it was evaluated under with the standard AutoAttack, and one for
+    the common corruptions if all were run.
+
+    Returns:
+        The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand, and so is
+        ``additional_data`` (null) where nobody knows.
+
+    Raises:
+        UserError: a run without such an evaluation, or two runs whose files would have one name.
+    """
+    called = [_name(run.name) for run in runs]
+    if len(set(called)) < len(called):
+        raise UserError(f"the entries of {' and '.join(run.name for run in runs)} would be one file; rename a run")
+    files: list[Path] = []
+    for run in runs:
+        entries = entries_of(run)
+        if not entries:
+            raise UserError(
+                f"RobustBench's entries need AutoAttack's standard version, and {run.folder} holds suite "
+                f"{run.report.suite!r}: run `{run.command} --suite autoattack` first"
+            )
+        root, name = out / "model_info" / _dataset(run), _name(run.name)
+        buffer = io.BytesIO()
+        np.savez(buffer, **run.report.arrays())  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
+        replace_file(root / f"{name}.npz", buffer.getvalue())
+        for threat, entry in entries.items():
+            files.append(root / threat / f"{name}.json")
+            replace_file(files[-1], (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode())
+    return files
+
+
+def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
+    """Threat -> entry, for the Lp balls under the standard AutoAttack and for ``corruptions``; of one run."""
+    report = run.report
+    standard = {name: threat for name, threat in _balls(run).items() if _is_standard(run.attacks[name], report)}
+    if not standard:
+        return {}
+    union = report.union_of(standard)
+    common: dict[str, Any] = {
+        "link": "",
+        "name": run.about or run.name,
+        "authors": "",
+        "additional_data": _additional_data(run),
+        "number_forward_passes": FORWARD_PASSES,
+        "dataset": _dataset(run),
+        "venue": "",
+        "architecture": run.architecture,
+    }
+    shared = {
+        "clean_acc": percent(report.clean),
+        "unreliable": bool([check for check in report.warnings if check["check"] in MASKING]),
+        "union": percent(union),
+        "union_threats": list(standard),
+        "threats": {
+            name: {"eps": eps_text(ball), "acc": percent(report.robust[name])} for name, ball in standard.items()
+        },
+        "n_examples": report.n,
+        "seed": report.settings["seed"],
+        "mask_file": f"../{_name(run.name)}.npz",
+    }
+    entries: dict[str, dict[str, Any]] = {
+        ball.norm: {
+            **common,
+            "eps": eps_text(ball),
+            "reported": None,
+            "autoattack_acc": percent(report.robust[name]),
+            **shared,
+            "mask_column": name,
+        }
+        for name, ball in standard.items()
+    }
+    corruptions = report.members.get(CORRUPTIONS, ())
+    if len(corruptions) == len(CorruptionsSuite().types) * 5 and not math.isnan(report.groups[CORRUPTIONS]):
+        entries["corruptions"] = {
+            **common,
+            "eps": None,
+            "reported": None,
+            "corruptions_acc": percent(report.groups[CORRUPTIONS]),
+            **shared,
+            "mask_column": list(corruptions),
+        }
+    return entries
+
+
+MASKING = ("black-box-beats-white-box", "zero-input-gradients", "more-steps", "unbounded-attack")
+"""The checks that make a leaderboard call an evaluation potentially unreliable."""
+
+
+def percent(share: float) -> str:
+    """``85.34`` for 0.85341."""
+    return f"{100 * share:.2f}"
+
+
+def eps_text(ball: LpBall) -> str:
+    """``8/255`` where a radius is a whole number of grey levels below 1, otherwise the number."""
+    levels = round(255 * ball.eps)
+    if ball.norm == "Linf" and 0 < levels < 255 and math.isclose(levels / 255, ball.eps, rel_tol=1e-6):
+        return f"{levels}/255"
+    return f"{ball.eps:g}"
+
+
+def _balls(run: Evaluated) -> dict[str, LpBall]:
+    """The cases of the group of Lp balls, one for each norm: the first."""
+    found: dict[str, LpBall] = {}
+    for name in run.report.members.get(LP, ()):
+        threat = run.threats.get(name)
+        if isinstance(threat, LpBall) and threat.norm not in {ball.norm for ball in found.values()}:
+            found[name] = threat
+    return found
+
+
+def _is_standard(case: Case, report: Report) -> bool:
+    """Whether the case's attacks are those of AutoAttack's standard version."""
+    (standard,) = AutoAttackSuite().cases({case.name: case.threat}, report.settings["classes"])
+    return not case.note and [attack.dump() for attack in case.attacks] == [
+        attack.dump() for attack in standard.attacks
+    ]
+
+
+def _additional_data(run: Evaluated) -> bool | None:
+    """Whether it was trained on more than the data set: with timm's weights it was. None, to be filled in by hand,
+    where weights came from a file, or nobody knows."""
+    if run.config is None or run.config.model.weights is not None:
+        return None
+    return run.config.model.pretrained
+
+
+def _dataset(run: Evaluated) -> str:
+    data = run.data
+    if data is None:
+        raise UserError(
+            f"RobustBench's entries name the data, and {run.folder} does not: evaluate with `rome evaluate --model` "
+            "and --data, or give rome.evaluate provenance={'data': {'kind': 'cifar10', 'path': PATH}}"
+        )
+    if not isinstance(data, Resized) or not data.path:
+        return data.kind
+    path = Path(data.path)
+    folder = path.parent if path.suffix == ".parquet" else path
+    return "imagenet" if run.report.settings["classes"] == 1000 else _name(folder.name.lower())
+
+
+def _name(text: str) -> str:
+    """A file's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_.") or "model"

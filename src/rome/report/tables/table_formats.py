@@ -1,0 +1,206 @@
+"""A filled table as text, Markdown, LaTeX or HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Callable, Sequence
+from itertools import combinations, groupby
+from typing import Literal
+
+from rome.report.columns import markdown, suite_text
+from rome.report.compared import other_network
+from rome.report.tables.lines import Cell, Line
+from rome.report.tables.paper_rows import COST, UNITS
+
+Format = Literal["text", "markdown", "latex", "html"]
+DASH = "\N{EN DASH}"
+PM = "\N{PLUS-MINUS SIGN}"
+_BOLD = {"text": ("*", ""), "markdown": ("**", "**"), "latex": (r"\textbf{", "}"), "html": ("<b>", "</b>")}
+Body = list[tuple[str, list[list[str]]]]
+"""Sections: name and rows of cells."""
+HEADS = {
+    "parameters_M": "params (M)",
+    "added_parameters_M": "added params (M)",
+    "seconds_per_update": "s/update",
+    "latency_ms": "latency (ms/img)",
+    "latency_one_ms": "of one image (ms)",
+}
+_MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
+
+
+def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") -> str:
+    """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
+
+    The best of ours is bold, missing numbers are dashes, and the last column is the difference in union to another row
+    with its interval, which the note names. Costs have their ratios to the first row behind them.
+
+    Args:
+        about: what the numbers are, for the caption.
+    """
+    columns = list(lines[0].cells)
+    costs = columns == list(COST)
+    compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
+    plain = any(line.config is not None and line.config.experts is None for line in lines)
+    change = "" if not compared else "gain in union" if plain else "union less RoME's"
+    head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
+    body = [
+        (name, [_row(line, columns, form, bool(change)) for line in group])
+        for name, group in groupby(lines, key=lambda line: line.section)
+    ]
+    note = (
+        "ours / paper, in brackets the ratio to RANDOM"
+        if costs
+        else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    )
+    if change:
+        base = "the same method without experts" if plain else " and ".join(compared)
+        count = sum(line.gain is not None for line in lines)
+        span = (
+            "its 95% interval" if count == 1 else f"intervals that hold together with 95% for all {count} differences"
+        )
+        note += f"; {change}: difference to {base}, in brackets {span}"
+    told = sources(lines)
+    note += f"; runs: {told}" if told else f"; {about}" if about else ""
+    if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
+        note += "; rows evaluated differently, so compare with care"
+    return _WRITERS[form](title, head, body, note)
+
+
+def sources(lines: Sequence[Line]) -> str:
+    """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
+    told: dict[str, None] = {}
+    for report in (report for line in lines for report in (*line.reports, *line.others)):
+        kept = report.settings.get("provenance") or {}
+        config = kept.get("config") or kept  # a given model's evaluation keeps the two of them alone
+        data, model = (
+            config.get("data", {}).get("kind", "unknown data"),
+            config.get("model", {}).get("name", "unknown model"),
+        )
+        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
+        told[what] = None
+    return "; ".join(told)
+
+
+def _differ(lines: Sequence[Line]) -> bool:
+    """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
+    of examples, or with different networks that measure."""
+    shown = {
+        (*(str(report.settings.get(name)) for name in ("suite", "threats")), report.n)
+        for line in lines
+        for report in line.reports
+    }
+    everything = [report for line in lines for report in (*line.reports, *line.others)]
+    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(everything, 2))
+
+
+def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:
+    cells = [_cell(line.cells[column], form, percent=column not in UNITS) for column in columns]
+    return [line.label, *cells, *([_gain(line)] if change else [])]
+
+
+def _cell(cell: Cell, form: Format, *, percent: bool) -> str:
+    def number(value: float) -> str:
+        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+
+    def ratio(value: float) -> str:
+        return "" if math.isnan(value) else f" ({value:.2f}x)"
+
+    ours = DASH
+    if cell.values:
+        ours = number(cell.mean)
+        if not math.isnan(cell.deviation):
+            ours += f" {PM} {number(cell.deviation)}"
+        if cell.best:
+            before, after = _BOLD[form]
+            ours = f"{before}{ours}{after}"
+    paper = DASH if math.isnan(cell.paper) else number(cell.paper)
+    return f"{ours}{ratio(cell.ratio)} / {paper}{ratio(cell.paper_ratio)}"
+
+
+def _gain(line: Line) -> str:
+    if line.gain is None:
+        return ""
+    value, low, high = (100 * number for number in line.gain)
+    return f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _text(title: str, head: list[str], body: Body, note: str) -> str:
+    rows = [head, *(row for _, section in body for row in section)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+
+    def join(row: list[str]) -> str:
+        label, *cells = row
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        return "  ".join([label.ljust(widths[0]), *padded]).rstrip()
+
+    lines = [title, join(head)]
+    for name, section in body:
+        lines += ["", name, *map(join, section)]
+    return "\n".join([*lines, "", f"{note}; * is the best of ours", ""])
+
+
+def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for name, section in body:
+        lines.append(f"| *{markdown(name)}* |{' |' * (len(head) - 1)}")
+        lines += [f"| {' | '.join([markdown(label), *cells])} |" for label, *cells in section]
+    return "\n".join([*lines, "", f"{markdown(note)}; bold is the best of ours", ""])
+
+
+def _escape(text: str) -> str:
+    safe = {
+        "%": r"\%",
+        "&": r"\&",
+        "_": r"\_",
+        "#": r"\#",
+        "$": r"\$",
+        "^": r"\^{}",
+        "~": r"\~{}",
+        "<": "$<$",
+        ">": "$>$",
+    }
+    safe |= {PM: r"$\pm$", DASH: "--"}
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", "".join(safe.get(letter, letter) for letter in text))
+
+
+def _plain(text: str) -> str:
+    """Text for LaTeX that holds no commands of ours."""
+    own = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "|": r"\textbar{}"}
+    return "".join(own.get(part) or _escape(part) for part in re.split(r"([\\{}|])", text))
+
+
+def _latex(title: str, head: list[str], body: Body, note: str) -> str:
+    def join(row: list[str]) -> str:
+        label, *cells = row
+        return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
+
+    caption = f"{title} of the paper: {note}; bold is the best of ours."
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_plain(caption)}}}"]
+    lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
+    for name, section in body:
+        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_plain(name)}}}}} \\", *map(join, section)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _html(title: str, head: list[str], body: Body, note: str) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        label, *numbers = cells
+        safe = [html.escape(label), *(cell if cell.startswith("<b>") else html.escape(cell) for cell in numbers)]
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in safe) + "</tr>"
+
+    lines = ["<table>", f"<caption>{html.escape(title)}. {html.escape(note)}; bold is the best of ours.</caption>"]
+    lines += ["<thead>", row(head, "th"), "</thead>"]
+    for name, section in body:
+        lines += ["<tbody>", f'<tr><th colspan="{len(head)}">{html.escape(name)}</th></tr>']
+        lines += [*(row(cells, "td") for cells in section), "</tbody>"]
+    return "\n".join([*lines, "</table>", ""])
+
+
+_WRITERS: dict[Format, Callable[[str, list[str], Body, str], str]] = {
+    "text": _text,
+    "markdown": _markdown,
+    "latex": _latex,
+    "html": _html,
+}

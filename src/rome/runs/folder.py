@@ -1,0 +1,258 @@
+"""A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
+
+config.yaml         the resolved config
+origin.json         what tells the data and the user's code that it was started with from others
+(:mod:`rome.runs.origin`) last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
+model.safetensors   the finished model, config in its metadata best.safetensors    the weights that did best in
+validation, if there is one log.jsonl           one line an update, one an epoch, one a validation train.lock
+there while a process trains in the folder tensorboard/        the same for TensorBoard evaluation/SUITE/   what `rome
+evaluate` found; of the best weights in evaluation-best/, of last.pt in
+                    evaluation-unfinished/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from rome.core import trust
+from rome.core.errors import UserError, first_line
+from rome.core.files import flatten, make_folder, remove_partials, replace_file, replace_with
+from rome.core.plain_data import parse_json, parse_yaml
+from rome.data import Split
+from rome.evaluation.store import differences, now
+from rome.models.pickles import load_pickle
+from rome.runs.config import Config, parse
+from rome.runs.origin import code_facts, data_facts, other_data
+
+CHECKPOINT_FORMAT = 1
+FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
+"""Config keys that do not change what is computed, so a resumed run may change them."""
+
+
+class Run:
+    """The folder of one training run."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config_file = self.folder / "config.yaml"
+        self.origin_file = self.folder / "origin.json"
+        self.checkpoint_file = self.folder / "last.pt"
+        self.model_file = self.folder / "model.safetensors"
+        self.best_file = self.folder / "best.safetensors"
+        self.log_file = self.folder / "log.jsonl"
+        self.tensorboard = self.folder / "tensorboard"
+        self._lock = FileLock(self.folder / "train.lock", timeout=0)
+
+    @property
+    def finished(self) -> bool:
+        return self.model_file.exists()
+
+    @property
+    def config(self) -> Config:
+        """The resolved config this run was started with.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        return parse(trust.check(self.config_file, {"config": self.written()})["config"])
+
+    def written(self) -> Any:
+        """What ``config.yaml`` says, as plain data that nobody has followed.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        if not self.config_file.is_file():
+            raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
+        try:
+            return parse_yaml(self.config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
+
+    @property
+    def data_path(self) -> str | None:
+        """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
+        try:
+            said = self.written()["data"]["path"]
+        except (UserError, OSError, KeyError, TypeError):
+            return None
+        return said if isinstance(said, str) else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """``data`` and ``code`` that it was started with, and in which code was ``changed`` on the way; empty where
+        nobody wrote it down."""
+        try:
+            return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def prepare(
+        self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
+    ) -> dict[str, Any] | None:
+        """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
+
+        Args:
+            data: all training examples; None leaves out whether they are those it was started with.
+
+        Raises:
+            UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
+                read.
+        """
+        try:
+            held = self.folder.exists() and not self.config_file.exists()
+            if held and self.folder.is_dir() and any(map(_foreign, self.folder.iterdir())):
+                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+            make_folder(self.folder)
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
+        try:
+            return self._ready(config, resume=resume, overwrite=overwrite, data=data)
+        except UserError:
+            self.release()
+            raise
+
+    def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
+        if overwrite and not resume:
+            self._clear()
+        elif self.finished:
+            raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
+        elif self.config_file.exists() and not resume:
+            raise UserError(
+                f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
+            )
+        if resume and self.config_file.exists():
+            self.check_same(config, data)
+        code = code_facts(config)
+        goes_on = resume and self.checkpoint_file.exists()
+        origin = {
+            "data": None if data is None else data_facts(data),
+            "code": code,
+            "changed": self._changes(code) if goes_on else [],
+        }
+        remove_partials(self.folder, alone=True)
+        dumped = config.dump()
+        replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
+        trust.record(self.config_file, {"config": dumped})
+        replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
+        return self.load_checkpoint() if self.checkpoint_file.exists() else None
+
+    def _changes(self, code: dict[str, str]) -> list[str]:
+        """What of the code became another on the way, said where that is new: a fault may have been mended, but the
+        weights come from both."""
+        found = self.other_code(code)
+        if found:
+            print(f"{self.folder} goes on with other code: {'; '.join(found)}", file=sys.stderr)
+        return [*self.origin.get("changed", ()), *(f"{text} ({now()})" for text in found)]
+
+    def other_code(self, code: dict[str, str]) -> list[str]:
+        """In what the user's code is another than the one that this run was started with."""
+        kept = self.origin
+        return differences({"code": kept["code"]}, {"code": code}) if kept else []
+
+    def release(self) -> None:
+        """Give up the claim of :meth:`prepare`, if there is one."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint in one step; a kill leaves the old or the new one, never a part."""
+        try:
+            replace_with(
+                self.checkpoint_file, lambda partial: torch.save({**state, "format": CHECKPOINT_FORMAT}, partial)
+            )
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
+            kept = "The checkpoint before it is kept" if self.checkpoint_file.exists() else "There is none before it"
+            raise UserError(
+                f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
+                "and go on with --resume"
+            ) from error
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint, on the CPU.
+
+        Raises:
+            UserError: it cannot be read, or another version wrote it.
+        """
+        state = load_pickle(self.checkpoint_file, "restore it, or pass --overwrite to start anew")
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"{self.checkpoint_file} is not a checkpoint of this version; pass --overwrite to start anew"
+            )
+        return state
+
+    def rewind_log(self, updates: int) -> None:
+        """Drop log lines of updates after the checkpoint, and a line that a kill cut short."""
+        if not self.log_file.exists():
+            return
+        kept = [json.dumps(line) for line in self.log() if line["update"] <= updates]
+        replace_file(self.log_file, "".join(line + "\n" for line in kept).encode())
+
+    def log(self) -> list[dict[str, Any]]:
+        """All lines of the log."""
+        if not self.log_file.exists():
+            return []
+        lines = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # a kill cut it short
+                continue
+        return lines
+
+    def check_same(self, config: Config, data: Split | None = None) -> None:
+        """Raise UserError unless the folder's run was started with these settings, but for what changes no result.
+
+        The path of the data is such, while what lies there is the same.
+
+        Args:
+            data: all training examples; None opens them if their path is another.
+        """
+        old, new = flatten(self.written()), flatten(config.dump())
+        changed = [
+            f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
+        ]
+        kept = self.origin.get("data")
+        moved = [text for text in changed if kept and text.startswith("data.path was ")]
+        if (others := [text for text in changed if text not in moved]) or not kept:
+            if others:
+                raise UserError(
+                    f"{self.folder} was started with other settings: {'; '.join(others[:5])}; use another --out"
+                )
+            return
+        data = config.data.open("train") if moved and data is None else data
+        if data is not None and (what := other_data(kept, data_facts(data))):
+            raise UserError(
+                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what}):"
+                " restore it (data.path may name another place), or use another --out"
+            )
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
+        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
+        for folder in (self.tensorboard, *evaluations):
+            shutil.rmtree(folder, ignore_errors=True)
+        files = (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.origin_file)
+        for file in (*files, self.config_file):
+            file.unlink(missing_ok=True)
+
+
+def _foreign(file: Path) -> bool:
+    """Whether the file is none that a run leaves before its config."""
+    return file.suffix not in (".partial", ".lock")

@@ -1,0 +1,272 @@
+"""Which perturbations are allowed: threats, and the budgets of the paper.
+
+Images are float tensors (B, C, H, W) in [0, 1]; every threat includes that box.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, overload
+
+import torch
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from rome.core.component import Component, Number
+from rome.core.errors import UserError
+from rome.threats.projections import project_l1, project_l2, project_linf
+
+if TYPE_CHECKING:
+    from rome.attacks.base import Attack
+
+RTOL = 1e-5
+"""Relative tolerance on a budget, for rounding in x + delta - x."""
+
+
+class Threat(Component):
+    """A set of allowed images around every image."""
+
+    default_kind = "lp"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short unique name for columns and logs, such as ``Linf``."""
+
+    @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it."""
+
+    @abstractmethod
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """How large each perturbation is in the threat's own measure: (B,)."""
+
+    @abstractmethod
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which examples are allowed, up to rounding: bool (B,)."""
+
+    def searched_by(self, attack: Attack) -> tuple[Attack, Threat]:
+        """Which attack searches it where ``attack`` is called, and the threat that this one is told to search inside.
+
+        A threat that brings an attack of its own (:class:`rome.attacks.AttackThreat`) names that one.
+        """
+        return attack, self
+
+
+def _norm(value: Any) -> Any:
+    text = str(value).lower().lstrip("l")
+    return {"1": "L1", "1.0": "L1", "2": "L2", "2.0": "L2", "inf": "Linf", "infinity": "Linf"}.get(text, value)
+
+
+Norm = Annotated[Literal["L1", "L2", "Linf"], BeforeValidator(_norm)]
+
+
+class LpBall(Threat):
+    """All images in [0,1] within ``eps`` of the original in the L1, L2 or Linf norm over C*H*W."""
+
+    kind = "lp"
+    norm: Norm
+    eps: Number = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _smaller_than_the_box(self) -> Self:
+        if self.norm == "Linf" and self.eps > 1:
+            raise ValueError(
+                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; a radius counted in "
+                f"steps of 8-bit images is a fraction of 255: {self.eps:g}/255"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.norm
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Onto ball and box. L1: exact on their intersection; Linf: likewise; L2: the ball, then the box, which stays
+        inside the ball but is not always the nearest point (as in AutoAttack)."""
+        origin = x.flatten(1)
+        delta = x_adv.flatten(1) - origin
+        if self.norm == "L1":
+            delta = project_l1(delta, self.eps, -origin, 1 - origin)
+        elif self.norm == "L2":
+            delta = project_l2(delta, self.eps)
+        else:
+            delta = project_linf(delta, self.eps)
+        return self.shifted(origin, delta).view_as(x)
+
+    def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
+        """``x + delta`` in the box, for ``delta`` inside the ball: (B, ...) twice -> (B, ...).
+
+        Each sum is rounded, in float32 by up to 3e-8: over 150,528 coordinates 0.0045 in L1. Where that leaves the
+        ball, sums are rounded towards ``x`` instead, so that no coordinate moves further than its delta.
+        """
+        moved = (x + delta).clamp_(0, 1)
+        if self.norm == "Linf":
+            return moved
+        outside = self.size(moved, x) > self.eps * (1 + RTOL)
+        further = (_wide(moved) - _wide(x)).abs() > _wide(delta).abs()
+        outside = outside.view(-1, *[1] * (x.ndim - 1))
+        return torch.where(outside & further, torch.nextafter(moved, x), moved)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        delta = _wide(x_adv) - _wide(x)
+        ord = {"L1": 1, "L2": 2, "Linf": float("inf")}[self.norm]
+        return torch.linalg.vector_norm(delta.flatten(1), ord=ord, dim=1)
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        # Linf: x + eps is rounded to a float below 1, off by a unit in the last place of 1; no sum of such errors
+        rounding = torch.finfo(x.dtype).eps if self.norm == "Linf" else 0.0
+        return _in_box(x_adv) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
+
+
+def _in_box(x: Tensor) -> Tensor:
+    """Which images lie in [0, 1]: bool (B,); NaN does not."""
+    return ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64 where the device has it."""
+    return x if x.device.type == "mps" else x.double()
+
+
+class Unperturbed(LpBall):
+    """No perturbation at all: the ball of radius 0, under the name ``clean``."""
+
+    kind = "none"
+    norm: Norm = "Linf"
+    eps: Number = Field(default=0, ge=0, le=0)
+
+    @property
+    def name(self) -> str:
+        return "clean"
+
+
+class AnyImage(Threat):
+    """Every image in [0,1]: for attacks that bound their perturbation by a measure of their own (fog, a patch, a flow).
+
+    Such an attack owns its bound and checks it; what is checked here is the box.
+    """
+
+    kind = "any-image"
+    label: str = "any-image"
+    """The name of the column."""
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return x_adv.clamp(0, 1)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Largest change of a pixel: (B,)."""
+        return (x_adv - x).abs().flatten(1).amax(dim=1)
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return _in_box(x_adv)
+
+
+class Perceptual(Threat):
+    """All images in [0,1] whose perceptual distance d to the original is at most ``bound`` (Laidlaw et al. 2021).
+
+    d compares the activations of a network (:mod:`rome.attacks.perceptual.features`), so the threat alone can measure
+    nothing: what it checks is the box. The network that d needs is the attacked model itself, or one that attacks read
+    from a file.
+    """
+
+    kind = "perceptual"
+    bound: Number = Field(ge=0)
+    features: str = Field(default="self", min_length=1)
+    """The network: ``self`` for the attacked model, or the folder of a run or a safetensors file of ours."""
+    layers: tuple[str, ...] = ()
+    """The modules of its backbone to take activations from; none: those of
+    :func:`rome.attacks.perceptual.features.feature_layers`."""
+    _network: nn.Module | None = PrivateAttr(default=None)
+
+    @property
+    def name(self) -> str:
+        path = Path(self.features)
+        if path.suffix == ".safetensors":
+            path = path.parent if path.stem == "model" and path.parent.name else path.with_suffix("")
+        return f"LPIPS-{path.name}"
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network in hand; None: not read yet, or the attacked model."""
+        return self._network
+
+    def measured_by(self, network: nn.Module) -> Self:
+        """This threat with its network in hand, so that attacks need not read it at every call."""
+        threat = self.model_copy()
+        threat._network = network
+        return threat
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Into the box; the bound is for attacks to keep."""
+        return x_adv.clamp(0, 1)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        raise UserError(
+            f"{self.name} needs a network to measure with: call rome.attacks.perceptual.features.measure(threat, ...)"
+        )
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which examples are in the box; the bound is not checked."""
+        return _in_box(x_adv)
+
+
+class Budgets(tuple[LpBall, ...]):
+    """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
+
+    __slots__ = ()
+
+    @overload  # type: ignore[override]
+    def __getitem__(self, key: str) -> LpBall: ...
+    @overload
+    def __getitem__(self, key: int) -> LpBall: ...
+    def __getitem__(self, key: str | int) -> LpBall:
+        if isinstance(key, str):
+            for threat in self:
+                if threat.name == key:
+                    return threat
+            raise KeyError(f"no threat {key!r}; there are {', '.join(t.name for t in self)}")
+        return super().__getitem__(key)
+
+
+def budgets(l1: float, l2: float, linf: float) -> Budgets:
+    """The three Lp balls with these radii, in the paper's order L1, L2, Linf."""
+    return Budgets((LpBall(norm="L1", eps=l1), LpBall(norm="L2", eps=l2), LpBall(norm="Linf", eps=linf)))
+
+
+CIFAR10 = budgets(12, 0.5, 8 / 255)
+"""CIFAR-10's budgets (paper 5.1)."""
+IMAGENET = budgets(255, 2, 4 / 255)
+"""Budgets for ImageNet-100 and ImageNet-1K (paper 5.1)."""
+DIGITS = budgets(1.0, 0.35, 0.1)
+"""Budgets for the 8x8 digits: about as hard for a small model as CIFAR-10's are for a large one."""
+NAMED_BUDGETS = {"cifar10": CIFAR10, "imagenet": IMAGENET, "digits": DIGITS}
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """A batch in which every example carries its own threat: ``threats[labels[i]]`` for example i.
+
+    ``labels`` is an int64 tensor (B,) on the CPU, so that no attack has to ask the device how the batch divides.
+    """
+
+    threats: tuple[Threat, ...]
+    labels: Tensor
+
+    @staticmethod
+    def repeated(threats: Iterable[Threat], batch: int) -> PerExample:
+        """Every example under every threat, threat by threat: labels 0..0 1..1 2..2 for a batch repeated in a row."""
+        chosen = tuple(threats)
+        return PerExample(chosen, torch.arange(len(chosen)).repeat_interleave(batch))
+
+    def groups(self) -> list[tuple[Threat, Tensor]]:
+        """Each threat that occurs, with the positions of its examples (int64, CPU)."""
+        found = [(threat, (self.labels == i).nonzero().flatten()) for i, threat in enumerate(self.threats)]
+        return [(threat, where) for threat, where in found if len(where)]

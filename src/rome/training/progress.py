@@ -1,0 +1,94 @@
+"""Showing a training run: a bar on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from rome.runs.config import Config
+from rome.training.loop import Progress, Update
+
+
+@contextmanager
+def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
+    """Loss, accuracy under each threat, images per second and time left, on standard error."""
+    console = Console(stderr=True)
+    if own := config.method.own_attack:
+        note = f"{config.method.kind} attacks with {own}; attack: {config.attack.kind} has no effect"
+        print(f"{config.name}: {note}", file=sys.stderr, flush=True)
+    if not console.is_terminal:
+        yield _Lines(config, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[facts]}", markup=False),
+    )
+    with Bar(*columns, console=console) as bar:
+        yield _Bar(bar, config, total, done)
+
+
+class _Bar:
+    def __init__(self, bar: Bar, config: Config, total: int, done: int) -> None:
+        self.bar, self.config = bar, config
+        self.task = bar.add_task(config.name, total=total, completed=done, facts="")
+        self.seen: dict[str, float] = {}
+
+    def update(self, update: Update) -> None:
+        for name, value in {"loss": update.loss, **update.accuracy}.items():
+            self.seen[name] = 0.9 * self.seen.get(name, value) + 0.1 * value
+        facts = f"loss {self.seen['loss']:.3f} · " + accuracies(
+            {name: value for name, value in self.seen.items() if name != "loss"}
+        )
+        facts += f" · {update.images_per_second:.0f} img/s"
+        self.bar.update(self.task, completed=update.number, facts=facts)
+
+    def epoch(self, summary: dict[str, Any]) -> None:
+        pass
+
+    def validation(self, found: dict[str, Any]) -> None:
+        self.bar.console.print(validated(self.config, found), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Lines:
+    def __init__(self, config: Config, total: int, done: int) -> None:
+        self.config, self.total, self.first, self.started = config, total, done, time.monotonic()
+
+    def update(self, update: Update) -> None:
+        pass
+
+    def epoch(self, summary: dict[str, Any]) -> None:
+        passed, left = summary["update"] - self.first, self.total - summary["update"]
+        seconds = (time.monotonic() - self.started) * left / max(passed, 1)
+        print(
+            f"{self.config.name}: epoch {summary['epoch']}/{self.config.epochs}  loss {summary['loss']:.3f}  "
+            f"{accuracies(summary['accuracy'])}  {summary['images_per_second']:.0f} img/s  {seconds:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def validation(self, found: dict[str, Any]) -> None:
+        print(validated(self.config, found), file=sys.stderr, flush=True)
+
+
+def validated(config: Config, found: dict[str, Any]) -> str:
+    """A validation in one line."""
+    values = {"clean": found["clean"], **found["robust"], "union": found["union"]}
+    best = ", the best so far" if found["best"] else ""
+    return f"{config.name}: held out after {found['epoch']}/{config.epochs}  {accuracies(values)}{best}"
+
+
+def accuracies(values: dict[str, float]) -> str:
+    """``L1 52.1% L2 68.8%``."""
+    return " ".join(f"{name} {value:.1%}" for name, value in values.items())
