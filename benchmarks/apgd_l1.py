@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import common
 from rome.attacks import APGD
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 
 class Linears(nn.Module):

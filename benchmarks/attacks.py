@@ -32,7 +32,7 @@ import common
 from rome.attacks import APGD, PGD
 from rome.core.randomness import stream
 from rome.models import load_weights
-from rome.threats.lp import CIFAR10, LpBall
+from rome.threats import CIFAR10, LpBall
 
 try:
     import foolbox

@@ -25,7 +25,7 @@ import common
 from rome.attacks import PGD
 from rome.core.randomness import Stream, stream
 from rome.experts import add_experts
-from rome.threats.lp import CIFAR10, PerExample
+from rome.threats import CIFAR10, PerExample
 
 
 class Drawn(Stream):

@@ -41,7 +41,7 @@ from rome.attacks import PGD, Attack
 from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
 from rome.models import build_model
 from rome.runs.config import Config, parse
-from rome.threats.lp import CIFAR10
+from rome.threats import CIFAR10
 from rome.training.loop import train
 
 METHODS = ("RANDOM", "RoME+RANDOM")

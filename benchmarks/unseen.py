@@ -34,13 +34,13 @@ from torch import Tensor, nn
 import common
 from originals import published
 from rome.attacks import Attack
-from rome.attacks.base import frozen
+from rome.attacks.engine import frozen
+from rome.attacks.free import LastIterate, changed_pixels
 from rome.attacks.perceptual.features import loaded
 from rome.attacks.suites.base import Case
 from rome.attacks.suites.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
-from rome.attacks.transforms.free import LastIterate, changed_pixels
 from rome.models import create_model, load_model
-from rome.threats.lp import CIFAR10, Perceptual
+from rome.threats import CIFAR10, Perceptual
 
 SEVERITY = 3
 NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from rome.core.randomness import Stream
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 from small_models import THREADS, drawn, knowing
 
 torch.set_num_threads(THREADS)

@@ -35,7 +35,7 @@ from rome.models import file_hash
 from rome.models.exported import named_model, preprocessing
 from rome.report import examples, write_report
 from rome.report.compared import findings, gather, paired
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
 from tiny_runs import no_traceback
 

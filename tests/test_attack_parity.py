@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conftest import Digits, Problem
 from rome.attacks import APGD, PGD
 from rome.evaluation.statistics import mcnemar
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 RADII = {"L1": 2.0, "L2": 0.6, "Linf": 0.15}
 """Robust accuracies of about a half, where one attack differs most from another."""

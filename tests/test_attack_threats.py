@@ -25,7 +25,7 @@ from rome.report.subject import attack_all
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
-from rome.threats.lp import AnyImage, LpBall, Perceptual, PerExample, Threat
+from rome.threats import AnyImage, LpBall, Perceptual, PerExample, Threat
 from rome.training.loop import train
 from tiny_runs import STEPS, Moment, changed, rome, same, tiny, updates, weights, without_times, write_yaml
 
@@ -63,7 +63,7 @@ def setting_of(model: nn.Module, *threats: Threat, rank: int = 0, world: int = 1
         regularizer=None,
         attack_stream=stream(seed, "attack", rank=rank, world=world),
         threat_stream=stream(seed, "threats", rank=rank, world=world),
-        optimizer=AdamW(),
+        new_optimizer=AdamW().build,
     )
 
 

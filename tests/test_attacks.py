@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import RADII, Digits, FixedNoise, Problem, recorded
 from rome.attacks import APGD, PGD, Attack, Square
-from rome.attacks.base import Group, loss_and_gradient
+from rome.attacks.base import Group
+from rome.attacks.engine import loss_and_gradient
 from rome.attacks.lp.pgd import random_start, top_signs
 from rome.core.errors import UserError
 from rome.core.randomness import stream
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall, PerExample, Threat, budgets
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, PerExample, Threat, budgets
 
 ATTACKS: dict[str, Attack] = {
     "pgd": PGD(steps={"L1": 6, "L2": 5, "Linf": 3}, percentile=90),
@@ -397,7 +398,7 @@ def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPa
     with torch.autocast("cpu", torch.bfloat16):
         once = attack(model, x, y, mixture)
         assert set(dtypes) == {torch.bfloat16}
-        monkeypatch.setattr("rome.attacks.base._autocast_weights", lambda model: iter(()))
+        monkeypatch.setattr("rome.attacks.engine._autocast_weights", lambda model: iter(()))
         every_time = attack(model, x, y, mixture)
     hook.remove()
     assert torch.equal(once, every_time)

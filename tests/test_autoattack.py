@@ -13,7 +13,7 @@ from torch import nn
 from rome.attacks.base import Attack
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, AttackWarning, AutoAttackPart, Square, standard_targets
 from rome.core.errors import UserError
-from rome.threats.lp import DIGITS, LpBall, PerExample
+from rome.threats import DIGITS, LpBall, PerExample
 
 
 def small_net(classes: int = 10, seed: int = 0) -> nn.Module:

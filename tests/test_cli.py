@@ -101,7 +101,7 @@ def test_every_public_name_can_be_had_from_the_package() -> None:
     assert all(getattr(package, name) is not None for name in package.__all__)
     assert callable(package.train)
     assert callable(package.evaluate)
-    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+    with pytest.raises(AttributeError, match="tarin"):
         _ = package.tarin
 
 
@@ -532,7 +532,7 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
 
     if out == "locked":
         monkeypatch.setattr("rome.core.files.TemporaryFile", nothing_here)
-    for work in ("rome.cli.sweep._start", "rome.report.page._Pictures", "rome.report.figures.outputs.embed"):
+    for work in ("rome.report.sweep._start", "rome.report.page._Pictures", "rome.report.figures.outputs.embed"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
     before = sorted(Path().rglob("*"))
     ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)

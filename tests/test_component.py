@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from rome.attacks import APGD, PGD, Attack
 from rome.core.component import Component, Number, Settings
 from rome.core.errors import UserError
-from rome.threats.lp import CIFAR10, LpBall, Threat
+from rome.threats import CIFAR10, LpBall, Threat
 
 
 class Fruit(Component):

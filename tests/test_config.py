@@ -19,7 +19,7 @@ from rome.methods import Average, Random
 from rome.runs.config import Config, load, parse
 from rome.runs.experiments import files
 from rome.runs.optim import AdamW
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from tiny_runs import TINY, tiny
 
 BASE = """\

@@ -28,7 +28,7 @@ from rome.attacks.suites.unseen import CorruptionsSuite
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.report.columns import show
-from rome.threats.lp import AnyImage, LpBall, Threat
+from rome.threats import AnyImage, LpBall, Threat
 
 Rng = np.random.Generator
 ANY = AnyImage(label="corruption")

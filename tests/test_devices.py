@@ -35,7 +35,7 @@ from rome.methods import Method, Setting
 from rome.models import create_model
 from rome.report.gates import collect
 from rome.runs.optim import AdamW
-from rome.threats.lp import CIFAR10, LpBall, PerExample, Threat
+from rome.threats import CIFAR10, LpBall, PerExample, Threat
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +215,7 @@ def updated(
         regularizer=regularizer,
         attack_stream=stream(0, "attack"),
         threat_stream=stream(0, "threats"),
-        optimizer=AdamW(lr=1e-3),
+        new_optimizer=AdamW(lr=1e-3).build,
         epochs=range(2),
     )
     method.prepare(setting)

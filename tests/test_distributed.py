@@ -310,7 +310,7 @@ def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200, **EXACT))
     run = Run(tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "rome.cli.app", "train", str(config), "--out", str(run.folder)]
+    command += ["-m", "rome.cli", "train", str(config), "--out", str(run.folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "err", "wb") as err:
         process = subprocess.Popen(command, stdout=err, stderr=err, env=env)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rome.core.collectives import group_means
+from rome.core.distributed import group_means
 from rome.core.errors import UserError
 from rome.experts import Diversification, DualScale, Gates, LowRank, MixtureLinear, Recorded, add_experts, record_gates
 from small_models import THREADS, timm_model

@@ -15,14 +15,14 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from conftest import Digits
-from rome.attacks import APGD, PGD, Attack, Found
+from rome.attacks import APGD, PGD, Attack, AttackResult
 from rome.core.errors import Interrupted, UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification
 from rome.methods import EAT, Setting
 from rome.methods.eat import stratified
 from rome.runs.folder import Run
-from rome.threats.lp import Threat
+from rome.threats import Threat
 from rome.training.loop import train
 from test_methods import BUDGETS, network, setting_of
 from tiny_runs import STEPS, tiny, watched
@@ -43,14 +43,14 @@ class Rigged(Attack):
     def steps_for(self, threat: Threat) -> int:
         return 1
 
-    def search(self, model: Any, x: Tensor, y: Tensor, groups: Any, noise: Tensor) -> Found:
+    def search(self, model: Any, x: Tensor, y: Tensor, groups: Any, noise: Tensor) -> AttackResult:
         robust = torch.zeros_like(y, dtype=torch.bool)
         for group in groups:
             examples = group.rows.stop - group.rows.start
             withstood = round(self.shares[group.threat.name] * examples)
             robust[group.rows][:withstood] = True
             self._met.append((group.threat.name, examples, withstood))
-        return Found(x, x, robust, torch.zeros_like(y, dtype=torch.float32))
+        return AttackResult(x, x, robust, torch.zeros_like(y, dtype=torch.float32))
 
 
 def prepared(method: EAT, model: nn.Module | None = None, **settings: Any) -> Setting:

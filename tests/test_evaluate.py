@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rome.attacks.base import Attack, Found
+from rome.attacks.base import Attack, AttackResult
 from rome.attacks.lp.autoattack import AttackWarning, Square, set_iterations
 from rome.attacks.lp.pgd import PGD
 from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
@@ -35,7 +35,7 @@ from rome.evaluation import store
 from rome.evaluation.checks import check_outputs
 from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
 from rome.evaluation.result import wilson
-from rome.threats.lp import DIGITS, LpBall, Threat
+from rome.threats import DIGITS, LpBall, Threat
 from small_models import drawn, knowing
 
 QUICK = APGDSuite(iterations=10)
@@ -297,19 +297,19 @@ class _Liar(_Unlisted, Attack):
 
     how: str
 
-    def run(self, model: Any, x: Tensor, y: Tensor, threat: Any, *, generator: Any = None) -> Found:
+    def run(self, model: Any, x: Tensor, y: Tensor, threat: Any, *, generator: Any = None) -> AttackResult:
         wrong = 1 - x if self.how == "outside" else torch.full_like(x, float("nan"))
         if self.how == "raises" and threat.norm == "L2":
             raise RuntimeError("the attack broke")
         if self.how == "warns":
             warnings.warn(AttackWarning("tested", "so it goes", 2), stacklevel=2)
             wrong = x
-        return Found(wrong, wrong, torch.zeros_like(y, dtype=torch.bool), y.float())
+        return AttackResult(wrong, wrong, torch.zeros_like(y, dtype=torch.bool), y.float())
 
     def steps_for(self, threat: Threat) -> int:
         return 1
 
-    def search(self, *_: Any) -> Found:
+    def search(self, *_: Any) -> AttackResult:
         raise AssertionError("run answers without a search")
 
 

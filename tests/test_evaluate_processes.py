@@ -193,7 +193,7 @@ def test_a_process_that_cannot_begin_does_not_leave_the_other_waiting(tmp_path: 
 @pytest.mark.slow
 def test_torchrun_evaluates(run: Run, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "rome.cli.app", "evaluate", str(run.folder), "--out", str(tmp_path / "two"), "--json"]
+    command += ["-m", "rome.cli", "evaluate", str(run.folder), "--out", str(tmp_path / "two"), "--json"]
     path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

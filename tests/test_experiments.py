@@ -14,10 +14,10 @@ import torch
 from rome.attacks import AttackThreat
 from rome.data import Cifar10, ImageFolder
 from rome.models import build_model
-from rome.report.cost import updates
+from rome.report.cost import rough_costs, updates
 from rome.runs.config import Config, load
-from rome.runs.experiments import files, folder, listing, rough_costs
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET
+from rome.runs.experiments import files, folder, listing
+from rome.threats import CIFAR10, DIGITS, IMAGENET
 from tiny_runs import same
 
 FILES = {str(file.relative_to(folder()).with_suffix("")): file for file in files()}

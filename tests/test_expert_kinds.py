@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.attacks import APGD, PGD
-from rome.attacks.base import frozen, loss_and_gradient
+from rome.attacks.engine import frozen, loss_and_gradient
 from rome.core.errors import Interrupted, UserError
 from rome.evaluation.evaluate import hash_model
 from rome.experts import (
@@ -47,7 +47,7 @@ from rome.models import (
     save_model,
 )
 from rome.runs.folder import Run
-from rome.threats.lp import LpBall, PerExample
+from rome.threats import LpBall, PerExample
 from rome.training.loop import train
 from small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
 from tiny_runs import same, tiny, watched, weights, without_times

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rome.report.explore
 from rome.attacks import APGD
-from rome.cli import app as cli
+from rome.cli import explore as cli
 from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.experts import Local, add_experts, expert_layers, record_gates
@@ -29,7 +29,7 @@ from rome.report.explore.maps import on_grid
 from rome.report.explore.uploads import MOST_BYTES
 from rome.report.subject import NATURAL
 from rome.runs.config import parse
-from rome.threats.lp import DIGITS, LpBall
+from rome.threats import DIGITS, LpBall
 from tiny_runs import changed
 
 

@@ -36,7 +36,7 @@ from rome.report.tables.table_formats import render
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
 from rome.runs.folder import Run
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 from small_models import grow, small_cnn
 from tiny_runs import TINY, tiny, write_yaml
 

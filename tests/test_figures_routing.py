@@ -42,7 +42,7 @@ from rome.report.figures import Options, registered, write_figures
 from rome.report.separability import difference, embed, silhouettes
 from rome.report.subject import GivenModel, attack_all
 from rome.runs.config import parse
-from rome.threats.lp import DIGITS, LpBall
+from rome.threats import DIGITS, LpBall
 from small_models import SmallCNN, grow, plain_swin
 from tiny_runs import changed
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from rome.attacks import APGD, PGD, Attack
-from rome.attacks.base import Group, frozen
+from rome.attacks.base import Group
+from rome.attacks.engine import frozen
 from rome.experts import add_experts, record_gates
 from rome.models import create_model
 from rome.runs.config import load
 from rome.runs.experiments import folder
-from rome.threats.lp import CIFAR10, PerExample
+from rome.threats import CIFAR10, PerExample
 from rome.threats.projections import project_l1
 from rome.training.loop import train
 

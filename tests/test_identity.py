@@ -29,12 +29,11 @@ from rome.core.errors import Interrupted, UserError
 from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.evaluation.identity import code_of, identity
 from rome.evaluation.run import evaluate_saved
-from rome.evaluation.store import differences
 from rome.experts import DualScale, LowRank
 from rome.models import create_model
 from rome.runs.config import Config, parse
-from rome.runs.origin import code_facts
-from rome.threats.lp import LpBall
+from rome.runs.origin import code_facts, differences
+from rome.threats import LpBall
 from rome.training.loop import train
 from tiny_runs import changed, same, tiny, watched, weights
 from toy_suites import shades
@@ -258,7 +257,7 @@ def test_the_code_of_every_module_that_is_reached_counts(
 
 ATTACK = """
 import deepest
-from rome.attacks.base import UNSEEN, Attack, Found
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult
 from rome.attacks.suites.base import Case, Suite
 class Own(Attack):
     kind = "own-attack"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
 from rome.attacks import FastLPA
-from rome.attacks.base import margin
+from rome.attacks.engine import margin
 from rome.attacks.perceptual.fast_lpa import FastLPAWithPair, gaussian
 from rome.attacks.perceptual.features import Features, measure
 from rome.core.errors import UserError
 from rome.core.randomness import stream
-from rome.threats.lp import LpBall, Perceptual, PerExample
+from rome.threats import LpBall, Perceptual, PerExample
 from test_perceptual import cnn, hooks
 
 MODEL, NETWORK = cnn(0), cnn(1)

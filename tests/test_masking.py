@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from rome.attacks import APGD
-from rome.attacks.base import Found
+from rome.attacks.base import AttackResult
 from rome.attacks.suites.base import APGDSuite
 from rome.evaluation import masking
 from rome.evaluation.batch import Examples
@@ -22,7 +22,7 @@ from rome.evaluation.checks import check_gradient, check_outputs
 from rome.evaluation.evaluate import Report, Suite, evaluate
 from rome.evaluation.masking import SAMPLE, look, worth_checking
 from rome.evaluation.statistics import mcnemar, paired_difference
-from rome.threats.lp import CIFAR10, DIGITS, LpBall
+from rome.threats import CIFAR10, DIGITS, LpBall
 
 LINF = [DIGITS["Linf"]]
 QUICK = APGDSuite(iterations=10)
@@ -83,10 +83,10 @@ def test_more_steps_that_hurt_by_more_than_noise(
 ) -> None:
     """Of 20 examples, so many are right with 100 steps alone, and so many with 10 alone."""
 
-    def run(self: APGD, model: nn.Module, x: Tensor, y: Tensor, threat: LpBall) -> Found:
+    def run(self: APGD, model: nn.Module, x: Tensor, y: Tensor, threat: LpBall) -> AttackResult:
         place = torch.arange(len(x))
         robust = {10: place >= better, 100: place < 20 - worse}.get(int(self.steps), place < 0)  # type: ignore[call-overload]
-        return Found(x, x, robust, y.float())
+        return AttackResult(x, x, robust, y.float())
 
     monkeypatch.setattr(APGD, "run", run)
     check = checks_of(digits_model, digits.test)["more-steps"]

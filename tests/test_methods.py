@@ -17,7 +17,7 @@ from rome.core.randomness import stream
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
 from rome.methods import Average, Maximum, Method, Outcome, Random, Setting
 from rome.runs.optim import AdamW
-from rome.threats.lp import PerExample, budgets
+from rome.threats import PerExample, budgets
 
 BUDGETS = budgets(1.6, 0.4, 0.07)  # about equally strong for the network below
 METHODS: list[Method] = [Random(), Random(per="batch"), Average(), Maximum(), Maximum(per="batch")]
@@ -55,7 +55,7 @@ def setting_of(
         regularizer=regularizer,
         attack_stream=stream(seed, "attack", rank=rank, world=world),
         threat_stream=stream(seed, "threats", rank=rank, world=world),
-        optimizer=AdamW(),
+        new_optimizer=AdamW().build,
     )
 
 

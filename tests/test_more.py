@@ -27,7 +27,7 @@ from rome.report import cost
 from rome.runs.config import parse
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
-from rome.threats.lp import budgets
+from rome.threats import budgets
 from rome.training.loop import train
 from tiny_runs import changed, same, tiny, watched, weights
 
@@ -76,7 +76,7 @@ def setting_of(
         regularizer=regularizer,
         attack_stream=stream(0, "attack"),
         threat_stream=stream(0, "threats"),
-        optimizer=AdamW(),
+        new_optimizer=AdamW().build,
         epochs=range(1, 3),
         epoch=stage,
     )

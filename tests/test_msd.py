@@ -18,7 +18,7 @@ from rome.attacks.lp.msd import steepest_descent
 from rome.core.errors import UserError
 from rome.experts import Diversification
 from rome.methods import MSD
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
 from rome.training.loop import train
 from rome.training.progress import show_training
 from test_attack_parity import project_l1

@@ -12,8 +12,9 @@ from torch import nn
 
 from rome.core.errors import UserError
 from rome.experts import Adapters, add_experts, expert_layers
+from rome.methods.base import set_lr
 from rome.models import create_model
-from rome.runs.optim import SGD, AdamW, Optimizer, Schedule, set_lr
+from rome.runs.optim import SGD, AdamW, Optimizer, Schedule
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 

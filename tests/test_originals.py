@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from rome.attacks import JPEG, LPA, PPGD, Attack, Elastic, FastLPA, Fog, Gabor, ReColorAdv, Snow, SparseFool, StAdv
 from rome.attacks.base import Group
+from rome.attacks.free import Form
 from rome.attacks.perceptual.fast_lpa import gaussian
 from rome.attacks.perceptual.features import measure
 from rome.attacks.perceptual.ppgd_lpa import _Space
 from rome.attacks.transforms.base import TransformAttack
-from rome.attacks.transforms.free import Form
 from rome.attacks.transforms.gabor import DRAWS as GABOR_DRAWS
 from rome.attacks.transforms.gabor import gabor_kernels
 from rome.attacks.transforms.recolor import NODES
 from rome.attacks.transforms.snow import DRAWS as SNOW_DRAWS
 from rome.attacks.transforms.snow import line_kernels
-from rome.threats.lp import AnyImage, Perceptual, Threat
+from rome.threats import AnyImage, Perceptual, Threat
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from originals import OnCPU, installed, original

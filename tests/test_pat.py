@@ -22,7 +22,7 @@ from rome.methods import PAT, VR, Method, Setting
 from rome.models import create_model, save_model
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
-from rome.threats.lp import DIGITS, Perceptual, PerExample
+from rome.threats import DIGITS, Perceptual, PerExample
 from rome.training.loop import train
 from test_distributed import assert_same_run, both
 from tiny_runs import STEPS, changed, same, tiny, two_processes, updates, watched, weights, without_times, write_yaml
@@ -74,7 +74,7 @@ def prepared(
         regularizer=regularizer,
         attack_stream=stream(0, "attack", rank=rank, world=world),
         threat_stream=stream(0, "threats", rank=rank, world=world),
-        optimizer=AdamW(),
+        new_optimizer=AdamW().build,
     )
     method.prepare(setting)
     for threat in held(method):

@@ -24,7 +24,7 @@ from rome.attacks.perceptual.features import (
 )
 from rome.core.errors import UserError
 from rome.models import Classifier, create_model, save_model
-from rome.threats.lp import Perceptual, Threat
+from rome.threats import Perceptual, Threat
 
 
 def cnn(seed: int = 0, classes: int = 5) -> nn.Module:

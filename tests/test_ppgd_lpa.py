@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from conftest import recorded
 from rome.attacks import LPA, PGD, PPGD, Attack
-from rome.attacks.base import Group, margin
+from rome.attacks.base import Group
+from rome.attacks.engine import margin
 from rome.attacks.perceptual.features import Features, distance, measure
 from rome.attacks.perceptual.ppgd_lpa import _Space
 from rome.core.errors import UserError
-from rome.threats.lp import CIFAR10, Perceptual
+from rome.threats import CIFAR10, Perceptual
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
-from rome.attacks import PGD, Attack, Found
+from rome.attacks import PGD, Attack, AttackResult
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification
@@ -24,7 +24,7 @@ from rome.methods import RAMP, Setting
 from rome.methods.ramp import divergence, fuse
 from rome.runs.folder import Run
 from rome.runs.optim import SGD, AdamW, Optimizer
-from rome.threats.lp import Threat, budgets
+from rome.threats import Threat, budgets
 from rome.training.loop import train
 from test_methods import BUDGETS, gates_of_last_forward, network, setting_of
 from tiny_runs import STEPS, same, tiny, updates, weights
@@ -46,10 +46,10 @@ class Given(Attack):
     def steps_for(self, threat: Threat) -> int:
         return 1
 
-    def search(self, model: Any, x: Tensor, y: Tensor, groups: Any, noise: Tensor) -> Found:
+    def search(self, model: Any, x: Tensor, y: Tensor, groups: Any, noise: Tensor) -> AttackResult:
         images = torch.cat([self._images[group.threat.name] for group in groups])
         losses = torch.cat([self._losses[group.threat.name] for group in groups])
-        return Found(images, images, torch.zeros_like(y, dtype=torch.bool), losses)
+        return AttackResult(images, images, torch.zeros_like(y, dtype=torch.bool), losses)
 
 
 class Logarithm(nn.Module):
@@ -64,7 +64,7 @@ class Logarithm(nn.Module):
 
 
 def prepared(method: RAMP, model: nn.Module, *, optimizer: Optimizer | None = None, **settings: Any) -> Setting:
-    setting = replace(setting_of(model, **settings), optimizer=optimizer or AdamW())
+    setting = replace(setting_of(model, **settings), new_optimizer=(optimizer or AdamW()).build)
     setting = replace(setting, threats=method.trained(setting.threats, setting.attack))
     method.prepare(setting)
     return setting

@@ -43,7 +43,7 @@ from rome.methods import Setting
 from rome.methods.base import combine, training_forward
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
-from rome.threats.lp import budgets
+from rome.threats import budgets
 from small_models import THREADS
 from test_diversity import pair_of_blocks, random_gates, recorded
 from tiny_runs import changed, in_two_processes
@@ -436,7 +436,7 @@ def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
         regularizer=regularizer,
         attack_stream=stream(0, "attack"),
         threat_stream=stream(0, "threats"),
-        optimizer=AdamW(),
+        new_optimizer=AdamW().build,
     )
     model.zero_grad()
     losses, correct, penalty = training_forward(setting, X, Y, THREATS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.experts import FeedForward, MixtureLinear, add_experts, expert_layers, record_gates, set_routing
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from rome.evaluation.statistics import wilson
 from rome.models import create_model, save_model
 from rome.report.columns import missing
 from rome.runs.config import parse
-from rome.threats.lp import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
+from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
 from small_models import THREADS
 from tiny_runs import PRELOAD, changed
 from toy_suites import Brightness, Numbered, Toy, ToySuite, shades

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from rome.cli.app import main
-from rome.cli.sweep import Row, gather_rows, points, save_rows, show_rows, sweep
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report
+from rome.report.sweep import Row, gather_rows, points, save_rows, show_rows, sweep
 from rome.runs.folder import Run
 from tiny_runs import rome, wait_for
 

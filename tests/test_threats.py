@@ -13,7 +13,7 @@ from rome.attacks.lp.pgd import ascend, random_start
 from rome.core.errors import UserError
 from rome.evaluation.any_data import named_budgets
 from rome.runs.config import parse
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
+from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 
 ORD = {"L1": 1, "L2": 2, "Linf": float("inf")}
 EPS = {"L1": 12.0, "L2": 0.5, "Linf": 8 / 255}

@@ -20,7 +20,7 @@ from rome.data import Digits
 from rome.methods import Outcome, Random, Setting
 from rome.models import build_model, read_tensors
 from rome.runs.folder import Run
-from rome.threats.lp import DIGITS
+from rome.threats import DIGITS
 from rome.training.loop import NonFiniteLossError, train
 from tiny_runs import STEPS, same, tiny, updates, watched, weights, without_times
 

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from rome.attacks.suites.composed import as_suite
 from rome.cli.app import main
-from rome.cli.sweep import run_point
 from rome.core import trust
 from rome.core.errors import UserError
 from rome.evaluation.run import evaluate_saved
@@ -31,6 +30,7 @@ from rome.report.explore import open_explorers
 from rome.report.figures import Options, write_figures
 from rome.report.page import write_report
 from rome.report.subject import open_subjects
+from rome.report.sweep import run_point
 from rome.runs.config import load, parse
 from rome.runs.folder import Run
 from rome.training.loop import train

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from conftest import recorded
 from rome.attacks import GMA, JPEG, Attack, Elastic, Fog, Gabor, Patch, ReColorAdv, Snow, SparseFool, StAdv
+from rome.attacks.free import FreeAttack, LastIterate
 from rome.attacks.suites.base import Case, Suite
-from rome.attacks.transforms.free import FreeAttack, LastIterate
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.evaluation.evaluate import evaluate
 from rome.experts import add_experts
 from rome.runs.config import Config
-from rome.threats.lp import AnyImage, LpBall, PerExample, Threat
+from rome.threats import AnyImage, LpBall, PerExample, Threat
 from test_experts import grow, tiny_vit
 
 ATTACKS: dict[str, Attack] = {

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rome.attacks import ReColorAdv, StAdv
-from rome.attacks.base import margin
+from rome.attacks.engine import margin
 from rome.attacks.transforms.colors import luv_to_rgb, rgb_to_luv
 from rome.attacks.transforms.functional import FunctionalAttack, roughness
 from rome.core.errors import UserError
-from rome.threats.lp import AnyImage
+from rome.threats import AnyImage
 
 ANY = AnyImage(label="any")
 ATTACKS = {"stadv": StAdv(), "recoloradv": ReColorAdv()}

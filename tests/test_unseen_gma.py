@@ -32,7 +32,7 @@ from rome.experts import (
 )
 from rome.experts.more import Networks
 from rome.models import Classifier
-from rome.threats.lp import AnyImage, LpBall, PerExample
+from rome.threats import AnyImage, LpBall, PerExample
 from test_experts import tiny_swin, tiny_vit
 
 LINF = LpBall(norm="Linf", eps=8 / 255)

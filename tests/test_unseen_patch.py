@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from conftest import Digits
 from rome.attacks import Patch
-from rome.attacks.transforms.free import changed_pixels
+from rome.attacks.free import changed_pixels
 from rome.core.errors import UserError
 from rome.core.randomness import stream
-from rome.threats.lp import AnyImage
+from rome.threats import AnyImage
 
 PATCH = AnyImage(label="patch")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from conftest import recorded
 from rome.attacks import SparseFool
+from rome.attacks.free import changed_pixels
 from rome.attacks.lp.sparsefool import _Searches, cross_plane
-from rome.attacks.transforms.free import changed_pixels
-from rome.threats.lp import AnyImage
+from rome.threats import AnyImage
 
 L0 = AnyImage(label="l0")
 

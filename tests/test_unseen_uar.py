@@ -25,7 +25,7 @@ from rome.attacks.transforms.plasma import diamond_square, to_unit
 from rome.attacks.transforms.snow import BUDGET, DRAWS, OFFSETS, line_kernels
 from rome.core.errors import UserError
 from rome.core.randomness import stream
-from rome.threats.lp import AnyImage, LpBall, PerExample
+from rome.threats import AnyImage, LpBall, PerExample
 
 KINDS: dict[str, type[TransformAttack]] = {kind.kind: kind for kind in (Fog, Snow, Gabor, Elastic, JPEG)}
 ANY = AnyImage(label="unseen")

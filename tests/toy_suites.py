@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
+from rome.attacks.engine import Model
 from rome.core.randomness import Stream
 from rome.evaluation.evaluate import Case, Suite
 from rome.evaluation.store import StorageError
-from rome.threats.lp import AnyImage, Threat
+from rome.threats import AnyImage, Threat
 
 
 class Toy(Attack):
@@ -31,7 +32,7 @@ class Toy(Attack):
     def steps_for(self, threat: Threat) -> int:
         return 1
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         first = os.environ.get("RANK", "0") == "0"
         if self.how == "raise" or (self.how == "raise-1" and not first):
             raise RuntimeError("a toy that breaks")
@@ -43,7 +44,7 @@ class Toy(Attack):
             flag.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         images = {"negative": 1 - x, "noise": noise}.get(self.how, x)
-        return Found(images.clone(), images.clone(), torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(images.clone(), images.clone(), torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
 
 class Numbered(Toy):

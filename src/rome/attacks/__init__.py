@@ -1,6 +1,9 @@
-"""Attacks: they search inside a threat for images that raise the model's loss."""
+"""Attacks: they search inside a threat for images that raise the model's loss.
 
-from rome.attacks.base import Attack, Found
+May import models and what stands below.
+"""
+
+from rome.attacks.base import Attack, AttackResult
 from rome.attacks.corruptions.attack import Corruption
 from rome.attacks.lp.apgd import APGD
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
@@ -30,12 +33,12 @@ __all__ = [
     "PGD",
     "PPGD",
     "Attack",
+    "AttackResult",
     "AttackThreat",
     "Corruption",
     "Elastic",
     "FastLPA",
     "Fog",
-    "Found",
     "Gabor",
     "Patch",
     "ReColorAdv",

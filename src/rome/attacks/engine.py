@@ -1,73 +1,202 @@
-"""How a batch is divided: by the attack that searches each example, and within that by threat."""
+"""What attacks ask of a model: loss, input gradient and verdict, with the model frozen, and checks of what goes in and
+comes out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rome.core.randomness import Stream
-from rome.threats.lp import PerExample, Threat
-
-if TYPE_CHECKING:
-    from rome.attacks.base import Attack
-
-
-@dataclass(frozen=True)
-class Group:
-    """The examples of one threat within the sorted batch of an attack."""
-
-    threat: Threat
-    rows: slice
-    steps: int
+from rome.core.device import out_of_memory
+from rome.core.errors import UserError
+from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
+from rome.core.trial import Model as Model
+from rome.experts.gated import Gated
+from rome.threats import PerExample, Threat
 
 
-class Share(NamedTuple):
-    """The examples of a batch that one attack searches."""
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log of the odds against each label, log sum_{j != y} exp(z_j) - z_y, in float32 at least: (B,).
 
-    attack: Attack
-    rows: Tensor
-    """Their positions in the batch (int64, CPU), group by group."""
-    groups: list[Group]
-    """Slices of ``rows``, the most steps first."""
-    noise: Tensor
-    """The random numbers of these rows, in this order."""
+    The cross-entropy is its softplus, so both rise in the same direction. But where a model is confident the
+    cross-entropy and its gradient vanish in float32, from a lead of 17 of the label's logit on in parts, from 104 on
+    altogether, and an attack on it would stand still.
+    """
+    logits = at_least_float32(logits)
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.logsumexp(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
 
 
-def divide(attack: Attack, x: Tensor, mixture: PerExample, source: Stream) -> list[Share]:
-    """Who searches what: ``attack`` all threats that bring no attack of their own, in one mixed batch; then the others.
+def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`log_odds` per example (B,), correctness (B,) and input gradient (B, C, H, W), in one forward and backward.
 
-    The random numbers of ``attack`` are drawn wherever the mixture has a threat for it, also if no example of this
-    process meets one. Attacks that threats bring draw by image, so that they move nobody else's numbers.
+    They are summed, so that an example's gradient does not depend on its batch mates.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        loss = log_odds(logits, y)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return loss.detach(), logits.detach().argmax(1) == y, gradient
 
-    Args:
-        x: the whole batch (B, C, H, W).
+
+def signs(gradient: Tensor) -> Tensor:
+    """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Each example's gradient (B, ...) at L2 length 1, however small its numbers are; one of zeros stays."""
+    flat = gradient.flatten(1)
+    tiny = torch.finfo(flat.dtype).tiny
+    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could be zero
+    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y of each example: (B,), positive where it is misclassified."""
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return others.amax(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of autocast in float32, others as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.
+
+    BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only. Under autocast the
+    weights of matrix products are cast once instead of at every step: autocast's own cache skips frozen weights. The
+    results are the same to the last bit. The casts stand in the parameters' places and leave these untouched: another
+    type of data inside one would cut DistributedDataParallel's hooks off, which hang on its gradient's accumulator.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    if reason := unusable([*model.parameters(), *model.buffers()]):
+        raise UserError(f"{THE_MODEL} {reason}")
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    with evaluating(model):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for module, name, reduced in _autocast_weights(model):
+                own = module.get_parameter(name)
+                replaced.append((module, name, own))
+                module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
+            yield
+        finally:
+            for module, name, parameter in replaced:
+                module._parameters[name] = parameter
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+
+def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
+    """The float32 weights that autocast, if it is on, casts before every product: module, name, and to what."""
+    first = next(model.parameters(), None)
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return
+    reduced = torch.get_autocast_dtype(first.device.type)
+    products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for module in model.modules():
+        # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it,
+        # as the hooks of weight_norm and spectral_norm do
+        plain = type(module) in products and not module._forward_pre_hooks
+        if plain or (isinstance(module, Gated) and isinstance(module, products)):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.ndim > 1 and parameter.dtype == torch.float32:
+                    yield module, name, reduced
+
+
+@contextmanager
+def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
+    """Where the search inside breaks off, see whether the model or the labels are why.
 
     Raises:
-        UserError: an attack cannot search inside its threat.
+        UserError: they are, and what to do.
     """
-    searches: list[tuple[Attack, bool, list[tuple[Threat, Tensor]]]] = []
-    for number, threat in enumerate(mixture.threats):
-        searcher, inside = threat.searched_by(attack)
-        own = inside is not threat
-        known = next((members for other, its, members in searches if (other, its) == (searcher, own)), None)
-        if known is None:
-            searches.append((searcher, own, known := []))
-        known.append((inside, (mixture.labels == number).nonzero().flatten()))
-    shares = []
-    for searcher, own, members in sorted(searches, key=lambda search: search[1]):
-        noise = x if own else searcher.noise(x, source)
-        # the groups that finish first stand last, so that they leave as a slice
-        members = sorted((part for part in members if len(part[1])), key=lambda part: -searcher.steps_for(part[0]))
-        if not members:
-            continue
-        rows, groups = torch.cat([where for _, where in members]), list[Group]()
-        for member, where in members:
-            start = groups[-1].rows.stop if groups else 0
-            groups.append(Group(member, slice(start, start + len(where)), searcher.steps_for(member)))
-        if len(groups) > 1 or len(rows) < len(x):
-            noise = noise[rows.to(x.device, non_blocking=True)]
-        shares.append(Share(searcher, rows, groups, searcher.noise_by_image(noise, source) if own else noise))
-    return shares
+    try:
+        yield
+    except (UserError, FloatingPointError, AssertionError):
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            for images in (x[:2], x[:1]):
+                try:
+                    check_labels(y, ask(model, images, gradient=gradient).shape[1])
+                except UserError as reason:
+                    raise reason from error
+        raise
+
+
+def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
+    """Shapes, dtypes and devices of a batch and its threats.
+
+    Raises:
+        UserError: they cannot be right.
+    """
+    for what, value in (("images", x), ("labels", y)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{what} must be a torch tensor, not {type(value).__name__}: torch.as_tensor({what})")
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise UserError(f"labels of {len(x)} images must be int64 ({len(x)},), not {y.dtype} {tuple(y.shape)}")
+    if y.device != x.device:
+        raise UserError(f"images are on {x.device} and labels on {y.device}: move one of them")
+    if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
+        raise UserError(f"{len(x)} images need {len(x)} threat labels, not {tuple(threat.labels.shape)}")
+    if isinstance(threat, PerExample) and (wrong := set(threat.labels.tolist()) - set(range(len(threat.threats)))):
+        raise UserError(f"threat labels must lie in 0..{len(threat.threats) - 1}, not {sorted(wrong)}")
+    if not isinstance(threat, (Threat, PerExample)):
+        raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
+
+
+def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
+    """One wait for the device per attack: input in the box, results inside their threats and finite, labels from 0
+    (-100 has no loss in torch).
+
+    Args:
+        x: the originals (B, C, H, W).
+        y: their labels (B,).
+        results: what the attack made of them, each (B, C, H, W).
+        allowed: bool (B,): whose results are all inside their threat.
+    """
+    inside = (x >= 0) & (x <= 1)
+    if bool(allowed.all() & inside.all() & (y >= 0).all()):
+        return
+    check_labels(y)
+    if not bool(inside.all()):
+        raise UserError(outside_box(x))
+    bad = int((~allowed).sum())
+    if not all(bool(part.isfinite().all()) for part in results):
+        raise FloatingPointError(
+            f"the attack produced non-finite images for {bad} of {len(x)} examples: "
+            "the gradients of the model are not finite there"
+        )
+    raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
+
+
+def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
+    """Refuse results outside of a bound that an attack keeps itself.
+
+    Args:
+        inside: bool (B,), whose result is allowed.
+        measured: (B, ...), what that was told from.
+
+    Raises:
+        FloatingPointError: it is not finite, as the model's gradients were not.
+        AssertionError: it is, and a result is outside: a bug in the attack.
+    """
+    if bool(inside.all()):
+        return
+    if not bool(measured.isfinite().all()):
+        raise FloatingPointError(f"{kind} met gradients of the model that are not finite")
+    raise AssertionError(f"{kind} left its bound on {int((~inside).sum())} of {len(inside)} examples: a bug")

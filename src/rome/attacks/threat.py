@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rome.attacks.base import Attack
 from rome.core.errors import UserError
-from rome.threats.lp import AnyImage, Perceptual, Threat
+from rome.threats import AnyImage, Perceptual, Threat
 
 
 class AttackThreat(Threat):

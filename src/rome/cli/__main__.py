@@ -1,5 +1,6 @@
-"""The command line."""
+"""``python -m rome.cli``, for torchrun."""
 
 from rome.cli.app import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,13 @@
-"""What configs can name: `rome list`. Imports what it lists when asked, so that the command line starts at once."""
+"""``rome list``: what configs can name."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from rome.cli.app import app
 from rome.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +49,8 @@ def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[t
             raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
         return [*own, *((name, "timm") for name in names)]
     if family is Family.experiments:
-        from rome.runs.experiments import listing, rough_costs
+        from rome.report.cost import rough_costs
+        from rome.runs.experiments import listing
 
         rows = listing(pattern)
         if not rows:
@@ -65,3 +69,25 @@ def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[t
         Family.suites: Suite,
     }
     return [(kind, member.summary()) for kind, member in families[family].members().items()]
+
+
+@app.command("list")
+def list_(
+    family: Annotated[Family, typer.Argument(help="What to list.")],
+    pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Experiments: with parameters and multiply-accumulates to train.")
+    ] = False,
+) -> None:
+    """List what configs can name."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rome.core.console import print_table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in choices(family, pattern, cost=cost):
+        table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
+    console = Console()
+    print_table(table, console)

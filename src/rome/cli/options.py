@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -66,12 +65,6 @@ _GIVEN: dict[str, Any] = {
 """The fields of :class:`rome.evaluation.given.Given`."""
 
 
-def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What names a file or folder that is there, or has no "=", and the changes ``key=value``."""
-    changes = [text for text in texts if "=" in text and not os.path.exists(text)]
-    return [text for text in texts if text not in changes], changes
-
-
 def names_model(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that name a model that no run made. It gets what was said as ``named``, by field."""
     own = inspect.signature(command, eval_str=True)
@@ -89,3 +82,8 @@ def names_model(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what typer reads
     wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
     return wrapped
+
+
+def names_in(text: str | None) -> list[str]:
+    """The names in ``a,b``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

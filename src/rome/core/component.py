@@ -6,8 +6,11 @@ Writing a subclass with a ``kind`` is its registration: ``class PGD(Attack): kin
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import takewhile
@@ -100,7 +103,9 @@ class Component(Settings):
 
     @classmethod
     def members(cls) -> dict[str, type[Self]]:
-        """All registered kinds at and below this class, by name."""
+        """All registered kinds at and below this class, by name: the modules of the package that holds the family are
+        imported, so that a new file there registers itself."""
+        _import_package(cls.family().__module__.rpartition(".")[0])
         found: dict[str, type[Self]] = {}
         todo: list[type[Self]] = [cls]
         while todo:
@@ -161,6 +166,15 @@ class Component(Settings):
     def dump(self) -> dict[str, Any]:
         """The settings as plain data, ``kind`` first: what a config file would say."""
         return self.model_dump(mode="json")
+
+
+@functools.cache
+def _import_package(name: str) -> None:
+    """Import the modules of one of rome's packages; a family of somebody else's is imported where it is defined."""
+    if name.startswith("rome."):
+        package = importlib.import_module(name)
+        for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+            importlib.import_module(module.name)
 
 
 class Mistake(NamedTuple):

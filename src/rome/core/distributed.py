@@ -1,16 +1,26 @@
-"""What the processes of a run tell each other, without gradients; in a single process every call is free."""
+"""How the processes that torchrun starts work together: sums and means while they train, and teams that evaluate.
+
+In a single process every call is free. Processes that evaluate share no random numbers and no gradients, only verdicts
+in the host's memory, so they talk through gloo, on GPUs too: it needs no device, waits as long as it must, and says at
+once when a process is lost.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rome.core.errors import UserError
+from rome.core.errors import Interrupted, UserError
 
+T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun says to each process beside their number."""
 
@@ -60,3 +70,143 @@ def follow_first(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         dist.broadcast(tensor, src=0)
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum over all processes, whose gradient is the sum of the processes' gradients; itself in a single process.
+
+    DistributedDataParallel averages parameter gradients over W processes. Each process holds the same loss, so the
+    summed gradient is W times the wanted one and the average is exact.
+    """
+    if world_size() == 1:
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    total: Tensor = all_reduce(value.contiguous())  # type: ignore[no-untyped-call]
+    return total
+
+
+def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean of the rows of each group over the global batch, differentiable, with one message between processes.
+
+    Args:
+        values: (B, D).
+        labels: (B,) int64 in 0..groups-1.
+
+    Returns:
+        means (groups, D), zero for a group without members, and the number of members (groups,).
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 counts no further than 256
+    member = torch.nn.functional.one_hot(labels.to(values.device, non_blocking=True), groups).to(values.dtype)
+    sums = differentiable_sum(torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1))
+    counts = sums[:, -1:]
+    return sums[:, :-1] / counts.clamp(min=1), counts.squeeze(1)
+
+
+PATIENCE = datetime.timedelta(days=30)
+"""How long one process waits for another; the slowest unit of a large model may take hours. Lost ones are noticed."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that evaluate together, of which this is number ``rank``."""
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+    """torch's process group, None where there is one process."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes the result."""
+        return self.rank == 0
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What ``work`` gives in every process, by rank.
+
+        An exception in one process is raised in all of them: as it is where it happened, as the same kind of error
+        with the same text elsewhere. So no process waits for one that gave up.
+
+        Raises:
+            Interrupted: a process is gone.
+        """
+        if self.world == 1:
+            return [work()]
+        result, own, told = None, None, None
+        try:
+            result = work()
+        except Exception as error:
+            of_user = type(error) if isinstance(error, UserError) else None
+            own, told = error, (of_user, str(error), type(error).__name__)
+        everything: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(everything, (result, told), group=self.group)
+        except RuntimeError as error:
+            raise Interrupted(
+                1,
+                "another process of this evaluation ended; what is finished is kept: the same command goes on with it",
+            ) from error
+        if own is not None:
+            raise own
+        for rank, (_, told) in enumerate(everything):
+            if told is not None:
+                of_user, text, kind = told
+                raise of_user(text) if of_user else ElsewhereError(rank, kind, text)
+        return [result for result, _ in everything]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, which alone does it."""
+        return self.together(lambda: work() if self.leads else None)[0]  # type: ignore[return-value]
+
+    def agreed(self, value: T, problem: str) -> T:
+        """The value, if every process has the same.
+
+        Raises:
+            UserError: they have not; ``problem`` says of what.
+        """
+        if any(other != value for other in self.together(lambda: value)):
+            raise UserError(problem)
+        return value
+
+
+ALONE = Team()
+
+
+class ElsewhereError(RuntimeError):
+    """An error of another process."""
+
+    def __init__(self, rank: int, kind: str, text: str) -> None:
+        super().__init__(f"{text} (in process {rank})")
+        self.kind = kind
+
+
+@contextmanager
+def launched() -> Iterator[Team]:
+    """The team that torchrun started, this process alone where it did not."""
+    world = launched_together()
+    if world == 1:
+        yield ALONE
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Team(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=PATIENCE))
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(asked: torch.device) -> torch.device:
+    """The device of this process: with several on CUDA, each takes the GPU of its local number.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    local = int(os.environ["LOCAL_RANK"]) if launched_together() > 1 else None
+    if local is None or asked.type != "cuda" or asked.index is not None:
+        return asked
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} has no GPU of its own: there are {torch.cuda.device_count()} here; "
+            "start at most that many (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import os
 from collections.abc import Callable
@@ -138,3 +139,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for name, part in value.items():
         flat |= flatten(part, f"{prefix}.{name}" if prefix else name)
     return flat
+
+
+def now() -> str:
+    """The date and the minute, as results and messages say it."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,4 +1,7 @@
-"""Images and labels: the data sets, and batches of them that do not depend on who reads them."""
+"""Images and labels: the data sets, and batches of them that do not depend on who reads them.
+
+May import core alone.
+"""
 
 from rome.data.base import Data, Split, SplitName
 from rome.data.cifar10 import CIFAR10_CLASSES, Cifar10

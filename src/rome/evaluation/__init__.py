@@ -1,1 +1,3 @@
-"""Evaluation's parts: suites of cases, the checks before, the store on disk, the report after."""
+"""Evaluation: every example under every attack of a suite, stored so that a kill loses nothing, and the result.
+
+May import runs and what stands below, not training."""

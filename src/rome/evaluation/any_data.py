@@ -16,7 +16,7 @@ from rome.core.errors import UserError, did_you_mean
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES
 from rome.data.tables import find_tables, label_names
-from rome.threats.lp import NAMED_BUDGETS, LpBall, Threat
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 _FORMS = (
     "digits; cifar10:PATH; a folder with test/CLASS/*.jpg (or val), with test-*.parquet or with cifar-10-batches-py; a "

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.attacks.base import Attack, Model
+from rome.attacks.base import Attack
+from rome.attacks.engine import Model
 from rome.attacks.lp.autoattack import AttackWarning, collected
 from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
@@ -17,7 +18,7 @@ from rome.core.errors import UserError
 from rome.core.randomness import Stream
 from rome.evaluation.memory import Halving
 from rome.evaluation.store import Unit
-from rome.threats.lp import Threat
+from rome.threats import Threat
 
 
 @runtime_checkable

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.attacks.base import Model, frozen
+from rome.attacks.engine import Model, frozen
 from rome.attacks.perceptual.features import network_hash
-from rome.attacks.suites.base import Case, Suite, as_named
-from rome.attacks.suites.composed import SuiteChoice, as_suite
+from rome.attacks.suites import BATCH_SIZE, Case, Suite, SuiteChoice, as_named, as_suite
 from rome.core import trust
+from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
 from rome.core.randomness import unchanged_states
-from rome.core.team import ALONE, Team
 from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.identity import (
@@ -47,13 +46,11 @@ from rome.evaluation.progress import Watcher, watching
 from rome.evaluation.result import CLEAN, UNION, Report
 from rome.evaluation.runner import Running
 from rome.evaluation.store import Store, example_images, fingerprint
-from rome.threats.lp import CIFAR10, Threat
+from rome.threats import CIFAR10, Threat
 
 __all__ = ["Case", "Report", "Suite", "SuiteChoice", "evaluate", "example_images", "hash_model"]
 
 AUTO = "auto"
-BATCH_SIZE = 250
-"""AutoAttack's."""
 
 
 @trust.opens_files
@@ -107,7 +104,7 @@ def evaluate(
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
             examples on where they cost less than a tenth of the suite. True also looks where a finished result has
             none.
-        team: the processes that share the work (:func:`rome.core.team.launched`); each calls this function
+        team: the processes that share the work (:func:`rome.core.distributed.launched`); each calls this function
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
             :data:`rome.evaluation.progress.Watcher`). Only the first process shows it.

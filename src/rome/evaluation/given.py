@@ -16,7 +16,7 @@ from rome.data.base import Split
 from rome.evaluation.any_data import named_budgets, named_data, numbers
 from rome.models.exported import Named, is_file, named_model, of_another_size, preprocessing
 from rome.runs.config import DATA_BUDGETS
-from rome.threats.lp import Threat
+from rome.threats import Threat
 
 TRIED = 3
 """Images on which such a model is tried before anything else."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rome.attacks.base import Model
+from rome.attacks.engine import Model
 from rome.core.wrappers import bare_name, unwrapped
-from rome.evaluation.store import differences
 from rome.experts.recording import expert_layers
 from rome.experts.routing import LEARNED, routing_of
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes, tensors
+from rome.runs.origin import differences
 
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
 _NAMED = {"attributes", CODE}

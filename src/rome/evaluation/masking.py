@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.attacks.base import Model, loss_and_gradient
+from rome.attacks.engine import Model, loss_and_gradient
 from rome.attacks.lp.apgd import APGD
 from rome.attacks.lp.autoattack import APGDCE
 from rome.attacks.suites.base import Case
@@ -23,7 +23,7 @@ from rome.evaluation.batch import Examples
 from rome.evaluation.memory import Halving
 from rome.evaluation.progress import cost
 from rome.evaluation.statistics import mcnemar
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 FEWEST = 100
 """Examples from which the checks are made unless told otherwise."""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rome.attacks.base import Attack
 from rome.attacks.lp.autoattack import AutoAttackPart
 from rome.attacks.suites.base import Case
-from rome.threats.lp import LpBall, Threat
+from rome.threats import LpBall, Threat
 
 Watcher = Callable[[str, int, int, float, float | None], None]
 """Called after every batch with: case, batches done in it, batches in it as far as known (it shrinks while attacks

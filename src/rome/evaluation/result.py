@@ -18,7 +18,7 @@ from rome.attacks.suites.base import LP, suite_label
 from rome.core.errors import Incomplete, UserError, did_you_mean, first_line
 from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
 _STORED = ("warnings", "failed", "after", "seconds", "checks", "date", "reused")

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 
+from rome.attacks.suites import BATCH_SIZE, Suite
 from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.core import trust
 from rome.core.device import pick_device, placed
+from rome.core.distributed import ALONE, Team, own_device
 from rome.core.errors import UserError, first_line
-from rome.core.team import ALONE, Team, own_device
 from rome.data.base import Split
-from rome.evaluation.evaluate import AUTO, BATCH_SIZE, Report, Suite, evaluate
+from rome.evaluation.evaluate import AUTO, Report, evaluate
 from rome.evaluation.given import Given
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors

@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from rome.attacks.base import Model
+from rome.attacks.engine import Model
 from rome.attacks.lp.autoattack import Square
 from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
+from rome.core.distributed import Team
 from rome.core.errors import Interrupted
-from rome.core.team import Team
+from rome.core.files import now
 from rome.evaluation.batch import Examples, attack_batch, summed, told, warning
 from rome.evaluation.checks import check_finite
 from rome.evaluation.memory import Halving, free
 from rome.evaluation.progress import Clock, Watcher
 from rome.evaluation.result import CLEAN, Report
-from rome.evaluation.store import StorageError, Store, Unit, now
+from rome.evaluation.store import StorageError, Store, Unit
 
 SQUARE_MARGIN = 0.002
 """A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""

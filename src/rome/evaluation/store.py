@@ -12,7 +12,6 @@ A kill at any moment leaves files that are complete or absent; a file whose chec
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import io
 import json
@@ -30,14 +29,14 @@ from torch import Tensor
 
 from rome.core import trust
 from rome.core.errors import UserError
-from rome.core.files import flatten, make_folder, remove_partials, replace_file
+from rome.core.files import make_folder, now, remove_partials, replace_file
 from rome.core.plain_data import parse_json
 from rome.models.module_tree import tensor_bytes
+from rome.runs.origin import NOT_COMPARED, differences
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 CHECKS = "checks.json"
 _LAST = (MATRIX, RESULT)
-_NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 
 
 @dataclass
@@ -199,11 +198,6 @@ class Store:
         )
 
 
-def now() -> str:
-    """The date and the minute, as results and messages say it."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def _unseen(settings: Mapping[str, Any]) -> str:
     """What of an evaluation cannot be told from another one's; empty where everything can."""
     unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
@@ -214,7 +208,7 @@ def _unseen(settings: Mapping[str, Any]) -> str:
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """SHA-256 of the settings that determine a result."""
-    compared = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
+    compared = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
@@ -292,33 +286,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: evaluate again with overwrite=True, or into another folder")
     return content
-
-
-def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What determines the result and is not the same, as 'name: stored there, now here'."""
-    there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
-    names = [name for name in {**there, **here} if name.split(".")[0] not in _NOT_COMPARED]
-    found = [
-        _difference(name, there.get(name), here.get(name))
-        for name in names
-        if (there.get(name) or None) != (here.get(name) or None)
-    ]
-    if now.get("save_images") and not stored.get("save_images"):
-        found.append("save_images: false there, true now")
-    return found
-
-
-def _difference(name: str, there: Any, here: Any) -> str:
-    if name.startswith("versions.rome-robust") and "+" in f"{there}{here}":
-        return f"rome's own code changed, {there} there, {here} now"
-    owner, code, place = name.partition("code.")
-    if code and owner in ("", "model."):
-        if any(str(value).startswith("sha256:") for value in (there, here)):
-            return f"the code of {place} {'is new' if there is None else 'is gone' if here is None else 'changed'}"
-        return f"{place}: {there} there, {here} now"
-    return f"{name}: {_short(there)} there, {_short(here)} now"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:12] + "..." + text[-1]

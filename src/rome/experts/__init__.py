@@ -1,4 +1,7 @@
-"""Experts: low-rank updates beside existing layers, the gates that mix them, the losses that shape the gates."""
+"""Experts: low-rank updates beside existing layers, the gates that mix them, the losses that shape the gates.
+
+May import core alone.
+"""
 
 from rome.experts.balance import Classification, Importance, LoadBalancing
 from rome.experts.base import Adapters, Experts, FeedForward, LowRank, add_experts

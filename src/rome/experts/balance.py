@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.core.collectives import sum_over_processes
 from rome.core.component import Number
+from rome.core.distributed import differentiable_sum
 from rome.core.errors import UserError
 from rome.experts.gated import Recorded
 from rome.experts.regularizers import Regularizer
@@ -40,7 +40,7 @@ class LoadBalancing(MeanOverLayers):
     def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
         g = record.gates.weights.flatten(0, 1)
         first = torch.nn.functional.one_hot(g.argmax(dim=1), g.shape[1]).to(g.dtype)
-        used, weight = sum_over_processes(torch.stack([first.sum(dim=0), g.sum(dim=0)])).unbind()
+        used, weight = differentiable_sum(torch.stack([first.sum(dim=0), g.sum(dim=0)])).unbind()
         return g.shape[1] * (used / used.sum() * weight / weight.sum()).sum()
 
 
@@ -50,7 +50,7 @@ class Importance(MeanOverLayers):
     kind = "importance"
 
     def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
-        weight = sum_over_processes(record.gates.weights.sum(dim=(0, 1)))
+        weight = differentiable_sum(record.gates.weights.sum(dim=(0, 1)))
         return weight.var(unbiased=False) / weight.mean().square()
 
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rome.core.collectives import group_means
 from rome.core.component import Component, Number
+from rome.core.distributed import group_means
 from rome.core.errors import UserError
 from rome.experts.gated import MeanOver, Recorded, count
 

@@ -1,4 +1,7 @@
-"""Methods: they turn a batch and some threats into a loss."""
+"""Methods: they turn a batch and some threats into a loss.
+
+May import attacks and what stands below.
+"""
 
 from rome.methods.base import Method, Outcome, Setting
 from rome.methods.eat import EAT

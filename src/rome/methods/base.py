@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,8 +26,7 @@ from rome.core.component import Component
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
 from rome.experts import Experts, GateRecorder, Regularizer, record_gates
-from rome.runs.optim import Optimizer
-from rome.threats.lp import Threat
+from rome.threats import Threat
 
 
 @dataclass
@@ -47,8 +46,8 @@ class Setting:
     """Random starts."""
     threat_stream: Stream
     """Which example meets which threat."""
-    optimizer: Optimizer
-    """Settings of the optimizer, for a method that trains further models."""
+    new_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Builds the run's optimizer over another model, for a method that trains further ones."""
     lr: float = 0.0
     """Learning rate of the current update."""
     epochs: range = range(1)
@@ -157,6 +156,12 @@ class Method(Component):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, times the group's ``lr_scale`` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def search_passes(attack: Attack, threat: Threat) -> float:

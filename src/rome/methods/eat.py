@@ -13,7 +13,7 @@ from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
 from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_forward
-from rome.threats.lp import PerExample, Threat
+from rome.threats import PerExample, Threat
 
 
 class EAT(Method):

@@ -14,7 +14,7 @@ from rome.core.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
 from rome.methods.base import Method, Outcome, Setting, search_passes
 from rome.methods.mixing import Random
-from rome.threats.lp import PerExample, Threat
+from rome.threats import PerExample, Threat
 
 
 class MORE(Method):

@@ -8,12 +8,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks import Attack
+from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
-from rome.attacks.lp.pgd import StepSize, by_norm
+from rome.attacks.lp.pgd import by_norm
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, Setting, combine, training_forward
-from rome.threats.lp import LpBall, Norm, Threat
+from rome.threats import LpBall, Threat
+from rome.threats.lp import Norm
 
 _PATH = {"L1": 5 / 3, "L2": 200 / 51, "Linf": 5 / 2}
 """Length of all steps together, in radii. 20 steps under CIFAR-10's 12, 0.5, 8/255 are Madaan et al.'s steps of 1.0,

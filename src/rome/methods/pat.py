@@ -18,7 +18,7 @@ from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, Setting, combine, training_forward, training_logits
 from rome.methods.mixing import equal_shares
 from rome.models import file_hash
-from rome.threats.lp import Perceptual, PerExample, Threat
+from rome.threats import Perceptual, PerExample, Threat
 
 
 class PAT(Method):

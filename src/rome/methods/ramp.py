@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_logits
-from rome.runs.optim import Optimizer, set_lr
-from rome.threats.lp import PerExample, Threat
+from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, set_lr, training_logits
+from rome.threats import PerExample, Threat
 
 
 class RAMP(Method):
@@ -59,7 +59,7 @@ class RAMP(Method):
         return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
 
     def prepare(self, setting: Setting) -> None:
-        self._clean = _CleanCopy(setting.model, setting.optimizer) if self.fusion else None
+        self._clean = _CleanCopy(setting.model, setting.new_optimizer) if self.fusion else None
 
     def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
         # the copy first: its activations are gone before the attack starts
@@ -141,9 +141,9 @@ class _CleanCopy:
     It keeps step with the model, update by update, so that a run can stop and go on between any two of them.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, new_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
         self.model = copy.deepcopy(model).train()
-        self.optimizer = optimizer.build(self.model)
+        self.optimizer = new_optimizer(self.model)
         self.start: dict[str, Tensor] = {}
         """Weights and buffers at the start of the epoch; empty between epochs."""
         self.parts = 0

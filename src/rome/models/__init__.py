@@ -1,4 +1,7 @@
-"""Models: logits from images in [0, 1], normalisation inside; building, saving and loading them."""
+"""Models: logits from images in [0, 1], normalisation inside; building, saving and loading them.
+
+May import experts, data, threats and core.
+"""
 
 from rome.models.building import ModelSettings, build_model, create_model, trains_on
 from rome.models.classifier import Classifier

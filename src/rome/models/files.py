@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rome.core import trust
 from rome.core.errors import UserError, first_line
 from rome.core.files import replace_with
+from rome.core.version import __version__
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.models.adapted import fill
@@ -136,8 +137,6 @@ def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
-    from rome import __version__  # late: rome imports this module
-
     recipe = getattr(unwrapped(model), "recipe", None)
     try:
         json.dumps(recipe)

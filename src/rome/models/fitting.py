@@ -50,7 +50,7 @@ def _head(network: nn.Module) -> list[str]:
 
 
 @dataclass
-class Found:
+class AttackResult:
     """The tensors of a file that belong to a model."""
 
     tensors: dict[str, Tensor]
@@ -68,7 +68,7 @@ def find(
     source: str,
     key: str | None = None,
     channels: int | None = None,
-) -> Found:
+) -> AttackResult:
     """Find a model in a file: below the prefix under which all names are there that it needs.
 
     Args:
@@ -101,7 +101,7 @@ def find(
     others = tuple(other for other in complete if len(other) > len(start))
     inside = [name for name in tensors if name.startswith(start) and not name.startswith(others)]
     outside = [name for name in tensors if name not in set(inside)]
-    found = Found({name.removeprefix(start): tensors[name] for name in inside}, remarks=remarks)
+    found = AttackResult({name.removeprefix(start): tensors[name] for name in inside}, remarks=remarks)
     if channels is not None:
         strange = [name for name in inside if name.removeprefix(start) not in own]
         pairs = _normalizations(strange + outside, start, tensors, channels)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
+from rome.core.errors import UserError
 from rome.core.randomness import stream
-from rome.experts import Gated, expert_layers
+from rome.data import ImageFolder
+from rome.experts import FeedForward, Gated, expert_layers
 from rome.methods import Setting
 from rome.models import build_model, trains_on, weights_file
-from rome.runs.config import Config
+from rome.runs.config import Config, load
+from rome.runs.experiments import files, path_of
 
 Work = Callable[[], None]
 RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", "seconds_per_update": "update_ratio"}
@@ -141,7 +145,7 @@ def updates(
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", device=device),
         threat_stream=stream(config.seed, "threats"),
-        optimizer=config.optimizer,
+        new_optimizer=config.optimizer.build,
         epochs=range(config.natural_epochs, config.epochs),
     )
     method.prepare(setting)
@@ -245,3 +249,52 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
     if timed:
         what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
         console.print(what, style="dim")
+
+
+IMAGES = {"digits": 1_437, "cifar10": 50_000, "imagenet100": 126_689, "imagenet": 1_281_167}
+"""Training images of the data sets that experiments name."""
+
+
+def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
+    """Path, and parameters and multiply-accumulates to train, of the experiments; ``pattern`` as above.
+
+    Counted, not measured: those of a forward pass x the method's passes x images x epochs. Models are built without
+    memory, one for each architecture.
+    """
+    counted: dict[str, tuple[int, int] | str] = {}
+    for path in files(pattern):
+        config = load(path)
+        shape, classes = config.data.form(config.model.num_classes)
+        experts = None if config.experts is None else {**config.experts.dump(), "regularizer": None}
+        key = json.dumps([config.model.outline().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
+        if key not in counted:
+            try:
+                counted[key] = _sizes_of(config, classes, shape)
+            except UserError as error:  # such as a model from a package that is not here
+                counted[key] = str(error).partition(";")[0].partition(":")[0]
+        found = counted[key]
+        if isinstance(found, str):
+            yield path_of(path), found
+            continue
+        size, products = found
+        threats = config.method.trained(config.threats, config.attack)
+        natural, attacked = config.natural_epochs, config.epochs - config.natural_epochs
+        passes = 3 * natural + (config.method.passes(threats, config.attack) * attacked if attacked else 0)
+        work = products * passes * _images(config)
+        yield path_of(path), f"{size / 1e6:.2f}M parameters, {work:.2g} multiply-accumulates to train"
+
+
+def _sizes_of(config: Config, classes: int, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Parameters and multiply-accumulates."""
+    sends_tokens = isinstance(config.experts, FeedForward) and config.experts.top is not None  # where, values decide
+    with torch.device("cpu" if sends_tokens else "meta"):
+        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
+        return parameters(model)["parameters"], macs(model.eval(), shape)
+
+
+def _images(config: Config) -> int:
+    known = IMAGES.get(config.data.kind)
+    if isinstance(config.data, ImageFolder):
+        known = IMAGES["imagenet100" if config.data.classes == "imagenet100" else "imagenet"]
+    assert known is not None
+    return min(known, config.data.train_limit or known)

@@ -21,7 +21,7 @@ from rome.models import file_hash
 from rome.report.subject import NamedModel, Subject
 from rome.runs.config import Config
 from rome.runs.folder import Run
-from rome.threats.lp import LpBall, Threat
+from rome.threats import LpBall, Threat
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,7 +18,7 @@ from rome.core.errors import UserError
 from rome.evaluation.evaluate import example_images
 from rome.report.evaluated import Evaluated
 from rome.report.subject import Subject
-from rome.threats.lp import LpBall, Perceptual
+from rome.threats import LpBall, Perceptual
 
 PICTURED = 6
 """Cases with pictures; more would not fit beside each other."""

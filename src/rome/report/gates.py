@@ -16,7 +16,7 @@ from rome.attacks import Attack
 from rome.core.errors import UserError
 from rome.experts import record_gates
 from rome.report.subject import AT_A_TIME, NATURAL, attack_all
-from rome.threats.lp import Threat
+from rome.threats import Threat
 
 NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
 """Distances between mean gates below which routing is called nearly identical, or similar."""

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from rome.attacks import AttackThreat
 from rome.core import trust
 from rome.core.errors import UserError
-from rome.core.files import make_folder, replace_file
+from rome.core.files import make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
-from rome.evaluation.store import now
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
 from rome.report.classes import by_class
@@ -33,7 +32,7 @@ from rome.report.figures.training import HELD_OUT
 from rome.report.robustbench import write_entries
 from rome.report.routing import routing_numbers
 from rome.report.subject import STEPS, Subject, short
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 EXAMPLES = 4
 GATE_IMAGES, FEWEST_GATE_IMAGES = 256, 16

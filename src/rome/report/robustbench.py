@@ -24,7 +24,7 @@ from rome.core.files import replace_file
 from rome.data.resized import Resized
 from rome.evaluation.evaluate import Case, Report
 from rome.report.evaluated import Evaluated
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 FORWARD_PASSES = 1
 """What a leaderboard calls ``number_forward_passes``: of one prediction."""

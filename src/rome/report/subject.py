@@ -24,7 +24,7 @@ from rome.models import load_model
 from rome.models.exported import Named
 from rome.runs.config import Config
 from rome.runs.folder import Run
-from rome.threats.lp import PerExample, Threat
+from rome.threats import PerExample, Threat
 
 NATURAL = "natural"
 STEPS = 15

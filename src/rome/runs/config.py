@@ -7,6 +7,7 @@ names another ``kind`` replaces the parent's whole, as ``paper`` always does; an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,18 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from rome.attacks import PGD, Attack, AttackThreat
+from rome.attacks.suites import BATCH_SIZE, Suite, SuiteChoice
 from rome.core.component import Seed, Settings, mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import check_name
 from rome.core.plain_data import Place, Unreadable, comment_after, parse_yaml
 from rome.core.trust import import_own
 from rome.data import Data
-from rome.evaluation.evaluate import BATCH_SIZE, Suite, SuiteChoice
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.runs.optim import AdamW, Optimizer, Schedule
-from rome.threats.lp import NAMED_BUDGETS, LpBall, Threat
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
@@ -144,6 +145,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if data.get("name") in (None, ""):
         data["name"] = Path(path).stem
     return parse(data, where)
+
+
+def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What names a file or folder that is there, or has no "=", and the changes ``key=value``."""
+    changes = [text for text in texts if "=" in text and not os.path.exists(text)]
+    return [text for text in texts if text not in changes], changes
 
 
 def parse(data: dict[str, Any], where: _Where | None = None) -> Config:

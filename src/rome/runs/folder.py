@@ -24,13 +24,12 @@ from filelock import FileLock, Timeout
 
 from rome.core import trust
 from rome.core.errors import UserError, first_line
-from rome.core.files import flatten, make_folder, remove_partials, replace_file, replace_with
+from rome.core.files import flatten, make_folder, now, remove_partials, replace_file, replace_with
 from rome.core.plain_data import parse_json, parse_yaml
 from rome.data import Split
-from rome.evaluation.store import differences, now
 from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
-from rome.runs.origin import code_facts, data_facts, other_data
+from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from rome.core.files import flatten
 from rome.data import Split
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes
@@ -17,6 +19,8 @@ from rome.runs.config import Config
 LOOKED_AT, CLOSE = 16, 0.01
 """Images whose mean brightness is compared, on the scale [0, 1], and how far it may differ: libraries that read JPEG
 files agree to about 0.001."""
+NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
+"""Settings of an evaluation that do not determine its result."""
 
 
 def data_facts(split: Split) -> dict[str, Any]:
@@ -49,3 +53,33 @@ def code_facts(config: Config) -> dict[str, str]:
     if ":" in config.model.name and not config.model.name.startswith("robustbench:"):
         inspection.of(own_function(config.model.name))
     return inspection.code
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What determines the result and is not the same, as 'name: stored there, now here'."""
+    there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
+    names = [name for name in {**there, **here} if name.split(".")[0] not in NOT_COMPARED]
+    found = [
+        _difference(name, there.get(name), here.get(name))
+        for name in names
+        if (there.get(name) or None) != (here.get(name) or None)
+    ]
+    if now.get("save_images") and not stored.get("save_images"):
+        found.append("save_images: false there, true now")
+    return found
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if name.startswith("versions.rome-robust") and "+" in f"{there}{here}":
+        return f"rome's own code changed, {there} there, {here} now"
+    owner, code, place = name.partition("code.")
+    if code and owner in ("", "model."):
+        if any(str(value).startswith("sha256:") for value in (there, here)):
+            return f"the code of {place} {'is new' if there is None else 'is gone' if here is None else 'changed'}"
+        return f"{place}: {there} there, {here} now"
+    return f"{name}: {_short(there)} there, {_short(here)} now"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "..." + text[-1]

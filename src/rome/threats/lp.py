@@ -1,59 +1,19 @@
-"""Which perturbations are allowed: threats, and the budgets of the paper.
-
-Images are float tensors (B, C, H, W) in [0, 1]; every threat includes that box.
-"""
+"""Lp balls, and the budgets of the paper (5.1)."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, overload
+from typing import Annotated, Any, Literal, Self, overload
 
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
-from torch import Tensor, nn
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
 
-from rome.core.component import Component, Number
-from rome.core.errors import UserError
+from rome.core.component import Number
+from rome.threats.base import Threat, in_box
 from rome.threats.projections import project_l1, project_l2, project_linf
-
-if TYPE_CHECKING:
-    from rome.attacks.base import Attack
 
 RTOL = 1e-5
 """Relative tolerance on a budget, for rounding in x + delta - x."""
-
-
-class Threat(Component):
-    """A set of allowed images around every image."""
-
-    default_kind = "lp"
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Short unique name for columns and logs, such as ``Linf``."""
-
-    @abstractmethod
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it."""
-
-    @abstractmethod
-    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """How large each perturbation is in the threat's own measure: (B,)."""
-
-    @abstractmethod
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Which examples are allowed, up to rounding: bool (B,)."""
-
-    def searched_by(self, attack: Attack) -> tuple[Attack, Threat]:
-        """Which attack searches it where ``attack`` is called, and the threat that this one is told to search inside.
-
-        A threat that brings an attack of its own (:class:`rome.attacks.AttackThreat`) names that one.
-        """
-        return attack, self
 
 
 def _norm(value: Any) -> Any:
@@ -119,12 +79,7 @@ class LpBall(Threat):
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         # Linf: x + eps is rounded to a float below 1, off by a unit in the last place of 1; no sum of such errors
         rounding = torch.finfo(x.dtype).eps if self.norm == "Linf" else 0.0
-        return _in_box(x_adv) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
-
-
-def _in_box(x: Tensor) -> Tensor:
-    """Which images lie in [0, 1]: bool (B,); NaN does not."""
-    return ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
+        return in_box(x_adv) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -142,80 +97,6 @@ class Unperturbed(LpBall):
     @property
     def name(self) -> str:
         return "clean"
-
-
-class AnyImage(Threat):
-    """Every image in [0,1]: for attacks that bound their perturbation by a measure of their own (fog, a patch, a flow).
-
-    Such an attack owns its bound and checks it; what is checked here is the box.
-    """
-
-    kind = "any-image"
-    label: str = "any-image"
-    """The name of the column."""
-
-    @property
-    def name(self) -> str:
-        return self.label
-
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return x_adv.clamp(0, 1)
-
-    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Largest change of a pixel: (B,)."""
-        return (x_adv - x).abs().flatten(1).amax(dim=1)
-
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return _in_box(x_adv)
-
-
-class Perceptual(Threat):
-    """All images in [0,1] whose perceptual distance d to the original is at most ``bound`` (Laidlaw et al. 2021).
-
-    d compares the activations of a network (:mod:`rome.attacks.perceptual.features`), so the threat alone can measure
-    nothing: what it checks is the box. The network that d needs is the attacked model itself, or one that attacks read
-    from a file.
-    """
-
-    kind = "perceptual"
-    bound: Number = Field(ge=0)
-    features: str = Field(default="self", min_length=1)
-    """The network: ``self`` for the attacked model, or the folder of a run or a safetensors file of ours."""
-    layers: tuple[str, ...] = ()
-    """The modules of its backbone to take activations from; none: those of
-    :func:`rome.attacks.perceptual.features.feature_layers`."""
-    _network: nn.Module | None = PrivateAttr(default=None)
-
-    @property
-    def name(self) -> str:
-        path = Path(self.features)
-        if path.suffix == ".safetensors":
-            path = path.parent if path.stem == "model" and path.parent.name else path.with_suffix("")
-        return f"LPIPS-{path.name}"
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The network in hand; None: not read yet, or the attacked model."""
-        return self._network
-
-    def measured_by(self, network: nn.Module) -> Self:
-        """This threat with its network in hand, so that attacks need not read it at every call."""
-        threat = self.model_copy()
-        threat._network = network
-        return threat
-
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Into the box; the bound is for attacks to keep."""
-        return x_adv.clamp(0, 1)
-
-    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        raise UserError(
-            f"{self.name} needs a network to measure with: call rome.attacks.perceptual.features.measure(threat, ...)"
-        )
-
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Which examples are in the box; the bound is not checked."""
-        return _in_box(x_adv)
 
 
 class Budgets(tuple[LpBall, ...]):
@@ -248,25 +129,3 @@ IMAGENET = budgets(255, 2, 4 / 255)
 DIGITS = budgets(1.0, 0.35, 0.1)
 """Budgets for the 8x8 digits: about as hard for a small model as CIFAR-10's are for a large one."""
 NAMED_BUDGETS = {"cifar10": CIFAR10, "imagenet": IMAGENET, "digits": DIGITS}
-
-
-@dataclass(frozen=True)
-class PerExample:
-    """A batch in which every example carries its own threat: ``threats[labels[i]]`` for example i.
-
-    ``labels`` is an int64 tensor (B,) on the CPU, so that no attack has to ask the device how the batch divides.
-    """
-
-    threats: tuple[Threat, ...]
-    labels: Tensor
-
-    @staticmethod
-    def repeated(threats: Iterable[Threat], batch: int) -> PerExample:
-        """Every example under every threat, threat by threat: labels 0..0 1..1 2..2 for a batch repeated in a row."""
-        chosen = tuple(threats)
-        return PerExample(chosen, torch.arange(len(chosen)).repeat_interleave(batch))
-
-    def groups(self) -> list[tuple[Threat, Tensor]]:
-        """Each threat that occurs, with the positions of its examples (int64, CPU)."""
-        found = [(threat, (self.labels == i).nonzero().flatten()) for i, threat in enumerate(self.threats)]
-        return [(threat, where) for threat, where in found if len(where)]

@@ -30,11 +30,11 @@ from rome.core.randomness import derive_seed, stream
 from rome.core.trial import check_attackable, tried
 from rome.data import Split
 from rome.methods import Method, Random, Setting
+from rome.methods.base import set_lr
 from rome.models import build_model, save_model
 from rome.runs.config import Config
 from rome.runs.folder import Run
-from rome.runs.optim import set_lr
-from rome.threats.lp import Unperturbed
+from rome.threats import Unperturbed
 from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
 from rome.training.validation import Validator, hold_out
 
@@ -132,7 +132,7 @@ def _train(
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=fabric.device),
         threat_stream=stream(config.seed, "threats", rank=rank, world=world),
-        optimizer=config.optimizer,
+        new_optimizer=config.optimizer.build,
         epochs=range(config.natural_epochs, config.epochs),
     )
     config.method.prepare(setting)
@@ -318,8 +318,8 @@ class _Loop:
             source.generator.manual_seed(derive_seed(config.seed, name, number))
         torch.manual_seed(derive_seed(config.seed, "model", number, self.fabric.global_rank))  # dropout
         lr = config.optimizer.lr * config.schedule.factor((number + 1) / (self.steps * config.epochs))
-        set_lr(self.optimizer, lr)
         setting.lr = lr
+        set_lr(self.optimizer, lr)
 
         # attacks run beside DistributedDataParallel, which would do this for the training forward alone
         follow_first(statistics(setting.attacked))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import APGD
-from rome.attacks.base import frozen
+from rome.attacks.engine import frozen
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.data import Split
@@ -21,7 +21,7 @@ from rome.data.base import Subset
 from rome.models import save_model
 from rome.runs.config import Config
 from rome.runs.folder import Run
-from rome.threats.lp import PerExample
+from rome.threats import PerExample
 
 
 def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:

@@ -1,0 +1,1 @@
+"""Common corruptions: fixed changes of the images, in five severities."""

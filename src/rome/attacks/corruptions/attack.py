@@ -8,11 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
 from rome.attacks.corruptions.severities import SEEDS, Constants, CorruptionType, corrupt, read_cifar10c
+from rome.attacks.engine import Model
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
-from rome.threats.lp import AnyImage, Threat
+from rome.threats import AnyImage, Threat
 
 
 class Corruption(Attack):
@@ -76,11 +77,11 @@ class Corruption(Attack):
             raise UserError(f"CIFAR-10-C has images of 3 x 32 x 32, not {' x '.join(map(str, x.shape[1:]))}")
         return read_cifar10c(self.path, self.type, self.severity, numbers, y).to(x)
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         if self.path is not None:
             raise UserError(
                 "a corruption read from CIFAR-10-C needs the numbers of the images: call Corruption.images, "
                 "or leave path out to make the images"
             )
         found = corrupt(x, self.type, self.severity, noise, self.constants)
-        return Found(found, found, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(found, found, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)

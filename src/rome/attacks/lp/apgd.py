@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, log_odds, loss_and_gradient, signs, unit
-from rome.attacks.lp.pgd import Steps
+from rome.attacks.base import Attack, AttackResult, Group, Steps
+from rome.attacks.engine import Model, log_odds, loss_and_gradient, signs, unit
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.lp import LpBall, Norm, Threat
+from rome.threats import LpBall, Threat
+from rome.threats.lp import Norm
 
 
 class APGD(Attack):
@@ -43,7 +44,7 @@ class APGD(Attack):
             raise UserError(f"{self.kind} searches inside Lp balls, not {type(threat).__name__}")
         return self.steps.get(threat.norm, 15) if isinstance(self.steps, dict) else self.steps
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         state = _State(x, y)
         state.see(model, len(x), gradient=groups[0].steps > 0)
         state.start()
@@ -60,7 +61,7 @@ class APGD(Attack):
                 if walker.steps > step + 1:
                     walker.adapt(state)
         adversarial = torch.where(state.robust.view(-1, 1, 1, 1), state.best, state.last_wrong)
-        return Found(state.best, adversarial, state.robust, F.softplus(state.best_loss).float())
+        return AttackResult(state.best, adversarial, state.robust, F.softplus(state.best_loss).float())
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
         if isinstance(group.threat, LpBall) and group.threat.norm == "L1":

@@ -26,10 +26,11 @@ from pyautoattack import AutoAttack
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model
+from rome.attacks.base import Attack, AttackResult, Group
+from rome.attacks.engine import Model
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, cuda_in_use
-from rome.threats.lp import LpBall, PerExample, Threat
+from rome.threats import LpBall, PerExample, Threat
 
 MIN_CLASSES_DLR = 4
 """The targeted DLR loss divides by z_(1) - (z_(3) + z_(4)) / 2: it needs four logits."""
@@ -62,7 +63,7 @@ class AutoAttackPart(Attack):
         *,
         generator: torch.Generator | Stream | None = None,
         verdict: bool = True,
-    ) -> Found:
+    ) -> AttackResult:
         if isinstance(generator, Stream):
             generator = generator.generator
         if isinstance(x, Tensor) and x.dtype != torch.float32:
@@ -94,7 +95,7 @@ class AutoAttackPart(Attack):
         """The package's attack object, set up for this many classes; its ``perturb(x, y)`` returns images, those it
         could not fool unchanged."""
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         logits = model(x)
         robust = logits.argmax(1) == y
         images = x.clone()
@@ -120,7 +121,7 @@ class AutoAttackPart(Attack):
         if broken := int(watched.most):
             message = "their gradient was NaN, which counts as zero here, so the attack did not move them as it should"
             warnings.warn(AttackWarning("nan-gradients", message, broken), stacklevel=2)
-        return Found(images, images, robust, torch.full_like(y, torch.nan, dtype=torch.float32))
+        return AttackResult(images, images, robust, torch.full_like(y, torch.nan, dtype=torch.float32))
 
 
 class APGDCE(AutoAttackPart):
@@ -213,7 +214,7 @@ class Square(AutoAttackPart):
         suite.square.n_queries = self.queries
         return suite.square
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         height, width = x.shape[2:]
         side = height // 5
         first = (height - 5 * side) // 2

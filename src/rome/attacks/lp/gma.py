@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, at_least_float32, signs
-from rome.attacks.lp.pgd import Steps, StepSize, random_start
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps, StepSize
+from rome.attacks.engine import Model, at_least_float32, signs
+from rome.attacks.lp.pgd import random_start
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.experts import Gates, expert_layers, record_gates
 from rome.experts.gated import MeanOver, count
-from rome.threats.lp import LpBall, Threat
+from rome.threats import LpBall, Threat
 
 
 class GMA(Attack):
@@ -52,7 +53,7 @@ class GMA(Attack):
     def passes_for(self, threat: Threat) -> float:
         return 2 * self.steps + bool(self.steps)  # one forward first, for the experts to route to
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         x_adv = x.clone()
         if self.random_start:
             for group in groups:
@@ -69,7 +70,7 @@ class GMA(Attack):
             for group in groups:
                 rows = group.rows
                 x_adv[rows] = group.threat.project(x_adv[rows] + self.step_size * signs(gradient[rows]), x[rows])
-        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
 
 def answer(model: Model, x: Tensor) -> tuple[Tensor, list[Gates]]:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.base import Model, check_batch, check_results, explained, frozen, log_odds, loss_and_gradient
+from rome.attacks.engine import Model, check_batch, check_results, explained, frozen, log_odds, loss_and_gradient
 from rome.attacks.lp.pgd import ascend
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 
 class InUnion(NamedTuple):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, loss_and_gradient, signs, unit
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps, StepSize
+from rome.attacks.engine import Model, loss_and_gradient, signs, unit
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.lp import LpBall, Norm, Threat
+from rome.threats import LpBall, Threat
+from rome.threats.lp import Norm
 from rome.threats.projections import project_l1, project_l2, project_linf
 
 _STEPS = {
@@ -20,9 +22,6 @@ _STEPS = {
     "madaan": {"L1": 20, "L2": 10, "Linf": 10},
 }
 _MADAAN_STEP_SIZE = {"L1": 1.0, "L2": 30 / 255, "Linf": 1 / 255}
-
-Steps = Annotated[int, Field(ge=0)]
-StepSize = Annotated[Number, Field(ge=0)]
 
 
 class PGD(Attack):
@@ -60,7 +59,7 @@ class PGD(Attack):
             default = _MADAAN_STEP_SIZE
         return by_norm(self.step_size, threat.norm, default)
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         x_adv = x.clone()
         if self.random_start:
             for group in groups:
@@ -72,7 +71,7 @@ class PGD(Attack):
             for group in alive:
                 rows = group.rows
                 x_adv[rows] = self._step(group.threat, x_adv[rows], x[rows], gradient[rows])
-        return Found(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     def _step(self, threat: Threat, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         assert isinstance(threat, LpBall)

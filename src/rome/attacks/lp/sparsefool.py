@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Found, Group, Model, at_least_float32, signs
-from rome.attacks.lp.pgd import Steps
-from rome.attacks.transforms.free import FreeAttack
+from rome.attacks.base import NOT_EVALUATED, AttackResult, Group, Steps
+from rome.attacks.engine import Model, at_least_float32, signs
+from rome.attacks.free import FreeAttack
 from rome.core.component import Number
 
 BEYOND = 1e-3
@@ -31,7 +31,7 @@ class SparseFool(FreeAttack):
     x_B = x + lam (x_D - x); w is the unit normal, the gradient of z_t - z_y at x_B, with t the class predicted there
     (DeepFool's last target if that is y); :func:`cross_plane` gives x_P from x; x' becomes x + (1 + overshoot)
     (x_P - x), clipped. There is no budget: what is small is the number of coordinates (C H W, not pixels), and
-    :func:`rome.attacks.transforms.free.changed_pixels` counts pixels.
+    :func:`rome.attacks.free.changed_pixels` counts pixels.
 
     Each image goes through its rounds at its own pace: a forward looks at the next point of every image that is not
     done, be it DeepFool's or x_B, and each backward after it takes one more gradient for those that need one. A step of
@@ -63,7 +63,7 @@ class SparseFool(FreeAttack):
     def uses_noise(self) -> bool:
         return False
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         images = x.clone()
         now = _Searches.of(x, y)
         with torch.compiler.set_stance("force_eager"):  # compiled graphs allow one backward each
@@ -71,7 +71,7 @@ class SparseFool(FreeAttack):
                 done = self._advance(model, now)
                 images[now.rows] = now.image
                 now = now.without(done)
-        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     def _advance(self, model: Model, now: _Searches) -> Tensor:
         """One forward for all; those that then know enough of their points go on to others. Who is done: bool (b,)."""

@@ -1,0 +1,1 @@
+"""Attacks bounded by a perceptual distance: PPGD, LPA and Fast-LPA, and the features that measure it."""

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, frozen, margin
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
+from rome.attacks.engine import Model, frozen, margin
 from rome.attacks.perceptual.features import Perception, distances
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.lp import Perceptual, Threat
+from rome.threats import Perceptual, Threat
 
 START = 0.01
 """Standard deviation of the random start."""
@@ -58,7 +59,7 @@ class FastLPA(Attack):
         """What each example's steps raise."""
         return margin(logits, y)
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         images = x.clone()
         if not self.only_correct:
             images = self._climb(model, x, y, groups, noise)
@@ -68,7 +69,7 @@ class FastLPA(Attack):
             if chosen.any():
                 rows = chosen.nonzero().flatten().to(x.device)
                 images[rows] = self._climb(model, x[rows], y[rows], among(groups, chosen), noise[rows])
-        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
         members = [(perceptual(group.threat), group.rows) for group in groups]

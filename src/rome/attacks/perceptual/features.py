@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from rome.core.errors import UserError, did_you_mean
 from rome.experts.placement import channels_last
 from rome.models import file_hash, load_model
-from rome.threats.lp import Perceptual, Threat
+from rome.threats import Perceptual, Threat
 
 if TYPE_CHECKING:
-    from rome.attacks.base import Model
+    from rome.attacks.engine import Model
 
 EPS = 1e-10
 """Added to the length over channels."""
@@ -40,7 +40,7 @@ def distance(phi: Tensor, other: Tensor) -> Tensor:
 def measure(threat: Perceptual, model: Model, x_adv: Tensor, x: Tensor) -> Tensor:
     """d of each pair of images, by the threat's network (``model`` itself where that is ``self``), in evaluation mode:
     (B,)."""
-    from rome.attacks.base import frozen  # late: attacks import this module
+    from rome.attacks.engine import frozen  # late: attacks import this module
 
     seen = Perception(model, [(threat, ALL)], x.device)
     with ExitStack() as stack, torch.no_grad():

@@ -17,13 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Attack, Found, Group, Model, check_bound, frozen, margin
+from rome.attacks.base import Attack, AttackResult, Group
+from rome.attacks.engine import Model, check_bound, frozen, margin
+from rome.attacks.free import Form
 from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length, perceptual
 from rome.attacks.perceptual.features import Perception, distances, loaded
-from rome.attacks.transforms.free import Form
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.lp import Perceptual, Threat
+from rome.threats import Perceptual, Threat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ class _Bounded(Attack):
     def passes_for(self, threat: Threat) -> float:
         return math.nan  # depends on the images
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         start = x + START * gaussian(noise)
         published = self.form == "published"
         space = (_PublishedSpace if published else _Space)(model, x, groups)
@@ -62,7 +63,7 @@ class _Bounded(Attack):
                 check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
             robust = (logits.argmax(dim=1) == y) & ~found
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
-        return Found(point, point, robust, loss)
+        return AttackResult(point, point, robust, loss)
 
     @abstractmethod
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

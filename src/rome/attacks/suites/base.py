@@ -15,8 +15,10 @@ from rome.attacks.lp.pgd import PGD
 from rome.attacks.threat import AttackThreat
 from rome.core.component import Component, Settings
 from rome.core.errors import UserError
-from rome.threats.lp import LpBall, Threat
+from rome.threats import LpBall, Threat
 
+BATCH_SIZE = 250
+"""AutoAttack's, and that of an evaluation unless another is set."""
 LP = "lp"
 """The group of the cases under an Lp ball."""
 

@@ -13,7 +13,7 @@ from rome.attacks.suites.base import AutoAttackSuite, Case, Suite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
 from rome.core.errors import UserError, did_you_mean
 from rome.core.plain_data import Unreadable, parse_yaml
-from rome.threats.lp import Perceptual, Threat
+from rome.threats import Perceptual, Threat
 
 
 class SeveralSuites(Suite):

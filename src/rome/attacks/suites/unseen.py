@@ -9,11 +9,11 @@ from pydantic import Field, field_validator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from rome.attacks.base import Attack
+from rome.attacks.free import Form, LastIterate
 from rome.attacks.suites.base import Case, Suite
-from rome.attacks.transforms.free import Form, LastIterate
 from rome.core.component import Number
 from rome.core.errors import UserError, did_you_mean
-from rome.threats.lp import CIFAR10, AnyImage, LpBall, Perceptual, Threat
+from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
 
 PERCEPTUAL, CORRUPTIONS = "perceptual", "corruptions"
 """Groups of cases: the paper's ``Percep. lp`` and ``Com. Corr.`` are their means."""

@@ -1,0 +1,1 @@
+"""Attacks that transform the image: fog, snow, Gabor noise, JPEG, elastic, patches, flows, colours."""

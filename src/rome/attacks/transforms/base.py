@@ -16,12 +16,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rome.attacks.base import Model, check_bound, log_odds, signs
-from rome.attacks.lp.pgd import Steps, StepSize
-from rome.attacks.transforms.free import Form, LastIterate
+from rome.attacks.base import Steps, StepSize
+from rome.attacks.engine import Model, check_bound, log_odds, signs
+from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.lp import Threat
+from rome.threats import Threat
 
 
 class Transform(ABC):
@@ -58,7 +58,7 @@ class Transform(ABC):
 class TransformAttack(LastIterate):
     """Ascends the cross-entropy over the variables v of a transform: v <- P(v + step_size sign(gradient)).
 
-    It bounds its perturbation itself and runs under :class:`~rome.threats.lp.AnyImage`. Everything random (start,
+    It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
     kernels) depends on the seed and the image alone.
     """
 

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Model, at_least_float32, margin
-from rome.attacks.lp.pgd import Steps
-from rome.attacks.transforms.free import LastIterate
+from rome.attacks.base import Steps
+from rome.attacks.engine import Model, at_least_float32, margin
+from rome.attacks.free import LastIterate
 from rome.core.component import Number
 
 

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Model, loss_and_gradient, signs
-from rome.attacks.lp.pgd import Steps, StepSize
-from rome.attacks.transforms.free import LastIterate, changed_pixels
+from rome.attacks.base import Steps, StepSize
+from rome.attacks.engine import Model, loss_and_gradient, signs
+from rome.attacks.free import LastIterate, changed_pixels
 from rome.core.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.base import Model
+from rome.attacks.engine import Model
 from rome.attacks.transforms.colors import luv_to_rgb, rgb_to_luv
 from rome.attacks.transforms.functional import FunctionalAttack
 from rome.core.component import Number

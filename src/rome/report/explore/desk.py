@@ -12,7 +12,7 @@ from rome.attacks import AttackThreat
 from rome.core.randomness import Stream, stream
 from rome.report.explore.explorer import Answer, Explorer
 from rome.report.explore.uploads import read_upload
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 
 @dataclass(frozen=True, eq=False)

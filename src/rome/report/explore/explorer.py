@@ -20,7 +20,7 @@ from rome.core.errors import UserError, did_you_mean
 from rome.experts import expert_layers, record_gates
 from rome.report.explore.maps import on_grid
 from rome.report.subject import NATURAL, Subject, open_subjects, short
-from rome.threats.lp import LpBall, Threat
+from rome.threats import LpBall, Threat
 
 STEPS, MOST_STEPS = 15, 100
 KEPT = 16

@@ -18,7 +18,7 @@ from rome.report.explore.explorer import MOST_STEPS, STEPS, Answer, Explorer
 from rome.report.explore.uploads import MOST_BYTES
 from rome.report.robustbench import eps_text
 from rome.report.subject import NATURAL, short
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 try:

@@ -16,7 +16,7 @@ from rome.report.charts import limits
 from rome.report.examples import picture
 from rome.report.explore.explorer import Answer, PatchMap
 from rome.report.subject import short
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 SHOWN_CLASSES = 5
 SMOOTH = 96

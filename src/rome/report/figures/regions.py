@@ -23,7 +23,7 @@ from rome.report.charts import limits
 from rome.report.figures.base import Options, PaperFigure
 from rome.report.figures.style import looks, side
 from rome.report.subject import NATURAL, STEPS, Subject, short
-from rome.threats.lp import LpBall, PerExample
+from rome.threats import LpBall, PerExample
 
 SHOWN = 6
 """Experts; more would not be readable side by side."""

@@ -1,0 +1,1 @@
+"""The tables of the paper with the numbers of runs beside those of the paper."""

@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rome.cli.options import files_and_changes
 from rome.core import trust
 from rome.core.errors import UserError
 from rome.report.cost import RATIOS, compare
 from rome.report.tables.lines import Cell, Line, with_best
 from rome.report.tables.paper_rows import COST
 from rome.report.tables.paper_tables import fill, same_row
-from rome.runs.config import Config, load
+from rome.runs.config import Config, files_and_changes, load
 from rome.runs.folder import Run
 
 BASE = "RANDOM"

@@ -30,7 +30,7 @@ from rome.report.tables.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, U
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
 from rome.runs.folder import FREE_KEYS, Run
-from rome.threats.lp import LpBall
+from rome.threats import LpBall
 
 GIVEN = "Given models"
 """Section of the models that no run made."""

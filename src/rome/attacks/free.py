@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rome.attacks.base import UNSEEN, Attack, Found, Group, Model, check_bound
-from rome.attacks.lp.pgd import Steps
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps
+from rome.attacks.engine import Model, check_bound
 from rome.core.errors import UserError
-from rome.threats.lp import RTOL, AnyImage, Threat
+from rome.threats import AnyImage, Threat
+from rome.threats.lp import RTOL
 
 Form = Literal["corrected", "published"]
 """``published``: what the released code computes, its defects included, to compare with numbers that came from it;
@@ -33,7 +34,7 @@ class FreeAttack(Attack):
         return self.steps
 
     def check(self, size: Tensor, bound: float) -> None:
-        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.base.check_bound`).
+        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.engine.check_bound`).
 
         Args:
             size: (B,), how much of the bound each example used.
@@ -48,7 +49,7 @@ class LastIterate(FreeAttack):
     """An example is done with its first image that is misclassified, and costs no passes of the model any more. At
     least as strong as the last image, which may be classified correctly again; not the published protocol."""
 
-    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Found:
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         if not self.stop:
             images = self.last(model, x, y, noise)
         else:
@@ -58,7 +59,7 @@ class LastIterate(FreeAttack):
             except _NobodyLeftError:
                 images = x
             images = torch.where(leaving.gone.view(-1, 1, 1, 1), leaving.images.clamp(0, 1), images)
-        return Found(images, images, torch.ones_like(y, dtype=torch.bool), UNSEEN)
+        return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     @abstractmethod
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:

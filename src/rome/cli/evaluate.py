@@ -1,0 +1,116 @@
+"""``rome evaluate``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rome.cli import options
+from rome.cli.app import app
+from rome.cli.options import names_in
+from rome.core.console import say
+from rome.core.errors import UserError
+from rome.core.trust import opens_files
+
+
+class RoutingName(StrEnum):
+    """Gate weights at inference."""
+
+    learned = "learned"
+    random = "random"
+    inverse = "inverse"
+    inverse_unscaled = "inverse-unscaled"
+    none = "none"
+
+
+@app.command()
+@options.names_model
+@opens_files
+def evaluate(
+    named: dict[str, Any],
+    target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="apgd, autoattack, lp, unseen, corruptions, all; several: apgd,unseen; or settings as in a config: "
+            "'{kind: corruptions, path: CIFAR-10-C}'."
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="The network that measures for PPGD and LPA: a run, a file, or self; runs/alexnet."),
+    ] = None,
+    cases: Annotated[str | None, typer.Option(help="Run only these columns of the suite now: L2,Linf.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Examples at a time; auto halves them where memory does not suffice.")
+    ] = None,
+    device: options.Device = None,
+    routing: Annotated[
+        RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
+    ] = None,
+    checks: Annotated[
+        bool | None,
+        typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    trust_code: options.TrustCode = False,
+) -> None:
+    """Attack a model under every threat; goes on where an earlier call was killed.
+
+    Under torchrun, on as many processes as it starts, with the same result.
+    """
+    from rome.core.distributed import launched
+
+    with launched() as team:  # first: whatever fails now fails in every process
+        from rome.evaluation.any_data import batch_size_of
+        from rome.evaluation.given import Given
+        from rome.evaluation.memory import enough_memory
+        from rome.evaluation.run import evaluate_given, evaluate_saved
+
+        shared: dict[str, Any] = {
+            "suite": suite,
+            "features": features,
+            "n": n,
+            "cases": None if cases is None else names_in(cases),
+            "batch_size": batch_size_of(batch_size),
+            "device": device,
+            "checks": checks,
+            "out": out,
+            "overwrite": overwrite,
+            "team": team,
+        }
+        data = named.pop("data") if target is not None and named["model"] is None else None
+        given = Given.asked(named, target)
+        if target is not None and given is None:
+            with enough_memory():
+                shared["routing"] = None if routing is None else routing.value
+                report, folder = evaluate_saved(target, data=data, **shared)
+            name = report.settings["provenance"]["config"]["name"]
+        elif given is not None and target is None and routing is None:
+            with enough_memory():
+                report, folder = evaluate_given(given, **shared)
+            name = report.settings["provenance"]["model"]["name"]
+        else:
+            raise UserError(
+                "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
+                "(rome evaluate --model NAME --data DATA, without --routing)"
+            )
+    if not team.leads:
+        return
+    for warning in report.warnings:
+        say(f"warning ({', '.join(filter(None, (warning['check'], warning['case'])))}): {warning['message']}")
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        from rome.report.page import show
+
+        show([(name, report)])
+        say(f"saved in {folder}")
+    report.require_complete()

@@ -1,0 +1,57 @@
+"""``rome table``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rome.cli import options
+from rome.cli.app import app
+from rome.core.console import say
+from rome.core.trust import opens_files
+
+
+class TableFormat(StrEnum):
+    """How a table is written."""
+
+    text = "text"
+    markdown = "markdown"
+    latex = "latex"
+    html = "html"
+
+
+@app.command()
+@opens_files
+def table(
+    number: Annotated[str, typer.Argument(help="1 to 6 or A1 to A5, as in the paper.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Evaluated runs or models; seeds of a row are joined. For 6: configs or runs, then key=value."
+        ),
+    ] = None,
+    form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
+    timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Table 6: timed updates; the median counts.")] = 3,
+    trust_code: options.TrustCode = False,
+) -> None:
+    """Print one of the paper's tables with the numbers of runs beside the paper's.
+
+    Table 6 is measured now, for all that are named in turn: rome table 6 experiments/table6/*.yaml device=cuda
+    """
+    from rome.report.tables.cost_table import fill_costs, named_configs
+    from rome.report.tables.paper_tables import fill
+    from rome.report.tables.table_formats import render
+
+    about = ""
+    if number == "6":
+        lines, about = fill_costs(named_configs(runs or []), repeats=repeats, timing=timing)
+    else:
+        lines = fill(number, [Path(run) for run in runs or []])
+    if not runs:
+        what = "configs or runs to measure, such as experiments/table6/*.yaml" if number == "6" else "evaluated runs"
+        say(f"these are the paper's numbers alone; name {what}: rome table {number} ...")
+    print(render(f"Table {number.upper()}", lines, form.value, about=about), end="")

@@ -1,0 +1,40 @@
+"""``rome train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rome.cli import options
+from rome.cli.app import app
+from rome.core.console import say
+from rome.core.trust import opens_files
+
+
+@app.command()
+@opens_files
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    overwrite: options.Overwrite = False,
+    trust_code: options.TrustCode = False,
+) -> None:
+    """Train a model as a config says. Under torchrun, on as many processes as it starts."""
+    from rome.runs.config import load
+    from rome.training.loop import train as run_training
+    from rome.training.progress import show_training
+
+    spec = load(config, overrides or ())
+    run = run_training(
+        spec, out or Path("runs") / spec.name, resume=resume, overwrite=overwrite, progress=show_training
+    )
+    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+        say(f"{run.model_file}\nnext: rome evaluate {run.folder}")

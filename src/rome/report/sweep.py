@@ -1,0 +1,334 @@
+"""Many runs from one command: configs x the values of some keys, trained and evaluated, resumable, set side by side.
+
+Each point is a run of its own in ``OUT/NAME-key=value``, made by ``rome train --resume`` and ``rome evaluate`` in
+processes of their own, so that a crash of one leaves the others alone. Calling the same sweep again goes on with what
+is unfinished. Points that differ in the seed alone are one row of the table: mean and standard deviation.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rome.core import trust
+from rome.core.console import exiting, print_table
+from rome.core.errors import Interrupted, UserError
+from rome.core.files import LONGEST_NAME, make_folder, replace_file
+from rome.core.plain_data import parse_yaml
+from rome.evaluation.evaluate import Report
+from rome.evaluation.store import RESULT
+from rome.runs.config import Config, load
+from rome.runs.folder import Run
+from rome.runs.origin import code_facts
+
+AVERAGE, UNION = "average", "union"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    file: Path
+    overrides: tuple[str, ...]
+    """``key=value`` for every key of the sweep, those with one value too."""
+    folder: Path
+    config: Config
+
+    @property
+    def row(self) -> str:
+        """What the run is called apart from its seed."""
+        varied = [text for text in self.overrides if not text.startswith("seed=")]
+        return " ".join([self.config.name, *varied])
+
+
+@dataclass(frozen=True)
+class Row:
+    """The evaluated runs that differ in the seed alone."""
+
+    name: str
+    overrides: dict[str, Any]
+    seeds: tuple[int, ...]
+    values: dict[str, list[float]]
+    """Column -> share right in each run; NaN where a case failed."""
+
+    def mean(self, column: str) -> float:
+        return statistics.fmean(self.values[column]) if column in self.values else math.nan
+
+    def deviation(self, column: str) -> float:
+        """Sample standard deviation over the seeds; NaN for one seed, or where one lacks the column."""
+        values = self.values.get(column, [])
+        return math.nan if len(values) < 2 or any(map(math.isnan, values)) else statistics.stdev(values)
+
+
+def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> list[Point]:
+    """Every combination of config file and axis values.
+
+    Args:
+        axes: ``key=a,b,c``; commas inside brackets and braces belong to a value.
+
+    Raises:
+        UserError: a bad axis, a config that is not valid at some point, or two runs of one name.
+    """
+    grid = [[f"{key}={value}" for value in values] for key, values in map(_axis, axes)]
+    keys = [choices[0].partition("=")[0] for choices in grid]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"the keys {', '.join(keys)} are not distinct; give each once, with all its values")
+    found = []
+    for file in configs:
+        for overrides in itertools.product(*grid):
+            config = load(file, overrides)
+            varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
+            found.append(Point(Path(file), overrides, out / _folder_name(config.name, varied), config))
+    twice = sorted({str(p.folder) for p in found if sum(q.folder == p.folder for q in found) > 1})
+    if twice:
+        raise UserError(f"{twice[0]} would be more than one run; give the configs different names (name=...)")
+    return found
+
+
+def _folder_name(name: str, varied: Sequence[str]) -> str:
+    """``NAME-key=value``; what no file name may hold is replaced, and what would be too long ends in a hash."""
+    whole = "-".join([name, *varied])
+    text = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in whole)
+    text = text.replace(" ", "")
+    if len(text.encode()) <= LONGEST_NAME:
+        return text
+    start = text.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if not equals or not key or not all(part.strip() for part in parts):
+        raise UserError(f"axis {text!r}: write key=a,b,c, such as seed=0,1,2 or experts.rank=8,16")
+    return key, [part.strip() for part in parts]
+
+
+def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
+    """Train and evaluate every point that is not finished, ``jobs`` at a time.
+
+    Returns:
+        Folder -> what went wrong, for the points that failed.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the runs under way wrote their checkpoints.
+    """
+    for folder in {point.folder.parent for point in chosen}:
+        make_folder(folder)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    waiting = [(number, point) for number, point in enumerate(chosen, 1) if not _done(point)]
+    if len(waiting) < len(chosen):
+        print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already", file=sys.stderr)
+    working: list[tuple[subprocess.Popen[bytes], int, Point, float]] = []
+    failed: dict[Path, str] = {}
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if main else None
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                number, point = waiting.pop(0)
+                process = _start(point, environment)
+                working.append((process, number, point, time.monotonic()))
+            time.sleep(0.05)
+            for entry in [entry for entry in working if entry[0].poll() is not None]:
+                working.remove(entry)
+                process, number, point, started = entry
+                if process.returncode:
+                    failed[point.folder] = _last_line(_log(point)) or f"exit code {process.returncode}"
+                state = f"{failed.get(point.folder) or _told(point)} ({time.monotonic() - started:.0f} s)"
+                print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        for process, *_ in working if terminated else ():  # a terminal sends them its signal too
+            process.terminate()
+        for process, *_ in working:
+            process.wait()
+        raise Interrupted(143 if terminated else 130, "stopped; the same command goes on") from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _done(point: Point) -> bool:
+    """Trained and evaluated already.
+
+    Raises:
+        UserError: its folder holds a run with other settings.
+    """
+    run = Run(point.folder)
+    if not run.finished:
+        return False
+    _check_same(run, point.config)
+    report = _report(point)
+    return report is not None and not report.failed
+
+
+def _check_same(run: Run, config: Config) -> None:
+    """Raise UserError unless the finished run is of these settings, this data and this code."""
+    run.check_same(config)
+    if found := run.other_code(code_facts(config)):
+        raise UserError(f"{run.folder} was trained with other code ({'; '.join(found)}); use another --out")
+
+
+def _log(point: Point) -> Path:
+    """What its process said."""
+    return point.folder.with_name(f"{point.folder.name}.log")
+
+
+def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Train, then evaluate, in a process of its own."""
+    source = (
+        "import sys, json; from rome.report.sweep import run_point;"
+        "run_point(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], trust_code=len(sys.argv) > 4)"
+    )
+    arguments = [str(point.file), json.dumps(point.overrides), str(point.folder)]
+    command = [sys.executable, "-c", source, *arguments, *(["trusting"] if trust.allowed() else [])]
+    _log(point).parent.mkdir(parents=True, exist_ok=True)
+    with open(_log(point), "wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
+
+@trust.opens_files
+def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
+    """Train and evaluate one point; what is there already is kept. Exits like the command line."""
+    from rome.evaluation.run import evaluate_saved
+    from rome.training.loop import train
+
+    with exiting():
+        config = load(file, tuple(overrides))
+        run = Run(folder)
+        if run.finished:
+            _check_same(run, config)
+        else:
+            train(config, run.folder, resume=True)
+        # a finished run keeps the settings that it was started with
+        evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
+
+
+def gather_rows(chosen: Sequence[Point]) -> list[Row]:
+    """The evaluated points, those that differ in the seed alone in one row; points without a result are left out."""
+    rows: list[Row] = []
+    for name, group in itertools.groupby(sorted(chosen, key=lambda point: point.row), key=lambda point: point.row):
+        members = [(point, report) for point in group if (report := _report(point)) is not None]
+        if not members:
+            continue
+        found = [_columns(report) for _, report in members]
+        columns = dict.fromkeys(column for each in found for column in each)
+        values = {
+            column: [each.get(column, math.nan) for each in found] for column in columns
+        }  # a case may have failed
+        varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
+        plain = {key: parse_yaml(value) for key, value in varied.items()}
+        rows.append(Row(name, plain, tuple(point.config.seed for point, _ in members), values))
+    order = list(dict.fromkeys(point.row for point in chosen))
+    return sorted(rows, key=lambda row: order.index(row.name))
+
+
+def _report(point: Point) -> Report | None:
+    """The evaluation that the config asks for: by its suite, its gates, on its number of examples."""
+    settings = point.config.evaluation
+    gates = "" if settings.routing == "learned" else f"-{settings.routing}"
+    names = re.compile(rf"{re.escape(settings.suite.label)}-(\d+){re.escape(gates)}")
+    files = (point.folder / "evaluation").glob(f"*/{RESULT}")
+    found = {int(name[1]): file.parent for file in files if (name := names.fullmatch(file.parent.name))}
+    n = settings.n
+    if found and n not in found:  # all test examples, which may be fewer
+        size = len(point.config.data.open("test"))
+        n = min(n or size, size)
+    report = Report.load(found[n]) if n in found else None
+    wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
+    same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
+    return report if same else None
+
+
+def _columns(report: Report) -> dict[str, float]:
+    return {"clean": report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+
+
+def _told(point: Point) -> str:
+    report = _report(point)
+    return "no evaluation" if report is None else f"clean {report.clean:.1%}, union {report.union:.1%}"
+
+
+def _last_line(file: Path) -> str:
+    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else ""
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """Print percent right, mean over the seeds and standard deviation."""
+    console = Console(highlight=False, markup=False)
+    columns = list(dict.fromkeys(column for row in rows for column in row.values))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold")
+    table.add_column("seeds", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns))
+    print_table(table, console)
+    console.print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds", style="dim")
+
+
+def _cell(row: Row, column: str) -> str:
+    if math.isnan(row.mean(column)):
+        return "\N{EN DASH}"
+    spread = row.deviation(column)
+    text = "" if math.isnan(spread) else f" \N{PLUS-MINUS SIGN} {100 * spread:.1f}"
+    return f"{100 * row.mean(column):.1f}{text}"
+
+
+def save_rows(rows: Sequence[Row], out: Path) -> Path:
+    """Write ``sweep.csv`` and ``sweep.json`` with every single value (none where a case failed); returns the CSV's
+    path."""
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value  # JSON has no NaN
+
+    records = [
+        {"run": row.name, **row.overrides, "seed": seed, **{name: known(own[i]) for name, own in row.values.items()}}
+        for row in rows
+        for i, seed in enumerate(row.seeds)
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for record in records for key in record)), restval="")
+    writer.writeheader()
+    writer.writerows(records)
+    replace_file(out / "sweep.csv", text.getvalue().encode())
+    replace_file(out / "sweep.json", json.dumps(records, indent=2, default=str).encode())
+    return out / "sweep.csv"

@@ -1,0 +1,96 @@
+"""The contract of a threat: a set of allowed images around every image.
+
+Images are float tensors (B, C, H, W) in [0, 1]; every threat includes that box.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rome.core.component import Component
+
+
+class Threat(Component):
+    """A set of allowed images around every image."""
+
+    default_kind = "lp"
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short unique name for columns and logs, such as ``Linf``."""
+
+    @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it."""
+
+    @abstractmethod
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """How large each perturbation is in the threat's own measure: (B,)."""
+
+    @abstractmethod
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which examples are allowed, up to rounding: bool (B,)."""
+
+    def searched_by(self, attack: Any) -> tuple[Any, Threat]:
+        """The :class:`rome.attacks.Attack` that searches this threat where ``attack`` is called, and the threat that it
+        searches inside: another one for threats that an attack defines (:class:`rome.attacks.AttackThreat`)."""
+        return attack, self
+
+
+class AnyImage(Threat):
+    """Every image in [0,1]: for attacks that bound their perturbation by a measure of their own (fog, a patch, a flow).
+
+    Such an attack owns its bound and checks it; what is checked here is the box.
+    """
+
+    kind = "any-image"
+    label: str = "any-image"
+    """The name of the column."""
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return x_adv.clamp(0, 1)
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Largest change of a pixel: (B,)."""
+        return (x_adv - x).abs().flatten(1).amax(dim=1)
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return in_box(x_adv)
+
+
+def in_box(x: Tensor) -> Tensor:
+    """Which images lie in [0, 1]: bool (B,); NaN does not."""
+    return ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """A batch in which every example carries its own threat: ``threats[labels[i]]`` for example i.
+
+    ``labels`` is an int64 tensor (B,) on the CPU, so that no attack has to ask the device how the batch divides.
+    """
+
+    threats: tuple[Threat, ...]
+    labels: Tensor
+
+    @staticmethod
+    def repeated(threats: Iterable[Threat], batch: int) -> PerExample:
+        """Every example under every threat, threat by threat: labels 0..0 1..1 2..2 for a batch repeated in a row."""
+        chosen = tuple(threats)
+        return PerExample(chosen, torch.arange(len(chosen)).repeat_interleave(batch))
+
+    def groups(self) -> list[tuple[Threat, Tensor]]:
+        """Each threat that occurs, with the positions of its examples (int64, CPU)."""
+        found = [(threat, (self.labels == i).nonzero().flatten()) for i, threat in enumerate(self.threats)]
+        return [(threat, where) for threat, where in found if len(where)]
