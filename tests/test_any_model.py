@@ -26,15 +26,14 @@ import rome
 from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
-from rome.evaluation.any_data import named_budgets, named_data
 from rome.evaluation.evaluate import Report, evaluate, hash_model
-from rome.evaluation.given import Given
-from rome.evaluation.run import evaluate_given
+from rome.evaluation.named import build_named, named_budgets, named_config, named_data, preprocessing
+from rome.evaluation.run import evaluate_saved
 from rome.experts import expert_layers
 from rome.models import file_hash
-from rome.models.exported import named_model, preprocessing
-from rome.report import examples, write_report
+from rome.report import examples
 from rome.report.compared import findings, gather, paired
+from rome.report.page import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
 from tiny_runs import no_traceback
@@ -72,6 +71,19 @@ def net(num_classes):
 
 def net(inputs: int = 64, outputs: int = 10) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 32), nn.Dropout(0.5), nn.ReLU(), nn.Linear(32, outputs))
+
+
+class Built(NamedTuple):
+    model: nn.Module
+    facts: dict[str, Any]
+    remarks: list[str]
+
+
+def built(name: str, **options: object) -> Built:
+    """What ``rome evaluate --model NAME --data digits`` with further options would attack."""
+    config = named_config({"model": name, "data": "digits", **options})
+    assert config is not None
+    return Built(*build_named(config, Digits().open("test")))
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +300,12 @@ def test_a_function_is_told_apart_by_its_code(
 
 def test_a_file_is_told_apart_by_its_content(files: Path) -> None:
     """Weights in a graph, or none at all: what a result is filed under covers the file."""
-    x = torch.rand(3, 1, 8, 8)
     hashes = set()
     for name in ("traced.pt", "frozen.ts", "dynamic.pt2"):
-        named = named_model(str(files / name), classes=10, images=x)
+        named = built(str(files / name))
         assert not any(module.training for module in named.model.modules())
         hashes.add(hash_model(named.model))
-        assert hash_model(named_model(str(files / name), classes=10, images=x).model) in hashes
+        assert hash_model(built(str(files / name)).model) in hashes
     assert len(hashes) == 3
 
 
@@ -423,7 +434,10 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
     ("arguments", "message"),
     [
         (["--model", "fixed.pt2"], "exported for batches of exactly 3.*dynamic batch.*torch.export.Dim"),
-        (["--model", "sixteen.pt2"], "exported for batches of 2 to 16, and it would get 1 to 30.*--batch-size 16"),
+        (
+            ["--model", "sixteen.pt2"],
+            "exported for batches of up to 16, and this one has 30 images: give --batch-size 16",
+        ),
         (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
         (["--model", "constant.pt2"], "has no gradient with respect to its images"),
         (["--model", "net.pth"], "is not a TorchScript module.*--weights"),
@@ -506,30 +520,29 @@ def test_weights_bring_their_experts_and_their_normalisation(tmp_path: Path) -> 
     for layer in expert_layers(source).values():
         torch.nn.init.normal_(layer.B)
     rome.save_model(source, file)
-    named = named_model(name, classes=10, images=x, weights=str(file))
+    named = built(name, weights=str(file))
     assert torch.equal(named.model(x), source.eval()(x))
     assert named.facts["normalisation"] == {"mean": [0.25], "std": [0.5]}
     assert named.remarks == [f"normalisation of {file}: mean 0.25, std 0.5"]
-    given = named_model(name, classes=10, images=x, weights=str(file), mean=(0.75,), std=(1.0,))
+    given = built(name, weights=str(file), mean="0.75", std="1")
     assert given.facts["normalisation"] == {"mean": [0.75], "std": [1.0]}
     assert torch.equal(given.model(x), source.backbone(x - 0.75))
     assert given.remarks == [f"normalisation: mean 0.75, std 1, as given; {file} has mean 0.25, std 0.5"]
     torch.save({"state_dict": source.backbone.state_dict()}, tmp_path / "bare.pt")
     with pytest.raises(UserError, match=r"not in the model; it seems to have experts"):
-        named_model(name, classes=10, images=x, weights=str(tmp_path / "bare.pt"))
+        built(name, weights=str(tmp_path / "bare.pt"))
     plain = rome.create_model(name, num_classes=10, in_chans=1).backbone.state_dict()
     torch.save({"teacher": source.backbone.state_dict(), "student": plain}, tmp_path / "both.pt")
-    named = named_model(name, classes=10, images=x, weights=str(tmp_path / "both.pt"), weights_key="student")
+    named = built(name, weights=str(tmp_path / "both.pt"), weights_key="student")
     assert named.facts["normalisation"] is None
     assert any(remark.startswith("no normalisation added") for remark in named.remarks)
 
 
 def test_more_logits_than_classes_only_if_asked_for() -> None:
-    x = torch.rand(3, 1, 8, 8)
     with pytest.raises(UserError, match=r"pretrained weights of test_vit.r160_in1k are for 1000 classes, not 10"):
-        named_model("test_vit.r160_in1k", classes=10, images=x)
+        built("test_vit.r160_in1k")
     with pytest.raises(UserError, match=r"has no pretrained weights: give --weights FILE"):
-        named_model(next(name for name in timm.list_models("vit_*") if not _has_weights(name)), classes=10, images=x)
+        built(next(name for name in timm.list_models("vit_*") if not _has_weights(name)))
 
 
 def _has_weights(name: str) -> bool:
@@ -629,7 +642,7 @@ def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
 def test_a_colon_in_the_path_of_a_model_makes_it_no_module(name: str) -> None:
     message = "there is no file" if name.endswith(("pt", "pt2")) else "a function is named path.py:function"
     with pytest.raises(UserError, match=message):
-        named_model(name, classes=2, images=torch.rand(2, 3, 8, 8))
+        built(name)
 
 
 def test_settings_of_data_may_be_named_in_braces(tmp_path: Path) -> None:
@@ -649,29 +662,30 @@ def test_a_folder_of_images_is_evaluated(tmp_path: Path) -> None:
         torch.export.export(net(192, 2).eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)),
         tmp_path / "pets.pt2",
     )
-    given = Given(model=str(tmp_path / "pets.pt2"), data=str(pictures(tmp_path / "pets", "test")), img_size=8)
-    report, folder = evaluate_given(given, suite="lp", out=tmp_path / "out")
+    pets = str(pictures(tmp_path / "pets", "test"))
+    config = named_config({"model": str(tmp_path / "pets.pt2"), "data": pets, "img_size": 8})
+    assert config is not None
+    report, folder = evaluate_saved(config, suite="lp", out=tmp_path / "out")
     assert (report.n, report.settings["classes"], folder) == (2, 2, tmp_path / "out")
     assert report.settings["threats"]["L1"]["eps"] == IMAGENET["L1"].eps
-    assert report.settings["provenance"]["data"]["size"] == 8
+    assert report.settings["provenance"]["config"]["data"]["size"] == 8
     assert report.settings["provenance"]["examples"] == str(tmp_path / "pets" / "test")
 
 
 def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path: Path) -> None:
     torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
     hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
-    given = Given(model=str(tmp_path / "pets.pt"), data=str(tmp_path / "pets"))
+    options = {"model": str(tmp_path / "pets.pt"), "data": str(tmp_path / "pets")}
     with pytest.raises(UserError, match=r"data kind 'parquet' has no budgets of its own; give --budgets"):
-        evaluate_given(given, suite="lp", out=tmp_path / "out")
-    report, _ = evaluate_given(given.model_copy(update={"budgets": "L2=0.5"}), suite="lp", out=tmp_path / "out")
+        named_config(options)
+    config = named_config({**options, "budgets": "L2=0.5"})
+    assert config is not None
+    report, _ = evaluate_saved(config, suite="lp", out=tmp_path / "out")
     assert (report.n, report.settings["classes"], list(report.settings["threats"])) == (3, 2, ["L2"])
 
 
 def test_budgets() -> None:
-    assert tuple(named_budgets("cifar10").values()) == tuple(CIFAR10)
-    assert named_budgets("Linf=8/255, l2=0.5") == {
-        "Linf": LpBall(norm="Linf", eps=8 / 255),
-        "L2": LpBall(norm="L2", eps=0.5),
-    }
+    assert named_budgets("cifar10") == CIFAR10
+    assert named_budgets("Linf=8/255, l2=0.5") == (LpBall(norm="Linf", eps=8 / 255), LpBall(norm="L2", eps=0.5))
     with pytest.raises(UserError, match="name L2 twice"):
         named_budgets("L2=1,2=3")

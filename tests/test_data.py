@@ -33,8 +33,7 @@ from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
 from rome.data.pixels import read_rgb
 from rome.data.resized import Resized
-from rome.evaluation.any_data import named_data
-from rome.models.exported import preprocessing
+from rome.evaluation.named import named_data, preprocessing
 from rome.report.explore import read_upload
 
 

@@ -40,8 +40,9 @@ from rome.models import Classifier, build_model, create_model, save_model
 from rome.report import features, gates, subject
 from rome.report.figures import Options, registered, write_figures
 from rome.report.separability import difference, embed, silhouettes
-from rome.report.subject import GivenModel, attack_all
+from rome.report.subject import Subject, attack_all
 from rome.runs.config import parse
+from rome.runs.folder import Run
 from rome.threats import DIGITS, LpBall
 from small_models import SmallCNN, grow, plain_swin
 from tiny_runs import changed
@@ -401,7 +402,7 @@ def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_ro
 def test_more_images_than_are_kept_have_the_same_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = batch(n=150), torch.arange(150) % 10
     threats = {threat.name: threat for threat in DIGITS}
-    once, parted = (GivenModel(KINDS["low-rank"](), "a model", x, y, threats) for _ in range(2))
+    once, parted = (Subject.of_model(KINDS["low-rank"](), "a model", x, y, threats) for _ in range(2))
     fig3 = registered()["fig3"]()
     kept = fig3.measure([once], Options(n=150))
     sizes = []
@@ -452,7 +453,7 @@ def test_any_model_has_its_figures_without_a_run(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
     x, y = batch(n=12), torch.arange(12) % 10
-    given = GivenModel(model, "mine", x, y, {"L2": DIGITS["L2"], "Linf": DIGITS["Linf"]})
+    given = Subject.of_model(model, "mine", x, y, {"L2": DIGITS["L2"], "Linf": DIGITS["Linf"]})
     assert not model.training
     write_figures([given], tmp_path, only=["fig5", "fig6"], formats=["svg"], options=Options(n=50))
     (run,) = json.loads((tmp_path / "fig5.json").read_text())["runs"]
@@ -492,7 +493,7 @@ def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert len([line for line in told.err.splitlines() if line.startswith(f"no {missing}")]) == 1
     x, y = Digits().open("test").first(8)
-    given = GivenModel(model, "test_vit", x, y, {"L2": LpBall(norm="L2", eps=0.3), "Linf": DIGITS["Linf"]})
+    given = Subject.of_model(model, "test_vit", x, y, {"L2": LpBall(norm="L2", eps=0.3), "Linf": DIGITS["Linf"]})
     write_figures([given], tmp_path / "again", only=["fig5"], formats=["svg"], options=Options(n=8))
     assert (tmp_path / "out" / "fig5.json").read_text() == (tmp_path / "again" / "fig5.json").read_text()
 
@@ -520,9 +521,12 @@ def test_a_model_that_is_not_named_well_is_told_before_anything_is_made(
 def test_beside_runs_a_given_model_is_left_out_of_what_asks_for_a_log(tmp_path: Path) -> None:
     lines = [{"event": "epoch", "epoch": 1, "seconds": 1.0, "accuracy": {"L2": 0.5}}]
     run: Any = SimpleNamespace(
-        name="run", config=SimpleNamespace(experts=None), run=SimpleNamespace(log=lambda: lines, folder=tmp_path)
+        name="run",
+        source=Run(tmp_path),
+        config=SimpleNamespace(experts=None),
+        run=SimpleNamespace(log=lambda: lines, folder=tmp_path),
     )
-    given = GivenModel(nn.Flatten(), "mine", batch(n=2), torch.arange(2), {})
+    given = Subject.of_model(nn.Flatten(), "mine", batch(n=2), torch.arange(2), {})
     data = registered()["fig8"]().measure([given, run], Options())
     assert [curve["name"] for curve in data["runs"]] == ["run"]
     assert data["left_out"]["mine"].startswith("it is a model without a run")

@@ -13,6 +13,7 @@ import yaml
 
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report
+from rome.evaluation.named import named_config
 from rome.report.compared import paired
 from rome.report.cost import count
 from rome.report.tables.paper_rows import BALLS, TABLES
@@ -108,7 +109,9 @@ def test_a_run_fills_the_row_that_trains_like_it(tmp_path: Path) -> None:
 def given(place: Path, settings: dict[str, Any], sha256: str = "1", **shown: Any) -> Path:
     """The evaluation of a model that no run made, made from that of a run."""
     source = next((evaluated(place / "run", {}, (0.5, 0.6, 0.4), **shown) / "evaluation").iterdir())
-    kept = {"model": {"name": "net.pt"}, "data": {"kind": "digits"}, "given": {"model": "net.pt", "data": "digits"}}
+    config = named_config({"model": "net.pt", "data": "digits"})
+    assert config is not None
+    kept = {"model": {"name": "net.pt"}, "config": config.dump()}
     stored = json.loads((source / "settings.json").read_text())
     stored |= {"model": {"type": "Net", "sha256": sha256}, "provenance": kept, **settings}
     (source / "settings.json").write_text(json.dumps(stored))

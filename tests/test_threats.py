@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rome.attacks.lp.pgd import ascend, random_start
 from rome.core.errors import UserError
-from rome.evaluation.any_data import named_budgets
+from rome.evaluation.named import named_budgets
 from rome.runs.config import parse
 from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 

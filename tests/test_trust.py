@@ -292,7 +292,7 @@ def test_an_evaluation_from_elsewhere_keeps_its_numbers_and_its_code_stays_where
     for number, model in enumerate(("mine.py:build", "mine:build", "evil.pt2", "evil.pt")):
         theirs = shutil.copytree(own, tmp_path / str(number))
         settings = json.loads((theirs / "settings.json").read_text())
-        settings["provenance"]["given"]["model"] = model
+        settings["provenance"]["config"]["model"]["name"] = model
         (theirs / "settings.json").write_text(json.dumps(settings))
         place.marker.unlink(missing_ok=True)
         ended = rome("report", theirs, "--out", tmp_path / "report")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -69,38 +69,32 @@ def evaluate(
     from rome.core.distributed import launched
 
     with launched() as team:  # first: whatever fails now fails in every process
-        from rome.evaluation.any_data import batch_size_of
-        from rome.evaluation.given import Given
         from rome.evaluation.memory import enough_memory
-        from rome.evaluation.run import evaluate_given, evaluate_saved
+        from rome.evaluation.named import named_config
+        from rome.evaluation.run import evaluate_saved
 
-        shared: dict[str, Any] = {
-            "suite": suite,
-            "features": features,
-            "n": n,
-            "cases": None if cases is None else names_in(cases),
-            "batch_size": batch_size_of(batch_size),
-            "device": device,
-            "checks": checks,
-            "out": out,
-            "overwrite": overwrite,
-            "team": team,
-        }
         data = named.pop("data") if target is not None and named["model"] is None else None
-        given = Given.asked(named, target)
-        if target is not None and given is None:
-            with enough_memory():
-                shared["routing"] = None if routing is None else routing.value
-                report, folder = evaluate_saved(target, data=data, **shared)
-            name = report.settings["provenance"]["config"]["name"]
-        elif given is not None and target is None and routing is None:
-            with enough_memory():
-                report, folder = evaluate_given(given, **shared)
-            name = report.settings["provenance"]["model"]["name"]
-        else:
+        config = named_config(named, target)
+        if (target is None) == (config is None) or (config is not None and routing is not None):
             raise UserError(
                 "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
                 "(rome evaluate --model NAME --data DATA, without --routing)"
+            )
+        with enough_memory():
+            report, folder = evaluate_saved(
+                config or str(target),
+                data=data,
+                suite=suite,
+                features=features,
+                cases=None if cases is None else names_in(cases),
+                n=n,
+                batch_size=_batch_size(batch_size),
+                device=device,
+                routing=None if routing is None else routing.value,
+                checks=checks,
+                out=out,
+                overwrite=overwrite,
+                team=team,
             )
     if not team.leads:
         return
@@ -111,6 +105,17 @@ def evaluate(
     else:
         from rome.report.page import show
 
-        show([(name, report)])
+        kept = report.settings["provenance"]
+        show([(kept.get("model", kept["config"])["name"], report)])
         say(f"saved in {folder}")
     report.require_complete()
+
+
+def _batch_size(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch-size {text!r}: give a number from 1, or auto")
+    return int(text)

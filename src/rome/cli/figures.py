@@ -30,12 +30,12 @@ def figures(
     trust_code: options.TrustCode = False,
 ) -> None:
     """The paper's figures for runs of any method and for any model, each with its data as JSON and CSV beside it."""
-    from rome.evaluation.given import Given
+    from rome.evaluation.named import named_config
     from rome.report.figures import Options, write_figures
-    from rome.report.subject import open_given
+    from rome.report.subject import open_named
 
-    given = Given.asked(named, *(runs or ())[:1])
-    shown = [*(runs or ()), *([] if given is None else [open_given(given, device)])]
+    config = named_config(named, *(runs or ())[:1])
+    shown = [*(runs or ()), *([] if config is None else [open_named(config, device)])]
     chosen = Options(n=n, seed=seed, layer=layer, image=image)
     for picture in write_figures(
         shown, out, only=names_in(only), formats=names_in(form), options=chosen, device=device

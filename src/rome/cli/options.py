@@ -50,7 +50,7 @@ _PatchSize = Annotated[int | None, typer.Option(min=1, help="Of timm's transform
 _Mean = Annotated[str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=_PANEL)]
 _Std = Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=_PANEL)]
 
-_GIVEN: dict[str, Any] = {
+_NAMED: dict[str, Any] = {
     "model": _Model,
     "data": _Data,
     "weights": _Weights,
@@ -62,21 +62,21 @@ _GIVEN: dict[str, Any] = {
     "mean": _Mean,
     "std": _Std,
 }
-"""The fields of :class:`rome.evaluation.given.Given`."""
+"""What :func:`rome.evaluation.named.named_config` reads."""
 
 
 def names_model(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that name a model that no run made. It gets what was said as ``named``, by field."""
     own = inspect.signature(command, eval_str=True)
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_GIVEN[name])
-        for name in _GIVEN
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_NAMED[name])
+        for name in _NAMED
     ]
     parameters = [*(each for each in own.parameters.values() if each.name != "named"), *shared]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        named = {name: values.pop(name) for name in _GIVEN}
+        named = {name: values.pop(name) for name in _NAMED}
         command(**values, named=named)
 
     wrapped.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what typer reads

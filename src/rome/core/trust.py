@@ -70,8 +70,8 @@ def check(file: Path, contents: Mapping[str, Any]) -> Mapping[str, Any]:
     """The contents, if they may be followed. Nothing has been imported before.
 
     Args:
-        contents: plain data of the file. Looked at are ``config``, ``model`` (the arguments of
-            :func:`rome.create_model`) and ``given`` (:class:`rome.evaluation.given.Given`).
+        contents: plain data of the file. Looked at are ``config`` and ``model`` (the arguments of
+            :func:`rome.create_model`).
 
     Raises:
         UserError: they name code, and neither this call nor the record of own files allows it.
@@ -107,17 +107,14 @@ def record(file: Path, contents: Mapping[str, Any]) -> None:
 
 def code_in(contents: Mapping[str, Any]) -> list[str]:
     """What would run or be fetched if these contents were followed, as ``imports: x``, ``model: x.py:f``."""
-    config, given = _mapping(contents.get("config")), _mapping(contents.get("given"))
+    config = _mapping(contents.get("config"))
     modules = config.get("imports") or ()
     found = [f"imports: {name}" for name in (modules if isinstance(modules, (list, tuple)) else (modules,))]
     settings = _mapping(config.get("model"))
     for recipe in (_mapping(contents.get("model")), settings, _mapping(settings.get("args"))):
-        if names_code(recipe.get("name")):
+        if names_code(recipe.get("name")) or Path(str(recipe.get("name"))).suffix in PROGRAMS:
             found.append(f"model: {recipe['name']}")
         found += [f"{key}: {recipe[key]}" for key in sorted(recipe.keys() & _builder_options()) if recipe[key]]
-    model = given.get("model")
-    if names_code(model) or Path(str(model)).suffix in PROGRAMS:
-        found.append(f"model: {model}")
     return [" ".join(printable(each).split())[:100] for each in dict.fromkeys(found)]
 
 

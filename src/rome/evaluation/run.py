@@ -1,36 +1,32 @@
-"""Evaluating what was saved, or what a name stands for: model, data and settings, and where the result goes."""
+"""Evaluating what a run saved or a config names: model, data and settings, and where the result goes."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
+from torch import nn
 
-from rome.attacks.suites import BATCH_SIZE, Suite
+from rome.attacks.suites import Suite
 from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.core import trust
 from rome.core.device import pick_device, placed
 from rome.core.distributed import ALONE, Team, own_device
 from rome.core.errors import UserError, first_line
 from rome.data.base import Split
-from rome.evaluation.evaluate import AUTO, Report, evaluate
-from rome.evaluation.given import Given
+from rome.evaluation.evaluate import Report, evaluate
+from rome.evaluation.named import build_named
 from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
 
-EXAMPLES = 1000
-"""Of a model that comes without a config."""
-
 
 @trust.opens_files
 def evaluate_saved(
-    target: str | Path,
+    target: str | Path | Config,
     *,
     data: str | None = None,
     suite: str | None = None,
@@ -47,16 +43,21 @@ def evaluate_saved(
     settings: Evaluation | None = None,
     trust_code: bool = False,
 ) -> tuple[Report, Path]:
-    """Evaluate a run's folder, its ``last.pt`` or ``best.safetensors``, or a ``model.safetensors``.
+    """Evaluate a model on the test set of its config.
 
-    On the test set of its config.
+    Args:
+        target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, or the config of a
+            model that no run made (:func:`rome.evaluation.named.named_config`).
+        data: where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
+        features: the network that measures perceptual distances in the suite; None takes the suite's.
+        routing: replaces the gates (:func:`rome.experts.set_routing`).
+        out: folder of the result; None: ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for a
+            run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
+            a model that no run made.
+        settings: what holds where an argument is None; without it the config's ``evaluation``.
+        trust_code: let files run the code that they name (:mod:`rome.core.trust`).
 
-    What is not given is that of ``settings``, and without these the config's; the rest is :func:`rome.evaluate`'s.
-    ``data`` is where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
-    ``routing`` replaces the gates (:func:`rome.experts.set_routing`), ``features`` the network that measures perceptual
-    distances in the suite, ``trust_code`` lets files run the code that they name (:mod:`rome.core.trust`). The result
-    goes to ``evaluation/SUITE-N`` beside the model, that of a run's ``best.safetensors`` to
-    ``evaluation-best/SUITE-N``, of its ``last.pt`` to ``evaluation-unfinished``.
+    The other arguments are those of :func:`rome.evaluate`.
 
     Returns:
         The report and the folder it was saved in.
@@ -64,37 +65,36 @@ def evaluate_saved(
     Raises:
         UserError: no such model, no config in it, or a setting that does not fit.
     """
-    file = Path(target)
-    if file.is_dir():
-        file = Run(file).model_file
-    model, config, split = (_from_checkpoint if file.suffix == ".pt" else _from_file)(file, data, team)
+    opened = open_target(target, data, team)
+    config, split = opened.config, opened.split
     settings = settings or config.evaluation
-    chosen = _readable(_suite(suite, settings.suite), features, cases, team)
-    x, y = _examples(config.data.kind, split, n, settings.n)
+    chosen = with_features(_suite(suite, settings.suite), features)
+    for sentence in (*check_files(chosen, cases), *opened.remarks):
+        _say(team, sentence)
+    if n is not None and n > len(split):
+        raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
+    x, y = split.first(min(n or settings.n or len(split), len(split)))
     routed = routing or settings.routing
-    set_routing(model, routed, seed=settings.seed)
-    name = f"{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}"
-    beside = "evaluation-best" if file == Run(file.parent).best_file else "evaluation"
-    if file.suffix == ".pt":  # apart, or reports and tables would take it for the finished model's
-        name, beside = f"{name}-{file_hash(file)[:8]}", "evaluation-unfinished"
-    folder = Path(out) if out is not None else file.parent / beside / name
+    set_routing(opened.model, routed, seed=settings.seed)
     place = own_device(pick_device(device or config.device))
+    name = f"{opened.prefix}{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{opened.suffix}"
+    folder = Path(out) if out is not None else opened.folder / name
     report = evaluate(
-        placed(model, place),
+        placed(opened.model, place),
         x,
         y,
         threats=config.threats,
         suite=chosen,
         batch_size=batch_size or settings.batch_size,
         seed=settings.seed,
+        device=place,
         out=folder,
         provenance={
             "config": config.dump(),
             "routing": routed,
-            "checkpoint": file.name,
-            "checkpoint_sha256": file_hash(file),
             "examples": split.source,
-            "remarks": list(split.remarks),
+            "remarks": [*split.remarks, *opened.remarks],
+            **opened.facts,
         },
         cases=cases,
         checks=checks,
@@ -102,79 +102,47 @@ def evaluate_saved(
         team=team,
         progress=True,
     )
-    return report, folder
-
-
-def evaluate_given(
-    given: Given,
-    *,
-    suite: str | None = None,
-    features: str | None = None,
-    n: int | None = None,
-    cases: Sequence[str] | None = None,
-    batch_size: int | Literal["auto"] | None = None,
-    device: str | None = None,
-    checks: bool | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    team: Team = ALONE,
-) -> tuple[Report, Path]:
-    """Evaluate a model that no run of ours made on the test examples of its data.
-
-    Args:
-        given: names the model, its data and its budgets; it is kept with the result, so that the model can be built
-            again.
-        features: the network that measures perceptual distances in the suite; None takes the suite's. The rest is
-            :func:`rome.evaluate`'s.
-
-    Returns:
-        The report and the folder it was saved in, ``evaluations/NAME-SUITE-N`` unless the options say another.
-
-    Raises:
-        UserError: no such model or data, or they do not fit each other.
-    """
-    source, threats = given.source(), given.threats()
-    chosen = _readable(as_suite("apgd" if suite is None else suite), features, cases, team)
-    split = source.open("test")
-    x, y = _examples(source.kind, split, n, EXAMPLES)
-    place = own_device(pick_device(device or AUTO))
-    batch_size = batch_size or BATCH_SIZE
-    largest = min(len(x), batch_size if isinstance(batch_size, int) else BATCH_SIZE)
-    subject = given.build(split, place, batch_size=largest)
-    for remark in subject.remarks:
-        _say(team, remark)
-    label = re.sub(r"[^A-Za-z0-9._+-]+", "-", subject.name)
-    folder = Path(out) if out is not None else Path("evaluations") / f"{label}-{chosen.label}-{len(x)}"
-    report = evaluate(
-        subject.model,
-        x,
-        y,
-        threats=threats,
-        suite=chosen,
-        batch_size=batch_size,
-        device=place,
-        out=folder,
-        provenance={
-            "model": subject.facts,
-            "data": source.dump(),
-            "examples": split.source,
-            "remarks": [*split.remarks, *subject.remarks],
-            "given": given.model_dump(mode="json", exclude_none=True),
-        },
-        cases=cases,
-        checks=checks,
-        overwrite=overwrite,
-        team=team,
-        progress=True,
-    )
-    classes = len(split.classes)
-    if report.interval("clean")[0] <= 1 / classes:
+    if "model" in opened.facts and report.interval("clean")[0] <= 1 / len(split.classes):
         _say(
             team,
-            f"only {report.clean:.1%} are right without an attack, no better than chance for {classes} classes: are "
-            "the normalisation (--mean, --std), the image size and the order of the classes those it was trained with?",
+            f"only {report.clean:.1%} are right without an attack, no better than chance for {len(split.classes)} "
+            "classes: are the normalisation (--mean, --std), the image size and the order of the classes those it was "
+            "trained with?",
         )
     return report, folder
+
+
+class Opened(NamedTuple):
+    """What is evaluated."""
+
+    model: nn.Module
+    config: Config
+    split: Split
+    folder: Path
+    """Where results go."""
+    facts: dict[str, Any]
+    """JSON data for the result's provenance: ``checkpoint`` and its hash of a run, ``model`` of another model."""
+    remarks: Sequence[str] = ()
+    prefix: str = ""
+    suffix: str = ""
+
+
+def open_target(target: str | Path | Config, data: str | None = None, team: Team = ALONE) -> Opened:
+    """The model in evaluation mode, its config and its test set; arguments and errors are :func:`evaluate_saved`'s."""
+    if isinstance(target, Config):
+        split = target.data.open("test")
+        model, facts, remarks = build_named(target, split)
+        return Opened(model, target, split, Path("evaluations"), {"model": facts}, remarks, prefix=f"{target.name}-")
+    file = Path(target)
+    if file.is_dir():
+        file = Run(file).model_file
+    unfinished = file.suffix == ".pt"
+    model, config, split = (_from_checkpoint if unfinished else _from_file)(file, data, team)
+    digest = file_hash(file)
+    beside = "evaluation-best" if file == Run(file.parent).best_file else "evaluation"
+    beside = "evaluation-unfinished" if unfinished else beside  # or reports would take it for the finished model's
+    facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
+    return Opened(model, config, split, file.parent / beside, facts, suffix=f"-{digest[:8]}" if unfinished else "")
 
 
 def _suite(asked: str | None, configured: Suite) -> Suite:
@@ -193,25 +161,6 @@ def _suite(asked: str | None, configured: Suite) -> Suite:
     except ValueError as error:
         raise UserError(f"suite: {error}") from None
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])
-
-
-def _readable(suite: Suite, features: str | None, cases: Sequence[str] | None, team: Team) -> Suite:
-    """The suite with these features, once it is said which of its files are missing.
-
-    Raises:
-        UserError: one that was named is missing or of no use.
-    """
-    chosen = with_features(suite, features)
-    for sentence in check_files(chosen, cases):
-        _say(team, sentence)
-    return chosen
-
-
-def _examples(kind: str, split: Split, asked: int | None, usual: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first test examples, as many as are asked for."""
-    if asked is not None and asked > len(split):
-        raise UserError(f"--n {asked} exceeds the {len(split)} test examples of {kind}; give at most that many")
-    return split.first(min(asked or usual or len(split), len(split)))
 
 
 def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
@@ -248,7 +197,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-def _from_file(file: Path, data: str | None, team: Team) -> tuple[torch.nn.Module, Config, Split]:
+def _from_file(file: Path, data: str | None, team: Team) -> tuple[nn.Module, Config, Split]:
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
@@ -260,7 +209,7 @@ def _from_file(file: Path, data: str | None, team: Team) -> tuple[torch.nn.Modul
     return load_model(file), config, split
 
 
-def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[torch.nn.Module, Config, Split]:
+def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[nn.Module, Config, Split]:
     run = Run(file.parent)
     if file != run.checkpoint_file or not file.is_file():
         raise UserError(

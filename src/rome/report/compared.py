@@ -17,8 +17,6 @@ from rome.evaluation.statistics import Difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.report.evaluated import (
     Evaluated,
-    EvaluatedModel,
-    EvaluatedRun,
     is_evaluation,
     load_evaluation,
     own_name,
@@ -74,11 +72,10 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
     evaluated: list[Evaluated] = []
     for name, run, each in zip(names_of(own, folders), runs, found, strict=True):
         folder, report = each[chosen]
-        if run is None:
-            evaluated.append(EvaluatedModel(name=name, folder=folder, report=report))
-            continue
-        others = tuple(_key(key) for key in sorted(each) if key != chosen)
-        one = EvaluatedRun(name=name, folder=folder, report=report, others=others, run=run, config=run.config)
+        others = () if run is None else tuple(_key(key) for key in sorted(each) if key != chosen)
+        one = Evaluated(
+            name=name, folder=folder, report=report, others=others, run=run, config=None if run is None else run.config
+        )
         one.check_fresh()
         evaluated.append(one)
     for each_one in evaluated:

@@ -26,7 +26,7 @@ from rome.report.classes import by_class
 from rome.report.columns import covered, markdown, missing, show, tabulate
 from rome.report.compared import config_differences, findings, gather
 from rome.report.cost import macs
-from rome.report.evaluated import Evaluated, EvaluatedRun
+from rome.report.evaluated import Evaluated
 from rome.report.figures import Options, registered
 from rome.report.figures.training import HELD_OUT
 from rome.report.robustbench import write_entries
@@ -79,7 +79,7 @@ def write_report(
     if compared[0].others and suite is None:
         others = ", ".join(compared[0].others)
         print(f"{compared[0].name} has other evaluations too (--suite shows them): {others}", file=sys.stderr)
-    trained = [run for run in compared if isinstance(run, EvaluatedRun)]
+    trained = [run for run in compared if run.config is not None]
     rows = [(run.name, run.report) for run in compared]
     for cases in unions:
         for run in compared:
@@ -113,8 +113,10 @@ def write_report(
         "gates": _attempt(pictures.gates, notes, "gates"),
         "figures": _attempt(pictures.figures, notes, "figures") or [],
         "curves": _curves(compared),
-        "differences": config_differences([run.config for run in trained]),
-        "yaml": {run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained},
+        "differences": config_differences([run.config for run in trained if run.config is not None]),
+        "yaml": {
+            run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained if run.config is not None
+        },
         "command": shlex.join(
             [
                 *("rome", "report", *map(str, runs), "--out", str(out)),
@@ -287,11 +289,11 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Evaluated]) -> dict[str, Any] | None:
-    trained = [run for run in runs if isinstance(run, EvaluatedRun)]
-    logs = {run.name: [line for line in run.run.log() if line.get("event") == "epoch"] for run in trained}
+    trained = {run.name: run.run for run in runs if run.run is not None}
+    logs = {name: [line for line in run.log() if line.get("event") == "epoch"] for name, run in trained.items()}
     if not any(logs.values()):
         return None
-    natural = max(run.config.natural_epochs for run in trained)
+    natural = max(run.config.natural_epochs for run in trained.values())
     every = {run.name: logs.get(run.name, []) for run in runs}  # so that a run has its colour of the other charts
     return {"charts": [Markup(chart) for chart in charts.histories(every, natural=natural)], "natural": natural}
 

@@ -1,4 +1,4 @@
-"""A model opened to be looked at, of a run or given: its test images, and what each threat makes of them."""
+"""A model opened to be looked at: its test images, and what each threat makes of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,8 @@ from rome.core.device import pick_device
 from rome.core.errors import UserError
 from rome.data.base import Split
 from rome.data.memory import TensorSplit
-from rome.evaluation.given import Given
+from rome.evaluation.run import Opened, open_target
 from rome.experts import Routing, set_routing
-from rome.models import load_model
-from rome.models.exported import Named
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.threats import PerExample, Threat
@@ -41,54 +38,80 @@ def short(layer: str) -> str:
 
 
 class Subject:
-    """A finished run. Model, data and attacked images are loaded or made when first asked for, once each.
+    """A model to be looked at. Model, data and attacked images are loaded or made when first needed, once each.
 
     Args:
-        run: its folder, with ``model.safetensors``.
+        source: a finished run, or the config of a model that no run made (:func:`rome.evaluation.named.named_config`).
         name: what pictures call it.
         device: of the model and the images.
         routing: gate weights in place of the learned ones, of the given seed; see :func:`rome.experts.set_routing`.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the run is not finished.
     """
 
     def __init__(
-        self, run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+        self, source: Run | Config, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
     ) -> None:
-        self.run, self.name, self.device = run, name, device
+        self.source: Run | Config | None = source
+        self.name, self.device = name, device
         self.routing: Routing = routing
         self.seed = seed
-        self.config: Config = run.config
         self._trusted = trust.allowed()
-        if not run.finished:
-            raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+        if isinstance(source, Run) and not source.finished:
+            raise UserError(f"{source.folder} holds no finished model (model.safetensors); train it to its end first")
         self._attacked: dict[int, dict[str, Tensor]] = {}
+
+    @classmethod
+    def of_model(cls, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> Subject:
+        """A classifier that is there already, of any architecture; its mode becomes evaluation.
+
+        Args:
+            model: images (B, C, H, W) in [0, 1] to logits.
+            name: what pictures call it.
+            x: images (n, C, H, W) in [0, 1], on the model's device.
+            y: their labels, int64 (n,).
+            threats: by name.
+        """
+        subject = cls.__new__(cls)
+        subject.source, subject.name, subject.device, subject._attacked = None, name, x.device, {}
+        subject.__dict__.update(model=model.eval(), split=TensorSplit(x, y), threats=MappingProxyType(dict(threats)))
+        return subject
+
+    @property
+    def run(self) -> Run:
+        """Raise UserError where no run made the model."""
+        if not isinstance(self.source, Run):
+            raise UserError(f"{self.name} {WITHOUT_RUN}")
+        return self.source
+
+    @property
+    def config(self) -> Config:
+        """The run's."""
+        return self.run.config
+
+    @cached_property
+    def _opened(self) -> Opened:
+        """The model and the test examples, those of a run where its config says."""
+        source = self.source if isinstance(self.source, Config) else self.run.model_file
+        with trust.trusting(self._trusted):
+            return open_target(source)
 
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, in evaluation mode."""
-        model = load_model(self.run.model_file, trust_code=self._trusted)
-        return set_routing(model, self.routing, seed=self.seed).to(self.device)
+        return set_routing(self._opened.model, self.routing, seed=self.seed).to(self.device)
 
     @cached_property
     def split(self) -> Split:
-        """The test examples.
+        """The test examples."""
+        return self._opened.split
 
-        Raises:
-            UserError: they are not where the run's config says.
-        """
-        try:
-            return self.config.data.open("test")
-        except UserError as error:
-            raise UserError(
-                f"{error} (if it lies elsewhere now, correct data.path in {self.run.config_file})"
-            ) from None
-
-    @property
+    @cached_property
     def threats(self) -> Mapping[str, Threat]:
-        """What the run was trained on, by name."""
-        return MappingProxyType({threat.name: threat for threat in self.config.threats})
+        """What the run was trained on, or the model is to be attacked under, by name."""
+        config = self.source if isinstance(self.source, Config) else self.config
+        return MappingProxyType({threat.name: threat for threat in config.threats})
 
     def images(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,), fewer where the set is smaller."""
@@ -118,75 +141,14 @@ class Subject:
             yield {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
 
 
-class GivenModel(Subject):
-    """A classifier that no run made, to be looked at as runs are, but for what asks about its training or evaluation.
-
-    Args:
-        model: images (B, C, H, W) in [0, 1] to logits, of any architecture; its mode becomes evaluation.
-        name: what pictures call it.
-        x: images (n, C, H, W) in [0, 1], on the model's device.
-        y: their labels, int64 (n,).
-        threats: by name.
-    """
-
-    def __init__(self, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> None:
-        self.name, self.device, self.model, self.split = name, x.device, model.eval(), TensorSplit(x, y)
-        self._threats, self._attacked = dict(threats), {}
-
-    @property
-    def threats(self) -> Mapping[str, Threat]:
-        return MappingProxyType(self._threats)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("run", "config"):
-            raise UserError(f"{self.name} {WITHOUT_RUN}")
-        raise AttributeError(name)
-
-
-class NamedModel(GivenModel):
-    """A given model that a name or a file stands for; it and its data are opened when first asked for.
-
-    Args:
-        given: how it is named.
-        name: what pictures call it.
-        device: of the model and the images.
-    """
-
-    def __init__(self, given: Given, name: str, device: torch.device) -> None:
-        self.given, self.name, self.device = given, name, device
-        self._attacked = {}
-
-    @cached_property
-    def built(self) -> Named:
-        """The classifier, in evaluation mode, and what there is to say of it.
-
-        Raises:
-            UserError: it cannot be built.
-        """
-        return self.given.build(self.split, self.device, batch_size=AT_A_TIME)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        return self.built.model
-
-    @cached_property
-    def split(self) -> Split:
-        """The test examples."""
-        return self.given.source().open("test")
-
-    @property
-    def threats(self) -> Mapping[str, Threat]:
-        return MappingProxyType(self.given.threats())
-
-
-def open_given(given: Given, device: str | None = None) -> NamedModel:
-    """That model under its own name, built at once, so that what is wrong with it is told before anything is made.
+def open_named(config: Config, device: str | None = None) -> Subject:
+    """The model of a config that no run made, built at once, so that mistakes end before anything is made.
 
     Raises:
         UserError: no such model, data or device, or they do not fit each other.
     """
-    subject = NamedModel(given, given.name, pick_device(device or "auto"))
-    for remark in subject.built.remarks:
+    subject = Subject(config, config.name, pick_device(device or "auto"))
+    for remark in subject._opened.remarks:
         print(remark, file=sys.stderr)
     return subject
 
@@ -197,11 +159,11 @@ def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]
     Raises:
         UserError: there is no run.
     """
-    given = {subject.name: subject for subject in subjects if isinstance(subject, GivenModel)}
-    runs = [subject for subject in subjects if not isinstance(subject, GivenModel)]
+    runs = [subject for subject in subjects if isinstance(subject.source, Run)]
+    others = [subject.name for subject in subjects if not isinstance(subject.source, Run)]
     if not runs:
-        raise UserError("; ".join(f"{name} {WITHOUT_RUN}" for name in given))
-    return runs, dict.fromkeys(given, f"it {WITHOUT_RUN}")
+        raise UserError("; ".join(f"{name} {WITHOUT_RUN}" for name in others))
+    return runs, dict.fromkeys(others, f"it {WITHOUT_RUN}")
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:

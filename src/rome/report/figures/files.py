@@ -47,7 +47,7 @@ def write_figures(
 
     Args:
         runs: their folders, or what is there already: :func:`rome.report.subject.open_subjects`, and models that no
-            run made (:func:`rome.report.subject.open_given`, :class:`rome.report.subject.GivenModel`).
+            run made (:func:`rome.report.subject.open_named`, :meth:`rome.report.subject.Subject.of_model`).
         device: of runs that are named by their folders.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
 

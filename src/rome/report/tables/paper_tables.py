@@ -23,7 +23,7 @@ from rome.evaluation.evaluate import Report
 from rome.evaluation.store import RESULT
 from rome.report.compared import PREFERRED_SUITES
 from rome.report.cost import count
-from rome.report.evaluated import EvaluatedModel, EvaluatedRun, is_evaluation, load_evaluation
+from rome.report.evaluated import Evaluated, is_evaluation, load_evaluation
 from rome.report.subject import names_of
 from rome.report.tables.lines import SAME, Cell, Line, value_of, with_best, with_gains
 from rome.report.tables.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
@@ -78,7 +78,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
             shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
             if shown:
                 for report in shown:
-                    EvaluatedRun(name="", folder=run.folder, report=report, run=run, config=run.config).check_fresh()
+                    Evaluated(name="", folder=run.folder, report=report, run=run, config=run.config).check_fresh()
                 used.add(run.folder)
                 alike.setdefault(_alike(run.config, shown), []).append((run, shown))
         for first, other in (pair for group in alike.values() for pair in combinations([run for run, _ in group], 2)):
@@ -146,7 +146,7 @@ def _by_model(
     found: dict[tuple[str, ...], dict[tuple[str, str, int], Report]] = {}
     sources: dict[tuple[str, ...], dict[tuple[str, int], Path]] = {}
     for place in places:
-        model = EvaluatedModel(name="", folder=place, report=load_evaluation(place))
+        model = Evaluated(name="", folder=place, report=load_evaluation(place))
         if not _known(model.report, columns):
             raise UserError(_nothing_of(place, model.command, columns, number))
         settings, evaluation = model.report.settings, (model.report.suite, model.report.n)

@@ -1,0 +1,345 @@
+"""Models that no run made, and their data, as a command line names them: a config in memory.
+
+``rome evaluate --model NAME --data DATA`` evaluates the config that :func:`named_config` makes of its options.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+from timm.data.config import resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from rome.attacks.suites.composed import listed
+from rome.core.component import mistakes
+from rome.core.errors import UserError, did_you_mean
+from rome.core.trial import check_attackable, last_line
+from rome.core.trust import names_code
+from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
+from rome.data.base import NAMES, Split
+from rome.data.tables import find_tables, label_names
+from rome.models import Classifier, ModelSettings, create_model, file_hash, load_weights, weights_file
+from rome.models.exported import SavedModule, is_saved_module
+from rome.runs.config import DATA_BUDGETS, Config
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
+
+TRIED = 3
+"""Images on which a model is tried before anything else."""
+
+_FORMS = (
+    "digits; cifar10:PATH; a folder with test/CLASS/*.jpg (or val), with test-*.parquet or with cifar-10-batches-py; a "
+    ".parquet file; or settings as in a config: '{path: PATH, test_split: val}'"
+)
+
+
+def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Data:
+    """The data set that ``digits``, ``KIND:PATH``, a folder, a Parquet file or settings in braces name; what a folder
+    holds is seen by its content.
+
+    Args:
+        img_size: the side, in pixels, that images are to have.
+        settings: how a model wants images to be resized: for folders of images, and for Parquet files where
+            ``img_size`` is given or their images differ in size; others stay as they are.
+
+    Raises:
+        UserError: no such data set or folder, or one of unknown content.
+    """
+    given = _given(text)
+    kind = given.pop("kind")
+    if img_size is not None:
+        settings["size"] = img_size
+    try:
+        owner = Data.of_kind(kind)
+        data = owner.model_validate(given)
+        resized = isinstance(data, ImageFolder) or (
+            isinstance(data, Parquet) and (img_size or data.size or not data.one_size())
+        )
+        return type(data).model_validate({**settings, **given}) if resized else data
+    except ValidationError as error:
+        wrong = mistakes(error, given, owner)[0].of(f"data {text!r}")
+        raise UserError(f"{wrong.rstrip('.')}; give {_FORMS}") from None
+    except PydanticCustomError as error:
+        raise UserError(f"data {text!r}: {error}; give {_FORMS}") from None
+
+
+def _given(text: str) -> dict[str, Any]:
+    """What a text says of a data set: its kind, and settings."""
+    if text.lstrip().startswith("{"):
+        try:
+            (given,) = listed(text)
+        except ValueError as error:
+            raise UserError(f"data: {error}") from None
+        return given if "kind" in given else {"kind": _content(Path(str(given.get("path", "")))), **given}
+    kind, colon, path = text.partition(":")
+    if kind in Data.members():
+        return {"kind": kind, **({"path": path} if colon else {})}
+    path_like = len(kind) == 1 or {"/", "\\"} & set(kind)  # C:\x, ./a:b
+    if colon and not path_like and not os.path.exists(os.path.expanduser(text)):
+        raise UserError(f"unknown data {text!r}; give {_FORMS}")
+    return {"kind": _content(Path(text)), "path": text}
+
+
+def _content(folder: Path) -> str:
+    folder = Path(os.path.expanduser(folder))
+    if folder.suffix == ".parquet" and os.path.isfile(folder):
+        return _of_tables(folder)
+    if not os.path.isdir(folder):
+        near = did_you_mean(str(folder), Data.members()) if len(folder.parts) == 1 else ""
+        raise UserError(f"there is no folder {folder} with data; give {_FORMS}.{near}")
+    if (folder / "batches.meta").is_file() and folder.name != "cifar-10-batches-py":
+        raise UserError(f"{folder} holds CIFAR-10's batches: rename it to cifar-10-batches-py")
+    if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
+        return Cifar10.kind
+    if tables := find_tables(folder, *NAMES["test"]):
+        return _of_tables(tables[0])
+    tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
+    if any(entry.is_dir() for test in tests for entry in test.iterdir()):
+        return ImageFolder.kind
+    raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
+
+
+def _of_tables(file: Path) -> str:
+    """CIFAR-10 where the Hub's names of classes inside a file say so."""
+    return Cifar10.kind if label_names(file) == CIFAR10_CLASSES else Parquet.kind
+
+
+def named_budgets(text: str) -> tuple[Threat, ...]:
+    """The threats that a text names: ``cifar10``, ``imagenet``, ``digits``, or balls such as ``L2=0.5,Linf=8/255``.
+
+    Raises:
+        UserError: neither.
+    """
+    if text in NAMED_BUDGETS:
+        return NAMED_BUDGETS[text]
+    if "=" not in text:
+        raise UserError(f"unknown budgets {text!r}.{did_you_mean(text, NAMED_BUDGETS)} Or balls: L2=0.5,Linf=8/255")
+    threats: dict[str, Threat] = {}
+    for part in text.split(","):
+        norm, _, eps = part.partition("=")
+        given = {"norm": norm.strip(), "eps": eps.strip()}
+        try:
+            threat = LpBall.model_validate(given)
+        except ValidationError as error:
+            wrong = mistakes(error, given, LpBall)[0].of(f"budget {part!r}")
+            raise UserError(f"{wrong}; write a norm and its radius, such as L1=12, L2=0.5 or Linf=8/255") from None
+        if threat.name in threats:
+            raise UserError(f"budgets {text!r} name {threat.name} twice")
+        threats[threat.name] = threat
+    return tuple(threats.values())
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """``0.49,0.48,0.45`` as numbers; None stays None."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: write one number, or one for each channel: 0.49,0.48,0.45") from None
+
+
+def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
+    """How a timm model wants files of images to be resized, as settings of an image folder: what
+    ``timm.data.resolve_data_config`` says of its weights, and at their test size what it says of that.
+
+    Raises:
+        UserError: it wants images that are not square.
+    """
+    config = _pretrained(name)
+    if config is None:
+        return {} if img_size is None else {"size": img_size}
+    tested = img_size is not None and img_size == (config.test_input_size or (0,))[-1]
+    resolve: Any = resolve_data_config
+    wanted = resolve({}, pretrained_cfg=config.to_dict(), use_test_size=tested)
+    _, height, width = wanted["input_size"]
+    if img_size is None and height != width:
+        raise UserError(
+            f"--model {name}: it reads images of {width} x {height} pixels, not square ones: give --img-size"
+        )
+    resizing = {key: wanted[key] for key in ("crop_pct", "crop_mode", "interpolation")}
+    return {"size": img_size or width, **resizing}
+
+
+def _of_another_size(name: str, size: int) -> str:
+    """A remark where images have the size of the weights' training, and timm validates them at another one."""
+    config = _pretrained(name)
+    if config is None or config.test_input_size is None or size != config.input_size[-1]:
+        return ""
+    test = config.test_input_size[-1]
+    said = f"images of {size} pixels, as {name} was trained; timm validates these weights at {test} (--img-size {test})"
+    return said if test != size else ""
+
+
+def _pretrained(name: str) -> Any:
+    """What timm knows of the weights of a model of that name; None where it has no such model."""
+    if names_code(name) or is_saved_module(name) or not timm.is_model(name):
+        return None
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError as error:
+        near = did_you_mean(name, timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UserError(f"--model {name}: {last_line(error).rstrip('.')}.{near}") from error
+
+
+def named_config(options: Mapping[str, Any], also: object = None) -> Config | None:
+    """The config that the options of a command make, by name; None where none of them is given.
+
+    Args:
+        options: ``model``, ``data``, ``weights``, ``weights_key``, ``budgets``, ``num_classes``, ``img_size``,
+            ``patch_size``, ``mean`` and ``std``, as they are typed.
+        also: what else the command names, for the message.
+
+    Raises:
+        UserError: ``model`` without ``data``, other options without ``model``, or values that are not valid.
+    """
+    said = {name: value for name, value in options.items() if value is not None}
+    if not said:
+        return None
+    if "model" not in said:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        raise UserError(f"{names} go with --model{'' if also is None else f', not with {also}, whose config says it'}")
+    name, side = said["model"], said.get("img_size")
+    if "data" not in said:
+        raise UserError(f"--model {name} needs --data: digits, cifar10:PATH, a folder or a .parquet file")
+    saved, weights = is_saved_module(name), said.get("weights")
+    function = names_code(name) and not saved
+    if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
+        raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
+    if saved and weights is not None:
+        raise UserError(f"{name} holds its weights already: leave --weights out")
+    mean, std = _numbers(said.get("mean"), "--mean"), _numbers(said.get("std"), "--std")
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together: give both, or neither")
+    data = named_data(said["data"], img_size=side, **preprocessing(name, side))
+    budgets = said.get("budgets") or DATA_BUDGETS.get(data.kind)
+    if budgets is None:
+        raise UserError(
+            f"data kind {data.kind!r} has no budgets of its own; give --budgets cifar10, or L2=0.5,Linf=8/255"
+        )
+    return Config(
+        name=re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(name).stem if saved else name.rpartition(":")[2]),
+        data=data,
+        model=ModelSettings(
+            name=name,
+            pretrained=not function and not saved and weights is None,
+            mean=mean,
+            std=std,
+            **{key: said.get(key) for key in ("num_classes", "img_size", "patch_size", "weights", "weights_key")},
+        ),
+        threats=named_budgets(budgets),
+    )
+
+
+def command(config: Config) -> str:
+    """The command that evaluates such a config."""
+    model, data = config.model, config.data
+    given = {name: getattr(data, name) for name, field in type(data).model_fields.items()}
+    given = {name: value for name, value in given.items() if value != type(data).model_fields[name].default}
+    plain = f"{data.kind}:{data.path}" if data.path else data.kind
+    usual = config.threats == NAMED_BUDGETS.get(DATA_BUDGETS.get(data.kind, ""))
+    options = {
+        "model": model.name,
+        "data": json.dumps({"kind": data.kind, **given}, default=str) if given.keys() - {"path"} else plain,
+        "budgets": "" if usual else ",".join(f"{b.norm}={b.eps!r}" for b in config.threats if isinstance(b, LpBall)),
+        **model.model_dump(include={"weights", "weights_key", "num_classes", "img_size", "patch_size"}),
+        **{key: values and ",".join(map(repr, values)) for key, values in (("mean", model.mean), ("std", model.std))},
+    }
+    words = [word for key, value in options.items() if value for word in (f"--{key.replace('_', '-')}", str(value))]
+    return shlex.join(["rome", "evaluate", *words])
+
+
+def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """The model of such a config in evaluation mode, tried on the first images of the data.
+
+    Returns:
+        The model, what the result keeps of it (JSON), and what its reader should know.
+
+    Raises:
+        UserError: unknown, unreadable, or it does not take such images or give so many logits.
+    """
+    settings, name = config.model, config.model.name
+    channels, side = split.shape[0], split.shape[-1]
+    outputs = settings.num_classes or len(split.classes)
+    if settings.img_size not in (None, side):
+        raise UserError(
+            f"--img-size {settings.img_size}: {config.data.kind} has images of {side} pixels, never resized; leave it "
+            "out, or give a folder of images"
+        )
+    mean, std = settings.mean, settings.std
+    if mean is not None and std is not None:
+        if any(len(values) not in (1, channels) for values in (mean, std)) or min(std) <= 0:
+            raise UserError(
+                f"--mean and --std need one number, or one for each of {channels} channels; --std positive ones"
+            )
+        mean, std = mean * (channels // len(mean)), std * (channels // len(std))
+    remarks: list[str] = []
+    facts: dict[str, Any] = {"name": Path(name).name if is_saved_module(name) else name, "normalisation": None}
+    model: nn.Module
+    if is_saved_module(name):
+        model = inner = SavedModule(Path(name))
+        facts["sha256"] = inner.digest
+        if mean is not None and std is not None:
+            model = Classifier(inner, mean, std)
+    else:
+        model = _architecture(settings, outputs, channels, side, mean, std)
+        if settings.weights is not None:
+            remarks = load_weights(
+                model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None
+            )
+            facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
+        elif settings.img_size is None:
+            remarks += filter(None, [_of_another_size(name, side)])
+    plain = mean is None and (names_code(name) or is_saved_module(name))
+    if plain and (not isinstance(model, Classifier) or bool((model.mean == 0).all() and (model.std == 1).all())):
+        remarks.append(
+            f"no normalisation added: {name} gets images in [0, 1] (give --mean and --std if it expects others)"
+        )
+    elif isinstance(model, Classifier):
+        facts["normalisation"] = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    images, hint = (
+        split.first(min(TRIED, len(split)))[0],
+        "it must take batches of any size; for another image size give --img-size",
+    )
+    classes = check_attackable(model.eval(), images, name=name, hint=hint)
+    if classes != outputs:
+        raise UserError(
+            f"{name} gives {classes} classes, not {outputs}; if it has more classes than the data, and its first ones "
+            "are the data's, give --num-classes"
+        )
+    return model, facts, remarks
+
+
+def _architecture(settings: ModelSettings, outputs: int, channels: int, side: int, mean: Any, std: Any) -> Classifier:
+    """The model without the weights of a file; timm's with those of its tag."""
+    name, plain = settings.name, mean is None and names_code(settings.name)
+    config = _pretrained(name)
+    if settings.pretrained and timm.is_model(name):
+        if config is None or not config.has_weights:
+            raise UserError(f"{name} has no pretrained weights: give --weights FILE, or a tag (NAME.TAG) of timm's")
+        if config.num_classes != outputs:
+            raise UserError(
+                f"the pretrained weights of {name} are for {config.num_classes} classes, not {outputs}, so its head "
+                "would be random: give --weights FILE, or "
+                f"--num-classes {config.num_classes} if the data's classes are the first of them"
+            )
+    fixed = config is not None and config.fixed_input_size and config.input_size[-1] != side
+    return create_model(
+        name,
+        num_classes=outputs,
+        img_size=side if fixed else None,
+        patch_size=settings.patch_size,
+        in_chans=channels,
+        pretrained=settings.pretrained,
+        mean=(0.0,) if plain else mean,
+        std=(1.0,) if plain else std,
+    )
