@@ -42,7 +42,7 @@ from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
 from rome.models import build_model
 from rome.runs.config import Config, parse
 from rome.threats import CIFAR10
-from rome.training.loop import train
+from rome.training.setup import train
 
 METHODS = ("RANDOM", "RoME+RANDOM")
 STEPS = {"L1": 20, "L2": 20, "Linf": 10}

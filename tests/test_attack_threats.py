@@ -15,10 +15,9 @@ from rome.attacks import APGD, GMA, PGD, Attack, AttackThreat, FastLPA, Fog, Pat
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.evaluation.evaluate import evaluate
-from rome.evaluation.progress import cost
 from rome.evaluation.run import evaluate_saved
 from rome.evaluation.statistics import mcnemar
-from rome.methods import Average, Maximum, Method, Random, Setting
+from rome.methods import Average, Maximum, Method, Random, TrainContext
 from rome.models import load_model
 from rome.report.explore.explorer import Explorer, open_explorers
 from rome.report.subject import attack_all
@@ -26,7 +25,7 @@ from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
 from rome.threats import AnyImage, LpBall, Perceptual, PerExample, Threat
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import STEPS, Moment, changed, rome, same, tiny, updates, weights, without_times, write_yaml
 
 LINF, L2 = LpBall(norm="Linf", eps=0.1), LpBall(norm="L2", eps=0.4)
@@ -54,10 +53,9 @@ def batch(digits: Digits) -> tuple[Tensor, Tensor]:
     return x[:12].double(), y[:12]
 
 
-def setting_of(model: nn.Module, *threats: Threat, rank: int = 0, world: int = 1, seed: int = 0) -> Setting:
-    return Setting(
+def setting_of(model: nn.Module, *threats: Threat, rank: int = 0, world: int = 1, seed: int = 0) -> TrainContext:
+    return TrainContext(
         model=model,
-        attacked=model,
         threats=threats,
         attack=PGD(steps=3),
         regularizer=None,
@@ -185,7 +183,7 @@ def test_random_gives_each_of_four_threats_its_share(batch: tuple[Tensor, Tensor
         for seed in range(4):
             x, y = torch.zeros(n, 1, 8, 8, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
             settings = [setting_of(model, *threats, rank=rank, world=world, seed=seed) for rank in range(world)]
-            labels = torch.cat([Random().loss(setting, x, y).labels for setting in settings])
+            labels = torch.cat([Random().loss(context, x, y).labels for context in settings])
             counts = torch.bincount(labels, minlength=4)
             assert counts.max() - counts.min() <= 1
 
@@ -245,10 +243,10 @@ def test_e_at_counts_what_the_threats_own_attack_fools(batch: tuple[Tensor, Tens
     (x, y), model = batch, network()
     y = model(x).argmax(1)
     method = Method.of_kind("eat")(threats=("Linf", "stadv-3"), per="example")
-    setting = setting_of(model, LINF, AttackThreat(attack=WEAK))
-    method.prepare(setting)
-    labels = method.loss(setting, x, y).labels
-    method.update_end(setting)
+    context = setting_of(model, LINF, AttackThreat(attack=WEAK))
+    method.prepare(context)
+    labels = method.loss(context, x, y).labels
+    method.update_end(context)
     flow = labels == 1
     fooled = model(WEAK(model, x[flow], y[flow], AnyImage())).argmax(1) != y[flow]
     state = method.state()
@@ -364,7 +362,6 @@ def test_a_suite_gives_such_a_threat_its_own_column(suite: Any, digits: Digits) 
     assert report.union == pytest.approx((report.correct[:, 1] & column).mean())
     (told,) = (warning for warning in report.warnings if warning["case"] == "stadv-3")
     assert "searched by stadv alone" in told["message"]
-    assert cost(STADV, FLOW) == 9
 
 
 def test_a_finished_run_is_evaluated_drawn_and_explored_under_its_threats(undisturbed: Run) -> None:

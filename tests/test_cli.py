@@ -23,7 +23,7 @@ from rome.cli.app import main
 from rome.core.errors import Interrupted
 from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import changed, no_traceback, tiny, watched, write_yaml
 from toy_suites import ToySuite
 

@@ -31,7 +31,7 @@ from rome.experts import (
     record_gates,
     set_routing,
 )
-from rome.methods import Method, Setting
+from rome.methods import Method, TrainContext
 from rome.models import create_model
 from rome.report.gates import collect
 from rome.runs.optim import AdamW
@@ -207,9 +207,8 @@ def updated(
     """Losses of two epochs of one update each, and the model after them."""
     attack = APGD(steps=3) if method.kind in ("eat", "ramp") else PGD(steps=2)
     optimizer = AdamW(lr=1e-3).build(model)
-    setting = Setting(
+    context = TrainContext(
         model=model,
-        attacked=model,
         threats=method.trained(tuple(CIFAR10), attack),
         attack=attack,
         regularizer=regularizer,
@@ -218,18 +217,18 @@ def updated(
         new_optimizer=AdamW(lr=1e-3).build,
         epochs=range(2),
     )
-    method.prepare(setting)
+    method.prepare(context)
     losses = []
     for epoch in range(2):
-        setting.epoch, setting.lr = epoch, 1e-3
+        context.epoch, context.lr = epoch, 1e-3
         model.train()
-        method.epoch_start(setting, epoch)
-        outcome = method.loss(setting, x, y)
+        method.epoch_start(context, epoch)
+        outcome = method.loss(context, x, y)
         outcome.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        method.update_end(setting)
-        method.epoch_end(setting, epoch)
+        method.update_end(context)
+        method.epoch_end(context, epoch)
         losses.append(float(outcome.loss.detach()))
     return losses, model
 

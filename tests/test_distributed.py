@@ -14,7 +14,7 @@ import torch
 
 from rome.core.errors import Interrupted
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import (
     EXACT,
     STEPS,

@@ -19,11 +19,11 @@ from rome.attacks import APGD, PGD, Attack, AttackResult
 from rome.core.errors import Interrupted, UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification
-from rome.methods import EAT, Setting
+from rome.methods import EAT, TrainContext
 from rome.methods.eat import stratified
 from rome.runs.folder import Run
 from rome.threats import Threat
-from rome.training.loop import train
+from rome.training.setup import train
 from test_methods import BUDGETS, network, setting_of
 from tiny_runs import STEPS, tiny, watched
 
@@ -53,28 +53,28 @@ class Rigged(Attack):
         return AttackResult(x, x, robust, torch.zeros_like(y, dtype=torch.float32))
 
 
-def prepared(method: EAT, model: nn.Module | None = None, **settings: Any) -> Setting:
+def prepared(method: EAT, model: nn.Module | None = None, **settings: Any) -> TrainContext:
     model = model or nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    setting = setting_of(model, **settings)
-    setting = replace(setting, threats=method.trained(tuple(BUDGETS), setting.attack))
-    method.prepare(setting)
-    return setting
+    context = setting_of(model, **settings)
+    context = replace(context, threats=method.trained(tuple(BUDGETS), context.attack))
+    method.prepare(context)
+    return context
 
 
-def update(method: EAT, setting: Setting, n: int = 10, parts: int = 1) -> list[list[int]]:
+def update(method: EAT, context: TrainContext, n: int = 10, parts: int = 1) -> list[list[int]]:
     """One update; the threat labels of its accumulation steps."""
     labels = [
-        method.loss(setting, torch.zeros(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64)).labels.tolist()
+        method.loss(context, torch.zeros(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64)).labels.tolist()
         for _ in range(parts)
     ]
-    method.update_end(setting)
+    method.update_end(context)
     return labels
 
 
-def start(method: EAT, setting: Setting) -> None:
+def start(method: EAT, context: TrainContext) -> None:
     """Updates until every threat has been counted."""
     for _ in range(100):
-        update(method, setting)
+        update(method, context)
         if method.probabilities()[0] != method.probabilities()[1]:
             return
     raise AssertionError("the draw stays even")
@@ -86,11 +86,11 @@ def start(method: EAT, setting: Setting) -> None:
 @pytest.mark.parametrize(("linf", "l1"), [(0.8, 0.5), (0.1, 0.9)])
 def test_batches_meet_threats_in_proportion_to_their_errors(linf: float, l1: float) -> None:
     method = EAT()
-    setting = prepared(method, attack=Rigged(shares={"Linf": linf, "L1": l1}))
-    start(method, setting)
+    context = prepared(method, attack=Rigged(shares={"Linf": linf, "L1": l1}))
+    start(method, context)
     expected = (1 - linf) / ((1 - linf) + (1 - l1))
     assert method.probabilities().tolist() == pytest.approx([expected, 1 - expected])
-    draws = [update(method, setting)[0] for _ in range(1500)]
+    draws = [update(method, context)[0] for _ in range(1500)]
     assert all(len(set(labels)) == 1 for labels in draws)
     share = sum(labels[0] == 0 for labels in draws) / 1500
     assert share == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 1500) ** 0.5)
@@ -100,15 +100,15 @@ def test_batches_meet_threats_in_proportion_to_their_errors(linf: float, l1: flo
 @pytest.mark.parametrize("per", ["batch", "example"])
 def test_errors_count_from_the_beginning_over_all_that_was_attacked(per: Any) -> None:
     method, generator = EAT(per=per, threats=("L2", "Linf", "L1")), torch.Generator().manual_seed(0)
-    setting = prepared(method)
+    context = prepared(method)
     seen = dict.fromkeys(("L2", "Linf", "L1"), 0)
     withstood = dict.fromkeys(seen, 0)
     for _ in range(40):
         shares = dict(zip(seen, torch.rand(3, generator=generator).tolist(), strict=True))
-        setting = replace(setting, attack=Rigged(shares=shares))
-        update(method, setting, parts=2)
-        assert isinstance(setting.attack, Rigged)
-        for name, examples, robust in setting.attack._met:
+        context = replace(context, attack=Rigged(shares=shares))
+        update(method, context, parts=2)
+        assert isinstance(context.attack, Rigged)
+        for name, examples, robust in context.attack._met:
             seen[name] += examples
             withstood[name] += robust
         if all(seen.values()):
@@ -124,10 +124,10 @@ def test_the_draw_is_even_until_both_threats_have_been_drawn() -> None:
     differs = []
     for seed in range(300):
         method = EAT()
-        setting = prepared(method, attack=Rigged(shares={"Linf": 0.2, "L1": 0.9}), seed=seed)
-        (first,) = {*update(method, setting, n=5)[0]}
+        context = prepared(method, attack=Rigged(shares={"Linf": 0.2, "L1": 0.9}), seed=seed)
+        (first,) = {*update(method, context, n=5)[0]}
         assert method.probabilities().tolist() == [0.5, 0.5]
-        (second,) = {*update(method, setting, n=5)[0]}
+        (second,) = {*update(method, context, n=5)[0]}
         differs.append(first != second)
         assert (method.probabilities()[0] == 0.5) != differs[-1]
     assert sum(differs) == pytest.approx(150, abs=4 * 300**0.5 / 2)
@@ -135,12 +135,12 @@ def test_the_draw_is_even_until_both_threats_have_been_drawn() -> None:
 
 def test_a_threat_without_an_error_is_not_given_up() -> None:
     method = EAT()
-    setting = prepared(method, attack=Rigged(shares={"Linf": 1.0, "L1": 0.5}))
-    drawn = {update(method, setting)[0][0] for _ in range(20)}
+    context = prepared(method, attack=Rigged(shares={"Linf": 1.0, "L1": 0.5}))
+    drawn = {update(method, context)[0][0] for _ in range(20)}
     assert drawn == {0, 1}
     assert method.probabilities().tolist() == [0.5, 0.5]
-    setting = replace(setting, attack=Rigged(shares={"Linf": 0.9, "L1": 0.5}))
-    start(method, setting)
+    context = replace(context, attack=Rigged(shares={"Linf": 0.9, "L1": 0.5}))
+    start(method, context)
     assert 0 < method.probabilities()[0] < 0.1
 
 
@@ -169,8 +169,8 @@ def test_with_a_regularizer_a_batch_holds_both_threats(digits: Digits) -> None:
     for experts, per, threats in ((False, None, 1), (True, None, 2), (True, "batch", 1), (False, "example", 2)):
         method = EAT(per=per)
         regularizer = Diversification() if experts else None
-        setting = prepared(method, network(experts=experts), regularizer=regularizer)
-        outcome = method.loss(setting, x, y)
+        context = prepared(method, network(experts=experts), regularizer=regularizer)
+        outcome = method.loss(context, x, y)
         assert len(outcome.labels.unique()) == threats
         if experts:
             assert (outcome.parts["regularizer"] < 0) == (threats == 2), "L_div has two threats, not the config's three"
@@ -182,20 +182,20 @@ def test_processes_draw_their_rows_of_one_global_draw(per: Any) -> None:
         drawn = []
         for rank, world, n in ((0, 2, 4), (1, 2, 4), (0, 1, 8)):
             method = EAT(per=per)
-            setting = prepared(method, attack=Rigged(shares={"Linf": 0, "L1": 0}), rank=rank, world=world, seed=seed)
-            drawn.append(update(method, setting, n=n)[0])
+            context = prepared(method, attack=Rigged(shares={"Linf": 0, "L1": 0}), rank=rank, world=world, seed=seed)
+            drawn.append(update(method, context, n=n)[0])
         assert drawn[0] + drawn[1] == drawn[2]
 
 
 def test_the_accumulation_steps_of_an_update_share_the_draw() -> None:
     method = EAT()
-    setting = prepared(method, attack=Rigged(shares={"Linf": 0.4, "L1": 0.5}))
-    updates = [update(method, setting, n=5, parts=3) for _ in range(20)]
+    context = prepared(method, attack=Rigged(shares={"Linf": 0.4, "L1": 0.5}))
+    updates = [update(method, context, n=5, parts=3) for _ in range(20)]
     assert all(len({label for labels in parts for label in labels}) == 1 for parts in updates)
     assert {parts[0][0] for parts in updates} == {0, 1}
     # what an accumulation step finds counts only once the update is done
     before = method.probabilities()
-    method.loss(setting, torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
+    method.loss(context, torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
     assert torch.equal(method.probabilities(), before)
 
 
@@ -208,9 +208,9 @@ def test_the_loss_and_the_counts_are_those_of_the_attack_on_that_threat(attack: 
     model = network(experts=False)
     y = torch.where(torch.arange(40) % 4 > 0, model(x).argmax(1), y)
     method = EAT()
-    setting = prepared(method, model, attack=attack)
-    outcome = method.loss(setting, x, y)
-    method.update_end(setting)
+    context = prepared(method, model, attack=attack)
+    outcome = method.loss(context, x, y)
+    method.update_end(context)
     (label,) = outcome.labels.unique().tolist()
     found = attack.run(model, x, y, (BUDGETS["Linf"], BUDGETS["L1"])[label])
     torch.testing.assert_close(outcome.loss.double(), F.cross_entropy(model(found.images), y), rtol=1e-6, atol=1e-6)
@@ -220,20 +220,20 @@ def test_the_loss_and_the_counts_are_those_of_the_attack_on_that_threat(attack: 
 
 
 def test_counts_go_on_where_the_state_was_taken() -> None:
-    def run(method: EAT, setting: Setting, numbers: range) -> list[list[list[int]]]:
+    def run(method: EAT, context: TrainContext, numbers: range) -> list[list[list[int]]]:
         labels = []
         for number in numbers:
-            setting.threat_stream.generator.manual_seed(number)  # as the loop does
-            labels.append(update(method, setting, n=4))
+            context.threat_stream.generator.manual_seed(number)  # as the loop does
+            labels.append(update(method, context, n=4))
         return labels
 
     rigged = Rigged(shares={"Linf": 0.25, "L1": 0.75})
     whole, first, second = EAT(), EAT(), EAT()
     expected = run(whole, prepared(whole, attack=rigged), range(60))
     found = run(first, prepared(first, attack=rigged), range(25))
-    setting = prepared(second, attack=rigged)
+    context = prepared(second, attack=rigged)
     second.load_state(first.state())
-    found += run(second, setting, range(25, 60))
+    found += run(second, context, range(25, 60))
     assert found == expected
     assert second.state() == whole.state()
 

@@ -17,7 +17,7 @@ import pytest
 from rome.evaluation.evaluate import Report
 from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import Child, Ended, no_traceback, tiny, two_processes
 
 BATCH = 4

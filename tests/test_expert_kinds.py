@@ -48,7 +48,7 @@ from rome.models import (
 )
 from rome.runs.folder import Run
 from rome.threats import LpBall, PerExample
-from rome.training.loop import train
+from rome.training.setup import train
 from small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
 from tiny_runs import same, tiny, watched, weights, without_times
 

@@ -18,7 +18,7 @@ from rome.runs.config import load
 from rome.runs.experiments import folder
 from rome.threats import CIFAR10, PerExample
 from rome.threats.projections import project_l1
-from rome.training.loop import train
+from rome.training.setup import train
 
 pytestmark = [
     pytest.mark.gpu,

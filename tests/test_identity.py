@@ -34,7 +34,7 @@ from rome.models import create_model
 from rome.runs.config import Config, parse
 from rome.runs.origin import code_facts, differences
 from rome.threats import LpBall
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import changed, same, tiny, watched, weights
 from toy_suites import shades
 

@@ -20,7 +20,7 @@ from rome.evaluation import masking
 from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_gradient, check_outputs
 from rome.evaluation.evaluate import Report, Suite, evaluate
-from rome.evaluation.masking import SAMPLE, look, worth_checking
+from rome.evaluation.masking import SAMPLE, run_checks, worth_checking
 from rome.evaluation.statistics import mcnemar, paired_difference
 from rome.threats import CIFAR10, DIGITS, LpBall
 
@@ -46,7 +46,7 @@ def checks_of(model: nn.Module, data: tuple[Tensor, Tensor], n: int = 320) -> di
     x, y = data[0][:n], data[1][:n]
     clean = (model(x).argmax(1) == y).numpy()
     cases = QUICK.cases({"Linf": DIGITS["Linf"]}, 10)
-    return {check["check"]: check for check in look(model.eval(), Examples(x, y, x.device), cases, clean)}
+    return {check["check"]: check for check in run_checks(model.eval(), Examples(x, y, x.device), cases, clean)}
 
 
 def test_an_honest_model_raises_nothing(digits_model: nn.Module, digits: Any) -> None:
@@ -170,9 +170,9 @@ def test_a_small_batch_size_holds_for_the_checks_too(digits_model: nn.Module, di
 
     clean = (digits_model(x).argmax(1) == y).numpy()
     cases = QUICK.cases({"Linf": DIGITS["Linf"]}, 10)
-    whole = look(digits_model, Examples(x, y, x.device), cases, clean)
+    whole = run_checks(digits_model, Examples(x, y, x.device), cases, clean)
     handle = digits_model.register_forward_pre_hook(seen)
-    parts = look(digits_model, Examples(x, y, x.device), cases, clean, batch_size=5)
+    parts = run_checks(digits_model, Examples(x, y, x.device), cases, clean, batch_size=5)
     handle.remove()
     assert largest == 5
     assert parts == whole
@@ -181,12 +181,12 @@ def test_a_small_batch_size_holds_for_the_checks_too(digits_model: nn.Module, di
 
 def test_no_example_no_check(digits_model: nn.Module, digits: Any) -> None:
     x, y = digits.test
-    assert look(digits_model, Examples(x, y, x.device), [], np.zeros(len(x), bool)) == []
+    assert run_checks(digits_model, Examples(x, y, x.device), [], np.zeros(len(x), bool)) == []
 
 
 def test_without_a_ball_steps_are_not_compared(digits_model: nn.Module, digits: Any) -> None:
     x, y = digits.test
-    found = look(digits_model, Examples(x, y, x.device), [], (digits_model(x).argmax(1) == y).numpy())
+    found = run_checks(digits_model, Examples(x, y, x.device), [], (digits_model(x).argmax(1) == y).numpy())
     assert [check["check"] for check in found] == ["zero-input-gradients", "unbounded-attack"]
     assert masking.WIDE.eps == 1
 

@@ -15,7 +15,7 @@ from rome.attacks import PGD, Attack
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
-from rome.methods import Average, Maximum, Method, Outcome, Random, Setting
+from rome.methods import Average, Maximum, Method, Outcome, Random, TrainContext
 from rome.runs.optim import AdamW
 from rome.threats import PerExample, budgets
 
@@ -46,10 +46,9 @@ def setting_of(
     rank: int = 0,
     world: int = 1,
     seed: int = 0,
-) -> Setting:
-    return Setting(
+) -> TrainContext:
+    return TrainContext(
         model=model,
-        attacked=model,
         threats=tuple(BUDGETS),
         attack=attack or PGD(steps=3),
         regularizer=regularizer,
@@ -69,8 +68,8 @@ def batch(digits: Digits) -> tuple[Tensor, Tensor]:
 def threats_of(method: Method, n: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> Tensor:
     """The threat labels that a method gives to a batch of n."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    setting = setting_of(model, attack=NO_ATTACK, rank=rank, world=world, seed=seed)
-    return method.loss(setting, torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64)).labels
+    context = setting_of(model, attack=NO_ATTACK, rank=rank, world=world, seed=seed)
+    return method.loss(context, torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64)).labels
 
 
 # RANDOM
@@ -111,11 +110,11 @@ def test_processes_draw_their_rows_of_one_global_draw(per: Any, world: int) -> N
 
 
 def test_random_per_batch_keeps_its_threat_for_all_steps_of_an_update(batch: tuple[Tensor, Tensor]) -> None:
-    method, setting = Random(per="batch"), setting_of(network(experts=False))
+    method, context = Random(per="batch"), setting_of(network(experts=False))
     updates = []
     for _ in range(12):
-        updates.append([set(method.loss(setting, *batch).labels.tolist()) for _ in range(3)])
-        method.update_end(setting)
+        updates.append([set(method.loss(context, *batch).labels.tolist()) for _ in range(3)])
+        method.update_end(context)
     assert all(len(set.union(*parts)) == 1 for parts in updates)
     assert len(set.union(*(parts[0] for parts in updates))) == 3, "another one in another update"
 
@@ -127,8 +126,8 @@ def test_random_per_batch_draws_one_threat_uniformly() -> None:
 
 
 def test_random_draws_anew_at_every_update(batch: tuple[Tensor, Tensor]) -> None:
-    setting = setting_of(network(experts=False), attack=NO_ATTACK)
-    draws = {tuple(Random().loss(setting, *batch).labels.tolist()) for _ in range(6)}
+    context = setting_of(network(experts=False), attack=NO_ATTACK)
+    draws = {tuple(Random().loss(context, *batch).labels.tolist()) for _ in range(6)}
     assert len(draws) > 1
 
 

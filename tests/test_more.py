@@ -21,14 +21,14 @@ from rome.core.errors import Interrupted, UserError
 from rome.core.randomness import stream
 from rome.evaluation.run import evaluate_saved
 from rome.experts import Classification, LowRank, ModelMixture, Networks, Regularizer, expert_layers, record_gates
-from rome.methods import MORE, Random, Setting
+from rome.methods import MORE, Random, TrainContext
 from rome.models import Classifier, create_model, load_experts, load_model, save_experts, save_model
 from rome.report import cost
 from rome.runs.config import parse
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
 from rome.threats import budgets
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import changed, same, tiny, watched, weights
 
 BUDGETS = budgets(1.6, 0.4, 0.07)
@@ -66,11 +66,10 @@ def mixture_in(model: Classifier) -> ModelMixture:
 
 def setting_of(
     model: nn.Module, *, stage: int = 1, regularizer: Regularizer | None = None, attack: PGD | None = None
-) -> Setting:
+) -> TrainContext:
     """For an epoch of the first or second stage of a run of two, or (0) for a natural epoch before."""
-    return Setting(
+    return TrainContext(
         model=model,
-        attacked=model,
         threats=tuple(BUDGETS),
         attack=attack or PGD(steps=3),
         regularizer=regularizer,
@@ -370,18 +369,18 @@ def test_natural_epochs_train_the_first_network_and_all_start_from_it(
     before = copy.deepcopy(mixture)
     lone = Classifier(copy.deepcopy(mixture.networks[0]), (0,), (1,))
     lone.mean, lone.std = model.mean, model.std
-    setting = setting_of(model, stage=0, regularizer=Classification(), attack=PGD(steps=0, random_start=False))
+    context = setting_of(model, stage=0, regularizer=Classification(), attack=PGD(steps=0, random_start=False))
     torch.manual_seed(1)  # dropout
-    method.loss(setting, *batch).loss.backward()
+    method.loss(context, *batch).loss.backward()
     torch.manual_seed(1)
     F.cross_entropy(lone(batch[0]), batch[1]).backward()
     for own, wanted in zip(mixture.networks[0].parameters(), lone.parameters(), strict=True):
         torch.testing.assert_close(own.grad, wanted.grad)
     assert all(p.grad is None for name, p in mixture.named_parameters() if not name.startswith("networks.0."))
     first = dict(mixture.networks[0].state_dict())
-    method.epoch_start(setting, 0)
+    method.epoch_start(context, 0)
     assert not same(dict(mixture.networks[1].state_dict()), first)
-    method.epoch_start(setting, 1)
+    method.epoch_start(context, 1)
     assert all(same(dict(network.state_dict()), first) for network in mixture.networks)
     head = ("head.", "5.")
     for name, tensor in mixture.router.state_dict().items():
@@ -390,9 +389,9 @@ def test_natural_epochs_train_the_first_network_and_all_start_from_it(
 
 def test_without_natural_epochs_nothing_is_copied(model: Classifier) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    setting = setting_of(model)
-    setting.epochs = range(0, 2)
-    MORE().epoch_start(setting, 0)
+    context = setting_of(model)
+    context.epochs = range(0, 2)
+    MORE().epoch_start(context, 0)
     assert same(dict(model.state_dict()), before)
 
 
@@ -443,9 +442,9 @@ def test_cost_is_the_mean_over_both_stages(monkeypatch: pytest.MonkeyPatch) -> N
     epochs: list[int] = []
     loss, times = MORE.loss, iter([0.5, 0.5, 2.0, 4.0])  # latencies, an update of each stage
 
-    def spy(self: MORE, setting: Setting, x: Tensor, y: Tensor) -> Any:
-        epochs.append(setting.epoch)
-        return loss(self, setting, x, y)
+    def spy(self: MORE, context: TrainContext, x: Tensor, y: Tensor) -> Any:
+        epochs.append(context.epoch)
+        return loss(self, context, x, y)
 
     def in_turn(works: Any, rounds: int) -> list[list[float]]:
         totals = []

@@ -19,8 +19,8 @@ from rome.core.errors import UserError
 from rome.experts import Diversification
 from rome.methods import MSD
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, budgets
-from rome.training.loop import train
 from rome.training.progress import show_training
+from rome.training.setup import train
 from test_attack_parity import project_l1
 from test_methods import NO_ATTACK, gates_of_last_forward, network, setting_of
 from tiny_runs import tiny

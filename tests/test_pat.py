@@ -18,12 +18,12 @@ from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
 from rome.core.errors import Interrupted, UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification, Regularizer, add_experts, expert_layers, record_gates
-from rome.methods import PAT, VR, Method, Setting
+from rome.methods import PAT, VR, Method, TrainContext
 from rome.models import create_model, save_model
 from rome.runs.folder import Run
 from rome.runs.optim import AdamW
 from rome.threats import DIGITS, Perceptual, PerExample
-from rome.training.loop import train
+from rome.training.setup import train
 from test_distributed import assert_same_run, both
 from tiny_runs import STEPS, changed, same, tiny, two_processes, updates, watched, weights, without_times, write_yaml
 
@@ -64,11 +64,10 @@ def network(*, experts: bool = False) -> nn.Module:
 
 def prepared(
     method: Method, model: nn.Module, *, regularizer: Regularizer | None = None, rank: int = 0, world: int = 1
-) -> Setting:
-    """The setting of a method that was prepared; its networks are float64 as the model."""
-    setting = Setting(
+) -> TrainContext:
+    """The context of a method that was prepared; its networks are float64 as the model."""
+    context = TrainContext(
         model=model,
-        attacked=model,
         threats=method.trained(tuple(DIGITS), PGD()),
         attack=PGD(),
         regularizer=regularizer,
@@ -76,11 +75,11 @@ def prepared(
         threat_stream=stream(0, "threats", rank=rank, world=world),
         new_optimizer=AdamW().build,
     )
-    method.prepare(setting)
+    method.prepare(context)
     for threat in held(method):
         if threat.network is not None:
             threat.network.double()
-    return setting
+    return context
 
 
 def held(method: Method) -> tuple[Perceptual, ...]:
@@ -97,10 +96,10 @@ def batch(digits: Digits) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def trained_on(method: Method, setting: Setting, batch: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
+def trained_on(method: Method, context: TrainContext, batch: tuple[Tensor, Tensor]) -> tuple[Any, Tensor]:
     """The outcome, and the images of the training forward."""
-    with recorded(setting.attacked) as calls:
-        outcome = method.loss(setting, *batch)
+    with recorded(context.attacked) as calls:
+        outcome = method.loss(context, *batch)
     return outcome, calls.forwards[-1]
 
 
@@ -130,9 +129,9 @@ def test_pat_is_the_cross_entropy_of_examples_that_meet_one_threat_each(batch: t
 
 def test_one_network_is_one_threat_for_all(batch: tuple[Tensor, Tensor]) -> None:
     method, model = PAT(features="self", bound=BOUND, steps=2), network()
-    setting = prepared(method, model)
-    outcome, images = trained_on(method, setting, batch)
-    assert [threat.name for threat in setting.threats] == ["LPIPS-self"]
+    context = prepared(method, model)
+    outcome, images = trained_on(method, context, batch)
+    assert [threat.name for threat in context.threats] == ["LPIPS-self"]
     expected = FastLPA(steps=2, only_correct=True)(
         model, *batch, Perceptual(bound=BOUND), generator=stream(0, "attack")
     )
@@ -157,8 +156,8 @@ def test_whether_an_example_is_right_is_asked_in_evaluation_mode(batch: tuple[Te
 def test_threats_are_the_parts_of_the_diversification(kind: type[PAT], batch: tuple[Tensor, Tensor], net: str) -> None:
     """RoME+PAT: L_div between examples of the two perceptual threats; of VR's three images it takes the first."""
     method, model = kind(features=("self", net), bound=BOUND, steps=2), network(experts=True)
-    setting = prepared(method, model, regularizer=Diversification(weight=0.7))
-    outcome, images = trained_on(method, setting, batch)
+    context = prepared(method, model, regularizer=Diversification(weight=0.7))
+    outcome, images = trained_on(method, context, batch)
     with record_gates(model) as recorder:
         model(images[:12])
     expected = Diversification().loss(list(recorder.complete()), outcome.labels, 2)

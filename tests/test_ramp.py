@@ -20,12 +20,12 @@ from rome.attacks import PGD, Attack, AttackResult
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.experts import Diversification
-from rome.methods import RAMP, Setting
+from rome.methods import RAMP, TrainContext
 from rome.methods.ramp import divergence, fuse
 from rome.runs.folder import Run
 from rome.runs.optim import SGD, AdamW, Optimizer
 from rome.threats import Threat, budgets
-from rome.training.loop import train
+from rome.training.setup import train
 from test_methods import BUDGETS, gates_of_last_forward, network, setting_of
 from tiny_runs import STEPS, same, tiny, updates, weights
 
@@ -63,11 +63,11 @@ class Logarithm(nn.Module):
         return self.scale * x.flatten(1).log()
 
 
-def prepared(method: RAMP, model: nn.Module, *, optimizer: Optimizer | None = None, **settings: Any) -> Setting:
-    setting = replace(setting_of(model, **settings), new_optimizer=(optimizer or AdamW()).build)
-    setting = replace(setting, threats=method.trained(setting.threats, setting.attack))
-    method.prepare(setting)
-    return setting
+def prepared(method: RAMP, model: nn.Module, *, optimizer: Optimizer | None = None, **settings: Any) -> TrainContext:
+    context = replace(setting_of(model, **settings), new_optimizer=(optimizer or AdamW()).build)
+    context = replace(context, threats=method.trained(context.threats, context.attack))
+    method.prepare(context)
+    return context
 
 
 def by_hand(source: list[list[float]], target: list[list[float]], losses: list[list[float]], **settings: Any) -> Any:
@@ -77,10 +77,10 @@ def by_hand(source: list[list[float]], target: list[list[float]], losses: list[l
         attack._images[name] = torch.tensor(images).view(-1, 1, 1, 3)
         attack._losses[name] = torch.tensor(reported)
     method = RAMP(fusion=None, **settings)
-    setting = setting_of(Logarithm(), attack=attack)
-    setting = replace(setting, threats=method.trained(tuple(budgets(9, 9, 1)), attack))
+    context = setting_of(Logarithm(), attack=attack)
+    context = replace(context, threats=method.trained(tuple(budgets(9, 9, 1)), attack))
     x = torch.tensor([0.5, 0.3, 0.2]).view(1, 1, 1, 3).repeat(len(source), 1, 1, 1)
-    return method.loss(setting, x, torch.zeros(len(source), dtype=torch.int64))
+    return method.loss(context, x, torch.zeros(len(source), dtype=torch.int64))
 
 
 # The loss
@@ -153,8 +153,8 @@ def test_loss_and_gradients_are_those_of_a_loop_over_examples(
     y = torch.where(torch.arange(12) % 3 > 0, model(x).argmax(1), y)
     method = RAMP(trades=trades, weight=2, fusion=None)
     regularizer = Diversification(weight=0.7) if experts else None
-    setting = prepared(method, model, attack=PGD(steps=3), regularizer=regularizer)
-    outcome = method.loss(setting, x, y)
+    context = prepared(method, model, attack=PGD(steps=3), regularizer=regularizer)
+    outcome = method.loss(context, x, y)
     outcome.loss.backward()
     found = [p.grad for p in model.parameters()]
     model.zero_grad()
@@ -191,9 +191,9 @@ def test_loss_and_gradients_are_those_of_a_loop_over_examples(
 def test_one_training_forward(trades: float | None, factor: int, digits: Digits) -> None:
     x, y = digits.train[0][:5].double(), digits.train[1][:5]
     model, method = network(experts=False), RAMP(trades=trades)
-    setting = prepared(method, model, attack=PGD(steps=1))
+    context = prepared(method, model, attack=PGD(steps=1))
     with recorded(model) as calls:
-        method.loss(setting, x, y)
+        method.loss(context, x, y)
     # a step, the losses of what it found, the training; the clean copy is another model
     assert [len(images) for images in calls.forwards] == [10, 10, 5 * factor]
 
@@ -204,9 +204,9 @@ def test_two_processes_train_on_the_images_of_one(digits: Digits) -> None:
 
     def images(rows: slice, rank: int, world: int) -> Tensor:
         method = RAMP(fusion=None)
-        setting = prepared(method, model, rank=rank, world=world)
+        context = prepared(method, model, rank=rank, world=world)
         with recorded(model) as calls:
-            method.loss(setting, x[rows], y[rows])
+            method.loss(context, x[rows], y[rows])
         return calls.forwards[-1]
 
     parts = images(slice(0, 4), 0, 2), images(slice(4, 8), 1, 2)
@@ -267,22 +267,22 @@ def batchnorm_network() -> nn.Module:
 
 
 def epochs(
-    method: RAMP, setting: Setting, optimizer: torch.optim.Optimizer, batches: list[list[tuple[Tensor, Tensor]]]
+    method: RAMP, context: TrainContext, optimizer: torch.optim.Optimizer, batches: list[list[tuple[Tensor, Tensor]]]
 ) -> None:
     """Two epochs as the loop runs them; each inner list is one update's accumulation steps."""
     for epoch in range(2):
-        setting.model.train()
-        method.epoch_start(setting, epoch)
+        context.model.train()
+        method.epoch_start(context, epoch)
         for number, parts in enumerate(batches):
-            setting.lr = 0.05 / (1 + number + epoch)
+            context.lr = 0.05 / (1 + number + epoch)
             for group in optimizer.param_groups:
-                group["lr"] = setting.lr
+                group["lr"] = context.lr
             for x, y in parts:
-                (method.loss(setting, x, y).loss / len(parts)).backward()
+                (method.loss(context, x, y).loss / len(parts)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            method.update_end(setting)
-        method.epoch_end(setting, epoch)
+            method.update_end(context)
+        method.epoch_end(context, epoch)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -307,13 +307,13 @@ def test_two_epochs_are_those_of_two_models_trained_one_after_the_other(parts: i
 
     robust, plain = batchnorm_network(), RAMP(fusion=None)
     clean = copy.deepcopy(robust)
-    setting = prepared(plain, robust, **settings)
+    context = prepared(plain, robust, **settings)
     optimizers = SGD(lr=0.05).build(robust), SGD(lr=0.05).build(clean)
     for epoch in range(2):
         start = copy.deepcopy(robust.state_dict())
         clean.load_state_dict(start)
         train_one(clean, optimizers[1], epoch, lambda x, y: F.cross_entropy(clean(x).float(), y))
-        train_one(robust, optimizers[0], epoch, lambda x, y: plain.loss(setting, x, y).loss)
+        train_one(robust, optimizers[0], epoch, lambda x, y: plain.loss(context, x, y).loss)
         fused = {}
         for name, w in start.items():
             w_n, w_a = clean.state_dict()[name], robust.state_dict()[name]

@@ -39,7 +39,7 @@ from rome.experts import (
     record_gates,
 )
 from rome.experts.gates import Layout
-from rome.methods import Setting
+from rome.methods import TrainContext
 from rome.methods.base import combine, training_forward
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
@@ -428,9 +428,8 @@ THREATS = torch.tensor([0, 1, 2] * 3)
 
 def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
     """Of cross-entropy plus weighted regularizer, through a method's training forward."""
-    setting = Setting(
+    context = TrainContext(
         model=model,
-        attacked=model,
         threats=tuple(budgets(1, 1, 1)),
         attack=PGD(steps=0),
         regularizer=regularizer,
@@ -439,7 +438,7 @@ def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
         new_optimizer=AdamW().build,
     )
     model.zero_grad()
-    losses, correct, penalty = training_forward(setting, X, Y, THREATS)
+    losses, correct, penalty = training_forward(context, X, Y, THREATS)
     combine(losses.mean(), penalty, THREATS, correct).loss.backward()
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in wanted.values())

@@ -19,7 +19,7 @@ from rome.cli.app import main
 from rome.core.errors import Interrupted, UserError
 from rome.core.files import make_folder
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import (
     STEPS,
     Moment,

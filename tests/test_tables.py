@@ -27,7 +27,7 @@ from rome.report.page import write_report
 from rome.report.robustbench import entries_of, eps_text, percent, write_entries
 from rome.runs.folder import Run
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import tiny
 from toy_suites import Toy
 

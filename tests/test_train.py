@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rome
-import rome.training.loop
+import rome.training.setup
 from rome.core.device import numerics
 from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, stream
 from rome.data import Digits
-from rome.methods import Outcome, Random, Setting
+from rome.methods import Outcome, Random, TrainContext
 from rome.models import build_model, read_tensors
 from rome.runs.folder import Run
 from rome.threats import DIGITS
-from rome.training.loop import NonFiniteLossError, train
+from rome.training.loop import NonFiniteLossError
+from rome.training.setup import train
 from tiny_runs import STEPS, same, tiny, updates, watched, weights, without_times
 
 THREATS = {"L1", "L2", "Linf"}
@@ -66,9 +67,9 @@ def test_the_examples_come_in_another_order_every_epoch_and_each_once(
     seen: list[Tensor] = []
     loss = Random.loss
 
-    def spy(self: Random, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def spy(self: Random, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         seen.append(x.flatten(1))
-        return loss(self, setting, x, y)
+        return loss(self, context, x, y)
 
     monkeypatch.setattr(Random, "loss", spy)
     train(tiny(data__train_limit=60), tmp_path / "run")
@@ -240,13 +241,13 @@ def test_a_trainable_projection_is_trained(tmp_path: Path) -> None:
 
 def test_the_saved_model_is_the_trained_one_and_builds_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[dict[str, Tensor]] = []
-    save = rome.training.loop.save_model
+    save = rome.training.setup.save_model
 
     def spy(model: nn.Module, *arguments: Any, **options: Any) -> None:
         ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         save(model, *arguments, **options)
 
-    monkeypatch.setattr(rome.training.loop, "save_model", spy)
+    monkeypatch.setattr(rome.training.setup, "save_model", spy)
     config = tiny(epochs=1)
     run = train(config, tmp_path / "run")
     model = rome.load_model(run.model_file)
@@ -346,9 +347,9 @@ def test_the_checkpoint_from_before_is_kept(tmp_path: Path) -> None:
 def test_a_loss_of_nan_is_not_stepped_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, loss = [], Random.loss
 
-    def poisoned(self: Random, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def poisoned(self: Random, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         calls.append(1)
-        outcome = loss(self, setting, x, y)
+        outcome = loss(self, context, x, y)
         return Outcome(outcome.loss * (math.nan if len(calls) == STEPS + 2 else 1), outcome.labels, outcome.correct)
 
     monkeypatch.setattr(Random, "loss", poisoned)
@@ -365,10 +366,10 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint_or_a_model(
     """The last update of an epoch can ruin the weights with a loss that is fine and a gradient that is not."""
     calls, loss = [], Random.loss
 
-    def ruinous(self: Random, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def ruinous(self: Random, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         calls.append(1)
-        outcome = loss(self, setting, x, y)
-        weight = next(p for p in setting.attacked.parameters() if p.requires_grad)
+        outcome = loss(self, context, x, y)
+        weight = next(p for p in context.attacked.parameters() if p.requires_grad)
         zero = (0 * weight.sum()).sqrt() if len(calls) == update else 0
         return Outcome(outcome.loss + zero, outcome.labels, outcome.correct, outcome.parts)
 

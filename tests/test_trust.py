@@ -33,7 +33,7 @@ from rome.report.subject import open_subjects
 from rome.report.sweep import run_point
 from rome.runs.config import load, parse
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from tiny_runs import Ended, changed, no_traceback, tiny, write_yaml
 
 CODE = """

@@ -18,7 +18,7 @@ from rome.evaluation.run import evaluate_saved
 from rome.models import load_model
 from rome.runs.config import Config
 from rome.runs.folder import Run
-from rome.training.loop import train
+from rome.training.setup import train
 from rome.training.validation import Validator, hold_out
 from tiny_runs import Moment, changed, rome, same, tiny, two_processes, weights, without_times, write_yaml
 

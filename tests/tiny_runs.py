@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rome.models import read_tensors
 from rome.runs.config import Config, parse
-from rome.training.loop import Update
+from rome.training.log import Update
 from small_models import THREADS
 
 TINY: dict[str, Any] = {
@@ -51,7 +51,7 @@ EXACT = {"model": {"name": f"{Path(__file__).parent / 'exact_model.py'}:build"}}
 
 PRELOAD = [
     "rome.cli.app",
-    "rome.training.loop",
+    "rome.training.setup",
     "rome.training.progress",
     "lightning_fabric",
     "torch.utils.tensorboard",
@@ -232,7 +232,7 @@ def _arm(at: Moment) -> None:
     import rome.models.files
     import rome.training.loop
 
-    loop = rome.training.loop._Loop
+    loop = rome.training.loop.Loop
     calls = 0
 
     def reached() -> bool:

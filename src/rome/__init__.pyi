@@ -27,4 +27,4 @@ from .threats import LpBall as LpBall
 from .threats import Perceptual as Perceptual
 from .threats import PerExample as PerExample
 from .threats import Threat as Threat
-from .training.loop import train as train
+from .training.setup import train as train

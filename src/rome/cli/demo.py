@@ -25,8 +25,8 @@ def demo(
     from rome.runs.config import load
     from rome.runs.experiments import folder
     from rome.runs.folder import Run
-    from rome.training.loop import train
     from rome.training.progress import show_training
+    from rome.training.setup import train
 
     runs = []
     for name in EXPERIMENTS:

@@ -96,7 +96,7 @@ def evaluate(
                 overwrite=overwrite,
                 team=team,
             )
-    if not team.leads:
+    if not team.is_main:
         return
     for warning in report.warnings:
         say(f"warning ({', '.join(filter(None, (warning['check'], warning['case'])))}): {warning['message']}")

@@ -29,8 +29,8 @@ def train(
 ) -> None:
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.runs.config import load
-    from rome.training.loop import train as run_training
     from rome.training.progress import show_training
+    from rome.training.setup import train as run_training
 
     spec = load(config, overrides or ())
     run = run_training(

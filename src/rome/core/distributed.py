@@ -117,7 +117,7 @@ class Team:
     """torch's process group, None where there is one process."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process speaks and writes the result."""
         return self.rank == 0
 
@@ -156,7 +156,7 @@ class Team:
 
     def first(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the first process, which alone does it."""
-        return self.together(lambda: work() if self.leads else None)[0]  # type: ignore[return-value]
+        return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def agreed(self, value: T, problem: str) -> T:
         """The value, if every process has the same.

@@ -17,7 +17,7 @@ from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
 from rome.evaluation.memory import Halving
-from rome.evaluation.store import Unit
+from rome.evaluation.store import BatchResult
 from rome.threats import Threat
 
 
@@ -54,7 +54,7 @@ def attack_batch(
     seed: int,
     keep_images: bool,
     halving: Halving,
-) -> Unit:
+) -> BatchResult:
     """Run a case's attack number ``stage`` on the examples ``part`` (b,).
 
     The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in float32
@@ -87,7 +87,7 @@ def attack_batch(
         facts["pieces"] = [len(piece) for piece, _ in pieces]
     images = [some for _, (_, some, _) in pieces if some is not None]
     correct = np.concatenate([verdicts for _, (verdicts, _, _) in pieces])
-    return Unit(part, correct, torch.cat(images) if images else None, facts)
+    return BatchResult(part, correct, torch.cat(images) if images else None, facts)
 
 
 def recheck(

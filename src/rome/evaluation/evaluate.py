@@ -40,11 +40,11 @@ from rome.evaluation.identity import (
     settled,
     versions,
 )
-from rome.evaluation.masking import as_warnings, look, worth_checking
+from rome.evaluation.masking import as_warnings, run_checks, worth_checking
 from rome.evaluation.memory import Halving
-from rome.evaluation.progress import Watcher, watching
+from rome.evaluation.progress import ProgressCallback, watching
 from rome.evaluation.result import CLEAN, UNION, Report
-from rome.evaluation.runner import Running
+from rome.evaluation.runner import CaseRunner
 from rome.evaluation.store import Store, example_images, fingerprint
 from rome.threats import CIFAR10, Threat
 
@@ -72,7 +72,7 @@ def evaluate(
     save_images: bool = True,
     checks: bool | None = None,
     team: Team = ALONE,
-    progress: Watcher | bool = False,
+    progress: ProgressCallback | bool = False,
     trust_code: bool = False,
 ) -> Report:
     """Attack the model under every threat and report which examples stay correct.
@@ -107,7 +107,7 @@ def evaluate(
         team: the processes that share the work (:func:`rome.core.distributed.launched`); each calls this function
             with the same arguments and gets the same report, which is what one process alone would find.
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
-            :data:`rome.evaluation.progress.Watcher`). Only the first process shows it.
+            :data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows it.
         trust_code: let the file of a network that measures distances run the code that it names
         (:mod:`rome.core.trust`).
 
@@ -159,7 +159,7 @@ def evaluate(
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
         if unseen and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
-        if progress and team.leads:
+        if progress and team.is_main:
             for name, reason in left_out.items():
                 print(f"{name}: left out: it {reason}", file=sys.stderr)
         wanted = _wanted(cases, [case.name for case in planned])
@@ -184,8 +184,8 @@ def evaluate(
         found = None if report is None else replace(report, reused={"result": report.date})
         if found is not None and (found.checks or not checks):
             return _said(found, team)
-        with watching(progress if team.leads else False) as watch:
-            run = Running(
+        with watching(progress if team.is_main else False) as watch:
+            run = CaseRunner(
                 model=model,
                 examples=examples,
                 cases=planned,
@@ -197,14 +197,14 @@ def evaluate(
                 watch=watch,
                 halving=halving,
                 team=team,
-                aloud=bool(progress) and team.leads,
+                verbose=bool(progress) and team.is_main,
             )
             report = report or run.report(settings, wanted)
             if worth_checking(planned, len(x)) if checks is None else checks:
                 clean = report.correct[:, 0]
 
                 def make() -> list[dict[str, Any]]:
-                    return look(model, examples, planned, clean, batch_size=size, halving=halving)
+                    return run_checks(model, examples, planned, clean, batch_size=size, halving=halving)
 
                 report.checks.extend(team.first(lambda: store.checks(make)))
                 report.warnings.extend(as_warnings(report.checks))
@@ -214,7 +214,7 @@ def evaluate(
 
 def _said(report: Report, team: Team) -> Report:
     """The report, once the first process has said what of it was not run now."""
-    if report.reuse and team.leads:
+    if report.reuse and team.is_main:
         print(f"reused: {report.reuse}", file=sys.stderr)
     return report
 

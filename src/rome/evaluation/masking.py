@@ -21,7 +21,6 @@ from rome.attacks.lp.autoattack import APGDCE
 from rome.attacks.suites.base import Case
 from rome.evaluation.batch import Examples
 from rome.evaluation.memory import Halving
-from rome.evaluation.progress import cost
 from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
 
@@ -31,8 +30,8 @@ SAMPLE, SHARE = 64, 16
 """The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
 they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
 STEPS = (10, 100)
-COST = 3 * 131 / SHARE
-"""Forward passes for each example of an evaluation, a gradient counted as three."""
+GRADIENTS = 131 / SHARE
+"""Of the checks, for each example of an evaluation."""
 WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
 """A ball that holds the whole box around every image."""
 ZERO_SHARE = 0.05
@@ -43,12 +42,13 @@ P = 0.05
 def worth_checking(cases: Sequence[Case], n: int) -> bool:
     """Whether the checks are made by default: examples enough, and a suite that is published with or one whose own
     search by gradients costs ten times as much."""
-    tried = [(attack, case.threat) for case in cases if not case.on_all for attack in case.attacks]
-    searched = sum(cost(attack, threat) for attack, threat in tried if attack.differentiates)
-    return n >= FEWEST and (any(isinstance(attack, APGDCE) for attack, _ in tried) or searched >= 10 * COST)
+    tried = [case.threat.searched_by(attack) for case in cases if not case.on_all for attack in case.attacks]
+    if any(isinstance(attack, APGDCE) for attack, _ in tried):
+        return n >= FEWEST
+    return n >= FEWEST and sum(a.steps_for(threat) for a, threat in tried if a.differentiates) >= 10 * GRADIENTS
 
 
-def look(
+def run_checks(
     model: Model,
     examples: Examples,
     cases: Sequence[Case],
@@ -148,6 +148,3 @@ def _ball(cases: Sequence[Case]) -> LpBall | None:
     """The Linf ball under attack if there is one, otherwise the first Lp ball."""
     balls = [case.threat for case in cases if isinstance(case.threat, LpBall) and case.threat.eps > 0]
     return next((ball for ball in balls if ball.norm == "Linf"), balls[0] if balls else None)
-
-
-__all__ = ["as_warnings", "look", "worth_checking"]

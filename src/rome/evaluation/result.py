@@ -86,7 +86,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     """Case -> time its attacks took, over all the processes that worked on it."""
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.look`)."""
+    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.run_checks`)."""
     date: str = ""
     """When it was finished."""
     reused: dict[str, Any] = field(default_factory=dict)

@@ -231,5 +231,5 @@ def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[nn.Modul
 
 def _say(team: Team, text: str) -> None:
     """To standard error, by the first process alone."""
-    if team.leads:
+    if team.is_main:
         print(text, file=sys.stderr)

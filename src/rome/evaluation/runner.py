@@ -19,16 +19,16 @@ from rome.core.files import now
 from rome.evaluation.batch import Examples, attack_batch, summed, told, warning
 from rome.evaluation.checks import check_finite
 from rome.evaluation.memory import Halving, free
-from rome.evaluation.progress import Clock, Watcher
+from rome.evaluation.progress import ProgressCallback
 from rome.evaluation.result import CLEAN, Report
-from rome.evaluation.store import StorageError, Store, Unit
+from rome.evaluation.store import BatchResult, StorageError, Store
 
 SQUARE_MARGIN = 0.002
 """A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""
 
 
 @dataclass
-class Running:
+class CaseRunner:
     """Runs the cases and fills a report."""
 
     model: Model
@@ -40,10 +40,10 @@ class Running:
     networks: dict[str, str]
     """Case -> SHA-256 of the file whose network measures for it. A batch that another one measured is done again."""
     save_images: bool
-    watch: Watcher
+    watch: ProgressCallback
     halving: Halving
     team: Team
-    aloud: bool
+    verbose: bool
     """Whether what is worth a line is said on standard error."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
     after: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -61,20 +61,17 @@ class Running:
             Exception: whatever the first case raised, if none of them ended well.
         """
         clean = self.clean()
-        chosen = [case for case in self.cases if case.name in wanted]
-        starts = [len(clean) if case.on_all else int(clean.sum()) for case in chosen]
-        clock = Clock(chosen, starts, self.batch_size, self.team.world)
         columns, names, errors, pending = [clean], [CLEAN], dict[str, Exception](), list[str]()
         for case in self.cases:
             try:
-                column = self.case(case, clean, clock if case in chosen else None)
+                column = self.case(case, clean, run=case.name in wanted)
             except (Interrupted, StorageError):  # there is no sense in going on
                 raise
             except Exception as error:  # the other cases go on; this one is reported and tried again next time
                 if out_of_memory(error):
                     free(error)
                 errors[case.name] = error
-                if self.aloud:  # now, not after hours of other cases
+                if self.verbose:  # now, not after hours of other cases
                     print(f"{case.name}: failed: {told(error)}", file=sys.stderr)
                 continue
             if column is None:
@@ -124,7 +121,7 @@ class Running:
                 return {index: right(parts[index]) for index in range(self.team.rank, len(parts), self.team.world)}
 
             verdicts = {index: some for share in self.team.together(work) for index, some in share.items()}
-            unit = done = Unit(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
+            unit = done = BatchResult(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
             self.team.first(lambda: self.store.write(CLEAN, unit))
         self.dates[CLEAN] = [done.facts.get("date", "")]
         return done.correct
@@ -135,10 +132,10 @@ class Running:
         check_finite(logits)
         return (logits.argmax(1) == y).cpu().numpy()
 
-    def case(self, case: Case, clean: np.ndarray, clock: Clock | None) -> np.ndarray | None:
+    def case(self, case: Case, clean: np.ndarray, *, run: bool) -> np.ndarray | None:
         """Which examples are still correct after all attacks of a case: bool (n,).
 
-        Without a clock nothing is run: None unless every batch of the case is on disk.
+        Without ``run``: None unless every batch of the case is on disk.
         """
         robust = np.ones_like(clean) if case.on_all else clean.copy()
         after: dict[str, float] = {}
@@ -147,7 +144,7 @@ class Running:
         for stage, attack in enumerate(case.attacks):
             before = robust.mean()
             parts = self.parts(np.flatnonzero(robust))
-            units = self.stage(case, stage, parts, robust, clock, done)
+            units = self.stage(case, stage, parts, robust, run, done)
             if units is None:
                 return None
             pieces: list[int] = []
@@ -168,58 +165,50 @@ class Running:
                     "points after the white-box attacks: gradients may be masked, the true robustness lower"
                 )
                 found.append(warning("black-box-beats-white-box", case, attack, int(robust.sum()), message))
-        if clock is not None:
-            self.watch(
-                case.name, done, done, float(robust.mean()), self._left(clock, case, len(case.attacks) - 1, 0, 0)
-            )
+        if run:
+            self.watch(case.name, done, done, float(robust.mean()))
         self.after[case.name], self.seconds[case.name], self.dates[case.name] = after, round(seconds, 3), dates
         self.warnings += summed(found)
         return robust
 
     def stage(
-        self, case: Case, stage: int, parts: list[np.ndarray], robust: np.ndarray, clock: Clock | None, done: int
-    ) -> list[Unit] | None:
+        self, case: Case, stage: int, parts: list[np.ndarray], robust: np.ndarray, run: bool, done: int
+    ) -> list[BatchResult] | None:
         """One attack on all batches, each process on its share of them; the images stay with the process."""
-        robust, sizes = robust.copy(), [len(part) for part in parts]
+        robust = robust.copy()
 
-        def work() -> dict[int, Unit | None]:
-            units: dict[int, Unit | None] = {}
+        def work() -> dict[int, BatchResult | None]:
+            units: dict[int, BatchResult | None] = {}
             for index in range(self.team.rank, len(parts), self.team.world):
                 part = parts[index]
-                unit, fresh = self.unit(case, stage, index, part, run=clock is not None)
-                units[index] = unit and Unit(unit.indices, unit.correct, None, unit.facts)
+                unit = self.unit(case, stage, index, part, run=run)
+                units[index] = unit and BatchResult(unit.indices, unit.correct, None, unit.facts)
                 if unit is None:
                     break
                 robust[part] = unit.correct
-                if fresh and clock is not None:
-                    clock.spent(case, case.attacks[stage], len(part), unit.facts["seconds"])
-                if clock is not None:
+                if run:
                     over = min(index - self.team.rank + self.team.world, len(parts))  # the others are about as far
-                    later = (len(case.attacks) - stage - 1) * clock.batches(int(robust.sum()))
-                    left = self._left(clock, case, stage, sum(sizes[over:]), int(robust.sum()))
+                    later = (len(case.attacks) - stage - 1) * -(-int(robust.sum()) // self.batch_size)
                     total = done + len(parts) + later
                     if done + over < total:  # the last call of a case is the case's own
-                        self.watch(case.name, done + over, total, float(robust.mean()), left)
+                        self.watch(case.name, done + over, total, float(robust.mean()))
             return units
 
         units = {index: unit for share in self.team.together(work) for index, unit in share.items()}
         found = [unit for index in range(len(parts)) if (unit := units.get(index)) is not None]
         return found if len(found) == len(parts) else None
 
-    def _left(self, clock: Clock, case: Case, stage: int, waiting: int, robust: int) -> float | None:
-        return clock.left(clock.cases.index(case), stage, waiting, robust)
-
-    def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> tuple[Unit | None, bool]:
-        """One attack on one batch, from disk if it is there; and whether it was run now."""
+    def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
+        """One attack on one batch, from disk if it is there."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind}-{index:05d}"
         keep = self.save_images and not case.on_all  # a fixed change can be made again
         unit, network = self.store.read(key, part), self.networks.get(case.name)
         if unit is not None and network and unit.facts.get("network", network) != network:
             unit = None
         if unit is not None and (unit.images is not None or not keep):
-            return unit, False
+            return unit
         if not run:
-            return None, False
+            return None
         unit = attack_batch(
             self.model,
             self.examples,
@@ -233,14 +222,14 @@ class Running:
         if network:
             unit.facts["network"] = network
         self.store.write(key, unit)
-        return unit, True
+        return unit
 
     def _halved(self, case: Case, stage: int, pieces: list[int]) -> dict[str, Any]:
         message = (
             f"memory did not suffice for {self.batch_size} examples at a time: run in batches of at most "
             f"{max(pieces)}, whose random starts are others"
         )
-        if self.aloud and not self.said:
+        if self.verbose and not self.said:
             print(f"{case.name}: {message}", file=sys.stderr)
             self.said = True
         return warning("out-of-memory", case, case.attacks[stage], sum(pieces), message)

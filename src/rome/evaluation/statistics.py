@@ -8,11 +8,10 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 LEVEL = 0.05
 """Of false claims in one table or report, whatever their number."""
-Z95 = 1.959963984540054
-"""Normal quantile of a two-sided 95% interval."""
 
 
 class Difference(NamedTuple):
@@ -31,29 +30,18 @@ class Difference(NamedTuple):
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95% score interval of a share of n examples (Wilson 1927).
-
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = correct/n, z = 1.96.
-    """
-    share, z2 = correct / n, Z95**2
-    middle = share + z2 / (2 * n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    scale = 1 + z2 / n
+    """95% score interval of a share of n examples (Wilson 1927)."""
+    low, high = binomtest(correct, n).proportion_ci(1 - LEVEL, method="wilson")
     # the ends of none and all are 0 and 1, which rounding would miss by a hair
-    return (middle - half) / scale if correct else 0.0, (middle + half) / scale if correct < n else 1.0
+    return float(low) if correct else 0.0, float(high) if correct < n else 1.0
 
 
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p-value for b examples that only one of two models gets right and c that only the other does.
 
-    Under the hypothesis of no difference b is binomial, one half of b + c (McNemar 1947; the exact form):
-    p = min(1, 2 sum_{i <= min(b, c)} C(b + c, i) / 2^(b + c)).
+    Under the hypothesis of no difference b is binomial, one half of b + c (McNemar 1947; the exact form).
     """
-    n, total, term = b + c, 0, 1
-    for i in range(min(b, c) + 1):
-        total += term
-        term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * total / 2**n)
+    return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -40,7 +40,7 @@ _LAST = (MATRIX, RESULT)
 
 
 @dataclass
-class Unit:
+class BatchResult:
     """What one attack did to one batch."""
 
     indices: np.ndarray
@@ -106,7 +106,7 @@ class Store:
 
     def _measured_anew(self, stored: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
         """The stored settings with the networks that measure now. If one is another than it was, the evaluation is not
-        finished any more: what that one measured is done again (:class:`rome.evaluation.runner.Running`)."""
+        finished any more: what that one measured is done again (:class:`rome.evaluation.runner.CaseRunner`)."""
         before = stored.get("networks", {})
         now = {**before, **networks}
         if now == before or self.directory is None:
@@ -132,7 +132,7 @@ class Store:
     def path(self, key: str) -> Path | None:
         return self.directory / BATCHES / f"{key}.safetensors" if self.directory else None
 
-    def read(self, key: str, indices: np.ndarray) -> Unit | None:
+    def read(self, key: str, indices: np.ndarray) -> BatchResult | None:
         """The finished unit of this name for exactly these examples; None where it is absent or damaged."""
         path = self.path(key)
         if path is None or not path.exists():
@@ -146,9 +146,9 @@ class Store:
             return None
         if digest != self._digest(tensors, facts) or not np.array_equal(tensors["indices"].numpy(), indices):
             return None
-        return Unit(indices, tensors["correct"].numpy(), tensors.get("images"), json.loads(facts))
+        return BatchResult(indices, tensors["correct"].numpy(), tensors.get("images"), json.loads(facts))
 
-    def write(self, key: str, unit: Unit) -> None:
+    def write(self, key: str, unit: BatchResult) -> None:
         path = self.path(key)
         if path is None:
             return

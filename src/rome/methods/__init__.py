@@ -3,7 +3,7 @@
 May import attacks and what stands below.
 """
 
-from rome.methods.base import Method, Outcome, Setting
+from rome.methods.base import Method, Outcome, TrainContext
 from rome.methods.eat import EAT
 from rome.methods.mixing import Average, Maximum, Random
 from rome.methods.more import MORE
@@ -11,4 +11,17 @@ from rome.methods.msd import MSD
 from rome.methods.pat import PAT, VR
 from rome.methods.ramp import RAMP
 
-__all__ = ["EAT", "MORE", "MSD", "PAT", "RAMP", "VR", "Average", "Maximum", "Method", "Outcome", "Random", "Setting"]
+__all__ = [
+    "EAT",
+    "MORE",
+    "MSD",
+    "PAT",
+    "RAMP",
+    "VR",
+    "Average",
+    "Maximum",
+    "Method",
+    "Outcome",
+    "Random",
+    "TrainContext",
+]

@@ -25,18 +25,17 @@ from rome.attacks import Attack
 from rome.core.component import Component
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
+from rome.core.wrappers import unwrapped
 from rome.experts import Experts, GateRecorder, Regularizer, record_gates
 from rome.threats import Threat
 
 
 @dataclass
-class Setting:
+class TrainContext:
     """What a method works with, the same for every update of a run."""
 
     model: nn.Module
     """The model to train; its forward may be wrapped for several processes."""
-    attacked: nn.Module
-    """The same model without that wrapping: what attacks call."""
     threats: tuple[Threat, ...]
     """The threats the method trains on: what :meth:`Method.trained` made of the config's."""
     attack: Attack
@@ -55,6 +54,11 @@ class Setting:
     epoch: int = 0
     """The current epoch, counted from 0."""
 
+    @property
+    def attacked(self) -> nn.Module:
+        """The model without what wraps it for several processes: what attacks call."""
+        return unwrapped(self.model)
+
 
 @dataclass
 class Outcome:
@@ -63,7 +67,7 @@ class Outcome:
     loss: Tensor
     """Scalar to call backward on."""
     labels: Tensor
-    """(B',) int64 on the CPU: threat of each training example, as a position in ``Setting.threats``."""
+    """(B',) int64 on the CPU: threat of each training example, as a position in ``TrainContext.threats``."""
     correct: Tensor
     """(B',) bool: classified correctly in the training forward."""
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -105,7 +109,7 @@ class Method(Component):
         Args:
             threats: what :meth:`trained` made of the config's.
             experts: the model's, if it has some.
-            epochs: as in :class:`Setting`.
+            epochs: as in :class:`TrainContext`.
 
         Raises:
             UserError: it cannot train such a model, or not in so many epochs.
@@ -131,23 +135,23 @@ class Method(Component):
         """The epochs in the parts within which every update does the same kind of work."""
         return (epochs,)
 
-    def prepare(self, setting: Setting) -> None:
+    def prepare(self, context: TrainContext) -> None:
         """Called once before everything else: make what is made of the model, such as a copy.
 
-        ``setting.model`` is not yet wrapped for several processes here; its weights are the start of the run.
+        ``context.model`` is not yet wrapped for several processes here; its weights are the start of the run.
         """
 
     @abstractmethod
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         """Attack the batch (B, C, H, W), run the training forward and return the loss."""
 
-    def epoch_start(self, setting: Setting, epoch: int) -> None:
+    def epoch_start(self, context: TrainContext, epoch: int) -> None:
         """Called before the first update of each epoch (counted from 0)."""
 
-    def update_end(self, setting: Setting) -> None:
+    def update_end(self, context: TrainContext) -> None:
         """Called after every step of the optimizer."""
 
-    def epoch_end(self, setting: Setting, epoch: int) -> None:
+    def epoch_end(self, context: TrainContext, epoch: int) -> None:
         """Called after the last update of each epoch."""
 
     def state(self) -> dict[str, Any]:
@@ -185,18 +189,18 @@ def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tupl
 
 
 def training_forward(
-    setting: Setting, images: Tensor, y: Tensor, labels: Tensor
+    context: TrainContext, images: Tensor, y: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One forward of the training model on adversarial images.
 
     Returns:
         cross-entropy per example (B',), correctness (B',), and the weighted regularizer (scalar) or None.
     """
-    logits, penalty = training_logits(setting, images, labels)
+    logits, penalty = training_logits(context, images, labels)
     return F.cross_entropy(logits, y, reduction="none"), logits.detach().argmax(dim=1) == y, penalty
 
 
-def training_logits(setting: Setting, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """One forward of the training model, with the gates recorded.
 
     Args:
@@ -206,16 +210,16 @@ def training_logits(setting: Setting, images: Tensor, labels: Tensor) -> tuple[T
     Returns:
         logits (B', classes) in float32, and the weighted regularizer (scalar) or None.
     """
-    regularizer = setting.regularizer
-    with _recording(setting) as recorder:
-        logits = setting.model(images).float()
+    regularizer = context.regularizer
+    with _recording(context) as recorder:
+        logits = context.model(images).float()
     if regularizer is None or recorder is None:
         return logits, None
     records = recorder.complete()
     if len(labels) < len(images):
         records = [record._replace(gates=record.gates.first(len(labels))) for record in records]
     with torch.autocast(images.device.type, enabled=False):  # means of gates may differ by less than bf16 resolves
-        penalty = regularizer.loss(records, labels, len(setting.threats))
+        penalty = regularizer.loss(records, labels, len(context.threats))
     learning = [record for record in records if any(p.requires_grad for p in record.layer.gate_parameters())]
     if torch.is_grad_enabled() and not all(record.gates.weights.requires_grad for record in learning):
         raise UserError(
@@ -225,10 +229,10 @@ def training_logits(setting: Setting, images: Tensor, labels: Tensor) -> tuple[T
     return logits, regularizer.weight * penalty
 
 
-def _recording(setting: Setting) -> AbstractContextManager[GateRecorder | None]:
-    if setting.regularizer is None:
+def _recording(context: TrainContext) -> AbstractContextManager[GateRecorder | None]:
+    if context.regularizer is None:
         return nullcontext()
-    return record_gates(setting.attacked, detached=setting.regularizer.gradient == "gates")
+    return record_gates(context.attacked, detached=context.regularizer.gradient == "gates")
 
 
 def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, combine, named, search_passes, training_forward
 from rome.threats import PerExample, Threat
 
 
@@ -54,17 +54,17 @@ class EAT(Method):
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 1 + 3
 
-    def prepare(self, setting: Setting) -> None:
-        self._seen, self._robust = [0] * len(setting.threats), [0] * len(setting.threats)
+    def prepare(self, context: TrainContext) -> None:
+        self._seen, self._robust = [0] * len(context.threats), [0] * len(context.threats)
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        labels = self._draw(setting, len(x))
-        mixture = PerExample(setting.threats, labels)
-        found = setting.attack.run(setting.attacked, x, y, mixture, generator=setting.attack_stream)
-        member = F.one_hot(labels, len(setting.threats)).to(x.device, non_blocking=True)
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        labels = self._draw(context, len(x))
+        mixture = PerExample(context.threats, labels)
+        found = context.attack.run(context.attacked, x, y, mixture, generator=context.attack_stream)
+        member = F.one_hot(labels, len(context.threats)).to(x.device, non_blocking=True)
         new = torch.stack([member.sum(dim=0), (member * found.robust.unsqueeze(1)).sum(dim=0)])
         self._new = new if self._new is None else self._new + new
-        losses, correct, penalty = training_forward(setting, found.images, y, labels)
+        losses, correct, penalty = training_forward(context, found.images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)
 
     def probabilities(self) -> Tensor:
@@ -75,17 +75,17 @@ class EAT(Method):
             errors = torch.ones_like(errors)
         return errors / errors.sum()
 
-    def _draw(self, setting: Setting, n: int) -> Tensor:
+    def _draw(self, context: TrainContext, n: int) -> Tensor:
         """The threats of this process's n examples. Accumulation steps of an update share probabilities, or threat."""
-        stream = setting.threat_stream
-        per = self.per or ("batch" if setting.regularizer is None else "example")
+        stream = context.threat_stream
+        per = self.per or ("batch" if context.regularizer is None else "example")
         if per == "example":
             return stratified(self.probabilities(), n * stream.world, stream)[stream.rank * n : (stream.rank + 1) * n]
         if self._drawn is None:
             self._drawn = int(stratified(self.probabilities(), 1, stream))
         return torch.full((n,), self._drawn)
 
-    def update_end(self, setting: Setting) -> None:
+    def update_end(self, context: TrainContext) -> None:
         assert self._new is not None
         seen, robust = total(self._new).tolist()
         self._seen = [old + new for old, new in zip(self._seen, seen, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, Setting, combine, search_passes, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, combine, search_passes, training_forward
 from rome.threats import PerExample, Threat
 
 
@@ -31,19 +31,19 @@ class Random(Method):
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 3
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         if self.per == "batch":
             if self._drawn is None:
-                self._drawn = int(setting.threat_stream.permutation(len(setting.threats))[0])
+                self._drawn = int(context.threat_stream.permutation(len(context.threats))[0])
             labels = torch.full((len(x),), self._drawn)
         else:
-            labels = equal_shares(setting.threat_stream, len(x), len(setting.threats))
-        mixture = PerExample(setting.threats, labels)
-        images = setting.attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
-        losses, correct, penalty = training_forward(setting, images, y, labels)
+            labels = equal_shares(context.threat_stream, len(x), len(context.threats))
+        mixture = PerExample(context.threats, labels)
+        images = context.attack(context.attacked, x, y, mixture, generator=context.attack_stream)
+        losses, correct, penalty = training_forward(context, images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)
 
-    def update_end(self, setting: Setting) -> None:
+    def update_end(self, context: TrainContext) -> None:
         self._drawn = None
 
 
@@ -61,13 +61,13 @@ class _Every(Method):
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return sum(search_passes(attack, threat) + 3 for threat in threats)
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        threats = len(setting.threats)
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        threats = len(context.threats)
         # example by example, so that the draws of a process's examples are a slice of the global batch's
-        mixture = PerExample(setting.threats, torch.arange(threats).repeat(len(x)))
+        mixture = PerExample(context.threats, torch.arange(threats).repeat(len(x)))
         images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
-        images = setting.attack(setting.attacked, images, labels, mixture, generator=setting.attack_stream)
-        losses, correct, penalty = training_forward(setting, images, labels, mixture.labels)
+        images = context.attack(context.attacked, images, labels, mixture, generator=context.attack_stream)
+        losses, correct, penalty = training_forward(context, images, labels, mixture.labels)
         return combine(self.join(losses.view(len(x), threats).t()), penalty, mixture.labels, correct)
 
     @abstractmethod

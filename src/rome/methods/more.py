@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
-from rome.methods.base import Method, Outcome, Setting, search_passes
+from rome.methods.base import Method, Outcome, TrainContext, search_passes
 from rome.methods.mixing import Random
 from rome.threats import PerExample, Threat
 
@@ -55,32 +55,32 @@ class MORE(Method):
                 f"natural_epochs) with expert_epochs {self.expert_epochs or 'null'}; raise epochs or lower the others"
             )
 
-    def prepare(self, setting: Setting) -> None:
-        _one_each(setting.threats, mixture_of(setting.attacked).experts)
+    def prepare(self, context: TrainContext) -> None:
+        _one_each(context.threats, mixture_of(context.attacked).experts)
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        mixture = mixture_of(setting.attacked)
-        if setting.epoch < setting.epochs.start:
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        mixture = mixture_of(context.attacked)
+        if context.epoch < context.epochs.start:
             with mixture.apart(0):
-                return Random().loss(replace(setting, regularizer=None), x, y)
-        if setting.epoch in self.stages(setting.epochs)[0]:
-            return self._each_alone(setting, mixture, x, y)
+                return Random().loss(replace(context, regularizer=None), x, y)
+        if context.epoch in self.stages(context.epochs)[0]:
+            return self._each_alone(context, mixture, x, y)
         mixture.freeze_bodies()
-        return Random().loss(setting, x, y)
+        return Random().loss(context, x, y)
 
-    def epoch_start(self, setting: Setting, epoch: int) -> None:
-        if 0 < epoch == setting.epochs.start:
-            mixture_of(setting.attacked).follow_first()
+    def epoch_start(self, context: TrainContext, epoch: int) -> None:
+        if 0 < epoch == context.epochs.start:
+            mixture_of(context.attacked).follow_first()
 
-    def _each_alone(self, setting: Setting, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
+    def _each_alone(self, context: TrainContext, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
         """All experts in one forward, so that processes wait for each other once."""
         images = []
-        for expert, threat in enumerate(setting.threats):
+        for expert, threat in enumerate(context.threats):
             with mixture.apart(expert):
-                images.append(setting.attack(setting.attacked, x, y, threat, generator=setting.attack_stream))
+                images.append(context.attack(context.attacked, x, y, threat, generator=context.attack_stream))
         with mixture.apart(*range(len(images))):
-            logits = setting.model(torch.cat(images)).float()
-        labels, y = PerExample.repeated(setting.threats, len(x)).labels, y.repeat(len(images))
+            logits = context.model(torch.cat(images)).float()
+        labels, y = PerExample.repeated(context.threats, len(x)).labels, y.repeat(len(images))
         loss = F.cross_entropy(logits, y)  # the mean over experts and examples
         parts = {"cross_entropy": loss.detach()}
         return Outcome(len(images) * loss, labels, logits.detach().argmax(dim=1) == y, parts)

@@ -13,7 +13,7 @@ from rome.attacks.lp.msd import steepest_descent
 from rome.attacks.lp.pgd import by_norm
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, Setting, combine, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -32,7 +32,7 @@ class MSD(Method):
     kind = "msd"
     own_attack: ClassVar[str] = "multi steepest descent"
     steps: int = Field(default=20, ge=1)
-    """Iterations; the paper's setting for ImageNet is 40."""
+    """Iterations; the paper's context for ImageNet is 40."""
     step_size: StepSize | dict[Norm, StepSize] | None = None
     """In the units of the norm (L1: mass per step); None takes 5/3, 200/51 and 5/2 radii over all steps for L1, L2 and
     Linf."""
@@ -51,10 +51,10 @@ class MSD(Method):
     def step_size_for(self, threat: LpBall) -> float:
         return by_norm(self.step_size, threat.norm, {threat.norm: _PATH[threat.norm] * threat.eps / self.steps})
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        threats = cast("tuple[LpBall, ...]", setting.threats)
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        threats = cast("tuple[LpBall, ...]", context.threats)
         sizes = [self.step_size_for(threat) for threat in threats]
-        found = steepest_descent(setting.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
+        found = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
         labels = found.chosen.cpu()
-        losses, correct, penalty = training_forward(setting, found.images, y, labels)
+        losses, correct, penalty = training_forward(context, found.images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)

@@ -15,7 +15,7 @@ from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
 from rome.attacks.perceptual.features import ALL, Perception, loaded
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, Setting, combine, training_forward, training_logits
+from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward, training_logits
 from rome.methods.mixing import equal_shares
 from rome.models import file_hash
 from rome.threats import Perceptual, PerExample, Threat
@@ -67,25 +67,25 @@ class PAT(Method):
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return 1 + 3 * self.steps + 3  # a step: forward, backward to the input, forward a little further
 
-    def prepare(self, setting: Setting) -> None:
-        device = next(setting.attacked.parameters()).device
+    def prepare(self, context: TrainContext) -> None:
+        device = next(context.attacked.parameters()).device
         found = []
-        for threat in setting.threats:
+        for threat in context.threats:
             assert isinstance(threat, Perceptual)
             try:
                 found.append(loaded(threat, device))
             except UserError as error:
                 raise UserError(f"{self.kind}: {error}, in a config by method.features=[self, PATH]") from error
-        Perception(setting.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
+        Perception(context.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
         self._threats = tuple(found)
         self._hashes = {name: file_hash(_file(name)) for name in self.features if name != "self"}
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        labels = equal_shares(setting.threat_stream, len(x), len(self._threats))
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels)
         attack = FastLPA(steps=self.steps, only_correct=True)
-        images = attack(setting.attacked, x, y, mixture, generator=setting.attack_stream)
-        losses, correct, penalty = training_forward(setting, images, y, labels)
+        images = attack(context.attacked, x, y, mixture, generator=context.attack_stream)
+        losses, correct, penalty = training_forward(context, images, y, labels)
         return combine(losses.mean(), penalty, labels, correct)
 
     def state(self) -> dict[str, Any]:
@@ -112,14 +112,14 @@ class VR(PAT):
     def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
         return 3 * super().passes(threats, attack)
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
-        labels = equal_shares(setting.threat_stream, len(x), len(self._threats))
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels.repeat_interleave(3))
         images, classes = x.repeat_interleave(3, dim=0), y.repeat_interleave(3)
         attack = FastLPAWithPair(steps=self.steps, only_correct=True)
-        images = attack(setting.attacked, images, classes, mixture, generator=setting.attack_stream)
+        images = attack(context.attacked, images, classes, mixture, generator=context.attack_stream)
         adversarial, one, other = images.view(-1, 3, *x.shape[1:]).unbind(1)
-        logits, penalty = training_logits(setting, torch.cat([adversarial, one, other]), labels)
+        logits, penalty = training_logits(context, torch.cat([adversarial, one, other]), labels)
         logits, one, other = logits.chunk(3)
         outcome = combine(F.cross_entropy(logits, y), penalty, labels, logits.detach().argmax(dim=1) == y)
         outcome.add("variation", self.weight * torch.linalg.vector_norm(one - other, dim=1).mean())

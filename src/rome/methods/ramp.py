@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Method, Outcome, Setting, combine, named, search_passes, set_lr, training_logits
+from rome.methods.base import Method, Outcome, TrainContext, combine, named, search_passes, set_lr, training_logits
 from rome.threats import PerExample, Threat
 
 
@@ -58,19 +58,19 @@ class RAMP(Method):
         attacks = sum(search_passes(attack, threat) + 1 + 3 for threat in threats)
         return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
 
-    def prepare(self, setting: Setting) -> None:
-        self._clean = _CleanCopy(setting.model, setting.new_optimizer) if self.fusion else None
+    def prepare(self, context: TrainContext) -> None:
+        self._clean = _CleanCopy(context.model, context.new_optimizer) if self.fusion else None
 
-    def loss(self, setting: Setting, x: Tensor, y: Tensor) -> Outcome:
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         # the copy first: its activations are gone before the attack starts
         clean_loss = self._clean.backward(x, y) if self._clean is not None else None
         # example by example, so that the draws of a process's examples are a slice of the global batch's
-        pairs, labels = PerExample(setting.threats, torch.arange(2).repeat(len(x))), y.repeat_interleave(2)
-        found = setting.attack.run(
-            setting.attacked, x.repeat_interleave(2, dim=0), labels, pairs, generator=setting.attack_stream
+        pairs, labels = PerExample(context.threats, torch.arange(2).repeat(len(x))), y.repeat_interleave(2)
+        found = context.attack.run(
+            context.attacked, x.repeat_interleave(2, dim=0), labels, pairs, generator=context.attack_stream
         )
         images = found.images if self.trades is None else torch.cat([found.images, x])
-        logits, penalty = training_logits(setting, images, pairs.labels)
+        logits, penalty = training_logits(context, images, pairs.labels)
         logits, clean = logits[: len(labels)], logits[len(labels) :]
         losses = F.cross_entropy(logits, labels, reduction="none")
         searched = torch.where(found.loss.isnan(), losses.detach(), found.loss)  # NaN: the attack has another loss
@@ -90,17 +90,17 @@ class RAMP(Method):
             outcome.parts["clean_copy"] = clean_loss
         return outcome
 
-    def epoch_start(self, setting: Setting, epoch: int) -> None:
+    def epoch_start(self, context: TrainContext, epoch: int) -> None:
         if self._clean is not None:
-            self._clean.restart(setting.attacked)
+            self._clean.restart(context.attacked)
 
-    def update_end(self, setting: Setting) -> None:
+    def update_end(self, context: TrainContext) -> None:
         if self._clean is not None:
-            self._clean.step(setting.lr)
+            self._clean.step(context.lr)
 
-    def epoch_end(self, setting: Setting, epoch: int) -> None:
+    def epoch_end(self, context: TrainContext, epoch: int) -> None:
         if self._clean is not None and self.fusion:
-            self._clean.fuse_into(setting.attacked, self.fusion)
+            self._clean.fuse_into(context.attacked, self.fusion)
 
     def state(self) -> dict[str, Any]:
         return self._clean.state() if self._clean is not None else {}

@@ -20,13 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
 from rome.core.errors import UserError
-from rome.core.randomness import stream
 from rome.data import ImageFolder
 from rome.experts import FeedForward, Gated, expert_layers
-from rome.methods import Setting
 from rome.models import build_model, trains_on, weights_file
 from rome.runs.config import Config, load
 from rome.runs.experiments import files, path_of
+from rome.training.setup import train_context
 
 Work = Callable[[], None]
 RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", "seconds_per_update": "update_ratio"}
@@ -137,18 +136,8 @@ def updates(
     """One update of each of the method's stages, to be called again and again, and that stage's share of the epochs."""
     method = config.method.model_copy(deep=True)  # its state belongs to these updates alone
     optimizer = config.optimizer.build(model)
-    setting = Setting(
-        model=model,
-        attacked=model,
-        threats=method.trained(config.threats, config.attack),
-        attack=config.attack,
-        regularizer=config.experts.regularizer if config.experts is not None else None,
-        attack_stream=stream(config.seed, "attack", device=device),
-        threat_stream=stream(config.seed, "threats"),
-        new_optimizer=config.optimizer.build,
-        epochs=range(config.natural_epochs, config.epochs),
-    )
-    method.prepare(setting)
+    context = train_context(config, model, device)
+    method.prepare(context)
     batch = config.batch_size // config.accumulate
     source = torch.Generator().manual_seed(config.seed)
     x = torch.rand(batch, *shape, generator=source).to(device)
@@ -157,17 +146,17 @@ def updates(
     @numerics(config.precision)
     def update(epoch: int) -> None:
         model.train()
-        setting.epoch = epoch
+        context.epoch = epoch
         for _ in range(config.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                outcome = method.loss(setting, x, y)
+                outcome = method.loss(context, x, y)
             torch.autograd.backward(outcome.loss / config.accumulate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        method.update_end(setting)
+        method.update_end(context)
 
-    method.epoch_start(setting, 0)
-    stages = [(stage.start, max(len(stage), 1)) for stage in method.stages(setting.epochs)]
+    method.epoch_start(context, 0)
+    stages = [(stage.start, max(len(stage), 1)) for stage in method.stages(context.epochs)]
     epochs = sum(length for _, length in stages)
     return [(functools.partial(update, start), length / epochs) for start, length in stages]
 

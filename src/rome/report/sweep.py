@@ -227,7 +227,7 @@ def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]
 def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
     """Train and evaluate one point; what is there already is kept. Exits like the command line."""
     from rome.evaluation.run import evaluate_saved
-    from rome.training.loop import train
+    from rome.training.setup import train
 
     with exiting():
         config = load(file, tuple(overrides))

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from rome.runs.config import Config
-from rome.training.loop import Progress, Update
+from rome.training.log import Update
+from rome.training.loop import Progress
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""``train``: what a config says becomes model, data, method and folder, and the loop runs on them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome.attacks.threat import check_channels
+from rome.core import trust
+from rome.core.device import numerics, placed
+from rome.core.distributed import launched_together
+from rome.core.errors import UserError, first_line
+from rome.core.randomness import stream
+from rome.core.trial import check_attackable, tried
+from rome.data import Split
+from rome.methods import TrainContext
+from rome.models import build_model, save_model
+from rome.runs.config import Config
+from rome.runs.folder import Run
+from rome.training.loop import Loop, Position
+from rome.training.validation import Validator, hold_out
+
+
+@trust.opens_files
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Config, int, int], Any] | None = None,
+    trust_code: bool = False,
+) -> Run:
+    """Train as the config says, into a folder.
+
+    Args:
+        config: from :func:`rome.runs.config.load`.
+        out: the run's folder (see :mod:`rome.runs.folder`).
+        resume: go on from the folder's checkpoint, or start if there is none yet.
+        overwrite: remove what an earlier run left there.
+        progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
+        trust_code: let the file of a network that measures distances run the code that it names
+        (:mod:`rome.core.trust`).
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: bad settings, data or folder, or a non-finite loss.
+        Interrupted: SIGINT or SIGTERM; resume with ``resume=True``.
+    """
+    run = Run(out)
+    try:
+        _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
+    finally:
+        run.release()
+    return run
+
+
+def _train(
+    run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
+) -> None:
+    config = config.model_copy(deep=True)  # the method's state belongs to this run alone
+    world, micro = launched_together(), config.batch_size // config.accumulate
+    if micro % world:
+        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    fabric = _fabric(config)
+    rank = fabric.global_rank
+    fabric.barrier()  # nobody ends over a mistake while others still look for the first process
+    split, held = config.data.open("train"), None
+    whole = split
+    if config.validation is not None:
+        split, held = hold_out(split, config.validation.n, config.seed)
+    check_channels(config.threats, config.attack, split.shape[0])
+    steps = len(split) // config.batch_size
+    if not steps:
+        raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")
+
+    torch.manual_seed(config.seed)
+    model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    model = placed(model, fabric.device)
+    with tried(model):
+        x = split.first(min(3, len(split)))[0].to(fabric.device)
+        check_attackable(model, x, name=f"model {config.model.name}")
+        if micro == world:
+            _check_one_image(model.train(), x[:1])
+    optimizer = config.optimizer.build(model)
+    context = train_context(config, model, fabric.device, rank=rank, world=world)
+    config.method.prepare(context)
+    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=whole)
+    position = Position()
+    validator = None if held is None else Validator(config, held, run, fabric)
+    if checkpoint is not None:
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            config.method.load_state(checkpoint["method"])
+            position = Position(checkpoint["epoch"], checkpoint["step"], checkpoint["seconds"])
+            if validator is not None:
+                validator.restore(model, checkpoint["best"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{run.checkpoint_file} does not fit this config ({str(error).splitlines()[0]}); "
+                "restore it, or pass --overwrite to start anew"
+            ) from error
+    if config.compile:
+        model.compile()
+    context.model, optimizer = fabric.setup(model, optimizer)
+    loop = Loop(config, run, fabric, context, optimizer, split, steps, position, validator)
+    with numerics(config.precision):
+        if progress is not None and rank == 0:
+            with progress(config, steps * config.epochs, loop.updates) as shown:
+                loop.run_all(shown)
+        else:
+            loop.run_all(None)
+    if fabric.global_rank == 0:
+        save_model(model, run.model_file, config=config.dump())
+        run.checkpoint_file.unlink(missing_ok=True)
+    fabric.barrier()
+
+
+def train_context(
+    config: Config, model: nn.Module, device: torch.device, *, rank: int = 0, world: int = 1
+) -> TrainContext:
+    """What the config's method works with, for this one of ``world`` processes."""
+    return TrainContext(
+        model=model,
+        threats=config.method.trained(config.threats, config.attack),
+        attack=config.attack,
+        regularizer=config.experts.regularizer if config.experts is not None else None,
+        attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=device),
+        threat_stream=stream(config.seed, "threats", rank=rank, world=world),
+        new_optimizer=config.optimizer.build,
+        epochs=range(config.natural_epochs, config.epochs),
+    )
+
+
+def _check_one_image(model: nn.Module, x: Tensor) -> None:
+    """Raise UserError if a training forward of one image fails: BatchNorm has no statistics of one value."""
+    try:
+        model(x)
+    except ValueError as error:
+        raise UserError(
+            f"this model cannot train on one image at a time ({first_line(error)}): make batch_size larger, or "
+            "accumulate or the number of processes smaller"
+        ) from error
+
+
+def _prepare(
+    fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool, data: Split
+) -> dict[str, Any] | None:
+    """The first process makes the folder ready; what it finds wrong is raised in every process, so that none waits."""
+    checkpoint, problem = None, ""
+    if fabric.global_rank == 0:
+        try:
+            checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
+        except UserError as error:
+            problem = str(error)
+    problem, goes_on = fabric.broadcast((problem, checkpoint is not None))
+    if problem:
+        raise UserError(problem)
+    return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
+
+
+def _fabric(config: Config) -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+        from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+        from lightning_fabric.strategies.ddp import DDPStrategy
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
+    world = launched_together()
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
+    strategy: Any = "auto"
+    if world > 1:
+        strategy = DDPStrategy(find_unused_parameters=config.method.partial_gradients)
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        # not what Lightning takes for one: a shell of SLURM has the variables of a job of several processes
+        plugins=[TorchElasticEnvironment() if world > 1 else LightningEnvironment()],
+        precision="32-true",  # bf16 is autocast in _update: Fabric's plugin would round the adversarial images too
+    )
+    fabric.launch()
+    return fabric
