@@ -12,6 +12,7 @@ import torch
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.base import Group
 from rome.attacks.engine import frozen
+from rome.core.trial import check_attackable
 from rome.experts import add_experts, record_gates
 from rome.models import create_model
 from rome.runs.config import load
@@ -86,3 +87,9 @@ def test_gates_on_the_gpu_sum_to_one() -> None:
         model(torch.rand(2, 3, 32, 32, device="cuda"))
     for gates in recorder.gates.values():
         torch.testing.assert_close(gates.weights.sum(-1).float(), torch.ones(2, 17, device="cuda"), rtol=0, atol=1e-2)
+
+
+def test_a_model_that_convolves_is_not_taken_for_one_that_depends_on_its_batch() -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet_18", num_classes=10).cuda().eval()
+    assert check_attackable(model, torch.rand(3, 3, 32, 32, device="cuda")) == 10

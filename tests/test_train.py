@@ -16,6 +16,7 @@ import rome.training.setup
 from rome.core.device import numerics
 from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, stream
+from rome.core.trial import check_attackable
 from rome.data import Digits
 from rome.methods import Outcome, Random, TrainContext
 from rome.models import build_model, read_tensors
@@ -432,5 +433,20 @@ def test_only_tf32_computes_in_tf32(precision: str) -> None:
     conv, matmul = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     with numerics(precision):
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
-        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else matmul)
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
     assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (conv, matmul)
+
+
+def test_a_model_is_tried_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounding would be taken for a dependence on the other images of a batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = set()
+
+    class Watching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return super().forward(x.flatten(1))
+
+    check_attackable(Watching(12, 3), torch.rand(3, 3, 2, 2))
+    assert seen == {(False, "highest")}
+    assert torch.backends.cudnn.allow_tf32

@@ -50,15 +50,14 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """TF32 if asked for and nowhere else (torch convolves in it unless told not to), and room for the variants of a
+    """TF32 with ``tf32`` and nowhere else, although torch convolves in it by default, and room for the variants of a
     compiled model (training, attack, batches that shrink)."""
     import torch._dynamo
 
     before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
     convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch._dynamo.config.recompile_limit = max(limit, 32)
     try:
         yield

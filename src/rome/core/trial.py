@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rome.core.device import out_of_memory
+from rome.core.device import numerics, out_of_memory
 from rome.core.errors import Interrupted, UserError
 from rome.core.randomness import unchanged_states
 
@@ -237,7 +237,7 @@ def check_attackable(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: st
     Raises:
         UserError: they do not.
     """
-    with steady(model, name):
+    with numerics("fp32"), steady(model, name):  # TF32, torch's default for convolutions, rounds beyond what is allowed
         for count in range(len(x), 0, -1):
             classes = ask(model, x[:count], name=name, hint=hint, gradient=True).shape[1]
         check_company(model, x, name=name)

@@ -32,7 +32,7 @@ class MSD(Method):
     kind = "msd"
     own_attack: ClassVar[str] = "multi steepest descent"
     steps: int = Field(default=20, ge=1)
-    """Iterations; the paper's context for ImageNet is 40."""
+    """Iterations; the paper's setting for ImageNet is 40."""
     step_size: StepSize | dict[Norm, StepSize] | None = None
     """In the units of the norm (L1: mass per step); None takes 5/3, 200/51 and 5/2 radii over all steps for L1, L2 and
     Linf."""
