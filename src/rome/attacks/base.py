@@ -22,6 +22,7 @@ from rome.attacks.sharing import Share, divide
 from rome.component import Component
 from rome.device import out_of_memory
 from rome.errors import UserError
+from rome.experts.fused import joined
 from rome.experts.gated import Gated
 from rome.randomness import Stream, stream
 from rome.threats import PerExample, Threat
@@ -119,7 +120,8 @@ def frozen(model: Model) -> Iterator[None]:
                 own = module.get_parameter(name)
                 replaced.append((module, name, own))
                 module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
-            yield
+            with joined(model):
+                yield
         finally:
             for module, name, parameter in replaced:
                 module._parameters[name] = parameter
