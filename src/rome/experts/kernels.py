@@ -27,24 +27,25 @@ def _share(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mix(  # type: ignore[no-untyped-def]
-    read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, beta, scale, to_image, to_token,
+    read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, beta, scale,
     K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """A program for each image and block of tokens; all of an image find v, which reads T K scores only."""
+    WIDTH: tl.constexpr = K * R + K * LOCAL + K * WHOLE
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     k = tl.arange(0, WIDE_K)
     r = tl.arange(0, WIDE_R)
     real = k < K
-    read += image * to_image
+    read += image * tokens * WIDTH
     t = part * BLOCK + tl.arange(0, BLOCK)
     here = (t < tokens)[:, None] & real[None, :]
-    place = t[:, None, None] * to_token + k[None, :, None] * R + r[None, None, :]
+    place = t[:, None, None] * WIDTH + k[None, :, None] * R + r[None, None, :]
     inside = here[:, :, None] & (r < R)[None, None, :]
     codes = tl.load(read + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.zeros((BLOCK, WIDE_K), tl.float32)
     if LOCAL:
-        scores = tl.load(read + t[:, None] * to_token + K * R + k[None, :], mask=here, other=0.0).to(tl.float32)
+        scores = tl.load(read + t[:, None] * WIDTH + K * R + k[None, :], mask=here, other=0.0).to(tl.float32)
         scores += tl.load(local_bias + k, mask=real, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(real[None, :], scores, -float("inf"))
         e = tl.exp(scores - tl.max(scores, axis=1)[:, None])
@@ -55,7 +56,7 @@ def _mix(  # type: ignore[no-untyped-def]
         for start in range(first, last, POOL):
             s = start + tl.arange(0, POOL)
             seen = tl.load(
-                read + s[:, None] * to_token + K * R + K * LOCAL + k[None, :],
+                read + s[:, None] * WIDTH + K * R + K * LOCAL + k[None, :],
                 mask=(s < last)[:, None] & real[None, :],
                 other=0.0,
             )
@@ -77,7 +78,7 @@ def _mix(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mix_backward(  # type: ignore[no-untyped-def]
-    d_mixed, read, u, v, logit, d_u, d_v, d_read, shares, tokens, first, last, beta, scale, to_image, to_token,
+    d_mixed, read, u, v, logit, d_u, d_v, d_read, shares, tokens, first, last, beta, scale,
     K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
     FROM_U: tl.constexpr, FROM_V: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
@@ -88,7 +89,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     k = tl.arange(0, WIDE_K)
     r = tl.arange(0, WIDE_R)
     real = k < K
-    read += image * to_image
+    read += image * tokens * WIDTH
     d_read += image * tokens * WIDTH
     d_mixed += image * tokens * (K * R)
     share = _share(beta, logit, LEARNED)
@@ -104,7 +105,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
         inside = here[:, :, None] & (r < R)[None, None, :]
         column = k[None, :, None] * R + r[None, None, :]
         d = tl.load(d_mixed + t[:, None, None] * (K * R) + column, mask=inside, other=0.0).to(tl.float32)
-        codes = tl.load(read + t[:, None, None] * to_token + column, mask=inside, other=0.0).to(tl.float32)
+        codes = tl.load(read + t[:, None, None] * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         gates = (image * tokens + t)[:, None] * K + k[None, :]
         g = tl.zeros((BLOCK, WIDE_K), tl.float32)
         if LOCAL:
@@ -168,7 +169,7 @@ def mix(
     local, whole = local_bias is not None, whole_bias is not None
     images, tokens, width = read.shape
     codes = width - experts * (local + whole)
-    read = read if read.stride(-1) == 1 else read.contiguous()
+    read = read.contiguous()
     mixed = read.new_empty(images, tokens, codes)
     u = read.new_empty((images, tokens, experts) if local else 0, dtype=torch.float32)
     v = read.new_empty((images, experts) if whole else 0, dtype=torch.float32)
@@ -176,7 +177,7 @@ def mix(
     with torch.cuda.device_of(read):
         _mix[(images, triton.cdiv(tokens, tiles["BLOCK"]))](
             read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, float(beta), float(scale),
-            read.stride(0), read.stride(1), K=experts, R=codes // experts, LOCAL=local, WHOLE=whole,
+            K=experts, R=codes // experts, LOCAL=local, WHOLE=whole,
             LEARNED=logit is not None and local and whole, **tiles, num_warps=4,
         )  # fmt: skip
     return mixed, u, v
@@ -199,8 +200,8 @@ def mix_backward(
     images, tokens, width = read.shape
     experts = (u if local else v).shape[-1]
     codes = width - experts * (local + whole)
-    read = read if read.stride(-1) == 1 else read.contiguous()
-    d_read = torch.empty_like(read, memory_format=torch.contiguous_format)
+    read = read.contiguous()
+    d_read = torch.empty_like(read)
     shares = read.new_empty(images, 2 * experts + 1, dtype=torch.float32)
     from_u, from_v = local and d_u is not None, whole and d_v is not None
     with torch.cuda.device_of(read):
@@ -208,7 +209,7 @@ def mix_backward(
             d_mixed.contiguous(), read, u.contiguous(), v.contiguous(), logit,
             d_u.contiguous() if d_u is not None and from_u else None,
             d_v.contiguous() if d_v is not None and from_v else None,
-            d_read, shares, tokens, first, last, float(beta), float(scale), read.stride(0), read.stride(1),
+            d_read, shares, tokens, first, last, float(beta), float(scale),
             K=experts, R=codes // experts, LOCAL=local, WHOLE=whole, LEARNED=logit is not None and local and whole,
             FROM_U=from_u, FROM_V=from_v, **_tiles(experts, codes // experts, tokens, BACKWARD), num_warps=8,
         )  # fmt: skip
