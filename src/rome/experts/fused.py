@@ -336,7 +336,7 @@ def mixture(
 def _as_autocast(*tensors: Any) -> Any:
     """Tensors as a matrix product under autocast, where it is on, would take them."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     reduced = torch.get_autocast_dtype(kind)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(reduced) for x in tensors)
