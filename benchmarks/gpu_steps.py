@@ -118,7 +118,7 @@ def ceilings(bench: Bench) -> None:
 
 
 def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]:
-    """Plain and RoME with the same weights, B random; and RoME whose gates have a hook, which takes the general path."""
+    """Plain, and RoME with the same weights and B random; and again with hooks at its gates, so by the general path."""
     plain = common.make_model(name, torch.device("cpu"), seed)
     rome = add_experts(copy.deepcopy(plain))
     for layer in expert_layers(rome).values():
@@ -308,7 +308,11 @@ def parts(bench: Bench, batch: int, width: int, outputs: int, calls: int = 20) -
         several = {part: graph.replay for part, graph in graphs.items()}
     for part, seconds in bench.interleave(several).items():
         each = [second / calls for second in seconds]
-        shown = {"layer": f"{rows} x {width} x {outputs}", "part": part, "us": f"{1000 * float(common.milliseconds(each)):.4g}"}
+        shown = {
+            "layer": f"{rows} x {width} x {outputs}",
+            "part": part,
+            "us": f"{1000 * float(common.milliseconds(each)):.4g}",
+        }
         bench.row("Parts of a layer, bf16", shown, {"layer": [rows, width, outputs], "part": part, "seconds": each})
 
 

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from rome.experts.gated import Gated
 from rome.experts.gating import Closed, DualScaleGate, GateModule, Gates, GlobalGate, LocalGate
 
-# -- the two operations --------------------------------------------------------------------------------------------------
+# -- the two operations ------------------------------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
@@ -53,8 +53,10 @@ class Scores(NamedTuple):
 
     def split(self, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (..., K, r) and the two kinds of scores (..., K) as views; empty where there are none."""
-        codes, local, whole = read.split([self.codes, self.experts * self.local, self.experts * self.whole], dim=-1)
-        return codes.unflatten(-1, (self.experts, self.rank)), local, whole
+        codes, local, whole = read.split_with_sizes(
+            [self.codes, self.experts * self.local, self.experts * self.whole], dim=-1
+        )
+        return codes.view(*codes.shape[:-1], self.experts, self.rank), local, whole
 
 
 def wide(read: Tensor) -> torch.dtype:
@@ -104,6 +106,7 @@ def mix(
         m (B, T, K r) in the type of ``read``; u (B, T, K) and v (B, K) in float32 at least, empty where absent.
     """
     columns, dtype = Scores.of(read, experts, local_bias is not None, whole_bias is not None), wide(read)
+    read = read.contiguous()
     codes, local, whole = columns.split(read)
     u = v = read.new_empty(0, dtype=dtype)
     if local_bias is not None:
@@ -136,6 +139,7 @@ def mix_backward(
     """
     dtype, experts = wide(read), (u if u.numel() else v).shape[-1]
     columns = Scores.of(read, experts, u.numel() > 0, v.numel() > 0)
+    read = read.contiguous()
     d_read, shares = torch.empty_like(read), read.new_zeros(len(read), 2 * experts + 1, dtype=dtype)
     codes, _, _ = columns.split(read)
     d_codes, d_local, d_whole = columns.split(d_read)
@@ -194,7 +198,7 @@ def _empty_mix(read: Tensor, local_bias: Any, whole_bias: Any, logit: Any, exper
 
 def _empty_backward(d_mixed: Tensor, read: Tensor, u: Tensor, v: Tensor, *_: Any) -> Any:
     experts = (u if u.ndim == 3 else v).shape[-1]
-    return torch.empty_like(read), read.new_empty(len(read), 2 * experts + 1, dtype=wide(read))
+    return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=wide(read))
 
 
 def _define(name: str, schema: str, function: Any, empty: Any) -> None:
@@ -220,7 +224,7 @@ _define(
 )
 
 
-# -- a layer -------------------------------------------------------------------------------------------------------------
+# -- a layer -----------------------------------------------------------------------------------------------------------
 
 
 class _Layer(torch.autograd.Function):
@@ -258,7 +262,7 @@ class _Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad
         h, d_flat = input.reshape(-1, input.shape[-1]), d_output.reshape(-1, d_output.shape[-1])
         d: list[Tensor | None] = [None] * len(needs)
-        d_mixed = (d_flat @ B).view(*read.shape[:-1], -1)
+        d_mixed = (d_flat @ B).view(*read.shape[:-1], B.shape[1])
         d_read, shares = torch.ops.rome.mix_backward(d_mixed, read, u, v, logit, d_u, d_v, *settings)
         d_read = d_read.view(-1, read.shape[-1])
         if needs[0]:
@@ -270,7 +274,7 @@ class _Layer(torch.autograd.Function):
         if needs[3]:
             d[3] = d_read.t() @ h
         if needs[4]:
-            d[4] = d_flat.t() @ mixed.view(len(h), -1)
+            d[4] = d_flat.t() @ mixed.view(-1, B.shape[1])
         if any(needs[5:8]):
             parts = shares.sum(dim=0).split([experts, experts, 1])
             d[5:8] = [part if wanted else None for part, wanted in zip(parts, needs[5:8], strict=True)]

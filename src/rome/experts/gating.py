@@ -34,7 +34,7 @@ class Gates(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """A gate whose weights are (1 - beta) softmax(s + b) + beta softmax(mean s' + b'); see :mod:`rome.experts.fused`."""
+    """A gate that is (1 - beta) softmax(s + b) + beta softmax(mean s' + b'); see :mod:`rome.experts.fused`."""
 
     local_bias: Tensor | None
     """b (K,); None where there is no local part, and beta 1."""

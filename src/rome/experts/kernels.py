@@ -16,16 +16,16 @@ FORWARD, BACKWARD, POOL = 2048, 8192, 64
 """Entries of the codes that a program of either kernel holds at once, and tokens whose scores it averages at once."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _share(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The share of the global gate."""
     if LEARNED:
         return 1 / (1 + tl.exp(-tl.load(logit).to(tl.float32)))
-    else:  # noqa: RET505  (the compiler types both branches)
+    else:
         return beta
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _mix(  # type: ignore[no-untyped-def]
     read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, beta, scale,
     K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
@@ -76,7 +76,7 @@ def _mix(  # type: ignore[no-untyped-def]
     tl.store(mixed + out, (codes * (g * scale)[:, :, None]).to(mixed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _mix_backward(  # type: ignore[no-untyped-def]
     d_mixed, read, u, v, logit, d_u, d_v, d_read, shares, tokens, first, last, beta, scale,
     K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
@@ -174,7 +174,7 @@ def mix(
     u = read.new_empty((images, tokens, experts) if local else 0, dtype=torch.float32)
     v = read.new_empty((images, experts) if whole else 0, dtype=torch.float32)
     tiles = _tiles(experts, codes // experts, tokens, FORWARD)
-    with torch.cuda.device_of(read):
+    with torch.cuda.device_of(read):  # type: ignore[no-untyped-call]
         _mix[(images, triton.cdiv(tokens, tiles["BLOCK"]))](
             read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, float(beta), float(scale),
             K=experts, R=codes // experts, LOCAL=local, WHOLE=whole,
@@ -204,7 +204,7 @@ def mix_backward(
     d_read = torch.empty_like(read)
     shares = read.new_empty(images, 2 * experts + 1, dtype=torch.float32)
     from_u, from_v = local and d_u is not None, whole and d_v is not None
-    with torch.cuda.device_of(read):
+    with torch.cuda.device_of(read):  # type: ignore[no-untyped-call]
         _mix_backward[(images,)](
             d_mixed.contiguous(), read, u.contiguous(), v.contiguous(), logit,
             d_u.contiguous() if d_u is not None and from_u else None,
