@@ -70,6 +70,8 @@ class Bench:
             raise OutOfTimeError(what)
         try:
             return work()
+        except OutOfTimeError:
+            raise
         except Exception as error:
             self.report.notes.append(f"{what}: {traceback.format_exc()}")
             print(f"{what} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])

@@ -201,21 +201,22 @@ def _empty_backward(d_mixed: Tensor, read: Tensor, u: Tensor, v: Tensor, *_: Any
     return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=wide(read))
 
 
-def _define(name: str, schema: str, function: Any, empty: Any) -> None:
+def _define(name: str, schema: str, function: Any, empty: Any) -> Any:
     torch.library.define(f"rome::{name}", schema)
     torch.library.impl(f"rome::{name}", "default", func=function)
     torch.library.impl(f"rome::{name}", "cuda", func=_on_cuda(name, function))
     torch.library.register_fake(f"rome::{name}", empty)
+    return getattr(torch.ops.rome, name).default
 
 
-_define(
+MIX = _define(
     "mix",
     "(Tensor read, Tensor? local_bias, Tensor? whole_bias, Tensor? logit, int experts, float beta, SymInt first, "
     "SymInt last, float scale) -> (Tensor, Tensor, Tensor)",
     mix,
     _empty_mix,
 )
-_define(
+MIX_BACKWARD = _define(
     "mix_backward",
     "(Tensor d_mixed, Tensor read, Tensor u, Tensor v, Tensor? logit, Tensor? d_u, Tensor? d_v, float beta, "
     "SymInt first, SymInt last, float scale) -> (Tensor, Tensor)",
@@ -247,7 +248,7 @@ class _Layer(torch.autograd.Function):
     ) -> Any:
         output = F.linear(input, weight, bias)
         read = F.linear(input.reshape(*shape, input.shape[-1]), stacked)
-        mixed, u, v = torch.ops.rome.mix(read, local_bias, whole_bias, logit, *settings)
+        mixed, u, v = MIX(read, local_bias, whole_bias, logit, *settings)
         flat = output.reshape(-1, output.shape[-1])
         output = flat.addmm_(mixed.view(-1, mixed.shape[-1]), B.t()).view(output.shape)
         ctx.save_for_backward(input, weight, stacked, B, read, mixed if ctx.needs_input_grad[4] else None, u, v, logit)
@@ -263,7 +264,7 @@ class _Layer(torch.autograd.Function):
         h, d_flat = input.reshape(-1, input.shape[-1]), d_output.reshape(-1, d_output.shape[-1])
         d: list[Tensor | None] = [None] * len(needs)
         d_mixed = (d_flat @ B).view(*read.shape[:-1], B.shape[1])
-        d_read, shares = torch.ops.rome.mix_backward(d_mixed, read, u, v, logit, d_u, d_v, *settings)
+        d_read, shares = MIX_BACKWARD(d_mixed, read, u, v, logit, d_u, d_v, *settings)
         d_read = d_read.view(-1, read.shape[-1])
         if needs[0]:
             d[0] = (d_flat @ weight).addmm_(d_read, stacked).view(input.shape)
