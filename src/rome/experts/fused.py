@@ -112,7 +112,7 @@ def mix(
     if local_bias is not None:
         u = softmax(local + local_bias.to(dtype))
     if whole_bias is not None:
-        v = softmax(whole[:, first:last].mean(dim=1, dtype=dtype) + whole_bias.to(dtype))
+        v = (whole[:, first:last].mean(dim=1, dtype=dtype) + whole_bias.to(dtype)).softmax(dim=-1)
     g = mixed_gates(u, v, share(logit, beta, dtype))
     mixed = read.new_empty(*read.shape[:-1], columns.codes)
     torch.mul(codes, (g if scale == 1 else g * scale).unsqueeze(-1), out=mixed.view(codes.shape))
@@ -147,7 +147,7 @@ def mix_backward(
     g = mixed_gates(u, v, beta_)
     # the result's place first holds what is summed, where that is precise enough: a new one costs more than the product
     each = torch.mul(d_mixed, codes, out=d_codes) if d_read.dtype == dtype else d_mixed.to(dtype) * codes
-    d_g = each.sum(dim=-1).mul_(scale)
+    d_g = each.sum(dim=-1) if scale == 1 else each.sum(dim=-1) * scale
     torch.mul(d_mixed, (g if scale == 1 else g * scale).unsqueeze(-1), out=d_codes)
     if columns.local:
         d = d_g * (1 - beta_) if columns.whole else d_g
@@ -159,7 +159,8 @@ def mix_backward(
         if columns.local:
             d = d * beta_
         d = torch._softmax_backward_data(d if d_v is None else d + d_v, v, -1, dtype)
-        d_whole.zero_()
+        if last - first < d_whole.shape[1]:
+            d_whole.zero_()
         d_whole[:, first:last] = (d / (last - first)).unsqueeze(1)
         shares[:, experts:-1] = d
     if logit is not None:
