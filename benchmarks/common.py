@@ -383,11 +383,17 @@ class Report:
         CONSOLE.print(text + "\n", markup=False)
         self.notes.append(text)
 
-    def finish(self) -> dict[str, Any]:
-        """All of it as plain data, written to ``--json``."""
+    def save(self) -> dict[str, Any]:
+        """All of it as plain data, written to ``--json``; also before the end."""
         everything = {**self.head, "tables": self.tables, "notes": self.notes}
         everything["load_at_end"] = [round(value, 2) for value in os.getloadavg()]
         if self.options.json:
             Path(self.options.json).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        return everything
+
+    def finish(self) -> dict[str, Any]:
+        """The same, and a line that says so."""
+        everything = self.save()
+        if self.options.json:
             CONSOLE.print(f"wrote {self.options.json}")
         return everything

@@ -126,6 +126,35 @@ def test_apgd_l1_compares_with_the_known_optimum(run: Run) -> None:
     assert all(row["least"] <= row["mean"] <= 1 + 1e-5 for row in rows)
 
 
+def test_gpu_steps_compares_both_forms_and_writes_as_it_goes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = run("gpu_steps")
+    (parity,) = (rows for title, rows in tables.items() if title.startswith("RoME from"))
+    assert all(row["logits"] < 1e-5 and row["gradient"] < 1e-5 for row in parity)
+    (rows,) = (rows for title, rows in tables.items() if title.startswith("Attack steps"))
+    steps = {row["case"]: row for row in rows}
+    assert set(steps) == {"plain", "rome", "general"}
+    layers = 2 * 4
+    assert steps["rome"]["operations"] <= steps["plain"]["operations"] + 8 * layers < steps["general"]["operations"]
+    assert steps["plain"]["ratio"] == [1, 1, 1]
+    assert steps["rome"]["arithmetic"] > 1
+    told = capsys.readouterr().out
+    assert "failed" not in told
+    assert "mix backward" in told
+
+
+def test_gpu_steps_goes_on_after_a_row_that_fails_and_ends_in_time(
+    common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = importlib.import_module("gpu_steps")
+    monkeypatch.setattr(steps, "parity", lambda *_: 1 / 0)
+    monkeypatch.setattr(steps, "parts", lambda *_: 1 / 0)
+    options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
+    steps.main(options)
+    assert "vit-micro, parity failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    assert any(title.startswith("Attack") for title in json.loads((tmp_path / "gpu_steps.json").read_text())["tables"])
+    assert "out of time before: bare products" in steps.main([*options, "--minutes", "0"])["notes"]
+
+
 def test_cases_take_turns(common: ModuleType) -> None:
     order: list[str] = []
     work = {name: (lambda name=name: order.append(name)) for name in "ABC"}

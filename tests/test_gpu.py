@@ -11,15 +11,17 @@ import torch
 
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.base import Group
-from rome.attacks.engine import frozen
+from rome.attacks.engine import frozen, loss_and_gradient
 from rome.core.trial import check_attackable
 from rome.experts import add_experts, record_gates
+from rome.experts.fused import mix, mix_backward
 from rome.models import create_model
 from rome.runs.config import load
 from rome.runs.experiments import folder
 from rome.threats import CIFAR10, PerExample
 from rome.threats.projections import project_l1
 from rome.training.setup import train
+from test_fused import KINDS, arguments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,3 +95,41 @@ def test_a_model_that_convolves_is_not_taken_for_one_that_depends_on_its_batch()
     torch.manual_seed(0)
     model = create_model("resnet_18", num_classes=10).cuda().eval()
     assert check_attackable(model, torch.rand(3, 3, 32, 32, device="cuda")) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 65, 4, 16), (2, 197, 8, 16), (2, 7, 3, 5), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_of_experts_compute_what_plain_torch_does(
+    kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    limits = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+    for given in arguments(*shape, kind, dtype):
+        forward = len(given) == 9
+        there = [part.cuda() if isinstance(part, torch.Tensor) else part for part in given]
+        ours = (torch.ops.rome.mix if forward else torch.ops.rome.mix_backward)(*there)
+        for one, other in zip(ours, (mix if forward else mix_backward)(*given), strict=True):
+            limit = limits[one.dtype] * (1 if not other.numel() else max(other.abs().max().item(), 1))
+            torch.testing.assert_close(one.cpu(), other, rtol=0, atol=limit)
+
+
+def test_an_attack_step_in_a_cuda_graph_is_eagers_to_the_last_bit() -> None:
+    torch.manual_seed(0)
+    model = add_experts(create_model("vit_tiny_patch16_224", num_classes=10, **SMALL)).cuda()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    x, y = torch.rand(12, 3, 32, 32, device="cuda"), torch.randint(10, (12,), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16), frozen(model), torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                eager = loss_and_gradient(model, x, y)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = loss_and_gradient(model, x, y)
+        graph.replay()
+    for one, other in zip(captured, eager, strict=True):
+        assert torch.equal(one, other)

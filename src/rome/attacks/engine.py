@@ -13,6 +13,7 @@ from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
 from rome.core.trial import Model as Model
+from rome.experts.fused import joined
 from rome.experts.gated import Gated
 from rome.threats import PerExample, Threat
 
@@ -90,7 +91,8 @@ def frozen(model: Model) -> Iterator[None]:
                 own = module.get_parameter(name)
                 replaced.append((module, name, own))
                 module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
-            yield
+            with joined(model):
+                yield
         finally:
             for module, name, parameter in replaced:
                 module._parameters[name] = parameter

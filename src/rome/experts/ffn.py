@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rome.experts.fused import becomes_a_program
 from rome.experts.gated import Gated
 from rome.experts.gates import PLAIN, GateModule, Layout
 
@@ -70,7 +71,7 @@ class MixtureFFN(Gated):
         gates = self.weigh(nn.functional.linear(h, rows), lambda: nn.functional.linear(h.detach(), rows))
         if self.top is None:
             mixed = self._all(h, gates.weights)
-        elif _becomes_a_program():
+        elif becomes_a_program():
             best = gates.weights.topk(self.top, dim=-1)
             shares = best.values / best.values.sum(dim=-1, keepdim=True)
             mixed = self._all(h, torch.zeros_like(gates.weights).scatter(-1, best.indices, shares))
@@ -116,8 +117,3 @@ def _restart(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif callable(reset := getattr(module, "reset_parameters", None)):
         reset()
-
-
-def _becomes_a_program() -> bool:
-    """Inside torch.jit.trace and torch.export, whose fixed programs cannot sort tokens by expert."""
-    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[attr-defined, no-untyped-call]

@@ -50,6 +50,7 @@ class Gated(nn.Module):
         fixed_weights, inverted: weights (K,) instead of the gates, or in which way they are inverted ("" for not at
             all); see :func:`rome.experts.set_routing`.
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
+        stacked: what :meth:`stack` gave, while weights do not change; see :func:`rome.experts.fused.joined`.
     """
 
     adds: ClassVar[bool] = True
@@ -63,6 +64,7 @@ class Gated(nn.Module):
     layout: Layout
     sink: Sink | None
     real: Tensor | None
+    stacked: Tensor | None
     fixed_weights: Tensor | None
     inverted: str
     scale: float = 1
@@ -78,6 +80,7 @@ class Gated(nn.Module):
             train_projection: learn that projection instead of keeping its random start.
         """
         self.experts, self.layout, self.sink, self.block = experts, layout, None, 1
+        self.stacked = None
         self.inverted = ""
         self.register_buffer("fixed_weights", None, persistent=False)  # a buffer, so that it moves with the layer
         if gate is not None:
@@ -97,6 +100,10 @@ class Gated(nn.Module):
         """What learns to weigh the experts."""
         parts = [self.gate, *([] if self.projection is None else [self.projection])]
         return [parameter for part in parts for parameter in part.parameters()]
+
+    def stack(self) -> Tensor | None:
+        """The weights that the layer multiplies its input by at once, one above the other; None where it does not."""
+        return None
 
     @abstractmethod
     def plain(self, input: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rome.experts.fused import closed_form, mixture
 from rome.experts.gated import Gated, scale_groups
 from rome.experts.gates import PLAIN, GateModule, Layout
 
@@ -76,10 +77,30 @@ class MixtureLinear(GatedLinear):
         self.B = nn.Parameter(torch.zeros(self.out_features, experts * rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan is d_in, so this is LoRA's start for each A_k
 
+    def stack(self) -> Tensor:
+        return torch.cat([self.A, self.gate.rows()])  # expert codes and gate scores in one product
+
     def forward(self, input: Tensor) -> Tensor:
+        stacked = self.stack() if self.stacked is None else self.stacked
+        closed = closed_form(self)
+        if closed is not None:
+            output, gates = mixture(
+                input,
+                self.weight,
+                self.bias,
+                stacked,
+                self.B,
+                closed,
+                windows=self.layout.windows,
+                scale=self.scale,
+                recorded=self.sink is not None,
+            )
+            if gates is not None:
+                self.record(gates, lambda: self.gate(F.linear(self.tokens(input).detach(), self.gate.rows())))
+            return output
         output = self.plain(input)
         h = self.tokens(input)
-        read = F.linear(h, torch.cat([self.A, self.gate.rows()]))  # expert codes and gate scores in one product
+        read = F.linear(h, stacked)
         codes, scores = read[..., : self.A.shape[0]], read[..., self.A.shape[0] :]
         gates = self.weigh(scores, lambda: F.linear(h.detach(), self.gate.rows()))
         mixed = scale_groups(codes, gates.weights)

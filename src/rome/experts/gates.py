@@ -33,6 +33,21 @@ class Gates(NamedTuple):
         return Gates(self.weights[:n], local, whole)
 
 
+class Closed(NamedTuple):
+    """A gate that is (1 - beta) softmax(s + b) + beta softmax(mean s' + b'); see :mod:`rome.experts.fused`."""
+
+    local_bias: Tensor | None
+    """b (K,); None where there is no local part, and beta 1."""
+    whole_bias: Tensor | None
+    """b' (K,); None where there is no global part, and beta 0."""
+    beta: float
+    logit: Tensor | None = None
+    """A scalar whose sigmoid is beta instead."""
+    first: int = 0
+    last: int | None = None
+    """The tokens that the mean is over; None for the end."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows that a layer sees make up an image."""
@@ -76,6 +91,10 @@ class GateModule(nn.Module):
     @abstractmethod
     def forward(self, scores: Tensor) -> Gates:
         """Scores (B, T, R) of whole images to gate weights."""
+
+    def closed(self) -> Closed | None:
+        """The same as numbers; None where it is something else."""
+        return None
 
 
 class DualScale(Gate):
@@ -155,6 +174,13 @@ class Pool(nn.Module):
         self.which, self.first = which, layout.prefix if which == "patches" else 0
         self.register_buffer("real", positions(layout), persistent=False)
 
+    @property
+    def span(self) -> tuple[int, int | None] | None:
+        """The first token read and the one behind the last (None for the end); None where they are not in a row."""
+        if self.which == "cls":
+            return 0, 1
+        return (self.first, None) if self.real is None else None
+
     def forward(self, scores: Tensor) -> Tensor:
         return scores[:, 0] if self.which == "cls" else select(scores, self.real)[:, self.first :].mean(dim=1)
 
@@ -198,6 +224,10 @@ class DualScaleGate(GateModule):
         v = (self.pool(whole_scores) + self.whole.bias).softmax(dim=-1)
         return Gates((1 - self.beta) * u + self.beta * v.unsqueeze(1), u, v)
 
+    def closed(self) -> Closed | None:
+        span = self.pool.span
+        return span and Closed(self.local.bias, self.whole.bias, self.fixed_beta, self.logit, *span)
+
     def extra_repr(self) -> str:
         return f"beta={torch.as_tensor(self.beta).item():.3f}" + (", learned" if self.logit is not None else "")
 
@@ -216,6 +246,9 @@ class LocalGate(GateModule):
         u = (scores + self.local.bias).softmax(dim=-1)
         return Gates(u, u, None)
 
+    def closed(self) -> Closed:
+        return Closed(self.local.bias, None, 0.0)
+
 
 class GlobalGate(GateModule):
     """g_i = softmax(global(mean_i h_i)), the same for every token."""
@@ -231,6 +264,10 @@ class GlobalGate(GateModule):
     def forward(self, scores: Tensor) -> Gates:
         v = (self.pool(scores) + self.whole.bias).softmax(dim=-1)
         return Gates(v.unsqueeze(1).expand(-1, scores.shape[1], -1), None, v)
+
+    def closed(self) -> Closed | None:
+        span = self.pool.span
+        return span and Closed(None, self.whole.bias, 1.0, None, *span)
 
 
 class UniformGate(GateModule):
