@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from rome.cli import main
 from rome.randomness import Stream
 from rome.threats import LpBall
 from small_models import THREADS, drawn, knowing
+from tiny_runs import Ended, no_traceback
 
 torch.set_num_threads(THREADS)
 
@@ -25,6 +27,21 @@ def _own_record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROME_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture
+def rome(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Call ``rome ARGUMENTS`` in this process. Anything but an exit would be a traceback, and fails the test."""
+
+    def call(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert no_traceback(out + err)
+        return Ended(ended.value.code, out, err)
+
+    return call
 
 
 class Digits(NamedTuple):

@@ -9,8 +9,9 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,6 @@ import rome
 from rome.analysis import examples
 from rome.analysis.compared import findings, gather, paired
 from rome.assess import evaluate_given
-from rome.cli import main
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
 from rome.errors import UserError
 from rome.evaluating import Report, evaluate, hash_model
@@ -38,7 +38,7 @@ from rome.models import file_hash
 from rome.report import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
-from tiny_runs import no_traceback
+from tiny_runs import Ended
 
 N = 30
 QUICK = ("--suite", "lp", "--n", str(N))
@@ -127,29 +127,14 @@ class _Constant(nn.Module):
         return (x.detach() * 0).flatten(1)[:, :10]
 
 
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
 @pytest.fixture
-def call(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def call(files: Path, tmp_path: Path, rome: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``rome evaluate --model ...`` in a folder with the files."""
     for file in files.iterdir():
         if file.is_file():
             (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["evaluate", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert no_traceback(out + err)
-        return Ended(ended.value.code, out, err)
-
-    return run
+    return partial(rome, "evaluate")
 
 
 @pytest.fixture(autouse=True)

@@ -97,18 +97,6 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(name: str, steps: int) -> No
     torch.testing.assert_close(gain, best, rtol=1e-4, atol=0)
 
 
-class Linears(nn.Module):
-    """A linear model of its own for every image of the batch, logits (0, <w_i, x_i>)."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = w
-
-    def forward(self, x: Tensor) -> Tensor:
-        score = (x.flatten(1) * self.w).sum(1)
-        return torch.stack([torch.zeros_like(score), score], dim=1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("share", [None, 0.2])
 @pytest.mark.parametrize("pixels", ["inside", "saturated"])
@@ -127,11 +115,14 @@ def test_apgd_in_l1_reaches_the_optimum_of_every_linear_model(
     w = torch.special.ndtri(w.clamp(1e-6, 1 - 1e-6))
     w = w / w.norm(dim=1, keepdim=True)
     x = ((0.35 + 0.3 * u) if pixels == "inside" else u.round()).view(-1, 1, 8, d // 8).to(dtype)
-    found = APGD(steps=steps, l1_share=share)(
-        Linears(w.to(dtype)), x, torch.zeros(seeds, dtype=torch.int64), LpBall(norm="L1", eps=eps)
-    )
+    threat, y = LpBall(norm="L1", eps=eps), torch.zeros(seeds, dtype=torch.int64)
+
+    def models(images: Tensor) -> Tensor:
+        """A linear model of its own for every image, logits (0, <w_i, x_i>)."""
+        return F.pad((images.flatten(1) * w.to(dtype)).sum(1, keepdim=True), (1, 0))
+
+    found = APGD(steps=steps, l1_share=share)(models, x, y, threat)
     gain = ((found.double() - x.double()).flatten(1) * w).sum(1)
-    threat = LpBall(norm="L1", eps=eps)
     best = torch.stack([optimum(row, image, threat) for row, image in zip(w, x.double(), strict=True)]).flatten()
     best = best - (x.double().flatten(1) * w).sum(1)
     assert (gain <= best * (1 + 1e-5)).all()

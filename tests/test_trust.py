@@ -24,7 +24,6 @@ from rome import trust
 from rome.analysis.figures import Options, write_figures
 from rome.analysis.subject import open_subjects
 from rome.assess import evaluate_saved
-from rome.cli import main
 from rome.config import load, parse
 from rome.errors import UserError
 from rome.evaluation.composed import as_suite
@@ -34,7 +33,7 @@ from rome.report import write_report
 from rome.runs import Run
 from rome.sweep import run_point
 from rome.training import train
-from tiny_runs import Ended, changed, no_traceback, tiny, write_yaml
+from tiny_runs import Ended, changed, tiny, write_yaml
 
 CODE = """
 import torch
@@ -105,19 +104,6 @@ def place(made: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     yield made
     for module in ("mine", "parts"):
         sys.modules.pop(module, None)
-
-
-@pytest.fixture
-def rome(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def call(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert no_traceback(out + err)
-        return Ended(ended.value.code, out, err)
-
-    return call
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
