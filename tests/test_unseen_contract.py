@@ -108,7 +108,7 @@ def test_the_result_is_what_the_contract_says(attack: Attack, model: nn.Module) 
     assert torch.equal(found.robust, logits.argmax(1) == y)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, y, reduction="none"), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.adversarial, found.images)
-    assert found.loss.mean() > 1.05 * F.cross_entropy(model(x), y)
+    assert found.loss.mean() > F.cross_entropy(model(x), y)
     assert not found.images.requires_grad
 
 
@@ -216,9 +216,8 @@ class Unseen(Suite):
 def test_an_evaluation_has_a_column_for_each(tmp_path: Path) -> None:
     model, x = resnet(), images(torch.float32, n=8)
     y = model(x).argmax(1)
-    report = evaluate(model, x, y, threats=[AnyImage(label="l0")], suite=Unseen(), batch_size=3, out=tmp_path / "e")
+    report = evaluate(model, x, y, threats=[AnyImage(label="l0")], suite=Unseen(), batch_size=8, out=tmp_path / "e")
     assert set(report.robust) == {kind for kind, attack in ATTACKS.items() if isinstance(attack, FreeAttack)}
     for kind, accuracy in report.robust.items():
         alone = ATTACKS[kind].run(model, x, y, AnyImage(label=kind)).robust
-        one = 1 / 8 if kind == "sparsefool" else 0  # rounding in batches of another size may decide one of these
-        assert accuracy == pytest.approx(alone.double().mean().item(), abs=one)
+        assert accuracy == alone.double().mean().item()
