@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rome
@@ -450,12 +451,12 @@ def test_imports_are_a_list_of_names(value: str, folder: Path) -> None:
 # Round trips
 
 
-@pytest.mark.parametrize("file", files(), ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_experiment_reads_back_from_its_dump(file: Path) -> None:
-    config = load(file)
-    again = parse(yaml.safe_load(yaml.safe_dump(config.dump(), sort_keys=False)))
-    assert again == config
-    assert again.dump() == config.dump()
+def test_every_experiment_reads_back_from_its_dump() -> None:
+    for file in files():
+        config = load(file)
+        again = parse(json.loads(json.dumps(config.dump())))
+        assert again == config, file
+        assert again.dump() == config.dump(), file
 
 
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
@@ -463,6 +464,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 norms = st.sampled_from(["L1", "L2", "Linf"])
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**40),
     epochs=st.integers(2, 10**6),
