@@ -129,6 +129,16 @@ class FixedNoise(Stream):
         return self.noise.to(device)
 
 
+@contextmanager
+def case(*values: object) -> Iterator[None]:
+    """For a test that goes through many values: an error names those it met."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"with {', '.join(map(str, values))}")
+        raise
+
+
 class Calls(NamedTuple):
     """What a model was asked: one batch of images per forward, one batch size per backward."""
 
