@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from rome.cli import main
@@ -23,9 +25,10 @@ torch.set_num_threads(THREADS)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests write is not remembered as the user's."""
+    """What tests write is not remembered as the user's; embeddings, whose quality no test judges, take few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROME_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setattr("rome.analysis.separability.TSNE", partial(TSNE, max_iter=250))  # the least; it makes 1000 steps
         yield
 
 

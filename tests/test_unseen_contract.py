@@ -23,7 +23,8 @@ from rome.threats import AnyImage, LpBall, PerExample, Threat
 from test_experts import grow, tiny_vit
 
 ATTACKS: dict[str, Attack] = {
-    attack.kind: attack for attack in (SparseFool(), Patch(), StAdv(), ReColorAdv(steps=5, lr=0.004), GMA())
+    attack.kind: attack
+    for attack in (SparseFool(), Patch(steps=20), StAdv(steps=20), ReColorAdv(steps=5, lr=0.004), GMA(steps=20))
 }
 
 
@@ -87,11 +88,7 @@ def test_an_example_does_not_depend_on_its_batch_mates(attack: Attack, model: nn
     y = model(x).argmax(1)
     y[4] = (y[4] + 1) % 6  # wrong from the start
     whole = attack.run(model, x, y, threat)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = attack.run(model, x[order], y[order], threat)
-    for part, other in zip(whole, shuffled, strict=True):
-        torch.testing.assert_close(other.double(), part[order].double(), rtol=0, atol=1e-5)
-    for rows in ([0], [1, 2], [3, 4, 5]):
+    for rows in ([2], [5, 1], [3, 0, 4]):
         alone = attack.run(model, x[rows], y[rows], threat)
         for part, other in zip(whole, alone, strict=True):
             torch.testing.assert_close(other.double(), part[rows].double(), rtol=0, atol=1e-5)
