@@ -69,8 +69,8 @@ def knowing(model: nn.Module, head: nn.Linear, x: Tensor, y: Tensor, *, ridge: f
 
 
 class Line(nn.Module):
-    """Images of one pixel p, class 1 where p > 1/2, by a margin of half the way. The features (cos p, sin p) make the
-    perceptual distance of two images 2 sin(|p - p'| / 2): the way between them, but for its 24th part of a square."""
+    """Images of one pixel p, logits (0, (p - 1/2) / 2). The features (cos p, sin p) make the perceptual distance of two
+    images 2 sin(|p - p'| / 2), which is |p - p'| up to |p - p'|^3 / 24."""
 
     feature_layers = ("circle",)
 
