@@ -19,7 +19,7 @@ from pretend import DEVICE, Device, Pretend, WrongDevice, moved
 from rome.analysis.gates import collect
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.autoattack import APGDCE, APGDT, FABT, Square
-from rome.evaluation.suites import APGDSuite, Case
+from rome.evaluation.suites import Case, QuickSuite
 from rome.evaluation.unseen import CorruptionsSuite, UnseenSuite
 from rome.experts import (
     Diversification,
@@ -110,9 +110,9 @@ def test_gradients_stay_there() -> None:
 
 MIXED = PerExample(tuple(CIFAR10), torch.arange(6) % 3)
 BALLS: list[tuple[Attack, Threat | PerExample]] = [
-    *((attack, threat) for attack in (PGD(steps=3), APGD(steps=6)) for threat in (*CIFAR10, MIXED)),
-    *((attack, CIFAR10[0]) for attack in (APGDCE(iterations=6), APGDT(iterations=6, targets=2), FABT(iterations=3))),
-    *((Square(queries=20), threat) for threat in CIFAR10),
+    *((attack, threat) for attack in (PGD(steps=2), APGD(steps=6)) for threat in (*CIFAR10, MIXED)),
+    *((attack, CIFAR10[0]) for attack in (APGDCE(iterations=5), APGDT(iterations=5, targets=1), FABT(iterations=2))),
+    *((Square(queries=10), threat) for threat in CIFAR10),
 ]
 
 
@@ -270,7 +270,7 @@ def test_perceptual_methods(kind: str, x: Tensor) -> None:
 def test_an_evaluation(x: Tensor) -> None:
     model = vit()
     on_device, images, labels, y = both(model, x)
-    settings = {"threats": LpBall(norm="L2", eps=0.1), "suite": APGDSuite(iterations=5), "checks": False}
+    settings = {"threats": LpBall(norm="L2", eps=0.1), "suite": QuickSuite(steps=2), "checks": False}
     found = rome.evaluate(on_device, images, labels, **settings)
     expected = rome.evaluate(model, x, y, **settings)
     assert (found.correct == expected.correct).all()
