@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
+from rome.cli.app import main
 from rome.core.randomness import Stream
 from rome.threats import LpBall
 from small_models import THREADS, drawn, knowing
+from tiny_runs import Ended, no_traceback
 
 torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests write is not remembered as the user's."""
+    """What tests write is not remembered as the user's; embeddings, whose quality no test judges, take few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROME_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setattr("rome.report.separability.TSNE", partial(TSNE, max_iter=250))  # the least; it makes 1000 steps
         yield
+
+
+@pytest.fixture
+def rome(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Call ``rome ARGUMENTS`` in this process. Anything but an exit would be a traceback, and fails the test."""
+
+    def call(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert no_traceback(out + err)
+        return Ended(ended.value.code, out, err)
+
+    return call
 
 
 class Digits(NamedTuple):
@@ -110,6 +130,16 @@ class FixedNoise(Stream):
     def uniform(self, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         assert tuple(shape) == tuple(self.noise.shape)
         return self.noise.to(device)
+
+
+@contextmanager
+def case(*values: object) -> Iterator[None]:
+    """For a test that goes through many values: an error names those it met."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"with {', '.join(map(str, values))}")
+        raise
 
 
 class Calls(NamedTuple):

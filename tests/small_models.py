@@ -68,6 +68,21 @@ def knowing(model: nn.Module, head: nn.Linear, x: Tensor, y: Tensor, *, ridge: f
     return model
 
 
+class Line(nn.Module):
+    """Images of one pixel p, logits (0, (p - 1/2) / 2). The features (cos p, sin p) make the perceptual distance of two
+    images 2 sin(|p - p'| / 2), which is |p - p'| up to |p - p'|^3 / 24."""
+
+    feature_layers = ("circle",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.circle = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.circle(torch.cat([x.cos(), x.sin()], dim=1))
+        return F.pad((x.flatten(1) - 0.5) / 2, (1, 0))
+
+
 def timm_model(name: str, **args: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **(TINY | args))
 

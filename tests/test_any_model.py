@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import rome
-from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
 from rome.evaluation.evaluate import Report, evaluate, hash_model
@@ -36,7 +36,7 @@ from rome.report.compared import findings, gather, paired
 from rome.report.page import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
-from tiny_runs import no_traceback
+from tiny_runs import Ended
 
 N = 30
 QUICK = ("--suite", "lp", "--n", str(N))
@@ -138,29 +138,14 @@ class _Constant(nn.Module):
         return (x.detach() * 0).flatten(1)[:, :10]
 
 
-class Ended(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
 @pytest.fixture
-def call(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def call(files: Path, tmp_path: Path, rome: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``rome evaluate --model ...`` in a folder with the files."""
     for file in files.iterdir():
         if file.is_file():
             (tmp_path / file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["evaluate", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert no_traceback(out + err)
-        return Ended(ended.value.code, out, err)
-
-    return run
+    return partial(rome, "evaluate")
 
 
 @pytest.fixture(autouse=True)

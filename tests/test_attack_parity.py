@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +38,7 @@ def not_weaker(model: nn.Module, y: Tensor, ours: Tensor, theirs: Tensor) -> Non
 
 @pytest.mark.parametrize(
     ("name", "steps", "share"),
-    [*itertools.product(["L1", "L2", "Linf"], [20, 100], [None]), ("L1", 20, 0.2), ("L1", 100, 0.2)],
+    [("L1", 20, None), ("L1", 100, None), ("L1", 20, 0.2), ("L2", 20, None), ("Linf", 20, None)],
 )
 def test_apgd_is_not_weaker_than_autoattacks_apgd(
     name: str, steps: int, share: float | None, digits: Digits, digits_model: nn.Module
@@ -113,12 +112,9 @@ def foolbox_pgd(norm: str, *, corrected: bool, **settings: Any) -> Callable[...,
     return run
 
 
-@pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("start", [False, True])
-def test_pgd_is_not_weaker_than_foolbox(
-    threat: LpBall, steps: int, start: bool, digits: Digits, digits_model: nn.Module
-) -> None:
-    x, y = digits.test
+def test_pgd_is_not_weaker_than_foolbox(threat: LpBall, start: bool, digits: Digits, digits_model: nn.Module) -> None:
+    (x, y), steps = digits.test, 20
     reference = foolbox_pgd(
         threat.norm, corrected=True, abs_stepsize=2.5 * threat.eps / steps, steps=steps, random_start=start
     )

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import RADII, Digits, FixedNoise, Problem, recorded
+from conftest import RADII, Digits, FixedNoise, Problem, case, recorded
 from rome.attacks import APGD, PGD, Attack, Square
 from rome.attacks.base import Group
 from rome.attacks.engine import loss_and_gradient
@@ -98,22 +98,9 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(name: str, steps: int) -> No
     torch.testing.assert_close(gain, best, rtol=1e-4, atol=0)
 
 
-class Linears(nn.Module):
-    """A linear model of its own for every image of the batch, logits (0, <w_i, x_i>)."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = w
-
-    def forward(self, x: Tensor) -> Tensor:
-        score = (x.flatten(1) * self.w).sum(1)
-        return torch.stack([torch.zeros_like(score), score], dim=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("share", [None, 0.2])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, None), (torch.float64, 0.2), (torch.float64, None)])
 @pytest.mark.parametrize("pixels", ["inside", "saturated"])
-@pytest.mark.parametrize(("d", "seeds", "steps"), [(64, 100, 20), (64, 100, 50), (64, 100, 100), (3072, 12, 20)])
+@pytest.mark.parametrize(("d", "seeds", "steps"), [(64, 40, 20), (64, 40, 100), (3072, 6, 20)])
 @pytest.mark.parametrize("eps", [0.01, 0.3, 4.0])
 def test_apgd_in_l1_reaches_the_optimum_of_every_linear_model(
     eps: float, d: int, seeds: int, steps: int, pixels: str, share: float | None, dtype: torch.dtype
@@ -128,11 +115,14 @@ def test_apgd_in_l1_reaches_the_optimum_of_every_linear_model(
     w = torch.special.ndtri(w.clamp(1e-6, 1 - 1e-6))
     w = w / w.norm(dim=1, keepdim=True)
     x = ((0.35 + 0.3 * u) if pixels == "inside" else u.round()).view(-1, 1, 8, d // 8).to(dtype)
-    found = APGD(steps=steps, l1_share=share)(
-        Linears(w.to(dtype)), x, torch.zeros(seeds, dtype=torch.int64), LpBall(norm="L1", eps=eps)
-    )
+    threat, y = LpBall(norm="L1", eps=eps), torch.zeros(seeds, dtype=torch.int64)
+
+    def models(images: Tensor) -> Tensor:
+        """A linear model of its own for every image, logits (0, <w_i, x_i>)."""
+        return F.pad((images.flatten(1) * w.to(dtype)).sum(1, keepdim=True), (1, 0))
+
+    found = APGD(steps=steps, l1_share=share)(models, x, y, threat)
     gain = ((found.double() - x.double()).flatten(1) * w).sum(1)
-    threat = LpBall(norm="L1", eps=eps)
     best = torch.stack([optimum(row, image, threat) for row, image in zip(w, x.double(), strict=True)]).flatten()
     best = best - (x.double().flatten(1) * w).sum(1)
     assert (gain <= best * (1 + 1e-5)).all()
@@ -196,14 +186,15 @@ def test_pgd_in_l1_and_l2_leaves_saturated_coordinates_that_would_leave_the_box(
     torch.testing.assert_close(l2.flatten()[:4], torch.tensor([0, 0, 0.08, 0.06]), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("percentile", [0, 25, 50, 80, 99])
-@pytest.mark.parametrize("d", [1, 5, 64, 101, 3072])
-def test_top_signs_are_at_or_above_numpys_percentile(d: int, percentile: int) -> None:
-    g = torch.randn(3, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
-    size = g.abs().numpy()
-    keep = size >= np.percentile(size, percentile, axis=1, keepdims=True)
-    expected = np.sign(g.numpy()) * keep / keep.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(top_signs(g, percentile), expected, rtol=1e-12)
+def test_top_signs_are_at_or_above_numpys_percentile() -> None:
+    for percentile in [0, 25, 50, 80, 99]:
+        for d in [1, 5, 64, 101, 3072]:
+            with case(percentile, d):
+                g = torch.randn(3, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+                size = g.abs().numpy()
+                keep = size >= np.percentile(size, percentile, axis=1, keepdims=True)
+                expected = np.sign(g.numpy()) * keep / keep.sum(axis=1, keepdims=True)
+                np.testing.assert_allclose(top_signs(g, percentile), expected, rtol=1e-12)
 
 
 def test_random_starts_are_uniform_gaussian_and_laplace_with_the_radius_of_the_ball(norm: str) -> None:

@@ -51,7 +51,7 @@ def test_target_numbers_are_those_of_the_standard_version(threat: LpBall) -> Non
 @pytest.mark.parametrize("threat", DIGITS, ids=lambda threat: threat.name)
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
 def test_part_finds_the_images_of_pyautoattack(name: str, threat: LpBall) -> None:
-    model, x = small_net(), images()
+    model, x = small_net(), images(5)
     y = model(x).argmax(1)
     reference = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=3)
     reference.attacks_to_run = [name]

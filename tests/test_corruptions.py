@@ -20,6 +20,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 import rome
+from conftest import case
 from rome.attacks import Attack, Corruption
 from rome.attacks.corruptions import distortions
 from rome.attacks.corruptions.severities import CORRUPTIONS, SEVERITIES, constants_for, corrupt, read_cifar10c
@@ -126,20 +127,21 @@ PUBLISHED: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize(("which", "side", "column"), [("cifar10-c", 32, 0), ("imagenet-c", 224, 1)])
-def test_severities_are_the_published_constants(name: str, which: Any, side: int, column: int) -> None:
-    ours, published = SEVERITIES[name][which], PUBLISHED[name][column]
-    assert len(ours) == len(published) == 5
-    for own, theirs in zip(ours, published, strict=True):
-        if name == "zoom_blur":
-            own = np.arange(1, *own)
-        elif name == "frost":
-            own, size = own[:2], own[2]
-            assert size == (0.2 if column == 0 else 1)
-        elif name == "elastic_transform":
-            own = [side * value for value in own]
-        assert np.array_equal(own, theirs) or np.allclose(own, theirs, rtol=1e-12)
+def test_severities_are_the_published_constants() -> None:
+    for name in CORRUPTIONS:
+        for which, side, column in [("cifar10-c", 32, 0), ("imagenet-c", 224, 1)]:
+            with case(name, which, side, column):
+                ours, published = SEVERITIES[name][which], PUBLISHED[name][column]
+                assert len(ours) == len(published) == 5
+                for own, theirs in zip(ours, published, strict=True):
+                    if name == "zoom_blur":
+                        own = np.arange(1, *own)
+                    elif name == "frost":
+                        own, size = own[:2], own[2]
+                        assert size == (0.2 if column == 0 else 1)
+                    elif name == "elastic_transform":
+                        own = [side * value for value in own]
+                    assert np.array_equal(own, theirs) or np.allclose(own, theirs, rtol=1e-12)
 
 
 def test_there_are_fifteen_and_the_size_says_whose_constants() -> None:
@@ -176,18 +178,19 @@ def test_the_mean_change_rises_with_severity(name: Any, small: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 224, 224), (1, 8, 8), (3, 24, 36), (1, 40, 33)])
-def test_sizes_and_channels(name: Any, shape: tuple[int, int, int]) -> None:
-    x = torch.randint(256, (1, *shape), generator=torch.Generator().manual_seed(0)) / 255
-    for severity in (1, 5) if shape[1] < 100 else (3,):
-        found = corrupt(x, name, severity, seeds(x))
-        assert (found.shape, found.dtype) == (x.shape, x.dtype)
-        levels = 255 * found
-        assert torch.allclose(levels, levels.round(), atol=1e-4)
-        assert bool(((found >= 0) & (found <= 1)).all())
-    double = corrupt(x.double(), name, 3, seeds(x))
-    assert double.dtype == torch.float64
-    assert torch.allclose(double.float(), corrupt(x, name, 3, seeds(x)), atol=1e-6)
+def test_sizes_and_channels(name: Any) -> None:
+    for shape in [(3, 32, 32), (3, 224, 224), (1, 8, 8), (3, 24, 36), (1, 40, 33)]:
+        with case(shape):
+            x = torch.randint(256, (1, *shape), generator=torch.Generator().manual_seed(0)) / 255
+            for severity in (1, 5) if shape[1] < 100 else (3,):
+                found = corrupt(x, name, severity, seeds(x))
+                assert (found.shape, found.dtype) == (x.shape, x.dtype)
+                levels = 255 * found
+                assert torch.allclose(levels, levels.round(), atol=1e-4)
+                assert bool(((found >= 0) & (found <= 1)).all())
+            double = corrupt(x.double(), name, 3, seeds(x))
+            assert double.dtype == torch.float64
+            assert torch.allclose(double.float(), corrupt(x, name, 3, seeds(x)), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

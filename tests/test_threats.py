@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from conftest import case
 from rome.attacks.lp.pgd import ascend, random_start
 from rome.core.errors import UserError
 from rome.evaluation.named import named_budgets
@@ -27,37 +28,37 @@ def pair() -> tuple[Tensor, Tensor]:
     return x, x + 0.5 * torch.randn(x.shape, generator=g)
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [(1, "L1"), ("1", "L1"), ("l1", "L1"), (2, "L2"), (2.0, "L2"), ("L2", "L2")]
-    + [(v, "Linf") for v in ("inf", "Inf", "linf", "Linf", "infinity", float("inf"))],
-)
-def test_every_usual_way_to_write_a_norm(given: object, name: str) -> None:
-    assert LpBall.model_validate({"norm": given, "eps": 1}).norm == name == LpBall(norm=name, eps=1).name
+def test_every_usual_way_to_write_a_norm() -> None:
+    ways = {"L1": (1, "1", "l1"), "L2": (2, 2.0, "L2")}
+    ways["Linf"] = ("inf", "Inf", "linf", "Linf", "infinity", float("inf"))
+    for name, given in ((name, given) for name, those in ways.items() for given in those):
+        with case(given):
+            assert LpBall.model_validate({"norm": given, "eps": 1}).norm == name == LpBall(norm=name, eps=1).name
 
 
-@pytest.mark.parametrize("wrong", ["3", 0, "L0", "", None, True])
-def test_other_norms_are_refused(wrong: object) -> None:
-    with pytest.raises(ValidationError, match="norm"):
-        LpBall.model_validate({"norm": wrong, "eps": 1})
+def test_other_norms_are_refused() -> None:
+    for wrong in ["3", 0, "L0", "", None, True]:
+        with case(wrong), pytest.raises(ValidationError, match="norm"):
+            LpBall.model_validate({"norm": wrong, "eps": 1})
 
 
-@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "x", "1/0", None])
-def test_other_radii_are_refused(wrong: object) -> None:
-    with pytest.raises(ValidationError, match="eps"):
-        LpBall.model_validate({"norm": 2, "eps": wrong})
+def test_other_radii_are_refused() -> None:
+    for wrong in [-1, float("nan"), float("inf"), "x", "1/0", None]:
+        with case(wrong), pytest.raises(ValidationError, match="eps"):
+            LpBall.model_validate({"norm": 2, "eps": wrong})
 
 
-@pytest.mark.parametrize("eps", [8, "8", 1.5, 255])
-def test_a_linf_radius_beyond_the_range_of_images_is_refused_with_what_was_meant(eps: float | str) -> None:
-    hint = f"exceeds 1, .*: {float(eps):g}/255"
-    with pytest.raises(UserError, match=hint):
-        LpBall(norm="Linf", eps=eps)
-    with pytest.raises(UserError, match=hint):
-        parse({"data": "digits", "model": {"name": "resnet_18"}, "threats": [{"norm": "linf", "eps": eps}]})
-    with pytest.raises(UserError, match=hint):
-        named_budgets(f"L2=0.5,Linf={eps}")
-    assert (LpBall(norm="Linf", eps=1).eps, LpBall(norm="L2", eps=eps).eps) == (1, float(eps))
+def test_a_linf_radius_beyond_the_range_of_images_is_refused_with_what_was_meant() -> None:
+    for eps in [8, "8", 1.5, 255]:
+        with case(eps):
+            hint = f"exceeds 1, .*: {float(eps):g}/255"
+            with pytest.raises(UserError, match=hint):
+                LpBall(norm="Linf", eps=eps)
+            with pytest.raises(UserError, match=hint):
+                parse({"data": "digits", "model": {"name": "resnet_18"}, "threats": [{"norm": "linf", "eps": eps}]})
+            with pytest.raises(UserError, match=hint):
+                named_budgets(f"L2=0.5,Linf={eps}")
+            assert (LpBall(norm="Linf", eps=1).eps, LpBall(norm="L2", eps=eps).eps) == (1, float(eps))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 1000.0])

@@ -21,7 +21,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from rome.attacks.suites.composed import as_suite
-from rome.cli.app import main
 from rome.core import trust
 from rome.core.errors import UserError
 from rome.evaluation.run import evaluate_saved
@@ -34,7 +33,7 @@ from rome.report.sweep import run_point
 from rome.runs.config import load, parse
 from rome.runs.folder import Run
 from rome.training.setup import train
-from tiny_runs import Ended, changed, no_traceback, tiny, write_yaml
+from tiny_runs import Ended, changed, tiny, write_yaml
 
 CODE = """
 import torch
@@ -105,19 +104,6 @@ def place(made: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     yield made
     for module in ("mine", "parts"):
         sys.modules.pop(module, None)
-
-
-@pytest.fixture
-def rome(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    def call(*arguments: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert no_traceback(out + err)
-        return Ended(ended.value.code, out, err)
-
-    return call
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

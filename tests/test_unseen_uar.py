@@ -15,7 +15,7 @@ from scipy.signal import fftconvolve
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from conftest import recorded
+from conftest import case, recorded
 from rome.attacks import JPEG, Attack, Elastic, Fog, Gabor, Snow
 from rome.attacks.transforms.base import Transform, TransformAttack
 from rome.attacks.transforms.elastic import smoothing
@@ -184,16 +184,17 @@ def test_repeatable_by_seed_and_the_global_random_state_is_left_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 224, 224), (1, 8, 8), (3, 20, 28), (3, 33, 47), (1, 30, 22)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sizes_and_precisions(kind: type[TransformAttack], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    model = network(shape[0], dtype)
-    found = kind(steps=2)(model, x, answers(model, x), ANY)
-    assert (found.dtype, found.shape) == (dtype, x.shape)
-    assert bool(((found >= 0) & (found <= 1)).all())
-    assert bool(found.isfinite().all())
-    assert bool((found != x).flatten(1).any(dim=1).all())
+def test_sizes_and_precisions(kind: type[TransformAttack]) -> None:
+    for shape in [(3, 32, 32), (3, 224, 224), (1, 8, 8), (3, 20, 28), (3, 33, 47), (1, 30, 22)]:
+        for dtype in [torch.float32, torch.float64] if shape[1] < 100 else [torch.float32]:
+            with case(shape, dtype):
+                x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+                model = network(shape[0], dtype)
+                found = kind(steps=2)(model, x, answers(model, x), ANY)
+                assert (found.dtype, found.shape) == (dtype, x.shape)
+                assert bool(((found >= 0) & (found <= 1)).all())
+                assert bool(found.isfinite().all())
+                assert bool((found != x).flatten(1).any(dim=1).all())
 
 
 def test_extreme_images_stay_finite(kind: type[TransformAttack]) -> None:

@@ -166,16 +166,21 @@ class Child:
 
 def rome(*arguments: object, logs: Path, at: Moment | None = None, env: dict[str, str] | None = None) -> Child:
     """Start ``rome ARGUMENTS``, in the environment ``env`` adds to."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     logs.mkdir(parents=True, exist_ok=True)
     number = len(list(logs.glob("*.err")))
     files = logs / f"{number}.out", logs / f"{number}.err"
     for file in files:
         file.touch()
-    process = context.Process(target=_run, args=([str(argument) for argument in arguments], files, at, env or {}))
+    return Child(started(_run, [str(argument) for argument in arguments], files, at, env or {}), *files)
+
+
+def started(function: Callable[..., None], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a process from the fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=function, args=arguments)
     process.start()
-    return Child(process, *files)
+    return process
 
 
 def two_processes(*arguments: object, logs: Path, **options: Any) -> list[Child]:
