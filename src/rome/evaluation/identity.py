@@ -22,7 +22,7 @@ from rome.runs.origin import differences
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
 _NAMED = {"attributes", CODE}
 """Facts of a model that have names of their own."""
-_READERS = ("analysis", "explore", "cli.py", "options.py", "report.py", "sweep.py")
+_READERS = ("report", "cli")
 """Parts of rome that no result depends on: they read them, or start what makes them."""
 
 
