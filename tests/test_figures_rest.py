@@ -27,8 +27,8 @@ from rome.report.figures import RegionMaps, Sensitivity, TrainingTime, sensitivi
 from rome.report.figures.base import Options
 from rome.report.figures.regions import attacked_within, boxes
 from rome.report.figures.style import RUNS, looks, side, signed
-from rome.report.page import cost_table
 from rome.report.subject import short
+from rome.report.tables import cost_table
 from rome.report.tables.cost_table import fill_costs, named_configs
 from rome.report.tables.paper_rows import TABLES
 from rome.report.tables.paper_tables import fill

@@ -22,7 +22,7 @@ from rome.evaluation.evaluate import Case, Report
 from rome.evaluation.statistics import holm
 from rome.report.columns import columns_of, missing, show, tabulate
 from rome.report.compared import findings, paired
-from rome.report.evaluated import EvaluatedModel, EvaluatedRun
+from rome.report.evaluated import Evaluated
 from rome.report.page import write_report
 from rome.report.robustbench import entries_of, eps_text, percent, write_entries
 from rome.runs.folder import Run
@@ -129,8 +129,8 @@ def test_pairs_of_unions_over_some_cases() -> None:
     assert paired(A, B, ["L2"]).p == 1.0
 
 
-def evaluated(found: Report, folder: Path, name: str = "My run:é", **changes: Any) -> EvaluatedRun:
-    return EvaluatedRun(name=name, run=Run(folder), config=tiny(name=name, **changes), folder=folder, report=found)
+def evaluated(found: Report, folder: Path, name: str = "My run:é", **changes: Any) -> Evaluated:
+    return Evaluated(name=name, run=Run(folder), config=tiny(name=name, **changes), folder=folder, report=found)
 
 
 def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_attacks_of_code_that_is_not_there_are_told(tmp_path: Path) -> None:
     found = report(LP[:1], [[1, 1]] * 2)
     found.settings["cases"][0]["attacks"] = [{"kind": "somebodys"}]
     with pytest.raises(UserError, match=f"the attacks of {tmp_path} cannot be read .*'somebodys'"):
-        _ = EvaluatedModel(name="mine", folder=tmp_path, report=found).attacks
+        _ = Evaluated(name="mine", folder=tmp_path, report=found).attacks
 
 
 # -------- RobustBench
@@ -264,7 +264,7 @@ def test_a_given_model_has_an_entry_if_its_data_are_known(tmp_path: Path) -> Non
         model={"type": "ResNet", "sha256": "0"},
         provenance={"model": {"name": "net.pt"}, "data": {"kind": "cifar10", "path": "some/where"}},
     )
-    model = EvaluatedModel(name="mine", folder=tmp_path, report=found)
+    model = Evaluated(name="mine", folder=tmp_path, report=found)
     entry = entries_of(model)["Linf"]
     assert (entry["name"], entry["architecture"], entry["dataset"]) == ("mine", "net.pt", "cifar10")
     assert entry["additional_data"] is None

@@ -109,7 +109,7 @@ def evaluate(
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        from rome.report.page import show
+        from rome.report.columns import show
 
         show([(name, report)])
         say(f"saved in {folder}")

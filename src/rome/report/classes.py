@@ -31,23 +31,14 @@ def by_class(reports: Sequence[Report], names: Sequence[str] | None = None) -> l
         reports: on the same examples.
         names: of the classes; their numbers if not given.
     """
-    labels = reports[0].labels
-    lines = []
+    labels, lines = reports[0].labels, []
     for label in np.unique(labels).tolist():
         rows = labels == label
+        unions = [report.right() if not math.isnan(report.union) else np.full(report.n, np.nan) for report in reports]
         shares = [
-            (
-                float(report.correct[rows, 0].mean()),
-                math.nan if math.isnan(report.union) else float(report.right()[rows].mean()),
-            )
-            for report in reports
+            (float(report.correct[rows, 0].mean()), float(union[rows].mean()))
+            for report, union in zip(reports, unions, strict=True)
         ]
         lines.append(ClassLine(str(label) if names is None else names[label], int(rows.sum()), shares))
-    if len(lines) <= SHOWN:
-        return lines
-    hardest = sorted(range(len(lines)), key=lambda i: sum(_number(union) for _, union in lines[i].shares))[:SHOWN]
-    return [lines[i] for i in sorted(hardest)]
-
-
-def _number(share: float) -> float:
-    return 0.0 if math.isnan(share) else share
+    hardest = sorted(lines, key=lambda line: np.nansum([union for _, union in line.shares]))[:SHOWN]
+    return [line for line in lines if line in hardest]

@@ -5,20 +5,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rome.attacks.suites.base import LP
 from rome.core.console import print_table
 from rome.evaluation.evaluate import Report
+from rome.evaluation.result import CLEAN, UNION
 
-AVERAGE, UNION = "average", "union"
+AVERAGE = "average"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
+
+
+class Cell(NamedTuple):
+    """One number of the table, as shares; NaN where there is none."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """Of 95%."""
+    best: bool = False
+
+    @property
+    def percent(self) -> str:
+        return DASH if math.isnan(self.value) else f"{100 * self.value:.1f}"
+
+    @property
+    def span(self) -> str:
+        """The interval, ``68.2–77.4``."""
+        return "" if self.interval is None else DASH.join(f"{100 * end:.1f}" for end in self.interval)
 
 
 class Column(NamedTuple):
@@ -30,24 +49,9 @@ class Column(NamedTuple):
     interval: Callable[[Report], tuple[float, float]] | None = None
     """95% interval, if it has one."""
 
-
-class Cell(NamedTuple):
-    """One number of the table, as shares; NaN where there is none."""
-
-    value: float
-    interval: tuple[float, float] | None
-    best: bool
-
-    @property
-    def percent(self) -> str:
-        return DASH if math.isnan(self.value) else f"{100 * self.value:.1f}"
-
-    @property
-    def span(self) -> str:
-        """The 95% interval, ``68.2–77.4``."""
-        if self.interval is None or math.isnan(self.interval[0]):
-            return ""
-        return DASH.join(f"{100 * end:.1f}" for end in self.interval)
+    def cell(self, report: Report) -> Cell:
+        value = self.value(report)
+        return Cell(value, None if self.interval is None or math.isnan(value) else self.interval(report))
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
@@ -59,30 +63,31 @@ def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) 
     Args:
         unions: further unions, each over these cases.
     """
-    shown = [Column("clean", lambda report: report.clean, lambda report: report.interval("clean"))]
     attacks = list(dict.fromkeys(name for report in reports for name in report.attacks))
-    shown += [_of_case(name) for name in attacks]
     members = {group: names for report in reports for group, names in report.members.items() if len(names) > 1}
+    columns = [_of_case(CLEAN), *map(_of_case, attacks)]
     for group, names in members.items():
-        if set(names) == set(attacks):
-            continue
-        shown.append(_of_group(group))
-        if group == LP:
-            shown.append(_of_union(names, f"{group} union"))
-    loose = {name for report in reports for name in report.cases[1:]} - {*attacks, *sum(members.values(), ())}
-    shown += [_of_case(name) for name in sorted(loose)]
+        if set(names) != set(attacks):
+            columns.append(Column(f"{group} mean", partial(_group_mean, group)))
+            if group == LP:
+                columns.append(_of_union(names, f"{group} union"))
+    grouped = {*attacks, *sum(members.values(), ())}
+    columns += map(_of_case, sorted({name for report in reports for name in report.cases[1:]} - grouped))
     if attacks:
-        shown.append(Column(AVERAGE, lambda report: report.average))
-        shown.append(Column(UNION, lambda report: report.union, lambda report: report.interval(UNION)))
-    return shown + [_of_union(names, f"union {'+'.join(names)}") for names in unions]
+        columns.append(Column(AVERAGE, lambda report: report.average))
+        columns.append(Column(UNION, lambda report: report.union, lambda report: report.interval(UNION)))
+    return columns + [_of_union(names, f"union {'+'.join(names)}") for names in unions]
 
 
 def _of_case(name: str) -> Column:
-    return Column(name, lambda report: report.robust.get(name, math.nan), lambda report: report.interval(name))
+    def value(report: Report) -> float:
+        return {CLEAN: report.clean, **report.robust}.get(name, math.nan)
+
+    return Column(name, value, lambda report: report.interval(name))
 
 
-def _of_group(group: str) -> Column:
-    return Column(f"{group} mean", lambda report: report.groups.get(group, math.nan))
+def _group_mean(group: str, report: Report) -> float:
+    return report.groups.get(group, math.nan)
 
 
 def _of_union(names: Sequence[str], title: str) -> Column:
@@ -100,47 +105,34 @@ def tabulate(
     The largest number of a column, as printed, is its best; there is none where there is one row.
     """
     columns = columns_of([report for _, report in rows], unions)
-    values = [[column.value(report) for column in columns] for _, report in rows]
-    shown = [[-1.0 if math.isnan(value) else round(100 * value, 1) for value in row] for row in values]
-    best = [max(column) for column in zip(*shown, strict=True)]
-    cells = []
-    for (_, report), row, rounded in zip(rows, values, shown, strict=True):
-        intervals = [
-            None if column.interval is None or math.isnan(value) else column.interval(report)
-            for column, value in zip(columns, row, strict=True)
-        ]
-        marks = [len(rows) > 1 and number == top >= 0 for number, top in zip(rounded, best, strict=True)]
-        cells.append([Cell(*cell) for cell in zip(row, intervals, marks, strict=True)])
-    return [column.title for column in columns], cells
+    marked = []
+    for column in columns:
+        cells = [column.cell(report) for _, report in rows]
+        printed = [-1.0 if math.isnan(cell.value) else round(100 * cell.value, 1) for cell in cells]
+        best = max(printed) if len(rows) > 1 else math.inf
+        marked.append([cell._replace(best=number == best >= 0) for cell, number in zip(cells, printed, strict=True)])
+    return [column.title for column in columns], [list(row) for row in zip(*marked, strict=True)]
 
 
-def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
+def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
     """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
     columns, cells = tabulate(rows, unions)
     console = Console(highlight=False, markup=False)
     star = "" if console.is_terminal and not console.no_color else "*"
+    exchanged = len(columns) >= WIDE
 
-    def text(cell: Cell, between: str) -> Text:
+    def text(cell: Cell) -> Text:
         number = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
+        between = "  " if exchanged else "\n"
         return number.append(f"{between}{cell.span}", style="not bold dim") if cell.span else number
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    if len(columns) < WIDE:
-        table.add_column("method", overflow="fold", min_width=8)
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        for (name, _), row in zip(rows, cells, strict=True):
-            table.add_row(Text(name, style="bold"), *(text(cell, "\n") for cell in row))
-    else:
-        table.add_column("under", no_wrap=True)
-        for name, _ in rows:
-            table.add_column(Text(name, style="bold"), justify="right", overflow="fold")
-        for column, across in zip(columns, zip(*cells, strict=True), strict=True):
-            table.add_row(column, *(text(cell, "  ") for cell in across))
-    print_table(table, console)
+    lines: list[Sequence[str | Text]] = [["under" if exchanged else "method", *columns]]
+    lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
+    head, *body = zip(*lines, strict=True) if exchanged else lines
+    print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
     counts, suites = counts_and_suites(rows)
     best = f"; {star or 'bold'} is the largest" if len(rows) > 1 else ""
-    over = "over" if len(columns) < WIDE else "before"
+    over = "before" if exchanged else "over"
     caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:

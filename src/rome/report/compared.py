@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,8 @@ from rome.core.files import flatten
 from rome.evaluation.evaluate import Report
 from rome.evaluation.statistics import Difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
-from rome.report.evaluated import (
-    Evaluated,
-    EvaluatedModel,
-    EvaluatedRun,
-    is_evaluation,
-    load_evaluation,
-    own_name,
-)
-from rome.report.subject import names_of
+from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_evaluation
+from rome.report.subject import distinct, names_of
 from rome.runs.config import Config
 from rome.runs.folder import Run
 
@@ -47,18 +41,13 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         UserError: a folder with neither, a run without an evaluation of its present weights, none of that suite, or
             evaluations that cannot be compared.
     """
-    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    folders = distinct(folders)
     if not folders:
         raise UserError("name at least one run's folder")
-    runs = [None if is_evaluation(folder) else _run(folder) for folder in folders]
-    found = [_given(folder) if run is None else _evaluations(run) for run, folder in zip(runs, folders, strict=True)]
-    common = {
-        key for key in set.intersection(*(set(each) for each in found)) if suite is None or suite in (key[0], _key(key))
-    }
+    found = [_evaluations(folder) for folder in folders]
+    common = {key for key in set.intersection(*map(set, found)) if suite in (None, key[0], _label(key))}
     if not common:
-        there = "; ".join(
-            f"{folder}: {', '.join(map(_key, each))}" for folder, each in zip(folders, found, strict=True)
-        )
+        there = "; ".join(f"{a}: {', '.join(map(_label, each))}" for a, each in zip(folders, found, strict=True))
         kind = "one suite on as many examples" if suite is None else f"suite {suite} on as many examples"
         raise UserError(
             f"the runs share no evaluation of {kind} ({there}); "
@@ -66,24 +55,22 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         )
 
     def rank(key: tuple[str, int]) -> tuple[bool, int, bool, str]:
-        report = found[0][key][1]
-        return any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], LP in report.members, key[0]
+        return is_preferred(key[0]), key[1], LP in found[0][key].report.members, key[0]
 
     chosen = max(common, key=rank)
-    own = [own_name(each[chosen][1]) if run is None else run.config.name for run, each in zip(runs, found, strict=True)]
-    evaluated: list[Evaluated] = []
-    for name, run, each in zip(names_of(own, folders), runs, found, strict=True):
-        folder, report = each[chosen]
-        if run is None:
-            evaluated.append(EvaluatedModel(name=name, folder=folder, report=report))
-            continue
-        others = tuple(_key(key) for key in sorted(each) if key != chosen)
-        one = EvaluatedRun(name=name, folder=folder, report=report, others=others, run=run, config=run.config)
-        one.check_fresh()
-        evaluated.append(one)
-    for each_one in evaluated:
-        _same(evaluated[0], each_one)
+    evaluated = []
+    for name, each in zip(names_of([each[chosen].name for each in found], folders), found, strict=True):
+        others = tuple(_label(key) for key in sorted(each) if key != chosen)
+        evaluated.append(replace(each[chosen], name=name, others=others))
+        evaluated[-1].check_fresh()
+    for one in evaluated:
+        _check_comparable(evaluated[0], one)
     return evaluated
+
+
+def is_preferred(suite: str) -> bool:
+    """Whether a suite's evaluation is shown before others."""
+    return any(part in PREFERRED_SUITES for part in suite.split("+"))
 
 
 def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[str]:
@@ -169,49 +156,35 @@ def same_examples(a: Report, b: Report) -> bool:
 
 
 def other_network(a: Report, b: Report) -> str | None:
-    """A case of both reports whose perceptual distances two different networks measured; None where there is none, or
-    where one of them does not say (earlier versions)."""
-    ours, theirs = (report.settings.get("networks") or {} for report in (a, b))
-    both = set(a.cases) & set(b.cases) & ours.keys() & theirs.keys()
+    """A case of both reports whose perceptual distances two different networks measured; None where there is none."""
+    ours, theirs = (report.settings.get("networks", {}) for report in (a, b))
+    both = set(b.cases) & ours.keys() & theirs.keys()
     return next((case for case in a.cases if case in both and ours[case] != theirs[case]), None)
 
 
-def _run(folder: Path) -> Run:
+def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
+    """(suite, n) -> a run's finished evaluations with the gates that its config names; or the one that lies there."""
+    if is_evaluation(folder):
+        one = load_evaluation(folder)
+        return {(one.report.suite, one.report.n): one}
     run = Run(folder)
     if not run.config_file.is_file():
         raise UserError(
             f"{folder} is not the folder of a run (it has no {run.config_file.name}) nor of an evaluation (it has no "
             f"{SETTINGS})"
         )
-    return run
-
-
-def _given(folder: Path) -> dict[tuple[str, int], tuple[Path, Report]]:
-    """(suite, n) -> folder and report of the one evaluation that the folder is."""
-    report = load_evaluation(folder)
-    return {(report.suite, report.n): (folder, report)}
-
-
-def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
-    """(suite, n) -> folder and report of the run's finished evaluations."""
-    found, unfinished, routing = {}, False, run.config.evaluation.routing
-    for settings in sorted((run.folder / "evaluation").glob(f"*/{SETTINGS}")):
-        if not (settings.parent / RESULT).exists():
-            unfinished = True
-            continue
-        report = Report.load(settings.parent)
-        if (report.settings.get("provenance") or {}).get("routing", routing) != routing:
-            continue  # Table 5's, beside that of the gates the config asks for
-        found[report.suite, report.n] = settings.parent, report
+    routing = run.config.evaluation.routing
+    found = {key[1:]: one for key, one in evaluations(run).items() if key[0] == routing}
     if not found:
         if not run.finished:
-            raise UserError(f"{run.folder} holds no finished model: train it to its end (--resume), then evaluate it")
-        state = "an unfinished evaluation only" if unfinished else "no evaluation"
-        raise UserError(f"{run.folder} has {state}: run `rome evaluate {run.folder}` first")
+            raise UserError(f"{folder} holds no finished model: train it to its end (--resume), then evaluate it")
+        begun = [file.parent / RESULT for file in folder.glob(f"evaluation/*/{SETTINGS}")]
+        state = "no evaluation" if all(result.exists() for result in begun) else "an unfinished evaluation only"
+        raise UserError(f"{folder} has {state}: run `rome evaluate {folder}` first")
     return found
 
 
-def _same(first: Evaluated, other: Evaluated) -> None:
+def _check_comparable(first: Evaluated, other: Evaluated) -> None:
     a, b = ({key: run.report.settings.get(key) for key in _SAME} for run in (first, other))
     if a != b:
         flat_a, flat_b = flatten(a), flatten(b)
@@ -237,7 +210,7 @@ def _same(first: Evaluated, other: Evaluated) -> None:
         )
 
 
-def _key(key: tuple[str, int]) -> str:
+def _label(key: tuple[str, int]) -> str:
     return f"{key[0]}-{key[1]}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,24 @@ from rome.evaluation.evaluate import Case, Report
 from rome.evaluation.given import Given
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.models import file_hash
-from rome.report.subject import NamedModel, Subject
+from rome.report.subject import Subject, subject_of_model, subject_of_run
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.threats import LpBall, Threat
 
+LEARNED = "learned"
+"""Gate weights of an evaluation whose provenance names no routing."""
+Key = tuple[str, str, int]
+"""Routing, suite and number of examples."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Evaluated(ABC):
-    """A model with the evaluation that is compared."""
+class Evaluated:
+    """A model with the evaluation that is compared.
+
+    Of a model that no run made (``rome evaluate --model``, or :func:`rome.evaluate` with a folder for its result) only
+    the evaluation's provenance is known; for one evaluated in Python that may be no more than a hash.
+    """
 
     name: str
     folder: Path
@@ -34,12 +42,13 @@ class Evaluated(ABC):
     report: Report
     others: tuple[str, ...] = ()
     """Evaluations of the same model that were not chosen, such as ``apgd-1000``."""
+    run: Run | None = None
     config: Config | None = None
-    """Of the run; None where there is no run."""
+    """Of the run."""
 
     @property
     def attacks(self) -> dict[str, Case]:
-        """The cases that are attacks and have been run, by name.
+        """The attacks that have been run, by the case's name.
 
         Raises:
             UserError: they are of code that has not been imported, as a suite of one's own in Python may be.
@@ -56,7 +65,7 @@ class Evaluated(ABC):
 
     @property
     def threats(self) -> dict[str, Threat]:
-        """What each attack was allowed, by the case's name."""
+        """The threat of each attack, by the case's name."""
         return {name: case.threat for name, case in self.attacks.items()}
 
     @property
@@ -65,24 +74,34 @@ class Evaluated(ABC):
         return {name: threat.eps for name, threat in self.threats.items() if isinstance(threat, LpBall)}
 
     @property
-    @abstractmethod
     def method(self) -> str:
-        """How it was trained, in a word."""
+        """How it was trained, as the paper writes it, such as ``RoME+RANDOM``."""
+        if self.config is None:
+            return "given model"
+        return ("RoME+" if self.config.experts is not None else "") + self.config.method.kind.upper()
 
     @property
-    @abstractmethod
     def about(self) -> str:
-        """What the config says of it in a sentence; empty where nothing does."""
+        """The config's description in a sentence; may be empty."""
+        return "" if self.config is None else self.config.about
 
     @property
-    @abstractmethod
     def architecture(self) -> str:
         """The backbone, and that it has experts."""
+        if self.config is None:
+            return own_name(self.report) or str(self.report.settings["model"]["type"])
+        return self.config.model.name + (" + experts" if self.config.experts is not None else "")
 
     @property
-    @abstractmethod
     def data(self) -> Data | None:
-        """What it was evaluated on; None where nobody wrote it down."""
+        """The data it was evaluated on; None where the provenance has none."""
+        if self.config is not None:
+            return self.config.data
+        recorded = _provenance(self.report, "data")
+        try:
+            return Data.model_validate(recorded) if recorded else None
+        except ValidationError:
+            return None
 
     @property
     def source(self) -> str:
@@ -91,157 +110,75 @@ class Evaluated(ABC):
         return " ".join(str(dumped[key]) for key in ("kind", "path") if dumped.get(key)) or "data in memory"
 
     @property
-    @abstractmethod
     def facts(self) -> dict[str, str]:
-        """Where the model and its numbers come from, as words and values for a list."""
-
-    @property
-    def dates(self) -> dict[str, str]:
-        """When it was evaluated, and what of that is from earlier calls."""
-        report = self.report
-        return {"evaluated": report.date, **({"reused": report.reuse} if report.reuse else {})}
-
-    @property
-    @abstractmethod
-    def command(self) -> str:
-        """What evaluates it."""
-
-    @abstractmethod
-    def subject(self, device: torch.device) -> Subject:
-        """The model, opened to be looked at.
-
-        Raises:
-            UserError: it is gone, or nobody wrote down how to build it.
-        """
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluatedRun(Evaluated):
-    """A run of ``rome train``."""
-
-    run: Run
-    config: Config
-
-    @property
-    def method(self) -> str:
-        """As the paper writes it, such as ``RoME+RANDOM``."""
-        return ("RoME+" if self.config.experts is not None else "") + self.config.method.kind.upper()
-
-    @property
-    def about(self) -> str:
-        return self.config.about
-
-    @property
-    def architecture(self) -> str:
-        name = self.config.model.name
-        return f"{name} + experts" if self.config.experts is not None else name
-
-    @property
-    def data(self) -> Data:
-        return self.config.data
-
-    @property
-    def facts(self) -> dict[str, str]:
-        provenance = self.report.settings.get("provenance") or {}
-        changed = self.run.origin.get("changed")
+        """Where the model and its numbers come from, by name."""
+        dates = {"evaluated": self.report.date, **({"reused": self.report.reuse} if self.report.reuse else {})}
+        if self.run is not None and self.config is not None:
+            provenance, changed = self.report.settings.get("provenance") or {}, self.run.origin.get("changed")
+            return {
+                "method": self.method,
+                "folder": str(self.run.folder),
+                "training seed": str(self.config.seed),
+                "checkpoint": str(provenance.get("checkpoint")),
+                "SHA-256": str(provenance.get("checkpoint_sha256")),
+                **dates,
+                **({"trained with code that changed": "; ".join(changed)} if changed else {}),
+            }
+        model, state = _provenance(self.report, "model"), self.report.settings["model"]["sha256"]
+        normal = (model.get("normalisation") or {}).items()
+        statistics = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in values)}" for key, values in normal)
         return {
-            "method": self.method,
-            "folder": str(self.run.folder),
-            "training seed": str(self.config.seed),
-            "checkpoint": str(provenance.get("checkpoint")),
-            "SHA-256": str(provenance.get("checkpoint_sha256")),
-            **self.dates,
-            **({"trained with code that changed": "; ".join(changed)} if changed else {}),
+            "model": self.architecture,
+            "weights": str(model.get("weights") or ("its own" if model else "in memory")),
+            "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
+            "data": self.source,
+            "normalisation": statistics or ("none of ours" if model else "unknown"),
+            "folder": str(self.folder),
+            **dates,
         }
 
     @property
-    def command(self) -> str:
-        return f"rome evaluate {self.run.folder}"
-
-    def subject(self, device: torch.device) -> Subject:
-        """The model as it was evaluated: its gates may have been replaced."""
-        settings = self.report.settings
-        routing = (settings.get("provenance") or {}).get("routing", self.config.evaluation.routing)
-        return Subject(self.run, self.name, device, routing=routing, seed=settings["seed"])
-
-    def check_fresh(self) -> None:
-        """Raise UserError unless the evaluation is of the weights that lie in the run's folder."""
-        provenance = self.report.settings.get("provenance") or {}
-        evaluated, file = provenance.get("checkpoint_sha256"), self.run.model_file
-        if evaluated and file.exists() and file_hash(file) != evaluated:
-            raise UserError(
-                f"{self.run.folder} evaluated other weights ({provenance.get('checkpoint')}) than {file} holds now: "
-                f"run `rome evaluate {self.run.folder} --overwrite`"
-            )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class EvaluatedModel(Evaluated):
-    """A model that no run made: ``rome evaluate --model``, or :func:`rome.evaluate` with a folder to keep its result.
-
-    What is known of it is what the evaluation kept; of one made in Python that may be no more than its hash.
-    """
-
-    @property
     def given(self) -> Given | None:
-        """What names it; None where it was evaluated in Python, or before this was kept."""
-        kept = self._kept("given")
+        """The options that named a model without a run; None where it was evaluated in Python."""
+        recorded = _provenance(self.report, "given")
         try:
-            return Given(**kept) if kept else None
+            return Given(**recorded) if recorded else None
         except UserError:
             return None
 
     @property
-    def method(self) -> str:
-        return "given model"
-
-    @property
-    def about(self) -> str:
-        return ""
-
-    @property
-    def architecture(self) -> str:
-        return own_name(self.report) or str(self.report.settings["model"]["type"])
-
-    @property
-    def data(self) -> Data | None:
-        kept = self._kept("data")
-        try:
-            return Data.model_validate(kept) if kept else None
-        except ValidationError:
-            return None
-
-    @property
-    def facts(self) -> dict[str, str]:
-        model, state = self._kept("model"), self.report.settings["model"]["sha256"]
-        weights = "its own" if model else "in memory"
-        normal = model.get("normalisation")
-        told = ", ".join(f"{key} {_numbers(values)}" for key, values in normal.items()) if normal else ""
-        return {
-            "model": self.architecture,
-            "weights": str(model.get("weights") or weights),
-            "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
-            "data": self.source,
-            "normalisation": told or ("none of ours" if model else "unknown"),
-            "folder": str(self.folder),
-            **self.dates,
-        }
-
-    @property
     def command(self) -> str:
+        """The command that evaluates it."""
+        if self.run is not None:
+            return f"rome evaluate {self.run.folder}"
         return "rome evaluate --model" if self.given is None else self.given.command
 
     def subject(self, device: torch.device) -> Subject:
+        """The model, opened: that of a run with the gates that it was evaluated with.
+
+        Raises:
+            UserError: it is gone, or the evaluation does not record how to build it.
+        """
+        if self.run is not None:
+            routing = (self.report.settings.get("provenance") or {}).get("routing", LEARNED)
+            return subject_of_run(self.run, self.name, device, routing=routing, seed=self.report.settings["seed"])
         if self.given is None:
             raise UserError(
-                f"{self.folder} does not say how its model is built (it was evaluated in Python, or by an earlier "
-                "version), so there is none to look at"
+                f"{self.folder} does not say how its model is built (it was evaluated in Python), so there is none to "
+                "look at"
             )
-        trust.check(self.folder / SETTINGS, {"given": self._kept("given")})
-        return NamedModel(self.given, self.name, device)
+        trust.check(self.folder / SETTINGS, {"given": _provenance(self.report, "given")})
+        return subject_of_model(self.given, self.name, device)
 
-    def _kept(self, what: str) -> Mapping[str, Any]:
-        return _kept(self.report, what)
+    def check_fresh(self) -> None:
+        """Raise UserError if the evaluation is of other weights than lie in the run's folder."""
+        provenance = self.report.settings.get("provenance") or {}
+        evaluated = provenance.get("checkpoint_sha256")
+        if self.run and evaluated and self.run.model_file.exists() and file_hash(self.run.model_file) != evaluated:
+            raise UserError(
+                f"{self.run.folder} evaluated other weights ({provenance.get('checkpoint')}) than "
+                f"{self.run.model_file} holds now: run `rome evaluate {self.run.folder} --overwrite`"
+            )
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -249,8 +186,19 @@ def is_evaluation(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and not Run(folder).config_file.is_file()
 
 
-def load_evaluation(folder: Path) -> Report:
-    """The evaluation of a given model in its folder.
+def evaluations(run: Run) -> dict[Key, Evaluated]:
+    """The finished evaluations of a run, under the run's own name."""
+    found = {}
+    for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
+        one = Evaluated(
+            name=run.config.name, folder=result.parent, report=Report.load(result.parent), run=run, config=run.config
+        )
+        found[key_of(one.report)] = one
+    return found
+
+
+def load_evaluation(folder: Path) -> Evaluated:
+    """The evaluation of a model that no run made, in its folder.
 
     Raises:
         UserError: it is not finished, or it is one of a run.
@@ -260,19 +208,19 @@ def load_evaluation(folder: Path) -> Report:
     report = Report.load(folder)
     if "config" in (report.settings.get("provenance") or {}):
         raise UserError(f"{folder} is an evaluation of a run: name the run's folder, the one with config.yaml")
-    return report
+    return Evaluated(name=own_name(report), folder=folder, report=report)
+
+
+def key_of(report: Report) -> Key:
+    return (report.settings.get("provenance") or {}).get("routing", LEARNED), report.suite, report.n
 
 
 def own_name(report: Report) -> str:
-    """What a given model is called in its evaluation; empty where it is not."""
-    return str(_kept(report, "model").get("name", ""))
+    """The name of a model without a run in its evaluation; may be empty."""
+    return str(_provenance(report, "model").get("name", ""))
 
 
-def _kept(report: Report, what: str) -> Mapping[str, Any]:
+def _provenance(report: Report, part: str) -> Mapping[str, Any]:
     """That part of the provenance, which in Python may be anything."""
-    part = (report.settings.get("provenance") or {}).get(what)
-    return part if isinstance(part, Mapping) else {}
-
-
-def _numbers(values: Any) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
+    found = (report.settings.get("provenance") or {}).get(part)
+    return found if isinstance(found, Mapping) else {}

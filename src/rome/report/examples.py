@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -28,8 +28,7 @@ SMALLEST = 96
 """Pixels; smaller images are enlarged by a whole factor."""
 
 
-@dataclass(frozen=True, eq=False)
-class Shot:
+class Shot(NamedTuple):
     """One image under one threat."""
 
     threat: str
@@ -43,8 +42,7 @@ class Shot:
     """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
+class Example(NamedTuple):
     """One test image, classified right as it is, under every threat."""
 
     number: int
@@ -65,16 +63,13 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
         for case in pictured(runs):
             fooled = report.correct[:, 0] & ~report.right((case,))
             broken += fooled
-            kept = _saved(run, case)
-            if kept is not None:
-                fooled[list(kept)] = False
-                usable &= ~fooled
+            saved = _saved(run, case)
+            if saved is not None:
+                usable &= ~fooled | np.isin(np.arange(len(fooled)), list(saved))
     order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
-    labels = reports[0].labels
-    first_of_class: dict[int, int] = {}
-    for row in order:
-        first_of_class.setdefault(int(labels[row]), row)
-    distinct = list(first_of_class.values())
+    labels = reports[0].labels[order]
+    firsts = sorted(np.unique(labels, return_index=True)[1].tolist())
+    distinct = [order[i] for i in firsts]
     return [*distinct, *(row for row in order if row not in distinct)][:k]
 
 
@@ -106,10 +101,7 @@ def pictured(runs: Sequence[Evaluated]) -> list[str]:
 
 def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
     """Case -> largest change of any pixel in these images: where the colours of the perturbations are full."""
-    return {
-        case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0
-        for case in (found[0] if found else ())
-    }
+    return {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in found[0]}
 
 
 def describe(
@@ -120,40 +112,26 @@ def describe(
     rows: Sequence[int],
     images: dict[str, Tensor],
     scale: dict[str, float],
-    classes: Sequence[str],
 ) -> list[Example]:
     """The pictures and predictions of :func:`adversarial`."""
-    with torch.no_grad():
-        predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
-    sizes = {
-        case: threat.size(images[case], clean)
-        for case, threat in run.threats.items()
-        if case in images and not isinstance(threat, Perceptual)
-    }
-    return [
-        Example(
-            number=row,
-            label=classes[int(labels[i])],
-            image=picture(clean[i]),
-            shots=[
-                Shot(
-                    threat=case,
-                    image=picture(batch[i]),
-                    perturbation=diverging(batch[i] - clean[i], scale[case]),
-                    prediction=classes[int(predicted[case][i])],
-                    fooled=bool(predicted[case][i] != labels[i]),
-                    size=float(sizes[case][i]) if case in sizes else None,
-                )
-                for case, batch in images.items()
-            ],
-        )
-        for i, row in enumerate(rows)
-    ]
+    classes = subject.split.classes
+    examples = [Example(row, classes[int(labels[i])], picture(clean[i]), []) for i, row in enumerate(rows)]
+    for case, batch in images.items():
+        with torch.no_grad():
+            predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
+        threat = run.threats[case]
+        measured = not isinstance(threat, Perceptual)
+        sizes: list[float | None] = threat.size(batch, clean).tolist() if measured else [None] * len(rows)
+        for i, example in enumerate(examples):
+            perturbation, fooled = diverging(batch[i] - clean[i], scale[case]), predicted[i] != int(labels[i])
+            shot = Shot(case, picture(batch[i]), perturbation, classes[predicted[i]], fooled, sizes[i])
+            example.shots.append(shot)
+    return examples
 
 
 def picture(image: Tensor) -> str:
     """(C, H, W) in [0, 1] as a PNG data URI; one channel is gray, more than three show their mean."""
-    return _png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), least=SMALLEST)
 
 
 def diverging(delta: Tensor, scale: float) -> str:
@@ -165,24 +143,25 @@ def diverging(delta: Tensor, scale: float) -> str:
     if len(relative) == 3:
         return picture(relative)
     colours = matplotlib.colormaps["RdBu_r"](relative.mean(dim=0).numpy())
-    return _png((colours[..., :3] * 255).round().astype(np.uint8))
+    return png((colours[..., :3] * 255).round().astype(np.uint8), least=SMALLEST)
+
+
+def png(pixels: np.ndarray, *, least: int = 1) -> str:
+    """Pixels, uint8 (H, W, C), as a data URI, enlarged by a whole factor so that no side is shorter than ``least``."""
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    factor = -(-least // min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _saved(run: Evaluated, case: str) -> dict[int, Tensor] | None:
-    """Example -> adversarial image, for the first that were fooled; None if images were not kept."""
+    """Example -> adversarial image, for the first that were fooled; None if images were not saved."""
     try:
         rows, images = example_images(run.folder, case, LOOKED_AT)
     except UserError:
         return None
     return dict(zip(rows.tolist(), images, strict=True))
-
-
-def _png(pixels: np.ndarray) -> str:
-    if pixels.shape[2] not in (1, 3):
-        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    factor = -(-SMALLEST // min(image.size))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

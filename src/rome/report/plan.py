@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from rome.core.console import print_table
 from rome.experts import block_numbers, expert_layers
-from rome.models import build_model
-from rome.report.cost import added, parameters
+from rome.report.cost import added, architecture, parameters
 from rome.runs.config import Config
 
 
@@ -28,12 +24,10 @@ def plan(config: Config) -> dict[str, Any]:
     Raises:
         UserError: nothing matches ``experts.layers``, or a match cannot be adapted.
     """
-    shape, classes = config.data.form(config.model.num_classes)
-    model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
-    adapted = expert_layers(model)
+    model, _, _ = architecture(config)
+    adapted, totals = expert_layers(model), parameters(model)
     blocks = block_numbers(list(adapted))
     inside = tuple(f"{name}." for name in adapted)
-    totals = parameters(model)
     return {
         "name": config.name,
         "layers": [
@@ -51,27 +45,24 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def show_plan(facts: dict[str, Any]) -> None:
-    """Print what :func:`plan` found; layers without experts that differ in a number alone share a line."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    layers = facts["layers"]
-    table = Table(box=None, pad_edge=False)
-    for title in ("layer", "type", "shape", "block", "beta", "added"):
-        table.add_column(title, no_wrap=True, justify="right" if title in ("block", "beta", "added") else "left")
-    for layer in layers:
-        beta = "" if layer["beta"] is None else f"{layer['beta']:.3f}"
-        table.add_row(
-            layer["name"], layer["type"], _sizes(layer["shape"]), str(layer["block"]), beta, f"{layer['added']:,}"
-        )
-    console.print(Text(str(facts["name"]), style="bold"))
+    """Print a :func:`plan`; layers without experts that differ in a number alone share a line."""
+    layers, others = facts["layers"], facts["others"]
+    print(facts["name"])
     if layers:
-        print_table(table, console)
-        where = f"{len(layers)} of {len(layers) + len(facts['others'])} layers, blocks up to {layers[-1]['block']}"
+        rows = [
+            [row["name"], row["type"], _sizes(row["shape"]), f"{row['block']}", beta, f"{row['added']:,}"]
+            for row in layers
+            for beta in ["" if row["beta"] is None else f"{row['beta']:.3f}"]
+        ]
+        print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=())
+        where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
         print(f"with experts: {where}; {facts['added']:,} parameters added, {facts['parameters']:,} in all")
     else:
         print("with experts: none, for the config has no experts")
     groups: dict[tuple[str, str, str], list[str]] = {}
-    for other in facts["others"]:
-        groups.setdefault((_pattern(other["name"]), other["type"], _sizes(other["shape"])), []).append(other["name"])
+    for other in others:
+        pattern = ".".join("*" if part.isdigit() else part for part in other["name"].split("."))
+        groups.setdefault((pattern, other["type"], _sizes(other["shape"])), []).append(other["name"])
     for (pattern, kind, sizes), names in groups.items():
         which = f"{len(names)} x {pattern}" if len(names) > 1 else names[0]
         print(f"without experts: {which} ({kind} {sizes})")
@@ -96,7 +87,3 @@ def _sizes(shape: list[int]) -> str:
         return ""
     kernel = f" {'x'.join(map(str, shape[2:]))}" if shape[2:] else ""
     return f"{shape[1]} -> {shape[0]}{kernel}"
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

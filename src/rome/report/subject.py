@@ -1,13 +1,12 @@
-"""A model opened to be looked at, of a run or given: its test images, and what each threat makes of them."""
+"""A model opened to be looked at, of a run or of any origin: its test images, and what each threat makes of them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from rome.data.memory import TensorSplit
 from rome.evaluation.given import Given
 from rome.experts import Routing, set_routing
 from rome.models import load_model
-from rome.models.exported import Named
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.threats import PerExample, Threat
@@ -31,64 +29,50 @@ STEPS = 15
 """Of APGD, the attack that pictures and routing numbers are made with."""
 AT_A_TIME = 64
 KEPT = 1024
-"""Images whose attacked versions are kept for the next picture; of more, they are made again."""
-WITHOUT_RUN = "is a model without a run: it has no log, no config and no evaluation"
-
-
-def short(layer: str) -> str:
-    """A layer's name without what all names begin with: ``blocks.11.attn.proj``; MORE's is the whole model."""
-    return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
+"""Attacked images are cached up to this number; of more, they are made again."""
 
 
 class Subject:
-    """A finished run. Model, data and attacked images are loaded or made when first asked for, once each.
+    """A model with its test images and threats. Model, data and attacked images are loaded or made on first use.
 
     Args:
-        run: its folder, with ``model.safetensors``.
-        name: what pictures call it.
+        name: in pictures.
         device: of the model and the images.
-        routing: gate weights in place of the learned ones, of the given seed; see :func:`rome.experts.set_routing`.
-
-    Raises:
-        UserError: the folder holds no finished run.
+        threats: by name.
+        model: builds the classifier.
+        split: opens the test examples.
+        run: the run that trained the model, if one did.
     """
 
     def __init__(
-        self, run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+        self,
+        name: str,
+        device: torch.device,
+        threats: Mapping[str, Threat],
+        model: Callable[[], nn.Module],
+        split: Callable[[], Split],
+        run: Run | None = None,
     ) -> None:
-        self.run, self.name, self.device = run, name, device
-        self.routing: Routing = routing
-        self.seed = seed
-        self.config: Config = run.config
-        self._trusted = trust.allowed()
-        if not run.finished:
-            raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+        self.name, self.device, self.run = name, device, run
+        self.threats = MappingProxyType(dict(threats))
+        self._model, self._split = model, split
         self._attacked: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def config(self) -> Config:
+        """Of the run."""
+        assert self.run is not None
+        return self.run.config
 
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, in evaluation mode."""
-        model = load_model(self.run.model_file, trust_code=self._trusted)
-        return set_routing(model, self.routing, seed=self.seed).to(self.device)
+        return self._model()
 
     @cached_property
     def split(self) -> Split:
-        """The test examples.
-
-        Raises:
-            UserError: they are not where the run's config says.
-        """
-        try:
-            return self.config.data.open("test")
-        except UserError as error:
-            raise UserError(
-                f"{error} (if it lies elsewhere now, correct data.path in {self.run.config_file})"
-            ) from None
-
-    @property
-    def threats(self) -> Mapping[str, Threat]:
-        """What the run was trained on, by name."""
-        return MappingProxyType({threat.name: threat for threat in self.config.threats})
+        """The test examples."""
+        return self._split()
 
     def images(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,), fewer where the set is smaller."""
@@ -96,7 +80,7 @@ class Subject:
         return x.to(self.device), y.to(self.device)
 
     def attacked(self, n: int) -> Mapping[str, Tensor]:
-        """Those images as they are (``natural``) and under each threat: name -> (n, C, H, W).
+        """The first images as they are (``natural``) and under each threat: name -> (n, C, H, W).
 
         The attack is APGD with 15 steps on this very model, or the threat's own.
         """
@@ -106,7 +90,7 @@ class Subject:
         return MappingProxyType(self._attacked[n])
 
     def attacked_parts(self, n: int) -> Iterator[Mapping[str, Tensor]]:
-        """The same in parts that follow each other; of more than :data:`KEPT` images none is kept."""
+        """The same in consecutive parts, without caching if they are more than :data:`KEPT`."""
         if n <= KEPT or n in self._attacked:
             yield self.attacked(n)
         else:
@@ -119,89 +103,71 @@ class Subject:
 
 
 class GivenModel(Subject):
-    """A classifier that no run made, to be looked at as runs are, but for what asks about its training or evaluation.
+    """A classifier in memory, for the figures that need neither its training nor its evaluation.
 
     Args:
         model: images (B, C, H, W) in [0, 1] to logits, of any architecture; its mode becomes evaluation.
-        name: what pictures call it.
+        name: in pictures.
         x: images (n, C, H, W) in [0, 1], on the model's device.
         y: their labels, int64 (n,).
         threats: by name.
     """
 
     def __init__(self, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> None:
-        self.name, self.device, self.model, self.split = name, x.device, model.eval(), TensorSplit(x, y)
-        self._threats, self._attacked = dict(threats), {}
-
-    @property
-    def threats(self) -> Mapping[str, Threat]:
-        return MappingProxyType(self._threats)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("run", "config"):
-            raise UserError(f"{self.name} {WITHOUT_RUN}")
-        raise AttributeError(name)
+        model = model.eval()
+        super().__init__(name, x.device, threats, lambda: model, lambda: TensorSplit(x, y))
 
 
-class NamedModel(GivenModel):
-    """A given model that a name or a file stands for; it and its data are opened when first asked for.
+def subject_of_run(
+    run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+) -> Subject:
+    """A finished run, its gates replaced as :func:`rome.experts.set_routing` does.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    config, trusted = run.config, trust.allowed()
+    if not run.finished:
+        raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+
+    def model() -> nn.Module:
+        return set_routing(load_model(run.model_file, trust_code=trusted), routing, seed=seed).to(device)
+
+    def split() -> Split:
+        try:
+            return config.data.open("test")
+        except UserError as error:
+            raise UserError(f"{error} (if it lies elsewhere now, correct data.path in {run.config_file})") from None
+
+    return Subject(name, device, {threat.name: threat for threat in config.threats}, model, split, run)
+
+
+def subject_of_model(given: Given, name: str, device: torch.device, *, remark: bool = False) -> Subject:
+    """A model named by the options of a command line.
 
     Args:
-        given: how it is named.
-        name: what pictures call it.
-        device: of the model and the images.
+        remark: print what there is to remark on the model once it is built.
     """
 
-    def __init__(self, given: Given, name: str, device: torch.device) -> None:
-        self.given, self.name, self.device = given, name, device
-        self._attacked = {}
+    def model() -> nn.Module:
+        built = given.build(subject.split, device, batch_size=AT_A_TIME)
+        for sentence in built.remarks if remark else ():
+            print(sentence, file=sys.stderr)
+        return built.model
 
-    @cached_property
-    def built(self) -> Named:
-        """The classifier, in evaluation mode, and what there is to say of it.
-
-        Raises:
-            UserError: it cannot be built.
-        """
-        return self.given.build(self.split, self.device, batch_size=AT_A_TIME)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        return self.built.model
-
-    @cached_property
-    def split(self) -> Split:
-        """The test examples."""
-        return self.given.source().open("test")
-
-    @property
-    def threats(self) -> Mapping[str, Threat]:
-        return MappingProxyType(self.given.threats())
+    subject = Subject(name, device, given.threats(), model, lambda: given.source().open("test"))
+    return subject
 
 
-def open_given(given: Given, device: str | None = None) -> NamedModel:
-    """That model under its own name, built at once, so that what is wrong with it is told before anything is made.
+def open_given(given: Given, device: str | None = None) -> Subject:
+    """That model under its own name, built at once, so that a mistake is reported before anything is made.
 
     Raises:
         UserError: no such model, data or device, or they do not fit each other.
     """
-    subject = NamedModel(given, given.name, pick_device(device or "auto"))
-    for remark in subject.built.remarks:
-        print(remark, file=sys.stderr)
+    subject = subject_of_model(given, given.name, pick_device(device or "auto"), remark=True)
+    _ = subject.model
     return subject
-
-
-def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
-    """The runs among them, and why the others are left out where a figure is of training.
-
-    Raises:
-        UserError: there is no run.
-    """
-    given = {subject.name: subject for subject in subjects if isinstance(subject, GivenModel)}
-    runs = [subject for subject in subjects if not isinstance(subject, GivenModel)]
-    if not runs:
-        raise UserError("; ".join(f"{name} {WITHOUT_RUN}" for name in given))
-    return runs, dict.fromkeys(given, f"it {WITHOUT_RUN}")
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
@@ -210,27 +176,46 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
     Raises:
         UserError: no folder, one that holds no finished run, or no such device.
     """
-    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    folders = distinct(folders)
     if not folders:
         raise UserError("name at least one run's folder")
-    runs = [Run(folder) for folder in folders]
-    where = pick_device(device or "auto")
+    runs, where = [Run(folder) for folder in folders], pick_device(device or "auto")
     names = names_of([run.config.name for run in runs], folders)
-    return [Subject(run, name, where) for run, name in zip(runs, names, strict=True)]
+    return [subject_of_run(run, name, where) for run, name in zip(runs, names, strict=True)]
+
+
+def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
+    """The runs among them, and why the others are left out of a figure of training.
+
+    Raises:
+        UserError: there is no run.
+    """
+    reason = "is a model without a run: it has no log, no config and no evaluation"
+    runs = [subject for subject in subjects if subject.run is not None]
+    others = [subject.name for subject in subjects if subject.run is None]
+    if not runs:
+        raise UserError("; ".join(f"{name} {reason}" for name in others))
+    return runs, dict.fromkeys(others, f"it {reason}")
+
+
+def distinct(folders: Sequence[str | Path]) -> list[Path]:
+    """These folders, each once."""
+    return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
 
 
 def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """What pictures and tables call what lies in these folders, so that names tell them apart.
+    """Names for what lies in these folders, distinct if possible.
 
     Their own names, with the folder's where there is none; where two are equal, the folders' names, or their paths.
     """
     last = [folder.resolve().name for folder in folders]
-    choices = [
-        [name or folder for name, folder in zip(own, last, strict=True)],
-        last,
-        [str(folder) for folder in folders],
-    ]
+    choices = [[a or b for a, b in zip(own, last, strict=True)], last, [str(folder) for folder in folders]]
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
+
+
+def short(layer: str) -> str:
+    """A layer's name without the prefix of all: ``blocks.11.attn.proj``; MORE's is the whole model."""
+    return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
 
 
 def attack_all(
@@ -245,7 +230,7 @@ def attack_all(
     """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
 
     Args:
-        attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
+        attack: APGD with 15 steps by default; threats that bring an attack are searched by that one.
     """
     attack = attack or APGD(steps=STEPS)
     parts: list[Tensor] = []

@@ -1,33 +1,35 @@
-"""The contract of the paper's figures: measure first, write the numbers, then draw them."""
+"""The interface of the paper's figures: measure first, write the numbers, then draw them."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure as Canvas
 
 from rome.core.errors import UserError
+from rome.experts import Gated, expert_layers
 from rome.report.subject import Subject
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about figures."""
+    """What the figures of one call have in common."""
 
     n: int = 256
     """Test images, each natural and under every threat."""
     seed: int = 0
     """Of t-SNE's start and of the split of linear probes."""
     layer: str | None = None
-    """Part of the name of the layer that is looked at; the last one if not given."""
+    """Part of the name of the layer to show; None takes the last."""
     image: int = 0
     """Number of the test image, for figures of one image."""
 
     def pick(self, names: Iterable[str]) -> str:
-        """The last of these layers whose name holds ``layer``; the last of all if none was asked for.
+        """The last of these layers whose name holds ``layer``.
 
         Raises:
             UserError: no name holds it.
@@ -67,19 +69,66 @@ class PaperFigure(ABC):
         """The picture, from what :meth:`measure` returned."""
 
 
+class FigureOfRuns(PaperFigure):
+    """Base: what is measured of each run by itself; those without it are left out."""
+
+    @abstractmethod
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        """One run's part of the data, beginning with its name.
+
+        Raises:
+            UserError: this run does not have what the figure shows.
+        """
+
+    lacking: ClassVar[str]
+    """Why there is no figure where every run is left out."""
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        runs, left_out = [], {}
+        for subject in subjects:
+            try:
+                runs.append(self.measure_run(subject, options))
+            except UserError as error:
+                left_out[subject.name] = str(error)
+        if not runs:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise UserError(f"{self.lacking} ({reasons})")
+        return {"runs": runs, "left_out": left_out}
+
+
+def require_experts(subject: Subject) -> dict[str, Gated]:
+    """The layers with experts, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    layers = expert_layers(subject.model)
+    if not layers:
+        raise UserError("it has no experts")
+    return layers
+
+
+def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
+    """The keys and numbers that lead to each value ``depth`` levels inside mappings and lists, then the value."""
+    if depth == 0:
+        yield (nested,)
+        return
+    for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
+        for leaf in leaves(value, depth - 1):
+            yield key, *leaf
+
+
 def registered() -> dict[str, type[PaperFigure]]:
     """Every figure by name, in the paper's order: 1, 3, 5 ... A1, A2 ..., then what the paper has not."""
-    found: dict[str, type[PaperFigure]] = {}
-    waiting = list(PaperFigure.__subclasses__())
-    while waiting:
-        kind = waiting.pop()
-        waiting.extend(kind.__subclasses__())
-        if "name" in vars(kind):
-            found[kind.name] = kind
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
+    def below(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
+        for figure in kind.__subclasses__():
+            yield figure
+            yield from below(figure)
 
-def _place(name: str) -> tuple[bool, bool, int, str]:
-    number = name.removeprefix("fig")
-    digits = number.lstrip("A")
-    return not name.startswith("fig"), number.startswith("A"), int(digits) if digits.isdigit() else 0, name
+    def place(name: str) -> tuple[bool, bool, int, str]:
+        found = re.fullmatch(r"fig(A?)(\d+)", name)
+        return (found is None, bool(found and found[1]), int(found[2]) if found else 0, name)
+
+    found = {figure.name: figure for figure in below(PaperFigure) if "name" in vars(figure)}  # type: ignore[type-abstract]
+    return {name: found[name] for name in sorted(found, key=place)}

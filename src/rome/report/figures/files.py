@@ -1,8 +1,7 @@
-"""Writing figures: numbers first (JSON and CSV), then the picture in every format asked for."""
+"""Writing figures: numbers first (JSON and CSV), then the picture in every format."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import sys
@@ -10,26 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import style
 
 from rome.core import trust
 from rome.core.errors import UserError, did_you_mean
-from rome.core.files import make_folder, replace_file
+from rome.core.files import csv_text, make_folder, replace_file
 from rome.report.figures.base import Options, PaperFigure, registered
 from rome.report.subject import Subject, open_subjects
 
 FORMATS = ("pdf", "png", "svg")
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,  # text stays text that a publisher can edit
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rome",
-    "savefig.dpi": 200,
-    "savefig.pad_inches": 0.02,
-}
 
 
 @trust.opens_files
@@ -46,8 +34,8 @@ def write_figures(
     """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
 
     Args:
-        runs: their folders, or what is there already: :func:`rome.report.subject.open_subjects`, and models that no
-            run made (:func:`rome.report.subject.open_given`, :class:`rome.report.subject.GivenModel`).
+        runs: their folders, or subjects: :func:`rome.report.subject.open_subjects`, and models that no run made
+            (:func:`rome.report.subject.open_given`, :class:`rome.report.subject.GivenModel`).
         device: of runs that are named by their folders.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
 
@@ -72,9 +60,8 @@ def write_figures(
     if not runs:
         raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
-    subjects = [run for run in runs if isinstance(run, Subject)]
-    if folders:
-        subjects = [*open_subjects(folders, device), *subjects]
+    subjects = open_subjects(folders, device) if folders else []
+    subjects += [run for run in runs if isinstance(run, Subject)]
     make_folder(out)
     written: list[Path] = []
     missing: list[str] = []
@@ -99,14 +86,9 @@ def write_figures(
 
 def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequence[str]) -> list[Path]:
     replace_file(out / f"{figure.name}.json", json.dumps(data, indent=1).encode())
-    rows = figure.rows(data)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(out / f"{figure.name}.csv", text.getvalue().encode())
+    replace_file(out / f"{figure.name}.csv", csv_text(figure.rows(data)).encode())
     pictures = []
-    with matplotlib.rc_context(_STYLE):
+    with style.context(Path(__file__).parent / "paper.mplstyle"):
         canvas = figure.draw(data)
         for form in formats:
             picture = io.BytesIO()

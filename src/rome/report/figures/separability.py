@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.core.errors import UserError
 from rome.report import features
-from rome.report.figures.base import Options, PaperFigure
+from rome.report.figures.base import FigureOfRuns, Options, leaves
 from rome.report.figures.style import NOTE, PAGE, dots, legend, looks, scatter, side, signed
 from rome.report.separability import difference, embed, silhouettes
 from rome.report.subject import NATURAL, Subject, short
@@ -24,7 +24,7 @@ POSITIONS = 64
 """Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
 
 
-class Separability(PaperFigure):
+class Separability(FigureOfRuns):
     """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
 
     Of the features as they are, and of their difference from the same image's natural features, most likely what the
@@ -44,21 +44,20 @@ class Separability(PaperFigure):
     places: tuple[str, ...]
     """Which of :data:`rome.report.features.PLACES` are drawn."""
 
-    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = []
-        for subject in subjects:
-            groups = subject.attacked(options.n)
-            threats = [name for name in groups if name != NATURAL]
-            if len(threats) < 2:
-                raise UserError(f"{subject.name} knows {len(threats)} threat; separating takes two or more")
-            layers = self.layers(features.block_layers(subject.model), options)
-            drawn, found = self.shown(layers), []
-            for layer in layers:
-                given = features.collect(subject.model, groups, layer)
-                places = self.places if layer in drawn else ()
-                found.append({"layer": layer, **_measure(given, threats, places, options.seed)})
-            runs.append({"run": subject.name, "threats": threats, "layers": found})
-        return {"runs": runs}
+    lacking = "separating takes a run with two or more threats"
+
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        groups = subject.attacked(options.n)
+        threats = [name for name in groups if name != NATURAL]
+        if len(threats) < 2:
+            raise UserError(f"it has {len(threats)} threat")
+        layers = self.layers(features.block_layers(subject.model), options)
+        drawn, found = self.shown(layers), []
+        for layer in layers:
+            given = features.collect(subject.model, groups, layer)
+            places = self.places if layer in drawn else ()
+            found.append({"layer": layer, **_measure(given, threats, places, options.seed)})
+        return {"run": subject.name, "threats": threats, "layers": found}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Scores first: of every layer, place, space and threat. Then the points of the pictures."""
@@ -66,22 +65,13 @@ class Separability(PaperFigure):
         for run in data["runs"]:
             for layer in run["layers"]:
                 where = {"run": run["run"], "layer": layer["layer"]}
-                for space, of in layer["silhouettes"].items():
-                    for place, by_threat in of.items():
-                        for threat, score in by_threat.items():
-                            mean, spread = score if isinstance(score, list) else (score, None)
-                            scores.append(
-                                {**where, "what": "silhouette", "space": space, "place": place, "threat": threat}
-                                | {"mean": mean, "spread": spread}
-                            )
-                points += [
-                    {**where, "what": "point", "space": space, "place": place, "threat": threat}
-                    | {"image": image, "x": x, "y": y}
-                    for space, of in layer["points"].items()
-                    for place, groups in of.items()
-                    for threat, values in groups.items()
-                    for image, (x, y) in enumerate(values)
-                ]
+                for space, place, threat, score in leaves(layer["silhouettes"], 3):
+                    mean, spread = score if isinstance(score, list) else (score, None)
+                    at = {"what": "silhouette", "space": space, "place": place, "threat": threat}
+                    scores.append({**where, **at, "mean": mean, "spread": spread})
+                for space, place, threat, image, (x, y) in leaves(layer["points"], 4):
+                    at = {"what": "point", "space": space, "place": place, "threat": threat}
+                    points.append({**where, **at, "image": image, "x": x, "y": y})
         return scores + points
 
 
@@ -111,7 +101,7 @@ class LocalAndGlobal(Separability):
         for axes, title in zip(grid[0], ("local: middle token", "global: mean over tokens", "silhouette"), strict=True):
             axes.set_title(title)
         grid[-1, -1].set_xlabel("filled: local, mean ± s.d. over tokens\nhatched: global", **NOTE)
-        legend(canvas, dots(_names(data["runs"])))
+        legend(canvas, _dots(data["runs"]))
         return canvas
 
 
@@ -141,7 +131,7 @@ class OverLayers(Separability):
                 if number == 0:
                     axes.set_title("global" if place == "global" else f"{place} token")
             row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
-        legend(canvas, dots(_names(data["runs"])))
+        legend(canvas, _dots(data["runs"]))
         return canvas
 
 
@@ -177,7 +167,6 @@ def _lines(data: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], s
 
 def _cloud(axes: Axes, layer: dict[str, Any], space: str, place: str) -> None:
     scatter(axes, layer["points"][space][place])
-    axes.set_box_aspect(1)
     score, picture = (
         signed(float(np.mean(list(layer["silhouettes"][of][place].values())))) for of in (space, _embedding(space))
     )
@@ -196,5 +185,5 @@ def _bars(axes: Axes, threats: list[str], scores: dict[str, Any]) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def _names(runs: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for name in run["threats"]))
+def _dots(runs: list[dict[str, Any]]) -> list[Any]:
+    return dots([name for run in runs for name in run["threats"]])

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
-from typing import Literal
+from typing import Any, Literal
 
 from rome.report.columns import markdown, suite_text
 from rome.report.compared import other_network
@@ -40,59 +40,47 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         about: what the numbers are, for the caption.
     """
     columns = list(lines[0].cells)
-    costs = columns == list(COST)
     compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
     plain = any(line.config is not None and line.config.experts is None for line in lines)
     change = "" if not compared else "gain in union" if plain else "union less RoME's"
     head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
-    body = [
-        (name, [_row(line, columns, form, bool(change)) for line in group])
-        for name, group in groupby(lines, key=lambda line: line.section)
-    ]
-    note = (
-        "ours / paper, in brackets the ratio to RANDOM"
-        if costs
-        else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
-    )
+    sections = [(name, list(group)) for name, group in groupby(lines, key=lambda line: line.section)]
+    body = [(name, [_row(line, columns, form, bool(change)) for line in group]) for name, group in sections]
+    note = f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    if columns == list(COST):
+        note = "ours / paper, in brackets the ratio to RANDOM"
     if change:
         base = "the same method without experts" if plain else " and ".join(compared)
         count = sum(line.gain is not None for line in lines)
-        span = (
-            "its 95% interval" if count == 1 else f"intervals that hold together with 95% for all {count} differences"
-        )
-        note += f"; {change}: difference to {base}, in brackets {span}"
-    told = sources(lines)
-    note += f"; runs: {told}" if told else f"; {about}" if about else ""
-    if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
+        joint = f"intervals that hold together with 95% for all {count} differences"
+        note += f"; {change}: difference to {base}, in brackets {'its 95% interval' if count == 1 else joint}"
+    evaluated = sources(lines)
+    note += f"; runs: {evaluated}" if evaluated else f"; {about}" if about else ""
+    if any(_differ(group) for _, group in sections):
         note += "; rows evaluated differently, so compare with care"
     return _WRITERS[form](title, head, body, note)
 
 
 def sources(lines: Sequence[Line]) -> str:
     """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
-    told: dict[str, None] = {}
+    found: dict[str, None] = {}
     for report in (report for line in lines for report in (*line.reports, *line.others)):
-        kept = report.settings.get("provenance") or {}
-        config = kept.get("config") or kept  # a given model's evaluation keeps the two of them alone
-        data, model = (
-            config.get("data", {}).get("kind", "unknown data"),
-            config.get("model", {}).get("name", "unknown model"),
-        )
-        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
-        told[what] = None
-    return "; ".join(told)
+        provenance = report.settings.get("provenance") or {}
+        config = provenance.get("config") or provenance  # of a model without a run the two of them alone
+        data = config.get("data", {}).get("kind", "unknown data")
+        model = config.get("model", {}).get("name", "unknown model")
+        suite = suite_text(report.settings.get("suite", {}))
+        found[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
+    return "; ".join(found)
 
 
 def _differ(lines: Sequence[Line]) -> bool:
     """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
     of examples, or with different networks that measure."""
-    shown = {
-        (*(str(report.settings.get(name)) for name in ("suite", "threats")), report.n)
-        for line in lines
-        for report in line.reports
-    }
-    everything = [report for line in lines for report in (*line.reports, *line.others)]
-    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(everything, 2))
+    reports = [report for line in lines for report in line.reports]
+    shown = {(str(report.settings.get("suite")), str(report.settings.get("threats")), report.n) for report in reports}
+    every = [*reports, *(report for line in lines for report in line.others)]
+    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(every, 2))
 
 
 def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:
@@ -107,15 +95,11 @@ def _cell(cell: Cell, form: Format, *, percent: bool) -> str:
     def ratio(value: float) -> str:
         return "" if math.isnan(value) else f" ({value:.2f}x)"
 
-    ours = DASH
+    ours, paper = DASH, DASH if math.isnan(cell.paper) else number(cell.paper)
     if cell.values:
-        ours = number(cell.mean)
-        if not math.isnan(cell.deviation):
-            ours += f" {PM} {number(cell.deviation)}"
-        if cell.best:
-            before, after = _BOLD[form]
-            ours = f"{before}{ours}{after}"
-    paper = DASH if math.isnan(cell.paper) else number(cell.paper)
+        spread = "" if math.isnan(cell.deviation) else f" {PM} {number(cell.deviation)}"
+        before, after = _BOLD[form] if cell.best else ("", "")
+        ours = f"{before}{number(cell.mean)}{spread}{after}"
     return f"{ours}{ratio(cell.ratio)} / {paper}{ratio(cell.paper_ratio)}"
 
 
@@ -150,19 +134,9 @@ def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
 
 
 def _escape(text: str) -> str:
-    safe = {
-        "%": r"\%",
-        "&": r"\&",
-        "_": r"\_",
-        "#": r"\#",
-        "$": r"\$",
-        "^": r"\^{}",
-        "~": r"\~{}",
-        "<": "$<$",
-        ">": "$>$",
-    }
+    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {"^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
     safe |= {PM: r"$\pm$", DASH: "--"}
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", "".join(safe.get(letter, letter) for letter in text))
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(str.maketrans(safe)))
 
 
 def _plain(text: str) -> str:
