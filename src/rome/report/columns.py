@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -20,6 +21,8 @@ AVERAGE = "average"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
+SHOWN_CLASSES = 20
+"""Of more classes, those with the lowest union."""
 
 
 class Cell(NamedTuple):
@@ -180,3 +183,33 @@ def suite_text(settings: dict[str, Any]) -> str:
         return "+".join(map(suite_text, settings["suites"]))
     iterations = settings.get("iterations", 100)
     return str(settings.get("kind") or "of your own") + (f" ({iterations} iterations)" if iterations != 100 else "")
+
+
+class ClassLine(NamedTuple):
+    """One class in every run."""
+
+    name: str
+    n: int
+    """Its examples."""
+    shares: list[tuple[float, float]]
+    """Clean and union accuracy of each run; NaN where an attack is missing."""
+
+
+def by_class(reports: Sequence[Report], names: Sequence[str] | None = None) -> list[ClassLine]:
+    """The classes that occur, in order; of more than 20 those whose union, averaged over runs, is lowest.
+
+    Args:
+        reports: on the same examples.
+        names: of the classes; their numbers if not given.
+    """
+    labels, lines = reports[0].labels, []
+    for label in np.unique(labels).tolist():
+        rows = labels == label
+        unions = [report.right() if not math.isnan(report.union) else np.full(report.n, np.nan) for report in reports]
+        shares = [
+            (float(report.correct[rows, 0].mean()), float(union[rows].mean()))
+            for report, union in zip(reports, unions, strict=True)
+        ]
+        lines.append(ClassLine(str(label) if names is None else names[label], int(rows.sum()), shares))
+    hardest = sorted(lines, key=lambda line: np.nansum([union for _, union in line.shares]))[:SHOWN_CLASSES]
+    return [line for line in lines if line in hardest]

@@ -28,15 +28,15 @@ PLACES = ("first", "middle", "last", "global")
 
 
 class Seen(NamedTuple):
-    """One layer in one forward pass, (B, T, D) each."""
+    """The output of one layer in one forward pass, (B, T, D) each."""
 
     output: Tensor
-    """What it gave: with the experts, if it has any."""
+    """With the experts, if it has any."""
     plain: Tensor | None
-    """What it gives without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
+    """Without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
 
-    For low-rank experts W h + b, for adapters and convolutions alike what the layer itself gives; for feed-forward
-    experts and whole networks (MORE), which stand in the layer's place, the answer of the first expert.
+    For low-rank experts W h + b, for adapters and convolutions alike the output of the layer itself; for
+    feed-forward experts and whole networks (MORE), which stand in the layer's place, that of the first expert.
     """
 
 
@@ -65,14 +65,16 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
         inner, before = inner.networks[0], before + "networks.0."
     blocks = getattr(inner, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks):
-        return tuple(f"{before}blocks.{i}" for i in range(len(blocks)))
-    try:
-        return tuple(before + name for name in feature_layers(inner))
-    except UserError:
-        outside = tuple(f"{name}." for name in expert_layers(inner))
-        names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
-        names = [name for name in names if not name.startswith(outside)]
-        return tuple(before + name for name in [name for name in names if name not in head_names(inner)] or names)
+        names = [f"blocks.{i}" for i in range(len(blocks))]
+    else:
+        try:
+            names = list(feature_layers(inner))
+        except UserError:
+            inside = tuple(f"{name}." for name in expert_layers(inner))
+            parts = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
+            names = [name for name in parts if not name.startswith(inside)]
+            names = [name for name in names if name not in head_names(inner)] or names
+    return tuple(before + name for name in names)
 
 
 @contextmanager
@@ -85,8 +87,8 @@ def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
     found: dict[str, Seen] = {}
     with ExitStack() as stack:
         for name in layers:
-            hook = _keeper(model, name, found)
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            hook = model.get_submodule(name).register_forward_hook(_keeper(model, name, found))
+            stack.callback(hook.remove)
         yield found
 
 
@@ -108,14 +110,13 @@ def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: i
 
 def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
     """What a layer with experts gives with and without them, averaged over tokens."""
-    adds = expert_layers(model)[layer].adds
     plain, output = [], []
     for x in groups.values():
         passes = list(_passes(model, x, layer, batch_size))
         output.append(np.concatenate([_numpy(seen.output.mean(dim=1)) for seen in passes]))
         plain.append(np.concatenate([_numpy(seen.plain.mean(dim=1)) for seen in passes if seen.plain is not None]))
     backbone, full = np.stack(plain), np.stack(output)
-    return Parts(backbone, full - backbone if adds else full, full)
+    return Parts(backbone, full - backbone if expert_layers(model)[layer].adds else full, full)
 
 
 def at(features: np.ndarray, place: str) -> np.ndarray:
@@ -148,7 +149,7 @@ def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> It
 
 
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
-    """A hook that keeps copies: what follows a layer may work in place."""
+    """A hook that stores copies: what follows a layer may work in place."""
     module = model.get_submodule(name)
     layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
     maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))

@@ -23,8 +23,7 @@ from rome.core.files import make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.classes import by_class
-from rome.report.columns import covered, markdown, missing, show, tabulate
+from rome.report.columns import by_class, covered, markdown, missing, show, tabulate
 from rome.report.compared import config_differences, findings, gather
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
@@ -80,7 +79,6 @@ def write_report(
     if compared[0].others and suite is None:
         others = ", ".join(compared[0].others)
         print(f"{compared[0].name} has other evaluations too (--suite shows them): {others}", file=sys.stderr)
-    trained = [run for run in compared if run.config is not None]
     rows = [(run.name, run.report) for run in compared]
     for cases in unions:
         for run in compared:
@@ -100,37 +98,29 @@ def write_report(
     options += [part for cases in unions for part in ("--union", ",".join(cases))]
     options += [*(["--base", str(base)] if base else []), *(["--robustbench"] if robustbench else [])]
     context: dict[str, Any] = {
-        "title": ", ".join(run.name for run in compared),
         "runs": compared,
-        "trained": trained,
         "columns": columns,
         "cells": cells,
         "covered": covered(rows),
         "findings": sentences,
-        "eps": compared[0].budgets,
-        "missing": [missing(run.report) for run in compared],
         "chart": Markup(charts.accuracies(rows, unions)),
         "classes": by_class([run.report for run in compared], pictures.classes()),
-        "class_count": len(set(compared[0].report.labels.tolist())),
         "shots": _attempt(pictures.examples, notes, "examples"),
         "gates": _attempt(pictures.gates, notes, "gates"),
         "figures": _attempt(pictures.figures, notes, "figures") or [],
         "curves": _curves(compared),
-        "differences": config_differences([run.config for run in trained if run.config]),
-        "yaml": {run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained if run.config},
+        "differences": config_differences([run.config for run in compared if run.config]),
         "command": shlex.join(["rome", "report", *map(str, runs), "--out", str(out), *options]),
         "date": now(),
         "notes": notes,
         "nearly": gates.NEARLY_IDENTICAL,
+        "missing": missing,
     }
+    loader = PackageLoader("rome.report", "templates")
     pages = Environment(
-        loader=PackageLoader("rome.report", "templates"),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=loader, autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    pages.filters["md"] = markdown
+    pages.filters |= {"md": markdown, "yaml": lambda config: yaml.safe_dump(config.dump(), sort_keys=False)}
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"

@@ -40,28 +40,18 @@ class RoutingNumbers(FigureOfRuns):
         found = []
         for run in data["runs"]:
             pairs = {f"distance {pair['a']}-{pair['b']}": pair for pair in run["distances"]}
-            whole = {
-                "information_bits": run["information_mean"],
-                "information_share": run["information_share"],
-                "entropy": run["entropy_mean"],
-                "usage": run["usage_mean"],
-                "distance": run["distance_mean"],
-                **{name: pair["mean"] for name, pair in pairs.items()},
+            probes = {
                 "gates_probe": run["gates_probe"]["accuracy"],
                 "features_probe": run["features_probe"]["accuracy"],
                 "chance": run["gates_probe"]["chance"],
             }
-            found.append({"run": run["run"], "layer": "", **whole})
+            means = [run[key] for key in ("information_mean", "entropy_mean", "usage_mean", "distance_mean")]
+            distances = {name: pair["mean"] for name, pair in pairs.items()}
+            found.append({**_row(run, "", *means), **distances, **probes})
             for i, layer in enumerate(run["layers"]):
-                values = {
-                    "information_bits": run["information"][i],
-                    "information_share": run["information"][i] / (run["most_information"] or 1),
-                    "entropy": run["entropy"][i],
-                    "usage": run["usage"][i],
-                    "distance": run["between"][i],
-                }
+                numbers = [run[key][i] for key in ("information", "entropy", "usage", "between")]
                 distances = {name: pair["layers"][i] for name, pair in pairs.items()}
-                found.append({"run": run["run"], "layer": layer, **values, **distances})
+                found.append({**_row(run, layer, *numbers), **distances})
         return found
 
     def draw(self, data: dict[str, Any]) -> Canvas:
@@ -86,6 +76,12 @@ class RoutingNumbers(FigureOfRuns):
         _probes(probes, runs)
         legend(canvas, [Line2D([], [], **look_of(i), ms=4, label=run["run"]) for i, run in enumerate(runs)])
         return canvas
+
+
+def _row(run: dict[str, Any], layer: str, bits: float, entropy: float, usage: float, distance: float) -> dict[str, Any]:
+    share = bits / (run["most_information"] or 1)
+    numbers = {"information_bits": bits, "information_share": share, "entropy": entropy, "usage": usage}
+    return {"run": run["run"], "layer": layer, **numbers, "distance": distance}
 
 
 def _probes(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:

@@ -134,7 +134,12 @@ def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
 
 
 def _escape(text: str) -> str:
-    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {"^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
+    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {
+        "^": r"\^{}",
+        "~": r"\~{}",
+        "<": "$<$",
+        ">": "$>$",
+    }
     safe |= {PM: r"$\pm$", DASH: "--"}
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(str.maketrans(safe)))
 
