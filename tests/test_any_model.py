@@ -33,8 +33,9 @@ from rome.evaluation.run import evaluate_given
 from rome.experts import expert_layers
 from rome.models import file_hash
 from rome.models.exported import named_model, preprocessing
-from rome.report import examples, write_report
+from rome.report import examples
 from rome.report.compared import findings, gather, paired
+from rome.report.page import write_report
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
 from small_models import drawn, knowing
 from tiny_runs import no_traceback

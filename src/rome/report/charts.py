@@ -47,9 +47,7 @@ def accuracies(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str
             marker = _MARKERS[i % len(_MARKERS)]
             axes.errorbar(100 * values, places, xerr=errors, fmt=marker, ms=6, color=colour, elinewidth=1.8)
         axes.set_yticks(range(len(columns)), [column.title for column in columns])
-        axes.set_ylim(len(columns) - 0.5, -0.5)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("examples classified right, %")
+        axes.set(xlim=(0, 100), ylim=(len(columns) - 0.5, -0.5), xlabel="examples classified right, %")
         axes.tick_params(axis="y", length=0, labelsize=11.5, labelcolor=_STAND_IN["ink"])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
@@ -79,13 +77,12 @@ def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) 
                     marker = _MARKERS[i % len(_MARKERS)] if len(curve) < 30 else None
                     scale = 100 if percent else 1
                     axes.plot(curve[:, 0], scale * curve[:, 1], marker=marker, ms=3.5, color=_colour("run", i))
-            axes.set_xlim(0.5 - 0.03 * last, last + 0.5 + 0.03 * last)  # alike in all charts
+            axes.set(xlabel="epoch", xlim=(0.5 - 0.03 * last, last + 0.5 + 0.03 * last))  # alike in all charts
             if percent:
                 axes.set_ylim(0, 100)
                 axes.yaxis.set_major_locator(ticker.MultipleLocator(25))
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
             axes.set_title(f"{quantity}, %" if percent else quantity.replace("_", " "), loc="left")
-            axes.set_xlabel("epoch")
             axes.grid(axis="y")
             charts.append(_svg(figure, f"{quantity} over epochs"))
     return charts
@@ -114,9 +111,7 @@ def draw_densities(
         axes.plot(grid, curve, **look)
         if i == 0:
             axes.fill_between(grid, curve, color=look["color"], alpha=0.25, lw=0)
-    axes.set_xlim(*limits)
-    axes.set_ylim(bottom=0)
-    axes.set_yticks([])
+    axes.set(xlim=limits, ylim=(0, None), yticks=[])
     axes.spines["left"].set_visible(False)
 
 

@@ -1,4 +1,4 @@
-"""Accuracies in columns: what is shown of a report, and the table on a terminal or in a pipe."""
+"""The accuracies of reports in columns, and the table on a terminal or in a pipe."""
 
 from __future__ import annotations
 

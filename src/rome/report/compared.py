@@ -1,4 +1,4 @@
-"""Runs and given models whose evaluations may stand side by side, and how sure their differences are."""
+"""Runs and other models whose evaluations may stand side by side, and how sure their differences are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rome.attacks.suites.base import LP
 from rome.core.errors import UserError
 from rome.core.files import flatten
 from rome.evaluation.evaluate import Report
-from rome.evaluation.statistics import Difference, paired_differences
+from rome.evaluation.statistics import Difference, paired_difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_evaluation
 from rome.report.subject import distinct, names_of
@@ -78,8 +78,8 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
 
     The best is compared with every other. As the same examples choose it, all pairs count as comparisons; with a
     ``base``, which was chosen without them, those with it alone. p-values and intervals are corrected for their number
-    (:func:`all_paired`), so that of models that are equally good one report in twenty at most claims a difference. No
-    other column is tested.
+    (:func:`rome.evaluation.statistics.paired_differences`), so that of models that are equally good one report in
+    twenty at most claims a difference. No other column is tested.
     """
     if any(run.report.failed for run in runs):
         return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
@@ -91,7 +91,8 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     first = base or ranked[0]
     others = [run for run in runs if run is not first]
     pairs = list(combinations(ranked, 2)) if base is None else [(first, run) for run in others]
-    found = dict(zip(pairs, all_paired([(a.report, b.report) for a, b in pairs]), strict=True))
+    differences = paired_differences([(a.report.right(), b.report.right()) for a, b in pairs])
+    found = dict(zip(pairs, differences, strict=True))
     share, n, cases = f"{first.report.union:.1%}", first.report.n, ", ".join(first.report.attacks)
     text = [f"{first.name} classifies {share} of {n} test examples right under every attack ({cases})."]
     for run in others:
@@ -135,15 +136,9 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
     Raises:
         UserError: one of the cases is not in both reports, or they are not of the same examples.
     """
-    return all_paired([(a, b)], cases)[0]
-
-
-def all_paired(pairs: Sequence[tuple[Report, Report]], cases: Sequence[str] | None = None) -> list[Difference]:
-    """:func:`paired` of all pairs that are claimed together, corrected for their number
-    (:func:`rome.evaluation.statistics.paired_differences`)."""
-    if not all(same_examples(a, b) for a, b in pairs):
+    if not same_examples(a, b):
         raise UserError("the two were not evaluated on the same examples, so a paired comparison has no meaning")
-    return paired_differences([(a.right(cases), b.right(cases)) for a, b in pairs])
+    return paired_difference(a.right(cases), b.right(cases))
 
 
 def same_examples(a: Report, b: Report) -> bool:

@@ -273,7 +273,7 @@ def show_plan(facts: dict[str, Any]) -> None:
             for row in layers
             for beta in ["" if row["beta"] is None else f"{row['beta']:.3f}"]
         ]
-        print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=())
+        print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=(), gap=2)
         where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
         print(f"with experts: {where}; {facts['added']:,} parameters added, {facts['parameters']:,} in all")
     else:

@@ -47,6 +47,11 @@ class Evaluated:
     """Of the run."""
 
     @property
+    def place(self) -> Path:
+        """The folder that names it: the run's, or the evaluation's."""
+        return self.folder if self.run is None else self.run.folder
+
+    @property
     def attacks(self) -> dict[str, Case]:
         """The attacks that have been run, by the case's name.
 
@@ -188,12 +193,11 @@ def is_evaluation(folder: Path) -> bool:
 
 def evaluations(run: Run) -> dict[Key, Evaluated]:
     """The finished evaluations of a run, under the run's own name."""
-    found = {}
-    for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
-        one = Evaluated(
-            name=run.config.name, folder=result.parent, report=Report.load(result.parent), run=run, config=run.config
-        )
-        found[key_of(one.report)] = one
+    found, config = {}, run.config
+    for folder in sorted(result.parent for result in (run.folder / "evaluation").glob(f"*/{RESULT}")):
+        report = Report.load(folder)
+        one = Evaluated(name=config.name, folder=folder, report=report, run=run, config=config)
+        found[(report.settings.get("provenance") or {}).get("routing", LEARNED), report.suite, report.n] = one
     return found
 
 
@@ -209,10 +213,6 @@ def load_evaluation(folder: Path) -> Evaluated:
     if "config" in (report.settings.get("provenance") or {}):
         raise UserError(f"{folder} is an evaluation of a run: name the run's folder, the one with config.yaml")
     return Evaluated(name=own_name(report), folder=folder, report=report)
-
-
-def key_of(report: Report) -> Key:
-    return (report.settings.get("provenance") or {}).get("routing", LEARNED), report.suite, report.n
 
 
 def own_name(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,29 +26,6 @@ LOOKED_AT = 64
 """Saved adversarial images of a case to choose from."""
 SMALLEST = 96
 """Pixels; smaller images are enlarged by a whole factor."""
-
-
-class Shot(NamedTuple):
-    """One image under one threat."""
-
-    threat: str
-    image: str
-    """Data URI of the adversarial image."""
-    perturbation: str
-    """Data URI of the magnified perturbation."""
-    prediction: str
-    fooled: bool
-    size: float | None
-    """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
-
-
-class Example(NamedTuple):
-    """One test image, classified right as it is, under every threat."""
-
-    number: int
-    label: str
-    image: str
-    shots: list[Shot]
 
 
 def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
@@ -99,34 +76,39 @@ def pictured(runs: Sequence[Evaluated]) -> list[str]:
     return [case for case in runs[0].attacks if case in shared][:PICTURED]
 
 
-def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
-    """Case -> largest change of any pixel in these images: where the colours of the perturbations are full."""
-    return {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in found[0]}
-
-
 def describe(
-    run: Evaluated,
-    subject: Subject,
-    clean: Tensor,
-    labels: Tensor,
-    rows: Sequence[int],
-    images: dict[str, Tensor],
-    scale: dict[str, float],
-) -> list[Example]:
-    """The pictures and predictions of :func:`adversarial`."""
-    classes = subject.split.classes
-    examples = [Example(row, classes[int(labels[i])], picture(clean[i]), []) for i, row in enumerate(rows)]
-    for case, batch in images.items():
-        with torch.no_grad():
-            predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
-        threat = run.threats[case]
-        measured = not isinstance(threat, Perceptual)
-        sizes: list[float | None] = threat.size(batch, clean).tolist() if measured else [None] * len(rows)
-        for i, example in enumerate(examples):
-            perturbation, fooled = diverging(batch[i] - clean[i], scale[case]), predicted[i] != int(labels[i])
-            shot = Shot(case, picture(batch[i]), perturbation, classes[predicted[i]], fooled, sizes[i])
-            example.shots.append(shot)
-    return examples
+    opened: Sequence[tuple[Evaluated, Subject]], x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+) -> dict[str, Any]:
+    """Pictures and predictions of these examples under these cases.
+
+    Returns:
+        ``scale``: case -> largest change of any pixel, where the colours of the perturbations are full; ``gray``:
+        whether images have other than three channels; ``runs``: each run with its examples (``number``, ``label``,
+        ``image``, ``shots``), a shot for each case: ``threat``, ``image``, ``perturbation`` (magnified),
+        ``prediction``, ``fooled``, and the perturbation's ``size`` in the threat's own norm (None where only a network
+        can measure it). Images are data URIs.
+    """
+    clean, labels, runs = x[rows], y[rows].tolist(), []
+    found = [adversarial(run, subject, x, y, rows, cases) for run, subject in opened]
+    scale = {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in cases}
+    for (run, subject), images in zip(opened, found, strict=True):
+        classes = subject.split.classes
+        shots: list[list[dict[str, Any]]] = [[] for _ in rows]
+        for case, batch in images.items():
+            with torch.no_grad():
+                predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
+            threat = run.threats[case]
+            sizes = None if isinstance(threat, Perceptual) else threat.size(batch, clean).tolist()
+            for i, label in enumerate(labels):
+                shot = {"threat": case, "prediction": classes[predicted[i]], "fooled": predicted[i] != label}
+                shot |= {"image": picture(batch[i]), "perturbation": diverging(batch[i] - clean[i], scale[case])}
+                shots[i].append({**shot, "size": None if sizes is None else sizes[i]})
+        examples = [
+            {"number": row, "label": classes[labels[i]], "image": picture(clean[i]), "shots": shots[i]}
+            for i, row in enumerate(rows)
+        ]
+        runs.append((run, examples))
+    return {"scale": scale, "gray": x.shape[1] != 3, "runs": runs}
 
 
 def picture(image: Tensor) -> str:

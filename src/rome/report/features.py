@@ -94,28 +94,27 @@ def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
 
 def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> np.ndarray:
     """Features of groups of images, name -> (n, C, H, W), at the output of one module: (G, n, T, D) float32."""
-    found = []
-    for images in groups.values():
-        passes = _passes(model, images, layer, batch_size)
-        found.append(np.concatenate([_numpy(seen.output) for seen in passes]))
-    return np.stack(found)
+    passes = [_passes(model, images, layer, batch_size) for images in groups.values()]
+    return np.stack([np.concatenate([_numpy(seen.output) for seen in each]) for each in passes])
 
 
 def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> np.ndarray:
     """Features of all :func:`block_layers`, averaged over tokens, one layer beside the other: (G, n, sum of D)."""
     layers = block_layers(model)
-    means = [collect(model, groups, layer, batch_size=batch_size).mean(axis=2) for layer in layers]
-    return np.concatenate(means, axis=-1)
+    return np.concatenate(
+        [collect(model, groups, each, batch_size=batch_size).mean(axis=2) for each in layers], axis=-1
+    )
 
 
 def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
-    """What a layer with experts gives with and without them, averaged over tokens."""
-    plain, output = [], []
+    """The output of a layer with and without its experts, averaged over tokens."""
+    found = []
     for x in groups.values():
-        passes = list(_passes(model, x, layer, batch_size))
-        output.append(np.concatenate([_numpy(seen.output.mean(dim=1)) for seen in passes]))
-        plain.append(np.concatenate([_numpy(seen.plain.mean(dim=1)) for seen in passes if seen.plain is not None]))
-    backbone, full = np.stack(plain), np.stack(output)
+        passes = [seen for seen in _passes(model, x, layer, batch_size) if seen.plain is not None]
+        found.append(
+            [np.concatenate([_numpy(part.mean(dim=1)) for part in each]) for each in zip(*passes, strict=True)]
+        )
+    full, backbone = (np.stack(each) for each in zip(*found, strict=True))
     return Parts(backbone, full - backbone if expert_layers(model)[layer].adds else full, full)
 
 

@@ -1,4 +1,4 @@
-"""Runs and given models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
+"""Runs and other models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
 
 from __future__ import annotations
 
@@ -201,13 +201,7 @@ class _Pictures:
         rows = examples.pick(runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
-        found = [examples.adversarial(run, subject, x, y, rows, cases) for run, subject in self.opened]
-        scale = examples.scales(found, x[rows])
-        described = [
-            (run, examples.describe(run, subject, x[rows], y[rows], rows, images, scale))
-            for (run, subject), images in zip(self.opened, found, strict=True)
-        ]
-        return {"scale": scale, "gray": x.shape[1] != 3, "runs": described}
+        return examples.describe(self.opened, x, y, rows, cases)
 
     def gates(self) -> list[dict[str, Any]]:
         found = []

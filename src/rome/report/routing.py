@@ -153,7 +153,7 @@ def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
 def linear_probe(inputs: np.ndarray, *, seed: int = 0) -> Probe:
     """Accuracy of a logistic regression that reads which of P groups a vector belongs to, (P, n, D).
 
-    Five folds over images: an image is fitted to or asked about with all of its versions, never both, so that knowing
+    Five folds over images: all versions of an image are in one fold, so that knowing
     the image does not help. Inputs are standardised by the fitted images' statistics.
 
     Raises:
@@ -161,7 +161,7 @@ def linear_probe(inputs: np.ndarray, *, seed: int = 0) -> Probe:
     """
     groups, n = inputs.shape[:2]
     if n < 2:
-        raise UserError(f"a probe is asked about other images than it is fitted to, and there is {n}; take more (n)")
+        raise UserError(f"a probe is tested on other images than it is fitted to, and there is {n}; take more (n)")
     fold = np.empty(n, dtype=int)
     fold[stream(seed, "probe").permutation(n).numpy()] = np.arange(n) % min(FOLDS, n)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=2000))

@@ -142,18 +142,11 @@ def subject_of_run(
     return Subject(name, device, {threat.name: threat for threat in config.threats}, model, split, run)
 
 
-def subject_of_model(given: Given, name: str, device: torch.device, *, remark: bool = False) -> Subject:
-    """A model named by the options of a command line.
-
-    Args:
-        remark: print what there is to remark on the model once it is built.
-    """
+def subject_of_model(given: Given, name: str, device: torch.device) -> Subject:
+    """A model named by the options of a command line."""
 
     def model() -> nn.Module:
-        built = given.build(subject.split, device, batch_size=AT_A_TIME)
-        for sentence in built.remarks if remark else ():
-            print(sentence, file=sys.stderr)
-        return built.model
+        return given.build(subject.split, device, batch_size=AT_A_TIME).model
 
     subject = Subject(name, device, given.threats(), model, lambda: given.source().open("test"))
     return subject
@@ -165,9 +158,11 @@ def open_given(given: Given, device: str | None = None) -> Subject:
     Raises:
         UserError: no such model, data or device, or they do not fit each other.
     """
-    subject = subject_of_model(given, given.name, pick_device(device or "auto"), remark=True)
-    _ = subject.model
-    return subject
+    where, split = pick_device(device or "auto"), given.source().open("test")
+    built = given.build(split, where, batch_size=AT_A_TIME)
+    for remark in built.remarks:
+        print(remark, file=sys.stderr)
+    return Subject(given.name, where, given.threats(), lambda: built.model, lambda: split)
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:

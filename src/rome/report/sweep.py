@@ -214,7 +214,7 @@ def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]
 
 @trust.opens_files
 def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
-    """Train and evaluate one point; what is there already is kept. Exits like the command line."""
+    """Train and evaluate one point; finished work is not repeated. Exits like the command line."""
     from rome.evaluation.run import evaluate_saved
     from rome.training.loop import train
 
@@ -225,7 +225,7 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
             _check_same(run, config)
         else:
             train(config, run.folder, resume=True)
-        # a finished run keeps the settings that it was started with
+        # whose own config has the evaluation settings that it was started with
         evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
 
 
@@ -247,7 +247,7 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
 
 
 def _report(point: Point) -> Report | None:
-    """The evaluation that the config asks for: by its suite, its gates, on its number of examples."""
+    """The evaluation that the config describes: by its suite, its gates, on its number of examples."""
     settings, folder = point.config.evaluation, point.folder / "evaluation"
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
     label, n = settings.suite.label, settings.n

@@ -20,7 +20,7 @@ class Shown:
     image: Tensor
     """(C, H, W) in [0, 1]."""
     label: int | None
-    """None where nobody knows it."""
+    """None where it is unknown."""
     said: str
     """Where it comes from and what is attacked."""
 
@@ -60,7 +60,7 @@ class Desk:
             UserError: no image, or none that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        said = f"{read.said} Nobody knows its label: what the model itself sees is attacked."
+        said = f"{read.said} Its label is unknown: what the model itself sees is attacked."
         return Shown(read.image, None, said)
 
     def look(

@@ -255,7 +255,7 @@ def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall])
 
 @trust.opens_files
 def open_explorers(folders: Sequence[Path], device: str | None = None, *, trust_code: bool = False) -> list[Explorer]:
-    """The runs in these folders, to be shown the same images. ``trust_code`` lets them run the code that they name
+    """The runs in these folders, for the same images. ``trust_code`` lets them run the code that they name
     (:mod:`rome.core.trust`), also later.
 
     Raises:

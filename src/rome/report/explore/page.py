@@ -31,7 +31,7 @@ except ImportError as error:
 REACH = 3
 """The slider ends at so many times the budget."""
 PORTS = 20
-"""Ports after the first that are tried where none was asked for."""
+"""Ports that are tried by default."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -154,7 +154,7 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
 
 
 def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
-    """The page as a web application that asks nothing of any other host."""
+    """The page as a web application that requests nothing from any other host."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
     gr.mount_gradio_app(

@@ -64,12 +64,9 @@ class RoutingNumbers(FigureOfRuns):
             for axes, values, hollow in (*curves, (entropy, run["entropy"], False), (entropy, run["usage"], True)):
                 look = {"ls": "--", "mfc": "white"} if hollow else {}
                 axes.plot(range(1, len(values) + 1), values, **look_of(i), ms=3, lw=1.2, **look)
-        information.set_title("information about\nthe threat, % of most")
-        between.set_title("Jensen-Shannon distance\nbetween threats")
-        for axes in (information, between):
-            axes.set_ylim(bottom=0)
-        entropy.set_title("entropy of a gate,\nof the load (hollow)")
-        entropy.set_ylim(0, 1.04)
+        information.set(title="information about\nthe threat, % of most", ylim=(0, None))
+        between.set(title="Jensen-Shannon distance\nbetween threats", ylim=(0, None))
+        entropy.set(title="entropy of a gate,\nof the load (hollow)", ylim=(0, 1.04))
         for axes in (information, between, entropy):
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             axes.set_xlabel("adapted layer", **NOTE)
@@ -95,6 +92,5 @@ def _probes(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
         axes.axhline(chance, color="#555555", lw=0.8, ls=":")
     axes.set_xticks([0, 1], ["gates", "features"])
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, 1)
-    axes.set_title("threat read\nby a linear probe")
+    axes.set(title="threat read\nby a linear probe", ylim=(0, 1))
     axes.set_xlabel("dotted: chance", **NOTE)

@@ -47,19 +47,15 @@ class Sensitivity(PaperFigure):
         differences = {
             key: values for key, values in differences.items() if key != "seed" and not key.startswith("evaluation.")
         }
-        if not differences:
-            raise UserError(
-                "these runs differ in no setting (but perhaps the seed), so there is nothing to plot their robustness "
-                "over; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
-            )
         order, unions = [*PAPER, *differences], [run.report.unions.get(LP, run.report.union) for run in runs]
         found = {key: _curves(key, differences, unions) for key in sorted(differences, key=order.index)}
         panels = [{"key": key, "curves": curves} for key, curves in found.items() if curves]
         if not panels:
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+            keys = ", ".join(list(differences)[:4]) + more or "no setting (but perhaps the seed)"
             raise UserError(
-                f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one "
-                "number alone, so there is no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
+                f"these runs differ in {keys}, and no two of them in one number alone, so there is no curve; make runs "
+                "that do: rome sweep CONFIG experts.rank=4,8,16"
             )
         evaluation = f"{runs[0].report.suite}, {runs[0].report.n} examples"
         return {"evaluation": evaluation, "panels": panels, "left_out": left_out}

@@ -76,10 +76,8 @@ def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
 
 def bare(axes: Axes) -> None:
     """Neither ticks nor numbers: for pictures whose axes mean nothing, as t-SNE's. The frame stays, thin."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set(visible=True, color="#bbbbbb", linewidth=0.6)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.6)
 
 
 def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:

@@ -69,11 +69,8 @@ class TrainingTime(PaperFigure):
             curves += axes.plot(x, y, **look, ms=3, lw=1.4, ls="--" if fallback else "-", label=label)
         if reached:
             axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":")
-        axes.set_xlabel(f"training time ({unit})")
-        axes.set_ylabel("robust accuracy (%)")
+        axes.set(xlabel=f"training time ({unit})", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, None))
         axes.set_title(quantities.pop() if len(quantities) == 1 else "robustness", loc="left", fontsize=8)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
         canvas.legend(handles=curves, loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
         return canvas

@@ -114,7 +114,7 @@ def add_gains(lines: Sequence[Line], ours: str) -> None:
             whole = other.name == ours and base.section == line.section and base is not line
             if config.experts is not None and (without if plain else whole) and (both := _comparable(line, base)):
                 measured.append((base, other.method, both))
-        # of two forms of a method, as of E-AT, the later row; of two trainings of one form, nobody knows which
+        # of two forms of a method, as of E-AT, the later row; of two trainings of one form, none
         measured = [each for each in measured if each[1] == measured[-1][1]]
         if len(measured) == 1:
             found.append((line, measured[0][0], measured[0][2]))

@@ -4,7 +4,7 @@ A row of a table is an experiment that comes with rome. A run belongs to a row i
 kind of attack, experts and, where a table compares architectures, model. Where a table has the same training on several
 data sets, a run fills the rows of its own. Runs that differ in the seed alone, evaluated alike, are joined; others that
 train like one row get a line each. The paper's numbers stand beside runs on its data and budgets alone; the others get
-sections of their own. Models that no run made were trained nobody knows how: they get rows of their own, at the end.
+sections of their own. How models that no run made were trained is unknown: they get rows of their own, at the end.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     Args:
         table: ``1`` to ``6``, ``A1`` to ``A5``.
-        runs: folders of evaluated runs; seeds of one run are joined. And folders of evaluations of given
-            models; several of one model fill one row, as several of a run do.
+        runs: folders of evaluated runs; seeds of one run are joined. And folders of evaluations of models
+            that no run made; several of one model fill one row, as several of a run do.
 
     Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
     of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples. What it lacks of
@@ -66,10 +66,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     placed, used = [], set()
     for i, (section, row) in enumerate(rows):
         alike: dict[str, list[list[Evaluated]]] = {}
-        for run in trained:
-            shown = (
-                _shown(found[run.folder], row.evaluation.routing, columns, shared) if i in members[run.folder] else []
-            )
+        for run in (run for run in trained if i in members[run.folder]):
+            shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
             for one in shown:
                 one.check_fresh()
             if shown:
@@ -99,16 +97,16 @@ def _row(
         UserError: two runs of a group have one seed.
     """
     assert row.paper is not None
-    runs = [[(shown[0].run, shown[0].config) for shown in group] for group in groups]
-    for (first, a), (other, b) in (pair for group in runs for pair in combinations(group, 2)):
-        if first and other and a and b and a.seed == b.seed:
+    firsts = [[shown[0] for shown in group] for group in groups]
+    for a, b in (pair for group in firsts for pair in combinations(group, 2)):
+        if a.config and b.config and a.config.seed == b.config.seed:
             raise UserError(
-                f"{first.folder} and {other.folder} would be joined as two seeds of a training, but have the same "
-                f"seed, {a.seed}: leave one out"
+                f"{a.place} and {b.place} would be joined as two seeds of a training, but have the same seed, "
+                f"{a.config.seed}: leave one out"
             )
-    heads = [(run, config) for run, config in (group[0] for group in runs) if run and config]
-    names = names_of([config.name for _, config in heads], [run.folder for run, _ in heads])
-    elsewhere = ["" if _setting(config) == _setting(row) else _elsewhere(config) for _, config in heads]
+    heads = [group[0] for group in firsts]
+    names = names_of([one.name for one in heads], [one.place for one in heads])
+    elsewhere = [_elsewhere(one.config, row) for one in heads if one.config]
     lines = [] if "" in elsewhere else [("", _line(section, row.paper.row, row, columns, []))]
     for name, where, group in zip(names, elsewhere, groups, strict=True):
         label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
@@ -116,16 +114,12 @@ def _row(
     return lines
 
 
-def _setting(config: Config) -> tuple[object, ...]:
-    """On which data and budgets a run trains and is evaluated."""
-    return config.data.kind, getattr(config.data, "classes", None), config.threats
-
-
-def _elsewhere(config: Config) -> str:
-    """Ending of a section's name for runs on data or budgets that are not the paper's."""
-    budgets = [
-        f"{threat.name} {threat.eps:.4g}" if isinstance(threat, LpBall) else threat.name for threat in config.threats
-    ]
+def _elsewhere(config: Config, row: Config) -> str:
+    """Ending of a section's name for runs on data or budgets that are not the paper's; empty for the paper's."""
+    ours, papers = ((c.data.kind, getattr(c.data, "classes", None), c.threats) for c in (config, row))
+    if ours == papers:
+        return ""
+    budgets = [f"{each.name} {each.eps:.4g}" if isinstance(each, LpBall) else each.name for each in config.threats]
     return f": rows on {config.data.kind} ({', '.join(budgets)}), not the paper's"
 
 

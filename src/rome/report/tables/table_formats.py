@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader
 
 from rome.report.columns import markdown, suite_text
 from rome.report.compared import other_network
@@ -164,17 +165,8 @@ def _latex(title: str, head: list[str], body: Body, note: str) -> str:
 
 
 def _html(title: str, head: list[str], body: Body, note: str) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        label, *numbers = cells
-        safe = [html.escape(label), *(cell if cell.startswith("<b>") else html.escape(cell) for cell in numbers)]
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in safe) + "</tr>"
-
-    lines = ["<table>", f"<caption>{html.escape(title)}. {html.escape(note)}; bold is the best of ours.</caption>"]
-    lines += ["<thead>", row(head, "th"), "</thead>"]
-    for name, section in body:
-        lines += ["<tbody>", f'<tr><th colspan="{len(head)}">{html.escape(name)}</th></tr>']
-        lines += [*(row(cells, "td") for cells in section), "</tbody>"]
-    return "\n".join([*lines, "</table>", ""])
+    pages = Environment(loader=PackageLoader("rome.report", "templates"), autoescape=True, trim_blocks=True)
+    return pages.get_template("table.html").render(title=title, head=head, body=body, note=note) + "\n"
 
 
 _WRITERS: dict[Format, Callable[[str, list[str], Body, str], str]] = {
