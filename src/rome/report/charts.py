@@ -35,7 +35,7 @@ _NO_SERIES = {"event", "update", "epoch", "accuracy", "lr", "images_per_second",
 
 def accuracies(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> str:
     """Every accuracy of every run as a dot with its 95% interval, where it has one."""
-    columns = [column for column in columns_of([report for _, report in rows], unions) if column.interval is not None]
+    columns = [column for column in columns_of([report for _, report in rows], unions) if column.has_interval]
     size, offset = (4.9, 0.6 + len(columns) * max(0.42, 0.24 * len(rows))), min(0.2, 0.7 / len(rows))
     with _chart(size) as (figure, axes):
         for i, (_, report) in enumerate(rows):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from rome.core.console import print_table
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN, UNION
 
-AVERAGE = "average"
+AVERAGE, MEAN = "average", " mean"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
@@ -47,14 +46,21 @@ class Column(NamedTuple):
     """One number of every report."""
 
     title: str
-    value: Callable[[Report], float]
-    """As a share; NaN where there is none."""
-    interval: Callable[[Report], tuple[float, float]] | None = None
-    """95% interval, if it has one."""
+    union: Sequence[str] | None = None
+    """The cases whose union it is; None for one of the report's own numbers, which the title names."""
+
+    @property
+    def has_interval(self) -> bool:
+        return self.title != AVERAGE and not self.title.endswith(MEAN)
 
     def cell(self, report: Report) -> Cell:
-        value = self.value(report)
-        return Cell(value, None if self.interval is None or math.isnan(value) else self.interval(report))
+        if self.union is not None:
+            known = set(self.union) <= set(report.cases)
+            return Cell(report.union_of(self.union), report.union_interval(self.union)) if known else Cell(math.nan)
+        values = {f"{group}{MEAN}": mean for group, mean in report.groups.items()}
+        values |= {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+        value = values.get(self.title, math.nan)
+        return Cell(value, report.interval(self.title) if self.has_interval and not math.isnan(value) else None)
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
@@ -68,36 +74,15 @@ def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) 
     """
     attacks = list(dict.fromkeys(name for report in reports for name in report.attacks))
     members = {group: names for report in reports for group, names in report.members.items() if len(names) > 1}
-    columns = [_of_case(CLEAN), *map(_of_case, attacks)]
+    columns = [Column(CLEAN), *map(Column, attacks)]
     for group, names in members.items():
         if set(names) != set(attacks):
-            columns.append(Column(f"{group} mean", partial(_group_mean, group)))
-            if group == LP:
-                columns.append(_of_union(names, f"{group} union"))
+            columns.append(Column(f"{group}{MEAN}"))
+            columns += [Column(f"{group} union", names)] if group == LP else []
     grouped = {*attacks, *sum(members.values(), ())}
-    columns += map(_of_case, sorted({name for report in reports for name in report.cases[1:]} - grouped))
-    if attacks:
-        columns.append(Column(AVERAGE, lambda report: report.average))
-        columns.append(Column(UNION, lambda report: report.union, lambda report: report.interval(UNION)))
-    return columns + [_of_union(names, f"union {'+'.join(names)}") for names in unions]
-
-
-def _of_case(name: str) -> Column:
-    def value(report: Report) -> float:
-        return {CLEAN: report.clean, **report.robust}.get(name, math.nan)
-
-    return Column(name, value, lambda report: report.interval(name))
-
-
-def _group_mean(group: str, report: Report) -> float:
-    return report.groups.get(group, math.nan)
-
-
-def _of_union(names: Sequence[str], title: str) -> Column:
-    def value(report: Report) -> float:
-        return report.union_of(names) if set(names) <= set(report.cases) else math.nan
-
-    return Column(title, value, lambda report: report.union_interval(names))
+    columns += map(Column, sorted({name for report in reports for name in report.cases[1:]} - grouped))
+    columns += [Column(AVERAGE), Column(UNION)] if attacks else []
+    return columns + [Column(f"union {'+'.join(names)}", names) for names in unions]
 
 
 def tabulate(

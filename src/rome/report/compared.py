@@ -98,7 +98,7 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     for run in others:
         difference = found[first, run]
         span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-        span += f", exact McNemar {_p(difference.p)}"
+        span += ", exact McNemar " + ("p < 0.0001" if difference.p < 0.0001 else f"p = {difference.p:.2g}")
         meaning = "more than" if difference.clear else "within what"
         side = "above" if difference.value > 0 else "below"
         ahead = f"That is {100 * abs(difference.value):.1f} points {side} {run.name}"
@@ -114,10 +114,6 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     if others:
         text.append("The intervals do not cover the training seed: another one can move a number by points.")
     return text
-
-
-def _p(value: float) -> str:
-    return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:

@@ -28,12 +28,12 @@ from rome.core.errors import Interrupted, UserError
 from rome.core.files import LONGEST_NAME, csv_text, make_folder, replace_file
 from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
+from rome.evaluation.result import CLEAN, UNION
 from rome.evaluation.store import RESULT
+from rome.report.columns import AVERAGE
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
 from rome.runs.origin import code_facts
-
-AVERAGE, UNION = "average", "union"
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,10 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
             groups.setdefault(point.row, []).append((point, report))
     rows = []
     for name, members in groups.items():
-        found = [_columns(report) for _, report in members]
+        found = [
+            {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+            for _, report in members
+        ]
         columns = dict.fromkeys(column for each in found for column in each)
         values = {column: [each.get(column, math.nan) for each in found] for column in columns}  # one may have failed
         varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
@@ -259,10 +262,6 @@ def _report(point: Point) -> Report | None:
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
     same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
     return report if same else None
-
-
-def _columns(report: Report) -> dict[str, float]:
-    return {"clean": report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
 
 
 def _summary(point: Point) -> str:

@@ -178,7 +178,7 @@ class Explorer:
                 self._seen.popitem(last=False)
             found = self._seen[key]
         chosen, missing = self._map(found, layer, expert)
-        return replace(found, map=chosen, missing=missing, seconds=time.perf_counter() - started)
+        return replace(found, steps=steps, map=chosen, missing=missing, seconds=time.perf_counter() - started)
 
     def _attack(self, image: Tensor, label: int, ball: LpBall | AttackThreat | None, steps: int) -> Answer:
         model, x = self.subject.model, image[None].to(self.subject.device)

@@ -78,11 +78,7 @@ def _coloured(part: Tensor, span: tuple[float, float]) -> str:
     return png((COLOURS(relative)[..., :3] * 255).round().astype(np.uint8))
 
 
-def _gray(image: Tensor) -> str:
-    return picture(image.mean(dim=0, keepdim=True))
-
-
 _PAGES = Environment(loader=PackageLoader("rome.report", "explore"), autoescape=True, trim_blocks=True)
-_PAGES.filters |= {"picture": picture, "gray": _gray, "coloured": _coloured, "number": number, "short": short}
+_PAGES.filters |= {"picture": picture, "coloured": _coloured, "number": number, "short": short}
 _PAGES.filters |= {"strongest": _strongest, "attacker": _attacker}
 _ANSWERS: Any = _PAGES.get_template("answers.html").module

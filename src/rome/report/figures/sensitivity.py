@@ -103,12 +103,12 @@ def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]
         _, points = groups.setdefault(json.dumps(others, sort_keys=True), (others, {}))
         points.setdefault(value, []).append(union)
     curves = [(others, sorted(points.items())) for others, points in groups.values() if len(points) > 1]
-    return [{"others": others, "points": [_point(*point) for point in points]} for others, points in curves]
 
+    def point(value: float, unions: list[float]) -> dict[str, Any]:
+        deviation = statistics.stdev(unions) if len(unions) > 1 else None
+        return {"value": value, "unions": unions, "mean": statistics.fmean(unions), "deviation": deviation}
 
-def _point(value: float, unions: list[float]) -> dict[str, Any]:
-    deviation = statistics.stdev(unions) if len(unions) > 1 else None
-    return {"value": value, "unions": unions, "mean": statistics.fmean(unions), "deviation": deviation}
+    return [{"others": others, "points": [point(*each) for each in points]} for others, points in curves]
 
 
 def _panel(axis: Axes, panel: dict[str, Any]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, select_autoescape
 
 from rome.report.columns import markdown, suite_text
 from rome.report.compared import other_network
@@ -28,6 +28,7 @@ HEADS = {
     "latency_ms": "latency (ms/img)",
     "latency_one_ms": "of one image (ms)",
 }
+_TEMPLATES = {"markdown": "table.md", "latex": "table.tex", "html": "table.html"}
 _MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
 
 
@@ -59,7 +60,9 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     note += f"; runs: {evaluated}" if evaluated else f"; {about}" if about else ""
     if any(_differ(group) for _, group in sections):
         note += "; rows evaluated differently, so compare with care"
-    return _WRITERS[form](title, head, body, note)
+    if form == "text":
+        return _text(title, head, body, note)
+    return _PAGES.get_template(_TEMPLATES[form]).render(title=title, head=head, body=body, note=note)
 
 
 def sources(lines: Sequence[Line]) -> str:
@@ -126,22 +129,10 @@ def _text(title: str, head: list[str], body: Body, note: str) -> str:
     return "\n".join([*lines, "", f"{note}; * is the best of ours", ""])
 
 
-def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
-    lines = [f"**{title}**", "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    for name, section in body:
-        lines.append(f"| *{markdown(name)}* |{' |' * (len(head) - 1)}")
-        lines += [f"| {' | '.join([markdown(label), *cells])} |" for label, *cells in section]
-    return "\n".join([*lines, "", f"{markdown(note)}; bold is the best of ours", ""])
-
-
 def _escape(text: str) -> str:
-    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {
-        "^": r"\^{}",
-        "~": r"\~{}",
-        "<": "$<$",
-        ">": "$>$",
-    }
-    safe |= {PM: r"$\pm$", DASH: "--"}
+    """A cell for LaTeX, which may hold commands of ours."""
+    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {PM: r"$\pm$", DASH: "--"}
+    safe |= {"^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(str.maketrans(safe)))
 
 
@@ -151,27 +142,15 @@ def _plain(text: str) -> str:
     return "".join(own.get(part) or _escape(part) for part in re.split(r"([\\{}|])", text))
 
 
-def _latex(title: str, head: list[str], body: Body, note: str) -> str:
-    def join(row: list[str]) -> str:
-        label, *cells = row
-        return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
-
-    caption = f"{title} of the paper: {note}; bold is the best of ours."
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_plain(caption)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
-    for name, section in body:
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_plain(name)}}}}} \\", *map(join, section)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+def _latex_row(row: list[str]) -> str:
+    label, *cells = row
+    return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
 
 
-def _html(title: str, head: list[str], body: Body, note: str) -> str:
-    pages = Environment(loader=PackageLoader("rome.report", "templates"), autoescape=True, trim_blocks=True)
-    return pages.get_template("table.html").render(title=title, head=head, body=body, note=note) + "\n"
-
-
-_WRITERS: dict[Format, Callable[[str, list[str], Body, str], str]] = {
-    "text": _text,
-    "markdown": _markdown,
-    "latex": _latex,
-    "html": _html,
-}
+_PAGES = Environment(
+    loader=PackageLoader("rome.report", "templates"),
+    autoescape=select_autoescape(),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+_PAGES.filters |= {"md": markdown, "tex": _plain, "row": _latex_row}
