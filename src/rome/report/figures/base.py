@@ -9,7 +9,9 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 from matplotlib import style
@@ -128,7 +130,10 @@ def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
 
 
 def registered() -> dict[str, type[PaperFigure]]:
-    """Every figure by name, in the paper's order: 1, 3, 5 ... A1, A2 ..., then what the paper has not."""
+    """Every figure by name, those of all files in this folder among them, in the paper's order: 1, 3, 5 ... A1, A2 ...,
+    then what the paper has not."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
 
     def below(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
         for figure in kind.__subclasses__():
