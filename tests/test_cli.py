@@ -152,14 +152,13 @@ def test_models_are_listed_by_pattern(rome: Any) -> None:
     assert [line.split()[1] for line in lines if line.split()[0] == "resnet18"] == ["timm"]
 
 
-def test_experiments_are_listed_with_their_cost(rome: Any) -> None:
-    ended = rome("list", "experiments", "table6/ra*", "--cost")
+def test_experiments_are_listed_with_the_papers_numbers(rome: Any) -> None:
+    ended = rome("list", "experiments", "table6/ra*")
     assert ended.code == 0
     lines = [line for line in ended.out.splitlines() if line.strip()]
     assert [line.split()[0] for line in lines] == ["experiments/table6/random.yaml"]
     assert "[paper Table 6, RANDOM: parameters_M 85.15, " in lines[0]
-    assert re.search(r"\]; 85\.15M parameters, [\d.e+]+ multiply-accumulates to train$", lines[0])
-    assert rome("list", "experiments", "table7", "--cost").code == 2
+    assert rome("list", "experiments", "table7").code == 2
 
 
 @pytest.mark.parametrize("arguments", [["list", "nothing"], ["trian"], ["train"], ["evaluate", "x", "--n", "0"], []])

@@ -24,8 +24,7 @@ from rome.experts import Local, add_experts, expert_layers, record_gates
 from rome.models import build_model, save_model
 from rome.report.explore import Explorer, open_explorers, read_upload, rendering
 from rome.report.explore.desk import Desk
-from rome.report.explore.explorer import ball_of
-from rome.report.explore.maps import on_grid
+from rome.report.explore.explorer import ball_of, on_grid
 from rome.report.explore.uploads import MOST_BYTES
 from rome.report.subject import NATURAL
 from rome.runs.config import parse

@@ -22,7 +22,7 @@ from rome.experts import Global, Local, add_experts
 from rome.experts.gates import Gate
 from rome.experts.token_maps import grid_of
 from rome.models import create_model, save_model
-from rome.report.classes import by_class
+from rome.report.columns import by_class
 from rome.report.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
 from rome.report.figures.base import Options
 from rome.report.figures.regions import attacked_within, boxes

@@ -448,7 +448,7 @@ def test_cost_is_the_mean_over_both_stages(monkeypatch: pytest.MonkeyPatch) -> N
 
     def in_turn(works: Any, rounds: int) -> list[list[float]]:
         totals = []
-        for parts, _ in works:
+        for parts in works:
             for work, _ in parts:
                 work()
             totals.append([sum(share * next(times) for _, share in parts)])

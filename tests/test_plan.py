@@ -11,8 +11,7 @@ from torch import nn
 
 from rome.core.errors import UserError
 from rome.models import build_model
-from rome.report.cost import measure
-from rome.report.plan import plan
+from rome.report.cost import measure, plan
 from rome.runs.config import Config
 from tiny_runs import tiny
 

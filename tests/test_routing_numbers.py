@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from rome.core.errors import UserError
 from rome.report.gates import GateSample
-from rome.report.routing import jensen_shannon, linear_probe, mutual_information, routing_numbers
+from rome.report.routing import Probe, jensen_shannon, linear_probe, mutual_information, routing_numbers
 
 GROUPS = ("natural", "L1", "L2", "Linf")
 
@@ -84,7 +85,7 @@ def test_natural_images_count_in_distances_alone() -> None:
     weights = random_gates()
     other = weights.copy()
     other[0] = random_gates(G=1, seed=9)[0]
-    one, two = routing_numbers(sample_of(weights)).dump(), routing_numbers(sample_of(other)).dump()
+    one, two = (asdict(routing_numbers(sample_of(each))) for each in (weights, other))
     with_natural = [pair for pair in one.pop("distances") if pair["a"] == "natural"]
     assert with_natural != [pair for pair in two.pop("distances") if pair["a"] == "natural"]
     assert one == two
@@ -126,7 +127,7 @@ def test_a_probe_of_noise_is_at_chance_and_of_separated_groups_certain() -> None
     noise = rng.normal(size=(3, 200, 6))
     assert abs(linear_probe(noise).accuracy - 1 / 3) < 4 * math.sqrt(2 / 9 / 600)
     apart = noise + 20 * np.eye(6)[:3, None]
-    assert linear_probe(apart) == (1, 0, 1 / 3)
+    assert linear_probe(apart) == Probe(1, 0, 1 / 3)
 
 
 def test_a_probe_never_meets_an_image_twice() -> None:
@@ -149,12 +150,12 @@ def test_the_features_probe_reads_the_threats_alone() -> None:
     features = np.random.default_rng(0).normal(size=(4, 60, 5))
     features[1:] += 20 * np.eye(5)[:3, None]
     found = routing_numbers(sample_of(random_gates(n=60)), features=features)
-    assert found.features_probe == (1, 0, 1 / 3)
+    assert found.features_probe == Probe(1, 0, 1 / 3)
     assert routing_numbers(sample_of(random_gates(n=60))).features_probe is None
 
 
 def test_numbers_go_into_json_and_back() -> None:
-    dumped: dict[str, Any] = routing_numbers(sample_of(random_gates())).dump()
+    dumped: dict[str, Any] = asdict(routing_numbers(sample_of(random_gates())))
     back = json.loads(json.dumps(dumped, allow_nan=False))
     assert back["gates_probe"]["chance"] == pytest.approx(1 / 3)
     assert len(back["distances"]) == 6

@@ -109,7 +109,14 @@ def test_what_is_missing_is_told_with_what_it_costs() -> None:
     ]
     both = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "no memory", "Linf": "no memory"})
     assert missing(both)[0] == "L2, Linf failed: no memory"
-    assert [math.isnan(column.value(found)) for column in columns_of([found])] == [False, False, True, True, True, True]
+    assert [math.isnan(column.cell(found).value) for column in columns_of([found])] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     many = report(CORRUPTIONS, [[1, 1]], pending=tuple(case.name for case in CORRUPTIONS))
     assert "noise-5 and 70 more; the same command" in missing(many)[0]
 

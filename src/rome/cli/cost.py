@@ -24,8 +24,7 @@ def cost(
     trust_code: options.TrustCode = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
-    from rome.report.cost import compare, show_cost, show_costs
-    from rome.report.plan import plan, show_plan
+    from rome.report.cost import compare, plan, show_cost, show_costs, show_plan
     from rome.runs.config import files_and_changes, load
 
     files, overrides = files_and_changes(configs)

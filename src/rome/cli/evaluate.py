@@ -103,7 +103,7 @@ def evaluate(
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        from rome.report.page import show
+        from rome.report.columns import show
 
         kept = report.settings["provenance"]
         show([(kept.get("model", kept["config"])["name"], report)])

@@ -25,12 +25,11 @@ class Family(StrEnum):
     experiments = "experiments"
 
 
-def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[tuple[str, str]]:
+def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
     """Names of a family and a line on each.
 
     Args:
         pattern: only names like ``vit_*``; of experiments a part such as ``table4``.
-        cost: experiments with parameters and multiply-accumulates to train.
 
     Raises:
         UserError: no model or experiment matches.
@@ -49,14 +48,12 @@ def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[t
             raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
         return [*own, *((name, "timm") for name in names)]
     if family is Family.experiments:
-        from rome.report.cost import rough_costs
         from rome.runs.experiments import listing
 
         rows = listing(pattern)
         if not rows:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
-        costs = dict(rough_costs(pattern)) if cost else {}
-        return [(name, "; ".join(filter(None, (text, costs.get(name))))) for name, text in rows]
+        return rows
     from rome.attacks import Attack
     from rome.data import Data
     from rome.evaluation.evaluate import Suite
@@ -75,19 +72,12 @@ def choices(family: Family, pattern: str = "*", *, cost: bool = False) -> list[t
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
-    cost: Annotated[
-        bool, typer.Option("--cost", help="Experiments: with parameters and multiply-accumulates to train.")
-    ] = False,
 ) -> None:
     """List what configs can name."""
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from rome.core.console import print_table
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, text in choices(family, pattern, cost=cost):
-        table.add_row(Text(name, style="bold"), Text(text))  # Text: brackets are no markup
-    console = Console()
-    print_table(table, console)
+    print_table(
+        [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(0, 1)
+    )

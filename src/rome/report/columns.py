@@ -1,42 +1,36 @@
-"""Accuracies in columns: what is shown of a report, and the table on a terminal or in a pipe."""
+"""The accuracies of reports in columns, and the table on a terminal or in a pipe."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rome.attacks.suites.base import LP
 from rome.core.console import print_table
 from rome.evaluation.evaluate import Report
+from rome.evaluation.result import CLEAN, UNION
 
-AVERAGE, UNION = "average", "union"
+AVERAGE, MEAN = "average", " mean"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
-
-
-class Column(NamedTuple):
-    """One number of every report."""
-
-    title: str
-    value: Callable[[Report], float]
-    """As a share; NaN where there is none."""
-    interval: Callable[[Report], tuple[float, float]] | None = None
-    """95% interval, if it has one."""
+SHOWN_CLASSES = 20
+"""Of more classes, those with the lowest union."""
 
 
 class Cell(NamedTuple):
     """One number of the table, as shares; NaN where there is none."""
 
     value: float
-    interval: tuple[float, float] | None
-    best: bool
+    interval: tuple[float, float] | None = None
+    """Of 95%."""
+    best: bool = False
 
     @property
     def percent(self) -> str:
@@ -44,10 +38,29 @@ class Cell(NamedTuple):
 
     @property
     def span(self) -> str:
-        """The 95% interval, ``68.2–77.4``."""
-        if self.interval is None or math.isnan(self.interval[0]):
-            return ""
-        return DASH.join(f"{100 * end:.1f}" for end in self.interval)
+        """The interval, ``68.2–77.4``."""
+        return "" if self.interval is None else DASH.join(f"{100 * end:.1f}" for end in self.interval)
+
+
+class Column(NamedTuple):
+    """One number of every report."""
+
+    title: str
+    union: Sequence[str] | None = None
+    """The cases whose union it is; None for one of the report's own numbers, which the title names."""
+
+    @property
+    def has_interval(self) -> bool:
+        return self.title != AVERAGE and not self.title.endswith(MEAN)
+
+    def cell(self, report: Report) -> Cell:
+        if self.union is not None:
+            known = set(self.union) <= set(report.cases)
+            return Cell(report.union_of(self.union), report.union_interval(self.union)) if known else Cell(math.nan)
+        values = {f"{group}{MEAN}": mean for group, mean in report.groups.items()}
+        values |= {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+        value = values.get(self.title, math.nan)
+        return Cell(value, report.interval(self.title) if self.has_interval and not math.isnan(value) else None)
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
@@ -59,37 +72,17 @@ def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) 
     Args:
         unions: further unions, each over these cases.
     """
-    shown = [Column("clean", lambda report: report.clean, lambda report: report.interval("clean"))]
     attacks = list(dict.fromkeys(name for report in reports for name in report.attacks))
-    shown += [_of_case(name) for name in attacks]
     members = {group: names for report in reports for group, names in report.members.items() if len(names) > 1}
+    columns = [Column(CLEAN), *map(Column, attacks)]
     for group, names in members.items():
-        if set(names) == set(attacks):
-            continue
-        shown.append(_of_group(group))
-        if group == LP:
-            shown.append(_of_union(names, f"{group} union"))
-    loose = {name for report in reports for name in report.cases[1:]} - {*attacks, *sum(members.values(), ())}
-    shown += [_of_case(name) for name in sorted(loose)]
-    if attacks:
-        shown.append(Column(AVERAGE, lambda report: report.average))
-        shown.append(Column(UNION, lambda report: report.union, lambda report: report.interval(UNION)))
-    return shown + [_of_union(names, f"union {'+'.join(names)}") for names in unions]
-
-
-def _of_case(name: str) -> Column:
-    return Column(name, lambda report: report.robust.get(name, math.nan), lambda report: report.interval(name))
-
-
-def _of_group(group: str) -> Column:
-    return Column(f"{group} mean", lambda report: report.groups.get(group, math.nan))
-
-
-def _of_union(names: Sequence[str], title: str) -> Column:
-    def value(report: Report) -> float:
-        return report.union_of(names) if set(names) <= set(report.cases) else math.nan
-
-    return Column(title, value, lambda report: report.union_interval(names))
+        if set(names) != set(attacks):
+            columns.append(Column(f"{group}{MEAN}"))
+            columns += [Column(f"{group} union", names)] if group == LP else []
+    grouped = {*attacks, *sum(members.values(), ())}
+    columns += map(Column, sorted({name for report in reports for name in report.cases[1:]} - grouped))
+    columns += [Column(AVERAGE), Column(UNION)] if attacks else []
+    return columns + [Column(f"union {'+'.join(names)}", names) for names in unions]
 
 
 def tabulate(
@@ -100,47 +93,34 @@ def tabulate(
     The largest number of a column, as printed, is its best; there is none where there is one row.
     """
     columns = columns_of([report for _, report in rows], unions)
-    values = [[column.value(report) for column in columns] for _, report in rows]
-    shown = [[-1.0 if math.isnan(value) else round(100 * value, 1) for value in row] for row in values]
-    best = [max(column) for column in zip(*shown, strict=True)]
-    cells = []
-    for (_, report), row, rounded in zip(rows, values, shown, strict=True):
-        intervals = [
-            None if column.interval is None or math.isnan(value) else column.interval(report)
-            for column, value in zip(columns, row, strict=True)
-        ]
-        marks = [len(rows) > 1 and number == top >= 0 for number, top in zip(rounded, best, strict=True)]
-        cells.append([Cell(*cell) for cell in zip(row, intervals, marks, strict=True)])
-    return [column.title for column in columns], cells
+    marked = []
+    for column in columns:
+        cells = [column.cell(report) for _, report in rows]
+        printed = [-1.0 if math.isnan(cell.value) else round(100 * cell.value, 1) for cell in cells]
+        best = max(printed) if len(rows) > 1 else math.inf
+        marked.append([cell._replace(best=number == best >= 0) for cell, number in zip(cells, printed, strict=True)])
+    return [column.title for column in columns], [list(row) for row in zip(*marked, strict=True)]
 
 
-def show(rows: list[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
+def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
     """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
     columns, cells = tabulate(rows, unions)
     console = Console(highlight=False, markup=False)
     star = "" if console.is_terminal and not console.no_color else "*"
+    exchanged = len(columns) >= WIDE
 
-    def text(cell: Cell, between: str) -> Text:
+    def text(cell: Cell) -> Text:
         number = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
+        between = "  " if exchanged else "\n"
         return number.append(f"{between}{cell.span}", style="not bold dim") if cell.span else number
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    if len(columns) < WIDE:
-        table.add_column("method", overflow="fold", min_width=8)
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        for (name, _), row in zip(rows, cells, strict=True):
-            table.add_row(Text(name, style="bold"), *(text(cell, "\n") for cell in row))
-    else:
-        table.add_column("under", no_wrap=True)
-        for name, _ in rows:
-            table.add_column(Text(name, style="bold"), justify="right", overflow="fold")
-        for column, across in zip(columns, zip(*cells, strict=True), strict=True):
-            table.add_row(column, *(text(cell, "  ") for cell in across))
-    print_table(table, console)
+    lines: list[Sequence[str | Text]] = [["under" if exchanged else "method", *columns]]
+    lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
+    head, *body = zip(*lines, strict=True) if exchanged else lines
+    print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
     counts, suites = counts_and_suites(rows)
     best = f"; {star or 'bold'} is the largest" if len(rows) > 1 else ""
-    over = "over" if len(columns) < WIDE else "before"
+    over = "before" if exchanged else "over"
     caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
@@ -188,3 +168,33 @@ def suite_text(settings: dict[str, Any]) -> str:
         return "+".join(map(suite_text, settings["suites"]))
     iterations = settings.get("iterations", 100)
     return str(settings.get("kind") or "of your own") + (f" ({iterations} iterations)" if iterations != 100 else "")
+
+
+class ClassLine(NamedTuple):
+    """One class in every run."""
+
+    name: str
+    n: int
+    """Its examples."""
+    shares: list[tuple[float, float]]
+    """Clean and union accuracy of each run; NaN where an attack is missing."""
+
+
+def by_class(reports: Sequence[Report], names: Sequence[str] | None = None) -> list[ClassLine]:
+    """The classes that occur, in order; of more than 20 those whose union, averaged over runs, is lowest.
+
+    Args:
+        reports: on the same examples.
+        names: of the classes; their numbers if not given.
+    """
+    labels, lines = reports[0].labels, []
+    for label in np.unique(labels).tolist():
+        rows = labels == label
+        unions = [report.right() if not math.isnan(report.union) else np.full(report.n, np.nan) for report in reports]
+        shares = [
+            (float(report.correct[rows, 0].mean()), float(union[rows].mean()))
+            for report, union in zip(reports, unions, strict=True)
+        ]
+        lines.append(ClassLine(str(label) if names is None else names[label], int(rows.sum()), shares))
+    hardest = sorted(lines, key=lambda line: np.nansum([union for _, union in line.shares]))[:SHOWN_CLASSES]
+    return [line for line in lines if line in hardest]

@@ -1,8 +1,9 @@
-"""Runs and given models whose evaluations may stand side by side, and how sure their differences are."""
+"""Runs and other models whose evaluations may stand side by side, and how sure their differences are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,10 @@ from rome.attacks.suites.base import LP
 from rome.core.errors import UserError
 from rome.core.files import flatten
 from rome.evaluation.evaluate import Report
-from rome.evaluation.statistics import Difference, paired_differences
+from rome.evaluation.statistics import Difference, paired_difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
-from rome.report.evaluated import (
-    Evaluated,
-    is_evaluation,
-    load_evaluation,
-    own_name,
-)
-from rome.report.subject import names_of
+from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_evaluation
+from rome.report.subject import distinct, names_of
 from rome.runs.config import Config
 from rome.runs.folder import Run
 
@@ -45,18 +41,13 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         UserError: a folder with neither, a run without an evaluation of its present weights, none of that suite, or
             evaluations that cannot be compared.
     """
-    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    folders = distinct(folders)
     if not folders:
         raise UserError("name at least one run's folder")
-    runs = [None if is_evaluation(folder) else _run(folder) for folder in folders]
-    found = [_given(folder) if run is None else _evaluations(run) for run, folder in zip(runs, folders, strict=True)]
-    common = {
-        key for key in set.intersection(*(set(each) for each in found)) if suite is None or suite in (key[0], _key(key))
-    }
+    found = [_evaluations(folder) for folder in folders]
+    common = {key for key in set.intersection(*map(set, found)) if suite in (None, key[0], _label(key))}
     if not common:
-        there = "; ".join(
-            f"{folder}: {', '.join(map(_key, each))}" for folder, each in zip(folders, found, strict=True)
-        )
+        there = "; ".join(f"{a}: {', '.join(map(_label, each))}" for a, each in zip(folders, found, strict=True))
         kind = "one suite on as many examples" if suite is None else f"suite {suite} on as many examples"
         raise UserError(
             f"the runs share no evaluation of {kind} ({there}); "
@@ -64,23 +55,22 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         )
 
     def rank(key: tuple[str, int]) -> tuple[bool, int, bool, str]:
-        report = found[0][key][1]
-        return any(part in PREFERRED_SUITES for part in key[0].split("+")), key[1], LP in report.members, key[0]
+        return is_preferred(key[0]), key[1], LP in found[0][key].report.members, key[0]
 
     chosen = max(common, key=rank)
-    own = [own_name(each[chosen][1]) if run is None else run.config.name for run, each in zip(runs, found, strict=True)]
-    evaluated: list[Evaluated] = []
-    for name, run, each in zip(names_of(own, folders), runs, found, strict=True):
-        folder, report = each[chosen]
-        others = () if run is None else tuple(_key(key) for key in sorted(each) if key != chosen)
-        one = Evaluated(
-            name=name, folder=folder, report=report, others=others, run=run, config=None if run is None else run.config
-        )
-        one.check_fresh()
-        evaluated.append(one)
-    for each_one in evaluated:
-        _same(evaluated[0], each_one)
+    evaluated = []
+    for name, each in zip(names_of([each[chosen].name for each in found], folders), found, strict=True):
+        others = tuple(_label(key) for key in sorted(each) if key != chosen)
+        evaluated.append(replace(each[chosen], name=name, others=others))
+        evaluated[-1].check_fresh()
+    for one in evaluated:
+        _check_comparable(evaluated[0], one)
     return evaluated
+
+
+def is_preferred(suite: str) -> bool:
+    """Whether a suite's evaluation is shown before others."""
+    return any(part in PREFERRED_SUITES for part in suite.split("+"))
 
 
 def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[str]:
@@ -88,8 +78,8 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
 
     The best is compared with every other. As the same examples choose it, all pairs count as comparisons; with a
     ``base``, which was chosen without them, those with it alone. p-values and intervals are corrected for their number
-    (:func:`all_paired`), so that of models that are equally good one report in twenty at most claims a difference. No
-    other column is tested.
+    (:func:`rome.evaluation.statistics.paired_differences`), so that of models that are equally good one report in
+    twenty at most claims a difference. No other column is tested.
     """
     if any(run.report.failed for run in runs):
         return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
@@ -101,13 +91,14 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     first = base or ranked[0]
     others = [run for run in runs if run is not first]
     pairs = list(combinations(ranked, 2)) if base is None else [(first, run) for run in others]
-    found = dict(zip(pairs, all_paired([(a.report, b.report) for a, b in pairs]), strict=True))
+    differences = paired_differences([(a.report.right(), b.report.right()) for a, b in pairs])
+    found = dict(zip(pairs, differences, strict=True))
     share, n, cases = f"{first.report.union:.1%}", first.report.n, ", ".join(first.report.attacks)
     text = [f"{first.name} classifies {share} of {n} test examples right under every attack ({cases})."]
     for run in others:
         difference = found[first, run]
         span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-        span += f", exact McNemar {_p(difference.p)}"
+        span += ", exact McNemar " + ("p < 0.0001" if difference.p < 0.0001 else f"p = {difference.p:.2g}")
         meaning = "more than" if difference.clear else "within what"
         side = "above" if difference.value > 0 else "below"
         ahead = f"That is {100 * abs(difference.value):.1f} points {side} {run.name}"
@@ -123,10 +114,6 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     if others:
         text.append("The intervals do not cover the training seed: another one can move a number by points.")
     return text
-
-
-def _p(value: float) -> str:
-    return "p < 0.0001" if value < 0.0001 else f"p = {value:.2g}"
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
@@ -145,15 +132,9 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
     Raises:
         UserError: one of the cases is not in both reports, or they are not of the same examples.
     """
-    return all_paired([(a, b)], cases)[0]
-
-
-def all_paired(pairs: Sequence[tuple[Report, Report]], cases: Sequence[str] | None = None) -> list[Difference]:
-    """:func:`paired` of all pairs that are claimed together, corrected for their number
-    (:func:`rome.evaluation.statistics.paired_differences`)."""
-    if not all(same_examples(a, b) for a, b in pairs):
+    if not same_examples(a, b):
         raise UserError("the two were not evaluated on the same examples, so a paired comparison has no meaning")
-    return paired_differences([(a.right(cases), b.right(cases)) for a, b in pairs])
+    return paired_difference(a.right(cases), b.right(cases))
 
 
 def same_examples(a: Report, b: Report) -> bool:
@@ -166,49 +147,35 @@ def same_examples(a: Report, b: Report) -> bool:
 
 
 def other_network(a: Report, b: Report) -> str | None:
-    """A case of both reports whose perceptual distances two different networks measured; None where there is none, or
-    where one of them does not say (earlier versions)."""
-    ours, theirs = (report.settings.get("networks") or {} for report in (a, b))
-    both = set(a.cases) & set(b.cases) & ours.keys() & theirs.keys()
+    """A case of both reports whose perceptual distances two different networks measured; None where there is none."""
+    ours, theirs = (report.settings.get("networks", {}) for report in (a, b))
+    both = set(b.cases) & ours.keys() & theirs.keys()
     return next((case for case in a.cases if case in both and ours[case] != theirs[case]), None)
 
 
-def _run(folder: Path) -> Run:
+def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
+    """(suite, n) -> a run's finished evaluations with the gates that its config names; or the one that lies there."""
+    if is_evaluation(folder):
+        one = load_evaluation(folder)
+        return {(one.report.suite, one.report.n): one}
     run = Run(folder)
     if not run.config_file.is_file():
         raise UserError(
             f"{folder} is not the folder of a run (it has no {run.config_file.name}) nor of an evaluation (it has no "
             f"{SETTINGS})"
         )
-    return run
-
-
-def _given(folder: Path) -> dict[tuple[str, int], tuple[Path, Report]]:
-    """(suite, n) -> folder and report of the one evaluation that the folder is."""
-    report = load_evaluation(folder)
-    return {(report.suite, report.n): (folder, report)}
-
-
-def _evaluations(run: Run) -> dict[tuple[str, int], tuple[Path, Report]]:
-    """(suite, n) -> folder and report of the run's finished evaluations."""
-    found, unfinished, routing = {}, False, run.config.evaluation.routing
-    for settings in sorted((run.folder / "evaluation").glob(f"*/{SETTINGS}")):
-        if not (settings.parent / RESULT).exists():
-            unfinished = True
-            continue
-        report = Report.load(settings.parent)
-        if (report.settings.get("provenance") or {}).get("routing", routing) != routing:
-            continue  # Table 5's, beside that of the gates the config asks for
-        found[report.suite, report.n] = settings.parent, report
+    routing = run.config.evaluation.routing
+    found = {key[1:]: one for key, one in evaluations(run).items() if key[0] == routing}
     if not found:
         if not run.finished:
-            raise UserError(f"{run.folder} holds no finished model: train it to its end (--resume), then evaluate it")
-        state = "an unfinished evaluation only" if unfinished else "no evaluation"
-        raise UserError(f"{run.folder} has {state}: run `rome evaluate {run.folder}` first")
+            raise UserError(f"{folder} holds no finished model: train it to its end (--resume), then evaluate it")
+        begun = [file.parent / RESULT for file in folder.glob(f"evaluation/*/{SETTINGS}")]
+        state = "no evaluation" if all(result.exists() for result in begun) else "an unfinished evaluation only"
+        raise UserError(f"{folder} has {state}: run `rome evaluate {folder}` first")
     return found
 
 
-def _same(first: Evaluated, other: Evaluated) -> None:
+def _check_comparable(first: Evaluated, other: Evaluated) -> None:
     a, b = ({key: run.report.settings.get(key) for key in _SAME} for run in (first, other))
     if a != b:
         flat_a, flat_b = flatten(a), flatten(b)
@@ -234,7 +201,7 @@ def _same(first: Evaluated, other: Evaluated) -> None:
         )
 
 
-def _key(key: tuple[str, int]) -> str:
+def _label(key: tuple[str, int]) -> str:
     return f"{key[0]}-{key[1]}"
 
 

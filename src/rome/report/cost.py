@@ -1,30 +1,24 @@
-"""What a config costs: parameters, multiply-accumulates, seconds per update, latency (paper Table 6)."""
+"""What a config costs: parameters, multiply-accumulates, seconds per update, latency (paper Table 6); and which layers
+of its model get experts, without training (``rome cost --layers``)."""
 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
-from rome.core.errors import UserError
-from rome.data import ImageFolder
-from rome.experts import FeedForward, Gated, expert_layers
+from rome.experts import Gated, block_numbers, expert_layers
 from rome.models import build_model, trains_on, weights_file
-from rome.runs.config import Config, load
-from rome.runs.experiments import files, path_of
+from rome.runs.config import Config
 from rome.training.setup import train_context
 
 Work = Callable[[], None]
@@ -33,7 +27,7 @@ RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", 
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Counts: all, trainable, and what the experts add (frozen projections counted, as in the paper)."""
+    """Counts: all, trainable, and those added by experts (frozen projections counted, as in the paper)."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -45,11 +39,16 @@ def count(config: Config) -> dict[str, int]:
     """:func:`parameters` of a config's model, which is built without memory.
 
     Raises:
-        UserError: its data are not here, which say how many classes there are.
+        UserError: its data, which say how many classes there are, are not here.
     """
-    shape, classes = config.data.form()
     with torch.device("meta"):
-        return parameters(build_model(config.model.untrained(), config.experts, classes=classes, shape=shape))
+        return parameters(architecture(config)[0])
+
+
+def architecture(config: Config) -> tuple[nn.Module, tuple[int, int, int], int]:
+    """A config's model with random weights, the shape of its images and the number of its classes."""
+    shape, classes = config.data.form(config.model.num_classes)
+    return build_model(config.model.outline(), config.experts, classes=classes, shape=shape), shape, classes
 
 
 def added(layer: Gated) -> int:
@@ -66,7 +65,7 @@ def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, taught the in-place product that the experts end in."""
+    """torch's counter, extended by the in-place product that the experts end in."""
 
     def addmm_flop(_: Any, left: Any, right: Any, **unused: Any) -> int:
         return 2 * int(left[0]) * int(left[1]) * int(right[1])
@@ -76,12 +75,11 @@ def flop_counter() -> FlopCounterMode:
 
 def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[str, Any]:
     """All costs of a config on this machine; see :func:`compare`."""
-    (facts,) = compare([config], repeats=repeats, timing=timing)
-    return facts
+    return compare([config], repeats=repeats, timing=timing)[0]
 
 
 def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> list[dict[str, Any]]:
-    """All costs of some configs on this machine, timed in turn so that its moods hit all of them alike.
+    """All costs of some configs on this machine, timed in turn so that its load affects all of them alike.
 
     Args:
         configs: weights and images are random: the cost depends on neither. Precision and compilation are theirs, but
@@ -97,37 +95,37 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         ``latency_one_ms`` (forward of one image alone), and their ratios to the first config: ``update_ratio``,
         ``latency_ratio`` and ``latency_one_ratio``, each median, least and largest of the rounds.
     """
-    built = []
+    costs, work = [], []
     for config in configs:
         weights = config.model.weights
         if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
             trains_on(config.model, config.experts)  # or it could not be trained
-        shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
-        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
-        facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
-        built.append((config, model, shape, classes, facts))
-    if timing:
-        ones, batches, stages = [], [], []
-        for config, model, shape, classes, facts in built:
-            device = pick_device(config.device)
-            placed(model, device)
-            if config.compile:
-                model.compile()
-            batch = config.batch_size // config.accumulate
-            facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-            facts |= {"batch_size": config.batch_size, "latency_batch": batch}
-            ones.append(([(_forward(config, model, shape, device, 1), 1.0)], device))
-            batches.append(([(_forward(config, model, shape, device, batch), 1 / batch)], device))
-            stages.append((updates(config, model, shape, classes, device), device))
-        rounds = zip(_in_turn(ones, repeats * 5), _in_turn(batches, repeats), _in_turn(stages, repeats), strict=True)
-        first: list[list[float]] = []
-        for (*_, facts), times in zip(built, rounds, strict=True):
-            first = first or list(times)
-            for (what, ratio), own, other in zip(RATIOS.items(), times, first, strict=True):
-                facts[what] = statistics.median(own) * (1000 if what.endswith("_ms") else 1)
-                facts[ratio] = _ratios(own, other)
-    return [row[-1] for row in built]
+        model, shape, classes = architecture(config)
+        costs.append({"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)})
+        work.append((config, model, shape, classes))
+    timed = []
+    for facts, (config, model, shape, classes) in zip(costs, work, strict=True) if timing else ():
+        device, batch = pick_device(config.device), config.batch_size // config.accumulate
+        placed(model, device)
+        if config.compile:
+            model.compile()
+        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        facts |= {"batch_size": config.batch_size, "latency_batch": batch}
+        timed.append(
+            {
+                "latency_one_ms": [(_forward(config, model, shape, device, 1), 1000.0)],
+                "latency_ms": [(_forward(config, model, shape, device, batch), 1000 / batch)],
+                "seconds_per_update": updates(config, model, shape, classes, device),
+            }
+        )
+    for what, ratio in RATIOS.items() if timing else ():
+        times = _in_turn([each[what] for each in timed], repeats * 5 if what == "latency_one_ms" else repeats)
+        for facts, own in zip(costs, times, strict=True):
+            ratios = [a / b for a, b in zip(own, times[0], strict=True)]
+            facts[what] = statistics.median(own)
+            facts[ratio] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return costs
 
 
 def updates(
@@ -171,119 +169,129 @@ def _forward(config: Config, model: nn.Module, shape: tuple[int, int, int], devi
     return forward
 
 
-def _in_turn(works: Sequence[tuple[list[tuple[Work, float]], torch.device]], rounds: int) -> list[list[float]]:
-    """Seconds of each work in each round, after a round that is not counted; parts weighted with their shares."""
+def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[list[float]]:
+    """Seconds of each work in each round, after a round of warm-up; its parts are weighted with their shares."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds + 1):
-        for own, (parts, device) in zip(times, works, strict=True):
+        for own, parts in zip(times, works, strict=True):
             seconds = 0.0
             for work, share in parts:
                 started = time.perf_counter()
                 work()
-                if device.type == "cuda":
+                if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                     torch.cuda.synchronize()
                 seconds += share * (time.perf_counter() - started)
             own.append(seconds)
     return [own[1:] for own in times]
 
 
-def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Median, least and largest of the ratios round by round."""
-    ratios = [own / other for own, other in zip(times, base, strict=True)]
-    return [statistics.median(ratios), min(ratios), max(ratios)]
-
-
 def show_cost(facts: dict[str, Any]) -> None:
-    """Print what :func:`rome.report.cost.measure` found."""
-    console = Console(highlight=False, markup=False)
+    """Print the costs of one config (:func:`measure`)."""
     lines = [
-        ("parameters", f"{facts['parameters'] / 1e6:.3f} M", f"{facts['parameters']:,}"),
-        ("trainable", f"{facts['trainable'] / 1e6:.3f} M", f"{facts['trainable']:,}"),
-        ("added by experts", f"{facts['experts'] / 1e6:.3f} M", f"{facts['experts']:,}"),
-        ("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"),
+        (what, f"{facts[key] / 1e6:.3f} M", f"{facts[key]:,}")
+        for what, key in (("parameters", "parameters"), ("trainable", "trainable"), ("added by experts", "experts"))
     ]
+    lines.append(("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"))
     if "seconds_per_update" in facts:
-        where = facts.get("device", "")
+        update = f"batch of {facts['batch_size']}, {facts['device']}"
         lines += [
-            ("update", f"{facts['seconds_per_update']:.3g} s", f"batch of {facts['batch_size']}, {where}"),
+            ("update", f"{facts['seconds_per_update']:.3g} s", update),
             ("latency per image", f"{facts['latency_ms']:.3g} ms", f"batch of {facts['latency_batch']}, forward"),
             ("latency of one", f"{facts['latency_one_ms']:.3g} ms", "one image alone, forward"),
         ]
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(justify="right", no_wrap=True, style="bold")
-    table.add_column(style="dim")
-    for line in lines:
-        table.add_row(*line)
-    console.print(Text(str(facts["name"]), style="bold"))
-    console.print(table)
+    print(facts["name"])
+    print_table(lines, left=(0, 2), gap=2)
 
 
 def show_costs(facts: Sequence[dict[str, Any]]) -> None:
-    """Print what :func:`rome.report.cost.compare` found, beside the first config."""
-    console = Console(highlight=False, markup=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """Print the costs of several configs, beside the first (:func:`compare`)."""
     timed = "seconds_per_update" in facts[0]
-    times = ("ms, one image", "x first", "ms/image", "x first", "s/update", "x first")
-    for title in ("config", "params (M)", "GMACs", *(times if timed else ())):
-        table.add_column(title, justify="left" if title == "config" else "right", no_wrap=True)
+    times = ("ms, one image", "x first", "ms/image", "x first", "s/update", "x first") if timed else ()
+    rows = []
     for each in facts:
         cells = [str(each["name"]), f"{each['parameters'] / 1e6:.2f}", f"{each['macs'] / 1e9:.3f}"]
-        if timed:
-            for value, ratio in RATIOS.items():
-                middle, low, high = each[ratio]
-                cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
-        table.add_row(*cells)
-    print_table(table, console)
+        for value, ratio in RATIOS.items() if timed else ():
+            middle, low, high = each[ratio]
+            cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
+        rows.append(cells)
+    print_table(rows, ("config", "params (M)", "GMACs", *times), gap=2)
     if timed:
-        what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}; in turn, median (least\N{EN DASH}largest)"
-        console.print(what, style="dim")
+        what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}"
+        print(f"{what}; in turn, median (least\N{EN DASH}largest)")
 
 
-IMAGES = {"digits": 1_437, "cifar10": 50_000, "imagenet100": 126_689, "imagenet": 1_281_167}
-"""Training images of the data sets that experiments name."""
+def plan(config: Config) -> dict[str, Any]:
+    """Build a config's model with its experts, weights random, and say where they are. Everything is checked that
+    training checks, but for files: neither images nor RobustBench's package are needed for the paper's models.
 
+    Returns:
+        ``layers``: for each adapted layer ``name``, ``type``, ``shape`` of its weight, ``block`` (l = 1..L), ``beta``
+        of its gate (None if it has none) and ``added`` parameters; ``others``: name, type and shape of the Linear and
+        convolutional layers without experts; ``added`` and ``parameters``: counts for the whole model.
 
-def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
-    """Path, and parameters and multiply-accumulates to train, of the experiments; ``pattern`` as above.
-
-    Counted, not measured: those of a forward pass x the method's passes x images x epochs. Models are built without
-    memory, one for each architecture.
+    Raises:
+        UserError: nothing matches ``experts.layers``, or a match cannot be adapted.
     """
-    counted: dict[str, tuple[int, int] | str] = {}
-    for path in files(pattern):
-        config = load(path)
-        shape, classes = config.data.form(config.model.num_classes)
-        experts = None if config.experts is None else {**config.experts.dump(), "regularizer": None}
-        key = json.dumps([config.model.outline().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
-        if key not in counted:
-            try:
-                counted[key] = _sizes_of(config, classes, shape)
-            except UserError as error:  # such as a model from a package that is not here
-                counted[key] = str(error).partition(";")[0].partition(":")[0]
-        found = counted[key]
-        if isinstance(found, str):
-            yield path_of(path), found
-            continue
-        size, products = found
-        threats = config.method.trained(config.threats, config.attack)
-        natural, attacked = config.natural_epochs, config.epochs - config.natural_epochs
-        passes = 3 * natural + (config.method.passes(threats, config.attack) * attacked if attacked else 0)
-        work = products * passes * _images(config)
-        yield path_of(path), f"{size / 1e6:.2f}M parameters, {work:.2g} multiply-accumulates to train"
+    model, _, _ = architecture(config)
+    adapted, totals = expert_layers(model), parameters(model)
+    blocks = block_numbers(list(adapted))
+    inside = tuple(f"{name}." for name in adapted)
+    return {
+        "name": config.name,
+        "layers": [
+            {**_described(name, layer), "block": blocks[name], "beta": _beta(layer), "added": added(layer)}
+            for name, layer in adapted.items()
+        ],
+        "others": [
+            _described(name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in adapted and not name.startswith(inside)
+        ],
+        "added": totals["experts"],
+        "parameters": totals["parameters"],
+    }
 
 
-def _sizes_of(config: Config, classes: int, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Parameters and multiply-accumulates."""
-    sends_tokens = isinstance(config.experts, FeedForward) and config.experts.top is not None  # where, values decide
-    with torch.device("cpu" if sends_tokens else "meta"):
-        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
-        return parameters(model)["parameters"], macs(model.eval(), shape)
+def show_plan(facts: dict[str, Any]) -> None:
+    """Print a :func:`plan`; layers without experts that differ in a number alone share a line."""
+    layers, others = facts["layers"], facts["others"]
+    print(facts["name"])
+    if layers:
+        rows = [
+            [row["name"], row["type"], _sizes(row["shape"]), f"{row['block']}", beta, f"{row['added']:,}"]
+            for row in layers
+            for beta in ["" if row["beta"] is None else f"{row['beta']:.3f}"]
+        ]
+        print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=(), gap=2)
+        where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
+        print(f"with experts: {where}; {facts['added']:,} parameters added, {facts['parameters']:,} in all")
+    else:
+        print("with experts: none, for the config has no experts")
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for other in others:
+        pattern = ".".join("*" if part.isdigit() else part for part in other["name"].split("."))
+        groups.setdefault((pattern, other["type"], _sizes(other["shape"])), []).append(other["name"])
+    for (pattern, kind, sizes), names in groups.items():
+        which = f"{len(names)} x {pattern}" if len(names) > 1 else names[0]
+        print(f"without experts: {which} ({kind} {sizes})")
 
 
-def _images(config: Config) -> int:
-    known = IMAGES.get(config.data.kind)
-    if isinstance(config.data, ImageFolder):
-        known = IMAGES["imagenet100" if config.data.classes == "imagenet100" else "imagenet"]
-    assert known is not None
-    return min(known, config.data.train_limit or known)
+def _described(name: str, module: nn.Module) -> dict[str, Any]:
+    layer = next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules.")), "")
+    weight = getattr(module, "weight", None)
+    kind = type(module).__name__ if weight is None else layer
+    return {"name": name, "type": kind, "shape": [] if weight is None else list(weight.shape)}
+
+
+def _beta(layer: nn.Module) -> float | None:
+    """The gate's share of the whole image (Eq. 5), where it has one."""
+    beta = getattr(getattr(layer, "gate", None), "beta", None)
+    return None if beta is None else float(beta)
+
+
+def _sizes(shape: list[int]) -> str:
+    """``768 -> 2304``, ``16 -> 160 3x3``."""
+    if not shape:
+        return ""
+    kernel = f" {'x'.join(map(str, shape[2:]))}" if shape[2:] else ""
+    return f"{shape[1]} -> {shape[0]}{kernel}"

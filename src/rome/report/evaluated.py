@@ -17,18 +17,23 @@ from rome.evaluation.evaluate import Case, Report
 from rome.evaluation.named import command
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.models import file_hash
-from rome.report.subject import Subject
+from rome.report.subject import Subject, subject_of_model, subject_of_run
 from rome.runs.config import Config, parse
 from rome.runs.folder import Run
 from rome.threats import LpBall, Threat
+
+LEARNED = "learned"
+"""Gate weights of an evaluation whose provenance names no routing."""
+Key = tuple[str, str, int]
+"""Routing, suite and number of examples."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluated:
     """A model with the evaluation that is compared.
 
-    Of a model that no run made, what is known is what the evaluation kept: its config where it was named on the command
-    line, perhaps no more than a hash where it was evaluated in Python.
+    Of a model that no run made (``rome evaluate --model``, or :func:`rome.evaluate` with a folder for its result) only
+    the evaluation's provenance is known; for one evaluated in Python that may be no more than a hash.
     """
 
     name: str
@@ -38,13 +43,17 @@ class Evaluated:
     others: tuple[str, ...] = ()
     """Evaluations of the same model that were not chosen, such as ``apgd-1000``."""
     run: Run | None = None
-    """None: no run made the model."""
     config: Config | None = None
     """Of the run."""
 
     @property
+    def place(self) -> Path:
+        """The folder that names it: the run's, or the evaluation's."""
+        return self.folder if self.run is None else self.run.folder
+
+    @property
     def attacks(self) -> dict[str, Case]:
-        """The cases that are attacks and have been run, by name.
+        """The attacks that have been run, by the case's name.
 
         Raises:
             UserError: they are of code that has not been imported, as a suite of one's own in Python may be.
@@ -61,7 +70,7 @@ class Evaluated:
 
     @property
     def threats(self) -> dict[str, Threat]:
-        """What each attack was allowed, by the case's name."""
+        """The threat of each attack, by the case's name."""
         return {name: case.threat for name, case in self.attacks.items()}
 
     @property
@@ -71,14 +80,14 @@ class Evaluated:
 
     @property
     def method(self) -> str:
-        """How it was trained, as the paper writes it: ``RoME+RANDOM``."""
+        """How it was trained, as the paper writes it, such as ``RoME+RANDOM``."""
         if self.config is None:
             return "given model"
         return ("RoME+" if self.config.experts is not None else "") + self.config.method.kind.upper()
 
     @property
     def about(self) -> str:
-        """What the run's config says of it in a sentence."""
+        """The config's description in a sentence; may be empty."""
         return "" if self.config is None else self.config.about
 
     @property
@@ -86,16 +95,16 @@ class Evaluated:
         """The backbone, and that it has experts."""
         if self.config is None:
             return own_name(self.report) or str(self.report.settings["model"]["type"])
-        return f"{self.config.model.name}{'' if self.config.experts is None else ' + experts'}"
+        return self.config.model.name + (" + experts" if self.config.experts is not None else "")
 
     @property
     def data(self) -> Data | None:
-        """What it was evaluated on; None where an evaluation in Python does not say so."""
+        """The data it was evaluated on; None where the provenance has none."""
         if self.config is not None:
             return self.config.data
-        kept = self._kept("config").get("data") or self._kept("data")
+        recorded = _provenance(self.report, "config").get("data") or _provenance(self.report, "data")
         try:
-            return Data.model_validate(kept) if kept else None
+            return Data.model_validate(recorded) if recorded else None
         except ValidationError:
             return None
 
@@ -107,11 +116,10 @@ class Evaluated:
 
     @property
     def facts(self) -> dict[str, str]:
-        """Where the model and its numbers come from, as words and values for a list."""
-        report, model = self.report, self._kept("model")
-        dates = {"evaluated": report.date, **({"reused": report.reuse} if report.reuse else {})}
+        """Where the model and its numbers come from, by name."""
+        dates = {"evaluated": self.report.date, **({"reused": self.report.reuse} if self.report.reuse else {})}
         if self.run is not None and self.config is not None:
-            provenance, changed = report.settings.get("provenance") or {}, self.run.origin.get("changed")
+            provenance, changed = self.report.settings.get("provenance") or {}, self.run.origin.get("changed")
             return {
                 "method": self.method,
                 "folder": str(self.run.folder),
@@ -121,59 +129,54 @@ class Evaluated:
                 **dates,
                 **({"trained with code that changed": "; ".join(changed)} if changed else {}),
             }
-        normal, state = model.get("normalisation") or {}, report.settings["model"]["sha256"]
-        values = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in each)}" for key, each in normal.items())
+        model, state = _provenance(self.report, "model"), self.report.settings["model"]["sha256"]
+        normal = (model.get("normalisation") or {}).items()
+        statistics = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in values)}" for key, values in normal)
         return {
             "model": self.architecture,
             "weights": str(model.get("weights") or ("its own" if model else "in memory")),
             "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
             "data": self.source,
-            "normalisation": values or ("none of ours" if model else "unknown"),
+            "normalisation": statistics or ("none of ours" if model else "unknown"),
             "folder": str(self.folder),
             **dates,
         }
 
     @property
     def command(self) -> str:
-        """What evaluates it."""
+        """The command that evaluates it."""
         if self.run is not None:
             return f"rome evaluate {self.run.folder}"
-        kept = self._kept("config")
-        return command(parse(dict(kept))) if kept else "rome evaluate --model"
+        recorded = _provenance(self.report, "config")
+        return command(parse(dict(recorded))) if recorded else "rome evaluate --model"
 
     def subject(self, device: torch.device) -> Subject:
-        """The model as it was evaluated, opened to be looked at: its gates may have been replaced.
+        """The model, opened: that of a run with the gates that it was evaluated with.
 
         Raises:
-            UserError: it is gone, or the evaluation does not say how to build it.
+            UserError: it is gone, or the evaluation does not record how to build it.
         """
-        settings = self.report.settings
-        if self.run is not None and self.config is not None:
-            routing = (settings.get("provenance") or {}).get("routing", self.config.evaluation.routing)
-            return Subject(self.run, self.name, device, routing=routing, seed=settings["seed"])
-        kept = self._kept("config")
-        if not kept:
+        if self.run is not None:
+            routing = (self.report.settings.get("provenance") or {}).get("routing", LEARNED)
+            return subject_of_run(self.run, self.name, device, routing=routing, seed=self.report.settings["seed"])
+        recorded = _provenance(self.report, "config")
+        if not recorded:
             raise UserError(
                 f"{self.folder} does not say how its model is built (it was evaluated in Python), so there is none to "
                 "look at"
             )
-        trust.check(self.folder / SETTINGS, {"config": kept})
-        return Subject(parse(dict(kept)), self.name, device)
+        trust.check(self.folder / SETTINGS, {"config": recorded})
+        return subject_of_model(parse(dict(recorded)), self.name, device)
 
     def check_fresh(self) -> None:
-        """Raise UserError unless the evaluation is of the weights that lie in the run's folder."""
+        """Raise UserError if the evaluation is of other weights than lie in the run's folder."""
         provenance = self.report.settings.get("provenance") or {}
         evaluated = provenance.get("checkpoint_sha256")
-        if self.run is None or not evaluated or not self.run.model_file.exists():
-            return
-        if file_hash(self.run.model_file) != evaluated:
+        if self.run and evaluated and self.run.model_file.exists() and file_hash(self.run.model_file) != evaluated:
             raise UserError(
                 f"{self.run.folder} evaluated other weights ({provenance.get('checkpoint')}) than "
                 f"{self.run.model_file} holds now: run `rome evaluate {self.run.folder} --overwrite`"
             )
-
-    def _kept(self, what: str) -> Mapping[str, Any]:
-        return _kept(self.report, what)
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -181,7 +184,17 @@ def is_evaluation(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and not Run(folder).config_file.is_file()
 
 
-def load_evaluation(folder: Path) -> Report:
+def evaluations(run: Run) -> dict[Key, Evaluated]:
+    """The finished evaluations of a run, under the run's own name."""
+    found, config = {}, run.config
+    for folder in sorted(result.parent for result in (run.folder / "evaluation").glob(f"*/{RESULT}")):
+        report = Report.load(folder)
+        one = Evaluated(name=config.name, folder=folder, report=report, run=run, config=config)
+        found[(report.settings.get("provenance") or {}).get("routing", LEARNED), report.suite, report.n] = one
+    return found
+
+
+def load_evaluation(folder: Path) -> Evaluated:
     """The evaluation of a model that no run made, in its folder.
 
     Raises:
@@ -192,15 +205,15 @@ def load_evaluation(folder: Path) -> Report:
     report = Report.load(folder)
     if "checkpoint" in (report.settings.get("provenance") or {}):
         raise UserError(f"{folder} is an evaluation of a run: name the run's folder, the one with config.yaml")
-    return report
+    return Evaluated(name=own_name(report), folder=folder, report=report)
 
 
 def own_name(report: Report) -> str:
-    """What a model that no run made is called in its evaluation; empty where it has no name."""
-    return str(_kept(report, "model").get("name", ""))
+    """The name of a model without a run in its evaluation; may be empty."""
+    return str(_provenance(report, "model").get("name", ""))
 
 
-def _kept(report: Report, what: str) -> Mapping[str, Any]:
+def _provenance(report: Report, part: str) -> Mapping[str, Any]:
     """That part of the provenance, which in Python may be anything."""
-    part = (report.settings.get("provenance") or {}).get(what)
-    return part if isinstance(part, Mapping) else {}
+    found = (report.settings.get("provenance") or {}).get(part)
+    return found if isinstance(found, Mapping) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,31 +28,6 @@ SMALLEST = 96
 """Pixels; smaller images are enlarged by a whole factor."""
 
 
-@dataclass(frozen=True, eq=False)
-class Shot:
-    """One image under one threat."""
-
-    threat: str
-    image: str
-    """Data URI of the adversarial image."""
-    perturbation: str
-    """Data URI of the magnified perturbation."""
-    prediction: str
-    fooled: bool
-    size: float | None
-    """Of the perturbation, in the threat's own norm; None where only a network can measure it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One test image, classified right as it is, under every threat."""
-
-    number: int
-    label: str
-    image: str
-    shots: list[Shot]
-
-
 def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     """Up to ``k`` examples that every run gets right when clean, those that broke most often first, classes differing.
 
@@ -65,16 +40,13 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
         for case in pictured(runs):
             fooled = report.correct[:, 0] & ~report.right((case,))
             broken += fooled
-            kept = _saved(run, case)
-            if kept is not None:
-                fooled[list(kept)] = False
-                usable &= ~fooled
+            saved = _saved(run, case)
+            if saved is not None:
+                usable &= ~fooled | np.isin(np.arange(len(fooled)), list(saved))
     order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
-    labels = reports[0].labels
-    first_of_class: dict[int, int] = {}
-    for row in order:
-        first_of_class.setdefault(int(labels[row]), row)
-    distinct = list(first_of_class.values())
+    labels = reports[0].labels[order]
+    firsts = sorted(np.unique(labels, return_index=True)[1].tolist())
+    distinct = [order[i] for i in firsts]
     return [*distinct, *(row for row in order if row not in distinct)][:k]
 
 
@@ -104,56 +76,44 @@ def pictured(runs: Sequence[Evaluated]) -> list[str]:
     return [case for case in runs[0].attacks if case in shared][:PICTURED]
 
 
-def scales(found: Sequence[dict[str, Tensor]], clean: Tensor) -> dict[str, float]:
-    """Case -> largest change of any pixel in these images: where the colours of the perturbations are full."""
-    return {
-        case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0
-        for case in (found[0] if found else ())
-    }
-
-
 def describe(
-    run: Evaluated,
-    subject: Subject,
-    clean: Tensor,
-    labels: Tensor,
-    rows: Sequence[int],
-    images: dict[str, Tensor],
-    scale: dict[str, float],
-    classes: Sequence[str],
-) -> list[Example]:
-    """The pictures and predictions of :func:`adversarial`."""
-    with torch.no_grad():
-        predicted = {case: subject.model(batch.to(subject.device)).argmax(1).cpu() for case, batch in images.items()}
-    sizes = {
-        case: threat.size(images[case], clean)
-        for case, threat in run.threats.items()
-        if case in images and not isinstance(threat, Perceptual)
-    }
-    return [
-        Example(
-            number=row,
-            label=classes[int(labels[i])],
-            image=picture(clean[i]),
-            shots=[
-                Shot(
-                    threat=case,
-                    image=picture(batch[i]),
-                    perturbation=diverging(batch[i] - clean[i], scale[case]),
-                    prediction=classes[int(predicted[case][i])],
-                    fooled=bool(predicted[case][i] != labels[i]),
-                    size=float(sizes[case][i]) if case in sizes else None,
-                )
-                for case, batch in images.items()
-            ],
-        )
-        for i, row in enumerate(rows)
-    ]
+    opened: Sequence[tuple[Evaluated, Subject]], x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
+) -> dict[str, Any]:
+    """Pictures and predictions of these examples under these cases.
+
+    Returns:
+        ``scale``: case -> largest change of any pixel, where the colours of the perturbations are full; ``gray``:
+        whether images have other than three channels; ``runs``: each run with its examples (``number``, ``label``,
+        ``image``, ``shots``), a shot for each case: ``threat``, ``image``, ``perturbation`` (magnified),
+        ``prediction``, ``fooled``, and the perturbation's ``size`` in the threat's own norm (None where only a network
+        can measure it). Images are data URIs.
+    """
+    clean, labels, runs = x[rows], y[rows].tolist(), []
+    found = [adversarial(run, subject, x, y, rows, cases) for run, subject in opened]
+    scale = {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in cases}
+    for (run, subject), images in zip(opened, found, strict=True):
+        classes = subject.split.classes
+        shots: list[list[dict[str, Any]]] = [[] for _ in rows]
+        for case, batch in images.items():
+            with torch.no_grad():
+                predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
+            threat = run.threats[case]
+            sizes = None if isinstance(threat, Perceptual) else threat.size(batch, clean).tolist()
+            for i, label in enumerate(labels):
+                shot = {"threat": case, "prediction": classes[predicted[i]], "fooled": predicted[i] != label}
+                shot |= {"image": picture(batch[i]), "perturbation": diverging(batch[i] - clean[i], scale[case])}
+                shots[i].append({**shot, "size": None if sizes is None else sizes[i]})
+        examples = [
+            {"number": row, "label": classes[labels[i]], "image": picture(clean[i]), "shots": shots[i]}
+            for i, row in enumerate(rows)
+        ]
+        runs.append((run, examples))
+    return {"scale": scale, "gray": x.shape[1] != 3, "runs": runs}
 
 
 def picture(image: Tensor) -> str:
     """(C, H, W) in [0, 1] as a PNG data URI; one channel is gray, more than three show their mean."""
-    return _png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), least=SMALLEST)
 
 
 def diverging(delta: Tensor, scale: float) -> str:
@@ -165,24 +125,25 @@ def diverging(delta: Tensor, scale: float) -> str:
     if len(relative) == 3:
         return picture(relative)
     colours = matplotlib.colormaps["RdBu_r"](relative.mean(dim=0).numpy())
-    return _png((colours[..., :3] * 255).round().astype(np.uint8))
+    return png((colours[..., :3] * 255).round().astype(np.uint8), least=SMALLEST)
+
+
+def png(pixels: np.ndarray, *, least: int = 1) -> str:
+    """Pixels, uint8 (H, W, C), as a data URI, enlarged by a whole factor so that no side is shorter than ``least``."""
+    if pixels.shape[2] not in (1, 3):
+        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    factor = -(-least // min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _saved(run: Evaluated, case: str) -> dict[int, Tensor] | None:
-    """Example -> adversarial image, for the first that were fooled; None if images were not kept."""
+    """Example -> adversarial image, for the first that were fooled; None if images were not saved."""
     try:
         rows, images = example_images(run.folder, case, LOOKED_AT)
     except UserError:
         return None
     return dict(zip(rows.tolist(), images, strict=True))
-
-
-def _png(pixels: np.ndarray) -> str:
-    if pixels.shape[2] not in (1, 3):
-        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    factor = -(-SMALLEST // min(image.size))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -28,15 +28,15 @@ PLACES = ("first", "middle", "last", "global")
 
 
 class Seen(NamedTuple):
-    """One layer in one forward pass, (B, T, D) each."""
+    """The output of one layer in one forward pass, (B, T, D) each."""
 
     output: Tensor
-    """What it gave: with the experts, if it has any."""
+    """With the experts, if it has any."""
     plain: Tensor | None
-    """What it gives without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
+    """Without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
 
-    For low-rank experts W h + b, for adapters and convolutions alike what the layer itself gives; for feed-forward
-    experts and whole networks (MORE), which stand in the layer's place, the answer of the first expert.
+    For low-rank experts W h + b, for adapters and convolutions alike the output of the layer itself; for
+    feed-forward experts and whole networks (MORE), which stand in the layer's place, that of the first expert.
     """
 
 
@@ -65,14 +65,16 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
         inner, before = inner.networks[0], before + "networks.0."
     blocks = getattr(inner, "blocks", None)
     if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks):
-        return tuple(f"{before}blocks.{i}" for i in range(len(blocks)))
-    try:
-        return tuple(before + name for name in feature_layers(inner))
-    except UserError:
-        outside = tuple(f"{name}." for name in expert_layers(inner))
-        names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
-        names = [name for name in names if not name.startswith(outside)]
-        return tuple(before + name for name in [name for name in names if name not in head_names(inner)] or names)
+        names = [f"blocks.{i}" for i in range(len(blocks))]
+    else:
+        try:
+            names = list(feature_layers(inner))
+        except UserError:
+            inside = tuple(f"{name}." for name in expert_layers(inner))
+            parts = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
+            names = [name for name in parts if not name.startswith(inside)]
+            names = [name for name in names if name not in head_names(inner)] or names
+    return tuple(before + name for name in names)
 
 
 @contextmanager
@@ -85,37 +87,35 @@ def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
     found: dict[str, Seen] = {}
     with ExitStack() as stack:
         for name in layers:
-            hook = _keeper(model, name, found)
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            hook = model.get_submodule(name).register_forward_hook(_keeper(model, name, found))
+            stack.callback(hook.remove)
         yield found
 
 
 def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> np.ndarray:
     """Features of groups of images, name -> (n, C, H, W), at the output of one module: (G, n, T, D) float32."""
-    found = []
-    for images in groups.values():
-        passes = _passes(model, images, layer, batch_size)
-        found.append(np.concatenate([_numpy(seen.output) for seen in passes]))
-    return np.stack(found)
+    passes = [_passes(model, images, layer, batch_size) for images in groups.values()]
+    return np.stack([np.concatenate([_numpy(seen.output) for seen in each]) for each in passes])
 
 
 def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> np.ndarray:
     """Features of all :func:`block_layers`, averaged over tokens, one layer beside the other: (G, n, sum of D)."""
     layers = block_layers(model)
-    means = [collect(model, groups, layer, batch_size=batch_size).mean(axis=2) for layer in layers]
-    return np.concatenate(means, axis=-1)
+    return np.concatenate(
+        [collect(model, groups, each, batch_size=batch_size).mean(axis=2) for each in layers], axis=-1
+    )
 
 
 def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
-    """What a layer with experts gives with and without them, averaged over tokens."""
-    adds = expert_layers(model)[layer].adds
-    plain, output = [], []
+    """The output of a layer with and without its experts, averaged over tokens."""
+    found = []
     for x in groups.values():
-        passes = list(_passes(model, x, layer, batch_size))
-        output.append(np.concatenate([_numpy(seen.output.mean(dim=1)) for seen in passes]))
-        plain.append(np.concatenate([_numpy(seen.plain.mean(dim=1)) for seen in passes if seen.plain is not None]))
-    backbone, full = np.stack(plain), np.stack(output)
-    return Parts(backbone, full - backbone if adds else full, full)
+        passes = [seen for seen in _passes(model, x, layer, batch_size) if seen.plain is not None]
+        found.append(
+            [np.concatenate([_numpy(part.mean(dim=1)) for part in each]) for each in zip(*passes, strict=True)]
+        )
+    full, backbone = (np.stack(each) for each in zip(*found, strict=True))
+    return Parts(backbone, full - backbone if expert_layers(model)[layer].adds else full, full)
 
 
 def at(features: np.ndarray, place: str) -> np.ndarray:
@@ -148,7 +148,7 @@ def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> It
 
 
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
-    """A hook that keeps copies: what follows a layer may work in place."""
+    """A hook that stores copies: what follows a layer may work in place."""
     module = model.get_submodule(name)
     layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
     maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
 """Distances between mean gates below which routing is called nearly identical, or similar."""
 
 
-@dataclass(frozen=True, eq=False)
-class GateSample:
+class GateSample(NamedTuple):
     """Gates of one model on the same n images, natural and under each threat: G groups, L layers, K experts."""
 
     groups: tuple[str, ...]
@@ -36,7 +34,7 @@ class GateSample:
     whole: np.ndarray
     """(G, L, n, K): global gates v; the mixed gates averaged over tokens where there are none."""
     entropy: np.ndarray
-    """(G, L, n): entropy of g at each token, averaged over tokens, divided by log K: 1 is all experts alike."""
+    """(G, L, n): entropy of g at each token, averaged over tokens, divided by log K: 1 is a uniform gate."""
 
     @property
     def n(self) -> int:
@@ -45,9 +43,6 @@ class GateSample:
     @property
     def experts(self) -> int:
         return int(self.weights.shape[3])
-
-
-_ARRAYS = ("weights", "local", "whole", "entropy")
 
 
 class Pair(NamedTuple):
@@ -91,37 +86,39 @@ def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT
     Raises:
         UserError: no experts, or layers with different numbers of them.
     """
-    layers: tuple[str, ...] = ()
-    parts: list[list[tuple[np.ndarray, ...]]] = []
+    found = []
     for images in groups.values():
-        parts.append([])
-        for batch in torch.split(images, batch_size):
-            with torch.no_grad(), record_gates(model) as recorder:
-                model(batch)
-            gates = recorder.gates
-            layers = tuple(gates)
-            counts = {each.weights.shape[-1] for each in gates.values()}
-            if len(counts) > 1:
-                raise UserError(
-                    f"layers have {' and '.join(map(str, sorted(counts)))} experts, so their gates do not compare"
-                )
-            mixed = [each.weights.mean(dim=1) for each in gates.values()]
-            parts[-1].append(
-                (
-                    _stack(mixed),
-                    _stack([_or(each.local, each.weights).mean(dim=1) for each in gates.values()]),
-                    _stack([_or(each.whole, mean) for each, mean in zip(gates.values(), mixed, strict=True)]),
-                    _stack([relative_entropy(each.weights).mean(dim=1) for each in gates.values()]),
-                )
-            )
-    joined = [np.stack([np.concatenate([piece[i] for piece in part], axis=1) for part in parts]) for i in range(4)]
-    return GateSample(tuple(groups), layers, *joined)
+        batches = [_of_batch(model, batch) for batch in torch.split(images, batch_size)]
+        found.append([np.concatenate(parts, axis=1) for parts in zip(*(each[1:] for each in batches), strict=True)])
+    return GateSample(tuple(groups), batches[0][0], *(np.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def _of_batch(model: nn.Module, images: Tensor) -> tuple[Any, ...]:
+    """Layers, and :class:`GateSample`'s arrays of one group."""
+    with torch.no_grad(), record_gates(model) as recorder:
+        model(images)
+    gates = list(recorder.gates.values())
+    counts = sorted({each.weights.shape[-1] for each in gates})
+    if len(counts) > 1:
+        raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates do not compare")
+    mixed = [each.weights.mean(dim=1) for each in gates]
+    local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
+    whole = [mean if each.whole is None else each.whole for each, mean in zip(gates, mixed, strict=True)]
+    entropy = [relative_entropy(each.weights).mean(dim=1) for each in gates]
+    arrays = [torch.stack(parts).float().cpu().numpy() for parts in (mixed, local, whole, entropy)]
+    return tuple(recorder.gates), *arrays
 
 
 def join(parts: Sequence[GateSample]) -> GateSample:
     """The gates of one model on images that were read in parts, one part after the other."""
-    arrays = [np.concatenate([getattr(part, name) for part in parts], axis=2) for name in _ARRAYS]
+    arrays = [np.concatenate(each, axis=2) for each in zip(*(part[2:] for part in parts), strict=True)]
     return GateSample(parts[0].groups, parts[0].layers, *arrays)
+
+
+def distinct_experts(means: np.ndarray, most: int) -> list[int]:
+    """Up to ``most`` experts whose mean weights differ most between groups, (G, K), in their own order."""
+    spread = means.max(axis=0) - means.min(axis=0)
+    return sorted(sorted(range(len(spread)), key=lambda k: -spread[k])[:most])
 
 
 def relative_entropy(weights: Tensor) -> Tensor:
@@ -145,34 +142,24 @@ def pairs(sample: GateSample) -> list[Pair]:
     """Every two groups."""
     found = []
     for i, j in itertools.combinations(range(len(sample.groups)), 2):
+        differs = top_differs(sample.weights[i, -1], sample.weights[j, -1])
         local, whole = distances(sample.local[i], sample.local[j]), distances(sample.whole[i], sample.whole[j])
-        found.append(
-            Pair(
-                sample.groups[i],
-                sample.groups[j],
-                float(local[-1]),
-                float(local.mean()),
-                float(whole[-1]),
-                float(whole.mean()),
-                top_differs(sample.weights[i, -1], sample.weights[j, -1]),
-            )
-        )
+        numbers = map(float, (local[-1], local.mean(), whole[-1], whole.mean(), differs))
+        found.append(Pair(sample.groups[i], sample.groups[j], *numbers))
     return found
 
 
 def summary(sample: GateSample) -> str:
     """What the numbers show, in words that follow from them."""
-    every = pairs(sample)
+    every, count, text = pairs(sample), len(sample.layers), []
     among = [pair for pair in every if NATURAL not in pair[:2]]
-    count = len(sample.layers)
     layers = f"averaged over {count} adapted layers" if count > 1 else "in the one layer that has gates"
-    text = []
     if among:
         local, whole = max(pair.local_mean for pair in among), max(pair.whole_mean for pair in among)
+        names = " and ".join(filter(None, (", ".join(sample.groups[1:-1]), sample.groups[-1])))
         text.append(
-            f"The mean gates of {_joined(sample.groups[1:])} lie at most {local:.3f} (local) and {whole:.3f} (global) "
-            f"apart, {layers}, where 1.414 would be entirely different experts: "
-            f"the threats are routed {_called(max(local, whole))}."
+            f"The mean gates of {names} lie at most {local:.3f} (local) and {whole:.3f} (global) apart, {layers}, "
+            f"where 1.414 would be entirely different experts: the threats are routed {_called(max(local, whole))}."
         )
         differs = max(pair.top_differs for pair in among)
         text.append(
@@ -196,15 +183,3 @@ def _called(distance: float) -> str:
     if distance < NEARLY_IDENTICAL:
         return "nearly identically"
     return "similarly" if distance < SIMILAR else "differently"
-
-
-def _joined(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _or(part: Tensor | None, instead: Tensor) -> Tensor:
-    return instead if part is None else part
-
-
-def _stack(parts: list[Tensor]) -> np.ndarray:
-    return torch.stack(parts).float().cpu().numpy()

@@ -1,10 +1,11 @@
-"""Runs and given models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
+"""Runs and other models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import yaml
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
-from torch import Tensor, nn
+from torch import Tensor
 
 from rome.attacks import AttackThreat
 from rome.core import trust
@@ -22,8 +23,7 @@ from rome.core.files import make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.classes import by_class
-from rome.report.columns import covered, markdown, missing, show, tabulate
+from rome.report.columns import by_class, covered, markdown, missing, show, tabulate
 from rome.report.compared import config_differences, findings, gather
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
@@ -37,7 +37,7 @@ from rome.threats import LpBall
 EXAMPLES = 4
 GATE_IMAGES, FEWEST_GATE_IMAGES = 256, 16
 CPU_MACS = 3e12
-"""Multiply-accumulates that gate statistics may take on a CPU; a larger model is asked about fewer images."""
+"""Multiply-accumulates that gate statistics may take on a CPU; a larger model gets fewer images."""
 FIGURES = ("fig7", "fig8", "figA3")
 """The paper's figures that cost little; `rome figures` makes all."""
 SHOWN_EXPERTS = 8
@@ -79,7 +79,6 @@ def write_report(
     if compared[0].others and suite is None:
         others = ", ".join(compared[0].others)
         print(f"{compared[0].name} has other evaluations too (--suite shows them): {others}", file=sys.stderr)
-    trained = [run for run in compared if run.config is not None]
     rows = [(run.name, run.report) for run in compared]
     for cases in unions:
         for run in compared:
@@ -95,49 +94,33 @@ def write_report(
 
     columns, cells = tabulate(rows, unions)
     pictures = _Pictures(compared)
-    notes = pictures.notes
+    notes, options = pictures.notes, [*(["--suite", suite] if suite else [])]
+    options += [part for cases in unions for part in ("--union", ",".join(cases))]
+    options += [*(["--base", str(base)] if base else []), *(["--robustbench"] if robustbench else [])]
     context: dict[str, Any] = {
-        "title": ", ".join(run.name for run in compared),
         "runs": compared,
-        "trained": trained,
         "columns": columns,
         "cells": cells,
         "covered": covered(rows),
         "findings": sentences,
-        "eps": compared[0].budgets,
-        "missing": [missing(run.report) for run in compared],
         "chart": Markup(charts.accuracies(rows, unions)),
         "classes": by_class([run.report for run in compared], pictures.classes()),
-        "class_count": len(set(compared[0].report.labels.tolist())),
         "shots": _attempt(pictures.examples, notes, "examples"),
         "gates": _attempt(pictures.gates, notes, "gates"),
         "figures": _attempt(pictures.figures, notes, "figures") or [],
         "curves": _curves(compared),
-        "differences": config_differences([run.config for run in trained if run.config is not None]),
-        "yaml": {
-            run.name: yaml.safe_dump(run.config.dump(), sort_keys=False) for run in trained if run.config is not None
-        },
-        "command": shlex.join(
-            [
-                *("rome", "report", *map(str, runs), "--out", str(out)),
-                *(["--suite", suite] if suite else []),
-                *(part for cases in unions for part in ("--union", ",".join(cases))),
-                *(["--base", str(base)] if base is not None else []),
-                *(["--robustbench"] if robustbench else []),
-            ]
-        ),
+        "differences": config_differences([run.config for run in compared if run.config]),
+        "command": shlex.join(["rome", "report", *map(str, runs), "--out", str(out), *options]),
         "date": now(),
         "notes": notes,
         "nearly": gates.NEARLY_IDENTICAL,
+        "missing": missing,
     }
+    loader = PackageLoader("rome.report", "templates")
     pages = Environment(
-        loader=PackageLoader("rome.report", "templates"),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=loader, autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    pages.filters["md"] = markdown
+    pages.filters |= {"md": markdown, "yaml": lambda config: yaml.safe_dump(config.dump(), sort_keys=False)}
     for name in ("report.md", "report.html"):
         replace_file(out / name, pages.get_template(name).render(context).encode())
     return out / "report.html"
@@ -154,13 +137,9 @@ class _Pictures:
 
     @cached_property
     def opened(self) -> list[tuple[Evaluated, Subject]]:
-        """Those whose model is there or can be built again; of the others a note says why not."""
-        found = []
-        for run in self.runs:
-            subject = _attempt(partial(self._open, run), self.notes, run.name)
-            if subject is not None:
-                found.append((run, subject))
-        return found
+        """Those whose model is there or can be built again; a note says why the others are not."""
+        subjects = [(run, _attempt(partial(self._open, run), self.notes, run.name)) for run in self.runs]
+        return [(run, subject) for run, subject in subjects if subject is not None]
 
     def _open(self, run: Evaluated) -> Subject:
         subject = run.subject(self.device)
@@ -183,10 +162,9 @@ class _Pictures:
 
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes; None where the data is gone."""
-        try:
+        with suppress(UserError):
             return self.subjects[0].split.classes if self.subjects else None
-        except UserError:
-            return None
+        return None
 
     def figures(self) -> list[dict[str, Any]]:
         """The paper's figures that these runs have the data for, as far as they cost little here."""
@@ -203,17 +181,14 @@ class _Pictures:
                 continue  # the curves of training show as much
             about = " ".join((type(figure).__doc__ or "").split("\n\n")[0].split())
             picture = Markup(charts.themed(partial(figure.draw, data), figure.title))
-            title = figure.title[0].upper() + figure.title[1:]
-            found.append({"title": title, "about": about, "picture": picture})
+            found.append({"title": figure.title[0].upper() + figure.title[1:], "about": about, "picture": picture})
         return found
 
     def _cheap_regions(self) -> bool:
         gated = [subject for subject in self.subjects if expert_layers(subject.model)]
-        if self.device.type == "cuda" or not gated:
-            return bool(gated)
         images = [len(subject.threats) * (1 + len(subject.threats)) for subject in gated]
-        each = [macs(subject.model, subject.split.shape) for subject in gated]
-        return sum(n * one for n, one in zip(images, each, strict=True)) * STEPS * 3 <= CPU_MACS
+        cost = sum(n * _attack_macs(each, each.split.shape) for n, each in zip(images, gated, strict=True))
+        return bool(gated) and (self.device.type == "cuda" or cost <= CPU_MACS)
 
     def examples(self) -> dict[str, Any] | None:
         if not self.opened:
@@ -226,53 +201,44 @@ class _Pictures:
         rows = examples.pick(runs, EXAMPLES)
         if not rows:
             raise UserError("no test example is classified right by every run")
-        chosen, classes = torch.tensor(rows), self.subjects[0].split.classes
-        found = [examples.adversarial(run, subject, x, y, rows, cases) for run, subject in self.opened]
-        scale = examples.scales(found, x[chosen])
-        described = [
-            examples.describe(run, subject, x[chosen], y[chosen], rows, images, scale, classes)
-            for (run, subject), images in zip(self.opened, found, strict=True)
-        ]
-        return {"scale": scale, "gray": x.shape[1] != 3, "runs": list(zip(runs, described, strict=True))}
+        return examples.describe(self.opened, x, y, rows, cases)
 
     def gates(self) -> list[dict[str, Any]]:
         found = []
         for run, subject in self.opened:
-            model = subject.model
-            if not expert_layers(model):
-                continue
-            x, y = self.data
             trainable = (LpBall, AttackThreat)
             trained = {name: threat for name, threat in run.threats.items() if isinstance(threat, trainable)}
-            if not trained:
+            if not trained or not expert_layers(subject.model):
                 continue
-            n = min(self._affordable(model, x, len(trained)), len(x))
+            (x, y), n = self.data, GATE_IMAGES
+            if self.device.type != "cuda":
+                each = len(trained) * _attack_macs(subject, (x.shape[1], x.shape[2], x.shape[3]))
+                n = int(min(n, max(FEWEST_GATE_IMAGES, CPU_MACS // max(each, 1))))
+            n = min(n, len(x))
             print(f"{run.name}: gates on {n} images under {', '.join(trained)}", file=sys.stderr, flush=True)
-            sample = gates.collect(model, x[:n].to(self.device), y[:n].to(self.device), trained)
+            sample = gates.collect(subject.model, x[:n].to(self.device), y[:n].to(self.device), trained)
             found.append({"run": run, "sample": sample, **_gate_pictures(sample)})
         return found
 
-    def _affordable(self, model: nn.Module, x: Tensor, threats: int) -> int:
-        if self.device.type == "cuda":
-            return GATE_IMAGES
-        shape = (x.shape[1], x.shape[2], x.shape[3])
-        each = macs(model, shape) * threats * 15 * 3  # a backward costs two forwards
-        return int(min(GATE_IMAGES, max(FEWEST_GATE_IMAGES, CPU_MACS // max(each, 1))))
+
+def _attack_macs(subject: Subject, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of attacking one image under one threat; a backward costs two forwards."""
+    return macs(subject.model, shape) * STEPS * 3
 
 
 def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
     """Densities of each expert's weight in the last layer and on average over layers, with the numbers beside them."""
     last, mean = sample.weights[:, -1], sample.weights.mean(axis=1)
-    spread = last.mean(axis=1).max(axis=0) - last.mean(axis=1).min(axis=0)  # (K,): between the groups' means
-    experts = sorted(sorted(range(sample.experts), key=lambda k: -spread[k])[:SHOWN_EXPERTS])
-    rows, where = [], short(sample.layers[-1])
-    shown = ((f"Last layer ({where})", last), ("Mean over layers", mean))
-    for title, weights in shown if len(sample.layers) > 1 else ((f"Gate of {where}", last),):
+    experts = gates.distinct_experts(last.mean(axis=1), SHOWN_EXPERTS)
+    where = short(sample.layers[-1])
+    shown = [(f"Gate of {where}", last)]
+    if len(sample.layers) > 1:
+        shown = [(f"Last layer ({where})", last), ("Mean over layers", mean)]
+    rows = []
+    for title, weights in shown:
         span = charts.limits(weights[..., experts])
-        panels = [
-            charts.densities({name: weights[i, :, k] for i, name in enumerate(sample.groups)}, f"expert {k + 1}", span)
-            for k in experts
-        ]
+        groups = [dict(zip(sample.groups, weights[:, :, k], strict=True)) for k in experts]
+        panels = [charts.densities(each, f"expert {k + 1}", span) for k, each in zip(experts, groups, strict=True)]
         rows.append((title, [Markup(panel) for panel in panels]))
     entropy = [
         (name, float(sample.entropy[i, -1].mean()), float(sample.entropy[i].mean()), last[i].mean(axis=0).tolist())
@@ -289,13 +255,13 @@ def _gate_pictures(sample: gates.GateSample) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Evaluated]) -> dict[str, Any] | None:
-    trained = {run.name: run.run for run in runs if run.run is not None}
-    logs = {name: [line for line in run.log() if line.get("event") == "epoch"] for name, run in trained.items()}
+    logs = {
+        run.name: [line for line in run.run.log() if line.get("event") == "epoch"] if run.run else [] for run in runs
+    }
     if not any(logs.values()):
         return None
-    natural = max(run.config.natural_epochs for run in trained.values())
-    every = {run.name: logs.get(run.name, []) for run in runs}  # so that a run has its colour of the other charts
-    return {"charts": [Markup(chart) for chart in charts.histories(every, natural=natural)], "natural": natural}
+    natural = max(run.config.natural_epochs for run in runs if run.config)
+    return {"charts": [Markup(chart) for chart in charts.histories(logs, natural=natural)], "natural": natural}
 
 
 def _attempt(make: Callable[[], Any], notes: list[str], what: str) -> Any:
@@ -306,6 +272,3 @@ def _attempt(make: Callable[[], Any], notes: list[str], what: str) -> Any:
         notes.append(f"No pictures of {what}: {error}")
         print(notes[-1], file=sys.stderr)
         return None
-
-
-__all__ = ["show", "tabulate", "write_report"]

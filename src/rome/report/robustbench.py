@@ -26,8 +26,8 @@ from rome.evaluation.evaluate import Case, Report
 from rome.report.evaluated import Evaluated
 from rome.threats import LpBall
 
-FORWARD_PASSES = 1
-"""What a leaderboard calls ``number_forward_passes``: of one prediction."""
+MASKING = ("black-box-beats-white-box", "zero-input-gradients", "more-steps", "unbounded-attack")
+"""The checks that make a leaderboard call an evaluation potentially unreliable."""
 
 
 def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
@@ -36,13 +36,12 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
 
     Returns:
         The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand, and so is
-        ``additional_data`` (null) where nobody knows.
+        ``additional_data`` (null) where it is unknown.
 
     Raises:
         UserError: a run without such an evaluation, or two runs whose files would have one name.
     """
-    called = [_name(run.name) for run in runs]
-    if len(set(called)) < len(called):
+    if len({_name(run.name) for run in runs}) < len(runs):
         raise UserError(f"the entries of {' and '.join(run.name for run in runs)} would be one file; rename a run")
     files: list[Path] = []
     for run in runs:
@@ -64,59 +63,43 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
 
 def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
     """Threat -> entry, for the Lp balls under the standard AutoAttack and for ``corruptions``; of one run."""
-    report = run.report
-    standard = {name: threat for name, threat in _balls(run).items() if _is_standard(run.attacks[name], report)}
-    if not standard:
+    report, balls = run.report, _standard_balls(run)
+    if not balls:
         return {}
-    union = report.union_of(standard)
-    common: dict[str, Any] = {
-        "link": "",
-        "name": run.about or run.name,
-        "authors": "",
-        "additional_data": _additional_data(run),
-        "number_forward_passes": FORWARD_PASSES,
-        "dataset": _dataset(run),
-        "venue": "",
-        "architecture": run.architecture,
-    }
-    shared = {
-        "clean_acc": percent(report.clean),
-        "unreliable": bool([check for check in report.warnings if check["check"] in MASKING]),
-        "union": percent(union),
-        "union_threats": list(standard),
-        "threats": {
-            name: {"eps": eps_text(ball), "acc": percent(report.robust[name])} for name, ball in standard.items()
-        },
-        "n_examples": report.n,
-        "seed": report.settings["seed"],
-        "mask_file": f"../{_name(run.name)}.npz",
-    }
+
+    def entry(eps: str | None, accuracy: str, share: float, column: str | list[str]) -> dict[str, Any]:
+        return {
+            "link": "",
+            "name": run.about or run.name,
+            "authors": "",
+            "additional_data": _additional_data(run),
+            "number_forward_passes": 1,  # of one prediction
+            "dataset": _dataset(run),
+            "venue": "",
+            "architecture": run.architecture,
+            "eps": eps,
+            "reported": None,
+            accuracy: percent(share),
+            "clean_acc": percent(report.clean),
+            "unreliable": any(check["check"] in MASKING for check in report.warnings),
+            "union": percent(report.union_of(balls)),
+            "union_threats": list(balls),
+            "threats": {
+                name: {"eps": eps_text(ball), "acc": percent(report.robust[name])} for name, ball in balls.items()
+            },
+            "n_examples": report.n,
+            "seed": report.settings["seed"],
+            "mask_file": f"../{_name(run.name)}.npz",
+            "mask_column": column,
+        }
+
     entries: dict[str, dict[str, Any]] = {
-        ball.norm: {
-            **common,
-            "eps": eps_text(ball),
-            "reported": None,
-            "autoattack_acc": percent(report.robust[name]),
-            **shared,
-            "mask_column": name,
-        }
-        for name, ball in standard.items()
+        ball.norm: entry(eps_text(ball), "autoattack_acc", report.robust[name], name) for name, ball in balls.items()
     }
-    corruptions = report.members.get(CORRUPTIONS, ())
-    if len(corruptions) == len(CorruptionsSuite().types) * 5 and not math.isnan(report.groups[CORRUPTIONS]):
-        entries["corruptions"] = {
-            **common,
-            "eps": None,
-            "reported": None,
-            "corruptions_acc": percent(report.groups[CORRUPTIONS]),
-            **shared,
-            "mask_column": list(corruptions),
-        }
+    changed = report.members.get(CORRUPTIONS, ())
+    if len(changed) == len(CorruptionsSuite().types) * 5 and not math.isnan(report.groups[CORRUPTIONS]):
+        entries["corruptions"] = entry(None, "corruptions_acc", report.groups[CORRUPTIONS], list(changed))
     return entries
-
-
-MASKING = ("black-box-beats-white-box", "zero-input-gradients", "more-steps", "unbounded-attack")
-"""The checks that make a leaderboard call an evaluation potentially unreliable."""
 
 
 def percent(share: float) -> str:
@@ -132,27 +115,25 @@ def eps_text(ball: LpBall) -> str:
     return f"{ball.eps:g}"
 
 
-def _balls(run: Evaluated) -> dict[str, LpBall]:
-    """The cases of the group of Lp balls, one for each norm: the first."""
+def _standard_balls(run: Evaluated) -> dict[str, LpBall]:
+    """The Lp balls whose attacks are AutoAttack's standard ones, by case; of each norm the first ball counts."""
     found: dict[str, LpBall] = {}
     for name in run.report.members.get(LP, ()):
         threat = run.threats.get(name)
         if isinstance(threat, LpBall) and threat.norm not in {ball.norm for ball in found.values()}:
             found[name] = threat
-    return found
+    return {name: ball for name, ball in found.items() if _is_standard(run.attacks[name], run.report)}
 
 
 def _is_standard(case: Case, report: Report) -> bool:
-    """Whether the case's attacks are those of AutoAttack's standard version."""
     (standard,) = AutoAttackSuite().cases({case.name: case.threat}, report.settings["classes"])
-    return not case.note and [attack.dump() for attack in case.attacks] == [
-        attack.dump() for attack in standard.attacks
-    ]
+    attacks, wanted = ([attack.dump() for attack in each.attacks] for each in (case, standard))
+    return not case.note and attacks == wanted
 
 
 def _additional_data(run: Evaluated) -> bool | None:
     """Whether it was trained on more than the data set: with timm's weights it was. None, to be filled in by hand,
-    where weights came from a file, or nobody knows."""
+    where weights came from a file or the training is unknown."""
     if run.config is None or run.config.model.weights is not None:
         return None
     return run.config.model.pretrained
@@ -173,5 +154,5 @@ def _dataset(run: Evaluated) -> str:
 
 
 def _name(text: str) -> str:
-    """A file's name."""
+    """As a file's name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_.") or "model"

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -27,8 +26,9 @@ INVERSE_PENALTY = 1.0
 """C of the logistic regression, on standardised inputs."""
 
 
-class Probe(NamedTuple):
-    """What a linear classifier reads the threat with, on images it was not fitted to."""
+@dataclass(frozen=True)
+class Probe:
+    """How well a linear classifier reads the threat, on images it was not fitted to."""
 
     accuracy: float
     """Mean over folds, in 0..1."""
@@ -38,7 +38,8 @@ class Probe(NamedTuple):
     """Accuracy of guessing: 1 / number of threats."""
 
 
-class Distance(NamedTuple):
+@dataclass(frozen=True)
+class Distance:
     """How far apart two groups are routed in each layer."""
 
     a: str
@@ -84,15 +85,6 @@ class Routing:
     features_probe: Probe | None
     """The same from features, for comparison: what there would be to read."""
 
-    def dump(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        probes = (("gates_probe", self.gates_probe), ("features_probe", self.features_probe))
-        return {
-            **asdict(self),
-            "distances": [each._asdict() for each in self.distances],
-            **{name: None if probe is None else probe._asdict() for name, probe in probes},
-        }
-
 
 def routing_numbers(sample: GateSample, *, features: np.ndarray | None = None, seed: int = 0) -> Routing:
     """The numbers of a sample of gates (:func:`rome.report.gates.collect`).
@@ -121,7 +113,7 @@ def routing_numbers(sample: GateSample, *, features: np.ndarray | None = None, s
     for i, j in itertools.combinations(range(len(sample.groups)), 2):
         layers = [jensen_shannon(one, two) for one, two in zip(means[i], means[j], strict=True)]
         distances.append(Distance(sample.groups[i], sample.groups[j], tuple(layers), float(np.mean(layers))))
-    between = np.mean([each.layers for each in distances if NATURAL not in each[:2]], axis=0)
+    between = np.mean([each.layers for each in distances if NATURAL not in (each.a, each.b)], axis=0)
     read = np.concatenate([sample.local[chosen], sample.whole[chosen]], axis=-1)  # (P, L, n, 2K)
     read = read.transpose(0, 2, 1, 3).reshape(len(chosen), sample.n, -1)
     return Routing(
@@ -161,7 +153,7 @@ def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
 def linear_probe(inputs: np.ndarray, *, seed: int = 0) -> Probe:
     """Accuracy of a logistic regression that reads which of P groups a vector belongs to, (P, n, D).
 
-    Five folds over images: an image is fitted to or asked about with all of its versions, never both, so that knowing
+    Five folds over images: all versions of an image are in one fold, so that knowing
     the image does not help. Inputs are standardised by the fitted images' statistics.
 
     Raises:
@@ -169,7 +161,7 @@ def linear_probe(inputs: np.ndarray, *, seed: int = 0) -> Probe:
     """
     groups, n = inputs.shape[:2]
     if n < 2:
-        raise UserError(f"a probe is asked about other images than it is fitted to, and there is {n}; take more (n)")
+        raise UserError(f"a probe is tested on other images than it is fitted to, and there is {n}; take more (n)")
     fold = np.empty(n, dtype=int)
     fold[stream(seed, "probe").permutation(n).numpy()] = np.arange(n) % min(FOLDS, n)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=2000))

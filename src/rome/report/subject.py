@@ -1,9 +1,10 @@
-"""A model opened to be looked at: its test images, and what each threat makes of them."""
+"""A model opened to be looked at, of a run or of any origin: its test images, and what each threat makes of them."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from rome.data.base import Split
 from rome.data.memory import TensorSplit
 from rome.evaluation.run import Opened, open_target
 from rome.experts import Routing, set_routing
+from rome.models import load_model
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.threats import PerExample, Threat
@@ -28,90 +30,64 @@ STEPS = 15
 """Of APGD, the attack that pictures and routing numbers are made with."""
 AT_A_TIME = 64
 KEPT = 1024
-"""Images whose attacked versions are kept for the next picture; of more, they are made again."""
-WITHOUT_RUN = "is a model without a run: it has no log, no config and no evaluation"
-
-
-def short(layer: str) -> str:
-    """A layer's name without what all names begin with: ``blocks.11.attn.proj``; MORE's is the whole model."""
-    return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
+"""Attacked images are cached up to this number; of more, they are made again."""
 
 
 class Subject:
-    """A model to be looked at. Model, data and attacked images are loaded or made when first needed, once each.
+    """A model with its test images and threats. Model, data and attacked images are loaded or made on first use.
 
     Args:
-        source: a finished run, or the config of a model that no run made (:func:`rome.evaluation.named.named_config`).
-        name: what pictures call it.
+        name: in pictures.
         device: of the model and the images.
-        routing: gate weights in place of the learned ones, of the given seed; see :func:`rome.experts.set_routing`.
-
-    Raises:
-        UserError: the run is not finished.
+        threats: by name.
+        model: builds the classifier.
+        split: opens the test examples.
+        run: the run that trained the model, if one did.
     """
 
     def __init__(
-        self, source: Run | Config, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+        self,
+        name: str,
+        device: torch.device,
+        threats: Mapping[str, Threat],
+        model: Callable[[], nn.Module],
+        split: Callable[[], Split],
+        run: Run | None = None,
     ) -> None:
-        self.source: Run | Config | None = source
-        self.name, self.device = name, device
-        self.routing: Routing = routing
-        self.seed = seed
-        self._trusted = trust.allowed()
-        if isinstance(source, Run) and not source.finished:
-            raise UserError(f"{source.folder} holds no finished model (model.safetensors); train it to its end first")
+        self.name, self.device, self.run = name, device, run
+        self.threats = MappingProxyType(dict(threats))
+        self._model, self._split = model, split
         self._attacked: dict[int, dict[str, Tensor]] = {}
 
     @classmethod
     def of_model(cls, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> Subject:
-        """A classifier that is there already, of any architecture; its mode becomes evaluation.
+        """A classifier in memory, for the figures that need neither its training nor its evaluation.
 
         Args:
-            model: images (B, C, H, W) in [0, 1] to logits.
-            name: what pictures call it.
+            model: images (B, C, H, W) in [0, 1] to logits, of any architecture; its mode becomes evaluation.
+            name: in pictures.
             x: images (n, C, H, W) in [0, 1], on the model's device.
             y: their labels, int64 (n,).
             threats: by name.
         """
-        subject = cls.__new__(cls)
-        subject.source, subject.name, subject.device, subject._attacked = None, name, x.device, {}
-        subject.__dict__.update(model=model.eval(), split=TensorSplit(x, y), threats=MappingProxyType(dict(threats)))
-        return subject
-
-    @property
-    def run(self) -> Run:
-        """Raise UserError where no run made the model."""
-        if not isinstance(self.source, Run):
-            raise UserError(f"{self.name} {WITHOUT_RUN}")
-        return self.source
+        model = model.eval()
+        return cls(name, x.device, threats, lambda: model, lambda: TensorSplit(x, y))
 
     @property
     def config(self) -> Config:
-        """The run's."""
+        """Of the run."""
+        assert self.run is not None
         return self.run.config
-
-    @cached_property
-    def _opened(self) -> Opened:
-        """The model and the test examples, those of a run where its config says."""
-        source = self.source if isinstance(self.source, Config) else self.run.model_file
-        with trust.trusting(self._trusted):
-            return open_target(source)
 
     @cached_property
     def model(self) -> nn.Module:
         """The classifier, in evaluation mode."""
-        return set_routing(self._opened.model, self.routing, seed=self.seed).to(self.device)
+        return self._model()
 
     @cached_property
     def split(self) -> Split:
         """The test examples."""
-        return self._opened.split
-
-    @cached_property
-    def threats(self) -> Mapping[str, Threat]:
-        """What the run was trained on, or the model is to be attacked under, by name."""
-        config = self.source if isinstance(self.source, Config) else self.config
-        return MappingProxyType({threat.name: threat for threat in config.threats})
+        return self._split()
 
     def images(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,), fewer where the set is smaller."""
@@ -119,7 +95,7 @@ class Subject:
         return x.to(self.device), y.to(self.device)
 
     def attacked(self, n: int) -> Mapping[str, Tensor]:
-        """Those images as they are (``natural``) and under each threat: name -> (n, C, H, W).
+        """The first images as they are (``natural``) and under each threat: name -> (n, C, H, W).
 
         The attack is APGD with 15 steps on this very model, or the threat's own.
         """
@@ -129,7 +105,7 @@ class Subject:
         return MappingProxyType(self._attacked[n])
 
     def attacked_parts(self, n: int) -> Iterator[Mapping[str, Tensor]]:
-        """The same in parts that follow each other; of more than :data:`KEPT` images none is kept."""
+        """The same in consecutive parts, without caching if they are more than :data:`KEPT`."""
         if n <= KEPT or n in self._attacked:
             yield self.attacked(n)
         else:
@@ -141,29 +117,54 @@ class Subject:
             yield {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
 
 
+def subject_of_run(
+    run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
+) -> Subject:
+    """A finished run, its gates replaced as :func:`rome.experts.set_routing` does.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    config, trusted = run.config, trust.allowed()
+    if not run.finished:
+        raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+
+    def model() -> nn.Module:
+        return set_routing(load_model(run.model_file, trust_code=trusted), routing, seed=seed).to(device)
+
+    def split() -> Split:
+        try:
+            return config.data.open("test")
+        except UserError as error:
+            raise UserError(f"{error} (if it lies elsewhere now, correct data.path in {run.config_file})") from None
+
+    return Subject(name, device, {threat.name: threat for threat in config.threats}, model, split, run)
+
+
+def subject_of_model(config: Config, name: str, device: torch.device) -> Subject:
+    """The model of a config that no run made (:func:`rome.evaluation.named.named_config`)."""
+    trusted = trust.allowed()
+
+    @functools.cache
+    def opened() -> Opened:
+        with trust.trusting(trusted):
+            return open_target(config)
+
+    threats = {threat.name: threat for threat in config.threats}
+    return Subject(name, device, threats, lambda: opened().model.to(device), lambda: opened().split)
+
+
 def open_named(config: Config, device: str | None = None) -> Subject:
-    """The model of a config that no run made, built at once, so that mistakes end before anything is made.
+    """That model under its own name, built at once, so that a mistake is reported before anything is made.
 
     Raises:
         UserError: no such model, data or device, or they do not fit each other.
     """
-    subject = Subject(config, config.name, pick_device(device or "auto"))
-    for remark in subject._opened.remarks:
+    where, opened = pick_device(device or "auto"), open_target(config)
+    for remark in opened.remarks:
         print(remark, file=sys.stderr)
-    return subject
-
-
-def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
-    """The runs among them, and why the others are left out where a figure is of training.
-
-    Raises:
-        UserError: there is no run.
-    """
-    runs = [subject for subject in subjects if isinstance(subject.source, Run)]
-    others = [subject.name for subject in subjects if not isinstance(subject.source, Run)]
-    if not runs:
-        raise UserError("; ".join(f"{name} {WITHOUT_RUN}" for name in others))
-    return runs, dict.fromkeys(others, f"it {WITHOUT_RUN}")
+    threats = {threat.name: threat for threat in config.threats}
+    return Subject(config.name, where, threats, lambda: opened.model.to(where), lambda: opened.split)
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
@@ -172,27 +173,46 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
     Raises:
         UserError: no folder, one that holds no finished run, or no such device.
     """
-    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    folders = distinct(folders)
     if not folders:
         raise UserError("name at least one run's folder")
-    runs = [Run(folder) for folder in folders]
-    where = pick_device(device or "auto")
+    runs, where = [Run(folder) for folder in folders], pick_device(device or "auto")
     names = names_of([run.config.name for run in runs], folders)
-    return [Subject(run, name, where) for run, name in zip(runs, names, strict=True)]
+    return [subject_of_run(run, name, where) for run, name in zip(runs, names, strict=True)]
+
+
+def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
+    """The runs among them, and why the others are left out of a figure of training.
+
+    Raises:
+        UserError: there is no run.
+    """
+    reason = "is a model without a run: it has no log, no config and no evaluation"
+    runs = [subject for subject in subjects if subject.run is not None]
+    others = [subject.name for subject in subjects if subject.run is None]
+    if not runs:
+        raise UserError("; ".join(f"{name} {reason}" for name in others))
+    return runs, dict.fromkeys(others, f"it {reason}")
+
+
+def distinct(folders: Sequence[str | Path]) -> list[Path]:
+    """These folders, each once."""
+    return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
 
 
 def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """What pictures and tables call what lies in these folders, so that names tell them apart.
+    """Names for what lies in these folders, distinct if possible.
 
     Their own names, with the folder's where there is none; where two are equal, the folders' names, or their paths.
     """
     last = [folder.resolve().name for folder in folders]
-    choices = [
-        [name or folder for name, folder in zip(own, last, strict=True)],
-        last,
-        [str(folder) for folder in folders],
-    ]
+    choices = [[a or b for a, b in zip(own, last, strict=True)], last, [str(folder) for folder in folders]]
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
+
+
+def short(layer: str) -> str:
+    """A layer's name without the prefix of all: ``blocks.11.attn.proj``; MORE's is the whole model."""
+    return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
 
 
 def attack_all(
@@ -207,7 +227,7 @@ def attack_all(
     """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
 
     Args:
-        attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
+        attack: APGD with 15 steps by default; threats that bring an attack are searched by that one.
     """
     attack = attack or APGD(steps=STEPS)
     parts: list[Tensor] = []

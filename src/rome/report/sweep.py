@@ -7,40 +7,33 @@ is unfinished. Points that differ in the seed alone are one row of the table: me
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rome.core import trust
 from rome.core.console import exiting, print_table
 from rome.core.errors import Interrupted, UserError
-from rome.core.files import LONGEST_NAME, make_folder, replace_file
+from rome.core.files import LONGEST_NAME, csv_text, make_folder, replace_file
 from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
+from rome.evaluation.result import CLEAN, UNION
 from rome.evaluation.store import RESULT
+from rome.report.columns import AVERAGE
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
 from rome.runs.origin import code_facts
-
-AVERAGE, UNION = "average", "union"
 
 
 @dataclass(frozen=True)
@@ -92,16 +85,15 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     keys = [choices[0].partition("=")[0] for choices in grid]
     if len(set(keys)) < len(keys):
         raise UserError(f"the keys {', '.join(keys)} are not distinct; give each once, with all its values")
-    found = []
-    for file in configs:
-        for overrides in itertools.product(*grid):
-            config = load(file, overrides)
-            varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
-            found.append(Point(Path(file), overrides, out / _folder_name(config.name, varied), config))
-    twice = sorted({str(p.folder) for p in found if sum(q.folder == p.folder for q in found) > 1})
-    if twice:
-        raise UserError(f"{twice[0]} would be more than one run; give the configs different names (name=...)")
-    return found
+    found: dict[Path, Point] = {}
+    for file, overrides in itertools.product(configs, itertools.product(*grid)):
+        config = load(file, overrides)
+        varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
+        folder = out / _folder_name(config.name, varied)
+        if folder in found:
+            raise UserError(f"{folder} would be more than one run; give the configs different names (name=...)")
+        found[folder] = Point(Path(file), overrides, folder, config)
+    return list(found.values())
 
 
 def _folder_name(name: str, varied: Sequence[str]) -> str:
@@ -147,8 +139,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already", file=sys.stderr)
     working: list[tuple[subprocess.Popen[bytes], int, Point, float]] = []
     failed: dict[Path, str] = {}
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main else None
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         while waiting or working:
             while waiting and len(working) < jobs:
@@ -161,7 +152,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
                 process, number, point, started = entry
                 if process.returncode:
                     failed[point.folder] = _last_line(_log(point)) or f"exit code {process.returncode}"
-                state = f"{failed.get(point.folder) or _told(point)} ({time.monotonic() - started:.0f} s)"
+                state = f"{failed.get(point.folder) or _summary(point)} ({time.monotonic() - started:.0f} s)"
                 print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, _Terminated)
@@ -171,8 +162,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
             process.wait()
         raise Interrupted(143 if terminated else 130, "stopped; the same command goes on") from None
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -206,7 +196,7 @@ def _check_same(run: Run, config: Config) -> None:
 
 
 def _log(point: Point) -> Path:
-    """What its process said."""
+    """Standard error of its process."""
     return point.folder.with_name(f"{point.folder.name}.log")
 
 
@@ -218,14 +208,13 @@ def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]
     )
     arguments = [str(point.file), json.dumps(point.overrides), str(point.folder)]
     command = [sys.executable, "-c", source, *arguments, *(["trusting"] if trust.allowed() else [])]
-    _log(point).parent.mkdir(parents=True, exist_ok=True)
     with open(_log(point), "wb") as log:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
 
 
 @trust.opens_files
 def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
-    """Train and evaluate one point; what is there already is kept. Exits like the command line."""
+    """Train and evaluate one point; finished work is not repeated. Exits like the command line."""
     from rome.evaluation.run import evaluate_saved
     from rome.training.setup import train
 
@@ -236,51 +225,46 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
             _check_same(run, config)
         else:
             train(config, run.folder, resume=True)
-        # a finished run keeps the settings that it was started with
+        # whose own config has the evaluation settings that it was started with
         evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
 
 
 def gather_rows(chosen: Sequence[Point]) -> list[Row]:
     """The evaluated points, those that differ in the seed alone in one row; points without a result are left out."""
-    rows: list[Row] = []
-    for name, group in itertools.groupby(sorted(chosen, key=lambda point: point.row), key=lambda point: point.row):
-        members = [(point, report) for point in group if (report := _report(point)) is not None]
-        if not members:
-            continue
-        found = [_columns(report) for _, report in members]
+    groups: dict[str, list[tuple[Point, Report]]] = {}
+    for point in chosen:
+        if (report := _report(point)) is not None:
+            groups.setdefault(point.row, []).append((point, report))
+    rows = []
+    for name, members in groups.items():
+        found = [
+            {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+            for _, report in members
+        ]
         columns = dict.fromkeys(column for each in found for column in each)
-        values = {
-            column: [each.get(column, math.nan) for each in found] for column in columns
-        }  # a case may have failed
+        values = {column: [each.get(column, math.nan) for each in found] for column in columns}  # one may have failed
         varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
         plain = {key: parse_yaml(value) for key, value in varied.items()}
         rows.append(Row(name, plain, tuple(point.config.seed for point, _ in members), values))
-    order = list(dict.fromkeys(point.row for point in chosen))
-    return sorted(rows, key=lambda row: order.index(row.name))
+    return rows
 
 
 def _report(point: Point) -> Report | None:
-    """The evaluation that the config asks for: by its suite, its gates, on its number of examples."""
-    settings = point.config.evaluation
+    """The evaluation that the config describes: by its suite, its gates, on its number of examples."""
+    settings, folder = point.config.evaluation, point.folder / "evaluation"
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
-    names = re.compile(rf"{re.escape(settings.suite.label)}-(\d+){re.escape(gates)}")
-    files = (point.folder / "evaluation").glob(f"*/{RESULT}")
-    found = {int(name[1]): file.parent for file in files if (name := names.fullmatch(file.parent.name))}
-    n = settings.n
-    if found and n not in found:  # all test examples, which may be fewer
+    label, n = settings.suite.label, settings.n
+    if not (folder / f"{label}-{n}{gates}" / RESULT).exists() and any(folder.glob(f"{label}-*{gates}/{RESULT}")):
         size = len(point.config.data.open("test"))
-        n = min(n or size, size)
-    report = Report.load(found[n]) if n in found else None
+        n = min(n or size, size)  # all test examples, which may be fewer
+    found = folder / f"{label}-{n}{gates}"
+    report = Report.load(found) if (found / RESULT).exists() else None
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
     same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
     return report if same else None
 
 
-def _columns(report: Report) -> dict[str, float]:
-    return {"clean": report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
-
-
-def _told(point: Point) -> str:
+def _summary(point: Point) -> str:
     report = _report(point)
     return "no evaluation" if report is None else f"clean {report.clean:.1%}, union {report.union:.1%}"
 
@@ -292,17 +276,10 @@ def _last_line(file: Path) -> str:
 
 def show_rows(rows: Sequence[Row]) -> None:
     """Print percent right, mean over the seeds and standard deviation."""
-    console = Console(highlight=False, markup=False)
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold")
-    table.add_column("seeds", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns))
-    print_table(table, console)
-    console.print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds", style="dim")
+    cells = [[row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns)] for row in rows]
+    print_table(cells, ["run", "seeds", *columns])
+    print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")
 
 
 def _cell(row: Row, column: str) -> str:
@@ -325,10 +302,6 @@ def save_rows(rows: Sequence[Row], out: Path) -> Path:
         for row in rows
         for i, seed in enumerate(row.seeds)
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for record in records for key in record)), restval="")
-    writer.writeheader()
-    writer.writerows(records)
-    replace_file(out / "sweep.csv", text.getvalue().encode())
+    replace_file(out / "sweep.csv", csv_text(records).encode())
     replace_file(out / "sweep.json", json.dumps(records, indent=2, default=str).encode())
     return out / "sweep.csv"

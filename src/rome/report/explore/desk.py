@@ -1,4 +1,4 @@
-"""What the page asks: test images and uploads, and one question put to one run or two."""
+"""What the page calls: test images and uploads, and one question to one run or two."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rome.attacks import AttackThreat
 from rome.core.randomness import Stream, stream
 from rome.report.explore.explorer import Answer, Explorer
 from rome.report.explore.uploads import read_upload
-from rome.threats import LpBall
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +20,7 @@ class Shown:
     image: Tensor
     """(C, H, W) in [0, 1]."""
     label: int | None
-    """None where nobody knows it."""
+    """None where it is unknown."""
     said: str
     """Where it comes from and what is attacked."""
 
@@ -36,13 +34,10 @@ class Desk:
 
     def __init__(self, explorers: Sequence[Explorer]) -> None:
         self.explorers = list(explorers)
-        self.balls: dict[str, LpBall] = {}
+        self.balls = {name: ball for explorer in reversed(explorers) for name, ball in explorer.balls.items()}
         """The Lp balls of either run; where both have one, the budget is the first run's."""
-        self.others: dict[str, AttackThreat] = {}
+        self.others = {name: threat for explorer in reversed(explorers) for name, threat in explorer.others.items()}
         """Their threats that bring an attack, likewise."""
-        for explorer in explorers:
-            self.balls = {**explorer.balls, **self.balls}
-            self.others = {**explorer.others, **self.others}
         self.tests = len(explorers[0].subject.split)
         self.layers = list(dict.fromkeys(layer for explorer in explorers for layer in explorer.layers))
         self.chance: Stream = stream(0, "explore")
@@ -65,7 +60,7 @@ class Desk:
             UserError: no image, or none that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        said = f"{read.said} Nobody knows its label: what the model itself sees is attacked."
+        said = f"{read.said} Its label is unknown: what the model itself sees is attacked."
         return Shown(read.image, None, said)
 
     def look(

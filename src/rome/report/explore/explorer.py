@@ -1,4 +1,4 @@
-"""One run, one image, one attack: everything that a person may want to see of it, as numbers."""
+"""One run, one image, one attack: what the model makes of it, as numbers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from rome.attacks import APGD, AttackThreat
 from rome.core import trust
 from rome.core.errors import UserError, did_you_mean
 from rome.experts import expert_layers, record_gates
-from rome.report.explore.maps import on_grid
+from rome.experts.token_maps import grid_of
 from rome.report.subject import NATURAL, Subject, open_subjects, short
 from rome.threats import LpBall, Threat
 
 STEPS, MOST_STEPS = 15, 100
 KEPT = 16
-"""Attacked images that are remembered, so that another layer or expert costs no attack."""
+"""Attacked images in the cache, so that another layer or expert costs no attack."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +58,23 @@ class Answer:
     """Of the perturbation, in the threat's own measure."""
     steps: int
     label: int
-    """The class that was attacked: the true one, or the model's own prediction where nobody knows it."""
+    """The class that was attacked: the true one, or the model's own prediction where it is unknown."""
     natural: Tensor
     """(classes,): confidences for ``image``."""
     attacked: Tensor
     """(classes,): confidences for ``perturbed``."""
-    gates: Mapping[str, Tensor]
-    """Layer -> (2, K): gate weights averaged over tokens, natural and attacked; empty for a model without experts."""
-    map: PatchMap | None
-    missing: str
+    tokens: Mapping[str, Tensor]
+    """Layer -> (2, T, K): gate weights of tokens, natural and attacked; empty for a model without experts."""
+    map: PatchMap | None = None
+    missing: str = ""
     """Why there is no map; empty where there is one."""
-    seconds: float
+    seconds: float = 0.0
     """From question to answer."""
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """Layer -> (2, K): gate weights averaged over tokens."""
+        return {name: weights.mean(dim=1) for name, weights in self.tokens.items()}
 
     @property
     def factor(self) -> float:
@@ -76,23 +82,19 @@ class Answer:
         largest = float((self.perturbed - self.image).abs().max())
         return 0.5 / largest if largest > 0 else 1.0
 
+    @property
+    def tallest(self) -> float:
+        """The largest gate weight."""
+        return max(float(weights.max()) for weights in self.gates.values())
+
     def magnified(self, factor: float | None = None) -> Tensor:
         """The perturbation (C, H, W) in [0, 1]: gray is no change, ``factor`` (its own if not given) times enlarged."""
         factor = self.factor if factor is None else factor
         return (0.5 + factor * (self.perturbed - self.image)).clamp(0, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Attacked:
-    perturbed: Tensor
-    size: float
-    confidences: Tensor
-    gates: dict[str, Tensor]
-    """Layer -> (2, T, K)."""
-
-
 class Explorer:
-    """Answers questions about one run; may be asked from several threads, one at a time.
+    """Answers questions about one run; may be called from several threads, and serves one at a time.
 
     Args:
         subject: the run.
@@ -100,30 +102,17 @@ class Explorer:
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.name = subject, subject.name
-        self._trusted = trust.allowed()
-        self.layers = tuple(expert_layers(subject.model))
-        self._experts = {name: layer.experts for name, layer in expert_layers(subject.model).items()}
-        self._seen: OrderedDict[tuple[object, ...], _Attacked] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of its images."""
-        return self.subject.split.shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.subject.split.classes
-
-    @property
-    def balls(self) -> dict[str, LpBall]:
+        self.shape, self.classes = subject.split.shape, subject.split.classes
+        layers = expert_layers(subject.model)
+        self.layers = tuple(layers)
+        self.balls = {name: threat for name, threat in subject.threats.items() if isinstance(threat, LpBall)}
         """The Lp balls it was trained on, by name."""
-        return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, LpBall)}
-
-    @property
-    def others(self) -> dict[str, AttackThreat]:
+        self.others = {name: threat for name, threat in subject.threats.items() if isinstance(threat, AttackThreat)}
         """The threats it was trained on that bring their own attack, by name."""
-        return {name: threat for name, threat in self.subject.threats.items() if isinstance(threat, AttackThreat)}
+        self._experts = {name: layer.experts for name, layer in layers.items()}
+        self._trusted = trust.allowed()
+        self._seen: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
+        self._lock = threading.Lock()
 
     def experts(self, layer: str) -> int:
         """K of that layer; 0 where this run has no such layer."""
@@ -156,7 +145,7 @@ class Explorer:
     ) -> Answer:
         """Attack an image with APGD, or the threat's own attack, and read predictions and gates, natural and attacked.
 
-        The attack is remembered: the same question about another layer or expert is answered at once.
+        The attack is cached: the same question about another layer or expert is answered at once.
 
         Args:
             image: (C, H, W) in [0, 1].
@@ -189,37 +178,17 @@ class Explorer:
                 self._seen.popitem(last=False)
             found = self._seen[key]
         chosen, missing = self._map(found, layer, expert)
-        return Answer(
-            run=self.name,
-            classes=self.classes,
-            image=image,
-            perturbed=found.perturbed,
-            threat=ball,
-            size=found.size,
-            steps=steps,
-            label=label,
-            natural=found.confidences[0],
-            attacked=found.confidences[1],
-            gates={name: weights.mean(dim=1) for name, weights in found.gates.items()},
-            map=chosen,
-            missing=missing,
-            seconds=time.perf_counter() - started,
-        )
+        return replace(found, steps=steps, map=chosen, missing=missing, seconds=time.perf_counter() - started)
 
-    def _attack(self, image: Tensor, label: int, ball: Threat | None, steps: int) -> _Attacked:
+    def _attack(self, image: Tensor, label: int, ball: LpBall | AttackThreat | None, steps: int) -> Answer:
         model, x = self.subject.model, image[None].to(self.subject.device)
-        y = torch.tensor([label], device=x.device)
-        moved = x if ball is None else self._worst(x, y, ball, steps)
-        gates: dict[str, Tensor] = {}
-        with torch.no_grad():
-            if self.layers:
-                with record_gates(model) as recorder:
-                    logits = model(torch.cat([x, moved]))
-                gates = {name: each.weights.float().cpu() for name, each in recorder.gates.items()}
-            else:
-                logits = model(torch.cat([x, moved]))
-        size = 0.0 if ball is None else float(ball.size(moved, x))
-        return _Attacked(moved[0].cpu(), size, logits.float().softmax(dim=1).cpu(), gates)
+        moved = x if ball is None else self._worst(x, torch.tensor([label], device=x.device), ball, steps)
+        with torch.no_grad(), record_gates(model) if self.layers else nullcontext() as recorder:
+            natural, attacked = model(torch.cat([x, moved])).float().softmax(dim=1).cpu()
+        gates = {} if recorder is None else recorder.gates
+        tokens = {name: each.weights.float().cpu() for name, each in gates.items()}
+        perturbed, size = moved[0].cpu(), 0.0 if ball is None else float(ball.size(moved, x))
+        return Answer(self.name, self.classes, image, perturbed, ball, size, steps, label, natural, attacked, tokens)
 
     def _worst(self, x: Tensor, y: Tensor, ball: Threat, steps: int) -> Tensor:
         """Where the loss is highest; if the model is right there and wrong elsewhere on the way, a place there."""
@@ -228,7 +197,7 @@ class Explorer:
             right = bool(self.subject.model(found.images).argmax(dim=1) == y)
         return found.adversarial if right else found.images
 
-    def _map(self, found: _Attacked, layer: str | None, expert: int) -> tuple[PatchMap | None, str]:
+    def _map(self, found: Answer, layer: str | None, expert: int) -> tuple[PatchMap | None, str]:
         if not self.layers:
             return None, "This run has no experts, so no gates."
         layer = layer or self.layers[-1]
@@ -237,8 +206,32 @@ class Explorer:
         if not 0 <= expert < self.experts(layer):
             return None, f"This layer has {self.experts(layer)} experts, none of number {expert + 1}."
         _, height, width = self.shape
-        grid, note = on_grid(self.subject.model, layer, found.gates[layer], (height, width))
+        grid, note = on_grid(self.subject.model, layer, found.tokens[layer], (height, width))
         return PatchMap(layer, expert, grid[0, ..., expert], grid[1, ..., expert], note), ""
+
+
+def on_grid(model: nn.Module, name: str, weights: Tensor, size: tuple[int, int]) -> tuple[Tensor, str]:
+    """The weights of a layer's tokens as a map over the image, and a sentence where they do not differ by place.
+
+    Args:
+        name: of the layer, as :func:`rome.experts.record_gates` calls it.
+        weights: (..., T, K), as recorded.
+        size: (H, W) of the image.
+
+    Returns:
+        (..., h, w, K) for a grid of h x w patches (:func:`rome.experts.token_maps.grid_of`); (..., 1, 1, K) where the
+        tokens have no place in the image.
+    """
+    tokens = weights.shape[-2]
+    try:
+        grid = grid_of(model, name, tokens, size)
+    except UserError:
+        why = f"Its {tokens} tokens form no grid over the image; this is their mean."
+        whole = weights.mean(dim=-2)[..., None, None, :]
+        return whole, "This gate decides once for the whole image." if tokens == 1 else why
+    patches = weights[..., grid.order, :]
+    note = "" if bool((patches != patches[..., :1, :]).any()) else "This gate gives every patch the same weights."
+    return patches.reshape(*patches.shape[:-2], grid.rows, grid.columns, patches.shape[-1]), note
 
 
 def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall]) -> LpBall | None:
@@ -262,7 +255,7 @@ def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall])
 
 @trust.opens_files
 def open_explorers(folders: Sequence[Path], device: str | None = None, *, trust_code: bool = False) -> list[Explorer]:
-    """The runs in these folders, to be shown the same images. ``trust_code`` lets them run the code that they name
+    """The runs in these folders, for the same images. ``trust_code`` lets them run the code that they name
     (:mod:`rome.core.trust`), also later.
 
     Raises:

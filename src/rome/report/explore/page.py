@@ -14,7 +14,7 @@ from typing import Any
 from rome.core.errors import UserError, first_line
 from rome.report.explore import rendering
 from rome.report.explore.desk import Desk, Shown
-from rome.report.explore.explorer import MOST_STEPS, STEPS, Answer, Explorer
+from rome.report.explore.explorer import MOST_STEPS, STEPS, Explorer
 from rome.report.explore.uploads import MOST_BYTES
 from rome.report.robustbench import eps_text
 from rome.report.subject import NATURAL, short
@@ -31,7 +31,7 @@ except ImportError as error:
 REACH = 3
 """The slider ends at so many times the budget."""
 PORTS = 20
-"""Ports after the first that are tried where none was asked for."""
+"""Ports that are tried by default."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -74,8 +74,13 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         asked = [shown, threat, eps, steps, place, expert]
         answered = [said, attack, gates]
 
-        def answer(*question: Any) -> tuple[Any, Any, Any]:
-            return _attempt(lambda: desk.look(*question), question[0])
+        def answer(shown: Shown, *question: Any) -> tuple[Any, Any, Any]:
+            """The sentence on the image and both halves of the answer; after a mistake the last answer stays."""
+            try:
+                answers = desk.look(shown, *question)
+            except UserError as error:
+                return rendering.error(str(error)), gr.skip(), gr.skip()
+            return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
 
         def opened(find: Callable[[], Shown], rest: Sequence[Any]) -> tuple[Any, ...]:
             try:
@@ -149,7 +154,7 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
 
 
 def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
-    """The page as a web application that asks nothing of any other host."""
+    """The page as a web application that requests nothing from any other host."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
     gr.mount_gradio_app(
@@ -191,15 +196,6 @@ def listen(host: str, port: int | None) -> socket.socket:
             listening.close()
             reason = error.strerror or first_line(error)
     raise UserError(f"cannot listen on {host} port {first} ({reason}); choose another with --port or --host")
-
-
-def _attempt(look: Callable[[], list[Answer]], shown: Shown) -> tuple[Any, Any, Any]:
-    """What was said of the image, and both halves of the answer; or what was wrong, and the last answer stays."""
-    try:
-        answers = look()
-    except UserError as error:
-        return rendering.error(str(error)), gr.skip(), gr.skip()
-    return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
 
 
 def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any], busy: Any = None) -> Any:

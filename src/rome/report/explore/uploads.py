@@ -1,4 +1,4 @@
-"""Files that somebody uploads, made into images of the shape that a model reads."""
+"""Uploaded files as images of the shape that a model reads."""
 
 from __future__ import annotations
 

@@ -1,33 +1,46 @@
-"""The contract of the paper's figures: measure first, write the numbers, then draw them."""
+"""The interface of the paper's figures, and how they are written: numbers first (JSON and CSV), then the pictures."""
 
 from __future__ import annotations
 
+import io
+import json
+import re
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
+from matplotlib import style
 from matplotlib.figure import Figure as Canvas
 
-from rome.core.errors import UserError
-from rome.report.subject import Subject
+from rome.core import trust
+from rome.core.errors import UserError, did_you_mean
+from rome.core.files import csv_text, make_folder, replace_file
+from rome.experts import Gated, expert_layers
+from rome.report.subject import Subject, open_subjects
+
+FORMATS = ("pdf", "png", "svg")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a person may choose about figures."""
+    """What the figures of one call have in common."""
 
     n: int = 256
     """Test images, each natural and under every threat."""
     seed: int = 0
     """Of t-SNE's start and of the split of linear probes."""
     layer: str | None = None
-    """Part of the name of the layer that is looked at; the last one if not given."""
+    """Part of the name of the layer to show; None takes the last."""
     image: int = 0
     """Number of the test image, for figures of one image."""
 
     def pick(self, names: Iterable[str]) -> str:
-        """The last of these layers whose name holds ``layer``; the last of all if none was asked for.
+        """The last of these layers whose name holds ``layer``.
 
         Raises:
             UserError: no name holds it.
@@ -67,19 +80,148 @@ class PaperFigure(ABC):
         """The picture, from what :meth:`measure` returned."""
 
 
+class FigureOfRuns(PaperFigure):
+    """Base: what is measured of each run by itself; those without it are left out."""
+
+    @abstractmethod
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        """One run's part of the data, beginning with its name.
+
+        Raises:
+            UserError: this run does not have what the figure shows.
+        """
+
+    lacking: ClassVar[str]
+    """Why there is no figure where every run is left out."""
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        runs, left_out = [], {}
+        for subject in subjects:
+            try:
+                runs.append(self.measure_run(subject, options))
+            except UserError as error:
+                left_out[subject.name] = str(error)
+        if not runs:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise UserError(f"{self.lacking} ({reasons})")
+        return {"runs": runs, "left_out": left_out}
+
+
+def require_experts(subject: Subject) -> dict[str, Gated]:
+    """The layers with experts, by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    layers = expert_layers(subject.model)
+    if not layers:
+        raise UserError("it has no experts")
+    return layers
+
+
+def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
+    """The keys and numbers that lead to each value ``depth`` levels inside mappings and lists, then the value."""
+    if depth == 0:
+        yield (nested,)
+        return
+    for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
+        for leaf in leaves(value, depth - 1):
+            yield key, *leaf
+
+
 def registered() -> dict[str, type[PaperFigure]]:
-    """Every figure by name, in the paper's order: 1, 3, 5 ... A1, A2 ..., then what the paper has not."""
-    found: dict[str, type[PaperFigure]] = {}
-    waiting = list(PaperFigure.__subclasses__())
-    while waiting:
-        kind = waiting.pop()
-        waiting.extend(kind.__subclasses__())
-        if "name" in vars(kind):
-            found[kind.name] = kind
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    """Every figure by name, those of all files in this folder among them, in the paper's order: 1, 3, 5 ... A1, A2 ...,
+    then what the paper has not."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
+
+    def below(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
+        for figure in kind.__subclasses__():
+            yield figure
+            yield from below(figure)
+
+    def place(name: str) -> tuple[bool, bool, int, str]:
+        found = re.fullmatch(r"fig(A?)(\d+)", name)
+        return (found is None, bool(found and found[1]), int(found[2]) if found else 0, name)
+
+    found = {figure.name: figure for figure in below(PaperFigure) if "name" in vars(figure)}  # type: ignore[type-abstract]
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
-def _place(name: str) -> tuple[bool, bool, int, str]:
-    number = name.removeprefix("fig")
-    digits = number.lstrip("A")
-    return not name.startswith("fig"), number.startswith("A"), int(digits) if digits.isdigit() else 0, name
+@trust.opens_files
+def write_figures(
+    runs: Sequence[Path | Subject],
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    formats: Sequence[str] = ("pdf", "png"),
+    options: Options | None = None,
+    device: str | None = None,
+    trust_code: bool = False,
+) -> list[Path]:
+    """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
+
+    Args:
+        runs: their folders, or subjects: :func:`rome.report.subject.open_subjects`, and models that no run made
+            (:func:`rome.report.subject.open_named`, :meth:`rome.report.subject.Subject.of_model`).
+        device: of runs that are named by their folders.
+        trust_code: let files run the code that they name (:mod:`rome.core.trust`).
+
+    A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
+    is an error.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: unknown names or formats, no runs, or none of the figures could be made.
+    """
+    known = registered()
+    for name in only:
+        if name not in known:
+            raise UserError(f"there is no figure {name!r}.{did_you_mean(name, known)}")
+    for form in formats:
+        if form not in FORMATS:
+            raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
+    if not formats:
+        raise UserError(f"name at least one format: {', '.join(FORMATS)}")
+    if not runs:
+        raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
+    folders = [run for run in runs if not isinstance(run, Subject)]
+    subjects = open_subjects(folders, device) if folders else []
+    subjects += [run for run in runs if isinstance(run, Subject)]
+    make_folder(out)
+    written: list[Path] = []
+    missing: list[str] = []
+    for name in only or known:
+        figure = known[name]()
+        try:
+            data = figure.measure(subjects, options or Options())
+        except UserError as error:
+            if only:
+                raise UserError(f"{name}: {error}") from error
+            missing.append(f"{name}: {error}")
+            print(f"no {missing[-1]}", file=sys.stderr, flush=True)
+            continue
+        for run, reason in data.get("left_out", {}).items():
+            print(f"{name}: {run} left out: {reason}", file=sys.stderr, flush=True)
+        written.extend(_write(figure, data, out, formats))
+        print(f"{name}: {figure.title}", file=sys.stderr, flush=True)
+    if not written:
+        raise UserError("none of the figures could be made: " + "; ".join(missing))
+    return written
+
+
+def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequence[str]) -> list[Path]:
+    replace_file(out / f"{figure.name}.json", json.dumps(data, indent=1).encode())
+    replace_file(out / f"{figure.name}.csv", csv_text(figure.rows(data)).encode())
+    pictures = []
+    with style.context(Path(__file__).parent / "paper.mplstyle"):
+        canvas = figure.draw(data)
+        for form in formats:
+            picture = io.BytesIO()
+            dates: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form)
+            canvas.savefig(picture, format=form, bbox_inches="tight", metadata=dates)
+            pictures.append(out / f"{figure.name}.{form}")
+            replace_file(pictures[-1], picture.getvalue())
+    return pictures

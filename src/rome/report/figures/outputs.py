@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.experts import expert_layers
 from rome.report import features
-from rome.report.figures.base import Options, PaperFigure
+from rome.report.figures.base import FigureOfRuns, Options, leaves
 from rome.report.figures.style import COLUMN, NOTE, PAGE, bare, dots, legend, scatter, side, signed
 from rome.report.separability import difference, embed, silhouettes
 from rome.report.subject import Subject, short
@@ -23,7 +22,7 @@ ACROSS = 4
 """Panels in a row of figure 1."""
 
 
-class LayerOutputs(PaperFigure):
+class LayerOutputs(FigureOfRuns):
     """Base: features of natural images and of the same images under each threat, at the last adapted layer.
 
     Averaged over patch tokens, as they are, with the mean silhouette of natural images and threats beside the picture;
@@ -35,32 +34,25 @@ class LayerOutputs(PaperFigure):
 
     parts: tuple[str, ...]
     """Which of the above are measured."""
+    lacking = "none of these runs has features to show"
 
-    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = []
-        for subject in subjects:
-            groups = subject.attacked(options.n)
-            names = list(groups)
-            layers = expert_layers(subject.model)
-            if layers:
-                layer = options.pick(layers)
-                given = features.parts(subject.model, groups, layer)
-                found = {BACKBONE: given.backbone, EXPERTS: given.experts, OUTPUT: given.output}
-                found = {part: found[part] for part in self.parts}
-            else:
-                layer = options.pick(features.block_layers(subject.model))
-                found = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
-            labels = subject.images(options.n)[1].tolist()
-            runs.append(
-                {
-                    "run": subject.name,
-                    "layer": layer,
-                    "adds": bool(layers) and expert_layers(subject.model)[layer].adds,
-                    "labels": labels,
-                    "parts": {part: _picture(names, values, options.seed) for part, values in found.items()},
-                }
-            )
-        return {"runs": runs}
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        groups, layers = subject.attacked(options.n), expert_layers(subject.model)
+        if layers:
+            layer = options.pick(layers)
+            given = features.parts(subject.model, groups, layer)
+            found = {BACKBONE: given.backbone, EXPERTS: given.experts, OUTPUT: given.output}
+            found = {part: found[part] for part in self.parts}
+        else:
+            layer = options.pick(features.block_layers(subject.model))
+            found = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
+        return {
+            "run": subject.name,
+            "layer": layer,
+            "adds": bool(layers) and layers[layer].adds,
+            "labels": subject.images(options.n)[1].tolist(),
+            "parts": {part: _picture(list(groups), values, options.seed) for part, values in found.items()},
+        }
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         scores, points = [], []
@@ -69,13 +61,11 @@ class LayerOutputs(PaperFigure):
                 where = {"run": run["run"], "layer": run["layer"], "part": part}
                 scores += [
                     {**where, "what": "silhouette", "space": space, "threat": threat, "value": value}
-                    for space, values in picture["silhouettes"].items()
-                    for threat, value in values.items()
+                    for space, threat, value in leaves(picture["silhouettes"], 2)
                 ]
                 points += [
                     {**where, "what": "point", "threat": threat, "image": i, "label": run["labels"][i], "x": x, "y": y}
-                    for threat, group in picture["points"].items()
-                    for i, (x, y) in enumerate(group)
+                    for threat, i, (x, y) in leaves(picture["points"], 2)
                 ]
         return scores + points
 
@@ -100,7 +90,7 @@ class ExpertOutputs(LayerOutputs):
             axes.set_title(side(run["run"]))
         for axes in grid[len(runs) :]:
             axes.set_axis_off()
-        legend(canvas, dots(_names(runs)))
+        legend(canvas, _dots(runs))
         return canvas
 
 
@@ -127,7 +117,7 @@ class BackboneAndExperts(LayerOutputs):
             row[0].set_ylabel(side(run["run"]), fontsize=8.5)
         for axes, part in zip(grid[0], self.parts, strict=True):
             axes.set_title(part)
-        legend(canvas, dots(_names(runs)))
+        legend(canvas, _dots(runs))
         return canvas
 
 
@@ -144,10 +134,9 @@ def _picture(names: list[str], values: np.ndarray, seed: int) -> dict[str, Any]:
 
 def _panel(axes: Axes, picture: dict[str, Any], what: str) -> None:
     scatter(axes, picture["points"])
-    axes.set_box_aspect(1)
     score = float(np.mean(list(picture["silhouettes"]["features"].values())))
     axes.set_xlabel(f"{what}\nsilhouette {signed(score)}", **NOTE)
 
 
-def _names(runs: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for part in run["parts"].values() for name in part["points"]))
+def _dots(runs: list[dict[str, Any]]) -> list[Any]:
+    return dots([name for run in runs for part in run["parts"].values() for name in part["points"]])

@@ -15,7 +15,7 @@ from rome.attacks.suites.base import LP
 from rome.core.errors import UserError
 from rome.report.compared import config_differences, gather
 from rome.report.figures.base import Options, PaperFigure
-from rome.report.figures.style import MARKERS, RUNS, plain
+from rome.report.figures.style import COLUMN, PAGE, look_of, plain
 from rome.report.subject import Subject, trained
 
 PAPER: dict[str, tuple[str, float]] = {
@@ -42,28 +42,20 @@ class Sensitivity(PaperFigure):
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         swept, left_out = trained(subjects)
-        runs = gather([subject.run.folder for subject in swept])
+        runs = gather([subject.run.folder for subject in swept if subject.run])
+        differences = config_differences([run.config for run in runs if run.config is not None])
         differences = {
-            key: values
-            for key, values in config_differences([run.config for run in runs if run.config is not None]).items()
-            if key != "seed" and not key.startswith("evaluation.")
+            key: values for key, values in differences.items() if key != "seed" and not key.startswith("evaluation.")
         }
-        if not differences:
-            raise UserError(
-                "these runs differ in no setting (but perhaps the seed), so there is nothing to plot their robustness "
-                "over; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
-            )
-        order = sorted(differences, key=lambda key: list(PAPER).index(key) if key in PAPER else len(PAPER))
-        panels = []
-        for key in order:
-            curves = _curves(key, differences, [run.report.unions.get(LP, run.report.union) for run in runs])
-            if curves:
-                panels.append({"key": key, "curves": curves})
+        order, unions = [*PAPER, *differences], [run.report.unions.get(LP, run.report.union) for run in runs]
+        found = {key: _curves(key, differences, unions) for key in sorted(differences, key=order.index)}
+        panels = [{"key": key, "curves": curves} for key, curves in found.items() if curves]
         if not panels:
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+            keys = ", ".join(list(differences)[:4]) + more or "no setting (but perhaps the seed)"
             raise UserError(
-                f"these runs differ in {', '.join(list(differences)[:4])}{more}, but no two of them in one "
-                "number alone, so there is no curve; make runs that do: rome sweep CONFIG experts.rank=4,8,16"
+                f"these runs differ in {keys}, and no two of them in one number alone, so there is no curve; make runs "
+                "that do: rome sweep CONFIG experts.rank=4,8,16"
             )
         evaluation = f"{runs[0].report.suite}, {runs[0].report.n} examples"
         return {"evaluation": evaluation, "panels": panels, "left_out": left_out}
@@ -87,7 +79,7 @@ class Sensitivity(PaperFigure):
         panels = data["panels"]
         columns = min(len(panels), 3)
         lines = -(-len(panels) // columns)
-        size = (3.25, 2.3) if columns == 1 else (6.75, 2.1 * lines)
+        size = (COLUMN, 2.3) if columns == 1 else (PAGE, 2.1 * lines)
         canvas = Canvas(figsize=size, layout="constrained")
         axes = canvas.subplots(lines, columns, sharey=True, squeeze=False)
         for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
@@ -110,44 +102,30 @@ def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]
         others = {name: values[i] for name, values in differences.items() if name != key}
         _, points = groups.setdefault(json.dumps(others, sort_keys=True), (others, {}))
         points.setdefault(value, []).append(union)
-    return [
-        {
-            "others": others,
-            "points": [
-                {
-                    "value": value,
-                    "unions": unions,
-                    "mean": statistics.fmean(unions),
-                    "deviation": statistics.stdev(unions) if len(unions) > 1 else None,
-                }
-                for value, unions in sorted(points.items())
-            ],
-        }
-        for others, points in groups.values()
-        if len(points) > 1
-    ]
+    curves = [(others, sorted(points.items())) for others, points in groups.values() if len(points) > 1]
+
+    def point(value: float, unions: list[float]) -> dict[str, Any]:
+        deviation = statistics.stdev(unions) if len(unions) > 1 else None
+        return {"value": value, "unions": unions, "mean": statistics.fmean(unions), "deviation": deviation}
+
+    return [{"others": others, "points": [point(*each) for each in points]} for others, points in curves]
 
 
 def _panel(axis: Axes, panel: dict[str, Any]) -> None:
     curves = panel["curves"]
-    telling = [
-        name for name in curves[0]["others"] if any(c["others"][name] != curves[0]["others"][name] for c in curves)
-    ]
+    first = curves[0]["others"]
+    differing = [name for name in first if any(curve["others"][name] != first[name] for curve in curves)]
     values = sorted({point["value"] for curve in curves for point in curve["points"]})
     for i, curve in enumerate(curves):
-        points = curve["points"]
-        colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
-        label = plain(", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in telling))
-        axis.errorbar(
-            [point["value"] for point in points],
-            [100 * point["mean"] for point in points],
-            yerr=[100 * (point["deviation"] or 0) for point in points],
-            color=colour, marker=marker, ms=3.5, lw=1.3, elinewidth=0.8, capsize=2, label=label,
-        )  # fmt: skip
+        points, look = curve["points"], look_of(i)
+        label = plain(", ".join(f"{name.rpartition('.')[2]} {curve['others'][name]}" for name in differing))
+        x, y = [point["value"] for point in points], [100 * point["mean"] for point in points]
+        spread = [100 * (point["deviation"] or 0) for point in points]
+        axis.errorbar(x, y, yerr=spread, **look, ms=3.5, lw=1.3, elinewidth=0.8, capsize=2, label=label)
         for point in points:
             if len(point["unions"]) > 1:
                 single = [100 * union for union in point["unions"]]
-                axis.plot([point["value"]] * len(single), single, ".", color=colour, ms=2.5, alpha=0.5)
+                axis.plot([point["value"]] * len(single), single, ".", color=look["color"], ms=2.5, alpha=0.5)
     title, chosen = PAPER.get(panel["key"], (panel["key"], None))
     if chosen is not None and values[0] <= chosen <= values[-1]:
         axis.axvline(chosen, color="gray", lw=0.7, ls=":")
@@ -157,5 +135,5 @@ def _panel(axis: Axes, panel: dict[str, Any]) -> None:
     axis.set_xticks([], minor=True)
     axis.set_xlabel(title)
     axis.grid(axis="y", lw=0.4, alpha=0.5)
-    if telling:
+    if differing:
         axis.legend(frameon=False, fontsize=7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure as Canvas
 
 from rome.core.errors import UserError
 from rome.report import features
-from rome.report.figures.base import Options, PaperFigure
+from rome.report.figures.base import FigureOfRuns, Options, leaves
 from rome.report.figures.style import NOTE, PAGE, dots, legend, looks, scatter, side, signed
 from rome.report.separability import difference, embed, silhouettes
 from rome.report.subject import NATURAL, Subject, short
@@ -24,7 +23,7 @@ POSITIONS = 64
 """Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
 
 
-class Separability(PaperFigure):
+class Separability(FigureOfRuns):
     """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
 
     Of the features as they are, and of their difference from the same image's natural features, most likely what the
@@ -33,32 +32,28 @@ class Separability(PaperFigure):
     Layers are blocks of a ViT and stages of a CNN or Swin; runs need no experts.
     """
 
-    @abstractmethod
-    def layers(self, blocks: Sequence[str], options: Options) -> list[str]:
-        """Those that are measured."""
-
-    @abstractmethod
-    def shown(self, layers: Sequence[str]) -> list[str]:
-        """Those of them that are drawn."""
-
+    every_layer: bool
+    """Whether the data has all blocks and the picture the first and the last, or both that of ``layer`` alone."""
     places: tuple[str, ...]
     """Which of :data:`rome.report.features.PLACES` are drawn."""
+    titles: tuple[str, ...]
+    """Of their panels; a last one more is that of the silhouettes."""
+    room: tuple[float, float]
+    """Height of the picture in inches: around the rows, and of a row."""
+    lacking = "separating takes a run with two or more threats"
 
-    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        runs = []
-        for subject in subjects:
-            groups = subject.attacked(options.n)
-            threats = [name for name in groups if name != NATURAL]
-            if len(threats) < 2:
-                raise UserError(f"{subject.name} knows {len(threats)} threat; separating takes two or more")
-            layers = self.layers(features.block_layers(subject.model), options)
-            drawn, found = self.shown(layers), []
-            for layer in layers:
-                given = features.collect(subject.model, groups, layer)
-                places = self.places if layer in drawn else ()
-                found.append({"layer": layer, **_measure(given, threats, places, options.seed)})
-            runs.append({"run": subject.name, "threats": threats, "layers": found})
-        return {"runs": runs}
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        groups = subject.attacked(options.n)
+        threats = [name for name in groups if name != NATURAL]
+        if len(threats) < 2:
+            raise UserError(f"it has {len(threats)} threat")
+        blocks = features.block_layers(subject.model)
+        layers, found = blocks if self.every_layer else (options.pick(blocks),), []
+        for layer in layers:
+            given = features.collect(subject.model, groups, layer)
+            places = self.places if layer in (layers[0], layers[-1]) else ()
+            found.append({"layer": layer, **_measure(given, threats, places, options.seed)})
+        return {"run": subject.name, "threats": threats, "layers": found}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Scores first: of every layer, place, space and threat. Then the points of the pictures."""
@@ -66,23 +61,32 @@ class Separability(PaperFigure):
         for run in data["runs"]:
             for layer in run["layers"]:
                 where = {"run": run["run"], "layer": layer["layer"]}
-                for space, of in layer["silhouettes"].items():
-                    for place, by_threat in of.items():
-                        for threat, score in by_threat.items():
-                            mean, spread = score if isinstance(score, list) else (score, None)
-                            scores.append(
-                                {**where, "what": "silhouette", "space": space, "place": place, "threat": threat}
-                                | {"mean": mean, "spread": spread}
-                            )
-                points += [
-                    {**where, "what": "point", "space": space, "place": place, "threat": threat}
-                    | {"image": image, "x": x, "y": y}
-                    for space, of in layer["points"].items()
-                    for place, groups in of.items()
-                    for threat, values in groups.items()
-                    for image, (x, y) in enumerate(values)
-                ]
+                for space, place, threat, score in leaves(layer["silhouettes"], 3):
+                    mean, spread = score if isinstance(score, list) else (score, None)
+                    at = {"what": "silhouette", "space": space, "place": place, "threat": threat}
+                    scores.append({**where, **at, "mean": mean, "spread": spread})
+                for space, place, threat, image, (x, y) in leaves(layer["points"], 4):
+                    at = {"what": "point", "space": space, "place": place, "threat": threat}
+                    points.append({**where, **at, "image": image, "x": x, "y": y})
         return scores + points
+
+    def draw(self, data: dict[str, Any]) -> Canvas:
+        lines = [(run, layer, space) for run in data["runs"] for layer in run["layers"] for space in layer["points"]]
+        canvas = Canvas(figsize=(PAGE, self.room[0] + self.room[1] * len(lines)), layout="constrained")
+        grid = canvas.subplots(len(lines), len(self.titles), squeeze=False)
+        for row, (run, layer, space) in zip(grid, lines, strict=True):
+            for axes, place in zip(row, self.places, strict=False):
+                _cloud(axes, layer, space, place)
+            row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
+            if len(row) > len(self.places):
+                _bars(row[-1], run["threats"], layer["silhouettes"][space])
+                row[-1].sharey(grid[0, -1])
+        for axes, title in zip(grid[0], self.titles, strict=True):
+            axes.set_title(title)
+        if len(self.titles) > len(self.places):
+            grid[-1, -1].set_xlabel("filled: local, mean ± s.d. over tokens\nhatched: global", **NOTE)
+        legend(canvas, dots([name for run in data["runs"] for name in run["threats"]]))
+        return canvas
 
 
 class LocalAndGlobal(Separability):
@@ -90,29 +94,10 @@ class LocalAndGlobal(Separability):
 
     name = "fig5"
     title = "separability of threats in local and global features, as they are and less the natural image's"
+    every_layer = False
     places = ("middle", "global")
-
-    def layers(self, blocks: Sequence[str], options: Options) -> list[str]:
-        return [options.pick(blocks)]
-
-    def shown(self, layers: Sequence[str]) -> list[str]:
-        return list(layers)
-
-    def draw(self, data: dict[str, Any]) -> Canvas:
-        lines = _lines(data)
-        canvas = Canvas(figsize=(PAGE, 0.55 + 2.15 * len(lines)), layout="constrained")
-        grid = canvas.subplots(len(lines), 3, squeeze=False)
-        for row, (run, layer, space) in zip(grid, lines, strict=True):
-            for axes, place in zip(row, self.places, strict=False):
-                _cloud(axes, layer, space, place)
-            row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
-            _bars(row[-1], run["threats"], layer["silhouettes"][space])
-            row[-1].sharey(grid[0, -1])
-        for axes, title in zip(grid[0], ("local: middle token", "global: mean over tokens", "silhouette"), strict=True):
-            axes.set_title(title)
-        grid[-1, -1].set_xlabel("filled: local, mean ± s.d. over tokens\nhatched: global", **NOTE)
-        legend(canvas, dots(_names(data["runs"])))
-        return canvas
+    titles = ("local: middle token", "global: mean over tokens", "silhouette")
+    room = (0.55, 2.15)
 
 
 class OverLayers(Separability):
@@ -123,26 +108,10 @@ class OverLayers(Separability):
         "separability of threats in the first and last layer, at three tokens and globally, in features as they are "
         "and less the natural image's"
     )
+    every_layer = True
     places = features.PLACES
-
-    def layers(self, blocks: Sequence[str], options: Options) -> list[str]:
-        return list(blocks)
-
-    def shown(self, layers: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys([layers[0], layers[-1]]))
-
-    def draw(self, data: dict[str, Any]) -> Canvas:
-        lines = _lines(data)
-        canvas = Canvas(figsize=(PAGE, 0.35 + 1.85 * len(lines)), layout="constrained")
-        grid = canvas.subplots(len(lines), len(self.places), squeeze=False)
-        for number, (row, (run, layer, space)) in enumerate(zip(grid, lines, strict=True)):
-            for axes, place in zip(row, self.places, strict=True):
-                _cloud(axes, layer, space, place)
-                if number == 0:
-                    axes.set_title("global" if place == "global" else f"{place} token")
-            row[0].set_ylabel(side(run["run"], short(layer["layer"]), SPACES[space]), fontsize=8.5)
-        legend(canvas, dots(_names(data["runs"])))
-        return canvas
+    titles = ("first token", "middle token", "last token", "global")
+    room = (0.35, 1.85)
 
 
 def _measure(given: np.ndarray, threats: list[str], places: Sequence[str], seed: int) -> dict[str, Any]:
@@ -161,25 +130,16 @@ def _measure(given: np.ndarray, threats: list[str], places: Sequence[str], seed:
         for place in places:
             found = embed(features.at(values, place), seed=seed)
             one = silhouettes(found).round(6).tolist()
-            scores.setdefault(_embedding(space), {})[place] = dict(zip(threats, one, strict=True))
+            scores.setdefault(f"embedding of {space}", {})[place] = dict(zip(threats, one, strict=True))
             points.setdefault(space, {})[place] = dict(zip(threats, found.round(4).tolist(), strict=True))
     return {"tokens": int(given.shape[2]), "silhouettes": scores, "points": points}
 
 
-def _embedding(space: str) -> str:
-    return f"embedding of {space}"
-
-
-def _lines(data: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
-    """Run, layer and space of every row of panels."""
-    return [(run, layer, space) for run in data["runs"] for layer in run["layers"] for space in layer["points"]]
-
-
 def _cloud(axes: Axes, layer: dict[str, Any], space: str, place: str) -> None:
     scatter(axes, layer["points"][space][place])
-    axes.set_box_aspect(1)
     score, picture = (
-        signed(float(np.mean(list(layer["silhouettes"][of][place].values())))) for of in (space, _embedding(space))
+        signed(float(np.mean(list(layer["silhouettes"][of][place].values()))))
+        for of in (space, f"embedding of {space}")
     )
     axes.set_xlabel(f"silhouette {score}\nin the picture {picture}", **NOTE)
 
@@ -194,7 +154,3 @@ def _bars(axes: Axes, threats: list[str], scores: dict[str, Any]) -> None:
     axes.axhline(0, color="#555555", lw=0.7)
     axes.set_xticks(range(len(threats)), [every[threat].label for threat in threats])
     axes.tick_params(axis="x", length=0)
-
-
-def _names(runs: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for name in run["threats"]))

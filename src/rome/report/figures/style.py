@@ -48,11 +48,14 @@ _OTHERS = [("#228833", "v", (0, (1, 1))), ("#AA3377", "P", (0, (6, 2))), ("#66CC
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """How to draw these threats: the Lp balls always alike, others by their place among the others."""
-    found: dict[str, Look] = {}
     others = [name for name in dict.fromkeys(names) if name not in _KNOWN]
-    for name in names:
-        found[name] = _KNOWN[name] if name in _KNOWN else Look(plain(name), *_OTHERS[others.index(name) % len(_OTHERS)])
-    return found
+    looks = {name: Look(plain(name), *_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
+    return {name: _KNOWN.get(name) or looks[name] for name in names}
+
+
+def look_of(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th run."""
+    return {"color": RUNS[i % len(RUNS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
@@ -73,10 +76,8 @@ def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
 
 def bare(axes: Axes) -> None:
     """Neither ticks nor numbers: for pictures whose axes mean nothing, as t-SNE's. The frame stays, thin."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set(visible=True, color="#bbbbbb", linewidth=0.6)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#bbbbbb", linewidth=0.6)
 
 
 def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:
@@ -89,6 +90,7 @@ def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:
             x, y = np.array(points[start::TURNS]).reshape(-1, 2).T
             axes.scatter(x, y, s=size, c=look.colour, marker=look.marker, linewidths=0, alpha=0.8)
     axes.margins(0.06)
+    axes.set_box_aspect(1)
     bare(axes)
 
 

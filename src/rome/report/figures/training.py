@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from rome.core.errors import UserError
 from rome.report.figures.base import Options, PaperFigure
-from rome.report.figures.style import MARKERS, RUNS, plain
+from rome.report.figures.style import COLUMN, look_of, plain
 from rome.report.subject import Subject, trained
 
 HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training images"
@@ -32,20 +32,17 @@ class TrainingTime(PaperFigure):
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         runs, left_out = trained(subjects)
-        curves = []
-        first: Subject | None = None
-        for subject in runs:
-            curve = _curve(subject)
-            if curve["quantity"] == HELD_OUT:
-                first = first or subject
-                if _held_out(subject) != _held_out(first):
-                    left_out[subject.name] = f"it was validated on other data, threats or settings than {first.name}"
-                    continue
-            curves.append(curve)
-        without = [curve["name"] for curve in curves if not curve["points"]]
+        curves = [(subject, _curve(subject)) for subject in runs]
+        validated = [subject for subject, curve in curves if curve["quantity"] == HELD_OUT]
+        for subject in validated[1:]:
+            if _held_out(subject) != _held_out(validated[0]):
+                reason = f"it was validated on other data, threats or settings than {validated[0].name}"
+                left_out[subject.name] = reason
+        kept = [curve for subject, curve in curves if subject.name not in left_out]
+        without = [curve["name"] for curve in kept if not curve["points"]]
         if without:
             raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
-        return {"runs": curves, "reached": _reached(curves), "left_out": left_out}
+        return {"runs": kept, "reached": _reached(kept), "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         return [
@@ -60,7 +57,7 @@ class TrainingTime(PaperFigure):
         longest = max(point["seconds"] for run in runs for point in run["points"])
         unit, scale = ("h", 3600) if longest > 3 * 3600 else ("min", 60) if longest > 300 else ("s", 1)
         quantities = {run["quantity"] for run in runs}
-        canvas = Canvas(figsize=(3.25, 2.4 + 0.15 * len(runs)), layout="constrained")
+        canvas = Canvas(figsize=(COLUMN, 2.4 + 0.15 * len(runs)), layout="constrained")
         axes = canvas.subplots()
         curves: list[Line2D] = []  # named, or those whose name begins with "_" would be left out
         for i, run in enumerate(runs):
@@ -68,57 +65,44 @@ class TrainingTime(PaperFigure):
             y = [100 * point["value"] for point in run["points"]]
             fallback = run["quantity"] == TRAINING
             label = plain(run["name"]) + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
-            colour, marker = RUNS[i % len(RUNS)], MARKERS[i % len(MARKERS)]
-            curves += axes.plot(
-                x, y, color=colour, marker=marker if len(x) <= 40 else None, ms=3, lw=1.4,
-                ls="--" if fallback else "-", label=label,
-            )  # fmt: skip
+            look = look_of(i) | ({"marker": ""} if len(x) > 40 else {})
+            curves += axes.plot(x, y, **look, ms=3, lw=1.4, ls="--" if fallback else "-", label=label)
         if reached:
             axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":")
-        axes.set_xlabel(f"training time ({unit})")
-        axes.set_ylabel("robust accuracy (%)")
+        axes.set(xlabel=f"training time ({unit})", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, None))
         axes.set_title(quantities.pop() if len(quantities) == 1 else "robustness", loc="left", fontsize=8)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
         axes.grid(axis="y", lw=0.4, alpha=0.5)
         canvas.legend(handles=curves, loc="outside lower center", frameon=False, fontsize=7.5, handlelength=2.2)
         return canvas
 
 
 def _curve(subject: Subject) -> dict[str, Any]:
-    log = subject.run.log()
-    validations = [line for line in log if line["event"] == "validation"]
-    keys = ("seconds", "epoch", "clean", "robust")
-    if validations:
-        points = [{"value": line["union"], **{key: line[key] for key in keys}} for line in validations]
-        return _run(subject, HELD_OUT, points)
-    epochs = [line for line in log if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line]
+    log = subject.run.log() if subject.run else []
     points = [
+        {"value": line["union"], **{key: line[key] for key in ("seconds", "epoch", "clean", "robust")}}
+        for line in log
+        if line["event"] == "validation"
+    ]
+    quantity = HELD_OUT if points else TRAINING
+    points = points or [
         {
             "value": sum(line["accuracy"].values()) / len(line["accuracy"]),
             "seconds": line["seconds"],
             "epoch": line["epoch"],
             "robust": line["accuracy"],
         }
-        for line in epochs
+        for line in log
+        if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line
         if "clean" not in line["accuracy"]  # a natural epoch says nothing about robustness
     ]
-    return _run(subject, TRAINING, points)
+    experts = subject.config.experts is not None
+    return {"name": subject.name, "experts": experts, "quantity": quantity, "points": points}
 
 
 def _held_out(subject: Subject) -> tuple[Any, ...]:
     """What two unions on held-out examples must share to be compared."""
     config = subject.config
     return config.validation, config.threats, config.data.kind
-
-
-def _run(subject: Subject, quantity: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "name": subject.name,
-        "experts": subject.config.experts is not None,
-        "quantity": quantity,
-        "points": points,
-    }
 
 
 def _reached(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import operator
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rome.core import trust
 from rome.core.errors import UserError
 from rome.report.cost import RATIOS, compare
-from rome.report.tables.lines import Cell, Line, with_best
-from rome.report.tables.paper_rows import COST
+from rome.report.tables.lines import Line, mark_best
 from rome.report.tables.paper_tables import fill, same_row
 from rome.runs.config import Config, files_and_changes, load
 from rome.runs.folder import Run
@@ -54,73 +52,45 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
         UserError: a config that belongs to no row, or configs that differ in more than what the table compares.
     """
     lines = fill("6", [])
-    if not configs:
-        return _with_ratios(lines, {}), ""
-    _comparable(configs)
-    rows = [
-        next((line.label for line in lines if line.config is not None and same_row(config, line.config)), "")
-        for config in configs
-    ]
-    if "" in rows:
-        raise UserError(
-            f"{configs[rows.index('')].name} trains like no row of table 6 (method, kind of attack, experts); "
-            "leave it out"
-        )
+    for config in configs:
+        _check_comparable(configs[0], config)
+    rows = [_row_of(config, lines) for config in configs]
     order = sorted(range(len(configs)), key=lambda i: rows[i] != BASE)  # ratios are to the first
-    facts = compare([configs[i] for i in order], repeats=repeats, timing=timing)
-    by_row: dict[str, list[dict[str, Any]]] = {}
+    facts = compare([configs[i] for i in order], repeats=repeats, timing=timing) if configs else []
+    measured: dict[str, list[dict[str, Any]]] = {line.label: [] for line in lines}
     for i, found in zip(order, facts, strict=True):
-        by_row.setdefault(rows[i], []).append(found)
-    filled = []
+        costs = {"parameters_M": found["parameters"] / 1e6, "GMACs": found["macs"] / 1e9}
+        measured[rows[i]].append(found | costs)
     for line in lines:
-        measured = [_numbers(found) for found in by_row.get(line.label, [])]
-        cells = {
-            column: replace(line.cells[column], values=tuple(each[column] for each in measured if column in each))
-            for column in COST
-        }
-        filled.append(replace(line, cells=cells))
-    return _with_ratios(with_best(filled, least=True), by_row if BASE in by_row else {}), _about(configs[0], facts[0])
+        for column, cell in line.cells.items():
+            cell.values = tuple(each[column] for each in measured[line.label] if column in each)
+    base = next(line for line in lines if line.label == BASE).cells
+    for line in lines:
+        for column, cell in line.cells.items():
+            cell.paper_ratio = cell.paper / base[column].paper
+            if cell.values and measured[BASE]:
+                ratios = [each[RATIOS[column]][0] for each in measured[line.label]] if column in RATIOS else ()
+                cell.ratio = statistics.fmean(ratios) if ratios else cell.mean / base[column].mean
+    mark_best(lines, least=True)
+    return lines, _about(configs[0], facts[0]) if configs else ""
 
 
-def _comparable(configs: Sequence[Config]) -> None:
+def _row_of(config: Config, lines: Sequence[Line]) -> str:
+    """Label of the row that a config trains like."""
+    for line in lines:
+        if line.config is not None and same_row(config, line.config):
+            return line.label
+    raise UserError(f"{config.name} trains like no row of table 6 (method, kind of attack, experts); leave it out")
+
+
+def _check_comparable(first: Config, other: Config) -> None:
     for key in _SHARED:
-        values = []
-        for config in configs:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            values.append(value)
-        if any(value != values[0] for value in values):
-            told = ", ".join(f"{config.name} {value}" for config, value in zip(configs, values, strict=True))
-            raise UserError(f"costs under different {key} cannot be compared ({told}); give all the same: {key}=...")
-
-
-def _numbers(facts: dict[str, Any]) -> dict[str, float]:
-    found = {"parameters_M": facts["parameters"] / 1e6, "GMACs": facts["macs"] / 1e9}
-    return found | {key: facts[key] for key in RATIOS if key in facts}
-
-
-def _with_ratios(lines: Sequence[Line], by_row: dict[str, list[dict[str, Any]]]) -> list[Line]:
-    """The paper's ratios, and ours where RANDOM was measured too."""
-    (base,) = [line for line in lines if line.label == BASE]
-
-    def ours(line: Line, column: str, cell: Cell) -> float:
-        if not cell.values or not by_row:
-            return math.nan
-        if column in RATIOS:
-            return statistics.fmean(facts[RATIOS[column]][0] for facts in by_row[line.label])
-        return cell.mean / base.cells[column].mean
-
-    return [
-        replace(
-            line,
-            cells={
-                column: replace(cell, ratio=ours(line, column, cell), paper_ratio=cell.paper / base.cells[column].paper)
-                for column, cell in line.cells.items()
-            },
-        )
-        for line in lines
-    ]
+        a, b = (operator.attrgetter(key)(config) for config in (first, other))
+        if a != b:
+            raise UserError(
+                f"costs under different {key} cannot be compared ({first.name} {a}, {other.name} {b}); give all the "
+                f"same: {key}=..."
+            )
 
 
 def _about(config: Config, facts: dict[str, Any]) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import ttest_ind
 
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import UNION
@@ -17,7 +20,7 @@ SAME = ("suite", "data", "threats", "seed")
 """Settings of evaluations in which runs must agree for a difference between them to mean anything."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cell:
     """One number: the paper's and ours, as shares of 1 (:data:`UNITS` as they are); NaN where there is none."""
 
@@ -39,22 +42,27 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Line:
     """One row of a table."""
 
     section: str
     label: str
     config: Config | None
-    """Of the experiment that defines the row; None for a given model's."""
+    """Of the experiment that defines the row; None for a model without a run."""
     cells: dict[str, Cell]
     reports: tuple[Report, ...] = ()
+    others: tuple[Report, ...] = ()
+    """Further evaluations of the same runs that cells were taken from."""
     gain: tuple[float, float, float] | None = None
     """Union minus that of the row ``against``, with its interval; shares. All of a table hold together with 95%."""
     against: str = ""
     """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
-    others: tuple[Report, ...] = ()
-    """Further evaluations of the same runs that cells were taken from."""
+
+    @property
+    def attack(self) -> str:
+        """What it was trained with."""
+        return "" if self.config is None else self.config.method.own_attack or self.config.attack.kind
 
 
 def value_of(report: Report, column: str) -> float:
@@ -69,81 +77,49 @@ def value_of(report: Report, column: str) -> float:
     return report.robust.get(case, report.groups.get(case, math.nan))
 
 
-def with_best(lines: list[Line], *, least: bool = False) -> list[Line]:
-    """Marks the best of our accuracies, as printed, in every column of a section and kind of attack.
+def mark_best(lines: Sequence[Line], *, least: bool = False) -> None:
+    """Mark the best of our accuracies, as printed, in every column of a section and kind of attack.
 
     Args:
         least: the smallest is the best, of a section whatever the attack.
     """
-
-    def shown(cell: Cell) -> float:
-        return -float(f"{cell.mean:.4g}") if least else round(cell.mean, 3)
-
-    def key(line: Line, column: str) -> tuple[str, ...]:
-        return (line.section, column) if least else (*_group(line), column)
-
-    def counts(column: str, cell: Cell) -> bool:
-        return bool(cell.values) and (least or column not in UNITS)
-
-    top: dict[tuple[str, ...], float] = {}
+    groups: dict[tuple[str, ...], list[tuple[float, Cell]]] = {}
     for line in lines:
         for column, cell in line.cells.items():
-            if counts(column, cell):
-                top[key(line, column)] = max(top.get(key(line, column), -math.inf), shown(cell))
-    return [
-        replace(
-            line,
-            cells={
-                column: replace(cell, best=counts(column, cell) and shown(cell) == top[key(line, column)])
-                for column, cell in line.cells.items()
-            },
-        )
-        for line in lines
-    ]
+            if cell.values and (least or column not in UNITS):
+                printed = -float(f"{cell.mean:.4g}") if least else round(cell.mean, 3)
+                group = (line.section, column, "" if least else line.attack)
+                groups.setdefault(group, []).append((printed, cell))
+    for cells in groups.values():
+        for printed, cell in cells:
+            cell.best = printed == max(number for number, _ in cells)
 
 
-def _group(line: Line) -> tuple[str, str]:
-    return line.section, "" if line.config is None else line.config.method.own_attack or line.config.attack.kind
-
-
-def with_gains(lines: list[Line], ours: str) -> list[Line]:
-    """Adds differences in union to every row with experts: to the same method without them, else to RoME.
+def add_gains(lines: Sequence[Line], ours: str) -> None:
+    """Add differences in union to every row with experts: to the same method without them, else to RoME.
 
     Paired examples for one run each, Welch's interval for several; all hold together with 95% (Bonferroni).
 
     Args:
         ours: name of the experiment that is RoME's row in the tables that take it apart.
     """
-    if UNION not in lines[0].cells:
-        return lines
-    trained = [(line, line.config) for line in lines if line.config is not None]
-    plain: dict[tuple[str, ...], list[Line]] = {}
-    whole: dict[str, list[Line]] = {}
-    for line, trained_as in trained:
-        if trained_as.experts is None:
-            plain.setdefault((*_group(line), trained_as.method.kind), []).append(line)
-        elif trained_as.name == ours:
-            whole.setdefault(line.section, []).append(line)
-    found = {}
-    for i, (line, config) in enumerate((line, line.config) for line in lines):
-        if config is not None and config.experts is not None:
-            bases = plain.get((*_group(line), config.method.kind), []) if plain else whole.get(line.section, [])
-            measured = [(base, both) for base in bases if base is not line and (both := _comparable(line, base))]
-            # of two forms of a method, as of E-AT, the later row; of two trainings of one form, nobody knows which
-            measured = [each for each in measured if _method(each[0]) == _method(measured[-1][0])]
-            if len(measured) == 1:
-                ((base, both),) = measured
-                found[i] = (base, *both)
-    return [
-        replace(line, gain=_gain(*found[i][1:], comparisons=len(found)), against=found[i][0].label)
-        if i in found
-        else line
-        for i, line in enumerate(lines)
-    ]
-
-
-def _method(line: Line) -> object:
-    return None if line.config is None else line.config.method
+    trained = [(line, line.config) for line in lines if line.config is not None and UNION in line.cells]
+    plain = any(config.experts is None for _, config in trained)
+    found = []
+    for line, config in trained:
+        measured = []
+        for base, other in trained:
+            alike = (base.section, base.attack, other.method.kind) == (line.section, line.attack, config.method.kind)
+            without = other.experts is None and alike
+            whole = other.name == ours and base.section == line.section and base is not line
+            if config.experts is not None and (without if plain else whole) and (both := _comparable(line, base)):
+                measured.append((base, other.method, both))
+        # of two forms of a method, as of E-AT, the later row; of two trainings of one form, none
+        measured = [each for each in measured if each[1] == measured[-1][1]]
+        if len(measured) == 1:
+            found.append((line, measured[0][0], measured[0][2]))
+    for line, base, (a, b) in found:
+        line.gain, line.against = _gain(a, b, comparisons=len(found)), base.label
 
 
 def _comparable(line: Line, base: Line) -> tuple[list[Report], list[Report]] | None:
@@ -162,10 +138,7 @@ def _comparable(line: Line, base: Line) -> tuple[list[Report], list[Report]] | N
 def _gain(ours: list[Report], theirs: list[Report], *, comparisons: int) -> tuple[float, float, float]:
     """Mean union of the first minus that of the second, with an interval that holds together with so many."""
     if len(ours) == 1:
-        a_right, b_right = ours[0].right(BALLS), theirs[0].right(BALLS)
-        return paired_difference(a_right, b_right, comparisons=comparisons)[:3]
-    from scipy.stats import ttest_ind
-
+        return paired_difference(ours[0].right(BALLS), theirs[0].right(BALLS), comparisons=comparisons)[:3]
     a, b = ([value_of(report, UNION) for report in each] for each in (ours, theirs))
     difference = statistics.fmean(a) - statistics.fmean(b)
     if statistics.pstdev(a) == statistics.pstdev(b) == 0:

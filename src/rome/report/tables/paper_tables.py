@@ -4,7 +4,7 @@ A row of a table is an experiment that comes with rome. A run belongs to a row i
 kind of attack, experts and, where a table compares architectures, model. Where a table has the same training on several
 data sets, a run fills the rows of its own. Runs that differ in the seed alone, evaluated alike, are joined; others that
 train like one row get a line each. The paper's numbers stand beside runs on its data and budgets alone; the others get
-sections of their own. Models that no run made were trained nobody knows how: they get rows of their own, at the end.
+sections of their own. How models that no run made were trained is unknown: they get rows of their own, at the end.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import flatten
-from rome.evaluation.evaluate import Report
-from rome.evaluation.store import RESULT
-from rome.report.compared import PREFERRED_SUITES
+from rome.report.compared import is_preferred
 from rome.report.cost import count
-from rome.report.evaluated import Evaluated, is_evaluation, load_evaluation
-from rome.report.subject import names_of
-from rome.report.tables.lines import SAME, Cell, Line, value_of, with_best, with_gains
+from rome.report.evaluated import LEARNED, Evaluated, Key, evaluations, is_evaluation, load_evaluation
+from rome.report.subject import distinct, names_of
+from rome.report.tables.lines import SAME, Cell, Line, add_gains, mark_best, value_of
 from rome.report.tables.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
@@ -34,8 +32,8 @@ from rome.threats import LpBall
 
 GIVEN = "Given models"
 """Section of the models that no run made."""
-LEARNED = "learned"
-"""Gate weights of an evaluation that says nothing of them."""
+Shared = Counter[tuple[str, int]]
+"""(suite, n) -> how many runs and models have such an evaluation."""
 
 
 def fill(table: str, runs: Sequence[Path]) -> list[Line]:
@@ -43,8 +41,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     Args:
         table: ``1`` to ``6``, ``A1`` to ``A5``.
-        runs: folders of evaluated runs; seeds of one run are joined. And folders of evaluations of given
-            models; several of one model fill one row, as several of a run do.
+        runs: folders of evaluated runs; seeds of one run are joined. And folders of evaluations of models
+            that no run made; several of one model fill one row, as several of a run do.
 
     Of a run's evaluations that is taken which has most of the columns; then the suite and number of examples that most
     of the runs have, so that rows can be compared; then AutoAttack's; then the one on most examples. What it lacks of
@@ -58,68 +56,74 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     if number not in TABLES:
         raise UserError(f"no table {table!r}.{did_you_mean(table, TABLES)}")
     columns, sections = TABLES[number]
-    rows = [
-        (section, load(folder() / f"{name}.yaml")) for section, experiments in sections.items() for name in experiments
-    ]
-    members: list[list[Run]] = [[] for _ in rows]
-    places = [Path(each) for each in {Path(each).resolve(): each for each in runs}.values()]  # each counts once
-    given = _by_model([place for place in places if is_evaluation(place)], columns, number)
-    for run in (Run(place) for place in places if not is_evaluation(place)):
-        for i in _rows_of(run, [row for _, row in rows], number):
-            members[i].append(run)
-    found = {run.folder: _evaluations(run, columns) for own in members for run in own}
-    shared = Counter(key for each in (*found.values(), *given.values()) for key in {(suite, n) for _, suite, n in each})
-    placed: list[tuple[int, str, Line]] = []
-    order, used = list(sections), set()
-    for (section, row), own in zip(rows, members, strict=True):
-        assert row.paper is not None
-        alike: dict[str, list[tuple[Run, list[Report]]]] = {}
-        for run in own:
+    rows = [(section, load(folder() / f"{name}.yaml")) for section, names in sections.items() for name in names]
+    places = distinct(runs)
+    trained = [Run(place) for place in places if not is_evaluation(place)]
+    members = {run.folder: _rows_of(run, [row for _, row in rows], number) for run in trained}
+    models = _by_model([place for place in places if is_evaluation(place)], columns, number)
+    found = {run.folder: {k: one for k, one in evaluations(run).items() if _known(one, columns)} for run in trained}
+    shared = Counter(key for each in (*found.values(), *models) for key in {(suite, n) for _, suite, n in each})
+    placed, used = [], set()
+    for i, (section, row) in enumerate(rows):
+        alike: dict[str, list[list[Evaluated]]] = {}
+        for run in (run for run in trained if i in members[run.folder]):
             shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
+            for one in shown:
+                one.check_fresh()
             if shown:
-                for report in shown:
-                    Evaluated(name="", folder=run.folder, report=report, run=run, config=run.config).check_fresh()
                 used.add(run.folder)
-                alike.setdefault(_alike(run.config, shown), []).append((run, shown))
-        for first, other in (pair for group in alike.values() for pair in combinations([run for run, _ in group], 2)):
-            if first.config.seed == other.config.seed:
-                raise UserError(
-                    f"{first.folder} and {other.folder} would be joined as two seeds of a training, but have the same "
-                    f"seed, {first.config.seed}: leave one out"
-                )
-        heads = [group[0][0] for group in alike.values()]
-        names = names_of([run.config.name for run in heads], [run.folder for run in heads])
-        elsewhere = ["" if _setting(run.config) == _setting(row) else _elsewhere(run.config) for run in heads]
-        if "" not in elsewhere:
-            placed.append((order.index(section), "", _line(section, row.paper.row, row, columns, [], [])))
-        for name, where, group in zip(names, elsewhere, alike.values(), strict=True):
-            label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
-            reports, configs = [shown for _, shown in group], [run.config for run, _ in group]
-            line = _line(section + where, label, row, columns, reports, configs, with_paper=not where)
-            placed.append((order.index(section), where, line))
+                alike.setdefault(_alike(run.config, shown), []).append(shown)
+        placed += [(list(sections).index(section), *each) for each in _row(section, row, columns, [*alike.values()])]
     lines = [line for *_, line in sorted(placed, key=lambda each: each[:2])]  # stable: in the table's order
-    for run in (run for own in members for run in own if run.folder not in used):
-        raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
-    firsts = [place for place, _ in given]
-    for name, evaluations in zip(names_of([name for _, name in given], firsts), given.values(), strict=True):
-        lines.append(_line(GIVEN, name, None, columns, [_shown(evaluations, LEARNED, columns, shared)], []))
-    return with_gains(with_best(lines), OURS.rpartition("/")[2])
+    for run in trained:
+        if run.folder not in used:
+            raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
+    firsts = [next(iter(each.values())) for each in models]
+    names = names_of([one.architecture for one in firsts], [one.folder for one in firsts])
+    for name, each in zip(names, models, strict=True):
+        lines.append(_line(GIVEN, name, None, columns, [_shown(each, LEARNED, columns, shared)]))
+    mark_best(lines)
+    add_gains(lines, OURS.rpartition("/")[2])
+    return lines
 
 
-def _setting(config: Config) -> tuple[object, ...]:
-    """On which data and budgets a run trains and is evaluated."""
-    return config.data.kind, getattr(config.data, "classes", None), config.threats
+def _row(
+    section: str, row: Config, columns: Sequence[str], groups: Sequence[list[list[Evaluated]]]
+) -> list[tuple[str, Line]]:
+    """The lines of one row with the endings of their sections: a line for each group of runs that may be averaged, and
+    an empty one if none of them is on the paper's data and budgets.
+
+    Raises:
+        UserError: two runs of a group have one seed.
+    """
+    assert row.paper is not None
+    firsts = [[shown[0] for shown in group] for group in groups]
+    for a, b in (pair for group in firsts for pair in combinations(group, 2)):
+        if a.config and b.config and a.config.seed == b.config.seed:
+            raise UserError(
+                f"{a.place} and {b.place} would be joined as two seeds of a training, but have the same seed, "
+                f"{a.config.seed}: leave one out"
+            )
+    heads = [group[0] for group in firsts]
+    names = names_of([one.name for one in heads], [one.place for one in heads])
+    elsewhere = [_elsewhere(one.config, row) for one in heads if one.config]
+    lines = [] if "" in elsewhere else [("", _line(section, row.paper.row, row, columns, []))]
+    for name, where, group in zip(names, elsewhere, groups, strict=True):
+        label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
+        lines.append((where, _line(section + where, label, row, columns, group, with_paper=not where)))
+    return lines
 
 
-def _elsewhere(config: Config) -> str:
-    """Ending of a section's name for runs on data or budgets that are not the paper's."""
-    budgets = [
-        f"{threat.name} {threat.eps:.4g}" if isinstance(threat, LpBall) else threat.name for threat in config.threats
-    ]
+def _elsewhere(config: Config, row: Config) -> str:
+    """Ending of a section's name for runs on data or budgets that are not the paper's; empty for the paper's."""
+    ours, papers = ((c.data.kind, getattr(c.data, "classes", None), c.threats) for c in (config, row))
+    if ours == papers:
+        return ""
+    budgets = [f"{each.name} {each.eps:.4g}" if isinstance(each, LpBall) else each.name for each in config.threats]
     return f": rows on {config.data.kind} ({', '.join(budgets)}), not the paper's"
 
 
-def _alike(config: Config, reports: Sequence[Report]) -> str:
+def _alike(config: Config, shown: Sequence[Evaluated]) -> str:
     """What runs have in common whose numbers may be averaged: all but the seed, and how they were evaluated."""
     free = FREE_KEYS | {"seed"}
     trained = {
@@ -127,45 +131,36 @@ def _alike(config: Config, reports: Sequence[Report]) -> str:
         for key, value in flatten(config.dump()).items()
         if key.split(".")[0] not in free and key not in ("data.path", "data.download")
     }
-    evaluated = [{key: report.settings.get(key) for key in SAME} | {"n": report.n} for report in reports]
+    evaluated = [{key: one.report.settings.get(key) for key in SAME} | {"n": one.report.n} for one in shown]
     return json.dumps([trained, evaluated], sort_keys=True, default=str)
 
 
-def _by_model(
-    places: Sequence[Path], columns: Sequence[str], number: str
-) -> dict[tuple[Path, str], dict[tuple[str, str, int], Report]]:
-    """(first folder, name) of each model -> the evaluations in these folders, as :func:`_evaluations` has a run's.
+def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> list[dict[Key, Evaluated]]:
+    """The evaluations in these folders, those of one model together.
 
-    A model is told by its name, state and code, and fills a row for each set of budgets. One without a hash, which is
-    a function, may be another in every folder.
+    A model is recognised by its name, state and code, and fills a row for each set of budgets. One without a hash,
+    which is a function, may be another in every folder.
 
     Raises:
         UserError: one of them is not finished, has none of the columns, or is of the same model, budgets, suite and
             number of examples as another: a row cannot show both.
     """
-    found: dict[tuple[str, ...], dict[tuple[str, str, int], Report]] = {}
-    sources: dict[tuple[str, ...], dict[tuple[str, int], Path]] = {}
+    found: dict[str, dict[Key, Evaluated]] = {}
     for place in places:
-        model = Evaluated(name="", folder=place, report=load_evaluation(place))
-        if not _known(model.report, columns):
-            raise UserError(_nothing_of(place, model.command, columns, number))
-        settings, evaluation = model.report.settings, (model.report.suite, model.report.n)
+        one = load_evaluation(place)
+        if not _known(one, columns):
+            raise UserError(_nothing_of(place, one.command, columns, number))
+        settings, key = one.report.settings, (LEARNED, one.report.suite, one.report.n)
         state = settings["model"]["sha256"] or str(place.resolve())
-        key = (
-            model.architecture,
-            state,
-            json.dumps(settings["model"], sort_keys=True),
-            json.dumps(settings.get("threats"), sort_keys=True),
-        )
-        own = sources.setdefault(key, {})
-        if evaluation in own:
+        model = json.dumps([one.architecture, state, settings["model"], settings.get("threats")], sort_keys=True)
+        own = found.setdefault(model, {})
+        if key in own:
             raise UserError(
-                f"{own[evaluation]} and {place} are both evaluations of {model.architecture} by suite {evaluation[0]} "
-                f"on {evaluation[1]} examples, and a row shows one of them: leave the other out"
+                f"{own[key].folder} and {place} are both evaluations of {one.architecture} by suite {key[1]} "
+                f"on {key[2]} examples, and a row shows one of them: leave the other out"
             )
-        own[evaluation] = place
-        found.setdefault(key, {})[LEARNED, *evaluation] = model.report
-    return {(next(iter(sources[key].values())), key[0]): own for key, own in found.items()}
+        own[key] = one
+    return list(found.values())
 
 
 def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) -> str:
@@ -207,70 +202,50 @@ def _experts(config: Config) -> dict[str, Any] | None:
     return plain
 
 
-def _evaluations(run: Run, columns: Sequence[str]) -> dict[tuple[str, str, int], Report]:
-    """(routing, suite, n) -> the run's finished evaluation; those with none of the columns are left out."""
-    found = {}
-    for result in sorted((run.folder / "evaluation").glob(f"*/{RESULT}")):
-        report = Report.load(result.parent)
-        if _known(report, columns):
-            routing = (report.settings.get("provenance") or {}).get("routing", LEARNED)
-            found[routing, report.suite, report.n] = report
-    return found
+def _known(one: Evaluated, columns: Sequence[str]) -> int:
+    """How many of the columns an evaluation has."""
+    return sum(not math.isnan(value_of(one.report, column)) for column in columns if column not in UNITS)
 
 
-def _known(report: Report, columns: Sequence[str]) -> int:
-    """How many of the columns it has."""
-    return sum(not math.isnan(value_of(report, column)) for column in columns if column not in UNITS)
+def _shown(found: Mapping[Key, Evaluated], routing: str, columns: Sequence[str], shared: Shared) -> list[Evaluated]:
+    """The evaluations with these gates that a row takes its cells from: the first by rank; of Table 2, whose columns
+    stand each for itself, several."""
 
-
-def _ranked(
-    found: dict[tuple[str, str, int], Report], routing: str, columns: Sequence[str], shared: Counter[tuple[str, int]]
-) -> list[Report]:
-    """The evaluations with these gates, the one that a row shows first."""
-
-    def rank(key: tuple[str, str, int]) -> tuple[int, int, bool, int, str]:
+    def rank(key: Key) -> tuple[int, int, bool, int, str]:
         _, suite, n = key
-        preferred = any(part in PREFERRED_SUITES for part in suite.split("+"))
-        return _known(found[key], columns), shared[suite, n], preferred, n, suite
+        return _known(found[key], columns), shared[suite, n], is_preferred(suite), n, suite
 
-    return [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
-
-
-def _shown(
-    found: dict[tuple[str, str, int], Report], routing: str, columns: Sequence[str], shared: Counter[tuple[str, int]]
-) -> list[Report]:
-    """The evaluations that a row takes its cells from; of Table 2, whose columns stand each for itself, several."""
-    ranked = _ranked(found, routing, columns, shared)
-    return [each for each in ranked if columns is UNSEEN and each.n == ranked[0].n] or ranked[:1]
+    ranked = [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
+    return [one for one in ranked if columns is UNSEEN and one.report.n == ranked[0].report.n] or ranked[:1]
 
 
 def _line(
     section: str,
     label: str,
-    config: Config | None,
+    row: Config | None,
     columns: Sequence[str],
-    reports: Sequence[Sequence[Report]],
-    runs: Sequence[Config],
+    shown: Sequence[Sequence[Evaluated]],
     *,
     with_paper: bool = True,
 ) -> Line:
     """A row from the evaluations of each of its runs; of several the first that has a column."""
-    numbers = config.paper.numbers if with_paper and config is not None and config.paper is not None else {}
+    numbers = row.paper.numbers if with_paper and row is not None and row.paper is not None else {}
+    reports = [[one.report for one in own] for own in shown]
     cells = {}
     for column in columns:
-        paper = numbers.get(column, math.nan) / (1 if column in UNITS else 100)
         if column in SIZE:
-            values = sorted({size for run in runs if not math.isnan(size := _size(run, SIZE[column]))})
+            sizes = [_size(own[0].config, SIZE[column]) for own in shown if own[0].config is not None]
+            values = sorted({size for size in sizes if not math.isnan(size)})
         else:
             known = [[value for report in own if not math.isnan(value := value_of(report, column))] for own in reports]
             values = [own[0] for own in known if own]
-        cells[column] = Cell(paper, tuple(values))
+        cells[column] = Cell(numbers.get(column, math.nan) / (1 if column in UNITS else 100), tuple(values))
     first, others = tuple(own[0] for own in reports), tuple(report for own in reports for report in own[1:])
-    return Line(section, label, config, cells, first, others=others)
+    return Line(section, label, row, cells, first, others)
 
 
 def _size(config: Config, what: str) -> float:
-    """Millions of parameters of a run's model; NaN where its data are gone, which say how many classes it has."""
+    """Millions of parameters of a run's model; NaN where its data, which say how many classes it has, are gone."""
     try:
         return count(config)[what] / 1e6
     except UserError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations, groupby
-from typing import Literal
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, select_autoescape
 
 from rome.report.columns import markdown, suite_text
 from rome.report.compared import other_network
@@ -27,6 +28,7 @@ HEADS = {
     "latency_ms": "latency (ms/img)",
     "latency_one_ms": "of one image (ms)",
 }
+_TEMPLATES = {"markdown": "table.md", "latex": "table.tex", "html": "table.html"}
 _MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
 
 
@@ -40,59 +42,49 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         about: what the numbers are, for the caption.
     """
     columns = list(lines[0].cells)
-    costs = columns == list(COST)
     compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
     plain = any(line.config is not None and line.config.experts is None for line in lines)
     change = "" if not compared else "gain in union" if plain else "union less RoME's"
     head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
-    body = [
-        (name, [_row(line, columns, form, bool(change)) for line in group])
-        for name, group in groupby(lines, key=lambda line: line.section)
-    ]
-    note = (
-        "ours / paper, in brackets the ratio to RANDOM"
-        if costs
-        else f"percent right, ours (mean {PM} standard deviation over runs) / paper"
-    )
+    sections = [(name, list(group)) for name, group in groupby(lines, key=lambda line: line.section)]
+    body = [(name, [_row(line, columns, form, bool(change)) for line in group]) for name, group in sections]
+    note = f"percent right, ours (mean {PM} standard deviation over runs) / paper"
+    if columns == list(COST):
+        note = "ours / paper, in brackets the ratio to RANDOM"
     if change:
         base = "the same method without experts" if plain else " and ".join(compared)
         count = sum(line.gain is not None for line in lines)
-        span = (
-            "its 95% interval" if count == 1 else f"intervals that hold together with 95% for all {count} differences"
-        )
-        note += f"; {change}: difference to {base}, in brackets {span}"
-    told = sources(lines)
-    note += f"; runs: {told}" if told else f"; {about}" if about else ""
-    if any(_differ(list(group)) for _, group in groupby(lines, key=lambda line: line.section)):
+        joint = f"intervals that hold together with 95% for all {count} differences"
+        note += f"; {change}: difference to {base}, in brackets {'its 95% interval' if count == 1 else joint}"
+    evaluated = sources(lines)
+    note += f"; runs: {evaluated}" if evaluated else f"; {about}" if about else ""
+    if any(_differ(group) for _, group in sections):
         note += "; rows evaluated differently, so compare with care"
-    return _WRITERS[form](title, head, body, note)
+    if form == "text":
+        return _text(title, head, body, note)
+    return _PAGES.get_template(_TEMPLATES[form]).render(title=title, head=head, body=body, note=note)
 
 
 def sources(lines: Sequence[Line]) -> str:
     """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
-    told: dict[str, None] = {}
+    found: dict[str, None] = {}
     for report in (report for line in lines for report in (*line.reports, *line.others)):
-        kept = report.settings.get("provenance") or {}
-        config = kept.get("config") or kept  # a given model's evaluation keeps the two of them alone
-        data, model = (
-            config.get("data", {}).get("kind", "unknown data"),
-            config.get("model", {}).get("name", "unknown model"),
-        )
-        what = f"{model} on {data}, {report.n} examples, suite {suite_text(report.settings.get('suite', {}))}"
-        told[what] = None
-    return "; ".join(told)
+        provenance = report.settings.get("provenance") or {}
+        config = provenance.get("config") or provenance  # of a model without a run the two of them alone
+        data = config.get("data", {}).get("kind", "unknown data")
+        model = config.get("model", {}).get("name", "unknown model")
+        suite = suite_text(report.settings.get("suite", {}))
+        found[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
+    return "; ".join(found)
 
 
 def _differ(lines: Sequence[Line]) -> bool:
     """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
     of examples, or with different networks that measure."""
-    shown = {
-        (*(str(report.settings.get(name)) for name in ("suite", "threats")), report.n)
-        for line in lines
-        for report in line.reports
-    }
-    everything = [report for line in lines for report in (*line.reports, *line.others)]
-    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(everything, 2))
+    reports = [report for line in lines for report in line.reports]
+    shown = {(str(report.settings.get("suite")), str(report.settings.get("threats")), report.n) for report in reports}
+    every = [*reports, *(report for line in lines for report in line.others)]
+    return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(every, 2))
 
 
 def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:
@@ -107,15 +99,11 @@ def _cell(cell: Cell, form: Format, *, percent: bool) -> str:
     def ratio(value: float) -> str:
         return "" if math.isnan(value) else f" ({value:.2f}x)"
 
-    ours = DASH
+    ours, paper = DASH, DASH if math.isnan(cell.paper) else number(cell.paper)
     if cell.values:
-        ours = number(cell.mean)
-        if not math.isnan(cell.deviation):
-            ours += f" {PM} {number(cell.deviation)}"
-        if cell.best:
-            before, after = _BOLD[form]
-            ours = f"{before}{ours}{after}"
-    paper = DASH if math.isnan(cell.paper) else number(cell.paper)
+        spread = "" if math.isnan(cell.deviation) else f" {PM} {number(cell.deviation)}"
+        before, after = _BOLD[form] if cell.best else ("", "")
+        ours = f"{before}{number(cell.mean)}{spread}{after}"
     return f"{ours}{ratio(cell.ratio)} / {paper}{ratio(cell.paper_ratio)}"
 
 
@@ -141,28 +129,11 @@ def _text(title: str, head: list[str], body: Body, note: str) -> str:
     return "\n".join([*lines, "", f"{note}; * is the best of ours", ""])
 
 
-def _markdown(title: str, head: list[str], body: Body, note: str) -> str:
-    lines = [f"**{title}**", "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    for name, section in body:
-        lines.append(f"| *{markdown(name)}* |{' |' * (len(head) - 1)}")
-        lines += [f"| {' | '.join([markdown(label), *cells])} |" for label, *cells in section]
-    return "\n".join([*lines, "", f"{markdown(note)}; bold is the best of ours", ""])
-
-
 def _escape(text: str) -> str:
-    safe = {
-        "%": r"\%",
-        "&": r"\&",
-        "_": r"\_",
-        "#": r"\#",
-        "$": r"\$",
-        "^": r"\^{}",
-        "~": r"\~{}",
-        "<": "$<$",
-        ">": "$>$",
-    }
-    safe |= {PM: r"$\pm$", DASH: "--"}
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", "".join(safe.get(letter, letter) for letter in text))
+    """A cell for LaTeX, which may hold commands of ours."""
+    safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {PM: r"$\pm$", DASH: "--"}
+    safe |= {"^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(str.maketrans(safe)))
 
 
 def _plain(text: str) -> str:
@@ -171,36 +142,15 @@ def _plain(text: str) -> str:
     return "".join(own.get(part) or _escape(part) for part in re.split(r"([\\{}|])", text))
 
 
-def _latex(title: str, head: list[str], body: Body, note: str) -> str:
-    def join(row: list[str]) -> str:
-        label, *cells = row
-        return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
-
-    caption = f"{title} of the paper: {note}; bold is the best of ours."
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{_plain(caption)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}", r"\toprule", join(head)]
-    for name, section in body:
-        lines += [r"\midrule", rf"\multicolumn{{{len(head)}}}{{l}}{{\emph{{{_plain(name)}}}}} \\", *map(join, section)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+def _latex_row(row: list[str]) -> str:
+    label, *cells = row
+    return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
 
 
-def _html(title: str, head: list[str], body: Body, note: str) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        label, *numbers = cells
-        safe = [html.escape(label), *(cell if cell.startswith("<b>") else html.escape(cell) for cell in numbers)]
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in safe) + "</tr>"
-
-    lines = ["<table>", f"<caption>{html.escape(title)}. {html.escape(note)}; bold is the best of ours.</caption>"]
-    lines += ["<thead>", row(head, "th"), "</thead>"]
-    for name, section in body:
-        lines += ["<tbody>", f'<tr><th colspan="{len(head)}">{html.escape(name)}</th></tr>']
-        lines += [*(row(cells, "td") for cells in section), "</tbody>"]
-    return "\n".join([*lines, "</table>", ""])
-
-
-_WRITERS: dict[Format, Callable[[str, list[str], Body, str], str]] = {
-    "text": _text,
-    "markdown": _markdown,
-    "latex": _latex,
-    "html": _html,
-}
+_PAGES = Environment(
+    loader=PackageLoader("rome.report", "templates"),
+    autoescape=select_autoescape(),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
+_PAGES.filters |= {"md": markdown, "tex": _plain, "row": _latex_row}
