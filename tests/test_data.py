@@ -194,11 +194,6 @@ def test_first_refuses_more_than_there_are(data: Data) -> None:
     assert list(split.batches([])) == []
 
 
-def test_negative_workers_are_refused(data: Data) -> None:
-    with pytest.raises(UserError, match="workers must be 0"):
-        data.open("test").batches([], workers=-1)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_on_a_gpu_are_those_on_the_cpu(data: Data) -> None:

@@ -53,17 +53,9 @@ class Parquet(Resized):
         if self.size is not None:
             return self.resized(table, rows, labels, classes, self.size)
         images = torch.from_numpy(decoded(table, rows)).permute(0, 3, 1, 2)
-        return MemorySplit(
-            images,
-            labels,
-            classes,
-            levels=255,
-            mean=tuple(IMAGENET_DEFAULT_MEAN),
-            std=tuple(IMAGENET_DEFAULT_STD),
-            augment=self.augment,
-            pad=max(images.shape[2:]) // 8,
-            flip=True,
-        )
+        pad = max(images.shape[2:]) // 8
+        mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        return MemorySplit(images, labels, classes, mean, std, augment=self.augment, pad=pad)
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""
