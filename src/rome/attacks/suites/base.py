@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rome.attacks.base import Attack
 from rome.attacks.lp.apgd import APGD
-from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_targets
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_runs
 from rome.attacks.lp.pgd import PGD
 from rome.attacks.threat import AttackThreat
 from rome.core.component import Component, Settings
@@ -41,15 +41,8 @@ class Case(Settings):
     is wrong on the clean image may be right here, and no part of average and union."""
 
     def dump(self) -> dict[str, Any]:
-        """The case as plain data; what is as by default is left out, so that earlier results keep their settings."""
-        data = {
-            "name": self.name,
-            "threat": self.threat.dump(),
-            "attacks": [attack.dump() for attack in self.attacks],
-            "note": self.note,
-        }
-        given = {"group": self.group, "on_all": self.on_all}
-        return data | {key: value for key, value in given.items() if value not in (None, False)}
+        """The case as plain data."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
 
 
 class Suite(Component):
@@ -130,14 +123,13 @@ class _LpSuite(Suite):
         """The attacks where there are classes enough."""
 
     def apgd(self, threat: LpBall, classes: int) -> list[Attack]:
-        targets = min(standard_targets(APGDT.kind, threat), classes - 1)
         return [
-            APGDCE(iterations=self.iterations, restarts=5 if threat.norm == "L1" else 1),
-            APGDT(iterations=self.iterations, targets=targets),
+            APGDCE(iterations=self.iterations, restarts=standard_runs(APGDCE.kind, threat)),
+            APGDT(iterations=self.iterations, targets=min(standard_runs(APGDT.kind, threat), classes - 1)),
         ]
 
     def fab(self, threat: LpBall, classes: int) -> Attack:
-        return FABT(iterations=self.iterations, targets=min(standard_targets(FABT.kind, threat), classes - 1))
+        return FABT(iterations=self.iterations, targets=min(standard_runs(FABT.kind, threat), classes - 1))
 
 
 class APGDSuite(_LpSuite):
@@ -165,18 +157,17 @@ def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[
     Raises:
         UserError: no threat, something that is none, or two with one name.
     """
-    if isinstance(threats, Threat):
-        threats = (threats,)
     if isinstance(threats, Mapping):
-        pairs: list[tuple[str, Any]] = list(threats.items())
+        pairs = list(threats.items())
     else:
-        pairs = [(threat.name if isinstance(threat, Threat) else "", threat) for threat in threats]
+        several = (threats,) if isinstance(threats, Threat) else threats
+        pairs = [(getattr(threat, "name", ""), threat) for threat in several]
     for _, threat in pairs:
         if not isinstance(threat, Threat):
             raise UserError(f"a threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
     named = dict(pairs)
     if not named:
-        raise UserError("no threats were given; give at least one, such as rome.CIFAR10")
+        raise UserError("no threats: at least one is needed, such as rome.CIFAR10")
     if len(named) < len(pairs):
         names = ", ".join(name for name, _ in pairs)
         raise UserError(f"two threats have one name ({names}): give a mapping from names to threats")
