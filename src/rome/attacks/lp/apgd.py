@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group, Steps
-from rome.attacks.engine import Model, log_odds, loss_and_gradient, signs, unit
+from rome.attacks.engine import Model, log_odds, loss_and_gradient
 from rome.core.component import Number
-from rome.core.errors import UserError
-from rome.threats import LpBall, Threat
+from rome.threats import Threat
 from rome.threats.lp import Norm
+from rome.threats.projections import signs, unit
 
 
 class APGD(Attack):
@@ -30,19 +31,14 @@ class APGD(Attack):
     """
 
     kind = "apgd"
+    starts_at_random: ClassVar[bool] = False
     steps: Steps | dict[Norm, Steps] = 15
     l1_share: Number | None = Field(default=None, gt=0, le=1)
     """L1: share of the coordinates the first step moves. None is the published 0.05 of training, but at least 12
     coordinates, which only tiny images notice; AutoAttack's evaluation starts with 0.2."""
 
-    @property
-    def uses_noise(self) -> bool:
-        return False
-
     def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, LpBall):
-            raise UserError(f"{self.kind} searches inside Lp balls, not {type(threat).__name__}")
-        return self.steps.get(threat.norm, 15) if isinstance(self.steps, dict) else self.steps
+        return int(self.accepted(threat).setting(self.steps, 15))
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         state = _State(x, y)
@@ -64,7 +60,7 @@ class APGD(Attack):
         return AttackResult(state.best, adversarial, state.robust, F.softplus(state.best_loss).float())
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
-        if isinstance(group.threat, LpBall) and group.threat.norm == "L1":
+        if group.threat.norm == "L1":
             share = max(0.05, 12 / x[0].numel()) if self.l1_share is None else self.l1_share
             return _Sparse(group, x[group.rows], min(share, 1.0))
         return _Momentum(group, x[group.rows], state.best_loss[group.rows].clone())
@@ -120,8 +116,8 @@ class _Walker(ABC):
     """Moves the examples of one threat and adapts their step sizes."""
 
     def __init__(self, group: Group, x: Tensor) -> None:
-        assert isinstance(group.threat, LpBall)
-        self.threat, self.rows, self.steps, self.x = group.threat, group.rows, group.steps, x
+        self.threat, self.rows, self.steps = group
+        self.x = x
         self.waited = 0
 
     @abstractmethod

@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, AttackResult, Group, Steps
-from rome.attacks.engine import Model, at_least_float32, signs
+from rome.attacks.engine import Model, at_least_float32
 from rome.attacks.free import FreeAttack
 from rome.core.component import Number
+from rome.threats.projections import signs
 
 BEYOND = 1e-3
 """How far beyond the plane the last coordinate aims, in units of the unit normal."""
@@ -40,6 +41,7 @@ class SparseFool(FreeAttack):
     """
 
     kind = "sparsefool"
+    starts_at_random: ClassVar[bool] = False
     untrained: ClassVar[str] = "has no budget, and how long it takes depends on the images"
     steps: Steps = 10
     """Rounds."""
@@ -58,10 +60,6 @@ class SparseFool(FreeAttack):
     solve_from: Literal["clean", "previous"] = "clean"
     """Where the solver starts: from the image itself, or from the last round's as the authors' does. From the image the
     plane often lies behind it, and then every coordinate changes: see docs/decisions/sparsefool.md."""
-
-    @property
-    def uses_noise(self) -> bool:
-        return False
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         images = x.clone()
