@@ -173,12 +173,12 @@ def _say(remark: str) -> None:
 
 def chosen_split(
     root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
-) -> tuple[str | None, list[str]]:
+) -> tuple[str, list[str]]:
     """Which test set is used: the first that has labels; and remarks, where there was a choice.
 
     Args:
         root: of the data, for messages.
-        there: those that are there, in the order of :data:`NAMES`; without any, the name is None.
+        there: those that are there, in the order of :data:`NAMES`; without any, the name is empty.
         wanted: the one that the config names.
         labelled: whether a split has labels.
 
@@ -196,7 +196,7 @@ def chosen_split(
         remarks.append(
             f"{root} has {usable[0]} and {rest}: {usable[0]} is used (data.test_split={usable[1]} changes it)"
         )
-    return (usable[0] if usable else None), remarks
+    return (usable[0] if usable else ""), remarks
 
 
 def one_line(error: Exception) -> str:
