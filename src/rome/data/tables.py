@@ -100,8 +100,8 @@ def find_tables(root: Path, *names: str) -> list[Path]:
         there = {int(piece[1]) for piece in pieces if piece[2] == total}
         if there != set(range(int(total))) or len(files) != int(total):
             raise UserError(
-                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and {int(total)} belong together: "
-                "download what is missing, and remove what is there twice or belongs to another version"
+                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and {int(total)} belong "
+                "together: download what is missing, and remove what is there twice or belongs to another version"
             )
     for first, second in equal_files(files, files):
         raise UserError(f"{first} and {second} are the same piece: remove one of them")

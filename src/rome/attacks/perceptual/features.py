@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from rome.attacks.engine import Model, frozen
+from rome.attacks.engine import Model, at_least_float32, frozen
 from rome.core.errors import UserError, did_you_mean
 from rome.core.trial import failure
 from rome.experts.placement import channels_last
@@ -152,7 +152,7 @@ class Features:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, N, C); choose another")
-        output = _full(output[rows])
+        output = at_least_float32(output[rows])
         channels = -1 if output.ndim == 3 or name in self._channels_last else 1
         if output.ndim == 3 and output.shape[1] != self._patches:
             output = output[:, self._prefix :]
@@ -207,7 +207,8 @@ class Perception:
             ]
             logits = self.model(images)
         found = zip(self._parts, recorded, strict=True)
-        return _full(logits), [part.features.joined(own) if part.own else part.phi(images) for part, own in found]
+        phi = [part.features.joined(own) if part.own else part.phi(images) for part, own in found]
+        return at_least_float32(logits), phi
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The features alone; each network sees the examples that it measures."""
@@ -282,8 +283,3 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-def _full(values: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -76,9 +76,8 @@ class PPGD(_Bounded):
     """Length of the finite difference for J v."""
 
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "published":
-            return self._climb_as_published(space, point, y), torch.zeros_like(y, dtype=torch.bool)
-        point = space.project(point)
+        published = self.form == "published"
+        point = point if published else space.project(point)
         found = torch.zeros_like(y, dtype=torch.bool)
         part, live = space, torch.arange(len(y), device=y.device)
         for _ in range(self.steps):
@@ -87,30 +86,17 @@ class PPGD(_Bounded):
                 logits, phi = part.seen(leaf)
                 gained = margin(logits, y[live])
                 (gradient,) = torch.autograd.grad(gained.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
-            done = gained.detach() > 0
-            found[live] = done
+            found[live] = done = torch.zeros_like(live, dtype=torch.bool) if published else gained.detach() > 0
             if bool(done.all()):
                 break
-            move = self._direction(part, leaf, phi, gradient) * (2 * part.bound / self.steps).view(-1, 1, 1, 1)
+            moved = leaf.detach()
+            if not published or bool(gradient.abs().max() >= 1e-4):  # there the whole batch skips a step together
+                move = self._direction(part, leaf, phi, gradient) * (2 * part.bound / self.steps).view(-1, 1, 1, 1)
+                moved = (moved + move).clamp_(0, 1)
             if bool(done.any()):
-                part, live, move = part.among(~done), live[~done], move[~done]
-            point[live] = part.project((point[live] + move).clamp_(0, 1))
+                part, live, moved = part.among(~done), live[~done], moved[~done]
+            point[live] = part.project(moved)
         return point, found
-
-    def _climb_as_published(self, space: _Space, point: Tensor, y: Tensor) -> Tensor:
-        """All steps for all examples, and a step that the whole batch skips if no gradient reaches 1e-4."""
-        for _ in range(self.steps):
-            leaf = point.requires_grad_()
-            with torch.enable_grad():
-                logits, phi = space.seen(leaf)
-                gained = margin(logits, y).clamp(max=KAPPA)
-                (gradient,) = torch.autograd.grad(gained.sum(), leaf, retain_graph=True)
-            point = leaf.detach()
-            if bool(gradient.abs().max() >= 1e-4):
-                move = self._direction(space, leaf, phi, gradient) * (2 * space.bound / self.steps).view(-1, 1, 1, 1)
-                point = (point + move).clamp_(0, 1)
-            point = space.project(point)
-        return point
 
     def _direction(self, space: _Space, leaf: Tensor, phi: list[Tensor], gradient: Tensor) -> Tensor:
         """v with |J v| = 1, zero where the gradient is too small to follow."""
