@@ -356,7 +356,7 @@ GOOD = png(noise(1)[0])
             [GOOD, GOOD],
             [-1, -1],
             {},
-            r"test\.parquet: its labels are kept secret \(all are -1\).*validation-\*\.parquet",
+            r"test\.parquet: its labels are secret \(all are -1\).*validation-\*\.parquet",
         ),
         ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
         ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),

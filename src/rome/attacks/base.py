@@ -58,7 +58,7 @@ class Attack(Component):
 
     default_kind = "pgd"
     searches: ClassVar[tuple[type[Threat], str]] = (LpBall, "searches inside Lp balls")
-    """The kind of threats that it accepts, and what a message says where it is another."""
+    """The kind of threats that it accepts, and what a message says where it is another; there ``{kind}`` is its own."""
     channels: ClassVar[tuple[int, ...]] = ()
     """How many channels an image may have; empty: any number."""
     draws_by_image: ClassVar[bool] = False

@@ -172,11 +172,11 @@ def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Te
 
 
 def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
-    """Refuse results outside of a bound that an attack keeps itself.
+    """Refuse results outside of a bound that an attack checks itself.
 
     Args:
         inside: bool (B,), whose result is allowed.
-        measured: (B, ...), what that was told from.
+        measured: (B, ...), what that was decided from.
 
     Raises:
         FloatingPointError: it is not finite, as the model's gradients were not.

@@ -66,7 +66,7 @@ class LastIterate(FreeAttack):
 
 
 class _Leaving:
-    """A model that computes only the examples not misclassified before, and keeps the others' first wrong images.
+    """A model that computes only the examples not misclassified before, and records the others' first wrong images.
 
     Waits for the device at every forward.
     """

@@ -12,12 +12,12 @@ from rome.data.base import Batches, Data, Floats, Split, SplitName
 
 
 class MemorySplit(Split):
-    """Images held as one uint8 tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
+    """Images held as one tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
 
     Augmentation pads with ``pad`` zeros on every side, crops at random and, with ``flip``, mirrors half of the images.
 
     Args:
-        images: uint8 (N, C, H, W) with values 0..levels.
+        images: (N, C, H, W) with values 0..levels, usually uint8.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MemorySplit(Split):
         return torch.where(draws[:, 2, None, None, None] < 0.5, x.flip(3), x) if self._flip else x
 
 
-class TensorSplit(Split):
+class TensorSplit(MemorySplit):
     """Images and labels in memory, as they are.
 
     Args:
@@ -71,14 +71,7 @@ class TensorSplit(Split):
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        classes = tuple(map(str, range(int(y.max()) + 1)))
-        super().__init__(classes, (x.shape[1], x.shape[2], x.shape[3]), y.cpu(), (), ())
-        self._x, self._y = x, y
-
-    def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
-        for indices in order:
-            chosen = indices.to(self._x.device)
-            yield self._x[chosen].to(device), self._y[chosen].to(device)
+        super().__init__(x, y.cpu(), tuple(map(str, range(int(y.max()) + 1))), (), (), levels=1, augment=False, pad=0)
 
 
 class Digits(Data):

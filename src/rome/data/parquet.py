@@ -102,7 +102,7 @@ def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = N
     """Images as uint8 (N, H, W, 3).
 
     Args:
-        size: the width and height that each must have; that of the first if not given.
+        size: the width and height that each must have; None: those of the first.
 
     Raises:
         UserError: one is broken or of another size.

@@ -44,10 +44,10 @@ class Resized(Data):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _range(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < given[0] <= given[1]:
-            raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(given)}")
-        return given
+    def _range(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ends[0] <= ends[1]:
+            raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
+        return ends
 
     def resized(self, reader: Reader, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
         """The split of a reader's images.

@@ -159,6 +159,11 @@ def label_facts(file: Path, label: str = "label") -> tuple[tuple[str, ...], int,
     return (names, low, high) if isinstance(low, int) and isinstance(high, int) else (names, 0, -1)
 
 
+def label_names(file: Path) -> tuple[str, ...]:
+    """The names of :func:`label_facts`."""
+    return label_facts(file)[0]
+
+
 def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
     """The encoded images of one file, their labels, and the names of the classes."""
     import pyarrow as pa
@@ -199,7 +204,7 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
     wrong = [(row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < classes]
     if wrong and all(value == -1 for value in labels):
         raise UserError(
-            f"{file}: its labels are kept secret (all are -1), as of some test sets on the Hub; put "
+            f"{file}: its labels are secret (all are -1), as of some test sets on the Hub; put "
             "validation-*.parquet beside it, which is read instead"
         )
     if wrong:

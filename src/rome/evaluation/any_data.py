@@ -15,7 +15,7 @@ from rome.core.component import mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES
-from rome.data.tables import find_tables, label_facts
+from rome.data.tables import find_tables, label_names
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 _FORMS = (
@@ -92,7 +92,7 @@ def _content(folder: Path) -> str:
 
 def _of_tables(file: Path) -> str:
     """CIFAR-10 where the Hub's names of classes inside a file say so."""
-    return Cifar10.kind if label_facts(file)[0] == CIFAR10_CLASSES else Parquet.kind
+    return Cifar10.kind if label_names(file) == CIFAR10_CLASSES else Parquet.kind
 
 
 def named_budgets(text: str) -> dict[str, Threat]:

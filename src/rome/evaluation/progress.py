@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from rome.attacks.base import Attack
-from rome.attacks.lp.autoattack import AutoAttackPart
 from rome.attacks.suites.base import Case
-from rome.threats import LpBall, Threat
+from rome.threats import Threat
 
 Watcher = Callable[[str, int, int, float, float | None], None]
 """Called after every batch with: case, batches done in it, batches in it as far as known (it shrinks while attacks
@@ -60,8 +59,6 @@ class Clock:
 
 def cost(attack: Attack, threat: Threat) -> int:
     """Forward passes an example needs, a backward counted as two."""
-    if isinstance(attack, AutoAttackPart) and isinstance(threat, LpBall):
-        return attack.cost(threat)
     searcher, inside = threat.searched_by(attack)
     return max(3 * searcher.steps_for(inside), 1)
 

@@ -132,7 +132,7 @@ class Budgets(tuple[LpBall, ...]):
     """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
 
     def __getitem__(self, key: str | int) -> LpBall:  # type: ignore[override]
-        if isinstance(key, int):
+        if not isinstance(key, str):
             return super().__getitem__(key)
         found = {threat.name: threat for threat in self}
         if key not in found:

@@ -54,8 +54,6 @@ class AutoAttackPart(Attack):
     untrained: ClassVar[str] = "is made for evaluation; pgd and apgd search the same balls in training"
     starts_at_random: ClassVar[bool] = False
     """The random numbers are drawn by pyautoattack."""
-    per_iteration: ClassVar[int] = 3
-    """Forward passes of an iteration, a backward counted as two."""
 
     def run(self, *args: Any, generator: torch.Generator | Stream | None = None, **named: Any) -> AttackResult:
         own = generator.generator if isinstance(generator, Stream) else generator
@@ -66,11 +64,6 @@ class AutoAttackPart(Attack):
     def steps_for(self, threat: Threat) -> int:
         self.accepted(threat)
         return int(getattr(self, "iterations", 0) or getattr(self, "queries", 0))
-
-    def cost(self, threat: LpBall) -> int:
-        """Forward passes an example needs if nothing fools it: for time estimates."""
-        runs = getattr(self, "restarts", None) or getattr(self, "targets", None) or standard_runs(self.kind, threat)
-        return self.per_iteration * self.steps_for(threat) * int(runs)
 
     @abstractmethod
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
@@ -147,7 +140,6 @@ class FABT(AutoAttackPart):
     """FAB, the smallest perturbation across the linearised boundary to one likely class after the other."""
 
     kind = "fab-t"
-    per_iteration: ClassVar[int] = 4
     iterations: int = Field(default=100, ge=1)
     targets: int | None = Field(default=None, ge=1)
     """At most one less than the model's classes; None is AutoAttack's 9."""
@@ -165,7 +157,6 @@ class Square(AutoAttackPart):
 
     kind = "square"
     differentiates: ClassVar[bool] = False
-    per_iteration: ClassVar[int] = 1
     queries: int = Field(default=5000, ge=1)
 
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
@@ -186,9 +177,10 @@ class Square(AutoAttackPart):
 
 
 def standard_runs(kind: str, threat: LpBall) -> int:
-    """Restarts of APGD-CE and target classes of the others in AutoAttack's standard version."""
-    other = {APGDCE.kind: 1, APGDT.kind: 9, FABT.kind: 9, Square.kind: 1}[kind]
-    return 5 if threat.norm == "L1" and kind in (APGDCE.kind, APGDT.kind) else other
+    """Restarts of APGD-CE, and target classes of APGD-T and FAB-T, in AutoAttack's standard version."""
+    if threat.norm == "L1" and kind != FABT.kind:
+        return 5
+    return 1 if kind == APGDCE.kind else 9
 
 
 def _differences(model: Model, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +204,7 @@ def set_iterations(apgd: Any, iterations: int) -> None:
 
 
 class _ZeroGradients:
-    """Stands where pyautoattack expects a logger; keeps the largest number of points it found without gradient."""
+    """Stands where pyautoattack expects a logger; records the largest number of points it found without gradient."""
 
     most = 0
 
@@ -222,7 +214,7 @@ class _ZeroGradients:
 
 
 class _Watched:
-    """The model; keeps the largest number of examples of a batch whose input gradient was NaN, on their device."""
+    """The model; records the largest number of examples of a batch whose input gradient was NaN, on their device."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.most = model, torch.zeros((), dtype=torch.int64)
@@ -230,7 +222,7 @@ class _Watched:
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return self.model(x).to(x.dtype)  # pyautoattack keeps losses and gradients of one type
+        return self.model(x).to(x.dtype)  # pyautoattack stores losses and gradients in one type
 
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()

@@ -103,10 +103,10 @@ def listed(text: str) -> list[Any]:
     """
     if text.lstrip().startswith(("{", "[")):
         try:
-            given = parse_yaml(text)
+            data = parse_yaml(text)
         except Unreadable as error:
             raise ValueError(f"{text!r}: {error}") from None
-        found = given if isinstance(given, list) else [given]
+        found = data if isinstance(data, list) else [data]
     else:
         found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
@@ -129,14 +129,15 @@ iterations: 50}``; on the command line in quotes."""
 
 
 def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> Suite:
-    """The suite that was meant, with default settings where only its name is given.
+    """The suite of this name, of these names or of these settings; others are the defaults.
 
     Raises:
         UserError: no such suite.
     """
-    given = suite if isinstance(suite, (str, Suite, Mapping)) else list(suite)
+    if not isinstance(suite, (str, Suite)):
+        suite = dict(suite) if isinstance(suite, Mapping) else list(suite)
     try:
-        return TypeAdapter(SuiteChoice).validate_python(dict(given) if isinstance(given, Mapping) else given)
+        return TypeAdapter(SuiteChoice).validate_python(suite)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"suite: {str(first['msg']).removeprefix('Value error, ')}") from None

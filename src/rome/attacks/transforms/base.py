@@ -102,17 +102,17 @@ class TransformAttack(LastIterate):
     def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
         """The variables after all steps, or the best on the way; never waits for the device."""
         size = self.default_step() if self.step_size is None else self.step_size
-        variables = kept = transform.start
+        variables = best = transform.start
         highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
         for i in range(self.steps):
             loss, gradient = _loss_and_gradient(model, transform, variables if i else transform.first, y)
             if self.best:
-                highest, kept = _better(loss, variables, highest, kept)
+                highest, best = _better(loss, variables, highest, best)
             variables = transform.moved(variables, size * signs(gradient))
         if not self.best:
             return variables
         loss = log_odds(model(_images(transform, variables)), y)
-        return _better(loss, variables, highest, kept)[1]
+        return _better(loss, variables, highest, best)[1]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -136,7 +136,7 @@ def _loss_and_gradient(model: Model, transform: Transform, variables: Tensor, y:
     return loss.detach(), gradient
 
 
-def _better(loss: Tensor, variables: Tensor, highest: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _better(loss: Tensor, variables: Tensor, highest: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """Each example's highest loss so far (B,) and its variables."""
     rises = (loss > highest).view(-1, *(1,) * (variables.ndim - 1))
-    return torch.maximum(loss, highest), torch.where(rises, variables, kept)
+    return torch.maximum(loss, highest), torch.where(rises, variables, best)
