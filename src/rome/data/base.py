@@ -161,7 +161,7 @@ class Data(Component):
         limit = self.train_limit if split == "train" else self.test_limit
         if limit is not None and limit > available:
             raise UserError(
-                f"{split}_limit={limit} is more than {where} has: {available} examples; lower it or leave it out"
+                f"{split}_limit={limit} asks for more than {where} has: {available} examples; lower it or leave it out"
             )
         return available if limit is None else limit
 
