@@ -20,10 +20,11 @@ from conftest import RADII, Digits, FixedNoise, Problem, case, recorded
 from rome.attacks import APGD, PGD, Attack, Square
 from rome.attacks.base import Group
 from rome.attacks.engine import loss_and_gradient
-from rome.attacks.lp.pgd import random_start, top_signs
+from rome.attacks.lp.pgd import random_start
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, PerExample, Threat, budgets
+from rome.threats.projections import top_signs
 
 ATTACKS: dict[str, Attack] = {
     "pgd": PGD(steps={"L1": 6, "L2": 5, "Linf": 3}, percentile=90),

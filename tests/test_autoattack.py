@@ -11,7 +11,7 @@ from pyautoattack import AutoAttack
 from torch import nn
 
 from rome.attacks.base import Attack
-from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, AttackWarning, AutoAttackPart, Square, standard_targets
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, AttackWarning, AutoAttackPart, Square, standard_runs
 from rome.core.errors import UserError
 from rome.threats import DIGITS, LpBall, PerExample
 
@@ -42,9 +42,9 @@ def test_parts_are_attacks_by_name() -> None:
 @pytest.mark.parametrize("threat", DIGITS, ids=lambda threat: threat.name)
 def test_target_numbers_are_those_of_the_standard_version(threat: LpBall) -> None:
     standard = AutoAttack(small_net(), norm=threat.norm, eps=threat.eps)
-    assert standard_targets("apgd-t", threat) == standard.apgd_targeted.n_target_classes
-    assert standard_targets("fab-t", threat) == standard.fab.n_target_classes
-    assert APGDCE().cost(threat) == 3 * 100 * standard.apgd.n_restarts
+    assert standard_runs("apgd-t", threat) == standard.apgd_targeted.n_target_classes
+    assert standard_runs("fab-t", threat) == standard.fab.n_target_classes
+    assert standard_runs("apgd-ce", threat) == standard.apgd.n_restarts
     assert Square().queries == standard.square.n_queries
 
 

@@ -193,11 +193,6 @@ def test_first_refuses_more_than_there_are(data: Data) -> None:
     assert list(split.batches([])) == []
 
 
-def test_negative_workers_are_refused(data: Data) -> None:
-    with pytest.raises(UserError, match="workers must be 0"):
-        data.open("test").batches([], workers=-1)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_on_a_gpu_are_those_on_the_cpu(data: Data) -> None:
@@ -312,7 +307,7 @@ def test_parquet_may_hold_jpeg_and_come_in_shards(tmp_path: Path) -> None:
     torch.testing.assert_close(x[0], torch.from_numpy(smooth).permute(2, 0, 1) / 255, rtol=0, atol=0.05)
     assert y.tolist() == [1, 2]
     (tmp_path / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(UserError, match=r"has 1 of the 2 files train-"):
+    with pytest.raises(UserError, match=r"has 1 files train-.* 2 belong together"):
         Cifar10(path=str(tmp_path)).open("train")
 
 
@@ -360,7 +355,7 @@ GOOD = png(noise(1)[0])
             [GOOD, GOOD],
             [-1, -1],
             {},
-            r"test\.parquet: its labels are kept secret \(all are -1\).*validation-\*\.parquet",
+            r"test\.parquet: its labels are secret \(all are -1\).*validation-\*\.parquet",
         ),
         ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
         ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),
@@ -595,13 +590,13 @@ def test_pieces_that_are_missing_or_there_twice_are_named(tmp_path: Path, end: s
         return Parquet(path=str(tmp_path)).open("test")
 
     first = piece(tmp_path, f"test-00000-of-00002{end}.parquet", 0)
-    with pytest.raises(UserError, match=r"has 1 of the 2 files test-\*-of-00002"):
+    with pytest.raises(UserError, match=r"has 1 files test-\*-of-00002"):
         opened()
     second = piece(tmp_path, f"test-00001-of-00002{end}.parquet", 1)
     assert (len(opened()), opened().remarks, opened().source) == (8, (), f"{first} and 1 more")
     for name in ("test.parquet", "test-00000-of-00002-1b2c.parquet", "test-00000-of-00003.parquet"):
         more = piece(tmp_path, name, 2)
-        with pytest.raises(UserError, match=r"has 3 files of test and not 2"):
+        with pytest.raises(UserError, match=r"has 3 files test-.* 2 belong together"):
             opened()
         more.unlink()
     second.write_bytes(first.read_bytes())

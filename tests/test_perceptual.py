@@ -186,7 +186,7 @@ def test_torchvisions_alexnet_is_seen_at_its_relus_although_they_work_in_place()
 
 def test_layers_that_cannot_be_told_are_asked_for() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten())
-    with pytest.raises(UserError, match=r"Sequential sees cannot be told; name them .* It has 0, 1, 2"):
+    with pytest.raises(UserError, match=r"Sequential sees are unknown; name them .* It has 0, 1, 2"):
         Features(plain)
     assert Features(plain, ("1",)).layers == ("1",)
 
@@ -332,7 +332,7 @@ def test_a_mixed_batch_is_seen_by_each_network_where_it_measures(images: Tensor)
 def test_a_network_that_does_not_take_the_images_is_named(images: Tensor) -> None:
     narrow = nn.Sequential(nn.Conv2d(7, 2, 1), nn.ReLU()).double()
     fixed = Perceptual(bound=1, features="runs/narrow", layers=("1",)).measured_by(narrow)
-    with pytest.raises(UserError, match="network of LPIPS-narrow does not take images of 3x8x8: "):
+    with pytest.raises(UserError, match="network of LPIPS-narrow does not take 4 images of 3x8x8: "):
         Perception(cnn(), [(fixed, ALL)]).features(images)
 
 
@@ -370,7 +370,7 @@ def test_alone_it_checks_the_box(images: Tensor) -> None:
     images[1, 0, 0, 0], images[2, 0, 0, 0], images[3, 0, 0, 0] = 1.01, float("nan"), 1.0
     assert threat.contains(images, torch.zeros_like(images)).tolist() == [True, False, False, True]
     assert threat.project(images[:2], images[:2]).amax() == 1.0
-    with pytest.raises(UserError, match=r"LPIPS-self needs a network .*rome\.perceptual\.measure"):
+    with pytest.raises(UserError, match=r"LPIPS-self needs a network .*features\.measure"):
         threat.size(images, images)
 
 

@@ -132,6 +132,10 @@ def test_another_network_measures(attack: Attack, model: nn.Module, batch: tuple
     assert float(measure(threat, model, images, x).max()) <= 0.2 * (1 + 1e-4)
     assert float(measure(Perceptual(bound=1), model, images, x).max()) != pytest.approx(0.2, rel=1e-3)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
+    other.one.append(nn.Dropout())
+    assert torch.equal(attack(model, x, y, threat), images)
+    other.train()
+    assert torch.equal(attack(model, x, y, threat), images), "in evaluation mode, whatever its own"
 
 
 def test_a_step_of_ppgd_is_the_steepest_in_features(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:

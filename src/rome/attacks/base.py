@@ -1,16 +1,15 @@
 """The contract of every attack.
 
-An attack is a value: settings, no state. :meth:`Attack.__call__` checks, freezes the model, sorts the batch so that
-the examples of a threat are one slice, lets the subclass search, and checks what came back. The subclass writes only
-the search, on slices of one tensor: one forward and one input-gradient backward per step serve the whole batch,
-whatever mixture of threats it holds.
+An attack is a value: settings, no state. :meth:`Attack.run` checks, freezes the model, sorts the batch so that the
+examples of a threat are one slice, lets the subclass search, and checks what came back. The subclass writes only the
+search, on slices of one tensor: one forward and one input-gradient backward per step serve the whole batch, whatever
+mixture of threats it holds.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
 from rome.core.trial import IN_PLACE, THE_MODEL
-from rome.threats import PerExample, Threat
+from rome.threats import LpBall, PerExample, Threat
 
 Steps = Annotated[int, Field(ge=0)]
 StepSize = Annotated[Number, Field(ge=0)]
@@ -45,11 +44,11 @@ NOT_EVALUATED = torch.empty(0)
 """Stands for the loss of images that a search did not look at."""
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The examples of one threat within the sorted batch of an attack."""
 
-    threat: Threat
+    threat: Any
+    """A threat that the attack accepts (:meth:`Attack.accepted`)."""
     rows: slice
     steps: int
 
@@ -58,10 +57,16 @@ class Attack(Component):
     """Searches inside a threat for images that raise the model's loss."""
 
     default_kind = "pgd"
+    searches: ClassVar[tuple[type[Threat], str]] = (LpBall, "searches inside Lp balls")
+    """The kind of threats that it accepts, and what a message says where it is another; there ``{kind}`` is its own."""
+    channels: ClassVar[tuple[int, ...]] = ()
+    """How many channels an image may have; empty: any number."""
     draws_by_image: ClassVar[bool] = False
     """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
     full_precision: ClassVar[bool] = False
     """Whether it computes in the model's own precision under autocast too: finite differences drown in bfloat16."""
+    starts_at_random: ClassVar[bool] = True
+    """Whether it draws random numbers at all."""
     differentiates: ClassVar[bool] = True
     """Whether it needs gradients of the model."""
     untrained: ClassVar[str] = ""
@@ -86,16 +91,12 @@ class Attack(Component):
             threat: one threat for all, or one for each example. Examples of a threat that brings its own attack are
                 searched by that one, the others together by this.
             generator: random numbers for the start. None uses seed 0 at every call: right for a repeatable
-                evaluation; give your own in a training loop.
+                evaluation; a training loop passes its own.
 
         Raises:
             UserError: shapes, dtypes or ranges that cannot be right, or a threat this attack does not know.
         """
         return self.run(model, x, y, threat, generator=generator, verdict=False).images
-
-    def unsuited(self, channels: int) -> str:
-        """Why this attack has no meaning on images of so many channels; empty where it has."""
-        return ""
 
     def run(
         self,
@@ -116,20 +117,18 @@ class Attack(Component):
         if generator is None:
             generator = stream(0, "attack")
         source = generator if isinstance(generator, Stream) else Stream(generator)
-        with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
-            x, y = (each.clone() if each.is_inference() else each for each in (x, y))
-            return self._run(model, x.detach(), y.detach(), threat, source, verdict)
-
-    def _run(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat | PerExample, source: Stream, verdict: bool
-    ) -> AttackResult:
         if not isinstance(threat, PerExample):
             threat = PerExample((threat,), torch.zeros(len(x), dtype=torch.int64))
-        shares = split_by_attack(self, x, threat, source)
+        with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
+            x, y = ((each.clone() if each.is_inference() else each).detach() for each in (x, y))
+            return self._run(model, x, y, split_by_attack(self, x, threat, source), verdict)
+
+    def _run(self, model: Model, x: Tensor, y: Tensor, shares: list[Share], verdict: bool) -> AttackResult:
         if not shares:
-            return AttackResult(
-                x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), torch.zeros_like(x[:, 0, 0, 0])
-            )
+            return AttackResult(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), y.to(x.dtype))
+        for share in shares:
+            if reason := share.attack.unsuited(x.shape[1]):
+                raise UserError(f"{share.attack.kind} {reason}")
         order = torch.cat([share.rows for share in shares])
         mixed = len(shares) > 1 or len(shares[0].groups) > 1
         if mixed:
@@ -157,15 +156,20 @@ class Attack(Component):
         unsort = torch.argsort(order).to(x.device, non_blocking=True)
         return AttackResult(*(part[unsort] for part in found))
 
-    def noise(self, x: Tensor, source: Stream) -> Tensor:
-        """The random numbers of a batch, all of it, if the search needs some."""
-        if self.draws_by_image:
-            return self.noise_by_image(x, source)
-        return source.uniform(x.shape, x.device) if self.uses_noise else x
+    def unsuited(self, channels: int) -> str:
+        """Why this attack has no meaning on images of so many channels; empty where it has."""
+        if not self.channels or channels in self.channels:
+            return ""
+        return f"needs images of {' or '.join(map(str, self.channels))} channels, not {channels}"
 
-    def noise_by_image(self, x: Tensor, source: Stream) -> Tensor:
-        """Random numbers that depend on the seed and each image alone (:meth:`Stream.by_image`)."""
-        return source.by_image(x, self.noise_shape(x.shape[1:])) if self.uses_noise else x
+    def noise(self, x: Tensor, source: Stream, *, by_image: bool = False) -> Tensor:
+        """The random numbers of a batch, if the search needs some: by image (:meth:`Stream.by_image`), or all in one
+        draw."""
+        if not self.uses_noise:
+            return x
+        if by_image or self.draws_by_image:
+            return source.by_image(x, self.noise_shape(x.shape[1:]))
+        return source.uniform(x.shape, x.device)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         """Shape of the random numbers of one example, for attacks that draw by image."""
@@ -173,16 +177,28 @@ class Attack(Component):
 
     @property
     def uses_noise(self) -> bool:
-        """Whether the search starts at random; if not, nothing is drawn."""
-        return True
+        """Whether the search starts at random; if not, nothing is drawn. A setting ``random_start`` decides."""
+        return bool(getattr(self, "random_start", self.starts_at_random))
 
-    @abstractmethod
+    def accepted(self, threat: Threat) -> Any:
+        """The threat.
+
+        Raises:
+            UserError: this attack cannot search inside it.
+        """
+        kind, described = self.searches
+        if not isinstance(threat, kind):
+            raise UserError(f"{self.kind} {described.format(kind=self.kind)}, not {type(threat).__name__}")
+        return threat
+
     def steps_for(self, threat: Threat) -> int:
-        """Number of steps under this threat.
+        """Number of steps under this threat: the setting ``steps``.
 
         Raises:
             UserError: this attack cannot search inside that threat.
         """
+        self.accepted(threat)
+        return int(getattr(self, "steps", 0))
 
     def passes_for(self, threat: Threat) -> float:
         """Forward passes of the model that an example under this threat costs, a backward counted as one; NaN where
@@ -247,7 +263,7 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
             groups.append(Group(member, slice(start, start + len(where)), searcher.steps_for(member)))
         if len(groups) > 1 or len(rows) < len(x):
             noise = noise[rows.to(x.device, non_blocking=True)]
-        shares.append(Share(searcher, rows, groups, searcher.noise_by_image(noise, source) if own else noise))
+        shares.append(Share(searcher, rows, groups, searcher.noise(noise, source, by_image=True) if own else noise))
     return shares
 
 
@@ -255,15 +271,13 @@ def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> 
     """What an attack found for its share of a batch, and which of it is allowed: bool (b,)."""
     found = share.attack.search(model, x, y, share.groups, share.noise)
     if found.loss is NOT_EVALUATED:
-        unknown = torch.full_like(y, torch.nan, dtype=torch.float32)
-        found = _verdict(model, found.images, y) if verdict else found._replace(loss=unknown)
+        found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
+        if verdict:
+            logits = model(found.images).float()
+            loss = F.cross_entropy(logits, y, reduction="none")
+            found = AttackResult(found.images, found.images, logits.argmax(1) == y, loss)
     allowed = torch.ones_like(found.robust)
     for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
         inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
         allowed = allowed & torch.cat(inside)
     return found, allowed
-
-
-def _verdict(model: Model, images: Tensor, y: Tensor) -> AttackResult:
-    logits = model(images).float()
-    return AttackResult(images, images, logits.argmax(1) == y, F.cross_entropy(logits, y, reduction="none"))

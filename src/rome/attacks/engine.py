@@ -1,5 +1,5 @@
-"""What attacks ask of a model: loss, input gradient and verdict, with the model frozen, and checks of what goes in and
-comes out."""
+"""What attacks need of a model: loss, input gradient and verdict, with the model frozen; and checks of their inputs and
+results."""
 
 from __future__ import annotations
 
@@ -41,19 +41,6 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
         loss = log_odds(logits, y)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), logits.detach().argmax(1) == y, gradient
-
-
-def signs(gradient: Tensor) -> Tensor:
-    """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
-    return torch.where(gradient.isnan(), gradient, gradient.sign())
-
-
-def unit(gradient: Tensor) -> Tensor:
-    """Each example's gradient (B, ...) at L2 length 1, however small its numbers are; one of zeros stays."""
-    flat = gradient.flatten(1)
-    tiny = torch.finfo(flat.dtype).tiny
-    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could be zero
-    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -187,11 +174,11 @@ def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Te
 
 
 def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
-    """Refuse results outside of a bound that an attack keeps itself.
+    """Refuse results outside of a bound that an attack checks itself.
 
     Args:
         inside: bool (B,), whose result is allowed.
-        measured: (B, ...), what that was told from.
+        measured: (B, ...), what that was decided from.
 
     Raises:
         FloatingPointError: it is not finite, as the model's gradients were not.

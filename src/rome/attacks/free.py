@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps
 from rome.attacks.engine import Model, check_bound
-from rome.core.errors import UserError
-from rome.threats import AnyImage, Threat
+from rome.threats import AnyImage
 from rome.threats.lp import RTOL
 
 Form = Literal["corrected", "published"]
@@ -22,16 +21,13 @@ docs/decisions/unseen-transforms.md and perceptual.md list them."""
 class FreeAttack(Attack):
     """Base of attacks that run under :class:`AnyImage` and check their own bound after the search."""
 
+    searches = (
+        AnyImage,
+        "bounds its perturbation itself (to train on it give threats: [{{kind: attack, attack: {kind}}}]), "
+        "so its threat is AnyImage(label='{kind}')",
+    )
     steps: Steps
     draws_by_image: ClassVar[bool] = True
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, AnyImage):
-            raise UserError(
-                f"{self.kind} bounds its perturbation itself, so its threat is AnyImage(label={self.kind!r}), "
-                f"not {type(threat).__name__}; to train on it give threats: [{{kind: attack, attack: {self.kind}}}]"
-            )
-        return self.steps
 
     def check(self, size: Tensor, bound: float) -> None:
         """Refuse a result outside of the attack's own bound (:func:`rome.attacks.engine.check_bound`).
@@ -70,7 +66,7 @@ class LastIterate(FreeAttack):
 
 
 class _Leaving:
-    """A model that computes only the examples not misclassified before, and keeps the others' first wrong images.
+    """A model that computes only the examples not misclassified before, and records the others' first wrong images.
 
     Waits for the device at every forward.
     """

@@ -18,7 +18,7 @@ class AttackThreat(Threat):
     """All images that one attack may make: wherever this threat is met, that attack searches it.
 
     The attack that a config names searches all other threats. Most attacks here bound their perturbation themselves and
-    check it; what :meth:`contains` tells is then the box alone. One that needs a threat to search gets ``inside``.
+    check it; what :meth:`contains` checks is then the box alone. One that needs a threat to search gets ``inside``.
     """
 
     kind = "attack"
@@ -64,7 +64,7 @@ class AttackThreat(Threat):
         return self.place.size(x_adv, x)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """As ``inside`` tells; without one, which examples are in the box."""
+        """According to ``inside``; without one, which examples are in the box."""
         return self.place.contains(x_adv, x)
 
 

@@ -24,6 +24,9 @@ from rome.core.errors import UserError
 
 SplitName = Literal["train", "test"]
 TestSplit = Literal["test", "validation", "valid", "val"]
+Floats = tuple[float, ...]
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""(x, y): x float32 (B, C, H, W) in [0, 1], contiguous; y int64 (B,)."""
 NAMES: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 """What folders and files call the splits; of several that are there the first one with labels is used."""
 
@@ -37,19 +40,14 @@ class Split(ABC):
         labels: int64 (N,) on the CPU.
         mean, std: of each channel, on the scale [0, 1]: for the normalisation inside the model.
         source: where the examples are from: a folder, or files.
-        remarks: what whoever reads the numbers should know: what was chosen among several, what is not read.
+        remarks: what readers of the numbers should know: what was chosen among several, what is not read.
     """
 
     source: str = ""
     remarks: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        classes: tuple[str, ...],
-        shape: tuple[int, int, int],
-        labels: Tensor,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, classes: tuple[str, ...], shape: tuple[int, int, int], labels: Tensor, mean: Floats, std: Floats
     ) -> None:
         self.classes, self.shape, self.labels, self.mean, self.std = classes, shape, labels, mean, std
 
@@ -72,7 +70,7 @@ class Split(ABC):
         augment_seed: int | None = None,
         device: torch.device | str = "cpu",
         workers: int = 0,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Batches:
         """One batch for each index tensor of ``order``.
 
         Args:
@@ -82,37 +80,26 @@ class Split(ABC):
             device: where the batches are wanted.
             workers: processes that read ahead; data held in memory needs none and ignores this.
 
-        Returns:
-            An iterator of (x, y): x float32 (B, C, H, W) in [0, 1], contiguous; y int64 (B,).
-
         Raises:
             UserError: at once, an index that is not an example's number; while iterating, a file that cannot be read.
         """
-        for number, indices in enumerate(order):
-            if indices.ndim != 1 or indices.dtype != torch.int64:
-                raise UserError(
-                    f"batch {number} of the order must be an int64 tensor (B,) of example numbers, "
-                    f"not {indices.dtype} {tuple(indices.shape)}"
-                )
-        numbers = torch.cat([indices.cpu() for indices in order]) if len(order) else torch.empty(0, dtype=torch.int64)
-        wrong = numbers[(numbers < 0) | (numbers >= len(self))]
-        if len(wrong):
-            raise UserError(f"there is no example {wrong[0]}: this split has {len(self)}, numbered from 0")
-        if workers < 0:
-            raise UserError(f"workers must be 0 (read in this process) or more, not {workers}")
-        return self._batches([indices.cpu() for indices in order], augment_seed, _indexed(device), workers)
+        numbers = [indices.cpu() for indices in order]
+        for number, each in enumerate(numbers):
+            if each.ndim != 1 or each.dtype != torch.int64:
+                form = f"{each.dtype} {tuple(each.shape)}"
+                raise UserError(f"batch {number} of the order must be an int64 tensor (B,), not {form}")
+            wrong = each[(each < 0) | (each >= len(self))]
+            if len(wrong):
+                raise UserError(f"there is no example {wrong[0]}: this split has {len(self)}, numbered from 0")
+        return self._batches(numbers, augment_seed, torch.device(device), workers)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` examples as they are: x float32 (n, C, H, W) in [0, 1], y int64 (n,), on the CPU."""
-        if not 0 <= n <= len(self):
-            raise UserError(f"cannot take the first {n} examples: this split has {len(self)}")
         ((x, y),) = self.batches([torch.arange(n)])
         return x, y
 
     @abstractmethod
-    def _batches(
-        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
         """:meth:`batches` with its arguments checked."""
 
 
@@ -127,9 +114,7 @@ class Subset(Split):
         super().__init__(whole.classes, whole.shape, whole.labels[numbers], whole.mean, whole.std)
         self.whole, self.numbers = whole, numbers
 
-    def _batches(
-        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
         return self.whole._batches([self.numbers[indices] for indices in order], augment_seed, device, workers)
 
 
@@ -149,18 +134,16 @@ class Data(Component):
     def _possible(cls, path: str | None) -> str | None:
         try:
             os.stat(os.path.expanduser(path or "."))
-        except ValueError as error:
-            raise ValueError(f"cannot be a path: {error}") from None
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise ValueError(f"cannot be a path: {error.strerror}") from None
+        except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+                raise ValueError(f"cannot be a path: {error}") from None
         return path
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
         """Image shape (C, H, W) and number of classes, without the files where the data set fixes them.
 
         Args:
-            classes: their number as somebody says who knows it, for a data set whose files would have to tell.
+            classes: their number where it is known, for a data set that would have to look into its files.
         """
         split = self.open("test")
         return split.shape, len(split.classes)
@@ -190,13 +173,13 @@ def _say(remark: str) -> None:
 
 def chosen_split(
     root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
-) -> tuple[str | None, list[str]]:
+) -> tuple[str, list[str]]:
     """Which test set is used: the first that has labels; and remarks, where there was a choice.
 
     Args:
         root: of the data, for messages.
-        there: those that are there, in the order of :data:`NAMES`; without any, the name is None.
-        wanted: the one that somebody chose.
+        there: those that are there, in the order of :data:`NAMES`; without any, the name is empty.
+        wanted: the one that the config names.
         labelled: whether a split has labels.
 
     Raises:
@@ -213,17 +196,9 @@ def chosen_split(
         remarks.append(
             f"{root} has {usable[0]} and {rest}: {usable[0]} is used (data.test_split={usable[1]} changes it)"
         )
-    return (usable[0] if usable else None), remarks
+    return (usable[0] if usable else ""), remarks
 
 
 def one_line(error: Exception) -> str:
     """What another library said, as part of a message of ours."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _indexed(device: torch.device | str) -> torch.device:
-    """``cuda`` as the ``cuda:0`` it means at this moment."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

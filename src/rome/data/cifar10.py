@@ -55,17 +55,8 @@ class Cifar10(Data):
             source, remarks = str(root / "cifar-10-batches-py"), list[str]()
         else:
             images, labels, source, remarks = self._read_parquet(tables, split)
-        opened = MemorySplit(
-            images,
-            labels,
-            CIFAR10_CLASSES,
-            levels=255,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            augment=self.augment,
-            pad=4,
-            flip=True,
-        )
+        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        opened = MemorySplit(images, labels, CIFAR10_CLASSES, mean, std, augment=self.augment, pad=4)
         return opened.described(source, remarks)
 
     def _read_parquet(self, files: list[Path], split: SplitName) -> tuple[Tensor, Tensor, str, list[str]]:

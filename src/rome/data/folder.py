@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Self
+from typing import IO, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -59,33 +59,33 @@ class ImageFolder(Resized):
                 f"{root} {state}: data.path must contain train/CLASS/*.jpg and test/CLASS/*.jpg (or validation, valid, "
                 "or val)"
             )
-        files = _files(folder)
-        if not files.images:
-            raise UserError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of classes{files.rest}")
-        found = _class_folders(folder)
-        classes = self._wanted(folder, found)
-        empty = sorted(classes - {place for place, _ in files.images})
-        if empty:
-            raise UserError(f"class folder {folder / empty[0]} has no images{files.rest}: fill or remove it")
-        if other is not None and (differing := classes ^ self._wanted(other, _class_folders(other))):
+        images, rest = _files(folder)
+        if not images:
+            raise UserError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of classes{rest}")
+        classes = self._wanted(folder)
+        if empty := sorted(classes - {place for place, _ in images}):
+            raise UserError(f"class folder {folder / empty[0]} has no images{rest}: fill or remove it")
+        if other is not None and (differing := classes ^ self._wanted(other)):
             name = min(differing)
             here, there = (folder, other) if name in classes else (other, folder)
             raise UserError(
                 f"the classes of {folder} and {other} differ in {len(differing)}: {name} is in {here} and not in "
                 f"{there}; both need the same class folders"
             )
-        images = [image for image in files.images if image[0] in classes]
+        images = [image for image in images if image[0] in classes]
         images.sort(key=lambda image: hashlib.sha256(b"/".join(map(os.fsencode, image))).digest())
-        if files.rest:
-            remarks.append(f"{folder}: {files.rest.removeprefix('; ')}")
+        if rest:
+            remarks.append(f"{folder}: {rest.removeprefix('; ')}")
         if other is not None and (same := _in_both(images, folder, other)):
             remarks.append(f"{len(same)} of {len(images)} images in {folder} are in {other} too, such as {same[0]}")
         names, remark = self._numbered(classes)
         number = {name: label for label, name in enumerate(names)}
         images = images[: self._count(split, len(images), folder)]
         labels = torch.tensor([number[place] for place, _ in images])
+        if remark:
+            remarks.append(f"{folder}: {remark}")
         opened = self.resized(_Images(folder, images), list(range(len(images))), labels, names, self.size)
-        return opened.described(str(folder), [*remarks, *([f"{folder}: {remark}"] if remark else [])])
+        return opened.described(str(folder), remarks)
 
     def _split_folder(self, root: Path, split: SplitName) -> tuple[Path | None, list[str]]:
         """The folder of a split, None where there is none, and remarks about the choice."""
@@ -93,7 +93,7 @@ class ImageFolder(Resized):
         if split == "train":
             return (root / there[0] if there else None), []
         name, remarks = chosen_split(root, there, self.test_split, lambda name: bool(_class_folders(root / name)))
-        return (None if name is None else root / name), remarks
+        return (root / name if name else None), remarks
 
     def _numbered(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
         """The classes by label, and a remark where the possible orders differ."""
@@ -112,8 +112,9 @@ class ImageFolder(Resized):
             f"weights that were trained with another order set data.class_order={'|'.join(different)}"
         )
 
-    def _wanted(self, folder: Path, found: set[str]) -> set[str]:
-        """The class folders to use among those found."""
+    def _wanted(self, folder: Path) -> set[str]:
+        """The class folders to use in the folder of a split."""
+        found = _class_folders(folder)
         if self.classes is None:
             return found
         wanted = set(self._listed(self.classes))
@@ -157,17 +158,9 @@ class _Images:
         return str(self.folder.joinpath(*self.images[row]))
 
 
-class _Files(NamedTuple):
-    """What there is in the folder of a split."""
-
-    images: list[tuple[str, str]]
-    """Class folder and file name of each."""
-    rest: str
-    """How many files are not read, and of which endings; empty where there are none."""
-
-
-def _files(folder: Path) -> _Files:
-    """The images in a folder of class folders.
+def _files(folder: Path) -> tuple[list[tuple[str, str]], str]:
+    """The images in a folder of class folders, by class folder and file name, and how many files are not read, of which
+    endings; empty where there are none.
 
     Raises:
         UserError: an image is elsewhere, where timm and torchvision would give it different labels.
@@ -188,8 +181,8 @@ def _files(folder: Path) -> _Files:
             else:
                 images.append((inside[0], name))
         folders[:] = [name for name in folders if not (hidden and os.path.islink(os.path.join(place, name)))]
-    told = ", ".join(f"{count} {ending}" for ending, count in rest.most_common())
-    return _Files(images, f"; {rest.total()} of {total} files are not read: {told}" if rest else "")
+    endings = ", ".join(f"{count} {ending}" for ending, count in rest.most_common())
+    return images, f"; {rest.total()} of {total} files are not read: {endings}" if rest else ""
 
 
 def _class_folders(folder: Path) -> set[str]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rome.core.randomness import stream
-from rome.data.base import Data, Split, SplitName
+from rome.data.base import Batches, Data, Floats, Split, SplitName
 
 
 class MemorySplit(Split):
-    """Images held as one uint8 tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
+    """Images held as one tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
 
     Augmentation pads with ``pad`` zeros on every side, crops at random and, with ``flip``, mirrors half of the images.
 
     Args:
-        images: uint8 (N, C, H, W) with values 0..levels.
+        images: (N, C, H, W) with values 0..levels, usually uint8.
     """
 
     def __init__(
@@ -27,22 +25,19 @@ class MemorySplit(Split):
         images: Tensor,
         labels: Tensor,
         classes: tuple[str, ...],
+        mean: Floats,
+        std: Floats,
         *,
-        levels: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        levels: int = 255,
         augment: bool,
         pad: int,
-        flip: bool,
+        flip: bool = True,
     ) -> None:
-        _, channels, height, width = images.shape
-        super().__init__(classes, (channels, height, width), labels, mean, std)
+        super().__init__(classes, (images.shape[1], images.shape[2], images.shape[3]), labels, mean, std)
         self._levels, self._augment, self._pad, self._flip = levels, augment, pad, flip
         self._held = {torch.device("cpu"): (images.contiguous(), labels)}
 
-    def _batches(
-        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
         home = device if device.type == "cuda" else torch.device("cpu")
         if home not in self._held:
             images, labels = self._held[torch.device("cpu")]
@@ -67,8 +62,8 @@ class MemorySplit(Split):
         return torch.where(draws[:, 2, None, None, None] < 0.5, x.flip(3), x) if self._flip else x
 
 
-class TensorSplit(Split):
-    """Images and labels that somebody has in memory, as they are.
+class TensorSplit(MemorySplit):
+    """Images and labels in memory, as they are.
 
     Args:
         x: float32 (N, C, H, W) in [0, 1].
@@ -76,22 +71,13 @@ class TensorSplit(Split):
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        classes = tuple(map(str, range(int(y.max()) + 1)))
-        super().__init__(classes, (x.shape[1], x.shape[2], x.shape[3]), y.cpu(), (), ())
-        self._x, self._y = x, y
-
-    def _batches(
-        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in order:
-            chosen = indices.to(self._x.device)
-            yield self._x[chosen].to(device), self._y[chosen].to(device)
+        super().__init__(x, y.cpu(), tuple(map(str, range(int(y.max()) + 1))), (), (), levels=1, augment=False, pad=0)
 
 
 class Digits(Data):
     """Handwritten digits, 8x8 gray, inside scikit-learn: 1,437 to train and 360 to test, nothing to download.
 
-    The split is fixed and stratified. Augmentation (off unless asked for) shifts by up to one pixel.
+    The split is fixed and stratified. Augmentation (off by default) shifts by up to one pixel.
     """
 
     kind = "digits"
@@ -103,17 +89,11 @@ class Digits(Data):
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        rows = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
-        rows = rows[0 if split == "train" else 1]
+        train, test = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
+        rows = train if split == "train" else test
         rows = rows[: self._count(split, len(rows), "digits")]
         return MemorySplit(
             torch.from_numpy(digits.images[rows]).to(torch.uint8)[:, None],
             torch.from_numpy(digits.target[rows]).long(),
-            tuple("0123456789"),
-            levels=16,
-            mean=(0.3053,),
-            std=(0.376,),
-            augment=self.augment,
-            pad=1,
-            flip=False,
-        )
+            tuple("0123456789"), (0.3053,), (0.376,), levels=16, augment=self.augment, pad=1, flip=False,
+        )  # fmt: skip

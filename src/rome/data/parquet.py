@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split
 from rome.data.memory import MemorySplit
 from rome.data.resized import Resized
-from rome.data.tables import ImageTable, equal_files, find_tables, label_names, label_range, read_tables
+from rome.data.tables import ImageTable, equal_files, find_tables, label_facts, read_tables
 
 
 class Parquet(Resized):
@@ -53,17 +52,9 @@ class Parquet(Resized):
         if self.size is not None:
             return self.resized(table, rows, labels, classes, self.size)
         images = torch.from_numpy(decoded(table, rows)).permute(0, 3, 1, 2)
-        return MemorySplit(
-            images,
-            labels,
-            classes,
-            levels=255,
-            mean=tuple(IMAGENET_DEFAULT_MEAN),
-            std=tuple(IMAGENET_DEFAULT_STD),
-            augment=self.augment,
-            pad=max(images.shape[2:]) // 8,
-            flip=True,
-        )
+        pad = max(images.shape[2:]) // 8
+        mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+        return MemorySplit(images, labels, classes, mean, std, augment=self.augment, pad=pad)
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""
@@ -77,16 +68,10 @@ class Parquet(Resized):
             return [root], []
         folder = root.parent if root.is_file() else root
         found = {name: files for name in NAMES[split] if (files := find_tables(folder, name))}
-        if split == "train":
-            files, remarks = found.get("train", []), list[str]()
-        else:
-            name, remarks = chosen_split(
-                folder,
-                list(found),
-                self.test_split,
-                lambda name: any(label_range(file, self.label) != (-1, -1) for file in found[name]),
-            )
-            files = found[name] if name is not None else []
+        name, remarks = "train", list[str]()
+        if split == "test":
+            name, remarks = chosen_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
+        files = found.get(name, [])
         if needed and not files:
             state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
             raise UserError(
@@ -95,16 +80,21 @@ class Parquet(Resized):
             )
         return files, remarks
 
+    def _labelled(self, files: list[Path]) -> bool:
+        return any(label_facts(file, self.label)[1:] != (-1, -1) for file in files)
+
     def _classes(self, table: ImageTable, others: list[Path]) -> tuple[str, ...]:
         """The classes that the files name, which must be the same in both splits; else the numbers up to the largest
         label of all files."""
+        largest = int(table.labels.max())
         for file in others:
-            if (names := label_names(file, self.label)) != table.names:
+            names, _, highest = label_facts(file, self.label)
+            largest = max(largest, highest)
+            if names != table.names:
                 raise UserError(
                     f"{table.files[0]} and {file} differ in the names of their classes ({len(table.names) or 'none'} "
                     f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
                 )
-        largest = max([int(table.labels.max()), *(label_range(file, self.label)[1] for file in others)])
         return table.names or tuple(map(str, range(largest + 1)))
 
 
@@ -112,7 +102,7 @@ def decoded(table: ImageTable, rows: list[int], size: tuple[int, int] | None = N
     """Images as uint8 (N, H, W, 3).
 
     Args:
-        size: the width and height that each must have; that of the first if not given.
+        size: the width and height that each must have; None: those of the first.
 
     Raises:
         UserError: one is broken or of another size.
@@ -135,7 +125,7 @@ def _mixed(table: ImageTable) -> list[int]:
     """Rows in their order, or, of a table where classes stand together, in that of a hash of their numbers: where no
     more than half as many neighbours differ in their labels as would in a random order, as in pieces sorted each."""
     labels, n = table.labels, len(table)
-    rows, counts = list(range(n)), torch.tensor(list(Counter(labels.tolist()).values()))
+    rows, counts = list(range(n)), labels.bincount()
     expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
     if not expected > 0 or int((labels[1:] != labels[:-1]).sum()) > expected / 2:
         return rows

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.core.randomness import derive_seed
-from rome.data.base import Data, Split, TestSplit, one_line
+from rome.core.randomness import derive_seed, unchanged_states
+from rome.data.base import Batches, Data, Split, TestSplit, one_line
 from rome.data.pixels import read_rgb
 
 
@@ -43,10 +44,10 @@ class Resized(Data):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _range(cls, given: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < given[0] <= given[1]:
-            raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(given)}")
-        return given
+    def _range(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ends[0] <= ends[1]:
+            raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
+        return ends
 
     def resized(self, reader: Reader, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
         """The split of a reader's images.
@@ -67,7 +68,8 @@ class Resized(Data):
         }
         plain = create_transform(**common, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
         augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
-        return _ResizedSplit(reader, rows, labels, classes, size, plain, augmented if self.augment else plain)
+        files = _Files(reader, rows, plain)
+        return _ResizedSplit(files, labels, classes, size, augmented if self.augment else plain)
 
 
 class Reader(Protocol):
@@ -83,25 +85,16 @@ class Reader(Protocol):
 class _ResizedSplit(Split):
     """Images read when they are wanted, as uint8, and turned into floats on the device."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        rows: list[int],
-        labels: Tensor,
-        classes: tuple[str, ...],
-        size: int,
-        plain: Any,
-        augmented: Any,
-    ) -> None:
+    def __init__(self, files: _Files, labels: Tensor, classes: tuple[str, ...], size: int, augmented: Any) -> None:
         super().__init__(classes, (3, size, size), labels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        self._reader, self._rows, self._plain, self._augmented = reader, rows, plain, augmented
+        self._files, self._augmented = files, augmented
 
-    def _batches(
-        self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        transform = self._plain if augment_seed is None else self._augmented
+    def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
+        files = self._files
+        if augment_seed is not None:
+            files = replace(files, transform=self._augmented, seed=augment_seed)
         loader: DataLoader[Tensor | str] = DataLoader(
-            _Files(self._reader, self._rows, transform, augment_seed),
+            files,
             batch_sampler=[indices.tolist() for indices in order],
             collate_fn=_stack,
             num_workers=workers,
@@ -115,18 +108,21 @@ class _ResizedSplit(Split):
             yield x, self.labels[indices].to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
 class _Files(Dataset["Tensor | str"]):
     """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
 
-    def __init__(self, reader: Reader, rows: list[int], transform: Any, seed: int | None) -> None:
-        self.reader, self.rows, self.transform, self.seed = reader, rows, transform, seed
+    reader: Reader
+    rows: list[int]
+    transform: Any
+    seed: int | None = None
 
     def __getitem__(self, index: int) -> Tensor | str:
         row = self.rows[index]
         try:
             with self.reader[row] as file:
                 image = read_rgb(file)
-            with _seeded(None if self.seed is None else derive_seed(self.seed, index)):
+            with nullcontext() if self.seed is None else _seeded(derive_seed(self.seed, index)):
                 pixels: Tensor = self.transform(image)
         except Exception as error:  # Pillow raises almost any kind for a broken file
             path = self.reader.filename(row)
@@ -141,18 +137,10 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """The global generators of torch (CPU), Python and numpy seeded inside, and as they were afterwards."""
-    if seed is None:
-        yield
-        return
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
+    with unchanged_states():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
         random.seed(seed)
         np.random.seed(seed % 2**32)
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])

@@ -1,4 +1,4 @@
-"""Parquet files of images as the Hugging Face Hub keeps them: one row an image, encoded, and its label."""
+"""Parquet files of images as on the Hugging Face Hub: one row an image, encoded, and its label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import torch
 from PIL import Image
@@ -33,8 +33,10 @@ class ImageTable:
     """The images of some files as they are encoded, one after the other, and their labels."""
 
     files: tuple[Path, ...]
-    images: tuple[pa.ChunkedArray, ...]
-    """The bytes, for each file."""
+    counts: tuple[int, ...]
+    """Images of each file."""
+    encoded: pa.ChunkedArray
+    """The bytes of all."""
     labels: Tensor
     """int64 (N,), none of them negative."""
     names: tuple[str, ...]
@@ -44,12 +46,14 @@ class ImageTable:
         return len(self.labels)
 
     def __getitem__(self, row: int) -> IO[bytes]:
-        return io.BytesIO(self._bytes(row))
+        return io.BytesIO(self.encoded[row].as_py() or b"")
 
     def filename(self, row: int) -> str:
         """Its file and its number there."""
-        file, place = self._place(row)
-        return f"{self.files[file]}: row {place}"
+        file = 0
+        while row >= self.counts[file]:
+            row, file = row - self.counts[file], file + 1
+        return f"{self.files[file]}: row {row}"
 
     def picture(self, row: int) -> Image.Image:
         """An image in RGB.
@@ -60,7 +64,7 @@ class ImageTable:
         try:
             return read_rgb(self[row])
         except Exception as error:  # Pillow raises almost any kind for a broken file
-            problem = one_line(error) if self._bytes(row) else "no bytes"
+            problem = one_line(error) if self[row].read(1) else "no bytes"
             raise UserError(f"{self.filename(row)} is not an image ({problem}); download the file again") from None
 
     @property
@@ -71,28 +75,14 @@ class ImageTable:
     def remarks(self) -> list[str]:
         """That more than one of a hundred images is there twice, as where a piece is: by their last bytes (which depend
         on all pixels in most formats), and then by all."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
-        encoded = pa.chunked_array([chunk for images in self.images for chunk in images.chunks], pa.large_binary())
         again = 0
-        for images in (pc.binary_slice(encoded, -64, None), encoded):
+        for images in (pc.binary_slice(self.encoded, -64, None), self.encoded):
             again = len(self) - pc.count_distinct(images, mode="all").as_py()
             if again <= len(self) // 100:
                 return []
         return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a piece there twice?"]
-
-    def _bytes(self, row: int) -> bytes:
-        file, place = self._place(row)
-        return self.images[file][place].as_py() or b""
-
-    def _place(self, row: int) -> tuple[int, int]:
-        """The file of a row, and its number there."""
-        for file, images in enumerate(self.images):
-            if row < len(images):
-                return file, row
-            row -= len(images)
-        raise IndexError(row)
 
 
 def find_tables(root: Path, *names: str) -> list[Path]:
@@ -102,22 +92,16 @@ def find_tables(root: Path, *names: str) -> list[Path]:
     Raises:
         UserError: some of the pieces they are numbered by are missing or there twice.
     """
-    patterns = [(folder, name) for name in names for folder in _FOLDERS]
-    found = ([*root.joinpath(folder).glob(f"{name}[.-]*parquet")] for folder, name in patterns)
-    files = sorted(next(filter(None, found), []))
-    pieces = [_PIECE.search(file.name) for file in files]
-    numbered = [piece for piece in pieces if piece]
-    if numbered:
-        name, total = numbered[0].string[: numbered[0].start()], numbered[0][2]
-        if {int(piece[1]) for piece in numbered if piece[2] == total} != set(range(int(total))):
+    found = (sorted(root.joinpath(folder).glob(f"{name}[.-]*parquet")) for name in names for folder in _FOLDERS)
+    files = next(filter(None, found), [])
+    pieces = [piece for file in files if (piece := _PIECE.search(file.name))]
+    if pieces:
+        name, total = pieces[0].string[: pieces[0].start()], pieces[0][2]
+        there = {int(piece[1]) for piece in pieces if piece[2] == total}
+        if there != set(range(int(total))) or len(files) != int(total):
             raise UserError(
-                f"{files[0].parent} has {len(files)} of the {int(total)} files {name}-*-of-{total}.parquet: "
-                "download the others, and remove what belongs to another version"
-            )
-        if len(files) != int(total):
-            raise UserError(
-                f"{files[0].parent} has {len(files)} files of {name} and not {int(total)} "
-                f"({name}-*-of-{total}.parquet): remove what is there twice or belongs to another version"
+                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and {int(total)} belong "
+                "together: download what is missing, and remove what is there twice or belongs to another version"
             )
     for first, second in equal_files(files, files):
         raise UserError(f"{first} and {second} are the same piece: remove one of them")
@@ -144,49 +128,44 @@ def read_tables(files: list[Path], label: str = "label", *, first: int | None = 
     Raises:
         UserError: they are not such files, or disagree about the names of the classes.
     """
-    images, labels, names = [], [], set()
-    for file in files:
-        some, some_labels, some_names = _read(file, label, first)
-        images.append(some)
-        labels.append(some_labels)
-        names.add(some_names)
-    if len(names) > 1:
-        raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
-    return ImageTable(tuple(files), tuple(images), torch.cat(labels), names.pop())
-
-
-def label_names(file: Path, label: str = "label") -> tuple[str, ...]:
-    """The classes that the Hub names inside a file; empty where it names none, or the file cannot be read."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        return _names(pq.read_schema(file).metadata, label)
-    except (pa.ArrowException, OSError):
-        return ()
+    images, labels, names = zip(*(_read(file, label, first) for file in files), strict=True)
+    if len(set(names)) > 1:
+        raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
+    encoded = pa.chunked_array([chunk for each in images for chunk in each.chunks], pa.large_binary())
+    return ImageTable(tuple(files), tuple(map(len, labels)), encoded, torch.cat(labels), names[0])
 
 
-def label_range(file: Path, label: str = "label") -> tuple[int, int]:
-    """The smallest and the largest label of a file, without reading its images: (-1, -1) where it has none or where
-    they are kept secret, as of some test sets on the Hub; (0, -1) where they are no integers or cannot be read."""
+def label_facts(file: Path, label: str = "label") -> tuple[tuple[str, ...], int, int]:
+    """What a file says of its labels, without its images: the names of the classes that the Hub writes into it, empty
+    where it has none, and the smallest and the largest label: (-1, -1) where it has none or where they are secret, as
+    of some test sets on the Hub; (0, -1) where they are no integers or cannot be read."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    names, low, high = tuple[str, ...](), None, None
     try:
         with pq.ParquetFile(file) as parquet:
-            if label not in parquet.schema_arrow.names:
-                return -1, -1
-            found = pc.min_max(parquet.read([label]).column(label)).as_py()
+            schema = parquet.schema_arrow
+            names = _names(schema.metadata, label)
+            if label in schema.names:
+                low, high = pc.min_max(parquet.read([label]).column(label)).as_py().values()
     except (pa.ArrowException, OSError):
-        return 0, -1
-    if found["min"] is None:
-        return -1, -1
-    integers = isinstance(found["min"], int) and isinstance(found["max"], int)
-    return (int(found["min"]), int(found["max"])) if integers else (0, -1)
+        return names, 0, -1
+    if low is None:
+        return names, -1, -1
+    return (names, low, high) if isinstance(low, int) and isinstance(high, int) else (names, 0, -1)
+
+
+def label_names(file: Path) -> tuple[str, ...]:
+    """The names of :func:`label_facts`."""
+    return label_facts(file)[0]
 
 
 def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
+    """The encoded images of one file, their labels, and the names of the classes."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -204,9 +183,8 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
             if not column or label not in schema.names:
                 refuse(f"has the columns {', '.join(schema.names)}")
             kind = schema.field(column).type
-            inner = (
-                kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-            )
+            struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            inner = kind.field("bytes").type if struct else kind
             if not pa.types.is_binary(inner) and not pa.types.is_large_binary(inner):
                 refuse(f"column {column} is {kind}")
             if not pa.types.is_integer(schema.field(label).type):
@@ -217,17 +195,16 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
                 some = list(islice(parquet.iter_batches(first, columns=[column, label]), 1))
                 table = pa.Table.from_batches(some) if some else schema.empty_table()
             encoded = table.column(column)
-            encoded = (encoded if inner is kind else pc.struct_field(encoded, "bytes")).cast(pa.large_binary())
+            encoded = (pc.struct_field(encoded, "bytes") if struct else encoded).cast(pa.large_binary())
     except (pa.ArrowException, OSError) as error:
         refuse(f"not a readable Parquet file ({one_line(error)})")
     labels = table.column(label).to_pylist()
     names = _names(schema.metadata, label)
-    wrong = [
-        (row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < (len(names) or 2**31)
-    ]
+    classes = len(names) or 2**31
+    wrong = [(row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < classes]
     if wrong and all(value == -1 for value in labels):
         raise UserError(
-            f"{file}: its labels are kept secret (all are -1), as of some test sets on the Hub; put "
+            f"{file}: its labels are secret (all are -1), as of some test sets on the Hub; put "
             "validation-*.parquet beside it, which is read instead"
         )
     if wrong:
@@ -242,7 +219,6 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
 def _names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:
     """The class names that the Hub writes into a file, if it did."""
     try:
-        features: dict[str, Any] = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[label]["names"]))
+        return tuple(map(str, json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]))
     except (KeyError, TypeError, ValueError):
         return ()

@@ -10,7 +10,6 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
-from rome.attacks.lp.pgd import by_norm
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward
@@ -49,7 +48,7 @@ class MSD(Method):
         return self.steps * (2 + len(threats)) + 3
 
     def step_size_for(self, threat: LpBall) -> float:
-        return by_norm(self.step_size, threat.norm, {threat.norm: _PATH[threat.norm] * threat.eps / self.steps})
+        return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         threats = cast("tuple[LpBall, ...]", context.threats)

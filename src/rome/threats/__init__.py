@@ -3,21 +3,15 @@
 Imports nothing of rome but core.
 """
 
-from rome.threats.base import AnyImage, PerExample, Threat
-from rome.threats.lp import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, Budgets, LpBall, Unperturbed, budgets
-from rome.threats.perceptual import Perceptual
-
-__all__ = [
-    "CIFAR10",
-    "DIGITS",
-    "IMAGENET",
-    "NAMED_BUDGETS",
-    "AnyImage",
-    "Budgets",
-    "LpBall",
-    "PerExample",
-    "Perceptual",
-    "Threat",
-    "Unperturbed",
-    "budgets",
-]
+from rome.threats.base import AnyImage as AnyImage
+from rome.threats.base import PerExample as PerExample
+from rome.threats.base import Threat as Threat
+from rome.threats.lp import CIFAR10 as CIFAR10
+from rome.threats.lp import DIGITS as DIGITS
+from rome.threats.lp import IMAGENET as IMAGENET
+from rome.threats.lp import NAMED_BUDGETS as NAMED_BUDGETS
+from rome.threats.lp import Budgets as Budgets
+from rome.threats.lp import LpBall as LpBall
+from rome.threats.lp import Unperturbed as Unperturbed
+from rome.threats.lp import budgets as budgets
+from rome.threats.perceptual import Perceptual as Perceptual

@@ -26,17 +26,17 @@ class Threat(Component):
     def name(self) -> str:
         """Short unique name for columns and logs, such as ``Linf``."""
 
-    @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it."""
+        """The allowed image nearest to ``x_adv`` (B, C, H, W), or an allowed one near it; here, into the box alone."""
+        return x_adv.clamp(0, 1)
 
     @abstractmethod
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """How large each perturbation is in the threat's own measure: (B,)."""
 
-    @abstractmethod
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Which examples are allowed, up to rounding: bool (B,)."""
+        """Which examples are allowed, up to rounding: bool (B,). Here, those in the box; NaN is not."""
+        return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
 
     def searched_by(self, attack: Any) -> tuple[Any, Threat]:
         """The :class:`rome.attacks.Attack` that searches this threat where ``attack`` is called, and the threat that it
@@ -58,20 +58,9 @@ class AnyImage(Threat):
     def name(self) -> str:
         return self.label
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return x_adv.clamp(0, 1)
-
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Largest change of a pixel: (B,)."""
         return (x_adv - x).abs().flatten(1).amax(dim=1)
-
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        return in_box(x_adv)
-
-
-def in_box(x: Tensor) -> Tensor:
-    """Which images lie in [0, 1]: bool (B,); NaN does not."""
-    return ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
 
 
 @dataclass(frozen=True)

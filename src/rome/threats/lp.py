@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, overload
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from rome.core.component import Number
-from rome.threats.base import Threat, in_box
-from rome.threats.projections import project_l1, project_l2, project_linf
+from rome.threats.base import Threat
+from rome.threats.projections import inward, project_l1, project_l2, project_linf, signs, top_signs, unit
 
 RTOL = 1e-5
 """Relative tolerance on a budget, for rounding in x + delta - x."""
@@ -22,6 +23,7 @@ def _norm(value: Any) -> Any:
 
 
 Norm = Annotated[Literal["L1", "L2", "Linf"], BeforeValidator(_norm)]
+Value = TypeVar("Value")
 
 
 class LpBall(Threat):
@@ -44,18 +46,46 @@ class LpBall(Threat):
     def name(self) -> str:
         return self.norm
 
+    def setting(self, value: Value | dict[Norm, Value] | None, default: Value) -> Value:
+        """A setting for this ball: the one value for all norms, that of its norm, or else the default."""
+        if isinstance(value, dict):
+            return value.get(self.norm, default)
+        return default if value is None else value
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Onto ball and box. L1: exact on their intersection; Linf: likewise; L2: the ball, then the box, which stays
         inside the ball but is not always the nearest point (as in AutoAttack)."""
         origin = x.flatten(1)
         delta = x_adv.flatten(1) - origin
-        if self.norm == "L1":
-            delta = project_l1(delta, self.eps, -origin, 1 - origin)
-        elif self.norm == "L2":
-            delta = project_l2(delta, self.eps)
-        else:
-            delta = project_linf(delta, self.eps)
+        delta = project_l1(delta, self.eps, -origin, 1 - origin) if self.norm == "L1" else self.shortened(delta)
         return self.shifted(origin, delta).view_as(x)
+
+    def shortened(self, delta: Tensor) -> Tensor:
+        """The nearest perturbation in the ball, whatever the box: (B, D) -> (B, D)."""
+        return {"L1": project_l1, "L2": project_l2, "Linf": project_linf}[self.norm](delta, self.eps)
+
+    def steepest(self, gradient: Tensor, point: Tensor, percentile: float) -> Tensor:
+        """The direction of length 1 in the norm in which the loss rises fastest: (B, D), from its gradient (B, D).
+
+        In L1 and L2 the coordinates that would leave the box at ``point`` (B, D) stay; in L1 only those whose gradient
+        reaches the percentile move (:func:`~rome.threats.projections.top_signs`).
+        """
+        if self.norm == "Linf":
+            return signs(gradient)
+        gradient = inward(gradient, point)
+        return unit(gradient) if self.norm == "L2" else top_signs(gradient, percentile)
+
+    def random(self, noise: Tensor) -> Tensor:
+        """Random perturbations (B, D) from U[0, 1) (B, D), as in Tramèr and Boneh: uniform in the Linf ball, a Gaussian
+        direction of L2 length eps, a Laplace direction of L1 length eps."""
+        u = (2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6)
+        if self.norm == "Linf":
+            return self.eps * u
+        if self.norm == "L2":
+            delta = torch.special.erfinv(u)
+            return delta * (self.eps / torch.linalg.vector_norm(delta, dim=1, keepdim=True))
+        delta = -u.sign() * torch.log1p(-u.abs())
+        return delta * (self.eps / delta.abs().sum(dim=1, keepdim=True))
 
     def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
         """``x + delta`` in the box, for ``delta`` inside the ball: (B, ...) twice -> (B, ...).
@@ -73,13 +103,12 @@ class LpBall(Threat):
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         delta = _wide(x_adv) - _wide(x)
-        ord = {"L1": 1, "L2": 2, "Linf": float("inf")}[self.norm]
-        return torch.linalg.vector_norm(delta.flatten(1), ord=ord, dim=1)
+        return torch.linalg.vector_norm(delta.flatten(1), ord={"L1": 1, "L2": 2, "Linf": math.inf}[self.norm], dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
         # Linf: x + eps is rounded to a float below 1, off by a unit in the last place of 1; no sum of such errors
         rounding = torch.finfo(x.dtype).eps if self.norm == "Linf" else 0.0
-        return in_box(x_adv) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
+        return super().contains(x_adv, x) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -102,19 +131,13 @@ class Unperturbed(LpBall):
 class Budgets(tuple[LpBall, ...]):
     """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
 
-    __slots__ = ()
-
-    @overload  # type: ignore[override]
-    def __getitem__(self, key: str) -> LpBall: ...
-    @overload
-    def __getitem__(self, key: int) -> LpBall: ...
-    def __getitem__(self, key: str | int) -> LpBall:
-        if isinstance(key, str):
-            for threat in self:
-                if threat.name == key:
-                    return threat
-            raise KeyError(f"no threat {key!r}; there are {', '.join(t.name for t in self)}")
-        return super().__getitem__(key)
+    def __getitem__(self, key: str | int) -> LpBall:  # type: ignore[override]
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        found = {threat.name: threat for threat in self}
+        if key not in found:
+            raise KeyError(f"no threat {key!r}; there are {', '.join(found)}")
+        return found[key]
 
 
 def budgets(l1: float, l2: float, linf: float) -> Budgets:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.threats.base import Threat, in_box
+from rome.threats.base import Threat
 
 
 class Perceptual(Threat):
@@ -48,15 +48,7 @@ class Perceptual(Threat):
         threat._network = network
         return threat
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Into the box; the bound is for attacks to keep."""
-        return x_adv.clamp(0, 1)
-
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         raise UserError(
             f"{self.name} needs a network to measure with: call rome.attacks.perceptual.features.measure(threat, ...)"
         )
-
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Which examples are in the box; the bound is not checked."""
-        return in_box(x_adv)

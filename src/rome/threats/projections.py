@@ -1,9 +1,11 @@
-"""Exact Euclidean projections, row by row, on tensors of shape (B, D).
+"""Geometry of Lp balls, row by row, on tensors (B, D): exact Euclidean projections, and directions of steepest ascent.
 
 Nothing here waits for the device: the number of operations does not depend on the values.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -35,8 +37,6 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
     """
     size = delta.abs()
     wide = torch.float32 if delta.device.type == "mps" else torch.float64
-    if (lower is None) != (upper is None):
-        raise ValueError("give both bounds or none")
     if lower is None or upper is None:
         room = size
         breaks, order = size.sort(dim=1)
@@ -61,6 +61,39 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
     if at_zero:  # without a box the first piece starts at 0, left of every breakpoint
         t = torch.where(last < 0, (total - eps) / at_zero, t)
     t = torch.where(total <= eps, 0, t)
-    kept = torch.minimum((size - t).clamp_(min=0).to(size.dtype), room)
-    kept = kept * (eps / kept.sum(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
-    return kept.copysign(delta)
+    left = torch.minimum((size - t).clamp_(min=0).to(size.dtype), room)
+    left = left * (eps / left.sum(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+    return left.copysign(delta)
+
+
+def signs(gradient: Tensor) -> Tensor:
+    """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Each example's gradient (B, ...) at L2 length 1, however small its numbers are; one of zeros stays."""
+    flat = gradient.flatten(1)
+    tiny = torch.finfo(flat.dtype).tiny
+    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could be zero
+    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
+
+
+def inward(gradient: Tensor, point: Tensor) -> Tensor:
+    """The gradient (B, D) without the coordinates where ``point`` is at a bound of the box and would leave it."""
+    leaves = ((point <= 0) & (gradient < 0)) | ((point >= 1) & (gradient > 0))
+    return gradient.masked_fill(leaves, 0)
+
+
+def top_signs(gradient: Tensor, percentile: float) -> Tensor:
+    """Signs of the coordinates at or above a percentile of |gradient|, scaled to L1 length 1; (B, D) -> (B, D).
+
+    The percentile is numpy's (linear interpolation), so 99 leaves 31 of 3,072 coordinates. A zero gradient gives zero,
+    one with NaN only NaN.
+    """
+    size = gradient.abs()
+    dimensions = size.shape[1]
+    count = dimensions - math.ceil((dimensions - 1) * percentile / 100)
+    threshold = size.topk(count, dim=1).values[:, -1:]
+    direction = signs(gradient) * (size >= threshold)
+    return direction / direction.abs().sum(dim=1, keepdim=True).clamp(min=1)

@@ -13,7 +13,7 @@ from rome.attacks.corruptions.severities import SEEDS, Constants, CorruptionType
 from rome.attacks.engine import Model
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
-from rome.threats import AnyImage, Threat
+from rome.threats import AnyImage
 
 
 class Corruption(Attack):
@@ -25,6 +25,8 @@ class Corruption(Attack):
     """
 
     kind = "corruption"
+    searches = (AnyImage, "is a fixed transform: run it under AnyImage(label=NAME)")
+    channels = (1, 3)
     differentiates: ClassVar[bool] = False
     draws_by_image: ClassVar[bool] = True
     untrained: ClassVar[str] = "is a fixed change that searches nothing"
@@ -43,21 +45,12 @@ class Corruption(Attack):
         return self
 
     def unsuited(self, channels: int) -> str:
-        allowed = (1, 3) if self.path is None else (3,)
-        return (
-            "" if channels in allowed else f"needs images of {' or '.join(map(str, allowed))} channels, not {channels}"
-        )
+        if self.path is not None and channels != 3:
+            return f"needs images of 3 channels, not {channels}"
+        return super().unsuited(channels)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (SEEDS,)
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, AnyImage):
-            raise UserError(
-                f"{self.kind} is a fixed transform: run it under AnyImage(label={self.type!r}), "
-                f"not {type(threat).__name__}"
-            )
-        return 0
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
         """The corrupted images, like ``x``.

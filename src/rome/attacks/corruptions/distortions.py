@@ -1,6 +1,6 @@
 """The 15 common corruptions of Hendrycks and Dietterich (ICLR 2019), each a function of one image.
 
-``f(image, c, rng)``: image uint8 (H, W, C) with C = 1 or 3, constants c of a severity (see ``corruptions.py``), result
+``f(image, c, rng)``: image uint8 (H, W, C) with C = 1 or 3, constants c of a severity (``severities.json``), result
 float (H, W, C) on the scale 0..255, to be clipped and cut to whole numbers. Definitions as in
 github.com/hendrycks/robustness (``make_cifar_c.py``, ``make_imagenet_c.py``), without OpenCV, scikit-image and
 ImageMagick: their filters, borders and angles are stated where they matter.
@@ -52,8 +52,7 @@ def defocus_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
     soft = np.exp(-0.5 * (taps / sigma) ** 2)
     for axis in (0, 1):
         disk = ndimage.correlate1d(disk, soft / soft.sum(), axis=axis, mode="mirror")
-    blurred: Array = ndimage.correlate(image.astype(float), disk[:, :, None], mode="mirror")
-    return blurred
+    return np.asarray(ndimage.correlate(image.astype(float), disk[:, :, None], mode="mirror"))
 
 
 def glass_blur(image: Bytes, c: tuple[float, int, int], rng: Rng) -> Array:
@@ -84,8 +83,7 @@ def zoom_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
     """The mean of the image and its enlargements by 1, 1 + c1 .. up to c0."""
     factors = np.arange(1, *c)
     enlarged = [_zoomed(image.astype(float), factor) for factor in factors]
-    total: Array = image + np.sum(enlarged, axis=0)
-    return total / (len(factors) + 1)
+    return np.asarray((image + np.sum(enlarged, axis=0)) / (len(factors) + 1))
 
 
 def snow(image: Bytes, c: tuple[float, float, float, float, int, float, float], rng: Rng) -> Array:
@@ -151,8 +149,7 @@ def fog(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
         offsets += list(torch.from_numpy(wibble * draws))
     plasma = to_unit(diamond_square(offsets))[0, :height, :width, None].numpy()
     x, highest = image / 255, image.max() / 255
-    thick: Array = 255 * (x + amount * plasma) * highest / (highest + amount)
-    return thick
+    return np.asarray(255 * (x + amount * plasma) * highest / (highest + amount))
 
 
 def brightness(image: Bytes, c: float, rng: Rng) -> Array:
@@ -166,8 +163,7 @@ def contrast(image: Bytes, c: float, rng: Rng) -> Array:
     """c times the distance from the mean of each channel."""
     x = image / 255
     mean = x.mean(axis=(0, 1), keepdims=True)
-    reduced: Array = 255 * ((x - mean) * c + mean)
-    return reduced
+    return np.asarray(255 * ((x - mean) * c + mean))
 
 
 def elastic_transform(image: Bytes, c: tuple[float, float, float], rng: Rng) -> Array:
@@ -211,9 +207,8 @@ def _array(image: Image.Image) -> Array:
 
 
 def _gaussian(image: Array, sigma: float, mode: str = "nearest", truncate: float = 4) -> Array:
-    """Over rows and columns only; scikit-image's borders and reach unless told."""
-    blurred: Array = ndimage.gaussian_filter(image, sigma, axes=(0, 1), mode=mode, truncate=truncate)
-    return blurred
+    """Over rows and columns only; by default with scikit-image's borders and reach."""
+    return np.asarray(ndimage.gaussian_filter(image, sigma, axes=(0, 1), mode=mode, truncate=truncate))
 
 
 def _sampled(image: Array, rows: Array, columns: Array, mode: str) -> Array:
@@ -228,8 +223,7 @@ def _zoomed(image: Array, factor: float) -> Array:
     top, left = ((side - part) // 2 for side, part in zip(image.shape, crop, strict=False))
     large = ndimage.zoom(image[top : top + crop[0], left : left + crop[1]], (factor, factor, 1), order=1)
     top, left = ((part - side) // 2 for side, part in zip(image.shape[:2], large.shape, strict=False))
-    middle: Array = large[top : top + image.shape[0], left : left + image.shape[1]]
-    return middle
+    return np.asarray(large[top : top + image.shape[0], left : left + image.shape[1]])
 
 
 def _moved(image: Array, c: tuple[int, float], angle: float) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group, Steps
-from rome.attacks.engine import Model, log_odds, loss_and_gradient, signs, unit
+from rome.attacks.engine import Model, log_odds, loss_and_gradient
 from rome.core.component import Number
-from rome.core.errors import UserError
-from rome.threats import LpBall, Threat
+from rome.threats import Threat
 from rome.threats.lp import Norm
+from rome.threats.projections import signs, unit
 
 
 class APGD(Attack):
@@ -30,24 +31,17 @@ class APGD(Attack):
     """
 
     kind = "apgd"
+    starts_at_random: ClassVar[bool] = False
     steps: Steps | dict[Norm, Steps] = 15
     l1_share: Number | None = Field(default=None, gt=0, le=1)
     """L1: share of the coordinates the first step moves. None is the published 0.05 of training, but at least 12
     coordinates, which only tiny images notice; AutoAttack's evaluation starts with 0.2."""
 
-    @property
-    def uses_noise(self) -> bool:
-        return False
-
     def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, LpBall):
-            raise UserError(f"{self.kind} searches inside Lp balls, not {type(threat).__name__}")
-        return self.steps.get(threat.norm, 15) if isinstance(self.steps, dict) else self.steps
+        return int(self.accepted(threat).setting(self.steps, 15))
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
-        state = _State(x, y)
-        state.see(model, len(x), gradient=groups[0].steps > 0)
-        state.start()
+        state = _State(model, x, y, gradient=groups[0].steps > 0)
         walkers = [self._walker(group, x, state) for group in groups]
         for step in range(groups[0].steps):
             alive = [walker for walker in walkers if walker.steps > step]
@@ -64,7 +58,7 @@ class APGD(Attack):
         return AttackResult(state.best, adversarial, state.robust, F.softplus(state.best_loss).float())
 
     def _walker(self, group: Group, x: Tensor, state: _State) -> _Walker:
-        if isinstance(group.threat, LpBall) and group.threat.norm == "L1":
+        if group.threat.norm == "L1":
             share = max(0.05, 12 / x[0].numel()) if self.l1_share is None else self.l1_share
             return _Sparse(group, x[group.rows], min(share, 1.0))
         return _Momentum(group, x[group.rows], state.best_loss[group.rows].clone())
@@ -73,13 +67,16 @@ class APGD(Attack):
 class _State:
     """What every walker reads and writes, for the whole sorted batch."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    def __init__(self, model: Model, x: Tensor, y: Tensor, *, gradient: bool) -> None:
         self.y = y
         self.point = x.clone()
         self.before = x.clone()
         self.gradient = torch.zeros_like(x)
         self.loss = torch.zeros_like(y, dtype=x.dtype)
         self.correct = torch.ones_like(y, dtype=torch.bool)
+        self.see(model, len(x), gradient=gradient)
+        self.best, self.best_gradient, self.best_loss = x.clone(), self.gradient.clone(), self.loss.clone()
+        self.robust, self.last_wrong = self.correct.clone(), x.clone()
 
     def see(self, model: Model, end: int, *, gradient: bool) -> None:
         """Log odds against the label, correctness and gradient at the current points [:end]."""
@@ -91,13 +88,6 @@ class _State:
             logits = model(self.point[:end])
             self.loss[:end] = log_odds(logits, self.y[:end])
             self.correct[:end] = logits.argmax(1) == self.y[:end]
-
-    def start(self) -> None:
-        self.best = self.point.clone()
-        self.best_gradient = self.gradient.clone()
-        self.best_loss = self.loss.clone()
-        self.robust = self.correct.clone()
-        self.last_wrong = self.point.clone()
 
     def remember(self, end: int) -> None:
         better = ~(self.loss[:end] <= self.best_loss[:end])  # NaN counts as better, so that the final check meets it
@@ -117,12 +107,19 @@ class _State:
 
 
 class _Walker(ABC):
-    """Moves the examples of one threat and adapts their step sizes."""
+    """Moves the examples of one threat, and every ``period`` steps adapts their step sizes."""
+
+    period: int
 
     def __init__(self, group: Group, x: Tensor) -> None:
-        assert isinstance(group.threat, LpBall)
-        self.threat, self.rows, self.steps, self.x = group.threat, group.rows, group.steps, x
+        self.threat, self.rows, self.steps = group
+        self.x = x
         self.waited = 0
+
+    def due(self) -> bool:
+        """Whether a period is over with this step."""
+        self.waited = (self.waited + 1) % self.period
+        return self.waited == 0
 
     @abstractmethod
     def move(self, state: _State, step: int) -> None:
@@ -163,8 +160,7 @@ class _Momentum(_Walker):
         loss, best_loss = state.loss[self.rows], state.best_loss[self.rows]
         self.rises += loss > self.previous_loss
         self.previous_loss = loss.clone()
-        self.waited += 1
-        if self.waited < self.period:
+        if not self.due():
             return
         stalled = ~self.halved & (self.checked_loss >= best_loss)
         self.halved = (self.rises <= 0.75 * self.period) | stalled
@@ -172,7 +168,6 @@ class _Momentum(_Walker):
         self.size = torch.where(self.halved, self.size / 2, self.size)
         state.restart(self.rows, self.halved)
         self.rises = torch.zeros_like(self.rises)
-        self.waited = 0
         self.period = max(self.period - self.shorter, self.shortest)
 
 
@@ -206,10 +201,8 @@ class _Sparse(_Walker):
         state.point[self.rows] = self.threat.project(state.point[self.rows] + step_by.view_as(self.x), self.x)
 
     def adapt(self, state: _State) -> None:
-        self.waited += 1
-        if self.waited < self.period:
+        if not self.due():
             return
-        self.waited = 0
         moved = (state.best[self.rows] - self.x).abs() > self.residue
         count = moved.flatten(1).sum(dim=1).to(self.size.dtype)
         sparser = count / self.previous_count < 0.95

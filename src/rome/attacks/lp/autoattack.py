@@ -12,7 +12,6 @@ is a :class:`AttackWarning`.
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from abc import abstractmethod
@@ -30,7 +29,7 @@ from rome.attacks.base import Attack, AttackResult, Group
 from rome.attacks.engine import Model
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, cuda_in_use
-from rome.threats import LpBall, PerExample, Threat
+from rome.threats import LpBall, Threat
 
 MIN_CLASSES_DLR = 4
 """The targeted DLR loss divides by z_(1) - (z_(3) + z_(4)) / 2: it needs four logits."""
@@ -53,42 +52,18 @@ class AutoAttackPart(Attack):
     """
 
     untrained: ClassVar[str] = "is made for evaluation; pgd and apgd search the same balls in training"
+    starts_at_random: ClassVar[bool] = False
+    """The random numbers are drawn by pyautoattack."""
 
-    def run(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        threat: Threat | PerExample,
-        *,
-        generator: torch.Generator | Stream | None = None,
-        verdict: bool = True,
-    ) -> AttackResult:
-        if isinstance(generator, Stream):
-            generator = generator.generator
-        if isinstance(x, Tensor) and x.dtype != torch.float32:
-            raise UserError(f"{self.kind} works on float32 images, not {x.dtype}: give x.float()")
-        with torch.random.fork_rng(devices=cuda_in_use()), _silent():
-            torch.manual_seed(0 if generator is None else generator.initial_seed())
-            return super().run(model, x, y, threat, generator=generator, verdict=verdict)
-
-    @property
-    def uses_noise(self) -> bool:
-        return False
+    def run(self, *args: Any, generator: torch.Generator | Stream | None = None, **named: Any) -> AttackResult:
+        own = generator.generator if isinstance(generator, Stream) else generator
+        with torch.random.fork_rng(devices=cuda_in_use()):
+            torch.manual_seed(0 if own is None else own.initial_seed())
+            return super().run(*args, generator=own, **named)
 
     def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, LpBall):
-            raise UserError(f"{self.kind} searches inside Lp balls, not {type(threat).__name__}")
-        return self.steps
-
-    @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Iterations or queries of one run."""
-
-    @abstractmethod
-    def cost(self, threat: LpBall) -> int:
-        """Forward passes an example needs if nothing fools it, a backward counted as two: for time estimates."""
+        self.accepted(threat)
+        return int(getattr(self, "iterations", 0) or getattr(self, "queries", 0))
 
     @abstractmethod
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
@@ -96,16 +71,19 @@ class AutoAttackPart(Attack):
         could not fool unchanged."""
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
+        if x.dtype != torch.float32:
+            raise UserError(f"{self.kind} works on float32 images, not {x.dtype}: give x.float()")
         logits = model(x)
         robust = logits.argmax(1) == y
         images = x.clone()
         seen, watched = _ZeroGradients(), _Watched(model)
-        for group in groups:
-            threat, rows = group.threat, group.rows
-            assert isinstance(threat, LpBall)
+        for threat, rows, _ in groups:
             if threat.eps == 0:
                 continue
-            suite = AutoAttack(watched, norm=threat.norm, eps=threat.eps, seed=torch.initial_seed(), device=x.device)
+            settings = {"norm": threat.norm, "eps": threat.eps, "seed": torch.initial_seed(), "device": x.device}
+            suite = AutoAttack(watched, **settings, version="custom", attacks=[])
+            suite.verbose = False  # or the next line, which the constructor would else call, writes to the log
+            suite._set_version("standard")
             suite.apgd.logger = suite.apgd_targeted.logger = seen
             found = self.searcher(suite, logits.shape[1]).perturb(x[rows], y[rows])
             fooled = (found != x[rows]).flatten(1).any(dim=1)
@@ -132,17 +110,9 @@ class APGDCE(AutoAttackPart):
     restarts: int | None = Field(default=None, ge=1)
     """None is AutoAttack's: 1, in L1 5."""
 
-    @property
-    def steps(self) -> int:
-        return self.iterations
-
-    def cost(self, threat: LpBall) -> int:
-        return 3 * self.iterations * (self.restarts or (5 if threat.norm == "L1" else 1))
-
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
         set_iterations(suite.apgd, self.iterations)
-        if self.restarts is not None:
-            suite.apgd.n_restarts = self.restarts
+        suite.apgd.n_restarts = self.restarts or suite.apgd.n_restarts
         suite.apgd.loss = "ce"
         return suite.apgd
 
@@ -155,13 +125,6 @@ class APGDT(AutoAttackPart):
     targets: int | None = Field(default=None, ge=1)
     """At most one less than the model's classes; None is AutoAttack's: 9, in L1 5."""
 
-    @property
-    def steps(self) -> int:
-        return self.iterations
-
-    def cost(self, threat: LpBall) -> int:
-        return 3 * self.iterations * (self.targets or standard_targets(self.kind, threat))
-
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
         if classes < MIN_CLASSES_DLR:
             raise UserError(
@@ -169,7 +132,7 @@ class APGDT(AutoAttackPart):
                 "use fab-t instead (the suites do)"
             )
         set_iterations(suite.apgd_targeted, self.iterations)
-        suite.apgd_targeted.n_target_classes = _targets(self.targets, suite.apgd_targeted.n_target_classes, classes)
+        suite.apgd_targeted.n_target_classes = min(self.targets or suite.apgd_targeted.n_target_classes, classes - 1)
         return suite.apgd_targeted
 
 
@@ -181,17 +144,10 @@ class FABT(AutoAttackPart):
     targets: int | None = Field(default=None, ge=1)
     """At most one less than the model's classes; None is AutoAttack's 9."""
 
-    @property
-    def steps(self) -> int:
-        return self.iterations
-
-    def cost(self, threat: LpBall) -> int:
-        return 4 * self.iterations * (self.targets or standard_targets(self.kind, threat))
-
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
         suite.fab.targeted = True
         suite.fab.n_iter = self.iterations
-        suite.fab.n_target_classes = _targets(self.targets, suite.fab.n_target_classes, classes)
+        suite.fab.n_target_classes = min(self.targets or suite.fab.n_target_classes, classes - 1)
         suite.fab.get_diff_logits_grads_batch_targeted = partial(_differences, suite.fab.predict)
         return suite.fab
 
@@ -203,13 +159,6 @@ class Square(AutoAttackPart):
     differentiates: ClassVar[bool] = False
     queries: int = Field(default=5000, ge=1)
 
-    @property
-    def steps(self) -> int:
-        return self.queries
-
-    def cost(self, threat: LpBall) -> int:
-        return self.queries
-
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
         suite.square.n_queries = self.queries
         return suite.square
@@ -219,7 +168,7 @@ class Square(AutoAttackPart):
         side = height // 5
         first = (height - 5 * side) // 2
         fits = side > 0 and all(first + size // side * side <= size or side == 1 for size in (height, width))
-        if not fits and any(isinstance(group.threat, LpBall) and group.threat.norm != "Linf" for group in groups):
+        if not fits and any(group.threat.norm != "Linf" for group in groups):
             raise UserError(
                 f"Square's first windows in L1 and L2 do not fit into images of {height}x{width} (a defect of "
                 "pyautoattack): give another size (model.img_size, --img-size), or take the suite apgd"
@@ -227,13 +176,11 @@ class Square(AutoAttackPart):
         return super().search(model, x, y, groups, noise)
 
 
-def standard_targets(kind: str, threat: LpBall) -> int:
-    """Target classes of AutoAttack's standard version."""
-    return 5 if kind == APGDT.kind and threat.norm == "L1" else 9
-
-
-def _targets(asked: int | None, standard: int, classes: int) -> int:
-    return min(standard if asked is None else asked, classes - 1)
+def standard_runs(kind: str, threat: LpBall) -> int:
+    """Restarts of APGD-CE, and target classes of APGD-T and FAB-T, in AutoAttack's standard version."""
+    if threat.norm == "L1" and kind != FABT.kind:
+        return 5
+    return 1 if kind == APGDCE.kind else 9
 
 
 def _differences(model: Model, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +204,7 @@ def set_iterations(apgd: Any, iterations: int) -> None:
 
 
 class _ZeroGradients:
-    """Stands where pyautoattack expects a logger; keeps the largest number of points it found without gradient."""
+    """Stands where pyautoattack expects a logger; records the largest number of points it found without gradient."""
 
     most = 0
 
@@ -267,7 +214,7 @@ class _ZeroGradients:
 
 
 class _Watched:
-    """The model; keeps the largest number of examples of a batch whose input gradient was NaN, on their device."""
+    """The model; records the largest number of examples of a batch whose input gradient was NaN, on their device."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.most = model, torch.zeros((), dtype=torch.int64)
@@ -275,22 +222,11 @@ class _Watched:
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return self.model(x).to(x.dtype)  # pyautoattack keeps losses and gradients of one type
+        return self.model(x).to(x.dtype)  # pyautoattack stores losses and gradients in one type
 
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()
         self.most = torch.maximum(self.most.to(broken.device), broken)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    logger = logging.getLogger("auto-attack")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps, StepSize
-from rome.attacks.engine import Model, at_least_float32, signs
+from rome.attacks.engine import Model, at_least_float32
 from rome.attacks.lp.pgd import random_start
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.experts import Gates, expert_layers, record_gates
 from rome.experts.gated import MeanOver, count
 from rome.threats import LpBall, Threat
+from rome.threats.projections import signs
 
 
 class GMA(Attack):
@@ -29,6 +30,7 @@ class GMA(Attack):
     """
 
     kind = "gma"
+    searches = (LpBall, "searches inside Linf balls such as LpBall(norm='Linf', eps=8/255)")
     draws_by_image: ClassVar[bool] = True
     steps: Steps = 20
     step_size: StepSize = 2 / 255
@@ -38,17 +40,11 @@ class GMA(Attack):
     """What L counts: layers with gates, or blocks (literal), in which the terms of ``qkv`` and ``proj`` add up."""
     random_start: bool = True
 
-    @property
-    def uses_noise(self) -> bool:
-        return self.random_start
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, LpBall) or threat.norm != "Linf":
-            raise UserError(
-                f"{self.kind} searches inside Linf balls such as LpBall(norm='Linf', eps=8/255), not "
-                f"{threat.name if isinstance(threat, LpBall) else type(threat).__name__}"
-            )
-        return self.steps
+    def accepted(self, threat: Threat) -> LpBall:
+        ball: LpBall = super().accepted(threat)
+        if ball.norm != "Linf":
+            raise UserError(f"{self.kind} {self.searches[1]}, not {ball.norm}")
+        return ball
 
     def passes_for(self, threat: Threat) -> float:
         return 2 * self.steps + bool(self.steps)  # one forward first, for the experts to route to
@@ -56,8 +52,8 @@ class GMA(Attack):
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         x_adv = x.clone()
         if self.random_start:
-            for group in groups:
-                x_adv[group.rows] = random_start(group.threat, x[group.rows], noise[group.rows].to(x.dtype))
+            for ball, rows, _ in groups:
+                x_adv[rows] = random_start(ball, x[rows], noise[rows].to(x.dtype))
         layers = list(expert_layers(model).values()) if isinstance(model, nn.Module) else []
         weight = self.weight * len(layers) / max(count(layers, self.mean_over), 1)
         targets = [gates.weights.argmin(dim=-1, keepdim=True) for gates in answer(model, x)[1]] if self.steps else []
@@ -67,9 +63,8 @@ class GMA(Attack):
                 logits, gates = answer(model, here)
                 gain = F.cross_entropy(logits, y, reduction="none") - weight * misrouting(gates, targets, logits)
                 (gradient,) = torch.autograd.grad(gain.sum(), here)
-            for group in groups:
-                rows = group.rows
-                x_adv[rows] = group.threat.project(x_adv[rows] + self.step_size * signs(gradient[rows]), x[rows])
+            for ball, rows, _ in groups:
+                x_adv[rows] = ball.project(x_adv[rows] + self.step_size * signs(gradient[rows]), x[rows])
         return AttackResult(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
 

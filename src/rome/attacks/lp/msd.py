@@ -1,7 +1,7 @@
 """Multi steepest descent: one path through the union of several Lp balls (Maini et al., ICML 2020).
 
 It stands beside the attacks, not among them: an attack searches for each example inside one threat, this inside all of
-them at once, and besides the images it tells which threat each of them belongs to.
+them at once, and besides the images it returns the threat that each of them belongs to.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ uses; the authors' (github.com/LTS4/SparseFool) starts every round from the prev
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from copy import copy
 from typing import ClassVar, Literal
 
 import torch
@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, AttackResult, Group, Steps
-from rome.attacks.engine import Model, at_least_float32, signs
+from rome.attacks.engine import Model, at_least_float32
 from rome.attacks.free import FreeAttack
 from rome.core.component import Number
+from rome.threats.projections import signs
 
 BEYOND = 1e-3
 """How far beyond the plane the last coordinate aims, in units of the unit normal."""
@@ -40,6 +41,7 @@ class SparseFool(FreeAttack):
     """
 
     kind = "sparsefool"
+    starts_at_random: ClassVar[bool] = False
     untrained: ClassVar[str] = "has no budget, and how long it takes depends on the images"
     steps: Steps = 10
     """Rounds."""
@@ -59,13 +61,9 @@ class SparseFool(FreeAttack):
     """Where the solver starts: from the image itself, or from the last round's as the authors' does. From the image the
     plane often lies behind it, and then every coordinate changes: see docs/decisions/sparsefool.md."""
 
-    @property
-    def uses_noise(self) -> bool:
-        return False
-
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         images = x.clone()
-        now = _Searches.of(x, y)
+        now = _Searches(x, y)
         with torch.compiler.set_stance("force_eager"):  # compiled graphs allow one backward each
             while self.steps and self.deepfool_steps and len(now.rows):
                 done = self._advance(model, now)
@@ -106,7 +104,7 @@ class SparseFool(FreeAttack):
     def _look(self, model: Model, now: _Searches) -> tuple[Tensor, Tensor]:
         """Classes predicted at the points (b,), and whose nearest linearised boundary is known or not needed (b,).
 
-        The boundary with class k is |f_k| / ||w_k|| away, f_k = z_k - z_y and w_k its gradient. DeepFool asks for the
+        The boundary with class k is |f_k| / ||w_k|| away, f_k = z_k - z_y and w_k its gradient. DeepFool needs the
         nearest; at x_B there is one. A backward takes the next class of every search that wants one. Where no more than
         half do, these wait for the next forward, which costs less than backwards through the others.
         """
@@ -121,10 +119,10 @@ class SparseFool(FreeAttack):
         classes[:, 0] = torch.where(now.beyond, torch.where(right, now.target, predicted), classes[:, 0])
         gaps = (z.gather(1, classes) - z.gather(1, own)).abs()
         first = torch.arange(count - 1, device=z.device) == 0
-        asked = _tall(right & ~now.beyond) | (_tall(now.beyond) & first)
+        needed = _tall(right & ~now.beyond) | (_tall(now.beyond) & first)
         now.make_room(z.shape[1])
         while True:
-            wanted = asked & ~now.taken.gather(1, classes)
+            wanted = needed & ~now.taken.gather(1, classes)
             if self.spread is not None:
                 before = now.lengths.gather(1, classes)
                 most = torch.where(before > 0, self.drift * before, self.spread * _tall(now.longest))
@@ -140,53 +138,42 @@ class SparseFool(FreeAttack):
             now.learn(wants, chosen, gap.detach().abs().squeeze(1), w)
 
 
-@dataclass
 class _Searches:
-    """Where the searches of b images are that are not done."""
+    """Where the searches of b images are that are not done: tensors whose first dimension is b."""
 
-    rows: Tensor
-    """(b,): places in the batch."""
-    y: Tensor
-    origin: Tensor
-    """(b, C, H, W): where the solver starts."""
-    image: Tensor
-    """(b, C, H, W): after the last round."""
-    rounds: Tensor
-    """(b,): rounds that are over."""
-    walked: Tensor
-    """(b,): DeepFool's steps in this round."""
-    target: Tensor
-    """(b,): the class that DeepFool found or last aimed at."""
-    lengths: Tensor
-    """(b, classes): how long the gradient of z_k - z_y was at most in DeepFool's steps; 0 where it was not needed."""
-    point: Tensor
-    """(b, C, H, W): what the next forward looks at."""
-    beyond: Tensor
-    """bool (b,): whether that is x_B, and not where DeepFool is."""
-    taken: Tensor
-    """bool (b, classes): whose gradients are known at this point."""
-    longest: Tensor
-    """(b,): the longest of them."""
-    nearest: Tensor
-    """(b,): the class beyond the nearest of their boundaries."""
-    distance: Tensor
-    """(b,): of that boundary; infinite before the first."""
-    normal: Tensor
-    """(b, C, H, W): the direction there, of length 1."""
-
-    @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> _Searches:
-        """The beginning."""
-        number, length = torch.zeros_like(y), x.new_zeros(len(x))
-        return cls(
-            rows=torch.arange(len(y), device=y.device), y=y, origin=x, image=x.clone(),
-            rounds=number, walked=number.clone(), target=y, lengths=x.new_zeros(len(x), 0),
-            point=x, beyond=number.bool(), taken=x.new_zeros(len(x), 0).bool(),
-            longest=length, nearest=y, distance=length + torch.inf, normal=torch.zeros_like(x),
-        )  # fmt: skip
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.rows = torch.arange(len(y), device=y.device)
+        """Places in the batch."""
+        self.y = y
+        self.origin = x
+        """(b, C, H, W): where the solver starts."""
+        self.image = x.clone()
+        """(b, C, H, W): after the last round."""
+        self.rounds = torch.zeros_like(y)
+        """Rounds that are over."""
+        self.walked = torch.zeros_like(y)
+        """DeepFool's steps in this round."""
+        self.target = y
+        """The class that DeepFool found or last aimed at."""
+        self.lengths = x.new_zeros(len(x), 0)
+        """(b, classes): length of z_k - z_y's gradient, at most, in DeepFool's steps; 0 where not needed."""
+        self.point = x
+        """(b, C, H, W): what the next forward looks at."""
+        self.beyond = torch.zeros_like(y, dtype=torch.bool)
+        """Whether that is x_B, and not where DeepFool is."""
+        self.taken = torch.zeros_like(self.lengths, dtype=torch.bool)
+        """(b, classes): whose gradients are known at this point."""
+        self.longest = x.new_zeros(len(x))
+        """The longest of them."""
+        self.nearest = y
+        """The class beyond the nearest of their boundaries."""
+        self.distance = self.longest + torch.inf
+        """Of that boundary; infinite before the first."""
+        self.normal = torch.zeros_like(x)
+        """(b, C, H, W): the direction there, of length 1."""
 
     def make_room(self, classes: int) -> None:
-        """For what is kept of each class, once their number is known."""
+        """Room for what is known of each class, once their number is."""
         if not self.taken.shape[1]:
             self.taken, self.lengths = (part.new_zeros(len(part), classes) for part in (self.taken, self.lengths))
 
@@ -210,8 +197,10 @@ class _Searches:
 
     def without(self, done: Tensor) -> _Searches:
         """The others."""
-        kept = (~done).nonzero().flatten()
-        return self if len(kept) == len(done) else _Searches(*(getattr(self, f.name)[kept] for f in fields(self)))
+        rest, others = (~done).nonzero().flatten(), copy(self)
+        if len(rest) < len(done):
+            vars(others).update({name: values[rest] for name, values in vars(self).items()})
+        return others
 
 
 def _tall(values: Tensor) -> Tensor:
@@ -230,7 +219,7 @@ def cross_plane(x: Tensor, normal: Tensor, point: Tensor) -> Tensor:
     The published loop takes the unused coordinate with the largest |w_j| and moves it by |w'(x_i - x_B) + beta| / |w_j|
     along sign(w_j), clipped to the box, until the plane is crossed; beta = +-0.001 carries it across. So while x lies
     below the plane every coordinate but the last moves as far as the box allows, and one sort and one cumulative sum
-    tell how many are needed. If x lies above the plane already (the boundary is curved) the loop moves away from it and
+    show how many are needed. If x lies above the plane already (the boundary is curved) the loop moves away from it and
     uses every coordinate; what is left then doubles with each coordinate that the box does not stop, at most ten times
     before the box stops all that follow.
     """

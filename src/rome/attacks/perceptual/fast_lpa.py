@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,10 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
-from rome.attacks.engine import Model, frozen, margin
+from rome.attacks.engine import Model, margin
 from rome.attacks.perceptual.features import Perception, distances
 from rome.core.component import Number
-from rome.core.errors import UserError
 from rome.threats import Perceptual, Threat
 
 START = 0.01
@@ -28,13 +25,14 @@ class FastLPA(Attack):
     The i-th of N steps (i from 0) descends -margin + lambda_i relu(d - bound), lambda_i = 10 * 0.1^(1 - i/N), along the
     gradient scaled to length 1, g. How fast d changes along it is the finite difference
     r = |phi(x') - phi(x' - h g)| / h; the step is g s_i / (r + 1e-4) with s_i = bound * 0.1^(i/N), a movement of s_i
-    in features. The box is kept, the bound only nearly: nothing projects.
+    in features. Images stay in the box, and in the bound only nearly: nothing projects.
 
     A step costs a forward and backward of the model over the batch, and a forward over the examples of ``self`` for r;
     the examples of another network cost a forward, a backward and a forward of that one.
     """
 
     kind = "fast-lpa"
+    searches = (Perceptual, "searches inside perceptual threats")
     steps: int = Field(default=10, ge=1)
     """N; the paper trains with 10."""
     only_correct: bool = False
@@ -46,11 +44,6 @@ class FastLPA(Attack):
 
     copies: ClassVar[int] = 1
     """How many rows of the batch belong to one example; they stand together and start as the same image."""
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, Perceptual):
-            raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
-        return self.steps
 
     def passes_for(self, threat: Threat) -> float:
         return 3 * self.steps + self.only_correct  # a step: forward, backward to the input, forward a little further
@@ -72,12 +65,9 @@ class FastLPA(Attack):
         return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
-        members = [(perceptual(group.threat), group.rows) for group in groups]
-        bound = torch.cat([x.new_full((rows.stop - rows.start,), threat.bound) for threat, rows in members])
-        seen = Perception(model, members, x.device)
-        with ExitStack() as stack:
-            for network in seen.networks:
-                stack.enter_context(frozen(network))
+        seen = Perception(model, groups, x.device)
+        bound = seen.bounds(x)
+        with seen.still():
             origin = seen.features(x)
             point = x + START * gaussian(noise)
             for i in range(self.steps):
@@ -115,12 +105,6 @@ class FastLPAWithPair(FastLPA):
         return margin(first, y[::3]) + torch.linalg.vector_norm(one - other, dim=1)
 
 
-def perceptual(threat: Threat) -> Perceptual:
-    """The threat, known to be perceptual because ``steps_for`` accepted it."""
-    assert isinstance(threat, Perceptual)
-    return threat
-
-
 def gaussian(noise: Tensor) -> Tensor:
     """U[0, 1) to N(0, 1), elementwise."""
     return math.sqrt(2) * torch.special.erfinv((2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6))
@@ -137,5 +121,5 @@ def among(groups: list[Group], chosen: Tensor) -> list[Group]:
         size = int(chosen[group.rows].sum())
         start = found[-1].rows.stop if found else 0
         if size:
-            found.append(replace(group, rows=slice(start, start + size)))
+            found.append(group._replace(rows=slice(start, start + size)))
     return found

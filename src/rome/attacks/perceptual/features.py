@@ -13,19 +13,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from rome.attacks.engine import Model, at_least_float32, frozen
 from rome.core.errors import UserError, did_you_mean
+from rome.core.trial import failure
 from rome.experts.placement import channels_last
 from rome.models import file_hash, load_model
 from rome.threats import Perceptual, Threat
-
-if TYPE_CHECKING:
-    from rome.attacks.engine import Model
 
 EPS = 1e-10
 """Added to the length over channels."""
@@ -40,13 +39,8 @@ def distance(phi: Tensor, other: Tensor) -> Tensor:
 def measure(threat: Perceptual, model: Model, x_adv: Tensor, x: Tensor) -> Tensor:
     """d of each pair of images, by the threat's network (``model`` itself where that is ``self``), in evaluation mode:
     (B,)."""
-    from rome.attacks.engine import frozen  # late: attacks import this module
-
     seen = Perception(model, [(threat, ALL)], x.device)
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(frozen(model))
-        for network in seen.networks:
-            stack.enter_context(frozen(network))
+    with frozen(model), seen.still(), torch.no_grad():
         return distances(seen.features(x_adv), seen.features(x))
 
 
@@ -79,7 +73,7 @@ def feature_layers(model: nn.Module) -> tuple[str, ...]:
         if isinstance(found, (nn.Sequential, nn.ModuleList)) and len(found) > 1:
             return tuple(f"{name}.{number}" for number in range(len(found)))
     raise UserError(
-        f"the layers that show what a {type(backbone).__name__} sees cannot be told; name them (layers=...), or give "
+        f"the layers that show what a {type(backbone).__name__} sees are unknown; name them (layers=...), or give "
         f"the network an attribute feature_layers. It has {', '.join(name for name, _ in backbone.named_children())}"
     )
 
@@ -93,27 +87,21 @@ class Features:
             (B, N, C), of which only the patches count, or (B, C).
 
     Raises:
-        UserError: not a module, no such layer, or layers that cannot be told.
+        UserError: not a module, no such layer, or layers that are unknown.
     """
 
     def __init__(self, model: Model, layers: Sequence[str] = ()) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"features are read from the layers of a torch module, not of a {type(model).__name__}")
-        self.model = model
-        backbone = _backbone(model)
-        modules = dict(backbone.named_modules())
-        self._layers: dict[str, nn.Module] = {}
-        for name in layers or feature_layers(model):
+        self.model, backbone = model, _backbone(model)
+        modules, self.layers = dict(backbone.named_modules()), tuple(layers or feature_layers(model))
+        for name in self.layers:
             if name not in modules:
                 raise UserError(f"{type(backbone).__name__} has no layer {name!r}.{did_you_mean(name, modules)}")
-            self._layers[name] = modules[name]
+        self._modules = {name: modules[name] for name in self.layers}
         self._patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
         self._prefix = int(getattr(backbone, "num_prefix_tokens", 0))
-        self._channels_last = {name for name in self._layers if channels_last(backbone, name)}
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(self._layers)
+        self._channels_last = {name for name in self.layers if channels_last(backbone, name)}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and phi (B, D)."""
@@ -137,14 +125,14 @@ class Features:
                 if name in found:
                     raise UserError(f"layer {name} runs more than once in a forward; choose layers that run once")
                 found[name] = self._normalised(name, output, rows)
-                if last and len(found) == len(self._layers):
+                if last and len(found) == len(self._modules):
                     raise _Enough
 
             return hook
 
         with ExitStack() as stack:
             stack.enter_context(_eager(self.model))
-            for name, module in self._layers.items():
+            for name, module in self._modules.items():
                 stack.callback(module.register_forward_hook(keep(name)).remove)
             yield found
 
@@ -154,17 +142,17 @@ class Features:
         Raises:
             UserError: a layer did not run.
         """
-        missing = [name for name in self._layers if name not in found]
-        if missing:
-            raise UserError(f"layer {missing[0]} did not run in this forward; choose layers that always run")
-        return torch.cat([found[name] for name in self._layers], dim=1)
+        for name in self._modules:
+            if name not in found:
+                raise UserError(f"layer {name} did not run in this forward; choose layers that always run")
+        return torch.cat([found[name] for name in self._modules], dim=1)
 
     def _normalised(self, name: str, output: Any, rows: slice) -> Tensor:
         """Activations of these rows (B, positions * channels), of length 1 / sqrt(positions) at each position."""
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, N, C); choose another")
-        output = _full(output[rows])
+        output = at_least_float32(output[rows])
         channels = -1 if output.ndim == 3 or name in self._channels_last else 1
         if output.ndim == 3 and output.shape[1] != self._patches:
             output = output[:, self._prefix :]
@@ -184,19 +172,32 @@ class Perception:
         device: where to put networks that have to be read first.
 
     Raises:
-        UserError: a network cannot be read, or its layers cannot be told.
+        UserError: a network cannot be read, or its layers cannot be found.
     """
 
-    def __init__(
-        self, model: Model, groups: Sequence[tuple[Perceptual, slice]], device: torch.device | str = "cpu"
-    ) -> None:
-        self.model = model
-        self._parts = [_Part.of(model, threat, rows, device) for threat, rows in groups]
+    def __init__(self, model: Model, groups: Sequence[tuple[Any, ...]], device: torch.device | str = "cpu") -> None:
+        self.model, self._parts = model, list[_Part]()
+        for threat, rows, *_ in groups:
+            network = model if threat.features == "self" else loaded(threat, device).network
+            assert network is not None
+            self._parts.append(_Part(threat, rows, Features(network, threat.layers), threat.features == "self"))
 
     @property
     def networks(self) -> list[nn.Module]:
         """The networks that are not the model, each once."""
         return list(dict.fromkeys(part.features.model for part in self._parts if not part.own))
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """These networks frozen inside."""
+        with ExitStack() as stack:
+            for network in self.networks:
+                stack.enter_context(frozen(network))
+            yield
+
+    def bounds(self, x: Tensor) -> Tensor:
+        """The bound of every example: (B,)."""
+        return torch.cat([x.new_empty(0), *(x.new_full((len(x[p.rows]),), p.threat.bound) for p in self._parts)])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits of the model (B, classes) and the features of ``images``, in one forward of each network."""
@@ -206,7 +207,8 @@ class Perception:
             ]
             logits = self.model(images)
         found = zip(self._parts, recorded, strict=True)
-        return _full(logits), [part.features.joined(own) if part.own else part.phi(images) for part, own in found]
+        phi = [part.features.joined(own) if part.own else part.phi(images) for part, own in found]
+        return at_least_float32(logits), phi
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The features alone; each network sees the examples that it measures."""
@@ -227,25 +229,14 @@ class _Part(NamedTuple):
     own: bool
     """Whether the network is the attacked model."""
 
-    @classmethod
-    def of(cls, model: Model, threat: Perceptual, rows: slice, device: torch.device | str) -> _Part:
-        if threat.features == "self":
-            return cls(threat, rows, Features(model, threat.layers), True)
-        network = loaded(threat, device).network
-        assert network is not None
-        return cls(threat, rows, Features(network, threat.layers), False)
-
     def phi(self, images: Tensor) -> Tensor:
+        images = images[self.rows]
         try:
-            return self.features.phi(images[self.rows])
-        except torch.OutOfMemoryError:
-            raise
+            return self.features.phi(images)
         except RuntimeError as error:
             if self.own:
                 raise
-            shape = "x".join(map(str, images.shape[1:]))
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the network of {self.threat.name} does not take images of {shape}: {reason}") from error
+            raise failure(error, self.features.model, images, f"the network of {self.threat.name}") from error
 
 
 def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
@@ -292,8 +283,3 @@ def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-def _full(values: Tensor) -> Tensor:
-    """Half precision as float32."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

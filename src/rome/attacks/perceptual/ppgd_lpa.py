@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group
-from rome.attacks.engine import Model, check_bound, frozen, margin
+from rome.attacks.engine import Model, check_bound, margin
 from rome.attacks.free import Form
-from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length, perceptual
+from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length
 from rome.attacks.perceptual.features import Perception, distances, loaded
 from rome.core.component import Number
-from rome.core.errors import UserError
 from rome.threats import Perceptual, Threat
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 KAPPA = 1.0
 """A margin beyond this is not raised further."""
@@ -38,15 +32,11 @@ TOLERANCE = 1e-4
 class _Bounded(Attack):
     """What PPGD and LPA share: Gaussian start, networks frozen, results projected into the bound and checked."""
 
+    searches = (Perceptual, "searches inside perceptual threats")
     draws_by_image: ClassVar[bool] = True
     full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)
     form: Form = "corrected"
-
-    def steps_for(self, threat: Threat) -> int:
-        if not isinstance(threat, Perceptual):
-            raise UserError(f"{self.kind} searches inside perceptual threats, not {type(threat).__name__}")
-        return self.steps
 
     def passes_for(self, threat: Threat) -> float:
         return math.nan  # depends on the images
@@ -55,7 +45,7 @@ class _Bounded(Attack):
         start = x + START * gaussian(noise)
         published = self.form == "published"
         space = (_PublishedSpace if published else _Space)(model, x, groups)
-        with space.still():
+        with space.seen.still():
             point, found = self.climb(space, start if published else start.clamp_(0, 1), y)
             logits, phi = space.seen(point)
             apart = distances(phi, space.origin)
@@ -86,9 +76,8 @@ class PPGD(_Bounded):
     """Length of the finite difference for J v."""
 
     def climb(self, space: _Space, point: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "published":
-            return self._climb_as_published(space, point, y), torch.zeros_like(y, dtype=torch.bool)
-        point = space.project(point)
+        published = self.form == "published"
+        point = point if published else space.project(point)
         found = torch.zeros_like(y, dtype=torch.bool)
         part, live = space, torch.arange(len(y), device=y.device)
         for _ in range(self.steps):
@@ -97,30 +86,17 @@ class PPGD(_Bounded):
                 logits, phi = part.seen(leaf)
                 gained = margin(logits, y[live])
                 (gradient,) = torch.autograd.grad(gained.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
-            done = gained.detach() > 0
-            found[live] = done
+            found[live] = done = torch.zeros_like(live, dtype=torch.bool) if published else gained.detach() > 0
             if bool(done.all()):
                 break
-            move = self._direction(part, leaf, phi, gradient) * (2 * part.bound / self.steps).view(-1, 1, 1, 1)
+            moved = leaf.detach()
+            if not published or bool(gradient.abs().max() >= 1e-4):  # there the whole batch skips a step together
+                move = self._direction(part, leaf, phi, gradient) * (2 * part.bound / self.steps).view(-1, 1, 1, 1)
+                moved = (moved + move).clamp_(0, 1)
             if bool(done.any()):
-                part, live, move = part.among(~done), live[~done], move[~done]
-            point[live] = part.project((point[live] + move).clamp_(0, 1))
+                part, live, moved = part.among(~done), live[~done], moved[~done]
+            point[live] = part.project(moved)
         return point, found
-
-    def _climb_as_published(self, space: _Space, point: Tensor, y: Tensor) -> Tensor:
-        """All steps for all examples, and a step that the whole batch skips if no gradient reaches 1e-4."""
-        for _ in range(self.steps):
-            leaf = point.requires_grad_()
-            with torch.enable_grad():
-                logits, phi = space.seen(leaf)
-                gained = margin(logits, y).clamp(max=KAPPA)
-                (gradient,) = torch.autograd.grad(gained.sum(), leaf, retain_graph=True)
-            point = leaf.detach()
-            if bool(gradient.abs().max() >= 1e-4):
-                move = self._direction(space, leaf, phi, gradient) * (2 * space.bound / self.steps).view(-1, 1, 1, 1)
-                point = (point + move).clamp_(0, 1)
-            point = space.project(point)
-        return point
 
     def _direction(self, space: _Space, leaf: Tensor, phi: list[Tensor], gradient: Tensor) -> Tensor:
         """v with |J v| = 1, zero where the gradient is too small to follow."""
@@ -196,7 +172,7 @@ class LPA(_Bounded):
                 found[live] = done
                 if bool(done.any()):
                     part, live = part.among(~done), live[~done]
-            apart = before if published else distances(space.seen.features(point), space.origin)
+            apart = before if published else space._apart(point)
             weight = torch.where(apart >= space.bound, 10 * weight, weight)
         if published:  # which trusts what the projection returns
             return space.project(point), torch.zeros_like(found)
@@ -207,62 +183,64 @@ class _Space:
     """The examples of a batch seen through the networks of their threats: distances from the originals, projection."""
 
     def __init__(self, model: Model, x: Tensor, groups: list[Group], origin: list[Tensor] | None = None) -> None:
-        members = [(loaded(perceptual(group.threat), x.device), group.rows) for group in groups]
         self.model, self.x = model, x
-        self.groups = [replace(group, threat=threat) for group, (threat, _) in zip(groups, members, strict=True)]
-        self.rows = [rows for _, rows in members]
-        self.bound = torch.cat([x.new_empty(0), *(x.new_full((r.stop - r.start,), t.bound) for t, r in members)])
-        self.seen = Perception(model, members, x.device)
-        self.origin = self.seen.features(x) if origin is None else origin
-
-    @contextmanager
-    def still(self) -> Iterator[None]:
-        """The networks that measure, frozen."""
-        with ExitStack() as stack:
-            for network in self.seen.networks:
-                stack.enter_context(frozen(network))
-            yield
+        self.groups = [group._replace(threat=loaded(group.threat, x.device)) for group in groups]
+        self.rows = [group.rows for group in groups]
+        self.seen = Perception(model, self.groups, x.device)
+        self.bound = self.seen.bounds(x)
+        with self.seen.still():
+            self.origin = self.seen.features(x) if origin is None else origin
 
     def among(self, chosen: Tensor) -> _Space:
         """The same for some of the examples (bool, (B,))."""
         parts = [part[chosen[rows]] for part, rows in zip(self.origin, self.rows, strict=True)]
         return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()), [p for p in parts if len(p)])
 
+    def _apart(self, point: Tensor) -> Tensor:
+        """Distances of points (B, C, H, W) from the originals: (B,)."""
+        return distances(self.seen.features(point), self.origin)
+
+    def slope(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_apart` and its gradient (B, C, H, W)."""
+        leaf = point.detach().requires_grad_()
+        with torch.enable_grad():
+            apart = self._apart(leaf)
+            (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
+        return apart.detach(), gradient
+
     def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
-        """Points (B, C, H, W) brought inside the bound, those inside it as they are.
+        """Points (B, C, H, W) brought inside the bound; those inside it stay.
 
         Newton's method: x' -= 1.1 (d - bound + 0.1) grad d / |grad d|^2 where d exceeds the bound, up to ``rounds``
-        times, in the box; where that does not arrive, bisection between the original and the point given.
+        times, in the box; where that does not arrive, bisection between the original and ``point``.
         """
         start, point = point, point.clone()
         part, live = self, torch.arange(len(point), device=point.device)  # those outside
         for left in reversed(range(rounds + 1)):
-            leaf = point[live].requires_grad_()
-            with torch.enable_grad():
-                apart = distances(part.seen.features(leaf), part.origin)
-            outside = apart.detach() > part.bound
+            apart, gradient = part.slope(point[live]) if left else (part._apart(point[live]), point[live])
+            outside = apart > part.bound
             if not bool(outside.any()):
                 return point
             if left:
-                (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
-                scale = 1.1 * (apart.detach() - part.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
-                moved = (leaf.detach() - scale.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
+                scale = 1.1 * (apart - part.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
+                moved = (point[live] - scale.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
                 point[live[outside]] = moved[outside]
             if not bool(outside.all()):
                 part, live = part.among(outside), live[outside]
-        low, high = torch.zeros_like(part.bound), torch.ones_like(part.bound)
-        for _ in range(halvings):
-            middle = (low + high) / 2
-            inside = part._apart(part._between(start[live], middle)) <= part.bound
-            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-        point[live] = part._between(start[live], low)
+        low, _ = part.bisected(start[live], halvings)
+        point[live] = part.x + low.view(-1, 1, 1, 1) * (start[live] - part.x)
         return point
 
-    def _between(self, point: Tensor, share: Tensor) -> Tensor:
-        return self.x + share.view(-1, 1, 1, 1) * (point - self.x)
-
-    def _apart(self, point: Tensor) -> Tensor:
-        return distances(self.seen.features(point), self.origin)
+    def bisected(self, point: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
+        """The largest share found of the way from the originals to ``point`` that stays inside the bound (B,), and the
+        last point tried (B, C, H, W)."""
+        low, high, tried = torch.zeros_like(self.bound), torch.ones_like(self.bound), point
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            tried = self.x + middle.view(-1, 1, 1, 1) * (point - self.x)
+            inside = self._apart(tried) <= self.bound
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return low, tried
 
 
 class _PublishedSpace(_Space):
@@ -274,25 +252,16 @@ class _PublishedSpace(_Space):
         part: _Space = self
         live = torch.arange(len(point), device=point.device)
         for _ in range(rounds):
-            leaf = point[live].requires_grad_()
-            with torch.enable_grad():
-                apart = distances(part.seen.features(leaf), part.origin)
-            (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
+            apart, gradient = part.slope(point[live])
             total[live] += gradient
-            excess = apart.detach() - part.bound
+            excess = apart - part.bound
             outside = excess > 0
             push = torch.where(outside, 1.1 * (excess + 0.1), 0).view(-1, 1, 1, 1)
-            point[live] = (leaf.detach() - push * (total[live] / length(total[live]) ** 2)).clamp_(0, 1)
+            point[live] = (point[live] - push * (total[live] / length(total[live]) ** 2)).clamp_(0, 1)
             if not bool(outside.any()):
                 return point
             part, live = part.among(outside), live[outside]
-        low, high = torch.zeros_like(self.bound), torch.ones_like(self.bound)
-        for _ in range(halvings):
-            middle = (low + high) / 2
-            tried = self._between(point, middle)
-            inside = self._apart(tried) <= self.bound
-            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-        return tried
+        return self.bisected(point, halvings)[1]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
 
 from rome.attacks.base import Attack
 from rome.attacks.lp.apgd import APGD
-from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_targets
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, MIN_CLASSES_DLR, Square, standard_runs
 from rome.attacks.lp.pgd import PGD
 from rome.attacks.threat import AttackThreat
 from rome.core.component import Component, Settings
@@ -41,15 +41,8 @@ class Case(Settings):
     is wrong on the clean image may be right here, and no part of average and union."""
 
     def dump(self) -> dict[str, Any]:
-        """The case as plain data; what is as by default is left out, so that earlier results keep their settings."""
-        data = {
-            "name": self.name,
-            "threat": self.threat.dump(),
-            "attacks": [attack.dump() for attack in self.attacks],
-            "note": self.note,
-        }
-        given = {"group": self.group, "on_all": self.on_all}
-        return data | {key: value for key, value in given.items() if value not in (None, False)}
+        """The case as plain data."""
+        return {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
 
 
 class Suite(Component):
@@ -77,86 +70,79 @@ def suite_label(settings: Mapping[str, Any]) -> str:
     return "+".join(map(suite_label, settings.get("suites", ()))) if kind == "several" else kind + published
 
 
-def _each(suite: Suite, threats: Mapping[str, Threat], case: Callable[[str, LpBall], Case]) -> list[Case]:
-    """The suite's case for each Lp ball, and for each threat that brings its attack the case of that one."""
-    made = []
-    for name, threat in threats.items():
-        if isinstance(threat, LpBall):
-            made.append(case(name, threat))
-        elif isinstance(threat, AttackThreat):
-            note = f"searched by {threat.attack.kind} alone, as the threat says, and not by attacks of the suite"
-            made.append(Case(name=name, threat=threat, attacks=(threat.attack,), note=note))
-        else:
-            raise UserError(
-                f"suite {suite.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
-                "Give threats such as LpBall(norm='Linf', eps=8/255) or AttackThreat(attack=StAdv())"
-            )
-    return made
+class _BallSuite(Suite):
+    """A case for each Lp ball, and for each threat that brings its attack the case of that one."""
+
+    @abstractmethod
+    def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
+        """The attacks inside a ball, and a note on their choice."""
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        made = []
+        for name, threat in threats.items():
+            if isinstance(threat, LpBall):
+                attacks, note = self.attacks(threat, classes)
+            elif isinstance(threat, AttackThreat):
+                attacks = [threat.attack]
+                note = f"searched by {threat.attack.kind} alone, as the threat says, and not by attacks of the suite"
+            else:
+                raise UserError(
+                    f"suite {self.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
+                    "Give threats such as LpBall(norm='Linf', eps=8/255) or AttackThreat(attack=StAdv())"
+                )
+            made.append(Case(name=name, threat=threat, attacks=tuple(attacks), note=note))
+        return made
 
 
-class QuickSuite(Suite):
+class QuickSuite(_BallSuite):
     """Our own APGD and PGD, as in training: for a quick look while developing, not to be reported."""
 
     kind = "lp"
     steps: int = Field(default=20, ge=1)
 
-    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        attacks = (APGD(steps=self.steps), PGD(steps=self.steps))
+    def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
         note = "a quick look: stronger attacks (suite apgd or autoattack) will find less robustness"
-        return _each(self, threats, lambda name, ball: Case(name=name, threat=ball, attacks=attacks, note=note))
+        return [APGD(steps=self.steps), PGD(steps=self.steps)], note
 
 
-class _LpSuite(Suite):
-    iterations: int = Field(default=100, ge=5)
-    """Iterations of APGD and FAB; AutoAttack's is 100, fewer are for tests and quick looks."""
-
-    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        def case(name: str, threat: LpBall) -> Case:
-            attacks, note = self.attacks(threat, classes), ""
-            if classes < MIN_CLASSES_DLR:
-                attacks = [attack for attack in attacks if not isinstance(attack, APGDT)]
-                if not any(isinstance(attack, FABT) for attack in attacks):
-                    attacks.insert(1, self.fab(threat, classes))
-                note = (
-                    f"apgd-t needs {MIN_CLASSES_DLR} classes for its loss and the model has {classes}; "
-                    f"run instead: {', '.join(attack.kind for attack in attacks)}"
-                )
-            return Case(name=name, threat=threat, attacks=tuple(attacks), note=note)
-
-        return _each(self, threats, case)
-
-    @abstractmethod
-    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
-        """The attacks where there are classes enough."""
-
-    def apgd(self, threat: LpBall, classes: int) -> list[Attack]:
-        targets = min(standard_targets(APGDT.kind, threat), classes - 1)
-        return [
-            APGDCE(iterations=self.iterations, restarts=5 if threat.norm == "L1" else 1),
-            APGDT(iterations=self.iterations, targets=targets),
-        ]
-
-    def fab(self, threat: LpBall, classes: int) -> Attack:
-        return FABT(iterations=self.iterations, targets=min(standard_targets(FABT.kind, threat), classes - 1))
-
-
-class APGDSuite(_LpSuite):
+class APGDSuite(_BallSuite):
     """APGD-CE, then APGD-T: the protocol of E-AT and RAMP."""
 
     kind = "apgd"
+    iterations: int = Field(default=100, ge=5)
+    """Iterations of APGD and FAB; AutoAttack's is 100, fewer are for tests and quick looks."""
 
-    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
-        return self.apgd(threat, classes)
+    def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
+        """With FAB-T in place of APGD-T where there are too few classes for its loss."""
+        few = classes < MIN_CLASSES_DLR
+        runs = {part.kind: standard_runs(part.kind, ball) for part in (APGDCE, APGDT, FABT)}
+        attacks: list[Attack] = [APGDCE(iterations=self.iterations, restarts=runs["apgd-ce"])]
+        if not few:
+            attacks.append(APGDT(iterations=self.iterations, targets=min(runs["apgd-t"], classes - 1)))
+        if few or self.more:
+            attacks.append(FABT(iterations=self.iterations, targets=min(runs["fab-t"], classes - 1)))
+        attacks += self.more
+        note = (
+            f"apgd-t needs {MIN_CLASSES_DLR} classes for its loss and the model has {classes}; "
+            f"run instead: {', '.join(attack.kind for attack in attacks)}"
+        )
+        return attacks, note if few else ""
+
+    @property
+    def more(self) -> list[Attack]:
+        """What follows APGD-T and FAB-T."""
+        return []
 
 
-class AutoAttackSuite(_LpSuite):
+class AutoAttackSuite(APGDSuite):
     """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T, Square."""
 
     kind = "autoattack"
     square_queries: int = Field(default=5000, ge=1)
 
-    def attacks(self, threat: LpBall, classes: int) -> list[Attack]:
-        return [*self.apgd(threat, classes), self.fab(threat, classes), Square(queries=self.square_queries)]
+    @property
+    def more(self) -> list[Attack]:
+        return [Square(queries=self.square_queries)]
 
 
 def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:
@@ -165,18 +151,17 @@ def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[
     Raises:
         UserError: no threat, something that is none, or two with one name.
     """
-    if isinstance(threats, Threat):
-        threats = (threats,)
     if isinstance(threats, Mapping):
-        pairs: list[tuple[str, Any]] = list(threats.items())
+        pairs = list(threats.items())
     else:
-        pairs = [(threat.name if isinstance(threat, Threat) else "", threat) for threat in threats]
+        several = (threats,) if isinstance(threats, Threat) else threats
+        pairs = [(getattr(threat, "name", ""), threat) for threat in several]
     for _, threat in pairs:
         if not isinstance(threat, Threat):
             raise UserError(f"a threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
     named = dict(pairs)
     if not named:
-        raise UserError("no threats were given; give at least one, such as rome.CIFAR10")
+        raise UserError("no threats: at least one is needed, such as rome.CIFAR10")
     if len(named) < len(pairs):
         names = ", ".join(name for name, _ in pairs)
         raise UserError(f"two threats have one name ({names}): give a mapping from names to threats")

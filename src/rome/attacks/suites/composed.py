@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from rome.attacks.corruptions.severities import check_cifar10c
+from rome.attacks.corruptions.severities import load_cifar10c
 from rome.attacks.perceptual.features import loaded
 from rome.attacks.suites.base import AutoAttackSuite, Case, Suite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
@@ -46,6 +46,11 @@ class AllSuites(SeveralSuites):
     )
 
 
+def parts(suite: Suite) -> list[Suite]:
+    """The suites that a suite is made of; itself where it is made of none."""
+    return [part for each in suite.suites for part in parts(each)] if isinstance(suite, SeveralSuites) else [suite]
+
+
 def with_features(suite: Suite, features: str | None) -> Suite:
     """The suite with this network to measure perceptual distances; as it is if None.
 
@@ -54,42 +59,40 @@ def with_features(suite: Suite, features: str | None) -> Suite:
     """
     if features is None:
         return suite
-    if isinstance(suite, UnseenSuite):
-        return suite.model_copy(update={"features": features})
-    if isinstance(suite, SeveralSuites):
-        parts = [isinstance(part, (UnseenSuite, SeveralSuites)) for part in suite.suites]
-        if any(parts):
-            pairs = zip(suite.suites, parts, strict=True)
-            changed = tuple(with_features(part, features) if measures else part for part, measures in pairs)
-            return suite.model_copy(update={"suites": changed})
-    raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
+    if not any(isinstance(part, UnseenSuite) for part in parts(suite)):
+        raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
+
+    def changed(part: Suite) -> Suite:
+        if isinstance(part, SeveralSuites):
+            return part.model_copy(update={"suites": tuple(map(changed, part.suites))})
+        return part.model_copy(update={"features": features}) if isinstance(part, UnseenSuite) else part
+
+    return changed(suite)
 
 
 def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]:
     """See before hours of other cases whether the files are there that these cases (None: all) are to read.
 
     Returns:
-        A sentence about what is missing although nobody named it: the suite's usual network.
+        Sentences about what is missing although nobody named it: the suite's usual network.
 
     Raises:
         UserError: a file that was named is missing or of no use.
     """
-    if isinstance(suite, SeveralSuites):
-        return [sentence for part in suite.suites for sentence in check_files(part, cases)]
-    if isinstance(suite, CorruptionsSuite) and suite.path is not None:
-        names = [case.name for case in suite.cases({}, 0)]
-        if cases is None or set(cases) & set(names):
-            check_cifar10c(suite.path, suite.types)
-    if isinstance(suite, UnseenSuite):
-        measured = [name for name in suite.measured if cases is None or name in cases]
-        try:
-            if measured:
-                loaded(Perceptual(bound=suite.bound, features=suite.features), "cpu")
-        except UserError as error:
-            if suite.features != UnseenSuite().features:
-                raise
-            return [f"{' and '.join(measured)} will fail: {error}"]
-    return []
+    sentences = []
+    for part in parts(suite):
+        wanted = [case.name for case in part.cases({}, 0) if cases is None or case.name in cases]
+        if isinstance(part, CorruptionsSuite) and part.path is not None and wanted:
+            for name in ("labels", *part.types):
+                load_cifar10c(part.path, name)
+        if isinstance(part, UnseenSuite) and (measured := [name for name in part.measured if name in wanted]):
+            try:
+                loaded(Perceptual(bound=part.bound, features=part.features), "cpu")
+            except UserError as error:
+                if part.features != UnseenSuite().features:
+                    raise
+                sentences.append(f"{' and '.join(measured)} will fail: {error}")
+    return sentences
 
 
 def listed(text: str) -> list[Any]:
@@ -100,10 +103,10 @@ def listed(text: str) -> list[Any]:
     """
     if text.lstrip().startswith(("{", "[")):
         try:
-            given = parse_yaml(text)
+            data = parse_yaml(text)
         except Unreadable as error:
             raise ValueError(f"{text!r}: {error}") from None
-        found = given if isinstance(given, list) else [given]
+        found = data if isinstance(data, list) else [data]
     else:
         found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
@@ -126,14 +129,15 @@ iterations: 50}``; on the command line in quotes."""
 
 
 def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> Suite:
-    """The suite that was meant, with default settings where only its name is given.
+    """The suite of this name, of these names or of these settings; others are the defaults.
 
     Raises:
         UserError: no such suite.
     """
-    given = suite if isinstance(suite, (str, Suite, Mapping)) else list(suite)
+    if not isinstance(suite, (str, Suite)):
+        suite = dict(suite) if isinstance(suite, Mapping) else list(suite)
     try:
-        return TypeAdapter(SuiteChoice).validate_python(dict(given) if isinstance(given, Mapping) else given)
+        return TypeAdapter(SuiteChoice).validate_python(suite)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"suite: {str(first['msg']).removeprefix('Value error, ')}") from None

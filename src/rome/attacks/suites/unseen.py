@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import Field, field_validator, model_serializer
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator
 
 from rome.attacks.base import Attack
+from rome.attacks.corruptions.severities import CORRUPTIONS as COMMON_CORRUPTIONS
 from rome.attacks.free import Form, LastIterate
 from rome.attacks.suites.base import Case, Suite
 from rome.core.component import Number
@@ -20,11 +21,10 @@ PERCEPTUAL, CORRUPTIONS = "perceptual", "corruptions"
 
 
 class Row(NamedTuple):
-    """A case by the kind of its attack, whose own settings are those of the paper unless given here."""
+    """A case by the kind of its attack, whose own settings are those of the paper."""
 
     kind: str
     group: str | None = None
-    settings: Mapping[str, Any] = {}
     inside: str = "any"
     """``ball``: the Linf ball of the other cases; ``perceptual``: a perceptual bound; else the attack has its own."""
 
@@ -38,14 +38,6 @@ UNSEEN = (
 """Paper A1: fog 12, snow .5, gabor 60, elastic .125, JPEG-Linf .125 with 100 iterations; SparseFool 10 iterations,
 lambda 3; PPGD and LPA bound .25, 20 iterations; patch 8 x 8, 50 iterations of 2/255; StAdv tau .05; ReColorAdv .06, 20
 iterations; GMA Linf 20 steps."""
-
-COMMON_CORRUPTIONS = (
-    *("gaussian_noise", "shot_noise", "impulse_noise"),
-    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness"),
-    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
-"""The 15 types of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
 
 
 class UnseenSuite(Suite):
@@ -72,22 +64,16 @@ class UnseenSuite(Suite):
 
     @field_validator("attacks")
     @classmethod
-    def _possible(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _possible(cls, attacks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         kinds = [row.kind for row in cls.rows]
-        for kind, settings in given.items():
+        for kind, settings in attacks.items():
             if kind not in kinds:
                 raise ValueError(f"the suite has no attack {kind!r}.{did_you_mean(kind, kinds)}")
             try:
-                _attack(cls.kind, kind, settings)
+                Attack.of_kind(kind)(**settings)
             except UserError as error:
-                raise ValueError(str(error)) from None
-        return given
-
-    @model_serializer(mode="plain")
-    def _with_kind(self) -> dict[str, Any]:
-        """Without ``attacks`` and ``stop`` where there are none, so that evaluations of earlier versions go on."""
-        own = {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
-        return {name: value for name, value in own.items() if value or name not in ("attacks", "stop")}
+                raise ValueError(f"attack {kind!r}: {error}") from None
+        return attacks
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -95,26 +81,25 @@ class UnseenSuite(Suite):
         return tuple(row.kind for row in self.rows if row.inside == "perceptual")
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        balls = (threat for threat in threats.values() if isinstance(threat, LpBall) and threat.norm == "Linf")
         places: dict[str, Threat] = {
-            "ball": _linf(threats),
+            "ball": next(balls, CIFAR10["Linf"]),
             "perceptual": Perceptual(bound=self.bound, features=self.features),
         }
-        return [
-            Case(
-                name=row.kind,
-                threat=places.get(row.inside, AnyImage(label=row.kind)),
-                attacks=(_attack(self.kind, row.kind, self._settings(row)),),
-                group=row.group,
-            )
-            for row in self.rows
-        ]
+        found = []
+        for kind, group, inside in self.rows:
+            threat = places.get(inside, AnyImage(label=kind))
+            found.append(Case(name=kind, threat=threat, attacks=(self._attack(kind),), group=group))
+        return found
 
-    def _settings(self, row: Row) -> dict[str, Any]:
-        """Of a row's attack."""
-        attack = Attack.members().get(row.kind, Attack)
+    def _attack(self, kind: str) -> Attack:
+        attack = Attack.of_kind(kind)
         stops = {"stop": True} if self.stop and issubclass(attack, LastIterate) else {}
         form = {"form": self.form} if "form" in attack.model_fields else {}
-        return {**row.settings, **stops, **form, **self.attacks.get(row.kind, {})}
+        try:
+            return attack(**{**stops, **form, **self.attacks.get(kind, {})})
+        except UserError as error:
+            raise UserError(f"suite {self.kind!r}: attack {kind!r}: {error}") from None
 
 
 class CorruptionsSuite(Suite):
@@ -123,35 +108,15 @@ class CorruptionsSuite(Suite):
     kind = "corruptions"
     attack: ClassVar[str] = "corruption"
     types: tuple[str, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
+    """The 15 of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
     severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
     path: str | None = None
     """The folder of CIFAR-10-C to read them from; None makes them."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        source = {} if self.path is None else {"path": self.path}
-        return [
-            Case(
-                name=f"{type}-{severity}",
-                threat=AnyImage(label=f"{type}-{severity}"),
-                attacks=(_attack(self.kind, self.attack, {"type": type, "severity": severity, **source}),),
-                group=CORRUPTIONS,
-                on_all=True,
-            )
-            for type in self.types
-            for severity in self.severities
-        ]
-
-
-def _linf(threats: Mapping[str, Threat]) -> LpBall:
-    """The first Linf ball among the threats; CIFAR-10's where there is none."""
-    balls = (threat for threat in threats.values() if isinstance(threat, LpBall) and threat.norm == "Linf")
-    return next(balls, CIFAR10["Linf"])
-
-
-def _attack(suite: str, kind: str, settings: Mapping[str, Any]) -> Attack:
-    try:
-        return Attack.of_kind(kind)(**settings)
-    except PydanticCustomError as error:
-        raise UserError(f"suite {suite!r} needs an attack that is not there: {error}") from None
-    except UserError as error:
-        raise UserError(f"suite {suite!r}: attack {kind!r}: {error}") from None
+        found, attack = [], Attack.of_kind(self.attack)
+        for kind, severity in product(self.types, self.severities):
+            settings = {"type": kind, "severity": severity} | ({} if self.path is None else {"path": self.path})
+            name, attacks = f"{kind}-{severity}", (attack(**settings),)
+            found.append(Case(name=name, threat=AnyImage(label=name), attacks=attacks, group=CORRUPTIONS, on_all=True))
+        return found

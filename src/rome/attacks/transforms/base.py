@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Steps, StepSize
-from rome.attacks.engine import Model, check_bound, log_odds, signs
+from rome.attacks.engine import Model, check_bound, log_odds
 from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
-from rome.core.errors import UserError
 from rome.threats import Threat
+from rome.threats.projections import signs
 
 
 class Transform(ABC):
@@ -62,9 +62,6 @@ class TransformAttack(LastIterate):
     kernels) depends on the seed and the image alone.
     """
 
-    channels: ClassVar[tuple[int, ...]] = ()
-    """How many channels an image may have; empty: any number."""
-
     bound: Number = Field(ge=0)
     steps: Steps = 100
     step_size: StepSize | None = None
@@ -95,15 +92,7 @@ class TransformAttack(LastIterate):
             noise: U[0, 1), (B, *noise_shape), in the images' dtype.
         """
 
-    def unsuited(self, channels: int) -> str:
-        allowed = " or ".join(map(str, self.channels))
-        return (
-            f"needs images of {allowed} channels, not {channels}" if allowed and channels not in self.channels else ""
-        )
-
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        if reason := self.unsuited(x.shape[1]):
-            raise UserError(f"{self.kind} {reason}")
         with _no_autocast(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
         variables = self.ascend(model, transform, y)
@@ -113,17 +102,17 @@ class TransformAttack(LastIterate):
     def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
         """The variables after all steps, or the best on the way; never waits for the device."""
         size = self.default_step() if self.step_size is None else self.step_size
-        variables = kept = transform.start
+        variables = best = transform.start
         highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
         for i in range(self.steps):
             loss, gradient = _loss_and_gradient(model, transform, variables if i else transform.first, y)
             if self.best:
-                highest, kept = _better(loss, variables, highest, kept)
+                highest, best = _better(loss, variables, highest, best)
             variables = transform.moved(variables, size * signs(gradient))
         if not self.best:
             return variables
         loss = log_odds(model(_images(transform, variables)), y)
-        return _better(loss, variables, highest, kept)[1]
+        return _better(loss, variables, highest, best)[1]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -147,7 +136,7 @@ def _loss_and_gradient(model: Model, transform: Transform, variables: Tensor, y:
     return loss.detach(), gradient
 
 
-def _better(loss: Tensor, variables: Tensor, highest: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _better(loss: Tensor, variables: Tensor, highest: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """Each example's highest loss so far (B,) and its variables."""
     rises = (loss > highest).view(-1, *(1,) * (variables.ndim - 1))
-    return torch.maximum(loss, highest), torch.where(rises, variables, kept)
+    return torch.maximum(loss, highest), torch.where(rises, variables, best)

@@ -8,6 +8,7 @@ set it up (github.com/cassidylaidlaw/perceptual-advex).
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -27,15 +28,12 @@ class FunctionalAttack(LastIterate):
     works elementwise on a sum over the examples, so each has its own run.
     """
 
+    starts_at_random: ClassVar[bool] = False
     steps: Steps = 20
     bound: Number = Field(ge=0)
     lr: Number = Field(gt=0)
     tau: Number = Field(ge=0)
     """Weight of the roughness."""
-
-    @property
-    def uses_noise(self) -> bool:
-        return False
 
     @abstractmethod
     def identity(self, x: Tensor) -> Tensor:

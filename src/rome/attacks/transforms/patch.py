@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Steps, StepSize
-from rome.attacks.engine import Model, loss_and_gradient, signs
+from rome.attacks.engine import Model, loss_and_gradient
 from rome.attacks.free import LastIterate, changed_pixels
 from rome.core.errors import UserError
+from rome.threats.projections import signs
 
 
 class Patch(LastIterate):

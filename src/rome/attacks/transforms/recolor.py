@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.engine import Model
 from rome.attacks.transforms.colors import luv_to_rgb, rgb_to_luv
 from rome.attacks.transforms.functional import FunctionalAttack
 from rome.core.component import Number
-from rome.core.errors import UserError
 
 NODES = (16, 32, 32)
 """Of the grid over L, u and v."""
@@ -23,22 +21,18 @@ class ReColorAdv(FunctionalAttack):
     The grid spans scaled CIELUV (:mod:`rome.attacks.transforms.colors`), 16 x 32 x 32 nodes for each image, and no node
     moves by more than .06 in any coordinate. Nodes are brought into the unit cube and into the colours that sRGB has
     before that bound is applied, so that the identity already changes an image a little: on CIFAR-10 by 0.0007 on
-    average. Bound, 20 steps and the weight of the smoothness, .06, are the paper's and its sources' (spec D7): at a
+    average. Bound, 20 steps and the weight of the smoothness, .06, are the paper's and its sources': at a
     rate of .001 the 20 steps reach a third of the bound.
     """
 
     kind = "recoloradv"
+    channels = (3,)
     bound: Number = Field(default=0.06, ge=0)
     lr: Number = Field(default=0.001, gt=0)
     tau: Number = Field(default=0.06, ge=0)
 
     def unsuited(self, channels: int) -> str:
-        return "" if channels == 3 else f"changes colours: it needs images of 3 channels, not {channels}"
-
-    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        if reason := self.unsuited(x.shape[1]):
-            raise UserError(f"{self.kind} {reason}")
-        return super().last(model, x, y, noise)
+        return super().unsuited(channels) and f"changes colours: it needs images of 3 channels, not {channels}"
 
     def identity(self, x: Tensor) -> Tensor:
         axes = [torch.linspace(0, 1, count, dtype=x.dtype, device=x.device) for count in NODES]
