@@ -619,8 +619,10 @@ def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
     assert preprocessing("vit_tiny_patch16_224", 64)["size"] == 64
     assert preprocessing("net.py:f", None) == {}
     assert preprocessing("net.pt2", 96) == {"size": 96}
-    with pytest.raises(UserError, match=r"reads images of 768 x 1024 pixels, not square ones: give --img-size"):
-        preprocessing("vit_base_patch16_sapiens2", None)
+    tall = "vit_base_patch16_sapiens2"
+    if timm.is_model(tall):  # in new versions
+        with pytest.raises(UserError, match=r"reads images of 768 x 1024 pixels, not square ones: give --img-size"):
+            preprocessing(tall, None)
 
 
 @pytest.mark.parametrize("name", [r"C:\nets\net.pt", "./a:b/net.pt2", "./a:b/net.py", r"C:\nets\net.py"])

@@ -54,7 +54,8 @@ def made(member: type[Component]) -> Component:
 
 
 def members(family: type[Component]) -> list[Any]:
-    return [pytest.param(made(member), id=kind) for kind, member in family.members().items() if "toy" not in kind]
+    own = {kind: member for kind, member in family.members().items() if member.__module__.startswith("rome.")}
+    return [pytest.param(made(member), id=kind) for kind, member in own.items()]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,8 @@ def x() -> Tensor:
 @pytest.mark.parametrize("family", [Attack, Method, Experts, Gate, Regularizer, Data, Suite, Threat], ids=str)
 def test_settings_go_into_a_config_and_come_back(family: type[Component]) -> None:
     for kind, member in family.members().items():
+        if not member.__module__.startswith("rome."):
+            continue  # of another test
         with case(kind):
             one = made(member)
             assert family.model_validate(one.dump()) == one

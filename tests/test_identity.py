@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rome.attacks.suites.base import QuickSuite
 from rome.cli.app import main
 from rome.core.errors import Interrupted, UserError
+from rome.core.user_code import is_users
 from rome.evaluation.evaluate import Report, evaluate, hash_model
 from rome.evaluation.identity import code_of, identity
 from rome.evaluation.run import evaluate_saved
@@ -465,3 +466,17 @@ def test_code_that_changed_before_a_run_goes_on_is_said_and_kept(
     assert run.other_code(code_facts(config())) == []
     own.EXTRA = 2
     assert run.other_code(code_facts(config())) == ["own_pgd.py:EXTRA: 1 there, 2 now"]
+
+
+def test_packages_in_a_folder_of_ones_own_are_no_code_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pip install --target``: told from a folder of one's own modules by the records of what is installed."""
+    for name, installed in (("packages", True), ("own", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}_module.py").write_text("def scale(x):\n    return x\n")
+        if installed:
+            (folder / f"{name}-1.0.dist-info").mkdir()
+        monkeypatch.syspath_prepend(folder)
+        assert is_users(importlib.import_module(f"{name}_module").scale) != installed

@@ -418,7 +418,8 @@ def test_batchnorm_on_one_value_is_said_before_a_folder_is_made(settings: dict[s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no CUDA device; use device=auto or device=cpu"):
         train(tiny(device="cuda"), tmp_path / "run")
 

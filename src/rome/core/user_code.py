@@ -43,8 +43,16 @@ class Names(NamedTuple):
 
 @functools.cache
 def in_library(file: str) -> bool:
-    real = os.path.realpath(file)
-    return real.startswith(_LIBRARY) or bool({"site-packages", "dist-packages"} & set(Path(real).parts))
+    real = Path(os.path.realpath(file))
+    if str(real).startswith(_LIBRARY) or {"site-packages", "dist-packages"} & set(real.parts):
+        return True
+    return any(_holds_packages(folder) for folder in real.parents if str(folder) in sys.path)
+
+
+@functools.cache
+def _holds_packages(folder: Path) -> bool:
+    """Whether packages are installed in the folder, as ``pip install --target`` does."""
+    return any(folder.glob("*.dist-info"))
 
 
 def is_users(thing: Any) -> bool:

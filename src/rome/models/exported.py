@@ -140,13 +140,15 @@ def _largest_batch(program: Any, file: Path) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch.export's logged tracebacks: what is wrong with a file is in the exception."""
+    """Without torch.export's warnings and logged tracebacks: what is wrong with a file is in the exception."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.export.pt2_archive._package")]
     before = [logger.disabled for logger in loggers]
     try:
         for logger in loggers:
             logger.disabled = True
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.core.console import print_table
@@ -59,7 +60,8 @@ def added(layer: Gated) -> int:
 def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image's forward pass: half of torch's FLOP count, products and convolutions."""
     device = next(model.parameters()).device
-    with flop_counter() as counter, torch.no_grad():
+    # attention as products: not every torch counts those of its fused forms
+    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, *shape, device=device))
     return counter.get_total_flops() // 2
 
