@@ -393,6 +393,7 @@ def build(num_classes):
 """
 
 
+@pytest.mark.slow
 def test_training_on_stadv_makes_robust_against_stadv(tmp_path: Path) -> None:
     """Against natural training of the same length, with other steps than in training."""
     (tmp_path / "own.py").write_text(CNN)

@@ -52,6 +52,7 @@ def test_experts_compares_plain_rome_and_a_loop_that_computes_the_same(run: Run)
     assert all(row["arithmetic"] > 1 for row in rows if row["case"] != "plain")
 
 
+@pytest.mark.slow
 def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
     (rows,) = run("layout").values()
     assert {row["model"] for row in rows} == {"resnet18, plain", "resnet18, rome"}
@@ -60,6 +61,7 @@ def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
     assert all(row["ratio"] == [1, 1, 1] for row in rows if row["case"] == "channels first")
 
 
+@pytest.mark.slow
 def test_attacks_are_timed_at_equal_steps_and_inside_their_balls(run: Run) -> None:
     (rows,) = run("attacks").values()
     assert {row["norm"] for row in rows} == {"L1", "L2", "Linf"}
@@ -80,6 +82,7 @@ def test_mixed_computes_the_same_images_with_fewer_forwards(run: Run) -> None:
     assert all(row["same"] == 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_training_runs_real_updates_of_both_methods_and_says_where_the_time_goes(run: Run) -> None:
     tables = run("training", "--profile")
     rows = next(rows for title, rows in tables.items() if title.startswith("Training updates"))

@@ -169,7 +169,7 @@ def test_holm_by_hand() -> None:
 @pytest.mark.parametrize("k", [2, 5, 10])
 def test_of_equal_models_one_report_in_twenty_at_most_claims_a_difference(k: int, named: bool, tmp_path: Path) -> None:
     """Images are as hard for every model. A family-wise error of .05 exceeds the bound once in a million seeds."""
-    rng, reports = np.random.default_rng([k, named]), 300
+    rng, reports = np.random.default_rng([k, named]), 100
     claims, one = 0, evaluated(A, tmp_path)
     for _ in range(reports):
         right = rng.random((k, 60)) < rng.random(60)

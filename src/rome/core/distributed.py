@@ -78,12 +78,20 @@ def differentiable_sum(value: Tensor) -> Tensor:
     DistributedDataParallel averages parameter gradients over W processes. Each process holds the same loss, so the
     summed gradient is W times the wanted one and the average is exact.
     """
-    if world_size() == 1:
-        return value
-    from torch.distributed.nn.functional import all_reduce
+    summed: Tensor = _Sum.apply(value) if world_size() > 1 else value
+    return summed
 
-    total: Tensor = all_reduce(value.contiguous())  # type: ignore[no-untyped-call]
-    return total
+
+class _Sum(torch.autograd.Function):
+    """torch's own (``torch.distributed.nn.functional.all_reduce``) is deprecated, and says so at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return total(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient.contiguous())
 
 
 def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class Data(Component):
             os.stat(os.path.expanduser(path or "."))
         except (ValueError, OSError) as error:
             if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-                raise ValueError(f"cannot be a path: {error}") from None
+                raise ValueError(f"cannot be a path: {getattr(error, 'strerror', None) or error}") from None
         return path
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:

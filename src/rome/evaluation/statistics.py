@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -36,6 +37,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return float(low) if correct else 0.0, float(high) if correct < n else 1.0
 
 
+@functools.cache
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p-value for b examples that only one of two models gets right and c that only the other does.
 
