@@ -8,7 +8,7 @@ demo: $(VENV)/ready
 	$(BIN)/rome demo
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not gpu and not browser"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -130,6 +130,17 @@ class FixedNoise(Stream):
     def uniform(self, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         assert tuple(shape) == tuple(self.noise.shape)
         return self.noise.to(device)
+
+
+def rest_slow(values: Iterable[Any], quick: int) -> list[Any]:
+    """Values of a parametrized test (of a mapping its values, with its keys as ids): the first few as they are, the
+    others marked slow, where they are further combinations of what the first ones cover."""
+    items = list(values.items()) if isinstance(values, Mapping) else [(None, value) for value in values]
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name, marks=slow if i >= quick else ())
+        for i, (name, value) in enumerate(items)
+    ]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Digits, Problem
+from conftest import Digits, Problem, rest_slow
 from literal_apgd import literal_apgd
 from rome.attacks import APGD, PGD
 from rome.evaluation.statistics import mcnemar
@@ -39,7 +39,7 @@ def not_weaker(model: nn.Module, y: Tensor, ours: Tensor, theirs: Tensor) -> Non
 
 @pytest.mark.parametrize(
     ("name", "steps", "share"),
-    [("L1", 20, None), ("L1", 100, None), ("L1", 20, 0.2), ("L2", 20, None), ("Linf", 20, None)],
+    rest_slow([("L1", 20, None), ("L2", 20, None), ("Linf", 20, None), ("L1", 100, None), ("L1", 20, 0.2)], 3),
 )
 def test_apgd_is_not_weaker_than_autoattacks_apgd(
     name: str, steps: int, share: float | None, digits: Digits, digits_model: nn.Module

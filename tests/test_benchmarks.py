@@ -43,6 +43,7 @@ def cases(rows: list[dict[str, Any]]) -> set[str]:
     return {row["case"] for row in rows}
 
 
+@pytest.mark.slow
 def test_experts_compares_plain_rome_and_a_loop_that_computes_the_same(run: Run) -> None:
     (rows,) = run("experts").values()
     assert {row["what"] for row in rows} == {"forward", "latency", "input gradient", "training step"}

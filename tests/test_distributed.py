@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import rest_slow
 from rome.core.errors import Interrupted
 from rome.runs.folder import Run
 from rome.training.setup import train
@@ -86,7 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 8))
 def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **(EXACT | changes)))
     run = Run(tmp_path / "two")
@@ -300,6 +301,7 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> Non
     assert_same_run(train(tiny(**EXACT), run.folder, resume=True), train(tiny(**EXACT), tmp_path / "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # two processes that load torch, on a machine that may be busy
 def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200, **EXACT))

@@ -104,6 +104,7 @@ def test_two_processes_find_what_one_finds(run: Run, one: Path, tmp_path: Path) 
     assert ("reused: " in again[0].err, again[1].err) == (True, "")
 
 
+@pytest.mark.slow
 def test_what_one_process_did_two_go_on_with(run: Run, one: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_saved(run.folder, out=out, cases=["L1", "toy-0"])
@@ -114,6 +115,7 @@ def test_what_one_process_did_two_go_on_with(run: Run, one: Path, tmp_path: Path
     assert (Report.load(out).correct == Report.load(one).correct).all()
 
 
+@pytest.mark.slow
 def test_an_attack_that_breaks_in_one_process_fails_its_case_in_all(run: Run, tmp_path: Path) -> None:
     broken = with_toys(run, tmp_path / "run", "raise-1", "same")
     ended = both(broken.folder, "--out", tmp_path / "out", "--json", logs=tmp_path / "logs")

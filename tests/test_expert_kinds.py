@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import rest_slow
 from rome.attacks import APGD, PGD
 from rome.attacks.engine import frozen, loss_and_gradient
 from rome.core.errors import Interrupted, UserError
@@ -667,7 +668,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", rest_slow(RUNS.keys(), 3))
 def test_training_learns_every_part_and_goes_on_after_a_stop_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     changes = {"epochs": 1, **RUNS[kind]}
     if kind == "convolutions":

@@ -20,6 +20,7 @@ import yaml
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from conftest import rest_slow
 from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.data import Digits
@@ -306,7 +307,7 @@ def three() -> list[Fake]:
     return [Fake(KINDS["low-rank"](), "rome"), Fake(KINDS["ffn, best two"](), "ffn"), Fake(vit(), "plain")]
 
 
-@pytest.mark.parametrize("name", ["fig1", "fig3", "fig5", "fig6", "figA4", "routing"])
+@pytest.mark.parametrize("name", rest_slow(["fig3", "routing", "fig1", "fig5", "fig6", "figA4"], 2))
 def test_a_picture_can_be_drawn_again_from_its_file(name: str, three: list[Fake]) -> None:
     subjects = three if name != "figA4" else three[:1]
     data = figure(name, *subjects)

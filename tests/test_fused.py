@@ -277,6 +277,7 @@ def check_kernels() -> None:
     print("kernels agree")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_for_cuda_compute_the_same_in_tritons_interpreter() -> None:
     here = Path(__file__).resolve().parent

@@ -380,6 +380,7 @@ def test_where_no_row_is_without_experts_differences_are_to_rome(tmp_path: Path)
     assert "bold is the best of ours" in latex
 
 
+@pytest.mark.slow
 def test_sizes_are_counted_and_not_best(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
     config = load(run / "config.yaml")

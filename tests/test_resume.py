@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from conftest import rest_slow
 from rome.cli.app import main
 from rome.core.errors import Interrupted, UserError
 from rome.core.files import make_folder
@@ -123,29 +124,32 @@ def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undis
 CNN = {"name": "resnetv2_18", "args": {"channels": [8, 8, 8, 8], "layers": [1, 1, 1, 1]}}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"data__augment": True, "model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.3}},
-        {"method": {"kind": "random", "per": "batch"}, "accumulate": 3, "optimizer": "sgd"},
-        {"method": "max", "natural_epochs": 1, "precision": "bf16", "attack": {"kind": "apgd", "steps": 2}},
-        {"method": {"kind": "msd", "steps": 2}},
-        {"method": "eat", "experts": None, "accumulate": 2},
-        {"method": "eat", "attack": {"kind": "apgd", "steps": 2}, "data__augment": True},
-        {"method": {"kind": "ramp", "trades": 6}, "accumulate": 2, "optimizer": "sgd", "precision": "bf16"},
-        {"method": "ramp", "model": CNN, "experts": {"kind": "low-rank", "experts": 2, "rank": 1}},
-    ],
-    ids=[
-        "dropout+augmentation",
-        "batch+accumulate+sgd",
-        "natural+bf16+apgd",
-        "msd",
-        "eat",
-        "eat+experts+augmentation",
-        "ramp+trades+accumulate+sgd+bf16",
-        "convolutions",
-    ],
-)
+KINDS: dict[str, dict[str, Any]] = {
+    "dropout+augmentation": {
+        "data__augment": True,
+        "model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.3},
+    },
+    "eat+experts+augmentation": {"method": "eat", "attack": {"kind": "apgd", "steps": 2}, "data__augment": True},
+    "ramp+trades+accumulate+sgd+bf16": {
+        "method": {"kind": "ramp", "trades": 6},
+        "accumulate": 2,
+        "optimizer": "sgd",
+        "precision": "bf16",
+    },
+    "batch+accumulate+sgd": {"method": {"kind": "random", "per": "batch"}, "accumulate": 3, "optimizer": "sgd"},
+    "natural+bf16+apgd": {
+        "method": "max",
+        "natural_epochs": 1,
+        "precision": "bf16",
+        "attack": {"kind": "apgd", "steps": 2},
+    },
+    "msd": {"method": {"kind": "msd", "steps": 2}},
+    "eat": {"method": "eat", "experts": None, "accumulate": 2},
+    "convolutions": {"method": "ramp", "model": CNN, "experts": {"kind": "low-rank", "experts": 2, "rank": 1}},
+}
+
+
+@pytest.mark.parametrize("changes", rest_slow(KINDS, 3))
 def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     interrupted(run, STEPS + 2, **changes)

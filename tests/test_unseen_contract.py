@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,23 +83,18 @@ def threat_of(attack: Attack) -> Threat:
 
 
 def test_an_example_does_not_depend_on_its_batch_mates(attack: Attack, model: nn.Module) -> None:
-    """In float64, and where rounding decides nothing: Adam makes a full step of a gradient that is zero but for
-    rounding. There the result also changes if the model's weights do in their last digits."""
+    """In float64, and few steps of ReColorAdv: its roughness, sqrt(d^2 + 1e-10), makes each step amplify differences by
+    up to lr / 1e-5 = 400."""
+    if isinstance(attack, ReColorAdv):
+        attack = attack.model_copy(update={"steps": 3})
     model, x, threat = model.double(), images(), threat_of(attack)
     y = model(x).argmax(1)
     y[4] = (y[4] + 1) % 6  # wrong from the start
     whole = attack.run(model, x, y, threat)
-    other_digits = copy.deepcopy(model)
-    for parameter in other_digits.parameters():
-        parameter.data *= 1 + 1e-13
-    again = attack.run(other_digits, x, y, threat)
-    firm = [(one.double() - other.double()).abs() < 1e-6 for one, other in zip(whole, again, strict=True)]
-    assert all(each.float().mean() > 0.5 for each in firm)
     for rows in ([2], [5, 1], [3, 0, 4]):
         alone = attack.run(model, x[rows], y[rows], threat)
-        for part, other, known in zip(whole, alone, firm, strict=True):
-            chosen = known[rows]
-            torch.testing.assert_close(other.double()[chosen], part[rows].double()[chosen], rtol=0, atol=1e-5)
+        for part, other in zip(whole, alone, strict=True):
+            torch.testing.assert_close(other.double(), part[rows].double(), rtol=0, atol=1e-5)
 
 
 def test_the_result_is_what_the_contract_says(attack: Attack, model: nn.Module) -> None:

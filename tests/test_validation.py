@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import rest_slow
 from rome.attacks import APGD
 from rome.core.errors import UserError
 from rome.data.base import Split
@@ -214,7 +215,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", rest_slow(METHODS.keys(), 3))
 def test_every_method_can_be_validated_and_resumed(kind: str, tmp_path: Path) -> None:
     """Stages, second models and counts: a stop after the first epoch leads to the same best and last weights."""
     config: Config = tiny(validation={"n": 6, "steps": 1}, **METHODS[kind])
