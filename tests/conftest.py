@@ -138,7 +138,7 @@ def rest_slow(values: Iterable[Any], quick: int) -> list[Any]:
     items = list(values.items()) if isinstance(values, Mapping) else [(None, value) for value in values]
     slow = [pytest.mark.slow]
     return [
-        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name, marks=slow if i >= quick else ())
+        pytest.param(*(value if type(value) is tuple else (value,)), id=name, marks=slow if i >= quick else ())
         for i, (name, value) in enumerate(items)
     ]
 

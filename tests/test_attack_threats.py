@@ -321,6 +321,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tiny(**VALIDATED), tmp_path_factory.mktemp("undisturbed") / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(undisturbed: Run, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(name="run", **VALIDATED))
     run = Run(tmp_path / "run")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import RADII, Digits, FixedNoise, Problem, case, recorded
+from conftest import RADII, Digits, FixedNoise, Problem, case, recorded, rest_slow
 from literal_apgd import checkpoints, literal_apgd
 from rome.attacks import APGD, PGD, Attack, Square
 from rome.attacks.base import Group
@@ -414,7 +414,7 @@ def test_a_mixed_batch_costs_its_longest_search_and_shrinks_as_threats_finish(pr
     assert calls.backwards == [9] * 11 + [4] * 9 or calls.backwards == [9] * 10 + [4] * 10
 
 
-@pytest.mark.parametrize("threat", [*MIXED, "mixed"], ids=str)
+@pytest.mark.parametrize("threat", rest_slow(["mixed", *MIXED], 1))
 def test_a_search_asks_nothing_of_the_device(attack: Attack, threat: Any) -> None:
     """On fake tensors, which hold no values, any data-dependent host decision would raise."""
     with FakeTensorMode():

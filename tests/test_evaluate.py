@@ -175,6 +175,7 @@ def test_the_full_suite_takes_any_number_of_classes(classes: int, kinds: list[st
     assert set(targets) == {classes - 1}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_no_dynamic_defence_and_tracing_goes_on(model: nn.Module) -> None:
     """pyautoattack's check traces every call: it takes a compiled model for a defence that changes, and switches a
     debugger's or a coverage tool's tracing off."""
@@ -517,7 +518,7 @@ def test_example_images(model: nn.Module, tmp_path: Path) -> None:
         example_images(tmp_path / "b", "Linf", 1)
 
 
-@pytest.mark.parametrize("full", ["clean", "L1", "L2", "matrix", "result"])
+@pytest.mark.parametrize("full", rest_slow(["L1", "result", "clean", "L2", "matrix"], 2))
 def test_a_full_disk_ends_the_evaluation_and_the_same_call_goes_on(
     full: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import rest_slow
 from rome.attacks import AttackThreat
 from rome.data import Cifar10, ImageFolder
 from rome.models import build_model
@@ -162,7 +163,7 @@ def stepping() -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize("name", stepping())
+@pytest.mark.parametrize("name", rest_slow(stepping(), 45))
 def test_experiments_take_a_step(name: str) -> None:
     config = tiny(config_of(name))
     shape = (1, 8, 8) if config.data.kind == "digits" else (3, 32, 32)

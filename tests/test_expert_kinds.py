@@ -276,7 +276,7 @@ def compiled_pair(eager: nn.Module) -> tuple[nn.Module, nn.Module]:
     return eager, compiled
 
 
-@pytest.mark.parametrize("kind", ["convolution", "adapter"])
+@pytest.mark.parametrize("kind", rest_slow(["convolution", "adapter"], 1))
 def test_compiled_equals_eager_also_while_recording_and_training(kind: str) -> None:
     if kind == "convolution":
         pair, x = compiled_pair(conv_layer(nn.Conv2d(4, 5, 3, stride=2, padding=1))), normal(2, 4, 8, 8)

@@ -19,6 +19,7 @@ import yaml
 from markupsafe import escape
 from PIL import Image
 
+from conftest import rest_slow
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report, example_images
 from rome.evaluation.named import named_config
@@ -595,7 +596,7 @@ class TestExamples:
         assert Page(text).tags.count("img") == 4 * (1 + 2 * 2)
         assert len(re.findall("<p>size ", text)) == 4
 
-    @pytest.mark.parametrize("complete", [0, 1])
+    @pytest.mark.parametrize("complete", rest_slow([0, 1], 1))
     def test_a_case_that_some_run_lacks_is_in_no_picture(
         self, runs: tuple[Path, Path], tmp_path: Path, complete: int
     ) -> None:

@@ -64,18 +64,17 @@ def resume(run: Run, **changes: Any) -> Run:
 # Kills
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        Moment("update", 2),
-        Moment("logged", 1),
-        Moment("update", STEPS + 1),
-        Moment("writing", 1),
-        Moment("writing", 2),
-        Moment("model", 1),
-    ],
-    ids=lambda moment: f"{moment.place}-{moment.number}",
-)
+MOMENTS = [
+    Moment("update", STEPS + 1),
+    Moment("writing", 2),
+    Moment("model", 1),
+    Moment("update", 2),
+    Moment("logged", 1),
+    Moment("writing", 1),
+]
+
+
+@pytest.mark.parametrize("moment", rest_slow({f"{moment.place}-{moment.number}": moment for moment in MOMENTS}, 3))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     moment: Moment, config: Path, tmp_path: Path, undisturbed: Run
 ) -> None:
@@ -156,7 +155,7 @@ def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp
     assert_as_undisturbed(resume(run, **changes), train(tiny(**changes), tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("natural", [0, 1])
+@pytest.mark.parametrize("natural", rest_slow([1, 0], 1))
 def test_a_killed_run_of_ramp_goes_on_between_two_fusions(natural: int, tmp_path: Path) -> None:
     changes = {"method": "ramp", "natural_epochs": natural}
     run = Run(tmp_path / "run")

@@ -172,6 +172,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp_path: Path) -> None:
     config.write_text(CONFIG.replace("epochs: 1", "epochs: 400"))
     run = Run(tmp_path / "out" / "tiny-seed=0")

@@ -329,6 +329,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.folder
 
 
+@pytest.mark.slow
 def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = write_report([composed], tmp_path / "out", unions=[["L1", "attack-1"]]).read_text()
     text = (tmp_path / "out" / "report.md").read_text()

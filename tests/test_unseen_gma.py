@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import Digits, Problem
+from conftest import Digits, Problem, rest_slow
 from rome.attacks import GMA, PGD
 from rome.attacks.lp.gma import answer, misrouting
 from rome.core.errors import UserError
@@ -256,7 +256,7 @@ def test_a_model_that_is_being_recorded_is_refused_and_left_as_it_was() -> None:
     assert all(layer.sink is None for layer in expert_layers(model).values())
 
 
-@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("wrap", rest_slow([True, False], 1))
 def test_a_compiled_model_is_attacked_like_the_plain_one(wrap: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Flatten(2), nn.Linear(16, 8), nn.GELU(), nn.Flatten(), nn.Linear(24, 4))
