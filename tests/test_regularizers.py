@@ -40,7 +40,7 @@ from rome.experts import (
 )
 from rome.experts.gates import Layout
 from rome.methods import TrainContext
-from rome.methods.base import combine, training_forward
+from rome.methods.base import training_forward
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
 from rome.threats import budgets
@@ -438,8 +438,7 @@ def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
         new_optimizer=AdamW().build,
     )
     model.zero_grad()
-    losses, correct, penalty = training_forward(context, X, Y, THREATS)
-    combine(losses.mean(), penalty, THREATS, correct).loss.backward()
+    training_forward(context, X, Y, THREATS).loss.backward()
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in wanted.values())
     return {name: p.grad.clone() for name, p in wanted.items()}

@@ -79,6 +79,10 @@ Number = Annotated[float, BeforeValidator(_number)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Names; one may be written alone."""
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What torch's generators take."""
 

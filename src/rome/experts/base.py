@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rome.core.component import Component, Number
+from rome.core.component import Component, Names, Number
 from rome.core.errors import UserError
 from rome.experts.checking import check_experts
 from rome.experts.conv import MixtureConv2d
@@ -152,15 +152,10 @@ class Bottleneck(Layerwise):
     """Base of the kinds whose experts have a rank and stand beside single layers."""
 
     rank: int = Field(default=16, ge=1)
-    layers: tuple[str, ...] | None = Field(default=None, min_length=1)
+    layers: Annotated[Names, Field(min_length=1)] | None = None
     """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
     (``blocks.*.mlp.fc?``): the Linear layers that match, or the convolutions where none does. null picks the paper's:
     QKV and output projections of attention, else 3x3 convolutions behind the stem."""
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
         return find_layers(model, self.layers)

@@ -13,7 +13,7 @@ from rome.attacks.lp.msd import steepest_descent
 from rome.attacks.lp.pgd import by_norm
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, training_forward
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -45,9 +45,6 @@ class MSD(Method):
                 raise UserError(f"it steps along Lp norms, and {threat.name} is no Lp ball; leave it out of threats")
         return threats
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return self.steps * (2 + len(threats)) + 3
-
     def step_size_for(self, threat: LpBall) -> float:
         return by_norm(self.step_size, threat.norm, {threat.norm: _PATH[threat.norm] * threat.eps / self.steps})
 
@@ -56,5 +53,4 @@ class MSD(Method):
         sizes = [self.step_size_for(threat) for threat in threats]
         found = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
         labels = found.chosen.cpu()
-        losses, correct, penalty = training_forward(context, found.images, y, labels)
-        return combine(losses.mean(), penalty, labels, correct)
+        return training_forward(context, found.images, y, labels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Method, Outcome, TrainContext, combine, named, search_passes, set_lr, training_logits
+from rome.methods.base import Method, Outcome, TrainContext, combine, named, set_lr, training_logits
 from rome.threats import PerExample, Threat
 
 
@@ -53,10 +53,6 @@ class RAMP(Method):
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         return super().trained(named(threats, (self.source, self.target), self.kind), attack)
-
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        attacks = sum(search_passes(attack, threat) + 1 + 3 for threat in threats)
-        return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
 
     def prepare(self, context: TrainContext) -> None:
         self._clean = _CleanCopy(context.model, context.new_optimizer) if self.fusion else None

@@ -1,6 +1,6 @@
 """The paper's figures, for any runs: ``rome figures``."""
 
-from rome.report.figures import densities, outputs, routing, separability  # noqa: F401  # each registers its figures
+from rome.report.figures import densities, outputs, routing, separability  # each registers its figures
 from rome.report.figures.base import Options, PaperFigure, registered
 from rome.report.figures.files import write_figures
 from rome.report.figures.regions import RegionMaps
