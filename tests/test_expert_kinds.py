@@ -205,9 +205,9 @@ def test_gates_of_a_convolution_stand_at_the_resolution_of_its_output(stride: in
     (gates,) = recorder.gates.values()
     where = pooled(x, *out.shape[2:]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(gates.local, layer.gate.local(where).softmax(-1))
-    torch.testing.assert_close(gates.whole, layer.gate.whole(where.mean(1)).softmax(-1))
+    torch.testing.assert_close(gates.global_, layer.gate.global_(where.mean(1)).softmax(-1))
     if stride == 1:
-        torch.testing.assert_close(gates.whole, layer.gate.whole(x.mean((2, 3))).softmax(-1))
+        torch.testing.assert_close(gates.global_, layer.gate.global_(x.mean((2, 3))).softmax(-1))
     assert gates.weights.shape == (2, out.shape[2] * out.shape[3], 3)
 
 
@@ -250,7 +250,10 @@ def test_a_step_moves_b_first_and_a_as_soon_as_b_is_not_zero() -> None:
     blocks = ("block.0.conv1", "block.0.conv2")
     assert moved[0] == backbone | {f"{block}.B" for block in blocks}
     gates = {
-        f"{block}.gate.{part}.{leaf}" for block in blocks for part in ("local", "whole") for leaf in ("weight", "bias")
+        f"{block}.gate.{part}.{leaf}"
+        for block in blocks
+        for part in ("local", "global_")
+        for leaf in ("weight", "bias")
     }
     assert moved[1] == backbone | gates | {f"{block}.{leaf}" for block in blocks for leaf in "AB"}
 
@@ -286,7 +289,7 @@ def test_compiled_equals_eager_also_while_recording_and_training(kind: str) -> N
         with record_gates(layer, detached=True) as recorder:
             out = layer(x)
         (gates,) = recorder.gates.values()
-        (out.square().sum() + gates.local.square().sum() + gates.whole.square().sum()).backward()
+        (out.square().sum() + gates.local.square().sum() + gates.global_.square().sum()).backward()
         gradients.append([out, *gates] + [p.grad for p in layer.parameters() if p.requires_grad])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one)

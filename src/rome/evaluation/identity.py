@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rome.attacks.engine import Model
 from rome.core.wrappers import bare_name, unwrapped
+from rome.experts.gate_override import LEARNED, routing_of
 from rome.experts.recording import expert_layers
-from rome.experts.routing import LEARNED, routing_of
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes, tensors
 from rome.runs.origin import differences

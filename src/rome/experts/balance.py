@@ -75,7 +75,7 @@ class Classification(MeanOverLayers):
         if threats == 1:
             return total
         where = labels.to(total.device, non_blocking=True)
-        for gates in (record.gates.local, record.gates.whole):
+        for gates in (record.gates.local, record.gates.global_):
             if gates is not None:
                 tokens = gates.reshape(len(where), -1, threats)
                 named = tokens.gather(2, where.view(-1, 1, 1).expand(-1, tokens.shape[1], 1))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rome.core.errors import UserError
-from rome.experts.gated import Gated
+from rome.experts.gated import MixtureLayer
 from rome.experts.gates import PLAIN, Layout
 
 KINDS = (nn.Linear, nn.Conv2d)
@@ -33,7 +33,7 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
     Raises:
         UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
     """
-    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Gated))
+    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -62,8 +62,8 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
     for name, module in chosen.items():
         for inner, part in module.named_modules(prefix=name):
-            if isinstance(part, Gated) or (inner in chosen and inner != name):
-                what = "has experts already" if isinstance(part, Gated) else "is to hold experts itself"
+            if isinstance(part, MixtureLayer) or (inner in chosen and inner != name):
+                what = "has experts already" if isinstance(part, MixtureLayer) else "is to hold experts itself"
                 raise UserError(f"layer {name} cannot hold experts: {inner} inside it {what}. Change experts.layers.")
 
 
@@ -154,7 +154,7 @@ def _embeds(part: nn.Module) -> Any:
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    if isinstance(module, Gated):
+    if isinstance(module, MixtureLayer):
         return "it has experts already"
     if not name:
         return "it is the model itself; put it into a module"

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from rome.core.errors import UserError
-from rome.experts.gated import Gated, Recorded, Sink
+from rome.experts.gated import MixtureLayer, Recorded, Sink
 from rome.experts.gates import Gates
 
 
-def expert_layers(model: nn.Module) -> dict[str, Gated]:
+def expert_layers(model: nn.Module) -> dict[str, MixtureLayer]:
     """The adapted layers of a model by name, in the order of its modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLayer)}
 
 
 class GateRecorder:
@@ -23,7 +23,7 @@ class GateRecorder:
     Gates keep their gradient history, so a loss on them trains the gates.
     """
 
-    def __init__(self, names: dict[Gated, str], sink: Sink) -> None:
+    def __init__(self, names: dict[MixtureLayer, str], sink: Sink) -> None:
         self._names, self._sink = names, sink
 
     @property

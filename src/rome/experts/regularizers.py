@@ -109,8 +109,8 @@ class Diversification(Regularizer):
             first = record.layer.layout.prefix if self.tokens == "patches" else 0
             local = record.gates.local[:, first:]
             terms.append(local / local.shape[1] ** 0.5 if self.distance == "l2" else local)
-        if record.gates.whole is not None:
-            v, projection = record.gates.whole, record.layer.projection
+        if record.gates.global_ is not None:
+            v, projection = record.gates.global_, record.layer.projection
             if projection is not None and self.projects:
                 v = torch.nn.functional.linear(v, projection.weight)  # its bias cancels in a difference
                 v = v / v.shape[1] ** 0.5 if self.projected == "mean" else v

@@ -21,7 +21,7 @@ from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
 from rome.core.errors import UserError
 from rome.data import ImageFolder
-from rome.experts import FeedForward, Gated, expert_layers
+from rome.experts import FeedForward, MixtureLayer, expert_layers
 from rome.models import build_model, trains_on, weights_file
 from rome.runs.config import Config, load
 from rome.runs.experiments import files, path_of
@@ -52,7 +52,7 @@ def count(config: Config) -> dict[str, int]:
         return parameters(build_model(config.model.untrained(), config.experts, classes=classes, shape=shape))
 
 
-def added(layer: Gated) -> int:
+def added(layer: MixtureLayer) -> int:
     """Parameters of an adapted layer that the model does not have without experts."""
     return sum(parameter.numel() for name, parameter in layer.named_parameters() if name not in layer.shared)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rome.attacks.perceptual.features import feature_layers
 from rome.core.errors import UserError
-from rome.experts import Gated, Layout, ModelMixture, expert_layers, layout_of
+from rome.experts import Layout, MixtureLayer, ModelMixture, expert_layers, layout_of
 from rome.experts.gates import positions, select
 from rome.experts.placement import channels_last
 from rome.models.fitting import head_names
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     output: Tensor
     """What it gave: with the experts, if it has any."""
     plain: Tensor | None
-    """What it gives without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
+    """What it gives without them (:meth:`rome.experts.MixtureLayer.base_forward`); None for a layer without experts.
 
     For low-rank experts W h + b, for adapters and convolutions alike what the layer itself gives; for feed-forward
     experts and whole networks (MORE), which stand in the layer's place, the answer of the first expert.
@@ -70,7 +70,7 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
         return tuple(before + name for name in feature_layers(inner))
     except UserError:
         outside = tuple(f"{name}." for name in expert_layers(inner))
-        names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
+        names = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, MixtureLayer))]
         names = [name for name in names if not name.startswith(outside)]
         return tuple(before + name for name in [name for name in names if name not in head_names(inner)] or names)
 
@@ -108,7 +108,7 @@ def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: i
 
 def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
     """What a layer with experts gives with and without them, averaged over tokens."""
-    adds = expert_layers(model)[layer].adds
+    adds = expert_layers(model)[layer].additive
     plain, output = [], []
     for x in groups.values():
         passes = list(_passes(model, x, layer, batch_size))
@@ -150,15 +150,15 @@ def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> It
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
     """A hook that keeps copies: what follows a layer may work in place."""
     module = model.get_submodule(name)
-    layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
-    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))
+    layout = module.layout if isinstance(module, MixtureLayer) else layout_of(model, name)
+    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, MixtureLayer)))
     last = not maps or channels_last(model, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, T, D); choose another")
-        plain = module.plain(args[0]) if isinstance(module, Gated) else None
+        plain = module.base_forward(args[0]) if isinstance(module, MixtureLayer) else None
         found[name] = Seen(
             tokens(output.detach().clone(), layout, channels_last=last),
             None if plain is None else tokens(plain.detach(), layout, channels_last=last),

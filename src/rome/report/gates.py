@@ -110,7 +110,7 @@ def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT
                 (
                     _stack(mixed),
                     _stack([_or(each.local, each.weights).mean(dim=1) for each in gates.values()]),
-                    _stack([_or(each.whole, mean) for each, mean in zip(gates.values(), mixed, strict=True)]),
+                    _stack([_or(each.global_, mean) for each, mean in zip(gates.values(), mixed, strict=True)]),
                     _stack([relative_entropy(each.weights).mean(dim=1) for each in gates.values()]),
                 )
             )

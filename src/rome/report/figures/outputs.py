@@ -55,7 +55,7 @@ class LayerOutputs(PaperFigure):
                 {
                     "run": subject.name,
                     "layer": layer,
-                    "adds": bool(layers) and expert_layers(subject.model)[layer].adds,
+                    "adds": bool(layers) and expert_layers(subject.model)[layer].additive,
                     "labels": labels,
                     "parts": {part: _picture(names, values, options.seed) for part, values in found.items()},
                 }

@@ -9,7 +9,7 @@ from torch import nn
 
 from rome.core.errors import UserError, did_you_mean
 from rome.core.randomness import stream
-from rome.experts.gated import Gated
+from rome.experts.gated import MixtureLayer
 from rome.experts.recording import expert_layers
 
 Routing = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
@@ -39,7 +39,7 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
     if not layers and routing != "learned":
         raise UserError(f"routing {routing} is for models with experts, and this one has none; leave it out")
     for name, layer in layers.items():
-        if routing == "none" and not layer.adds:
+        if routing == "none" and not layer.additive:
             raise UserError(
                 f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
             )
@@ -60,11 +60,11 @@ def routing_of(model: nn.Module) -> str:
     return "+".join(sorted({_routing(layer) for layer in expert_layers(model).values()})) or LEARNED
 
 
-def _routing(layer: Gated) -> str:
+def _routing(layer: MixtureLayer) -> str:
     if layer.fixed_weights is not None:
         return "random" if bool(layer.fixed_weights.any()) else "none"
     return layer.inverted or LEARNED
 
 
-def _like(layer: Gated, weights: torch.Tensor) -> torch.Tensor:
+def _like(layer: MixtureLayer, weights: torch.Tensor) -> torch.Tensor:
     return weights.to(next(layer.parameters()))
