@@ -254,6 +254,9 @@ def test_a_step_moves_b_first_and_a_as_soon_as_b_is_not_zero() -> None:
         for block in blocks
         for part in ("local", "global_")
         for leaf in ("weight", "bias")
+        for block in blocks
+        for part in ("local", "global_")
+        for leaf in ("weight", "bias")
     }
     assert moved[1] == backbone | gates | {f"{block}.{leaf}" for block in blocks for leaf in "AB"}
 

@@ -335,7 +335,7 @@ def test_a_config_names_weights_and_drops_a_head(theirs: dict[str, Tensor], save
     fitting = {name: value for name, value in theirs.items() if not name.startswith("logits")}
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in fitting.items())
     assert model.backbone.logits.weight.shape == (4, 64)
-    assert settings.untrained() == ModelSettings(name="wide_resnet", args=TINY)
+    assert settings.without_weights() == ModelSettings(name="wide_resnet", args=TINY)
 
 
 # A file that does not fit
@@ -748,7 +748,7 @@ def test_what_robustbench_does_not_have_is_explained(name: str, args: dict[str, 
 def test_who_counts_builds_the_papers_models_without_robustbench(name: str, args: dict[str, Any], twin: str) -> None:
     settings = ModelSettings(name=f"robustbench:{name}", args=args, num_classes=10, weights="w.pt", pretrained=True)
     kept = {"name": twin, "args": {}} if twin else {"name": settings.name, "args": args}
-    assert settings.outline() == ModelSettings(num_classes=10, **kept)
+    assert settings.architecture_only() == ModelSettings(num_classes=10, **kept)
 
 
 def test_robustbench_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

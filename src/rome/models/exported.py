@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,50 +102,30 @@ def _scripted(file: Path) -> nn.Module:
 def _exported(file: Path) -> Any:
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is not a file of torch.export.save; write it again: {HOW_TO_EXPORT}")
+    logging.disable()  # it logs tracebacks, and what is wrong with a file is in the exception
     try:
-        with _quiet():
-            return torch.export.load(str(file))
+        return torch.export.load(str(file))
     except Exception as error:  # it raises almost any kind
         raise UserError(
             f"{file} is not a file of torch.export.save that this torch can read: {last_line(error)}"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _largest_batch(program: Any, file: Path) -> int | None:
     """How many images an exported program takes at once; None where it is any number."""
-    inputs = [
-        node
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-    ]
+    names = program.graph_signature.user_inputs
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(inputs) != 1:
         raise UserError(f"{file} was exported with {len(inputs)} inputs; rome gives one: a batch of images")
     batch = inputs[0].meta["val"].shape[0]
-    if isinstance(batch, int):
+    bounds = None if isinstance(batch, int) else program.range_constraints.get(batch.node.expr)
+    lower = 0 if bounds is None else int(bounds.lower)
+    if isinstance(batch, int) or lower > 2:  # 2: what torch writes for "any"
+        wrong = f"exactly {batch}" if isinstance(batch, int) else f"at least {lower}"
         raise UserError(
-            f"{file} was exported for batches of exactly {batch}, and attacks need batches of any size; "
-            f"export it with a dynamic batch: {HOW_TO_EXPORT}"
+            f"{file} was exported for batches of {wrong}, and attacks need batches of any size; export it with a "
+            f"dynamic batch: {HOW_TO_EXPORT}"
         )
-    bounds = program.range_constraints.get(batch.node.expr)
-    if bounds is None:
-        return None
-    if int(bounds.lower) > 2:  # 2: what torch writes for "any"
-        raise UserError(
-            f"{file} was exported for batches of at least {bounds.lower}, and attacks need smaller ones; "
-            f"export it with a dynamic batch: {HOW_TO_EXPORT}"
-        )
-    return int(bounds.upper) if bounds.upper < 1_000_000 else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch.export's logged tracebacks: what is wrong with a file is in the exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.export.pt2_archive._package")]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+    return int(bounds.upper) if bounds is not None and bounds.upper < 1_000_000 else None

@@ -170,10 +170,14 @@ def weights_file(source: str | Path) -> Path:
     """The file that a source of weights stands for.
 
     Raises:
-        UserError: ``pyautoattack`` is not installed.
+        UserError: ``pyautoattack`` is not installed with its weights.
     """
     if str(source) == PYAUTOATTACK:
-        return pyautoattack_weights()
+        package = importlib.util.find_spec(PYAUTOATTACK)
+        shipped = Path(package.origin).parent / "examples" / "model_test.pt" if package and package.origin else None
+        if shipped is None or not shipped.is_file():
+            raise UserError("pyautoattack is not installed with its example weights: pip install pyautoattack==0.2.0")
+        return shipped
     file = Path(source).expanduser()
     if file.is_dir():
         index = file / "model.safetensors.index.json"
@@ -219,8 +223,7 @@ def holds_experts(source: str | Path) -> bool:
     Raises:
         UserError: no such file, or not readable.
     """
-    file = weights_file(source)
-    return bool(read_weights(file)[0].get("experts"))
+    return bool(read_weights(weights_file(source))[0].get("experts"))
 
 
 class _Metadata(BaseModel):
@@ -297,19 +300,6 @@ def _flat(held: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tens
     elif depth < DEPTH and isinstance(held, (Mapping, list, tuple)):
         for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
             yield from _flat(value, f"{name}.{key}" if depth else str(key), depth + 1)
-
-
-def pyautoattack_weights() -> Path:
-    """The file of ResNet-18's weights that pyautoattack ships.
-
-    Raises:
-        UserError: the package is not installed or has no such file.
-    """
-    found = importlib.util.find_spec(PYAUTOATTACK)
-    file = Path(found.origin).parent / "examples" / "model_test.pt" if found and found.origin else None
-    if file is None or not file.is_file():
-        raise UserError("pyautoattack is not installed with its example weights: pip install pyautoattack==0.2.0")
-    return file
 
 
 def file_hash(path: str | Path) -> str:

@@ -100,11 +100,10 @@ def robustbench_model(
             'pip install git+https://github.com/RobustBench/robustbench "setuptools<81" '
             "(the release on PyPI wants an older timm)"
         ) from error
+    options = {"dataset": dataset, "threat_model": threat_model, "model_dir": model_dir}
     try:
         with redirect_stdout(sys.stderr):  # it reports downloads there
-            model: nn.Module = load_model(
-                model_name=name, dataset=dataset, threat_model=threat_model, model_dir=model_dir
-            )
+            model: nn.Module = load_model(model_name=name, **options)
     except KeyError as error:
         raise UserError(
             f"RobustBench has no model {first_line(error)} for {dataset} and {threat_model}; "

@@ -49,7 +49,7 @@ def count(config: Config) -> dict[str, int]:
     """
     shape, classes = config.data.form()
     with torch.device("meta"):
-        return parameters(build_model(config.model.untrained(), config.experts, classes=classes, shape=shape))
+        return parameters(build_model(config.model.without_weights(), config.experts, classes=classes, shape=shape))
 
 
 def added(layer: MixtureLayer) -> int:
@@ -104,7 +104,7 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
             trains_on(config.model, config.experts)  # or it could not be trained
         shape, classes = config.data.form(config.model.num_classes)
         torch.manual_seed(config.seed)
-        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
+        model = build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape)
         facts: dict[str, Any] = {"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)}
         built.append((config, model, shape, classes, facts))
     if timing:
@@ -255,7 +255,9 @@ def rough_costs(pattern: str = "*") -> Iterator[tuple[str, str]]:
         config = load(path)
         shape, classes = config.data.form(config.model.num_classes)
         experts = None if config.experts is None else {**config.experts.dump(), "regularizer": None}
-        key = json.dumps([config.model.outline().model_dump(mode="json"), experts, shape, classes], sort_keys=True)
+        key = json.dumps(
+            [config.model.architecture_only().model_dump(mode="json"), experts, shape, classes], sort_keys=True
+        )
         if key not in counted:
             try:
                 counted[key] = _sizes_of(config, classes, shape)
@@ -277,7 +279,7 @@ def _sizes_of(config: Config, classes: int, shape: tuple[int, int, int]) -> tupl
     """Parameters and multiply-accumulates."""
     sends_tokens = isinstance(config.experts, FeedForward) and config.experts.top is not None  # where, values decide
     with torch.device("cpu" if sends_tokens else "meta"):
-        model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
+        model = build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape)
         return parameters(model)["parameters"], macs(model.eval(), shape)
 
 

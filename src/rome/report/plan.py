@@ -29,7 +29,7 @@ def plan(config: Config) -> dict[str, Any]:
         UserError: nothing matches ``experts.layers``, or a match cannot be adapted.
     """
     shape, classes = config.data.form(config.model.num_classes)
-    model = build_model(config.model.outline(), config.experts, classes=classes, shape=shape)
+    model = build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape)
     adapted = expert_layers(model)
     blocks = block_numbers(list(adapted))
     inside = tuple(f"{name}." for name in adapted)
