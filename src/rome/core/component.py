@@ -174,7 +174,7 @@ class Component(Settings):
 
 @functools.cache
 def _import_package(name: str) -> None:
-    """Import the modules of one of rome's packages; a family of somebody else's is imported where it is defined."""
+    """Import the modules of one of rome's packages; a family of another package is imported where it is defined."""
     if name.startswith("rome."):
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
@@ -182,7 +182,7 @@ def _import_package(name: str) -> None:
 
 
 class Mistake(NamedTuple):
-    """One thing that is wrong with plain data given for settings."""
+    """One thing that is wrong with plain data for settings."""
 
     path: tuple[str | int, ...]
     """Its place in the data."""
@@ -191,7 +191,7 @@ class Mistake(NamedTuple):
     """Of an unknown setting: the nearest name, and all of them. Empty for other mistakes."""
 
     def of(self, owner: str) -> str:
-        """What to say where settings were given in Python."""
+        """The message where the settings come from Python."""
         place = ".".join(map(str, self.path))
         if self.hint:
             return f"unknown setting {place!r} of {owner}.{self.hint}"

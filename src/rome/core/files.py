@@ -34,7 +34,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for what ``write`` writes into the file it is given. If it fails, what was there stays.
+    """The same for what ``write`` writes into its argument. If it fails, what was there stays.
 
     Raises:
         OSError: it cannot be written; ``filename`` is the path.

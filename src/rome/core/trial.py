@@ -1,5 +1,5 @@
-"""Asking a model for a few answers before it is relied on: what would make its numbers wrong, or end in a traceback of
-torch, is said in one line."""
+"""Trying a model on a few images first: what would make its numbers wrong, or end in a traceback of torch, becomes one
+line."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ class _Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _coarsest(model: Model, x: Tensor) -> float:
     """The machine epsilon of the coarsest precision in which the model computes."""
     seen = _Precisions()
-    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow tells nothing
+    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow says nothing
         model(x.clone())
     return seen.coarsest
 
@@ -306,7 +306,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode are told of it:
+    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode get the call:
     LoRA's official ones merge their update into the weight in evaluation mode, and in training they have to take it
     out again, or nothing of it learns."""
     modes = [(module, module.training) for module in model.modules()]

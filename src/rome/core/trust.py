@@ -31,17 +31,17 @@ PROGRAMS = (".pt", ".ts", ".pth", ".torchscript", ".pt2")
 SHOWN = 3
 _allowed = ContextVar("rome_trust_code", default=False)
 _written: set[str] = set()
-"""What this process wrote, whether or not the record could be kept."""
+"""SHA-256 of what this process wrote, whether or not the record could be written."""
 
 
 def allowed() -> bool:
-    """Whether the call under way was told to trust code in files."""
+    """Whether the call under way trusts code in files."""
     return _allowed.get()
 
 
 @contextmanager
 def trusting(yes: bool) -> Iterator[None]:
-    """Trust code in files inside, if so told or trusted outside already."""
+    """Trust code in files inside, if ``yes`` or if it is trusted outside already."""
     before = _allowed.set(yes or allowed())
     try:
         yield

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Known = type | types.FunctionType | types.BuiltinFunctionType
-"""What has a name that it can be told by."""
+"""What has a name that identifies it."""
 _LIBRARY = tuple(
     os.path.realpath(place) + os.sep
     for place in {

@@ -107,8 +107,8 @@ def hash_model(model: Model) -> str | None:
         else:  # a module's extra state
             digest.update(Inspection().of(value).encode())
     for name, layer in expert_layers(model).items():
-        if layer.inverted or layer.scale != 1:
-            digest.update(f"{bare_name(model, name)} {layer.inverted} {layer.scale}".encode())
+        if layer.routing != LEARNED or layer.scale != 1:
+            digest.update(f"{bare_name(model, name)} {layer.routing} {layer.scale}".encode())
     return digest.hexdigest()
 
 

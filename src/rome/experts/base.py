@@ -45,7 +45,7 @@ class Experts(Component):
         """Add the experts to ``model`` in place and return it.
 
         A forward pass shows whether the model runs them and whether what they see are images: of ``images``, or of
-        zeros in the size that the model itself tells; where there is none, it is the first one that the model makes
+        zeros in the size that the model itself names; where it names none, it is the first one that the model makes
         (:func:`rome.experts.checking.check_experts`).
 
         Args:
@@ -79,7 +79,7 @@ class Layerwise(Experts):
     experts: int = Field(default=4, ge=1)
     gate: Gate = Field(default_factory=DualScale)
     projection: Literal["frozen", "trainable", "none"] = "frozen"
-    """The layer K -> K' of Eq. 7: kept at its random start, learned (the literal form, unbounded), or absent. A gate
+    """The layer K -> K' of Eq. 7: left at its random start, learned (the literal form, unbounded), or absent. A gate
     without global part has none."""
     projection_dim: int = Field(default=100, ge=1)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rome.experts.gated import MixtureLayer
+from rome.experts.gated import LEARNED, MixtureLayer
 from rome.experts.gates import GateModule, Gates, SoftmaxGate
 from rome.experts.operations import MIX, MIX_BACKWARD, mixed_gates, share
 
@@ -98,7 +98,7 @@ def closed_form(layer: MixtureLayer) -> SoftmaxGate | None:
     gate: GateModule = layer.gate
     if type(gate) is not SoftmaxGate or gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks:
         return None
-    if layer.fixed_weights is not None or layer.inverted or becomes_a_program():
+    if layer.routing != LEARNED or becomes_a_program():
         return None
     return gate if gate.pool is None or gate.pool.span is not None else None
 

@@ -16,6 +16,9 @@ MeanOver = Literal["layers", "blocks"]
 """What L counts in the means over l of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their
 blocks, within which layers are summed."""
 
+LEARNED = "learned"
+"""The routing by the gates themselves."""
+
 
 class Recorded(NamedTuple):
     """One layer's gates in one forward pass; tokens that hold padding are left out."""
@@ -58,8 +61,8 @@ class MixtureLayer(nn.Module):
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
         scale: what multiplies the experts beside the gates: 1 (Eq. 2), or LoRA's alpha / r.
-        fixed_weights, inverted: weights (K,) instead of the gates, or in which way they are inverted ("" for not at
-            all); see :func:`rome.experts.set_routing`.
+        routing, fixed_weights: what weighs the experts, and weights (K,) where it is neither the gates nor their
+            inverse; see :func:`rome.experts.set_routing`.
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
         stacked: what :meth:`stack` gave, while weights do not change; see :func:`rome.experts.fused.joined`.
     """
@@ -88,7 +91,7 @@ class MixtureLayer(nn.Module):
             projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
             train_projection: learn that projection instead of keeping its random start.
         """
-        self.experts, self.layout, self.block, self.inverted = experts, layout, 1, ""
+        self.experts, self.layout, self.block, self.routing = experts, layout, 1, LEARNED
         self.sink: Sink | None = None
         self.stacked: Tensor | None = None
         self.register_buffer("fixed_weights", None, persistent=False)  # a buffer, so that it moves with the layer
@@ -146,6 +149,6 @@ class MixtureLayer(nn.Module):
         weights = gates.weights
         if self.fixed_weights is not None:
             weights = self.fixed_weights.expand_as(weights)
-        elif self.inverted:
-            weights = (1 - weights) / (self.experts - 1 if self.inverted == "inverse" else 1)
+        elif self.routing != LEARNED:
+            weights = (1 - weights) / (self.experts - 1 if self.routing == "inverse" else 1)
         return gates._replace(weights=weights if self.scale == 1 else weights * self.scale)

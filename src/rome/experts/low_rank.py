@@ -64,7 +64,7 @@ class LowRank(Bottleneck):
     Eq. 2 has it."""
     initial_b: Number = Field(default=0, ge=0)
     """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
-    tells the gates nothing until B has grown."""
+    has no gradient for the gates until B has grown."""
 
     def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
         layer: MixtureLinear | MixtureConv2d
@@ -105,7 +105,7 @@ def add_experts(
         conv: form of the update beside convolutions.
         alpha: scales the experts by alpha / rank, as LoRA does; None for a scale of 1, the paper's.
         images: two or more (B, C, H, W) as the model takes them, to see that it runs the experts. None asks the model
-            for their size; where it does not tell, its first forward pass shows it.
+            for their size; where it does not say, its first forward pass shows it.
 
     Returns:
         The same model.
@@ -117,7 +117,7 @@ def add_experts(
     return LowRank(
         experts=experts,
         rank=rank,
-        layers=(layers,) if isinstance(layers, str) else None if layers is None else tuple(layers),
+        layers=layers,
         gate=gate or DualScale(),
         projection=projection,
         projection_dim=projection_dim,

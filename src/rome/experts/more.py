@@ -23,7 +23,7 @@ class ModelMixture(MixtureLayer):
 
     Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586; github.com/ChaduCheng/
     Mixture-of-Robust-Experts-MoRE-). ``router``, the gate, is a network of the experts' architecture with K outputs.
-    All start as copies of the given network, the router with a fresh classifier; so the function does not change, up
+    All start as copies of the network, the router with a fresh classifier; so the function does not change, up
     to rounding. Its gates are those of one token an image: weights (B, 1, K), local None, global (B, K).
 
     Args:
@@ -147,8 +147,8 @@ def classifiers(network: nn.Module) -> dict[str, nn.Module]:
         UserError: there is none that could get another number of outputs.
     """
     if _of_timm(network):
-        given: Any = network.get_classifier()  # type: ignore[operator]
-        layers = given if isinstance(given, (tuple, list)) else (given,)
+        last: Any = network.get_classifier()  # type: ignore[operator]
+        layers = last if isinstance(last, (tuple, list)) else (last,)
     else:
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
         layers = [layer for layer in layers if type(layer) is nn.Linear]

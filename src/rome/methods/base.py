@@ -91,7 +91,7 @@ class Method(Component):
     """Whether some parameters may get no gradient in an update (several processes have to know)."""
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
-        """The threats it trains on, given the config's.
+        """The threats it trains on, of the config's.
 
         Raises:
             UserError: it cannot train on these threats, or not with this attack.

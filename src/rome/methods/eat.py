@@ -31,7 +31,7 @@ class EAT(Method):
     """Names of the threats to train on, among the config's. Linf and L1 are the extremes, between them lies L2."""
     per: Literal["example", "batch"] | None = None
     """``batch`` is the original. ``example`` draws for each example with the same probabilities, stratified. None: per
-    example where a regularizer wants several threats in a batch, else per batch (spec F13)."""
+    example where a regularizer wants several threats in a batch, else per batch (docs/decisions/msd-eat-ramp.md)."""
     _seen: list[int] = PrivateAttr(default_factory=list)
     """Examples attacked so far, by threat."""
     _robust: list[int] = PrivateAttr(default_factory=list)

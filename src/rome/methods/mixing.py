@@ -19,7 +19,8 @@ class Random(Method):
     """RANDOM (SAT): each example, or each batch, meets one threat drawn uniformly (Madaan et al. 2021).
 
     ``per: example`` draws stratified: every threat gets an equal share of the global batch, in random order, and the
-    whole mixture is attacked at once (spec F1). ``per: batch`` is the original: one threat for all.
+    whole mixture is attacked at once (docs/decisions/random-per-example.md). ``per: batch`` is the original: one
+    threat for all.
     """
 
     kind = "random"

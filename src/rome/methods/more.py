@@ -19,7 +19,7 @@ from rome.threats import PerExample, Threat
 class MORE(Method):
     """MORE: a network for each threat, trained on it alone; then a gate network and the experts' last layers.
 
-    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it (spec B): experts
+    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it: experts
     for L1, L2 and Linf and none for clean images. First stage: in every update, expert p trains on the whole batch,
     attacked under threat p through expert p alone. The loss is the sum of the experts' cross-entropies, so each has the
     gradient of adversarial training on its threat by itself. Second stage: their bodies are frozen, in evaluation mode;

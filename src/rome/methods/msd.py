@@ -26,7 +26,7 @@ class MSD(Method):
     """MSD: the worst point of a path that takes, step by step, the worst of all norms' steepest steps.
 
     Maini et al., "Adversarial robustness against the union of multiple perturbation models" (ICML 2020), with the
-    settings of Madaan et al. 2021 (spec B). For the regularizer an example counts to the threat whose step led to it.
+    settings of Madaan et al. 2021. For the regularizer an example counts to the threat whose step led to it.
     """
 
     kind = "msd"

@@ -41,7 +41,7 @@ class RAMP(Method):
     fusion: Number | None = Field(default=0.5, ge=0, le=1)
     """beta, the share of clean training in the fused weights; null or 0: no copy and no fusion."""
     trades: Number | None = Field(default=None, ge=0)
-    """Where given, CE(f(x), y) + trades * KL(softmax f(x) || softmax f(x_w)) takes the place of CE(f(x_w), y), as
+    """Unless null, CE(f(x), y) + trades * KL(softmax f(x) || softmax f(x_w)) takes the place of CE(f(x_w), y), as
     the authors do for wide residual networks, with 6 (Zhang et al. 2019)."""
     _clean: _CleanCopy | None = PrivateAttr(default=None)
 

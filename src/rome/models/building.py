@@ -98,7 +98,7 @@ def create_model(
         pretrained: load the tag's weights (timm only; needs the network once).
         mean, std: normalisation per channel; None takes the model's own: CIFAR-10's for Wide ResNets, none for the
             ResNets and RobustBench's models, timm's for timm's, otherwise 0.5. That of ``weights`` comes before these
-            but not before one that is given.
+            but not before an argument here.
         weights: what to start from, with its experts if it has some; see :func:`rome.models.load_weights`. What there
             is to say of it goes to standard error.
         weights_key: where in ``weights``, if it holds several models.

@@ -38,7 +38,7 @@ class SavedModule(nn.Module):
         UserError: no such file, not readable, or exported for one image or a fixed number of them.
     """
 
-    told_by_state = True
+    identified_by_state = True
     """Its state identifies it; what is inside need not be looked at."""
 
     def __init__(self, file: Path) -> None:

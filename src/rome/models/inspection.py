@@ -45,7 +45,7 @@ class Inspection:
 
     def __init__(self) -> None:
         self.unknown: dict[str, None] = {}
-        """Objects that cannot be told from others of their kind, each with its place."""
+        """Objects that cannot be distinguished from others of their kind, each with its place."""
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._values: defaultdict[str, set[str]] = defaultdict(set)
         self._packages: dict[str, str] = {}
@@ -316,19 +316,19 @@ class Inspection:
                 held[f"{type(module).__qualname__}.{name}"][path] = value
         if hooks := list(torch.nn.modules.module._global_forward_hooks.values()):
             held["torch.nn.Module.hooks"][""] = hooks
-        told = {}
+        texts_of = {}
         for name, values in held.items():
             before, self._where = self._where, name
             texts = {path: self.text(value) for path, value in values.items()}
             self._where = before
             alone = set(texts.values())
-            told[name] = alone.pop() if len(alone) == 1 else _shown(_hash(*map(str, texts.items())))
+            texts_of[name] = alone.pop() if len(alone) == 1 else _shown(_hash(*map(str, texts.items())))
         for _, module in fresh:
             self.of(type(module))
         return {
             "layers": dict(sorted(Counter(type(module).__qualname__ for _, module in fresh).items())),
             "structure": _shown(_hash(*(f"{path} {first[id(each)]} {name_of(type(each))}" for path, each in tree))),
-            "attributes": dict(sorted(told.items())),
+            "attributes": dict(sorted(texts_of.items())),
         }
 
 

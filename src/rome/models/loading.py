@@ -30,7 +30,7 @@ from rome.models.pickles import load_pickle
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-"""Usual endings of files that ``torch.save`` wrote. Files are told apart by their content, where it can be read."""
+"""Usual endings of files that ``torch.save`` wrote. Files are recognised by their content, where it can be read."""
 SHOWN = 3
 DEPTH = 8
 """How deep in a checkpoint's dicts and lists tensors are looked for."""
@@ -52,7 +52,7 @@ def load_weights(
         source: one of
 
             - a run's folder or a safetensors file saved by rome, with its normalisation and its experts;
-            - a safetensors file of somebody else, a folder or index of several (``model.safetensors.index.json``), or a
+            - a safetensors file of others, a folder or index of several (``model.safetensors.index.json``), or a
               checkpoint of ``torch.save``: the model is found wherever in it all names of the model are, behind one
               prefix (``state_dict.module.``, ``model.net.``). Where there are several that differ, timm's averaged
               weights are taken (``state_dict_ema``, ``model_ema``); others are refused without a ``key``. Normalisation
@@ -113,8 +113,8 @@ def load_weights(
 def _beside(file: Path) -> tuple[Tensor, Tensor] | None:
     """The normalisation in the ``config.json`` that timm writes beside weights for the Hub, if there is one."""
     try:
-        kept = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
-        mean, std = torch.tensor(kept["mean"]), torch.tensor(kept["std"])
+        config = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
+        mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (mean, std) if mean.shape == std.shape and bool((std > 0).all()) else None
@@ -134,7 +134,7 @@ def _normalize(model: Classifier, mean: Tensor, std: Tensor, source: str, keep: 
 
 
 def _hint(unexpected: Collection[str]) -> str:
-    """What names that a model does not have tell."""
+    """What names that a model does not have suggest."""
     if any(re.search(r"\.(A|B|gate\.\w+(\.\w+)?|router\..+)$", name) for name in unexpected):
         return (
             "; it seems to have experts, whose settings a file of rome.save_model alone keeps: give that one, or a "
@@ -150,9 +150,8 @@ def _other_arguments(model: nn.Module, saved: Any, source: str) -> list[str]:
     own = getattr(model, "recipe", None)
     if not own or not saved:
         return []
-    told = ("num_classes", "mean", "std")
     plain = json.loads(json.dumps([saved, own], default=str))
-    theirs, ours = ({k: v for k, v in each.items() if k not in told} for each in plain)
+    theirs, ours = ({k: v for k, v in each.items() if k not in ("num_classes", "mean", "std")} for each in plain)
     differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     said = ", ".join(f"{k}={theirs.get(k)} (here {ours.get(k)})" for k in differing)
     return [f"{source} was saved of a model with {said}"] if differing else []

@@ -133,7 +133,7 @@ def own_function(name: str) -> Any:
 
 
 _IMPORTED: dict[str, ModuleType] = {}
-"""Modules by name that lie beside the latest file of somebody's and were imported by it."""
+"""Modules by name that lie beside the user's latest file and were imported by it."""
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def neighbours(folder: Path) -> Iterator[None]:
     another file's folder. Afterwards they are in ``sys.modules``, where their code can be found.
 
     Raises:
-        UserError: a module of such a name was imported from elsewhere before, by somebody else.
+        UserError: a module of such a name was imported from elsewhere before.
     """
     for name, module in _IMPORTED.items():
         if sys.modules.get(name) is module:

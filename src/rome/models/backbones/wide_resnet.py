@@ -146,14 +146,14 @@ class TradesWideResNet(nn.Module):
 def wide_resnet_trades(
     *, depth: int = 34, width: int = 10, num_classes: int = 10, in_chans: int = 3
 ) -> TradesWideResNet:
-    """Wide ResNet of TRADES and its followers, WRN-34-10 unless told; 46,160,474 parameters, 10 classes."""
+    """Wide ResNet of TRADES and its followers, WRN-34-10 by default; 46,160,474 parameters, 10 classes."""
     return TradesWideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
 
 
 def wide_resnet(
     *, depth: int, width: int, num_classes: int = 10, in_chans: int = 3, activation: str = "silu"
 ) -> WideResNet:
-    """Wide ResNet of any depth (6n + 4) and width, such as ``args: {depth: 34, width: 20}``; SiLU unless told."""
+    """Wide ResNet of any depth (6n + 4) and width, such as ``args: {depth: 34, width: 20}``; SiLU by default."""
     return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans, activation=activation)
 
 
