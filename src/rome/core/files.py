@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +87,12 @@ def _another(process: int) -> bool:
     except (OSError, OverflowError):
         return True
     return True
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:

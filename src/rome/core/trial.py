@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rome.core.device import numerics, out_of_memory
-from rome.core.errors import Interrupted, UserError
+from rome.core.errors import Interrupted, UserError, some
 from rome.core.randomness import unchanged_states
 
 Model = Callable[[Tensor], Tensor]
@@ -289,7 +289,7 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
         yield
     if moved:
         raise UserError(
-            f"{name} changes its own buffers when it answers in evaluation mode ({', '.join(moved[:3])}), so its "
+            f"{name} changes its own buffers when it answers in evaluation mode ({some(moved)}), so its "
             "answers depend on what it was asked before: leave that to training mode"
         )
 

@@ -89,7 +89,11 @@ def name_of(thing: Any) -> str:
 
 @functools.cache
 def names_in(code: types.CodeType) -> Names:
-    read, stored, others = set[str](), set[str](), {*code.co_names, *filter(_is_text, code.co_consts)}
+    read, stored, others = (
+        set[str](),
+        set[str](),
+        {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))},
+    )
     imports: list[Import] = []
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
@@ -105,10 +109,6 @@ def names_in(code: types.CodeType) -> Names:
         others |= found.others
         imports += found.imports
     return Names(frozenset(read - stored), frozenset(others), tuple(imports))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def is_special(name: str) -> bool:

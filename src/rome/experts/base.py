@@ -54,6 +54,8 @@ class Experts(Component):
         Raises:
             UserError: they do not fit; the model is unchanged then.
         """
+        if hasattr(model, "_orig_mod"):
+            raise UserError("this model is compiled already: add the experts first, then compile")
         replaced = self.place(model)
         try:
             check_experts(model, images)

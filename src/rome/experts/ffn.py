@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from rome.core.errors import UserError
 from rome.experts.base import Layerwise
 from rome.experts.fused import becomes_a_program
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import Gating, MixtureLayer, NetworkMixture
 from rome.experts.gates import Gate, Local
 from rome.experts.placement import joins_late, matches_end
 
 
-class MixtureFFN(MixtureLayer):
+class MixtureFFN(NetworkMixture):
     """o_i = sum_k w_ik FFN_k(h_i) over the ``top`` experts with the largest gates, their weights scaled to sum to 1.
 
     For a softmax gate that is the softmax over the chosen scores. Every expert starts as a copy of the block's own
@@ -31,8 +31,6 @@ class MixtureFFN(MixtureLayer):
         start: ``random`` takes modules for which :func:`without_start` finds nothing.
         gating: see :class:`MixtureLayer`.
     """
-
-    additive = False
 
     def __init__(
         self,
@@ -54,12 +52,7 @@ class MixtureFFN(MixtureLayer):
 
     @property
     def shared(self) -> tuple[str, ...]:
-        first = self.networks[0].state_dict() if self.start == "copies" else ()
-        return tuple(f"networks.0.{name}" for name in first)
-
-    def base_forward(self, input: Tensor) -> Tensor:
-        answer: Tensor = self.networks[0](input)
-        return answer
+        return super().shared if self.start == "copies" else ()
 
     def forward(self, input: Tensor) -> Tensor:
         h = input.reshape(input.shape[0], -1, self.in_features)

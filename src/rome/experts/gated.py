@@ -152,3 +152,18 @@ class MixtureLayer(nn.Module):
         elif self.routing != LEARNED:
             weights = (1 - weights) / (self.experts - 1 if self.routing == "inverse" else 1)
         return gates._replace(weights=weights if self.scale == 1 else weights * self.scale)
+
+
+class NetworkMixture(MixtureLayer):
+    """Base of mixtures whose experts, ``networks``, stand in the place of the first one."""
+
+    additive = False
+    networks: nn.ModuleList
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        answer: Tensor = self.networks[0](input)
+        return answer

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from rome.core.errors import UserError
 from rome.experts.base import Experts
-from rome.experts.gated import MixtureLayer
+from rome.experts.gated import MixtureLayer, NetworkMixture
 from rome.experts.gates import Gates
 from rome.experts.regularizers import Regularizer
 
 
-class ModelMixture(MixtureLayer):
+class ModelMixture(NetworkMixture):
     """f(x) = sum_i w_i(x) f_i(x) with w = softmax(gate(x)): logits of K networks, weighed for each image.
 
     Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586; github.com/ChaduCheng/
@@ -34,8 +34,6 @@ class ModelMixture(MixtureLayer):
         UserError: the network cannot be copied or its classifier not be found; it is unchanged then.
     """
 
-    additive = False
-
     def __init__(self, network: nn.Module, *, experts: int) -> None:
         super().__init__()
         classifiers(network)
@@ -50,10 +48,6 @@ class ModelMixture(MixtureLayer):
         """Set inside :meth:`apart`."""
         self.train(network.training)
 
-    @property
-    def shared(self) -> tuple[str, ...]:
-        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
-
     def gate_parameters(self) -> list[nn.Parameter]:
         return list(self.router.parameters())
 
@@ -62,10 +56,6 @@ class ModelMixture(MixtureLayer):
         own: set[str] = getattr(self.router, "no_weight_decay", set)()
         networks = ("router", *(f"networks.{k}" for k in range(self.experts)))
         return {f"{network}.{name}" for network in networks for name in own}
-
-    def base_forward(self, input: Tensor) -> Tensor:
-        answer: Tensor = self.networks[0](input)
-        return answer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.visited:
@@ -126,8 +116,6 @@ class Networks(Experts):
     regularizer: Regularizer | None = None
 
     def place(self, model: nn.Module) -> dict[str, nn.Module]:
-        if hasattr(model, "_orig_mod"):
-            raise UserError("this model is compiled already: add the experts first, then compile")
         if any(isinstance(module, MixtureLayer) for module in model.modules()):
             raise UserError("this model has experts already; copies of a whole network go into a model without")
         backbone = getattr(model, "backbone", None)

@@ -51,10 +51,8 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """What replacing modules of any sort needs.
 
     Raises:
-        UserError: the model is compiled, or a module has two names, lies inside another one or holds experts.
+        UserError: a module has two names, lies inside another one or holds experts.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("this model is compiled already: add the experts first, then compile")
     names: dict[int, str] = {}
     ids = {id(module) for module in chosen.values()}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from rome.core.errors import UserError
+from rome.core.errors import UserError, some
 from rome.experts.gated import MixtureLayer, Recorded, Sink
 from rome.experts.gates import Gates
 
@@ -50,7 +50,7 @@ class GateRecorder:
         missing = [name for layer, name in self._names.items() if layer not in latest]
         if missing:
             raise UserError(
-                f"the experts of {', '.join(missing[:3])} were never called in this forward pass: the model reads the "
+                f"the experts of {some(missing)} were never called in this forward pass: the model reads the "
                 "layer's weight around its forward. Adapt other layers (experts.layers)."
             )
         return [latest[layer] for layer in self._names]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rome.core.errors import UserError
+from rome.core.files import file_hash
 from rome.core.trial import last_line
 from rome.core.trust import PROGRAMS
-from rome.models.loading import file_hash
 
 EXPORTED = ".pt2"
 HOW_TO_EXPORT = (

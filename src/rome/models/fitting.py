@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rome.core.errors import UserError
+from rome.core.errors import UserError, some
 from rome.core.wrappers import bare_name, bare_state, unwrapped
 from rome.experts.more import ModelMixture
 from rome.models.classifier import Classifier
@@ -197,7 +197,7 @@ def _groups(names: Collection[str], start: str) -> str:
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, start.split("."), strict=False))))
         groups.setdefault(".".join(parts[: shared + 1]), []).append(name)
     lines = [own[0] if len(own) == 1 else f"{group} ({len(own)} tensors)" for group, own in groups.items()]
-    return ", ".join(lines[: 2 * SHOWN]) + (f" and {len(lines) - 2 * SHOWN} more" if len(lines) > 2 * SHOWN else "")
+    return some(lines, 2 * SHOWN)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -277,5 +277,4 @@ def _each(what: str, lines: list[str]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     """``a is``, ``a, b are``, ``a, b, c and 7 more are``."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{some(names, SHOWN)} {'is' if len(names) == 1 else 'are'}"

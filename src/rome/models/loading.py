@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import json
 import re
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from rome.core import trust
-from rome.core.errors import UserError, first_line
+from rome.core.errors import UserError, first_line, some
 from rome.core.plain_data import Unreadable, parse_json
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import PART, expert_state
@@ -31,7 +30,6 @@ PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 """Usual endings of files that ``torch.save`` wrote. Files are recognised by their content, where it can be read."""
-SHOWN = 3
 DEPTH = 8
 """How deep in a checkpoint's dicts and lists tensors are looked for."""
 
@@ -281,7 +279,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     held = load_pickle(file)
     tensors = dict(_flat(held)) if isinstance(held, Mapping) else {}
     if not tensors:
-        keys = ", ".join(list(map(str, held))[:SHOWN]) if isinstance(held, Mapping) else ""
+        keys = some(list(map(str, held))) if isinstance(held, Mapping) else ""
         raise UserError(
             f"{file} holds no state dict but a {type(held).__name__}{f' ({keys})' if keys else ''}; "
             "save model.state_dict(), alone or under a key such as state_dict"
@@ -299,9 +297,3 @@ def _flat(held: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tens
     elif depth < DEPTH and isinstance(held, (Mapping, list, tuple)):
         for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
             yield from _flat(value, f"{name}.{key}" if depth else str(key), depth + 1)
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
