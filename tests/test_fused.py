@@ -259,7 +259,7 @@ def test_the_operations_keep_their_schema_and_tell_the_shape_of_their_results(ki
 
 def check_kernels() -> None:
     """In Triton's interpreter: the kernels for CUDA beside the plain operations."""
-    from rome.experts import kernels
+    from rome.experts import _kernels as kernels
 
     kernels.FORWARD, kernels.BACKWARD, kernels.POOL = 128, 256, 4  # several blocks of tokens, the last of them short
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -287,3 +287,9 @@ def test_the_kernels_for_cuda_compute_the_same_in_tritons_interpreter() -> None:
     code = "import test_fused; test_fused.check_kernels()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "kernels agree" in done.stdout, done.stderr[-2000:]
+
+
+def test_without_triton_every_kind_of_experts_is_there() -> None:
+    code = "import sys; sys.modules['triton'] = None; from rome.experts import Experts; print(*Experts.members())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["adapter", "ffn", "low-rank", "more"], done.stderr[-2000:]

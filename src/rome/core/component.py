@@ -174,11 +174,13 @@ class Component(Settings):
 
 @functools.cache
 def _import_package(name: str) -> None:
-    """Import the modules of one of rome's packages; a family of another package is imported where it is defined."""
+    """Import the modules of one of rome's packages, but for those that begin with an underscore; a family of another
+    package is imported where it is defined."""
     if name.startswith("rome."):
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
-            importlib.import_module(module.name)
+            if not module.name.rpartition(".")[2].startswith("_"):
+                importlib.import_module(module.name)
 
 
 class Mistake(NamedTuple):

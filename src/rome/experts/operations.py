@@ -1,6 +1,6 @@
 """The two operations of :mod:`rome.experts.fused`: gates of scores and codes times gates, and the gradient of that.
 
-One kernel each on CUDA (:mod:`rome.experts.kernels`), plain torch elsewhere.
+One kernel each on CUDA (:mod:`rome.experts._kernels`), plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _kernels() -> Any:
     """The kernels for CUDA; None where Triton is not installed."""
     if find_spec("triton") is None:
         return None
-    from rome.experts import kernels  # late: it imports Triton
+    from rome.experts import _kernels as kernels  # late: it imports Triton
 
     return kernels
 
