@@ -154,21 +154,13 @@ class Bottleneck(Layerwise):
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
         return find_layers(model, self.layers)
 
-    def check(self, name: str, module: nn.Module) -> None:
-        inputs, outputs = _sides(module)
+    def check(self, name: str, module: Any) -> None:
+        outputs, inputs = module.weight.shape[:2]
         if self.rank > min(inputs, outputs):
             raise UserError(
                 f"experts.rank {self.rank} exceeds layer {name} ({inputs} -> {outputs}); "
                 f"choose at most {min(inputs, outputs)}"
             )
 
-    def width(self, module: nn.Module) -> int:
-        return _sides(module)[0]
-
-
-def _sides(module: nn.Module) -> tuple[int, int]:
-    """Sizes of a layer's input and output: features or channels."""
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels, module.out_channels
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
+    def width(self, module: Any) -> int:
+        return int(module.weight.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from rome.core.component import Names, Number
 from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward, training_logits
 from rome.methods.mixing import equal_shares
-from rome.models import file_hash
+from rome.models import file_hash, weights_file
 from rome.threats import Perceptual, PerExample, Threat
 
 
@@ -70,7 +69,7 @@ class PAT(Method):
                 raise UserError(f"{self.kind}: {error}, in a config by method.features=[self, PATH]") from error
         Perception(context.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
         self._threats = tuple(found)
-        self._hashes = {name: file_hash(_file(name)) for name in self.features if name != "self"}
+        self._hashes = {name: file_hash(weights_file(name)) for name in self.features if name != "self"}
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))
@@ -112,7 +111,3 @@ class VR(PAT):
         outcome = combine(F.cross_entropy(logits, y), penalty, labels, logits.detach().argmax(dim=1) == y)
         outcome.add("variation", self.weight * torch.linalg.vector_norm(one - other, dim=1).mean())
         return outcome
-
-
-def _file(network: str) -> Path:
-    return Path(network) / "model.safetensors" if Path(network).is_dir() else Path(network)

@@ -109,10 +109,12 @@ def create_model(
     Raises:
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
     """
-    if weights is None and (drop_head or drop_experts or weights_key is not None):
-        part = "weights_key names a part" if not (drop_head or drop_experts) else ""
-        part = part or ("drop_head drops the last layer" if drop_head else "drop_experts drops the experts")
-        raise UserError(f"model.{part} of model.weights, and there are none; name them")
+    parts = {"drop_head drops the last layer": drop_head, "drop_experts drops the experts": drop_experts}
+    needless = [
+        text for text, wanted in (parts | {"weights_key names a part": weights_key is not None}).items() if wanted
+    ]
+    if weights is None and needless:
+        raise UserError(f"model.{needless[0]} of model.weights, and there are none; name them")
     options = {"img_size": img_size, "patch_size": patch_size}
     sizes = {key: value for key, value in options.items() if value is not None}
     try:
