@@ -702,3 +702,21 @@ def test_training_learns_every_part_and_goes_on_after_a_stop_to_the_same_bits(ki
     x = torch.rand(2, *shape)
     again = create_model(**read_tensors(whole.folder)[0]["model"])
     assert torch.equal(load_model(whole.folder, again)(x), loaded(x))
+
+
+def test_a_file_adds_a_kind(tmp_path: Path) -> None:
+    """The example of docs/extending.md: it changes nothing at the start, trains, and a file of it loads."""
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    example = page.split("## A kind of experts")[1].split("```python")[1].split("```")[0]
+    space: dict[str, Any] = {"__name__": "scales"}
+    exec(example, space)
+    torch.manual_seed(0)
+    bare = nn.ModuleDict({"fc": nn.Linear(6, 5)})
+    model = Experts.of_kind("scales").model_validate({"layers": ["fc"], "rank": 1}).inject(copy.deepcopy(bare))
+    h = torch.randn(2, 3, 6)
+    assert torch.equal(model["fc"](h), bare["fc"](h))
+    model["fc"](h).square().mean().backward()
+    assert model["fc"].c.grad.abs().min() > 0
+    nn.init.normal_(model["fc"].c)
+    save_experts(model, tmp_path / "experts.safetensors")
+    assert torch.equal(load_experts(bare, tmp_path / "experts.safetensors")["fc"](h), model["fc"](h))

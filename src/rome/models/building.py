@@ -110,9 +110,8 @@ def create_model(
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
     """
     parts = {"drop_head drops the last layer": drop_head, "drop_experts drops the experts": drop_experts}
-    needless = [
-        text for text, wanted in (parts | {"weights_key names a part": weights_key is not None}).items() if wanted
-    ]
+    parts["weights_key names a part"] = weights_key is not None
+    needless = [text for text, wanted in parts.items() if wanted]
     if weights is None and needless:
         raise UserError(f"model.{needless[0]} of model.weights, and there are none; name them")
     options = {"img_size": img_size, "patch_size": patch_size}
