@@ -213,6 +213,8 @@ class SoftmaxGate(GateModule):
         return Gates(weights, u, v)
 
     def extra_repr(self) -> str:
+        if self.local is None or self.global_ is None:
+            return ""
         return f"beta={torch.as_tensor(self.beta).item():.3f}" + (", learned" if self.logit is not None else "")
 
 

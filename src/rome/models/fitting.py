@@ -96,13 +96,14 @@ def find(
     if fitting:
         start, remarks = _choose(fitting, tensors, own, required, source)
     others = tuple(other for other in complete if len(other) > len(start))
-    inside = [name for name in tensors if name.startswith(start) and not name.startswith(others)]
-    outside = [name for name in tensors if name not in set(inside)]
+    inside, outside = list[str](), list[str]()
+    for name in tensors:
+        (inside if name.startswith(start) and not name.startswith(others) else outside).append(name)
     strange = [name for name in inside if name.removeprefix(start) not in own]
     pairs = [] if channels is None else _normalizations(strange + outside, start, tensors, channels)
     taken = {name for pair in pairs for name in pair}
-    twins = {other + name for other in fitting if other != start for name in own}  # equal, or in a remark already
-    outside = [name for name in outside if name not in twins | taken]
+    known = taken | {other + name for other in fitting if other != start for name in own}  # equal, or in a remark
+    outside = [name for name in outside if name not in known]
     if outside and fitting:
         place = f"those under {start.rstrip('.')}" if start else "the weights"
         remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
