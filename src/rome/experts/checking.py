@@ -77,8 +77,9 @@ class FirstPass:
         self.hooks: tuple[int, ...] = ()
         self.sink: Sink | None = None
         """Where the pass under way is recorded."""
-        self.outer: Sink | None = None
-        """Where :func:`record_gates` records it, too."""
+        self.shared = False
+        """Whether :func:`record_gates` or another first pass records it there, too."""
+        self.start = 0
 
     def watch(self, model: nn.Module) -> None:
         """Look at the model's next forward pass."""
@@ -92,8 +93,9 @@ class FirstPass:
         layers = list(expert_layers(model).values())
         if torch.compiler.is_compiling() or not layers:
             return
-        self.outer = layers[0].sink
-        self.sink = Sink(detached=self.outer is not None and self.outer.detached)
+        sink = layers[0].sink
+        self.shared, self.sink = sink is not None, sink or Sink()
+        self.start = len(self.sink.records)
         for layer in layers:
             layer.sink = self.sink
 
@@ -103,15 +105,14 @@ class FirstPass:
         """
         if self.sink is None:
             return
-        layers, sink, self.sink = expert_layers(model), self.sink, None
-        for layer in layers.values():
-            layer.sink = self.outer
-        if self.outer is not None:
-            self.outer.records += sink.records
+        layers, records, self.sink = expert_layers(model), self.sink.records[self.start :], None
+        if not self.shared:
+            for layer in layers.values():
+                layer.sink = None
         if output is None:  # the pass broke off
             return
         for table in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
             for hook in self.hooks:
                 table.pop(hook, None)
-        recorder = GateRecorder({layer: name for name, layer in layers.items()}, sink)
+        recorder = GateRecorder({layer: name for name, layer in layers.items()}, Sink(records))
         recorder.check(len(args[0]) if args and isinstance(args[0], Tensor) else None)
