@@ -41,7 +41,7 @@ class LoopLinear(nn.Module):
         self.base.weight, self.base.bias = mixture.weight, mixture.bias
         self.A = nn.ParameterList(a.clone() for a in mixture.A.detach().chunk(mixture.experts))
         self.B = nn.ParameterList(b.clone() for b in mixture.B.detach().chunk(mixture.experts, dim=1))
-        self.local, self.whole = copy.deepcopy(mixture.gate.local), copy.deepcopy(mixture.gate.whole)
+        self.local, self.whole = copy.deepcopy(mixture.gate.local), copy.deepcopy(mixture.gate.global_)
         self.beta = mixture.gate.beta
 
     def forward(self, h: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class LoopConv2d(nn.Module):
         self.weight, self.stride, self.padding = mixture.weight, mixture.stride, mixture.padding
         self.A = nn.ParameterList(a.clone() for a in mixture.A.detach().chunk(mixture.experts))
         self.B = nn.ParameterList(b.clone() for b in mixture.B.detach().chunk(mixture.experts, dim=1))
-        self.local, self.whole = copy.deepcopy(mixture.gate.local), copy.deepcopy(mixture.gate.whole)
+        self.local, self.whole = copy.deepcopy(mixture.gate.local), copy.deepcopy(mixture.gate.global_)
         self.beta = mixture.gate.beta
 
     def forward(self, x: Tensor) -> Tensor:

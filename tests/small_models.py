@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.experts import Gated, expert_layers
+from rome.experts import MixtureLayer, expert_layers
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """Of every process that a test starts: other sums would make another model."""
@@ -35,7 +35,7 @@ def grow(model: nn.Module) -> nn.Module:
     return model
 
 
-def gates_at(layer: Gated, h: Tensor) -> Tensor:
+def gates_at(layer: MixtureLayer, h: Tensor) -> Tensor:
     """Gate weights (B, T, K) for tokens (B, T, d); tests/test_gating.py pins what gates do."""
     return layer.gate(h @ layer.gate.rows().t()).weights
 

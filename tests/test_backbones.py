@@ -15,7 +15,7 @@ from rome.core.errors import UserError
 from rome.data import Cifar10
 from rome.models import create_model
 from rome.models.backbones import BACKBONES, AlexNet, wide_resnet
-from rome.models.loading import pyautoattack_weights
+from rome.models.loading import weights_file
 from rome.report.cost import macs
 
 TINY: dict[str, dict[str, Any]] = {
@@ -211,7 +211,7 @@ def test_a_backbone_computes_what_its_source_does_from_the_sources_names(
 
 
 def test_resnet_18_is_pyautoattacks_and_takes_its_weights() -> None:
-    file = pyautoattack_weights()
+    file = weights_file("pyautoattack")
     spec = importlib.util.spec_from_file_location("pyautoattack_resnet", file.with_name("resnet.py"))
     assert spec is not None
     assert spec.loader is not None

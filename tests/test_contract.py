@@ -279,7 +279,7 @@ class SignStep(Attack):
 '''
 METHOD = '''
 from rome.methods import Method, TrainContext
-from rome.methods.base import combine, training_forward
+from rome.methods.base import training_forward
 from rome.threats import PerExample
 
 class OnlyFirst(Method):
@@ -290,8 +290,7 @@ class OnlyFirst(Method):
     def loss(self, context: TrainContext, x, y):
         mixture = PerExample.repeated(context.threats[:1], len(x))
         images = context.attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        losses, correct, penalty = training_forward(context, images, y, mixture.labels)
-        return combine(losses.mean(), penalty, mixture.labels, correct)
+        return training_forward(context, images, y, mixture.labels)
 '''
 
 

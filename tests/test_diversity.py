@@ -47,7 +47,7 @@ def literal(records: list[Recorded], labels: list[int], threats: int) -> float:
     groups = {p: members for p, members in groups.items() if members}
     total = 0.0
     for layer, gates in records:
-        u, v = gates.local.tolist(), gates.whole.tolist()
+        u, v = gates.local.tolist(), gates.global_.tolist()
         T, K = len(u[0]), len(v[0])
         P = (
             layer.projection.weight.tolist()
@@ -138,7 +138,7 @@ def test_a_threat_without_examples_drops_its_pairs_without_renormalising() -> No
 
 def test_one_threat_alone_gives_zero_and_zero_gradient() -> None:
     record = random_gates()
-    u, v = record.gates.local.requires_grad_(), record.gates.whole.requires_grad_()
+    u, v = record.gates.local.requires_grad_(), record.gates.global_.requires_grad_()
     value = loss([Recorded(record.layer, Gates(u, u, v))], [1] * 7)
     assert value == 0
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(value, (u, v)))
@@ -202,7 +202,7 @@ def test_projection_bias_has_no_effect() -> None:
 
 def test_global_term_grows_with_the_square_of_the_projection() -> None:
     record, labels = random_gates(), [0, 1, 2, 0, 1, 2, 0]
-    u, v = record.gates.local, record.gates.whole
+    u, v = record.gates.local, record.gates.global_
     local = loss([recorded(u, torch.zeros_like(v))], labels)
     before = loss([record], labels) - local
     record.layer.projection.weight.data *= 3
@@ -225,7 +225,7 @@ def test_gradient_reaches_gates_and_only_a_trainable_projection(projection: str)
     gates = {
         f"{layer}.gate.{scale}.{part}"
         for layer in (0, 2)
-        for scale in ("local", "whole")
+        for scale in ("local", "global_")
         for part in ("weight", "bias")
     }
     projections = {"0.projection.weight", "2.projection.weight"} if projection == "trainable" else set()

@@ -206,9 +206,9 @@ def test_gates_of_a_convolution_stand_at_the_resolution_of_its_output(stride: in
     (gates,) = recorder.gates.values()
     where = pooled(x, *out.shape[2:]).flatten(2).transpose(1, 2)
     torch.testing.assert_close(gates.local, layer.gate.local(where).softmax(-1))
-    torch.testing.assert_close(gates.whole, layer.gate.whole(where.mean(1)).softmax(-1))
+    torch.testing.assert_close(gates.global_, layer.gate.global_(where.mean(1)).softmax(-1))
     if stride == 1:
-        torch.testing.assert_close(gates.whole, layer.gate.whole(x.mean((2, 3))).softmax(-1))
+        torch.testing.assert_close(gates.global_, layer.gate.global_(x.mean((2, 3))).softmax(-1))
     assert gates.weights.shape == (2, out.shape[2] * out.shape[3], 3)
 
 
@@ -251,7 +251,13 @@ def test_a_step_moves_b_first_and_a_as_soon_as_b_is_not_zero() -> None:
     blocks = ("block.0.conv1", "block.0.conv2")
     assert moved[0] == backbone | {f"{block}.B" for block in blocks}
     gates = {
-        f"{block}.gate.{part}.{leaf}" for block in blocks for part in ("local", "whole") for leaf in ("weight", "bias")
+        f"{block}.gate.{part}.{leaf}"
+        for block in blocks
+        for part in ("local", "global_")
+        for leaf in ("weight", "bias")
+        for block in blocks
+        for part in ("local", "global_")
+        for leaf in ("weight", "bias")
     }
     assert moved[1] == backbone | gates | {f"{block}.{leaf}" for block in blocks for leaf in "AB"}
 
@@ -287,7 +293,7 @@ def test_compiled_equals_eager_also_while_recording_and_training(kind: str) -> N
         with record_gates(layer, detached=True) as recorder:
             out = layer(x)
         (gates,) = recorder.gates.values()
-        (out.square().sum() + gates.local.square().sum() + gates.whole.square().sum()).backward()
+        (out.square().sum() + gates.local.square().sum() + gates.global_.square().sum()).backward()
         gradients.append([out, *gates] + [p.grad for p in layer.parameters() if p.requires_grad])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one)
@@ -697,3 +703,21 @@ def test_training_learns_every_part_and_goes_on_after_a_stop_to_the_same_bits(ki
     x = torch.rand(2, *shape)
     again = create_model(**read_tensors(whole.folder)[0]["model"])
     assert torch.equal(load_model(whole.folder, again)(x), loaded(x))
+
+
+def test_a_file_adds_a_kind(tmp_path: Path) -> None:
+    """The example of docs/extending.md: it changes nothing at the start, trains, and a file of it loads."""
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    example = page.split("## A kind of experts")[1].split("```python")[1].split("```")[0]
+    space: dict[str, Any] = {"__name__": "scales"}
+    exec(example, space)
+    torch.manual_seed(0)
+    bare = nn.ModuleDict({"fc": nn.Linear(6, 5)})
+    model = Experts.of_kind("scales").model_validate({"layers": ["fc"], "rank": 1}).inject(copy.deepcopy(bare))
+    h = torch.randn(2, 3, 6)
+    assert torch.equal(model["fc"](h), bare["fc"](h))
+    model["fc"](h).square().mean().backward()
+    assert model["fc"].c.grad.abs().min() > 0
+    nn.init.normal_(model["fc"].c)
+    save_experts(model, tmp_path / "experts.safetensors")
+    assert torch.equal(load_experts(bare, tmp_path / "experts.safetensors")["fc"](h), model["fc"](h))

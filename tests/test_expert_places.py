@@ -24,9 +24,9 @@ from rome.experts import (
     DualScale,
     Experts,
     FeedForward,
-    Gated,
     Layout,
     LowRank,
+    MixtureLayer,
     add_experts,
     expert_layers,
     layout_of,
@@ -89,12 +89,12 @@ def test_gates_of_windowed_attention_read_whole_images_without_padding(window: i
         for leaf, seen in (("qkv", shifted), ("proj", joined[:, :height, :width])):
             layer, gates = block.attn.get_submodule(leaf), recorder.gates[f"{name}.attn.{leaf}"]
             assert gates.weights.shape == (3, height * width, 3)
-            torch.testing.assert_close(gates.whole, layer.gate.whole(seen.mean((1, 2))).softmax(-1))
+            torch.testing.assert_close(gates.global_, layer.gate.global_(seen.mean((1, 2))).softmax(-1))
             grid = F.pad(seen, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
             cut = window_partition(grid, (rows, columns)).view(3, -1, before.shape[3])
             local = layer.gate.local(cut[real].view(3, height * width, -1)).softmax(-1)
             torch.testing.assert_close(gates.local, local)
-            mixed = (1 - layer.gate.beta) * local + layer.gate.beta * gates.whole.unsqueeze(1)
+            mixed = (1 - layer.gate.beta) * local + layer.gate.beta * gates.global_.unsqueeze(1)
             torch.testing.assert_close(gates.weights, mixed)
     expected = {4: (True, False, True), 7: (True, True, True), 3: (True, True, True)}[window]
     assert expected in kinds, "a shifted block with several windows must be among them"
@@ -110,8 +110,8 @@ def test_the_block_before_the_shift_has_the_same_mean() -> None:
     with record_gates(model) as recorder:
         model(x)
     handle.remove()
-    found = recorder.gates["layers.0.blocks.1.attn.qkv"].whole
-    torch.testing.assert_close(found, block.attn.qkv.gate.whole(caught[0].mean((1, 2))).softmax(-1))
+    found = recorder.gates["layers.0.blocks.1.attn.qkv"].global_
+    torch.testing.assert_close(found, block.attn.qkv.gate.global_(caught[0].mean((1, 2))).softmax(-1))
 
 
 @pytest.mark.parametrize("window", [4, 7])
@@ -138,7 +138,7 @@ def test_every_window_of_an_image_is_weighed_by_its_one_global_gate(window: int)
     for image in range(2):
         rows = slice(image * windows, (image + 1) * windows)
         own = h[rows].reshape(-1, 8)
-        v = layer.gate.whole(own[real].mean(0)).softmax(-1)
+        v = layer.gate.global_(own[real].mean(0)).softmax(-1)
         g = (1 - layer.gate.beta) * layer.gate.local(h[rows]).softmax(-1) + layer.gate.beta * v
         for k in range(3):
             update = h[rows] @ layer.A[2 * k : 2 * k + 2].t() @ layer.B[:, 2 * k : 2 * k + 2].t()
@@ -358,7 +358,7 @@ def test_the_papers_layers_are_qkv_and_proj_of_every_attention_block(family: str
 
 def test_xcit_has_experts_in_its_cross_covariance_blocks_and_no_class_token_there() -> None:
     model = add_experts(timm.create_model("xcit_small_12_p16_224", **XCIT), rank=2).eval()
-    assert not any(isinstance(module, Gated) for module in model.cls_attn_blocks.modules())
+    assert not any(isinstance(module, MixtureLayer) for module in model.cls_attn_blocks.modules())
     with record_gates(model) as recorder:
         model(torch.rand(2, 3, 32, 32))
     assert {gates.weights.shape for gates in recorder.gates.values()} == {(2, 4, 4)}  # 2x2 patches alone

@@ -17,7 +17,7 @@ from rome.core.errors import UserError
 from rome.experts import LowRank, MixtureLinear, add_experts, expert_layers, record_gates
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
-GATE = ("gate.local.weight", "gate.local.bias", "gate.whole.weight", "gate.whole.bias")
+GATE = ("gate.local.weight", "gate.local.bias", "gate.global_.weight", "gate.global_.bias")
 
 
 def tiny_vit(**changes: Any) -> nn.Module:
@@ -29,7 +29,7 @@ def grow(model: nn.Module, seed: int = 0) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     for layer in expert_layers(model).values():
         layer.B.data = 0.5 * torch.randn(layer.B.shape, generator=g).to(layer.B)
-        for part in (layer.gate.local, layer.gate.whole):
+        for part in (layer.gate.local, layer.gate.global_):
             part.weight.data = 2 * torch.randn(part.weight.shape, generator=g).to(layer.B)
             part.bias.data = torch.randn(part.bias.shape, generator=g).to(layer.B)
     return model
@@ -50,7 +50,7 @@ def literal(layer: MixtureLinear, h: Tensor) -> Tensor:
     out = torch.zeros(*h.shape[:2], layer.out_features, dtype=h.dtype)
     for b in range(h.shape[0]):
         h_mean = sum(h[b, i] for i in range(h.shape[1])) / h.shape[1]
-        v = (layer.gate.whole.weight @ h_mean + layer.gate.whole.bias).softmax(0)
+        v = (layer.gate.global_.weight @ h_mean + layer.gate.global_.bias).softmax(0)
         for i in range(h.shape[1]):
             u = (layer.gate.local.weight @ h[b, i] + layer.gate.local.bias).softmax(0)
             g = (1 - beta) * u + beta * v
@@ -240,7 +240,7 @@ def test_compiled_equals_eager_also_while_recording_and_training() -> None:
         with record_gates(model) as recorder:
             out = model["fc"](h)
         gates = recorder.gates["fc"]
-        (out.square().sum() + gates.local.square().sum() + gates.whole.square().sum()).backward()
+        (out.square().sum() + gates.local.square().sum() + gates.global_.square().sum()).backward()
         gradients.append([out, *gates] + [p.grad for p in model.parameters() if p.requires_grad])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, one)

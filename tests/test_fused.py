@@ -32,7 +32,8 @@ from rome.experts import (
     record_gates,
     set_routing,
 )
-from rome.experts.fused import closed_form, mix, mix_backward
+from rome.experts.fused import closed_form
+from rome.experts.operations import mix, mix_backward
 from rome.models import create_model
 
 GATES: dict[str, Gate] = {
@@ -258,7 +259,7 @@ def test_the_operations_keep_their_schema_and_tell_the_shape_of_their_results(ki
 
 def check_kernels() -> None:
     """In Triton's interpreter: the kernels for CUDA beside the plain operations."""
-    from rome.experts import kernels
+    from rome.experts import _kernels as kernels
 
     kernels.FORWARD, kernels.BACKWARD, kernels.POOL = 128, 256, 4  # several blocks of tokens, the last of them short
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -267,8 +268,9 @@ def check_kernels() -> None:
     for shape, kind, dtype in every:
         for given in arguments(*shape, kind, dtype):
             forward = len(given) == 9
-            ours = (kernels.mix if forward else kernels.mix_backward)(*given)
             theirs = (mix if forward else mix_backward)(*given)
+            ours = [torch.empty_like(each) for each in theirs]
+            (kernels.mix if forward else kernels.mix_backward)(*ours, *given)
             for one, other in zip(ours, theirs, strict=True):
                 assert (one.shape, one.dtype) == (other.shape, other.dtype)
                 if one.numel():
@@ -288,3 +290,9 @@ def test_the_kernels_for_cuda_compute_the_same_in_tritons_interpreter() -> None:
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter does not know this numpy")
     assert "kernels agree" in done.stdout, done.stderr[-2000:]
+
+
+def test_without_triton_every_kind_of_experts_is_there() -> None:
+    code = "import sys; sys.modules['triton'] = None; from rome.experts import Experts; print(*Experts.members())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["adapter", "ffn", "low-rank", "more"], done.stderr[-2000:]

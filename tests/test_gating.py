@@ -25,8 +25,8 @@ from rome.experts import (
     expert_layers,
     record_gates,
 )
-from rome.experts.base import block_numbers
-from rome.experts.gates import DualScaleGate, LocalGate
+from rome.experts.gates import SoftmaxGate
+from rome.experts.placement import block_numbers
 from rome.models import load_experts, load_model, save_experts, save_model
 
 
@@ -41,10 +41,10 @@ def affine(linear: nn.Linear, h: list[float]) -> list[float]:
     return [sum(w * v for w, v in zip(row, h, strict=True)) + b for row, b in zip(rows, bias, strict=True)]
 
 
-def gate_of(tokens: Tensor, *, experts: int = 3, block: int = 2, blocks: int = 5) -> DualScaleGate:
+def gate_of(tokens: Tensor, *, experts: int = 3, block: int = 2, blocks: int = 5) -> SoftmaxGate:
     torch.manual_seed(0)
     gate = DualScale(s=3.0, b=1.0).build(tokens.shape[-1], experts, block=block, blocks=blocks).to(tokens.dtype)
-    assert isinstance(gate, DualScaleGate)
+    assert isinstance(gate, SoftmaxGate)
     return gate
 
 
@@ -60,7 +60,7 @@ def test_equations_3_to_5_read_literally(tokens: Tensor) -> None:
     beta = 1 / (1 + math.exp(-(3.0 * (1 - 2 / 5) - 1.0)))
     for image in range(2):
         mean = [sum(tokens[image, :, d].tolist()) / 4 for d in range(5)]
-        v_here = softmax(affine(gate.whole, mean))
+        v_here = softmax(affine(gate.global_, mean))
         assert v[image].tolist() == pytest.approx(v_here)
         for token in range(4):
             u_here = softmax(affine(gate.local, tokens[image, token].tolist()))
@@ -113,9 +113,9 @@ POOLS: dict[str, list[int]] = {"mean": [0, 1, 2, 3], "patches": [2, 3], "cls": [
 def literal_gates(gate: Any, image: Tensor, pooled: list[int]) -> tuple[list[list[float]], list[float]]:
     """u (T, K) and v (K,) of one image, in plain floats; empty where the gate has no such part."""
     rows = image.tolist()
-    u = [softmax(affine(gate.local, row)) for row in rows] if hasattr(gate, "local") else []
+    u = [softmax(affine(gate.local, row)) for row in rows] if gate.local else []
     middle = [sum(rows[i][d] for i in pooled) / len(pooled) for d in range(len(rows[0]))]
-    return u, softmax(affine(gate.whole, middle)) if hasattr(gate, "whole") else []
+    return u, softmax(affine(gate.global_, middle)) if gate.global_ else []
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -178,7 +178,7 @@ def test_padding_is_no_part_of_the_image(pool: Any, tokens: Tensor) -> None:
     other = tokens.clone()
     other[:, 1:3] = 100.0
     assert torch.equal(gate(other @ gate.rows().t())[2], v)
-    torch.testing.assert_close(v, gate.whole(tokens[:, [0, 3]].mean(1)).softmax(-1))
+    torch.testing.assert_close(v, gate.global_(tokens[:, [0, 3]].mean(1)).softmax(-1))
 
 
 @pytest.mark.parametrize("block", [1, 3, 6])
@@ -259,7 +259,7 @@ def test_layers_that_see_no_class_token_read_all_they_see(layer: str) -> None:
     with record_gates(patches) as one, record_gates(every) as other:
         assert patches(x).isfinite().all()
         every(x)
-    assert torch.equal(one.gates[layer].whole, other.gates[layer].whole)
+    assert torch.equal(one.gates[layer].global_, other.gates[layer].global_)
 
 
 @pytest.mark.parametrize(("pool", "pooled"), [("cls", slice(0, 1)), ("patches", slice(4, None)), ("mean", slice(None))])
@@ -271,8 +271,8 @@ def test_pools_of_a_vit_with_registers(pool: Any, pooled: slice) -> None:
     with record_gates(model) as recorder:
         model(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert seen[0].shape[1] == 8
-    expected = layer.gate.whole(seen[0][:, pooled].mean(1)).softmax(-1)
-    torch.testing.assert_close(recorder.gates["blocks.1.attn.qkv"].whole, expected)
+    expected = layer.gate.global_(seen[0][:, pooled].mean(1)).softmax(-1)
+    torch.testing.assert_close(recorder.gates["blocks.1.attn.qkv"].global_, expected)
 
 
 # Files and settings
@@ -322,7 +322,7 @@ def test_a_regularizer_needs_a_gate_that_learns() -> None:
         LowRank(gate=Uniform())
     model = add_experts(Blocks(), rank=2, gate=Uniform())  # leaves the regularizer out itself
     assert model.experts_settings[0]["regularizer"] is None
-    assert isinstance(add_experts(Blocks(), rank=2, gate=Local()).blocks[0].qkv.gate, LocalGate)
+    assert add_experts(Blocks(), rank=2, gate=Local()).blocks[0].qkv.gate.global_ is None
 
 
 # Block numbers
@@ -401,7 +401,7 @@ def test_gates_come_by_name_in_module_order_with_their_shapes(model: Blocks, h: 
     assert list(recorder.gates) == ["blocks.0.qkv", "blocks.0.proj", "blocks.1.qkv", "blocks.1.proj"]
     for gates in recorder.gates.values():
         assert gates.weights.shape == gates.local.shape == (2, 5, 3)
-        assert gates.whole.shape == (2, 3)
+        assert gates.global_.shape == (2, 3)
 
 
 def test_gates_are_the_ones_that_weighed_the_experts(model: Blocks, h: Tensor) -> None:
@@ -418,7 +418,7 @@ def test_recorded_gates_carry_gradient_to_the_gate_and_the_input(model: Blocks, 
     with record_gates(model) as recorder:
         model(h)
     gates = recorder.gates["blocks.1.proj"]
-    (gates.local.square().sum() + gates.whole.square().sum()).backward()
+    (gates.local.square().sum() + gates.global_.square().sum()).backward()
     gate = model.blocks[1].proj.gate
     for parameter in (*gate.parameters(), h, model.blocks[0].qkv.weight):
         assert parameter.grad is not None

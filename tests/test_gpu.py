@@ -14,7 +14,7 @@ from rome.attacks.base import Group
 from rome.attacks.engine import frozen, loss_and_gradient
 from rome.core.trial import check_attackable
 from rome.experts import add_experts, record_gates
-from rome.experts.fused import mix, mix_backward
+from rome.experts.operations import mix, mix_backward
 from rome.models import create_model
 from rome.runs.config import load
 from rome.runs.experiments import folder

@@ -335,7 +335,7 @@ def test_a_config_names_weights_and_drops_a_head(theirs: dict[str, Tensor], save
     fitting = {name: value for name, value in theirs.items() if not name.startswith("logits")}
     assert all(torch.equal(model.backbone.state_dict()[name], value) for name, value in fitting.items())
     assert model.backbone.logits.weight.shape == (4, 64)
-    assert settings.untrained() == ModelSettings(name="wide_resnet", args=TINY)
+    assert settings.without_weights() == ModelSettings(name="wide_resnet", args=TINY)
 
 
 # A file that does not fit
@@ -626,8 +626,8 @@ def test_pretrained_embeddings_are_resampled_by_timm(tmp_path: Path) -> None:
     """A ViT at 224 pixels with patches of 16 becomes one at 32 with patches of 4: 14x14 positions become 8x8."""
     source = vit(img_size=224, patch_size=16, num_classes=1000).backbone
     nn.init.normal_(source.pos_embed)
-    torch.save(source.state_dict(), tmp_path / "hub.pt")
-    overlay = {"file": str(tmp_path / "hub.pt")}
+    save_file(source.state_dict(), tmp_path / "hub.safetensors")
+    overlay = {"file": str(tmp_path / "hub.safetensors")}
     model = vit(seed=1, img_size=32, patch_size=4, pretrained=True, pretrained_cfg_overlay=overlay)
     ours, hub = model.backbone.state_dict(), source.state_dict()
     resampled = {
@@ -748,7 +748,7 @@ def test_what_robustbench_does_not_have_is_explained(name: str, args: dict[str, 
 def test_who_counts_builds_the_papers_models_without_robustbench(name: str, args: dict[str, Any], twin: str) -> None:
     settings = ModelSettings(name=f"robustbench:{name}", args=args, num_classes=10, weights="w.pt", pretrained=True)
     kept = {"name": twin, "args": {}} if twin else {"name": settings.name, "args": args}
-    assert settings.outline() == ModelSettings(num_classes=10, **kept)
+    assert settings.architecture_only() == ModelSettings(num_classes=10, **kept)
 
 
 def test_robustbench_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_output_and_gates_are_the_literal_sum(model: Classifier, batch: tuple[Te
     torch.testing.assert_close(found, expected)
     (gates,) = recorder.gates.values()
     torch.testing.assert_close(gates.weights, weights.unsqueeze(1))
-    torch.testing.assert_close(gates.whole, weights)
+    torch.testing.assert_close(gates.global_, weights)
     assert gates.local is None
     assert weights.std(dim=0).min() > 1e-3, "images differ in their weights"
     assert set(recorder.gates) == {"backbone"}

@@ -40,7 +40,7 @@ from rome.experts import (
 )
 from rome.experts.gates import Layout
 from rome.methods import TrainContext
-from rome.methods.base import combine, training_forward
+from rome.methods.base import training_forward
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
 from rome.threats import budgets
@@ -97,7 +97,7 @@ def literal(records: list[Recorded], labels: list[int], distance: str) -> float:
     """Eq. 6-8 with a distance of Table A5, in loops; only l2 and cosine compare the projected global gates."""
     measure, total = DISTANCES[distance], 0.0
     for layer, gates in records:
-        u, v = gates.local.tolist(), gates.whole.tolist()
+        u, v = gates.local.tolist(), gates.global_.tolist()
         for p, q in permutations(sorted(set(labels)), 2):
             one, other = ([n for n, label in enumerate(labels) if label == threat] for threat in (p, q))
             for i in range(len(u[0])):
@@ -153,7 +153,7 @@ def test_saturated_gates_have_finite_losses_and_gradients(distance: Any) -> None
 
 def test_a_gate_with_one_part_has_that_part_alone() -> None:
     both = random_gates()
-    u, v = both.gates.local, both.gates.whole
+    u, v = both.gates.local, both.gates.global_
     local = of(Diversification(), [Recorded(both.layer, Gates(u, u, None))])
     whole = of(Diversification(), [Recorded(both.layer, Gates(u, None, v))])
     torch.testing.assert_close(local + whole, of(Diversification(), [both]))
@@ -163,7 +163,7 @@ def test_a_gate_with_one_part_has_that_part_alone() -> None:
 
 def test_the_mean_over_projected_dimensions_divides_the_global_term_by_their_number() -> None:
     record = random_gates(project=5)
-    u, v = record.gates.local, record.gates.whole
+    u, v = record.gates.local, record.gates.global_
     local = of(Diversification(), [Recorded(record.layer, Gates(u, u, None))])
     whole = of(Diversification(), [Recorded(record.layer, Gates(u, None, v))])
     torch.testing.assert_close(of(Diversification(projected="mean"), [record]), local + whole / 5)
@@ -175,7 +175,7 @@ def test_the_mean_over_projected_dimensions_divides_the_global_term_by_their_num
 def test_patches_leave_class_tokens_out_of_the_local_term(distance: Any) -> None:
     record = random_gates(tokens=6)
     record.layer.layout = Layout(prefix=2)
-    u, v = record.gates.local, record.gates.whole
+    u, v = record.gates.local, record.gates.global_
     without = Recorded(record.layer, Gates(u[:, 2:], u[:, 2:], v))
     found = of(Diversification(distance=distance, tokens="patches"), [record])
     torch.testing.assert_close(found, of(Diversification(distance=distance), [without]))
@@ -264,7 +264,7 @@ def importance_by_hand(g: list[list[list[float]]]) -> float:
 
 
 def classification_by_hand(record: Recorded, labels: list[int]) -> float:
-    u, v = record.gates.local.tolist(), record.gates.whole.tolist()
+    u, v = record.gates.local.tolist(), record.gates.global_.tolist()
     local = [-math.log(token[p]) for image, p in zip(u, labels, strict=True) for token in image]
     return sum(local) / len(local) + sum(-math.log(v[n][p]) for n, p in enumerate(labels)) / len(v)
 
@@ -342,7 +342,7 @@ def test_classification_is_least_for_gates_that_name_the_threat() -> None:
 
 def test_classification_uses_the_parts_that_a_gate_has() -> None:
     both = random_gates(experts=3)
-    u, v = both.gates.local, both.gates.whole
+    u, v = both.gates.local, both.gates.global_
     parts = [of(Classification(), [Recorded(both.layer, g)]) for g in (Gates(u, u, None), Gates(u, None, v))]
     torch.testing.assert_close(sum(parts), of(Classification(), [both]))
 
@@ -359,7 +359,7 @@ NATURAL = [Diversification(), Diversification(estimate="unbiased"), Diversificat
 def test_without_threats_to_part_the_loss_is_zero_with_a_gradient_of_zeros(regularizer: Regularizer) -> None:
     """Natural epochs: whatever the number of experts; not without gradient, for which several processes would wait."""
     record = random_gates(experts=4)
-    u, v = record.gates.local.requires_grad_(), record.gates.whole.requires_grad_()
+    u, v = record.gates.local.requires_grad_(), record.gates.global_.requires_grad_()
     g = 0.5 * u + 0.5 * v.unsqueeze(1)
     loss = regularizer.loss([Recorded(record.layer, Gates(g, u, v))], torch.zeros(7, dtype=torch.int64), 1)
     assert loss.item() == pytest.approx(0, abs=1e-12)
@@ -438,8 +438,7 @@ def gradients(model: nn.Module, regularizer: Regularizer) -> dict[str, Tensor]:
         new_optimizer=AdamW().build,
     )
     model.zero_grad()
-    losses, correct, penalty = training_forward(context, X, Y, THREATS)
-    combine(losses.mean(), penalty, THREATS, correct).loss.backward()
+    training_forward(context, X, Y, THREATS).loss.backward()
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in wanted.values())
     return {name: p.grad.clone() for name, p in wanted.items()}

@@ -123,7 +123,7 @@ def test_an_evaluation_with_other_gates_is_another(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f'model.routing: null there, "{routing}" now'):
             run()
     set_routing(model, "learned")
-    next(iter(expert_layers(model).values())).inverted = "inverse"
+    next(iter(expert_layers(model).values())).routing = "inverse"
     hashes.add(hash_model(model))
     with pytest.raises(UserError, match=r'model.routing: null there, "inverse\+learned" now'):
         run()

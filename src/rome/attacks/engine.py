@@ -14,7 +14,7 @@ from rome.core.errors import UserError
 from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
 from rome.core.trial import Model as Model
 from rome.experts.fused import joined
-from rome.experts.gated import Gated
+from rome.experts.gated import MixtureLayer
 from rome.threats import PerExample, Threat
 
 
@@ -98,7 +98,7 @@ def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.
         # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it,
         # as the hooks of weight_norm and spectral_norm do
         plain = type(module) in products and not module._forward_pre_hooks
-        if plain or (isinstance(module, Gated) and isinstance(module, products)):
+        if plain or (isinstance(module, MixtureLayer) and isinstance(module, products)):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
                     yield module, name, reduced

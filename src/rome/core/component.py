@@ -79,6 +79,10 @@ Number = Annotated[float, BeforeValidator(_number)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Names; one may be written alone."""
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What torch's generators take."""
 
@@ -170,15 +174,17 @@ class Component(Settings):
 
 @functools.cache
 def _import_package(name: str) -> None:
-    """Import the modules of one of rome's packages; a family of somebody else's is imported where it is defined."""
+    """Import the modules of one of rome's packages, but for those that begin with an underscore; a family of another
+    package is imported where it is defined."""
     if name.startswith("rome."):
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
-            importlib.import_module(module.name)
+            if not module.name.rpartition(".")[2].startswith("_"):
+                importlib.import_module(module.name)
 
 
 class Mistake(NamedTuple):
-    """One thing that is wrong with plain data given for settings."""
+    """One thing that is wrong with plain data for settings."""
 
     path: tuple[str | int, ...]
     """Its place in the data."""
@@ -187,7 +193,7 @@ class Mistake(NamedTuple):
     """Of an unknown setting: the nearest name, and all of them. Empty for other mistakes."""
 
     def of(self, owner: str) -> str:
-        """What to say where settings were given in Python."""
+        """The message where the settings come from Python."""
         place = ".".join(map(str, self.path))
         if self.hint:
             return f"unknown setting {place!r} of {owner}.{self.hint}"

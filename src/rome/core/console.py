@@ -64,11 +64,8 @@ def exiting() -> Iterator[None]:
     """Turn what ends a command into one line and its exit code."""
     try:
         yield
-    except UserError as error:
-        say(f"error: {printable(str(error))}")
-        sys.exit(2)
-    except OSError as error:
-        line = explain(error)
+    except (UserError, OSError) as error:
+        line = explain(error) if isinstance(error, OSError) else printable(str(error))
         if line is None:
             raise
         say(f"error: {line}")

@@ -25,20 +25,20 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
 
 
-def pick_device(asked: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device a config or an option names; ``auto`` is CUDA, then MPS, then the CPU.
 
     Raises:
         UserError: unknown, or not in this machine.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked == "auto":
-        asked = next(name for name, usable in there.items() if usable)
-    if asked not in there:
-        raise UserError(f"unknown device {asked!r}; valid: auto, {', '.join(there)}")
-    if not there[asked]:
-        raise UserError(f"device {asked} was asked for but torch sees none here; use auto or cpu")
-    return torch.device(asked)
+    if name == "auto":
+        name = next(kind for kind, usable in there.items() if usable)
+    if name not in there:
+        raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(there)}")
+    if not there[name]:
+        raise UserError(f"device {name} was asked for but torch sees none here; use auto or cpu")
+    return torch.device(name)
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

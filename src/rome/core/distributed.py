@@ -140,15 +140,15 @@ class Team:
         """
         if self.world == 1:
             return [work()]
-        result, own, told = None, None, None
+        result, own, sent = None, None, None
         try:
             result = work()
         except Exception as error:
             of_user = type(error) if isinstance(error, UserError) else None
-            own, told = error, (of_user, str(error), type(error).__name__)
+            own, sent = error, (of_user, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
         try:
-            dist.all_gather_object(everything, (result, told), group=self.group)
+            dist.all_gather_object(everything, (result, sent), group=self.group)
         except RuntimeError as error:
             raise Interrupted(
                 1,
@@ -156,9 +156,9 @@ class Team:
             ) from error
         if own is not None:
             raise own
-        for rank, (_, told) in enumerate(everything):
-            if told is not None:
-                of_user, text, kind = told
+        for rank, (_, sent) in enumerate(everything):
+            if sent is not None:
+                of_user, text, kind = sent
                 raise of_user(text) if of_user else ElsewhereError(rank, kind, text)
         return [result for result, _ in everything]
 
@@ -202,15 +202,15 @@ def launched() -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-def own_device(asked: torch.device) -> torch.device:
+def own_device(device: torch.device) -> torch.device:
     """The device of this process: with several on CUDA, each takes the GPU of its local number.
 
     Raises:
         UserError: there are fewer GPUs than processes.
     """
     local = int(os.environ["LOCAL_RANK"]) if launched_together() > 1 else None
-    if local is None or asked.type != "cuda" or asked.index is not None:
-        return asked
+    if local is None or device.type != "cuda" or device.index is not None:
+        return device
     if local >= torch.cuda.device_count():
         raise UserError(
             f"process {local} has no GPU of its own: there are {torch.cuda.device_count()} here; "

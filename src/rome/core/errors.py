@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -34,6 +34,11 @@ def did_you_mean(given: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{hint} Valid: {', '.join(names) or 'none'}."
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """``a, b, c and 7 more``."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for what ``write`` writes into the file it is given. If it fails, what was there stays.
+    """The same for what ``write`` writes into its argument. If it fails, what was there stays.
 
     Raises:
         OSError: it cannot be written; ``filename`` is the path.
@@ -86,8 +87,14 @@ def _another(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass
     return True
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Asking a model for a few answers before it is relied on: what would make its numbers wrong, or end in a traceback of
-torch, is said in one line."""
+"""Trying a model on a few images first: what would make its numbers wrong, or end in a traceback of torch, becomes one
+line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rome.core.device import numerics, out_of_memory
-from rome.core.errors import Interrupted, UserError
+from rome.core.errors import Interrupted, UserError, some
 from rome.core.randomness import unchanged_states
 
 Model = Callable[[Tensor], Tensor]
@@ -36,6 +36,14 @@ NO_GRADIENT = (
     "no_grad, inference_mode, numpy, argmax)"
 )
 
+_SIGNS = {
+    "leaf Variable that requires grad is being used in an in-place operation": IN_PLACE,
+    "use_reentrant": "checkpoints its activations reentrantly, which gives images no gradient: use "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off",
+    "does not require grad": NO_GRADIENT,
+}
+"""What torch says, and what it means."""
+
 
 def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradient: bool = False) -> Tensor:
     """The model's logits (B, classes) for images (B, C, H, W), in the precision that it gives them, detached.
@@ -52,18 +60,13 @@ def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradi
     with torch.set_grad_enabled(gradient):
         try:
             answer = model(images)
+            if not _same(images.detach(), x.detach()):
+                raise UserError(f"{name} {IN_PLACE}")
+            logits = _as_logits(answer, len(x), name)
+            if gradient and torch.autograd.grad(logits.sum(), images, allow_unused=True)[0] is None:
+                raise UserError(f"{name} {NO_GRADIENT}")
         except Exception as error:
             raise failure(error, model, x, name, hint) from error
-        if not _same(images.detach(), x.detach()):
-            raise UserError(f"{name} {IN_PLACE}")
-        logits = _as_logits(answer, len(x), name)
-        if gradient:
-            try:
-                (found,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
-            except Exception as error:
-                raise failure(error, model, x, name, hint) from error
-            if found is None:
-                raise UserError(f"{name} {NO_GRADIENT}")
     return logits.detach()
 
 
@@ -78,18 +81,15 @@ def _as_logits(answer: Any, images: int, name: str) -> Tensor:
             f"{wanted}, not a {kind}: wrap it so that it returns the logits alone, such as a forward that returns "
             f"self.model(x){part}"
         )
+    form = f"{answer.dtype} {tuple(answer.shape)}"
     if images == 1 and answer.ndim < 2:
         raise UserError(
-            f"{name} gives {_form(answer)} for one image: something such as squeeze() drops the batch where it holds "
+            f"{name} gives {form} for one image: something such as squeeze() drops the batch where it holds "
             "one image; name its dimensions, squeeze(-1), or use flatten(1)"
         )
     if answer.ndim != 2 or len(answer) != images or answer.shape[1] < 2 or not answer.is_floating_point():
-        raise UserError(f"{wanted}, not {_form(answer)}")
+        raise UserError(f"{wanted}, not {form}")
     return answer
-
-
-def _form(value: Tensor) -> str:
-    return f"{value.dtype} {tuple(value.shape)}"
 
 
 def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hint: str = "") -> Exception:
@@ -97,22 +97,16 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     if isinstance(error, (UserError, Interrupted)) or out_of_memory(error):
         return error
     text = str(error)
-    if "in-place operation" in text and "leaf Variable" in text:
-        return UserError(f"{name} {IN_PLACE}")
-    if "use_reentrant" in text:
-        return UserError(
-            f"{name} checkpoints its activations reentrantly, which gives images no gradient: use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off"
-        )
-    if "does not require grad" in text:
-        return UserError(f"{name} {NO_GRADIENT}")
+    for sign, problem in _SIGNS.items():
+        if sign in text:
+            return UserError(f"{name} {problem}")
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     if not _without_values(x) and (reason := unusable(tensors)):
         return UserError(f"{name} {reason}")
     if other := next((tensor for tensor in tensors if tensor.device != x.device), None):
         return UserError(f"{name} has weights on {other.device} and its images are on {x.device}: move one of them")
     odd = next((tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype != x.dtype), None)
-    if odd is not None and ("dtype" in text.lower() or "type" in text.lower()):
+    if odd is not None and "type" in text.lower():
         own, theirs = (str(dtype).removeprefix("torch.") for dtype in (odd, x.dtype))
         return UserError(
             f"{name} has weights of {own} and its images are {theirs}: call "
@@ -262,9 +256,26 @@ class _Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _coarsest(model: Model, x: Tensor) -> float:
     """The machine epsilon of the coarsest precision in which the model computes."""
     seen = _Precisions()
-    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow tells nothing
+    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow says nothing
         model(x.clone())
     return seen.coarsest
+
+
+@contextmanager
+def _buffers_restored(model: Model) -> Iterator[list[str]]:
+    """The model's buffers are as before afterwards; the names of those that moved are then in the list."""
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    moved: list[str] = []
+    try:
+        yield moved
+    finally:
+        now = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+        moved += [name for name, old in before.items() if name in now and not _same(now[name], old)]
+        with torch.no_grad():
+            for name in moved:
+                if now[name].shape == before[name].shape:
+                    now[name].copy_(before[name])
 
 
 @contextmanager
@@ -274,18 +285,11 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
     Raises:
         UserError: one did.
     """
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    before = {key: buffer.detach().clone() for key, buffer in buffers.items()}
-    yield
-    now = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    with torch.no_grad():
-        moved = [key for key, old in before.items() if key in now and not _same(now[key], old)]
-        for key in moved:
-            if now[key].shape == before[key].shape:
-                now[key].copy_(before[key])
+    with _buffers_restored(model) as moved:
+        yield
     if moved:
         raise UserError(
-            f"{name} changes its own buffers when it answers in evaluation mode ({', '.join(moved[:3])}), so its "
+            f"{name} changes its own buffers when it answers in evaluation mode ({some(moved)}), so its "
             "answers depend on what it was asked before: leave that to training mode"
         )
 
@@ -302,7 +306,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode are told of it:
+    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode get the call:
     LoRA's official ones merge their update into the weight in evaluation mode, and in training they have to take it
     out again, or nothing of it learns."""
     modes = [(module, module.training) for module in model.modules()]
@@ -320,12 +324,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def tried(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without a graph; modes, buffers and random states are as before afterwards."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with evaluating(model), torch.no_grad(), unchanged_states():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, old in buffers:
-                if not _same(buffer, old):
-                    buffer.copy_(old)
+    with _buffers_restored(model), evaluating(model), torch.no_grad(), unchanged_states():
+        yield

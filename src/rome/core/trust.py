@@ -9,7 +9,6 @@ registered kinds, numbers and words. The rest needs the user's word for this cal
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import os
@@ -22,26 +21,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-from rome.core.errors import UserError, printable
+from rome.core.errors import UserError, printable, some
+from rome.core.files import file_hash
 
 P = ParamSpec("P")
 R = TypeVar("R")
 PROGRAMS = (".pt", ".ts", ".pth", ".torchscript", ".pt2")
 """Endings of files of TorchScript and torch.export, where a model is named: code, and the latter may hold pickles."""
-SHOWN = 3
 _allowed = ContextVar("rome_trust_code", default=False)
 _written: set[str] = set()
-"""What this process wrote, whether or not the record could be kept."""
+"""SHA-256 of what this process wrote, whether or not the record could be written."""
 
 
 def allowed() -> bool:
-    """Whether the call under way was told to trust code in files."""
+    """Whether the call under way trusts code in files."""
     return _allowed.get()
 
 
 @contextmanager
 def trusting(yes: bool) -> Iterator[None]:
-    """Trust code in files inside, if so told or trusted outside already."""
+    """Trust code in files inside, if ``yes`` or if it is trusted outside already."""
     before = _allowed.set(yes or allowed())
     try:
         yield
@@ -79,16 +78,15 @@ def check(file: Path, contents: Mapping[str, Any]) -> Mapping[str, Any]:
     named = code_in(contents)
     if not named or allowed() or is_own(file):
         return contents
-    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
     raise UserError(
-        f"{file} would run code: {', '.join(named[:SHOWN])}{more}. Only files that your own training wrote on this "
+        f"{file} would run code: {some(named)}. Only files that your own training wrote on this "
         "machine may do so; if you know whose code that is and trust it, add --trust-code (in Python trust_code=True)"
     )
 
 
 def is_own(file: Path) -> bool:
     """Whether this user's rome wrote these bytes on this machine, and :func:`record` remembers it."""
-    return _digest(file) in _records()
+    return file_hash(file) in _records()
 
 
 def record(file: Path, contents: Mapping[str, Any]) -> None:
@@ -96,7 +94,7 @@ def record(file: Path, contents: Mapping[str, Any]) -> None:
     if not code_in(contents):
         return
     with suppress(OSError):
-        digest, kept = _digest(file), _record_file()
+        digest, kept = file_hash(file), _record_file()
         _written.add(digest)
         if kept is not None:
             kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -141,11 +139,6 @@ def _builder_options() -> frozenset[str]:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _records() -> set[str]:

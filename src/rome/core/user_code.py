@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Known = type | types.FunctionType | types.BuiltinFunctionType
-"""What has a name that it can be told by."""
+"""What has a name that identifies it."""
 _LIBRARY = tuple(
     os.path.realpath(place) + os.sep
     for place in {
@@ -97,7 +97,11 @@ def name_of(thing: Any) -> str:
 
 @functools.cache
 def names_in(code: types.CodeType) -> Names:
-    read, stored, others = set[str](), set[str](), {*code.co_names, *filter(_is_text, code.co_consts)}
+    read, stored, others = (
+        set[str](),
+        set[str](),
+        {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))},
+    )
     imports: list[Import] = []
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
@@ -113,10 +117,6 @@ def names_in(code: types.CodeType) -> Names:
         others |= found.others
         imports += found.imports
     return Names(frozenset(read - stored), frozenset(others), tuple(imports))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def is_special(name: str) -> bool:

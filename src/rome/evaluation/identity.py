@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rome.attacks.engine import Model
 from rome.core.wrappers import bare_name, unwrapped
+from rome.experts.gate_override import LEARNED, routing_of
 from rome.experts.recording import expert_layers
-from rome.experts.routing import LEARNED, routing_of
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes, tensors
 from rome.runs.origin import differences
@@ -107,8 +107,8 @@ def hash_model(model: Model) -> str | None:
         else:  # a module's extra state
             digest.update(Inspection().of(value).encode())
     for name, layer in expert_layers(model).items():
-        if layer.inverted or layer.scale != 1:
-            digest.update(f"{bare_name(model, name)} {layer.inverted} {layer.scale}".encode())
+        if layer.routing != LEARNED or layer.scale != 1:
+            digest.update(f"{bare_name(model, name)} {layer.routing} {layer.scale}".encode())
     return digest.hexdigest()
 
 

@@ -218,7 +218,7 @@ def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[nn.Modul
         )
     state: dict[str, Any] = run.load_checkpoint()
     config, split = _located(run.config, file, data)
-    untrained = config.model.untrained()  # the checkpoint has all weights
+    untrained = config.model.without_weights()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     try:
         model.load_state_dict(state["model"])

@@ -3,51 +3,16 @@
 May import core alone.
 """
 
+from rome.experts.adapter import AdapterLinear, Adapters
 from rome.experts.balance import Classification, Importance, LoadBalancing
-from rome.experts.base import Adapters, Experts, FeedForward, LowRank, add_experts
+from rome.experts.base import Experts
 from rome.experts.conv import MixtureConv2d
-from rome.experts.ffn import MixtureFFN
-from rome.experts.gated import Gated, Recorded
-from rome.experts.gated_linear import AdapterLinear, MixtureLinear
+from rome.experts.ffn import FeedForward, MixtureFFN
+from rome.experts.gate_override import Routing, set_routing
+from rome.experts.gated import MixtureLayer, Recorded
 from rome.experts.gates import DualScale, Gate, Gates, Global, Layout, Local, Uniform
+from rome.experts.low_rank import LowRank, MixtureLinear, add_experts
 from rome.experts.more import ModelMixture, Networks
 from rome.experts.placement import block_numbers, find_layers, layout_of
 from rome.experts.recording import GateRecorder, expert_layers, record_gates
 from rome.experts.regularizers import Diversification, Regularizer
-from rome.experts.routing import Routing, set_routing
-
-__all__ = [
-    "AdapterLinear",
-    "Adapters",
-    "Classification",
-    "Diversification",
-    "DualScale",
-    "Experts",
-    "FeedForward",
-    "Gate",
-    "GateRecorder",
-    "Gated",
-    "Gates",
-    "Global",
-    "Importance",
-    "Layout",
-    "LoadBalancing",
-    "Local",
-    "LowRank",
-    "MixtureConv2d",
-    "MixtureFFN",
-    "MixtureLinear",
-    "ModelMixture",
-    "Networks",
-    "Recorded",
-    "Regularizer",
-    "Routing",
-    "Uniform",
-    "add_experts",
-    "block_numbers",
-    "expert_layers",
-    "find_layers",
-    "layout_of",
-    "record_gates",
-    "set_routing",
-]

@@ -29,7 +29,7 @@ class MeanOverLayers(Regularizer):
 class LoadBalancing(MeanOverLayers):
     """K sum_k f_k P_k, averaged over layers: f_k the share of tokens whose largest gate is k's, P_k the mean gate.
 
-    Fedus et al. 2022 after Shazeer et al. 2017; the coefficient is MoLE's (Wu et al. 2024; spec F12). It is 1 where f
+    Fedus et al. 2022 after Shazeer et al. 2017; the coefficient is MoLE's (Wu et al. 2024). It is 1 where f
     or P is uniform and at least 1 for one-hot gates; where f and P disagree it can be lower. Tokens and examples of the
     global batch count alike.
     """
@@ -75,7 +75,7 @@ class Classification(MeanOverLayers):
         if threats == 1:
             return total
         where = labels.to(total.device, non_blocking=True)
-        for gates in (record.gates.local, record.gates.whole):
+        for gates in (record.gates.local, record.gates.global_):
             if gates is not None:
                 tokens = gates.reshape(len(where), -1, threats)
                 named = tokens.gather(2, where.view(-1, 1, 1).expand(-1, tokens.shape[1], 1))

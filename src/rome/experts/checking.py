@@ -1,4 +1,4 @@
-"""Whether a model runs the experts that it was given, and whether what their gates see are images."""
+"""Whether a model runs its experts, and whether what their gates see are images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rome.experts.gated import Sink
 from rome.experts.recording import GateRecorder, expert_layers, record_gates
 
 SIZES = (224, 32, 64, 128, 256, 384, 96, 28, 16, 8)
-"""Sides of images, in pixels, to try on a model that does not tell its own."""
+"""Sides of images, in pixels, to try on a model that does not say its own."""
 
 
 def check_experts(model: nn.Module, images: Tensor | None = None) -> None:
     """See by a forward pass that every layer with experts runs, and that each row of its input is an image.
 
     Args:
-        images: two or more (B, C, H, W). None takes zeros of the size that the model tells, or of a usual one where it
+        images: two or more (B, C, H, W). None takes zeros of the size that the model names, or of a usual one where it
             begins with a convolution; where it takes none of them, its first forward pass is looked at.
 
     Raises:
@@ -41,14 +41,14 @@ def check_experts(model: nn.Module, images: Tensor | None = None) -> None:
 
 
 def usual_images(model: nn.Module) -> Iterator[Tensor]:
-    """Two images of each size that may be the model's, first the one that it tells; none without a convolution."""
+    """Two images of each size that may be the model's, first the one that it names; none without a convolution."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         return
-    told = [_sides(size) for module in model.modules() for size in _sizes(module)]
+    named = [_sides(size) for module in model.modules() for size in _sizes(module)]
     attends = any(isinstance(layer, nn.Linear) for layer in expert_layers(model).values())
     usual = SIZES if attends else sorted(SIZES, key=(224).__eq__)  # convolutions of small images take large ones long
-    for height, width in dict.fromkeys([*filter(None, told), *((size, size) for size in usual)]):
+    for height, width in dict.fromkeys([*filter(None, named), *((size, size) for size in usual)]):
         yield first.weight.new_zeros(2, first.in_channels, height, width)
 
 
@@ -78,7 +78,7 @@ class FirstPass:
         self.sink: Sink | None = None
         """Where the pass under way is recorded."""
         self.shared = False
-        """Whether somebody else records it there, too."""
+        """Whether :func:`record_gates` or another first pass records it there, too."""
         self.start = 0
 
     def watch(self, model: nn.Module) -> None:

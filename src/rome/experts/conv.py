@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.experts.gated import Gated
-from rome.experts.gates import PLAIN, GateModule
+from rome.experts.gated import Gating, MixtureLayer
 
 
-class MixtureConv2d(nn.Conv2d, Gated):
+class MixtureConv2d(nn.Conv2d, MixtureLayer):
     """o(s) = (W * x)(s) + sum_k g_k(s) (dW_k * x)(s) at every location s of the output, for square kernels c x c.
 
     ``form="loralib"`` is the official LoRA implementation's update (github.com/microsoft/LoRA): A_k (r c, C_in c) and
@@ -30,24 +29,20 @@ class MixtureConv2d(nn.Conv2d, Gated):
 
     Args:
         conv: the layer to adapt; shares its parameters. Zero padding given as a number, one group, a square kernel.
-        experts: K.
         rank: r.
-        gate: turns scores into gate weights.
         form: see above.
-        projection_dim, train_projection: see :class:`Gated`.
+        gating: see :class:`MixtureLayer`.
     """
 
     def __init__(
         self,
         conv: nn.Conv2d,
         *,
-        experts: int,
         rank: int,
-        gate: GateModule,
         form: Literal["loralib", "peft"] = "loralib",
-        projection_dim: int = 0,
-        train_projection: bool = False,
+        **gating: Unpack[Gating],
     ) -> None:
+        experts = gating["experts"]
         size, inputs, outputs = conv.kernel_size[0], conv.in_channels, conv.out_channels
         super().__init__(inputs, outputs, size, bias=conv.bias is not None, device="meta")
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
@@ -60,19 +55,18 @@ class MixtureConv2d(nn.Conv2d, Gated):
             self.A = nn.Parameter(torch.empty(experts * rank, inputs, size, size))
             self.B = nn.Parameter(torch.zeros(outputs, experts * rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.equip(experts, gate, PLAIN, projection_dim, train_projection)
+        self.init_gating(**gating)
         self.to(device=conv.weight.device, dtype=conv.weight.dtype)
         self.train(conv.training)
 
-    def plain(self, input: Tensor) -> Tensor:
+    def base_forward(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = self.plain(input)
+        output = self.base_forward(input)
         shape = (output.shape[2], output.shape[3])
         where = input if input.shape[2:] == shape else F.adaptive_avg_pool2d(input, shape)
-        gates = self.weigh(self._scores(where), lambda: self._scores(where.detach()))
-        weights = gates.weights.to(output.dtype).transpose(1, 2)  # (B, K, T)
+        weights = self.weigh(where).weights.to(output.dtype).transpose(1, 2)  # (B, K, T)
         mix = self._dense if self.dense else self._factored
         return output + mix(input, weights).view_as(output)
 
@@ -102,8 +96,8 @@ class MixtureConv2d(nn.Conv2d, Gated):
         joint = self.B.view(self.out_channels, -1, 1, 1)  # for loralib: (C_out, c K r c)
         return F.conv2d(scaled.reshape(x.shape[0], -1, *codes.shape[-2:]), joint)
 
-    def _scores(self, where: Tensor) -> Tensor:
-        return (self.gate.rows() @ where.flatten(2)).transpose(1, 2)
+    def scores(self, h: Tensor) -> Tensor:
+        return (self.gate.rows() @ h.flatten(2)).transpose(1, 2)
 
     def _codes(self, x: Tensor) -> Tensor:
         """What the A_k give at every output location, for each block of the input patch: (B, blocks, K r', H', W')."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal, Self, Unpack
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rome.core.errors import UserError
+from rome.experts.base import Layerwise
 from rome.experts.fused import becomes_a_program
-from rome.experts.gated import Gated
-from rome.experts.gates import PLAIN, GateModule, Layout
+from rome.experts.gated import Gating, MixtureLayer, NetworkMixture
+from rome.experts.gates import Gate, Local
+from rome.experts.placement import joins_late, matches_end
 
 
-class MixtureFFN(Gated):
+class MixtureFFN(NetworkMixture):
     """o_i = sum_k w_ik FFN_k(h_i) over the ``top`` experts with the largest gates, their weights scaled to sum to 1.
 
     For a softmax gate that is the softmax over the chosen scores. Every expert starts as a copy of the block's own
@@ -23,52 +27,36 @@ class MixtureFFN(Gated):
 
     Args:
         ffn: the network to multiply, (B, T, d) to (B, T, d_out).
-        in_features: d.
-        experts: K.
         top: experts for each token.
-        gate: turns scores into gate weights.
-        projection_dim, train_projection: see :class:`Gated`.
         start: ``random`` takes modules for which :func:`without_start` finds nothing.
+        gating: see :class:`MixtureLayer`.
     """
-
-    adds = False
 
     def __init__(
         self,
         ffn: nn.Module,
-        in_features: int,
         *,
-        experts: int,
         top: int | None,
-        gate: GateModule,
-        layout: Layout = PLAIN,
-        projection_dim: int = 0,
-        train_projection: bool = False,
         start: Literal["copies", "random"] = "copies",
+        **gating: Unpack[Gating],
     ) -> None:
         super().__init__()
-        self.in_features, self.top, self.start = in_features, top, start
+        self.in_features, self.top, self.start, experts = input_size(ffn), top, start, gating["experts"]
         self.networks = nn.ModuleList([ffn, *(copy.deepcopy(ffn) for _ in range(experts - 1))])
         if start == "random":
             self.networks.apply(_restart)
-        self.equip(experts, gate, layout, projection_dim, train_projection)
+        self.init_gating(**gating)
         like = next(ffn.parameters())
         self.to(device=like.device, dtype=like.dtype)
         self.train(ffn.training)
 
     @property
     def shared(self) -> tuple[str, ...]:
-        first = self.networks[0].state_dict() if self.start == "copies" else ()
-        return tuple(f"networks.0.{name}" for name in first)
-
-    def plain(self, input: Tensor) -> Tensor:
-        answer: Tensor = self.networks[0](input)
-        return answer
+        return super().shared if self.start == "copies" else ()
 
     def forward(self, input: Tensor) -> Tensor:
         h = input.reshape(input.shape[0], -1, self.in_features)
-        rows = self.gate.rows()
-        gates = self.weigh(nn.functional.linear(h, rows), lambda: nn.functional.linear(h.detach(), rows))
+        gates = self.weigh(h)
         if self.top is None:
             mixed = self._all(h, gates.weights)
         elif becomes_a_program():
@@ -97,6 +85,55 @@ class MixtureFFN(Gated):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, top={self.top}"
+
+
+class FeedForward(Layerwise):
+    """K copies of each block's feed-forward network, of which a token visits the best (paper 4.1, Fig. 3, Table 6)."""
+
+    kind = "ffn"
+    gate: Gate = Field(default_factory=Local)
+    top: int | None = Field(default=2, ge=1)
+    """Experts for each token; null mixes all of them."""
+    start: Literal["copies", "random"] = "copies"
+    """Every expert starts as the block's own network, or all of them at random as in a vision transformer that nobody
+    has trained: Linear weights normal with deviation 0.02, biases 0."""
+    layers: tuple[str, ...] = Field(default=("mlp",), min_length=1)
+    """Names of the feed-forward networks, as in ``low-rank``; those of class attention and of pooling by attention are
+    meant only where the pattern names ``cls_attn_blocks`` or ``attn_pool``."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top is not None and self.top > self.experts:
+            raise ValueError(f"top: {self.top} exceeds the {self.experts} experts")
+        return self
+
+    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+        chosen = {
+            name: module
+            for name, module in model.named_modules()
+            if name and any(matches_end(name, pattern) and not joins_late(name, pattern) for pattern in self.layers)
+        }
+        if not chosen:
+            named = ", ".join(self.layers)
+            raise UserError(f"feed-forward networks named {named} do not exist in this model; set experts.layers")
+        return chosen
+
+    def width(self, module: nn.Module) -> int:
+        return input_size(module)
+
+    def check(self, name: str, module: nn.Module) -> None:
+        if not any(isinstance(part, nn.Linear) for part in module.modules()):
+            raise UserError(f"{name} has no Linear layer, so it is no feed-forward network; set experts.layers")
+        if self.start == "random" and (lasting := without_start(module)):
+            raise UserError(f"experts.start: random knows no start for {name}.{lasting[0]}; use start: copies")
+
+    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
+        return MixtureFFN(module, top=self.top, start=self.start, **gating)
+
+
+def input_size(network: nn.Module) -> int:
+    """d of a feed-forward network."""
+    return next(part.in_features for part in network.modules() if isinstance(part, nn.Linear))
 
 
 def without_start(network: nn.Module) -> list[str]:

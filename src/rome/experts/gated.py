@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.experts.gates import GateModule, Gates, Layout, positions, select
+from rome.experts.gates import PLAIN, GateModule, Gates, Layout, positions, select
 
 MeanOver = Literal["layers", "blocks"]
 """What L counts in the means over l of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their
 blocks, within which layers are summed."""
 
+LEARNED = "learned"
+"""The routing by the gates themselves."""
+
 
 class Recorded(NamedTuple):
     """One layer's gates in one forward pass; tokens that hold padding are left out."""
 
-    layer: Gated
+    layer: MixtureLayer
     gates: Gates
 
 
-def count(layers: Collection[Gated], over: MeanOver) -> int:
+def count(layers: Collection[MixtureLayer], over: MeanOver) -> int:
     """L, what divides a sum over all these layers."""
     return len(layers) if over == "layers" else len({layer.block for layer in layers})
 
@@ -37,40 +41,48 @@ class Sink:
     """Record gates computed anew from a detached input: a loss on them trains the gates and nothing before them."""
 
 
-class Gated(nn.Module):
-    """Base of the modules whose K experts are weighed by a gate. Subclasses call :meth:`equip` when they are made.
+class Gating(TypedDict):
+    """What :meth:`MixtureLayer.init_gating` gets."""
+
+    experts: int
+    gate: GateModule | None
+    layout: NotRequired[Layout]
+    projection_dim: NotRequired[int]
+    train_projection: NotRequired[bool]
+
+
+class MixtureLayer(nn.Module):
+    """Base of the modules whose K experts are weighed by a gate. Subclasses call :meth:`init_gating`.
 
     Attributes:
         experts: K.
         block: the l = 1..L of Eq. 5 and 8; layers of one block share it.
-        gate: turns scores into gate weights; missing where :meth:`equip` got none.
+        gate: turns scores into gate weights; missing where :meth:`init_gating` got none.
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
         scale: what multiplies the experts beside the gates: 1 (Eq. 2), or LoRA's alpha / r.
-        fixed_weights, inverted: weights (K,) instead of the gates, or in which way they are inverted ("" for not at
-            all); see :func:`rome.experts.set_routing`.
+        routing, fixed_weights: what weighs the experts, and weights (K,) where it is neither the gates nor their
+            inverse; see :func:`rome.experts.set_routing`.
         sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
         stacked: what :meth:`stack` gave, while weights do not change; see :func:`rome.experts.fused.joined`.
     """
 
-    adds: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
     """Whether the experts add to what the layer gives without them; if not, they stand in its place."""
     biases: ClassVar[tuple[str, ...]] = ()
     """Its own parameters that are biases by role, whatever their shape: not decayed."""
-    experts: int
-    block: int
     gate: GateModule
-    projection: nn.Linear | None
-    layout: Layout
-    sink: Sink | None
     real: Tensor | None
-    stacked: Tensor | None
     fixed_weights: Tensor | None
-    inverted: str
     scale: float = 1
 
-    def equip(
-        self, experts: int, gate: GateModule | None, layout: Layout, projection_dim: int, train_projection: bool
+    def init_gating(
+        self,
+        experts: int,
+        gate: GateModule | None,
+        layout: Layout = PLAIN,
+        projection_dim: int = 0,
+        train_projection: bool = False,
     ) -> None:
         """Set the attributes above.
 
@@ -79,9 +91,9 @@ class Gated(nn.Module):
             projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
             train_projection: learn that projection instead of keeping its random start.
         """
-        self.experts, self.layout, self.sink, self.block = experts, layout, None, 1
-        self.stacked = None
-        self.inverted = ""
+        self.experts, self.layout, self.block, self.routing = experts, layout, 1, LEARNED
+        self.sink: Sink | None = None
+        self.stacked: Tensor | None = None
         self.register_buffer("fixed_weights", None, persistent=False)  # a buffer, so that it moves with the layer
         if gate is not None:
             self.gate = gate
@@ -106,41 +118,52 @@ class Gated(nn.Module):
         return None
 
     @abstractmethod
-    def plain(self, input: Tensor) -> Tensor:
+    def base_forward(self, input: Tensor) -> Tensor:
         """What the layer gives without its experts; the first expert's answer where they stand in its place."""
 
-    def weigh(self, scores: Tensor, rescore: Callable[[], Tensor]) -> Gates:
-        """Gates for scores (B, T, R) of whole images, recorded if somebody asked.
+    def scores(self, h: Tensor) -> Tensor:
+        """What the gate reads (B, T, R), of the input of whole images."""
+        return F.linear(h, self.gate.rows())
 
-        Args:
-            rescore: computes the scores again from a detached input, for a sink that wants that.
-        """
-        gates: Gates = self.gate(scores)
-        self.record(gates, lambda: self.gate(rescore()))
+    def weigh(self, h: Tensor, scores: Tensor | None = None) -> Gates:
+        """What weighs the experts for the input h of whole images, whose scores are computed where they are missing;
+        gates are recorded where there is a sink."""
+        gates: Gates = self.gate(self.scores(h) if scores is None else scores)
+        self.record(gates, h)
         return self.route(gates)
 
-    def record(self, gates: Gates, anew: Callable[[], Gates]) -> None:
-        """Record gates if somebody asked.
+    def record(self, gates: Gates, h: Tensor | None = None) -> None:
+        """Put gates into the sink, if there is one.
 
         Args:
-            anew: computes them again from a detached input, for a sink that wants that.
+            h: the gate's input, to compute them again from, detached, for a sink that wants that; None where nothing
+                before the gates could learn.
         """
         if self.sink is not None:
-            seen = anew() if self.sink.detached else gates
+            seen: Gates = self.gate(self.scores(h.detach())) if self.sink.detached and h is not None else gates
             local = seen.local if seen.local is None else select(seen.local, self.real)
-            self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.whole)))
+            self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.global_)))
 
     def route(self, gates: Gates) -> Gates:
         """The gates, or what :func:`rome.experts.set_routing` put in their place, times the experts' scale."""
         weights = gates.weights
         if self.fixed_weights is not None:
             weights = self.fixed_weights.expand_as(weights)
-        elif self.inverted:
-            weights = (1 - weights) / (self.experts - 1 if self.inverted == "inverse" else 1)
+        elif self.routing != LEARNED:
+            weights = (1 - weights) / (self.experts - 1 if self.routing == "inverse" else 1)
         return gates._replace(weights=weights if self.scale == 1 else weights * self.scale)
 
 
-def scale_groups(codes: Tensor, weights: Tensor) -> Tensor:
-    """Codes (..., K r), each group of r multiplied by its expert's weight (..., K)."""
-    grouped = codes.view(*codes.shape[:-1], weights.shape[-1], -1)
-    return (grouped * weights.to(codes.dtype).unsqueeze(-1)).flatten(-2)
+class NetworkMixture(MixtureLayer):
+    """Base of mixtures whose experts, ``networks``, stand in the place of the first one."""
+
+    additive = False
+    networks: nn.ModuleList
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        answer: Tensor = self.networks[0](input)
+        return answer

@@ -24,28 +24,13 @@ class Gates(NamedTuple):
     """g, (B, T, K): what multiplies the experts (Eq. 5)."""
     local: Tensor | None
     """u, (B, T, K): from each token (Eq. 3); None where the gate has no local part."""
-    whole: Tensor | None
+    global_: Tensor | None
     """v, (B, K): from the image (Eq. 4); None where the gate has no global part."""
 
     def first(self, n: int) -> Gates:
         """Those of the first n images."""
-        local, whole = (None if part is None else part[:n] for part in (self.local, self.whole))
-        return Gates(self.weights[:n], local, whole)
-
-
-class Closed(NamedTuple):
-    """A gate that is (1 - beta) softmax(s + b) + beta softmax(mean s' + b'); see :mod:`rome.experts.fused`."""
-
-    local_bias: Tensor | None
-    """b (K,); None where there is no local part, and beta 1."""
-    whole_bias: Tensor | None
-    """b' (K,); None where there is no global part, and beta 0."""
-    beta: float
-    logit: Tensor | None = None
-    """A scalar whose sigmoid is beta instead."""
-    first: int = 0
-    last: int | None = None
-    """The tokens that the mean is over; None for the end."""
+        local, global_ = (None if part is None else part[:n] for part in (self.local, self.global_))
+        return Gates(self.weights[:n], local, global_)
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class Gate(Component):
     @property
     def needs_class_token(self) -> bool:
         """Whether it reads a class token."""
-        return False
+        return getattr(self, "pool", None) == "cls"
 
     @abstractmethod
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
@@ -92,10 +77,6 @@ class GateModule(nn.Module):
     def forward(self, scores: Tensor) -> Gates:
         """Scores (B, T, R) of whole images to gate weights."""
 
-    def closed(self) -> Closed | None:
-        """The same as numbers; None where it is something else."""
-        return None
-
 
 class DualScale(Gate):
     """Local and global gate, mixed by a coefficient that favours the global one in early blocks (Eq. 3-5).
@@ -111,10 +92,6 @@ class DualScale(Gate):
     pool: Literal["mean", "patches", "cls"] = "mean"
     """What the global gate reads: the mean over all tokens, over all but the class token, or the class token alone."""
 
-    @property
-    def needs_class_token(self) -> bool:
-        return self.pool == "cls"
-
     def logit(self, block: int, blocks: int) -> float:
         """What the sigmoid turns into beta(l)."""
         logit = self.s * (1 - block / blocks) - self.b
@@ -126,7 +103,8 @@ class DualScale(Gate):
 
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
         logit = nn.Parameter(torch.tensor(self.logit(block, blocks))) if self.coefficient == "learned" else None
-        return DualScaleGate(in_features, experts, self.beta(block, blocks), logit, Pool(self.pool, layout))
+        pool, beta = Pool(self.pool, layout), self.beta(block, blocks)
+        return SoftmaxGate(in_features, experts, local=True, pool=pool, beta=beta, logit=logit)
 
 
 class Local(Gate):
@@ -136,7 +114,7 @@ class Local(Gate):
     has_global = False
 
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
-        return LocalGate(in_features, experts)
+        return SoftmaxGate(in_features, experts, local=True)
 
 
 class Global(Gate):
@@ -146,12 +124,8 @@ class Global(Gate):
     pool: Literal["mean", "patches", "cls"] = "mean"
     """As in :class:`DualScale`."""
 
-    @property
-    def needs_class_token(self) -> bool:
-        return self.pool == "cls"
-
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
-        return GlobalGate(in_features, experts, Pool(self.pool, layout))
+        return SoftmaxGate(in_features, experts, local=False, pool=Pool(self.pool, layout))
 
 
 class Uniform(Gate):
@@ -195,79 +169,53 @@ def select(values: Tensor, real: Tensor | None) -> Tensor:
     return values if real is None else values.index_select(1, real)
 
 
-class DualScaleGate(GateModule):
-    """g_i = (1 - beta) softmax(local(h_i)) + beta softmax(global(mean_i h_i)).
+class SoftmaxGate(GateModule):
+    """g_i = (1 - beta) u_i + beta v, where u_i = softmax(local(h_i)), v = softmax(global(mean_i h_i)); or one of both.
 
-    ``local`` and ``whole`` are Linear(d_in, K) with bias. The mean over all T tokens, the class token among them
-    (spec F6), is taken after the product, which is the same because the product is linear. beta is a constant, or the
+    ``local`` and ``global_`` are Linear(d_in, K) with bias, or None. The mean over all T tokens, the class token among
+    them, is taken after the product, which is the same because the product is linear. beta is a constant, or the
     sigmoid of a parameter ``logit``.
     """
 
-    def __init__(self, in_features: int, experts: int, beta: float, logit: nn.Parameter | None, pool: Pool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        experts: int,
+        *,
+        local: bool,
+        pool: Pool | None = None,
+        beta: float = 0.0,
+        logit: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
-        self.local = nn.Linear(in_features, experts)
-        self.whole = nn.Linear(in_features, experts)
-        self.pool = pool
-        self.fixed_beta, self.logit = beta, logit
+        self.local = nn.Linear(in_features, experts) if local else None
+        self.global_ = None if pool is None else nn.Linear(in_features, experts)
+        self.pool, self.fixed_beta, self.logit = pool, beta, logit
 
     @property
     def beta(self) -> float | Tensor:
-        """The share of the global gate, 0..1."""
+        """The share of the global gate where there are both, 0..1."""
         return self.fixed_beta if self.logit is None else self.logit.sigmoid()
 
     def rows(self) -> Tensor:
-        return torch.cat([self.local.weight, self.whole.weight])
+        return torch.cat([part.weight for part in (self.local, self.global_) if part is not None])
 
     def forward(self, scores: Tensor) -> Gates:
-        local_scores, whole_scores = scores.chunk(2, dim=-1)
-        u = (local_scores + self.local.bias).softmax(dim=-1)
-        v = (self.pool(whole_scores) + self.whole.bias).softmax(dim=-1)
-        return Gates((1 - self.beta) * u + self.beta * v.unsqueeze(1), u, v)
-
-    def closed(self) -> Closed | None:
-        span = self.pool.span
-        return span and Closed(self.local.bias, self.whole.bias, self.fixed_beta, self.logit, *span)
+        u = v = None
+        if self.local is not None:
+            u = (scores[..., : self.local.out_features] + self.local.bias).softmax(dim=-1)
+        if self.global_ is not None and self.pool is not None:
+            v = (self.pool(scores[..., -self.global_.out_features :]) + self.global_.bias).softmax(dim=-1)
+        if u is not None and v is not None:
+            return Gates((1 - self.beta) * u + self.beta * v.unsqueeze(1), u, v)
+        weights = u if v is None else v.unsqueeze(1).expand(-1, scores.shape[1], -1)
+        assert weights is not None
+        return Gates(weights, u, v)
 
     def extra_repr(self) -> str:
+        if self.local is None or self.global_ is None:
+            return ""
         return f"beta={torch.as_tensor(self.beta).item():.3f}" + (", learned" if self.logit is not None else "")
-
-
-class LocalGate(GateModule):
-    """g_i = softmax(local(h_i))."""
-
-    def __init__(self, in_features: int, experts: int) -> None:
-        super().__init__()
-        self.local = nn.Linear(in_features, experts)
-
-    def rows(self) -> Tensor:
-        return self.local.weight
-
-    def forward(self, scores: Tensor) -> Gates:
-        u = (scores + self.local.bias).softmax(dim=-1)
-        return Gates(u, u, None)
-
-    def closed(self) -> Closed:
-        return Closed(self.local.bias, None, 0.0)
-
-
-class GlobalGate(GateModule):
-    """g_i = softmax(global(mean_i h_i)), the same for every token."""
-
-    def __init__(self, in_features: int, experts: int, pool: Pool) -> None:
-        super().__init__()
-        self.whole = nn.Linear(in_features, experts)
-        self.pool = pool
-
-    def rows(self) -> Tensor:
-        return self.whole.weight
-
-    def forward(self, scores: Tensor) -> Gates:
-        v = (self.pool(scores) + self.whole.bias).softmax(dim=-1)
-        return Gates(v.unsqueeze(1).expand(-1, scores.shape[1], -1), None, v)
-
-    def closed(self) -> Closed | None:
-        span = self.pool.span
-        return span and Closed(None, self.whole.bias, 1.0, None, *span)
 
 
 class UniformGate(GateModule):

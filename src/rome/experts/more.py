@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from rome.core.errors import UserError
 from rome.experts.base import Experts
-from rome.experts.gated import Gated
-from rome.experts.gates import PLAIN, Gates
+from rome.experts.gated import MixtureLayer, NetworkMixture
+from rome.experts.gates import Gates
 from rome.experts.regularizers import Regularizer
 
 
-class ModelMixture(Gated):
+class ModelMixture(NetworkMixture):
     """f(x) = sum_i w_i(x) f_i(x) with w = softmax(gate(x)): logits of K networks, weighed for each image.
 
     Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586; github.com/ChaduCheng/
     Mixture-of-Robust-Experts-MoRE-). ``router``, the gate, is a network of the experts' architecture with K outputs.
-    All start as copies of the given network, the router with a fresh classifier; so the function does not change, up
-    to rounding. Its gates are those of one token an image: weights (B, 1, K), local None, whole (B, K).
+    All start as copies of the network, the router with a fresh classifier; so the function does not change, up
+    to rounding. Its gates are those of one token an image: weights (B, 1, K), local None, global (B, K).
 
     Args:
         network: images (B, C, H, W) to logits (B, classes); becomes the first expert.
@@ -33,8 +33,6 @@ class ModelMixture(Gated):
     Raises:
         UserError: the network cannot be copied or its classifier not be found; it is unchanged then.
     """
-
-    adds = False
 
     def __init__(self, network: nn.Module, *, experts: int) -> None:
         super().__init__()
@@ -45,14 +43,10 @@ class ModelMixture(Gated):
             raise UserError(f"this {type(network).__name__} cannot be copied: {error}") from error
         self.router = with_outputs(copies.pop(), experts)
         self.networks = nn.ModuleList([network, *copies])
-        self.equip(experts, None, PLAIN, 0, False)
+        self.init_gating(experts, None)
         self.visited: tuple[int, ...] = ()
         """Set inside :meth:`apart`."""
         self.train(network.training)
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        return tuple(f"networks.0.{name}" for name in self.networks[0].state_dict())
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return list(self.router.parameters())
@@ -62,10 +56,6 @@ class ModelMixture(Gated):
         own: set[str] = getattr(self.router, "no_weight_decay", set)()
         networks = ("router", *(f"networks.{k}" for k in range(self.experts)))
         return {f"{network}.{name}" for network in networks for name in own}
-
-    def plain(self, input: Tensor) -> Tensor:
-        answer: Tensor = self.networks[0](input)
-        return answer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.visited:
@@ -80,7 +70,7 @@ class ModelMixture(Gated):
             )
         w = scores.softmax(dim=-1)
         gates = Gates(w.unsqueeze(1), None, w)
-        self.record(gates, lambda: gates)  # the router reads the images themselves: nothing before it could learn
+        self.record(gates)
         logits = torch.stack([network(x) for network in self.networks], dim=1)
         return (self.route(gates).weights[:, 0].unsqueeze(-1) * logits).sum(dim=1)
 
@@ -126,9 +116,7 @@ class Networks(Experts):
     regularizer: Regularizer | None = None
 
     def place(self, model: nn.Module) -> dict[str, nn.Module]:
-        if hasattr(model, "_orig_mod"):
-            raise UserError("this model is compiled already: add the experts first, then compile")
-        if any(isinstance(module, Gated) for module in model.modules()):
+        if any(isinstance(module, MixtureLayer) for module in model.modules()):
             raise UserError("this model has experts already; copies of a whole network go into a model without")
         backbone = getattr(model, "backbone", None)
         if not isinstance(backbone, nn.Module):
@@ -147,8 +135,8 @@ def classifiers(network: nn.Module) -> dict[str, nn.Module]:
         UserError: there is none that could get another number of outputs.
     """
     if _of_timm(network):
-        given: Any = network.get_classifier()  # type: ignore[operator]
-        layers = given if isinstance(given, (tuple, list)) else (given,)
+        last: Any = network.get_classifier()  # type: ignore[operator]
+        layers = last if isinstance(last, (tuple, list)) else (last,)
     else:
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
         layers = [layer for layer in layers if type(layer) is nn.Linear]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rome.core.errors import UserError
-from rome.experts.gated import Gated
+from rome.experts.gated import MixtureLayer
 from rome.experts.gates import PLAIN, Layout
 
 KINDS = (nn.Linear, nn.Conv2d)
@@ -33,7 +33,7 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
     Raises:
         UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
     """
-    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, Gated))
+    adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -51,10 +51,8 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """What replacing modules of any sort needs.
 
     Raises:
-        UserError: the model is compiled, or a module has two names, lies inside another one or holds experts.
+        UserError: a module has two names, lies inside another one or holds experts.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("this model is compiled already: add the experts first, then compile")
     names: dict[int, str] = {}
     ids = {id(module) for module in chosen.values()}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -62,8 +60,8 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
             raise UserError(f"layers {names[id(module)]} and {name} are one shared module; it cannot be adapted twice")
     for name, module in chosen.items():
         for inner, part in module.named_modules(prefix=name):
-            if isinstance(part, Gated) or (inner in chosen and inner != name):
-                what = "has experts already" if isinstance(part, Gated) else "is to hold experts itself"
+            if isinstance(part, MixtureLayer) or (inner in chosen and inner != name):
+                what = "has experts already" if isinstance(part, MixtureLayer) else "is to hold experts itself"
                 raise UserError(f"layer {name} cannot hold experts: {inner} inside it {what}. Change experts.layers.")
 
 
@@ -76,22 +74,19 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     }
     if attention:
         return attention
-    convolutions = {name: module for name, module in layers.items() if isinstance(module, nn.Conv2d)}
+    convolutions = [(name, module) for name, module in layers.items() if isinstance(module, nn.Conv2d)]
     behind_stem: dict[str, nn.Module] = {
         name: module
-        for name, module in list(convolutions.items())[1:]
+        for name, module in convolutions[1:]
         if module.kernel_size == (3, 3) and module.groups == 1 and not _in_stem(name)
     }
     attends = any("attn" in name.split(".") and isinstance(module, nn.Linear) for name, module in layers.items())
-    if attends:
+    if attends or not behind_stem:
+        reason = "this model has neither fused attention (qkv and proj) nor 3x3 convolutions"
+        if attends:
+            reason = "the attention of this model has no fused projection qkv with its proj"
         raise UserError(
-            "the attention of this model has no fused projection qkv with its proj, so the layers have to be named "
-            f"(experts.layers); it has layers ending in {_ends(layers)}"
-        )
-    if not behind_stem:
-        raise UserError(
-            "this model has neither fused attention (qkv and proj) nor 3x3 convolutions, so its layers have to be "
-            f"named (experts.layers); it has layers ending in {_ends(layers)}"
+            f"{reason}, so the layers have to be named (experts.layers); it has layers ending in {_ends(layers)}"
         )
     return behind_stem
 
@@ -103,17 +98,14 @@ def _in_stem(name: str) -> bool:
 
 
 def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+    matches = {pattern: [name for name in layers if matches_end(name, pattern)] for pattern in patterns}
+    if missing := [repr(pattern) for pattern, names in matches.items() if not names]:
+        raise UserError(
+            f"no Linear or Conv2d layer matches {', '.join(missing)}; this model has layers ending in {_ends(layers)}"
+        )
     chosen: set[str] = set()
-    for pattern in patterns:
-        matches = [name for name in layers if matches_end(name, pattern)]
-        linear = [name for name in matches if isinstance(layers[name], nn.Linear)]
-        if not matches:
-            missing = [p for p in patterns if not any(matches_end(name, p) for name in layers)]
-            raise UserError(
-                f"no Linear or Conv2d layer matches {', '.join(map(repr, missing))}; this model has layers ending in "
-                f"{_ends(layers)}"
-            )
-        chosen |= set(linear or matches)
+    for names in matches.values():
+        chosen |= {name for name in names if isinstance(layers[name], nn.Linear)} or set(names)
     return {name: module for name, module in layers.items() if name in chosen}
 
 
@@ -154,7 +146,7 @@ def _embeds(part: nn.Module) -> Any:
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    if isinstance(module, Gated):
+    if isinstance(module, MixtureLayer):
         return "it has experts already"
     if not name:
         return "it is the model itself; put it into a module"
@@ -184,7 +176,7 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     """How the input of a layer makes up images: windows of windowed attention, class tokens before the patches.
 
     Raises:
-        UserError: windowed attention whose windows cannot be told.
+        UserError: windowed attention that does not say how it cuts its windows.
     """
     if isinstance(model.get_submodule(name), nn.Conv2d):
         return PLAIN
@@ -222,7 +214,7 @@ def joins_late(name: str, pattern: str) -> bool:
 
 
 def _prefix(around: list[nn.Module], name: str) -> int:
-    """Class and register tokens of a model that tells (``num_prefix_tokens``, timm), in its numbered blocks only.
+    """Class and register tokens of a model that says so (``num_prefix_tokens``, timm), in its numbered blocks only.
 
     The patch embedding comes before they join, the head after the tokens were pooled.
     """

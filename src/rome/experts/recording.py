@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from rome.core.errors import UserError
-from rome.experts.gated import Gated, Recorded, Sink
+from rome.core.errors import UserError, some
+from rome.experts.gated import MixtureLayer, Recorded, Sink
 from rome.experts.gates import Gates
 
 
-def expert_layers(model: nn.Module) -> dict[str, Gated]:
+def expert_layers(model: nn.Module) -> dict[str, MixtureLayer]:
     """The adapted layers of a model by name, in the order of its modules."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLayer)}
 
 
 class GateRecorder:
@@ -23,7 +23,7 @@ class GateRecorder:
     Gates keep their gradient history, so a loss on them trains the gates.
     """
 
-    def __init__(self, names: dict[Gated, str], sink: Sink) -> None:
+    def __init__(self, names: dict[MixtureLayer, str], sink: Sink) -> None:
         self._names, self._sink = names, sink
 
     @property
@@ -50,7 +50,7 @@ class GateRecorder:
         missing = [name for layer, name in self._names.items() if layer not in latest]
         if missing:
             raise UserError(
-                f"the experts of {', '.join(missing[:3])} were never called in this forward pass: the model reads the "
+                f"the experts of {some(missing)} were never called in this forward pass: the model reads the "
                 "layer's weight around its forward. Adapt other layers (experts.layers)."
             )
         return [latest[layer] for layer in self._names]

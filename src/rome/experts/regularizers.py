@@ -50,7 +50,7 @@ class Diversification(Regularizer):
     L_div = mean over l of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p over the
     examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean distance. A
     threat without examples drops its pairs; a part that a gate lacks is left out. The local term is bounded, the global
-    one only while P is frozen (spec F5).
+    one only while P is frozen (docs/decisions/frozen-projection.md).
     """
 
     kind = "diversification"
@@ -109,8 +109,8 @@ class Diversification(Regularizer):
             first = record.layer.layout.prefix if self.tokens == "patches" else 0
             local = record.gates.local[:, first:]
             terms.append(local / local.shape[1] ** 0.5 if self.distance == "l2" else local)
-        if record.gates.whole is not None:
-            v, projection = record.gates.whole, record.layer.projection
+        if record.gates.global_ is not None:
+            v, projection = record.gates.global_, record.layer.projection
             if projection is not None and self.projects:
                 v = torch.nn.functional.linear(v, projection.weight)  # its bias cancels in a difference
                 v = v / v.shape[1] ** 0.5 if self.projected == "mean" else v

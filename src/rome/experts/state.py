@@ -55,8 +55,9 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.startswith(places) and name not in shared}
 
 
-def sign(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Note on a model that it just got experts. The notes travel with copies and saved files."""
+def record_settings(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Note on a model that it just got experts. The notes travel with copies and saved files, which are loaded by
+    them."""
     object.__setattr__(model, SETTINGS, [*vars(model).get(SETTINGS, []), settings])
     object.__setattr__(model, BESIDE, fingerprint(model))
 

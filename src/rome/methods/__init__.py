@@ -10,18 +10,3 @@ from rome.methods.more import MORE
 from rome.methods.msd import MSD
 from rome.methods.pat import PAT, VR
 from rome.methods.ramp import RAMP
-
-__all__ = [
-    "EAT",
-    "MORE",
-    "MSD",
-    "PAT",
-    "RAMP",
-    "VR",
-    "Average",
-    "Maximum",
-    "Method",
-    "Outcome",
-    "Random",
-    "TrainContext",
-]

@@ -10,10 +10,8 @@ State that must survive a kill goes through :meth:`Method.state` and :meth:`Meth
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,7 +24,7 @@ from rome.core.component import Component
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
 from rome.core.wrappers import unwrapped
-from rome.experts import Experts, GateRecorder, Regularizer, record_gates
+from rome.experts import Experts, Regularizer, record_gates
 from rome.threats import Threat
 
 
@@ -62,7 +60,7 @@ class TrainContext:
 
 @dataclass
 class Outcome:
-    """The loss of one batch, and what the log tells about it."""
+    """The loss of one batch, and what the log says of it."""
 
     loss: Tensor
     """Scalar to call backward on."""
@@ -93,7 +91,7 @@ class Method(Component):
     """Whether some parameters may get no gradient in an update (several processes have to know)."""
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
-        """The threats it trains on, given the config's.
+        """The threats it trains on, of the config's.
 
         Raises:
             UserError: it cannot train on these threats, or not with this attack.
@@ -121,15 +119,6 @@ class Method(Component):
         if experts is not None and experts.own_method and not self.own_experts:
             able = [name for name, method in Method.members().items() if method.own_experts == kind]
             raise UserError(f"experts of kind {kind} have a method of their own; set method.kind={' or '.join(able)}")
-
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        """Forward passes of the model for each example of an update, a backward to the input counted as one and to the
-        weights as two: what an update costs beside its arithmetic of one pass. NaN where it is not known.
-
-        Args:
-            threats: those the method trains on.
-        """
-        return math.nan
 
     def stages(self, epochs: range) -> tuple[range, ...]:
         """The epochs in the parts within which every update does the same kind of work."""
@@ -168,13 +157,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def search_passes(attack: Attack, threat: Threat) -> float:
-    """Forward passes of attacking an example under a threat, a backward counted as one, by the attack the threat brings
-    or else by this one; NaN where that is not known."""
-    searcher, inside = threat.searched_by(attack)
-    return searcher.passes_for(inside)
-
-
 def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tuple[Threat, ...]:
     """The threats of these names, in this order.
 
@@ -189,15 +171,22 @@ def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tupl
 
 
 def training_forward(
-    context: TrainContext, images: Tensor, y: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One forward of the training model on adversarial images.
+    context: TrainContext,
+    images: Tensor,
+    y: Tensor,
+    labels: Tensor,
+    join: Callable[[Tensor], Tensor] = torch.mean,
+) -> Outcome:
+    """One forward of the training model on adversarial images (B', C, H, W): cross-entropy plus the weighted
+    regularizer (Eq. 9).
 
-    Returns:
-        cross-entropy per example (B',), correctness (B',), and the weighted regularizer (scalar) or None.
+    Args:
+        labels: (B',), the threat of each image.
+        join: makes the loss of the cross-entropies (B',).
     """
     logits, penalty = training_logits(context, images, labels)
-    return F.cross_entropy(logits, y, reduction="none"), logits.detach().argmax(dim=1) == y, penalty
+    losses = F.cross_entropy(logits, y, reduction="none")
+    return combine(join(losses), penalty, labels, logits.detach().argmax(dim=1) == y)
 
 
 def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -205,16 +194,16 @@ def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tu
 
     Args:
         images: (B', C, H, W).
-        labels: the threats of the first of them; images beyond carry none and stay out of the regularizer.
+        labels: the threats of the first of them; images beyond have none and stay out of the regularizer.
 
     Returns:
         logits (B', classes) in float32, and the weighted regularizer (scalar) or None.
     """
     regularizer = context.regularizer
-    with _recording(context) as recorder:
+    if regularizer is None:
+        return context.model(images).float(), None
+    with record_gates(context.attacked, detached=regularizer.gradient == "gates") as recorder:
         logits = context.model(images).float()
-    if regularizer is None or recorder is None:
-        return logits, None
     records = recorder.complete()
     if len(labels) < len(images):
         records = [record._replace(gates=record.gates.first(len(labels))) for record in records]
@@ -229,14 +218,8 @@ def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tu
     return logits, regularizer.weight * penalty
 
 
-def _recording(context: TrainContext) -> AbstractContextManager[GateRecorder | None]:
-    if context.regularizer is None:
-        return nullcontext()
-    return record_gates(context.attacked, detached=context.regularizer.gradient == "gates")
-
-
 def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:
-    """Cross-entropy plus weighted regularizer (Eq. 9) as an outcome."""
+    """Cross-entropy plus weighted regularizer as an outcome."""
     outcome = Outcome(loss, labels, correct, {"cross_entropy": loss.detach()})
     if penalty is not None:
         outcome.add("regularizer", penalty)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, TrainContext, combine, named, search_passes, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, named, training_forward
 from rome.threats import PerExample, Threat
 
 
@@ -31,7 +31,7 @@ class EAT(Method):
     """Names of the threats to train on, among the config's. Linf and L1 are the extremes, between them lies L2."""
     per: Literal["example", "batch"] | None = None
     """``batch`` is the original. ``example`` draws for each example with the same probabilities, stratified. None: per
-    example where a regularizer wants several threats in a batch, else per batch (spec F13)."""
+    example where a regularizer wants several threats in a batch, else per batch (docs/decisions/msd-eat-ramp.md)."""
     _seen: list[int] = PrivateAttr(default_factory=list)
     """Examples attacked so far, by threat."""
     _robust: list[int] = PrivateAttr(default_factory=list)
@@ -51,9 +51,6 @@ class EAT(Method):
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         return super().trained(named(threats, self.threats, self.kind), attack)
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 1 + 3
-
     def prepare(self, context: TrainContext) -> None:
         self._seen, self._robust = [0] * len(context.threats), [0] * len(context.threats)
 
@@ -64,8 +61,7 @@ class EAT(Method):
         member = F.one_hot(labels, len(context.threats)).to(x.device, non_blocking=True)
         new = torch.stack([member.sum(dim=0), (member * found.robust.unsqueeze(1)).sum(dim=0)])
         self._new = new if self._new is None else self._new + new
-        losses, correct, penalty = training_forward(context, found.images, y, labels)
-        return combine(losses.mean(), penalty, labels, correct)
+        return training_forward(context, found.images, y, labels)
 
     def probabilities(self) -> Tensor:
         """With what probability each threat is drawn in the current update: float64 (threats,)."""

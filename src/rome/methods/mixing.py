@@ -9,27 +9,24 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, TrainContext, combine, search_passes, training_forward
-from rome.threats import PerExample, Threat
+from rome.methods.base import Method, Outcome, TrainContext, training_forward
+from rome.threats import PerExample
 
 
 class Random(Method):
     """RANDOM (SAT): each example, or each batch, meets one threat drawn uniformly (Madaan et al. 2021).
 
     ``per: example`` draws stratified: every threat gets an equal share of the global batch, in random order, and the
-    whole mixture is attacked at once (spec F1). ``per: batch`` is the original: one threat for all.
+    whole mixture is attacked at once (docs/decisions/random-per-example.md). ``per: batch`` is the original: one
+    threat for all.
     """
 
     kind = "random"
     per: Literal["example", "batch"] = "example"
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
-
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(search_passes(attack, threat) for threat in threats) / len(threats) + 3
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         if self.per == "batch":
@@ -40,8 +37,7 @@ class Random(Method):
             labels = equal_shares(context.threat_stream, len(x), len(context.threats))
         mixture = PerExample(context.threats, labels)
         images = context.attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        losses, correct, penalty = training_forward(context, images, y, labels)
-        return combine(losses.mean(), penalty, labels, correct)
+        return training_forward(context, images, y, labels)
 
     def update_end(self, context: TrainContext) -> None:
         self._drawn = None
@@ -58,17 +54,15 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
 class _Every(Method):
     """Attacks every example under every threat; one forward over all of them."""
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return sum(search_passes(attack, threat) + 3 for threat in threats)
-
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         threats = len(context.threats)
         # example by example, so that the draws of a process's examples are a slice of the global batch's
         mixture = PerExample(context.threats, torch.arange(threats).repeat(len(x)))
         images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
         images = context.attack(context.attacked, images, labels, mixture, generator=context.attack_stream)
-        losses, correct, penalty = training_forward(context, images, labels, mixture.labels)
-        return combine(self.join(losses.view(len(x), threats).t()), penalty, mixture.labels, correct)
+        return training_forward(
+            context, images, labels, mixture.labels, lambda losses: self.join(losses.view(len(x), threats).t())
+        )
 
     @abstractmethod
     def join(self, losses: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from rome.attacks import Attack
 from rome.core.errors import UserError
 from rome.experts import Experts, ModelMixture, Networks
-from rome.methods.base import Method, Outcome, TrainContext, search_passes
+from rome.methods.base import Method, Outcome, TrainContext
 from rome.methods.mixing import Random
 from rome.threats import PerExample, Threat
 
@@ -20,7 +19,7 @@ from rome.threats import PerExample, Threat
 class MORE(Method):
     """MORE: a network for each threat, trained on it alone; then a gate network and the experts' last layers.
 
-    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it (spec B): experts
+    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it: experts
     for L1, L2 and Linf and none for clean images. First stage: in every update, expert p trains on the whole batch,
     attacked under threat p through expert p alone. The loss is the sum of the experts' cross-entropies, so each has the
     gradient of adversarial training on its threat by itself. Second stage: their bodies are frozen, in evaluation mode;
@@ -41,10 +40,6 @@ class MORE(Method):
     def stages(self, epochs: range) -> tuple[range, ...]:
         first = len(epochs) // 2 if self.expert_epochs is None else self.expert_epochs
         return epochs[:first], epochs[first:]
-
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        apart = sum(search_passes(attack, threat) + 3 for threat in threats) / (len(threats) + 1)
-        return (apart + Random().passes(threats, attack)) / 2  # of the whole mixture; both stages alike
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
         super().suits(threats, experts, epochs)

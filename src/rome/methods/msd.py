@@ -12,7 +12,7 @@ from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward
+from rome.methods.base import Method, Outcome, TrainContext, training_forward
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -25,7 +25,7 @@ class MSD(Method):
     """MSD: the worst point of a path that takes, step by step, the worst of all norms' steepest steps.
 
     Maini et al., "Adversarial robustness against the union of multiple perturbation models" (ICML 2020), with the
-    settings of Madaan et al. 2021 (spec B). For the regularizer an example counts to the threat whose step led to it.
+    settings of Madaan et al. 2021. For the regularizer an example counts to the threat whose step led to it.
     """
 
     kind = "msd"
@@ -44,9 +44,6 @@ class MSD(Method):
                 raise UserError(f"it steps along Lp norms, and {threat.name} is no Lp ball; leave it out of threats")
         return threats
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return self.steps * (2 + len(threats)) + 3
-
     def step_size_for(self, threat: LpBall) -> float:
         return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
@@ -55,5 +52,4 @@ class MSD(Method):
         sizes = [self.step_size_for(threat) for threat in threats]
         found = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
         labels = found.chosen.cpu()
-        losses, correct, penalty = training_forward(context, found.images, y, labels)
-        return combine(losses.mean(), penalty, labels, correct)
+        return training_forward(context, found.images, y, labels)

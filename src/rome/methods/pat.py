@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from rome.attacks import Attack, FastLPA
 from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
 from rome.attacks.perceptual.features import ALL, Perception, loaded
-from rome.core.component import Number
+from rome.core.component import Names, Number
 from rome.core.errors import UserError
 from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward, training_logits
 from rome.methods.mixing import equal_shares
-from rome.models import file_hash
+from rome.models import file_hash, weights_file
 from rome.threats import Perceptual, PerExample, Threat
 
 
@@ -31,10 +30,10 @@ class PAT(Method):
 
     kind = "pat"
     own_attack: ClassVar[str] = "fast-lpa"
-    features: tuple[str, ...] = Field(default=("self", "runs/alexnet"), min_length=1)
+    features: Names = Field(default=("self", "runs/alexnet"), min_length=1)
     """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
     folder or a safetensors file of ours. The paper's two are ``self`` and an AlexNet."""
-    layers: tuple[str, ...] = ()
+    layers: Names = ()
     """Of ``self``: which modules to take activations from (see
     :func:`rome.attacks.perceptual.features.feature_layers`)."""
     bound: Number = Field(default=0.5, gt=0)
@@ -45,11 +44,6 @@ class PAT(Method):
     """With their networks in hand."""
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
     """SHA-256 of each network's file."""
-
-    @field_validator("features", "layers", mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         found = tuple(
@@ -64,9 +58,6 @@ class PAT(Method):
             )
         return found
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return 1 + 3 * self.steps + 3  # a step: forward, backward to the input, forward a little further
-
     def prepare(self, context: TrainContext) -> None:
         device = next(context.attacked.parameters()).device
         found = []
@@ -78,15 +69,14 @@ class PAT(Method):
                 raise UserError(f"{self.kind}: {error}, in a config by method.features=[self, PATH]") from error
         Perception(context.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
         self._threats = tuple(found)
-        self._hashes = {name: file_hash(_file(name)) for name in self.features if name != "self"}
+        self._hashes = {name: file_hash(weights_file(name)) for name in self.features if name != "self"}
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels)
         attack = FastLPA(steps=self.steps, only_correct=True)
         images = attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        losses, correct, penalty = training_forward(context, images, y, labels)
-        return combine(losses.mean(), penalty, labels, correct)
+        return training_forward(context, images, y, labels)
 
     def state(self) -> dict[str, Any]:
         return {"networks": self._hashes}
@@ -109,9 +99,6 @@ class VR(PAT):
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
 
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        return 3 * super().passes(threats, attack)
-
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels.repeat_interleave(3))
@@ -124,7 +111,3 @@ class VR(PAT):
         outcome = combine(F.cross_entropy(logits, y), penalty, labels, logits.detach().argmax(dim=1) == y)
         outcome.add("variation", self.weight * torch.linalg.vector_norm(one - other, dim=1).mean())
         return outcome
-
-
-def _file(network: str) -> Path:
-    return Path(network) / "model.safetensors" if Path(network).is_dir() else Path(network)

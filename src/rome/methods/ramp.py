@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Method, Outcome, TrainContext, combine, named, search_passes, set_lr, training_logits
+from rome.methods.base import Method, Outcome, TrainContext, combine, named, set_lr, training_logits
 from rome.threats import PerExample, Threat
 
 
@@ -41,7 +41,7 @@ class RAMP(Method):
     fusion: Number | None = Field(default=0.5, ge=0, le=1)
     """beta, the share of clean training in the fused weights; null or 0: no copy and no fusion."""
     trades: Number | None = Field(default=None, ge=0)
-    """Where given, CE(f(x), y) + trades * KL(softmax f(x) || softmax f(x_w)) takes the place of CE(f(x_w), y), as
+    """Unless null, CE(f(x), y) + trades * KL(softmax f(x) || softmax f(x_w)) takes the place of CE(f(x_w), y), as
     the authors do for wide residual networks, with 6 (Zhang et al. 2019)."""
     _clean: _CleanCopy | None = PrivateAttr(default=None)
 
@@ -53,10 +53,6 @@ class RAMP(Method):
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         return super().trained(named(threats, (self.source, self.target), self.kind), attack)
-
-    def passes(self, threats: tuple[Threat, ...], attack: Attack) -> float:
-        attacks = sum(search_passes(attack, threat) + 1 + 3 for threat in threats)
-        return attacks + (3 if self.fusion else 0) + (3 if self.trades is not None else 0)
 
     def prepare(self, context: TrainContext) -> None:
         self._clean = _CleanCopy(context.model, context.new_optimizer) if self.fusion else None

@@ -3,23 +3,8 @@
 May import experts, data, threats and core.
 """
 
+from rome.core.files import file_hash
 from rome.models.building import ModelSettings, build_model, create_model, trains_on
 from rome.models.classifier import Classifier
 from rome.models.files import load_experts, load_model, save_experts, save_model
-from rome.models.loading import file_hash, load_weights, read_tensors, weights_file
-
-__all__ = [
-    "Classifier",
-    "ModelSettings",
-    "build_model",
-    "create_model",
-    "file_hash",
-    "load_experts",
-    "load_model",
-    "load_weights",
-    "read_tensors",
-    "save_experts",
-    "save_model",
-    "trains_on",
-    "weights_file",
-]
+from rome.models.loading import load_weights, read_tensors, weights_file

@@ -1,4 +1,4 @@
-"""Experts of saved models: their settings, which the tensors do not tell, and models that get them."""
+"""Experts of saved models: their settings, which are in no tensor, and models that get them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rome.experts import Experts
 from rome.experts.state import PART, expert_names, settings_of
 
 NO_MATTER = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim", PART}
-"""Settings of experts that change no output, or that the names and shapes of the tensors tell."""
+"""Settings of experts that change no output, or that names and shapes of the tensors show."""
 
 
 def fill(model: nn.Module, saved: list[dict[str, Any]], path: object, copy_into: Callable[[nn.Module], None]) -> None:

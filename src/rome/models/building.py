@@ -20,6 +20,8 @@ from rome.models.classifier import Classifier
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
+_NO_START = {"weights": None, "weights_key": None, "drop_head": False, "drop_experts": False}
+
 
 class ModelSettings(Settings):
     """The ``model`` part of a config, and the arguments of :func:`create_model`."""
@@ -47,16 +49,20 @@ class ModelSettings(Settings):
     drop_experts: bool = False
     """Leave the experts of ``weights`` out; otherwise the config must have the same, and they go on."""
 
-    def untrained(self) -> Self:
-        """The same architecture without weights to start from."""
-        return self.model_copy(update={"pretrained": False, **_no_start()})
+    def without_weights(self) -> Self:
+        """The same without weights to start from."""
+        return self.model_copy(update={"pretrained": False, **_NO_START})
 
-    def outline(self) -> Self:
-        """The same architecture for whom weights are nothing, such as who counts: also without RobustBench's package
-        where the architecture goes by another name too."""
+    def architecture_only(self) -> Self:
+        """The same for counting parameters and operations: also without RobustBench's package where the architecture
+        has another name too."""
         zoo = self.name.startswith(ROBUSTBENCH)
         twin = TWINS.get((self.args.get("dataset", "cifar10"), self.name.removeprefix(ROBUSTBENCH))) if zoo else None
-        return self.untrained() if twin is None else self.untrained().model_copy(update={"name": twin, "args": {}})
+        return (
+            self.without_weights()
+            if twin is None
+            else self.without_weights().model_copy(update={"name": twin, "args": {}})
+        )
 
 
 def create_model(
@@ -92,7 +98,7 @@ def create_model(
         pretrained: load the tag's weights (timm only; needs the network once).
         mean, std: normalisation per channel; None takes the model's own: CIFAR-10's for Wide ResNets, none for the
             ResNets and RobustBench's models, timm's for timm's, otherwise 0.5. That of ``weights`` comes before these
-            but not before one that is given.
+            but not before an argument here.
         weights: what to start from, with its experts if it has some; see :func:`rome.models.load_weights`. What there
             is to say of it goes to standard error.
         weights_key: where in ``weights``, if it holds several models.
@@ -103,13 +109,13 @@ def create_model(
     Raises:
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
     """
-    if weights is None and (drop_head or drop_experts or weights_key is not None):
-        which = "drop_head drops the last layer" if drop_head else "drop_experts drops the experts"
-        which = which if drop_head or drop_experts else "weights_key names a part"
-        raise UserError(f"model.{which} of model.weights, and there are none; name them")
-    sizes: dict[str, Any] = {
-        key: value for key, value in (("img_size", img_size), ("patch_size", patch_size)) if value is not None
-    }
+    parts = {"drop_head drops the last layer": drop_head, "drop_experts drops the experts": drop_experts}
+    parts["weights_key names a part"] = weights_key is not None
+    needless = [text for text, wanted in parts.items() if wanted]
+    if weights is None and needless:
+        raise UserError(f"model.{needless[0]} of model.weights, and there are none; name them")
+    options = {"img_size": img_size, "patch_size": patch_size}
+    sizes = {key: value for key, value in options.items() if value is not None}
     try:
         backbone = make_backbone(
             name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, options={**sizes, **args}
@@ -133,16 +139,8 @@ def create_model(
     model.recipe = {"name": name, "num_classes": num_classes, **sizes, "in_chans": in_chans, "mean": mean, "std": std}
     model.recipe |= args
     if weights is not None:
-        say(
-            load_weights(
-                model,
-                weights,
-                drop_head=drop_head,
-                drop_experts=drop_experts,
-                key=weights_key,
-                keep_normalization=keep,
-            )
-        )
+        drops = {"drop_head": drop_head, "drop_experts": drop_experts}
+        say(load_weights(model, weights, **drops, key=weights_key, keep_normalization=keep))
     return model
 
 
@@ -163,7 +161,7 @@ def build_model(
     if twice:
         raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
     goes_on = trains_on(settings, experts)
-    later = _no_start() if goes_on else {}
+    later = _NO_START if goes_on else {}
     model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0], **later}, **settings.args)
     images, name = torch.zeros(2, *shape), f"model {settings.name}"
     with tried(model):
@@ -174,16 +172,10 @@ def build_model(
     if experts is not None:
         experts.inject(model, images)
     if settings.weights is not None and goes_on:
+        keep = settings.mean is not None or settings.std is not None
         try:
-            say(
-                load_weights(
-                    model,
-                    settings.weights,
-                    key=settings.weights_key,
-                    drop_head=settings.drop_head,
-                    keep_normalization=settings.mean is not None or settings.std is not None,
-                )
-            )
+            start, key = settings.weights, settings.weights_key
+            say(load_weights(model, start, key=key, drop_head=settings.drop_head, keep_normalization=keep))
         except UserError as error:
             raise UserError(f"{error} (model.drop_experts=true starts with new experts)") from error
     return model.train()
@@ -203,10 +195,6 @@ def trains_on(settings: ModelSettings, experts: Experts | None) -> bool:
             "(experts: ...), or set model.drop_experts=true to start without them"
         )
     return True
-
-
-def _no_start() -> dict[str, Any]:
-    return {"weights": None, "weights_key": None, "drop_head": False, "drop_experts": False}
 
 
 def say(remarks: Sequence[str]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rome.core.errors import UserError
+from rome.core.files import file_hash
 from rome.core.trial import last_line
 from rome.core.trust import PROGRAMS
-from rome.models.loading import file_hash
 
 EXPORTED = ".pt2"
 HOW_TO_EXPORT = (
@@ -39,7 +38,7 @@ class SavedModule(nn.Module):
         UserError: no such file, not readable, or exported for one image or a fixed number of them.
     """
 
-    told_by_state = True
+    identified_by_state = True
     """Its state identifies it; what is inside need not be looked at."""
 
     def __init__(self, file: Path) -> None:
@@ -74,10 +73,13 @@ class SavedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0)).device
-        if self.program is not None and device.type != "cpu":  # its graph names devices, which .to() does not change
-            from torch.export.passes import move_to_device_pass
+        if device.type != "cpu":  # graphs and frozen constants name devices, which .to() does not change
+            if self.program is None:
+                self._take(_scripted(self.file, device))
+            else:
+                from torch.export.passes import move_to_device_pass
 
-            self._take(move_to_device_pass(self.program, str(device)).module())
+                self._take(move_to_device_pass(self.program, str(device)).module())
             return self
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -88,11 +90,11 @@ class SavedModule(nn.Module):
         """Nothing to do: the file was read already."""
 
 
-def _scripted(file: Path) -> nn.Module:
+def _scripted(file: Path, device: torch.device | str = "cpu") -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would rather have modules exported
-            return torch.jit.load(str(file), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            return torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{file} is not a TorchScript module ({last_line(error)}); for a file of weights give the model's name "
@@ -103,52 +105,32 @@ def _scripted(file: Path) -> nn.Module:
 def _exported(file: Path) -> Any:
     if not zipfile.is_zipfile(file):
         raise UserError(f"{file} is not a file of torch.export.save; write it again: {HOW_TO_EXPORT}")
+    logging.disable()  # it logs tracebacks, and what is wrong with a file is in the exception
     try:
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.export.load(str(file))
     except Exception as error:  # it raises almost any kind
         raise UserError(
             f"{file} is not a file of torch.export.save that this torch can read: {last_line(error)}"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _largest_batch(program: Any, file: Path) -> int | None:
     """How many images an exported program takes at once; None where it is any number."""
-    inputs = [
-        node
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-    ]
+    names = program.graph_signature.user_inputs
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(inputs) != 1:
         raise UserError(f"{file} was exported with {len(inputs)} inputs; rome gives one: a batch of images")
     batch = inputs[0].meta["val"].shape[0]
-    if isinstance(batch, int):
+    bounds = None if isinstance(batch, int) else program.range_constraints.get(batch.node.expr)
+    lower = 0 if bounds is None else int(bounds.lower)
+    if isinstance(batch, int) or lower > 2:  # 2: what torch writes for "any"
+        wrong = f"exactly {batch}" if isinstance(batch, int) else f"at least {lower}"
         raise UserError(
-            f"{file} was exported for batches of exactly {batch}, and attacks need batches of any size; "
-            f"export it with a dynamic batch: {HOW_TO_EXPORT}"
+            f"{file} was exported for batches of {wrong}, and attacks need batches of any size; export it with a "
+            f"dynamic batch: {HOW_TO_EXPORT}"
         )
-    bounds = program.range_constraints.get(batch.node.expr)
-    if bounds is None:
-        return None
-    if int(bounds.lower) > 2:  # 2: what torch writes for "any"
-        raise UserError(
-            f"{file} was exported for batches of at least {bounds.lower}, and attacks need smaller ones; "
-            f"export it with a dynamic batch: {HOW_TO_EXPORT}"
-        )
-    return int(bounds.upper) if bounds.upper < 1_000_000 else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch.export's warnings and logged tracebacks: what is wrong with a file is in the exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.export.pt2_archive._package")]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+    return int(bounds.upper) if bounds is not None and bounds.upper < 1_000_000 else None

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.models.adapted import fill
 from rome.models.building import ModelSettings, create_model, say
-from rome.models.fitting import check_fit, fit
+from rome.models.fitting import fit
 from rome.models.loading import other_layers, read_tensors
 from rome.models.module_tree import layer_counts
 
@@ -72,7 +71,7 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
 
     def copy_into(target: nn.Module) -> None:
         expected = set(_own_experts(target))
-        check_fit(target, tensors, expected=expected, path=path)
+        fit(target, tensors, expected=expected, path=path, copy=False)
         if not any_backbone and metadata.get("moved", True) and metadata.get("beside") != fingerprint(target):
             raise UserError(
                 f"{path} holds experts that were trained together with the weights beside them, and the model has "
@@ -107,12 +106,11 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         if not metadata.get("model"):
             raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
         model = _built(metadata["model"], path)
-    fill(
-        model,
-        metadata.get("experts") or [],
-        path,
-        lambda target: fit(target, tensors, expected=set(bare_state(target)), path=path),
-    )
+
+    def copy_into(target: nn.Module) -> None:
+        fit(target, tensors, expected=set(bare_state(target)), path=path)
+
+    fill(model, metadata.get("experts") or [], path, copy_into)
     if different := other_layers(metadata, model):
         said = f"{path} was saved of a model with {different}"
         if built:
@@ -124,16 +122,15 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
 def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
     """The untrained model whose arguments of :func:`create_model` a file keeps; it needs no weights but the file's."""
     own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields and key != "args"}
+    unknown = f"{path} does not say how its model is built"
     try:
-        settings = ModelSettings(**own).untrained().model_dump(exclude={"args"}, exclude_none=True)
+        settings = ModelSettings(**own).without_weights().model_dump(exclude={"args"}, exclude_none=True)
     except UserError as error:
-        raise UserError(
-            f"{path} does not say how its model is built ({error}); pass the module to load it into"
-        ) from error
+        raise UserError(f"{unknown} ({error}); pass the module to load it into") from error
     try:
         return create_model(**settings, **{key: value for key, value in recipe.items() if key not in own})
-    except (ValidationError, TypeError) as error:  # nonsense; the latter without a number of classes
-        raise UserError(f"{path} does not say how its model is built; pass the module to load it into") from error
+    except TypeError as error:  # without a number of classes
+        raise UserError(f"{unknown}; pass the module to load it into") from error
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:
@@ -153,9 +150,7 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
 
 
 def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
-    own = {
-        name: tensor.detach().clone().contiguous() for name, tensor in state.items()
-    }  # tied weights are written twice
+    own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}  # clones: weights may be tied
     try:
         file = Path(path).expanduser()
         replace_with(file, lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rome.core.errors import UserError
+from rome.core.errors import UserError, some
 from rome.core.wrappers import bare_name, bare_state, unwrapped
 from rome.experts.more import ModelMixture
 from rome.models.classifier import Classifier
@@ -49,15 +50,14 @@ def _head(network: nn.Module) -> list[str]:
 # Where in a file a model's tensors lie
 
 
-@dataclass
-class AttackResult:
+class FoundWeights(NamedTuple):
     """The tensors of a file that belong to a model."""
 
     tensors: dict[str, Tensor]
     """Under the names of the model's backbone; also those that it does not have."""
-    normalization: tuple[Tensor, Tensor] | None = None
+    normalization: tuple[Tensor, Tensor] | None
     """Mean and std, each of one or as many values as images have channels."""
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[str]
 
 
 def find(
@@ -68,7 +68,7 @@ def find(
     source: str,
     key: str | None = None,
     channels: int | None = None,
-) -> AttackResult:
+) -> FoundWeights:
     """Find a model in a file: below the prefix under which all names are there that it needs.
 
     Args:
@@ -87,36 +87,31 @@ def find(
     """
     counts: Counter[str] = Counter(start for name in tensors for start, rest in _cuts(name) if rest in required)
     if key is not None:
-        below = {start: n for start, n in counts.items() if (start.startswith(f"{key}.") if key else not start)}
-        counts = Counter(below)
+        counts = Counter({s: n for s, n in counts.items() if (s.startswith(f"{key}.") if key else not s)})
         if not counts:
             raise UserError(f"{source} holds no tensors of this model under {key!r}; its keys: {_groups(tensors, '')}")
     complete = [start for start, n in counts.items() if n == len(required)]
     fitting = [s for s in complete if all(tensors[s + n].shape == own[n].shape for n in required)] or complete
-    remarks: list[str] = []
+    start, remarks = max(counts, key=lambda start: (counts[start], -len(start)), default=""), list[str]()
     if fitting:
-        start = _choose(fitting, tensors, own, required, source, remarks)
-    else:
-        start = max(counts, key=lambda start: (counts[start], -len(start)), default="")
+        start, remarks = _choose(fitting, tensors, own, required, source)
     others = tuple(other for other in complete if len(other) > len(start))
-    inside = [name for name in tensors if name.startswith(start) and not name.startswith(others)]
-    outside = [name for name in tensors if name not in set(inside)]
-    found = AttackResult({name.removeprefix(start): tensors[name] for name in inside}, remarks=remarks)
-    if channels is not None:
-        strange = [name for name in inside if name.removeprefix(start) not in own]
-        pairs = _normalizations(strange + outside, start, tensors, channels)
-        for mean, std in pairs:
-            for name in (mean, std):
-                found.tensors.pop(name.removeprefix(start) if name.startswith(start) else "", None)
-        outside = [name for name in outside if not any(name in pair for pair in pairs)]
-        if pairs:
-            found.normalization = _one_normalization(pairs, tensors, source)
-    twins = {other + name for other in fitting if other != start for name in own}  # equal, or told already
-    outside = [name for name in outside if name not in twins]
+    inside, outside = list[str](), list[str]()
+    for name in tensors:
+        (inside if name.startswith(start) and not name.startswith(others) else outside).append(name)
+    strange = [name for name in inside if name.removeprefix(start) not in own]
+    pairs = [] if channels is None else _normalizations(strange + outside, start, tensors, channels)
+    taken = {name for pair in pairs for name in pair}
+    known = taken | {other + name for other in fitting if other != start for name in own}  # equal, or in a remark
+    outside = [name for name in outside if name not in known]
     if outside and fitting:
         place = f"those under {start.rstrip('.')}" if start else "the weights"
-        found.remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
-    return found
+        remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
+    return FoundWeights(
+        {name.removeprefix(start): tensors[name] for name in inside if name not in taken},
+        _one_normalization(pairs, tensors, source) if pairs else None,
+        remarks,
+    )
 
 
 def _choose(
@@ -125,9 +120,9 @@ def _choose(
     own: Mapping[str, Tensor],
     required: Collection[str],
     source: str,
-    remarks: list[str],
-) -> str:
-    """One of the prefixes under which a model is complete; where they differ, the one that timm would take."""
+) -> tuple[str, list[str]]:
+    """One of the prefixes under which a model is complete, and what to say of it; where they differ, the one that timm
+    would take."""
 
     def strangers(start: str) -> int:
         return sum(name.startswith(start) and name.removeprefix(start) not in own for name in tensors)
@@ -138,7 +133,7 @@ def _choose(
         if not any(all(_equal(tensors[start + n], tensors[one + n]) for n in required) for one in different):
             different.append(start)
     if len(different) == 1:
-        return different[0]
+        return different[0], []
     by_key = {start.split(".")[0]: start for start in different}
     names = [start.rstrip(".") or '""' for start in different]
     how = "set model.weights_key (--weights-key, weights_key=)"
@@ -150,8 +145,8 @@ def _choose(
         )
     taken = preferred.rstrip(".")
     rest = ", ".join(name for name in names if name != taken)
-    remarks.append(f"{source}: the averaged weights ({taken}) are taken, as timm does; {how} to {rest} for the others")
-    return preferred
+    remark = f"{source}: the averaged weights ({taken}) are taken, as timm does; {how} to {rest} for the others"
+    return preferred, [remark]
 
 
 def _normalizations(
@@ -191,28 +186,19 @@ def numbers(values: Tensor) -> str:
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:
     """A name cut in two at its beginning and behind every dot."""
-    at = 0
-    while True:
+    for at in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
         yield name[:at], name[at:]
-        at = name.find(".", at) + 1
-        if not at:
-            return
 
 
 def _groups(names: Collection[str], start: str) -> str:
     """``optimizer (62 tensors), criterion.weight``: names up to where they leave the prefix."""
-    groups: Counter[str] = Counter()
-    example: dict[str, str] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        depth = 1
-        parts, taken = name.split("."), start.split(".")
-        while depth < len(parts) and parts[:depth] == taken[:depth]:
-            depth += 1
-        group = ".".join(parts[:depth])
-        groups[group] += 1
-        example[group] = name
-    told = [example[group] if n == 1 else f"{group} ({n} tensors)" for group, n in groups.items()]
-    return ", ".join(told[: 2 * SHOWN]) + (f" and {len(told) - 2 * SHOWN} more" if len(told) > 2 * SHOWN else "")
+        parts = name.split(".")
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(parts, start.split("."), strict=False))))
+        groups.setdefault(".".join(parts[: shared + 1]), []).append(name)
+    lines = [own[0] if len(own) == 1 else f"{group} ({len(own)} tensors)" for group, own in groups.items()]
+    return some(lines, 2 * SHOWN)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -230,6 +216,7 @@ def fit(
     path: object,
     head: tuple[str, ...] = (),
     hint: str = "",
+    copy: bool = True,
 ) -> None:
     """Copy tensors into a model, all or none.
 
@@ -239,27 +226,7 @@ def fit(
         path: for the message.
         head: prefixes of the last layer's names; where nothing else is wrong, the message says how to drop it.
         hint: the end of the message otherwise.
-
-    Raises:
-        UserError: as :func:`check_fit`.
-    """
-    check_fit(model, tensors, expected=expected, path=path, head=head, hint=hint)
-    own = bare_state(model)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
-def check_fit(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    expected: Collection[str],
-    path: object,
-    head: tuple[str, ...] = (),
-    hint: str = "",
-) -> None:
-    """:func:`fit` without the copying.
+        copy: False only checks.
 
     Raises:
         UserError: a tensor is missing, too many, of another shape or type of number, or not finite.
@@ -283,6 +250,9 @@ def check_fit(
         if only and not hint:
             hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
         raise UserError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
+    with torch.no_grad():
+        for name in both if copy else ():
+            own[name].copy_(tensors[name])
 
 
 def _kind(tensor: Tensor) -> str:
@@ -308,5 +278,4 @@ def _each(what: str, lines: list[str]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     """``a is``, ``a, b are``, ``a, b, c and 7 more are``."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{some(names, SHOWN)} {'is' if len(names) == 1 else 'are'}"

@@ -45,7 +45,7 @@ class Inspection:
 
     def __init__(self) -> None:
         self.unknown: dict[str, None] = {}
-        """Objects that cannot be told from others of their kind, each with its place."""
+        """Objects that cannot be distinguished from others of their kind, each with its place."""
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._values: defaultdict[str, set[str]] = defaultdict(set)
         self._packages: dict[str, str] = {}
@@ -87,7 +87,7 @@ class Inspection:
             try:
                 self._known[key] = _hash(type(value).__qualname__, *self._parts(value))
             except RecursionError:
-                self._known[key] = self._untold(value)
+                self._known[key] = self._unidentified(value)
             finally:
                 self._active.pop()
         return self._known[key]
@@ -126,8 +126,6 @@ class Inspection:
             return self._compiled(value)
         if kind is types.CellType:
             return (self.of(value.cell_contents) if value != types.CellType() else "",)
-        if isinstance(value, (staticmethod, classmethod)):
-            return (self.of(value.__func__),)
         if isinstance(value, property):
             return self.of(value.fget), self.of(value.fset)
         if isinstance(value, functools.cached_property):
@@ -139,10 +137,8 @@ class Inspection:
             return self.of(kind), self.of({name: getattr(value, name) for name in kind.model_fields}), self.of(own)
         if isinstance(value, weakref.ref):
             return (self.of(value()),)
-        if isinstance(value, torch.jit.ScriptFunction):
-            return (str(value.code),)
-        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return (str(value),)
+        if isinstance(value, (torch.jit.ScriptFunction, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return (str(getattr(value, "code", value)),)
         if kind in _LOCKS:
             return ()
         if callable(getattr(value, "__wrapped__", None)):
@@ -163,10 +159,10 @@ class Inspection:
         except RecursionError:
             raise
         except Exception:  # anything: it is code of others
-            return (self._untold(value),)
+            return (self._unidentified(value),)
         return [self.of(part) for part in (made, arguments, state, *held)]
 
-    def _untold(self, value: object) -> str:
+    def _unidentified(self, value: object) -> str:
         self.unknown[f"{self._where or 'an object'} ({type(value).__module__}.{type(value).__qualname__})"] = None
         return ""
 
@@ -174,7 +170,7 @@ class Inspection:
         try:
             content = "" if value.is_meta else hashlib.sha256(tensor_bytes(value)).hexdigest()
         except (RuntimeError, TypeError, NotImplementedError):
-            content = self._untold(value)
+            content = self._unidentified(value)
         return str(value.dtype), str(tuple(value.shape)), content
 
     # -------- code
@@ -316,19 +312,19 @@ class Inspection:
                 held[f"{type(module).__qualname__}.{name}"][path] = value
         if hooks := list(torch.nn.modules.module._global_forward_hooks.values()):
             held["torch.nn.Module.hooks"][""] = hooks
-        told = {}
+        texts_of = {}
         for name, values in held.items():
             before, self._where = self._where, name
             texts = {path: self.text(value) for path, value in values.items()}
             self._where = before
             alone = set(texts.values())
-            told[name] = alone.pop() if len(alone) == 1 else _shown(_hash(*map(str, texts.items())))
+            texts_of[name] = alone.pop() if len(alone) == 1 else _shown(_hash(*map(str, texts.items())))
         for _, module in fresh:
             self.of(type(module))
         return {
             "layers": dict(sorted(Counter(type(module).__qualname__ for _, module in fresh).items())),
             "structure": _shown(_hash(*(f"{path} {first[id(each)]} {name_of(type(each))}" for path, each in tree))),
-            "attributes": dict(sorted(told.items())),
+            "attributes": dict(sorted(texts_of.items())),
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import json
 import re
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from rome.core import trust
-from rome.core.errors import UserError, first_line
+from rome.core.errors import UserError, first_line, some
 from rome.core.plain_data import Unreadable, parse_json
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import PART, expert_state
@@ -30,8 +29,7 @@ from rome.models.pickles import load_pickle
 PYAUTOATTACK = "pyautoattack"
 """Names the weights of ``resnet_18`` for CIFAR-10 that come with that package, wherever it is installed."""
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
-"""Usual endings of files that ``torch.save`` wrote. Files are told apart by their content, where it can be read."""
-SHOWN = 3
+"""Usual endings of files that ``torch.save`` wrote. Files are recognised by their content, where it can be read."""
 DEPTH = 8
 """How deep in a checkpoint's dicts and lists tensors are looked for."""
 
@@ -52,7 +50,7 @@ def load_weights(
         source: one of
 
             - a run's folder or a safetensors file saved by rome, with its normalisation and its experts;
-            - a safetensors file of somebody else, a folder or index of several (``model.safetensors.index.json``), or a
+            - a safetensors file of others, a folder or index of several (``model.safetensors.index.json``), or a
               checkpoint of ``torch.save``: the model is found wherever in it all names of the model are, behind one
               prefix (``state_dict.module.``, ``model.net.``). Where there are several that differ, timm's averaged
               weights are taken (``state_dict_ema``, ``model_ema``); others are refused without a ``key``. Normalisation
@@ -113,8 +111,8 @@ def load_weights(
 def _beside(file: Path) -> tuple[Tensor, Tensor] | None:
     """The normalisation in the ``config.json`` that timm writes beside weights for the Hub, if there is one."""
     try:
-        kept = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
-        mean, std = torch.tensor(kept["mean"]), torch.tensor(kept["std"])
+        config = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
+        mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (mean, std) if mean.shape == std.shape and bool((std > 0).all()) else None
@@ -134,7 +132,7 @@ def _normalize(model: Classifier, mean: Tensor, std: Tensor, source: str, keep: 
 
 
 def _hint(unexpected: Collection[str]) -> str:
-    """What names that a model does not have tell."""
+    """What names that a model does not have suggest."""
     if any(re.search(r"\.(A|B|gate\.\w+(\.\w+)?|router\..+)$", name) for name in unexpected):
         return (
             "; it seems to have experts, whose settings a file of rome.save_model alone keeps: give that one, or a "
@@ -150,9 +148,8 @@ def _other_arguments(model: nn.Module, saved: Any, source: str) -> list[str]:
     own = getattr(model, "recipe", None)
     if not own or not saved:
         return []
-    told = ("num_classes", "mean", "std")
     plain = json.loads(json.dumps([saved, own], default=str))
-    theirs, ours = ({k: v for k, v in each.items() if k not in told} for each in plain)
+    theirs, ours = ({k: v for k, v in each.items() if k not in ("num_classes", "mean", "std")} for each in plain)
     differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     said = ", ".join(f"{k}={theirs.get(k)} (here {ours.get(k)})" for k in differing)
     return [f"{source} was saved of a model with {said}"] if differing else []
@@ -170,10 +167,14 @@ def weights_file(source: str | Path) -> Path:
     """The file that a source of weights stands for.
 
     Raises:
-        UserError: ``pyautoattack`` is not installed.
+        UserError: ``pyautoattack`` is not installed with its weights.
     """
     if str(source) == PYAUTOATTACK:
-        return pyautoattack_weights()
+        package = importlib.util.find_spec(PYAUTOATTACK)
+        shipped = Path(package.origin).parent / "examples" / "model_test.pt" if package and package.origin else None
+        if shipped is None or not shipped.is_file():
+            raise UserError("pyautoattack is not installed with its example weights: pip install pyautoattack==0.2.0")
+        return shipped
     file = Path(source).expanduser()
     if file.is_dir():
         index = file / "model.safetensors.index.json"
@@ -219,8 +220,7 @@ def holds_experts(source: str | Path) -> bool:
     Raises:
         UserError: no such file, or not readable.
     """
-    file = weights_file(source)
-    return bool(read_weights(file)[0].get("experts"))
+    return bool(read_weights(weights_file(source))[0].get("experts"))
 
 
 class _Metadata(BaseModel):
@@ -279,7 +279,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     held = load_pickle(file)
     tensors = dict(_flat(held)) if isinstance(held, Mapping) else {}
     if not tensors:
-        keys = ", ".join(list(map(str, held))[:SHOWN]) if isinstance(held, Mapping) else ""
+        keys = some(list(map(str, held))) if isinstance(held, Mapping) else ""
         raise UserError(
             f"{file} holds no state dict but a {type(held).__name__}{f' ({keys})' if keys else ''}; "
             "save model.state_dict(), alone or under a key such as state_dict"
@@ -297,22 +297,3 @@ def _flat(held: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tens
     elif depth < DEPTH and isinstance(held, (Mapping, list, tuple)):
         for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
             yield from _flat(value, f"{name}.{key}" if depth else str(key), depth + 1)
-
-
-def pyautoattack_weights() -> Path:
-    """The file of ResNet-18's weights that pyautoattack ships.
-
-    Raises:
-        UserError: the package is not installed or has no such file.
-    """
-    found = importlib.util.find_spec(PYAUTOATTACK)
-    file = Path(found.origin).parent / "examples" / "model_test.pt" if found and found.origin else None
-    if file is None or not file.is_file():
-        raise UserError("pyautoattack is not installed with its example weights: pip install pyautoattack==0.2.0")
-    return file
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

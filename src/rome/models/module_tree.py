@@ -25,7 +25,7 @@ def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Names and modules, those that occur twice too, without what wraps them; a script's parts are its own."""
     model = unwrapped(model)
     yield path, model
-    if not isinstance(model, torch.jit.ScriptModule) and not getattr(model, "told_by_state", False):
+    if not isinstance(model, torch.jit.ScriptModule) and not getattr(model, "identified_by_state", False):
         for name, child in model._modules.items():
             if child is not None:
                 yield from walk(child, f"{path}.{name}" if path else name)

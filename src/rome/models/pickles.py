@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from rome.core.errors import UserError, first_line, printable
+from rome.core.errors import UserError, first_line, printable, some
 
 LOOKED_AT = 1 << 24
 """Bytes of the pickle that are searched for names."""
-SHOWN = 3
 
 
 def load_pickle(file: Path, advice: str = "copy it again") -> Any:
@@ -44,7 +43,7 @@ def load_pickle(file: Path, advice: str = "copy it again") -> Any:
         named = [refused[1]] if refused else _names(program)
         if named:
             raise UserError(
-                f"{file} holds code ({printable(', '.join(named[:SHOWN]))}), and rome loads tensors alone, so nothing "
+                f"{file} holds code ({printable(some(named))}), and rome loads tensors alone, so nothing "
                 "of it was run: load it where you trust it, torch.save(model.state_dict(), ...) and give that file"
             ) from error
         raise UserError(f"{file} cannot be read (it is not a checkpoint of torch.save); {advice}") from error

@@ -100,11 +100,10 @@ def robustbench_model(
             'pip install git+https://github.com/RobustBench/robustbench "setuptools<81" '
             "(the release on PyPI wants an older timm)"
         ) from error
+    options = {"dataset": dataset, "threat_model": threat_model, "model_dir": model_dir}
     try:
         with redirect_stdout(sys.stderr):  # it reports downloads there
-            model: nn.Module = load_model(
-                model_name=name, dataset=dataset, threat_model=threat_model, model_dir=model_dir
-            )
+            model: nn.Module = load_model(model_name=name, **options)
     except KeyError as error:
         raise UserError(
             f"RobustBench has no model {first_line(error)} for {dataset} and {threat_model}; "
@@ -134,7 +133,7 @@ def own_function(name: str) -> Any:
 
 
 _IMPORTED: dict[str, ModuleType] = {}
-"""Modules by name that lie beside the latest file of somebody's and were imported by it."""
+"""Modules by name that lie beside the user's latest file and were imported by it."""
 
 
 @contextmanager
@@ -145,7 +144,7 @@ def neighbours(folder: Path) -> Iterator[None]:
     another file's folder. Afterwards they are in ``sys.modules``, where their code can be found.
 
     Raises:
-        UserError: a module of such a name was imported from elsewhere before, by somebody else.
+        UserError: a module of such a name was imported from elsewhere before.
     """
     for name, module in _IMPORTED.items():
         if sys.modules.get(name) is module:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
-from rome.experts import Gated, block_numbers, expert_layers
+from rome.experts import MixtureLayer, block_numbers, expert_layers
 from rome.models import build_model, trains_on, weights_file
 from rome.runs.config import Config
 from rome.training.setup import train_context
@@ -49,10 +49,10 @@ def count(config: Config) -> dict[str, int]:
 def architecture(config: Config) -> tuple[nn.Module, tuple[int, int, int], int]:
     """A config's model with random weights, the shape of its images and the number of its classes."""
     shape, classes = config.data.form(config.model.num_classes)
-    return build_model(config.model.outline(), config.experts, classes=classes, shape=shape), shape, classes
+    return build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape), shape, classes
 
 
-def added(layer: Gated) -> int:
+def added(layer: MixtureLayer) -> int:
     """Parameters of an adapted layer that the model does not have without experts."""
     return sum(parameter.numel() for name, parameter in layer.named_parameters() if name not in layer.shared)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rome.attacks.perceptual.features import feature_layers
 from rome.core.errors import UserError
-from rome.experts import Gated, Layout, ModelMixture, expert_layers, layout_of
+from rome.experts import Layout, MixtureLayer, ModelMixture, expert_layers, layout_of
 from rome.experts.gates import positions, select
 from rome.experts.placement import channels_last
 from rome.models.fitting import head_names
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     output: Tensor
     """With the experts, if it has any."""
     plain: Tensor | None
-    """Without them (:meth:`rome.experts.Gated.plain`); None for a layer without experts.
+    """Without them (:meth:`rome.experts.MixtureLayer.base_forward`); None for a layer without experts.
 
     For low-rank experts W h + b, for adapters and convolutions alike the output of the layer itself; for
     feed-forward experts and whole networks (MORE), which stand in the layer's place, that of the first expert.
@@ -71,7 +71,9 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
             names = list(feature_layers(inner))
         except UserError:
             inside = tuple(f"{name}." for name in expert_layers(inner))
-            parts = [name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, Gated))]
+            parts = [
+                name for name, part in inner.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d, MixtureLayer))
+            ]
             names = [name for name in parts if not name.startswith(inside)]
             names = [name for name in names if name not in head_names(inner)] or names
     return tuple(before + name for name in names)
@@ -115,7 +117,7 @@ def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_s
             [np.concatenate([_numpy(part.mean(dim=1)) for part in each]) for each in zip(*passes, strict=True)]
         )
     full, backbone = (np.stack(each) for each in zip(*found, strict=True))
-    return Parts(backbone, full - backbone if expert_layers(model)[layer].adds else full, full)
+    return Parts(backbone, full - backbone if expert_layers(model)[layer].additive else full, full)
 
 
 def at(features: np.ndarray, place: str) -> np.ndarray:
@@ -150,15 +152,15 @@ def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> It
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
     """A hook that stores copies: what follows a layer may work in place."""
     module = model.get_submodule(name)
-    layout = module.layout if isinstance(module, Gated) else layout_of(model, name)
-    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, Gated)))
+    layout = module.layout if isinstance(module, MixtureLayer) else layout_of(model, name)
+    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, MixtureLayer)))
     last = not maps or channels_last(model, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, T, D); choose another")
-        plain = module.plain(args[0]) if isinstance(module, Gated) else None
+        plain = module.base_forward(args[0]) if isinstance(module, MixtureLayer) else None
         found[name] = Seen(
             tokens(output.detach().clone(), layout, channels_last=last),
             None if plain is None else tokens(plain.detach(), layout, channels_last=last),

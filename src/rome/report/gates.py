@@ -103,7 +103,7 @@ def _of_batch(model: nn.Module, images: Tensor) -> tuple[Any, ...]:
         raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates do not compare")
     mixed = [each.weights.mean(dim=1) for each in gates]
     local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
-    whole = [mean if each.whole is None else each.whole for each, mean in zip(gates, mixed, strict=True)]
+    whole = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
     entropy = [relative_entropy(each.weights).mean(dim=1) for each in gates]
     arrays = [torch.stack(parts).float().cpu().numpy() for parts in (mixed, local, whole, entropy)]
     return tuple(recorder.gates), *arrays

@@ -57,7 +57,7 @@ class Optimizer(Component):
         """The factor of every parameter that experts bring."""
         scales: dict[nn.Parameter, float] = {}
         for layer in expert_layers(model).values():
-            kept = layer.shared if layer.adds else ()  # experts in a layer's place are peers, the first as well
+            kept = layer.shared if layer.additive else ()  # experts in a layer's place are peers, the first as well
             shared = {layer.get_parameter(name) for name in kept if name in dict(layer.named_parameters())}
             scales |= {p: self.experts_lr for p in layer.parameters() if p not in shared}
             scales |= dict.fromkeys(layer.gate_parameters(), self.gates_lr)

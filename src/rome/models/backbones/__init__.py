@@ -32,20 +32,3 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 """Builders by name. Each takes ``num_classes``, ``in_chans`` and its own arguments; what it builds says in
 ``normalization`` which normalisation it expects."""
-
-__all__ = [
-    "BACKBONES",
-    "IDENTITY",
-    "AlexNet",
-    "Normalization",
-    "PreActResNet",
-    "ResNet",
-    "WideResNet",
-    "alexnet_cifar",
-    "preact_resnet_18",
-    "resnet_18",
-    "wide_resnet",
-    "wide_resnet_28_10",
-    "wide_resnet_94_16",
-    "wide_resnet_trades",
-]

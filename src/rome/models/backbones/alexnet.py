@@ -19,7 +19,7 @@ class AlexNet(nn.Module):
 
     normalization: ClassVar[Normalization] = IMAGENET_STATISTICS
     feature_layers: ClassVar[tuple[str, ...]] = ("features.1", "features.4", "features.7", "features.9", "features.11")
-    """Names of the five ReLUs whose outputs are phi(x) in that paper's perceptual distance (spec D4)."""
+    """Names of the five ReLUs whose outputs are phi(x) in that paper's distance (docs/decisions/perceptual.md)."""
 
     def __init__(self, *, num_classes: int, in_chans: int) -> None:
         super().__init__()

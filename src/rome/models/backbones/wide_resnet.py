@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 from typing import ClassVar
 
@@ -44,15 +45,16 @@ class WideBlock(nn.Module):
         return kept + self.conv_1(self.relu_1(self.batchnorm_1(residual)))
 
 
-class BlockGroup(nn.Module):
-    """Blocks of one width."""
+def sizes(depth: int, width: int) -> tuple[int, list[int]]:
+    """Blocks in each of three groups, and channels behind the stem and the groups."""
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"a Wide ResNet's depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+    return (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
 
-    def __init__(self, blocks: nn.Sequential) -> None:
-        super().__init__()
-        self.block = blocks
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
+def group(name: str, blocks: nn.Sequential) -> nn.Sequential:
+    """Blocks of one width, under the name that weights have there."""
+    return nn.Sequential(OrderedDict({name: blocks}))
 
 
 class WideResNet(nn.Module):
@@ -68,15 +70,11 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, width: int, *, num_classes: int, in_chans: int, activation: str) -> None:
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"a Wide ResNet's depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
-        blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+        blocks, channels = sizes(depth, width)
         self.init_conv = conv3x3(in_chans, channels[0])
         block = partial(WideBlock, activation=activation)
         self.layer = nn.Sequential(
-            BlockGroup(stage(block, blocks, channels[0], channels[1], 1)),
-            BlockGroup(stage(block, blocks, channels[1], channels[2], 2)),
-            BlockGroup(stage(block, blocks, channels[2], channels[3], 2)),
+            *(group("block", stage(block, blocks, channels[i], channels[i + 1], min(i + 1, 2))) for i in range(3))
         )
         self.batchnorm = nn.BatchNorm2d(channels[3])
         self.relu = make_activation(activation)
@@ -103,17 +101,6 @@ class TradesBlock(nn.Module):
         return kept + self.conv2(F.relu(self.bn2(self.conv1(active))))
 
 
-class TradesGroup(nn.Module):
-    """Blocks of one width."""
-
-    def __init__(self, blocks: nn.Sequential) -> None:
-        super().__init__()
-        self.layer = blocks
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 class TradesWideResNet(nn.Module):
     """The Wide ResNet of TRADES (Zhang et al. 2019, arXiv:1901.08573), and with it of AWP, MART, RST and others.
 
@@ -128,13 +115,11 @@ class TradesWideResNet(nn.Module):
 
     def __init__(self, depth: int, width: int, *, num_classes: int, in_chans: int) -> None:
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"a Wide ResNet's depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
-        blocks, channels = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+        blocks, channels = sizes(depth, width)
         self.conv1 = conv3x3(in_chans, channels[0])
-        self.block1 = TradesGroup(stage(TradesBlock, blocks, channels[0], channels[1], 1))
-        self.block2 = TradesGroup(stage(TradesBlock, blocks, channels[1], channels[2], 2))
-        self.block3 = TradesGroup(stage(TradesBlock, blocks, channels[2], channels[3], 2))
+        self.block1 = group("layer", stage(TradesBlock, blocks, channels[0], channels[1], 1))
+        self.block2 = group("layer", stage(TradesBlock, blocks, channels[1], channels[2], 2))
+        self.block3 = group("layer", stage(TradesBlock, blocks, channels[2], channels[3], 2))
         self.bn1 = nn.BatchNorm2d(channels[3])
         self.fc = nn.Linear(channels[3], num_classes)
 
@@ -146,14 +131,14 @@ class TradesWideResNet(nn.Module):
 def wide_resnet_trades(
     *, depth: int = 34, width: int = 10, num_classes: int = 10, in_chans: int = 3
 ) -> TradesWideResNet:
-    """Wide ResNet of TRADES and its followers, WRN-34-10 unless told; 46,160,474 parameters, 10 classes."""
+    """Wide ResNet of TRADES and its followers, WRN-34-10 by default; 46,160,474 parameters, 10 classes."""
     return TradesWideResNet(depth, width, num_classes=num_classes, in_chans=in_chans)
 
 
 def wide_resnet(
     *, depth: int, width: int, num_classes: int = 10, in_chans: int = 3, activation: str = "silu"
 ) -> WideResNet:
-    """Wide ResNet of any depth (6n + 4) and width, such as ``args: {depth: 34, width: 20}``; SiLU unless told."""
+    """Wide ResNet of any depth (6n + 4) and width, such as ``args: {depth: 34, width: 20}``; SiLU by default."""
     return WideResNet(depth, width, num_classes=num_classes, in_chans=in_chans, activation=activation)
 
 

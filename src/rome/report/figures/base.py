@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as Canvas
 from rome.core import trust
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import csv_text, make_folder, replace_file
-from rome.experts import Gated, expert_layers
+from rome.experts import MixtureLayer, expert_layers
 from rome.report.subject import Subject, open_subjects
 
 FORMATS = ("pdf", "png", "svg")
@@ -107,7 +107,7 @@ class FigureOfRuns(PaperFigure):
         return {"runs": runs, "left_out": left_out}
 
 
-def require_experts(subject: Subject) -> dict[str, Gated]:
+def require_experts(subject: Subject) -> dict[str, MixtureLayer]:
     """The layers with experts, by name.
 
     Raises:

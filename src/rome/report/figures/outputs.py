@@ -49,7 +49,7 @@ class LayerOutputs(FigureOfRuns):
         return {
             "run": subject.name,
             "layer": layer,
-            "adds": bool(layers) and layers[layer].adds,
+            "adds": bool(layers) and layers[layer].additive,
             "labels": subject.images(options.n)[1].tolist(),
             "parts": {part: _picture(list(groups), values, options.seed) for part, values in found.items()},
         }

@@ -9,11 +9,10 @@ from torch import nn
 
 from rome.core.errors import UserError, did_you_mean
 from rome.core.randomness import stream
-from rome.experts.gated import Gated
+from rome.experts.gated import LEARNED
 from rome.experts.recording import expert_layers
 
 Routing = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
-LEARNED: Routing = "learned"
 
 
 def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Module:
@@ -39,32 +38,21 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
     if not layers and routing != "learned":
         raise UserError(f"routing {routing} is for models with experts, and this one has none; leave it out")
     for name, layer in layers.items():
-        if routing == "none" and not layer.adds:
+        if routing == "none" and not layer.additive:
             raise UserError(
                 f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
             )
         if routing.startswith("inverse") and layer.experts < 2:
             raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")
     for name, layer in layers.items():
-        layer.fixed_weights, layer.inverted = None, routing if routing.startswith("inverse") else ""
-        if routing == "random":
+        layer.routing, layer.fixed_weights = routing, None
+        if routing in ("random", "none"):
             drawn = -torch.log1p(-stream(seed, f"routing:{name}").uniform((layer.experts,)))
-            layer.fixed_weights = _like(layer, drawn / drawn.sum())
-        if routing == "none":
-            layer.fixed_weights = _like(layer, torch.zeros(layer.experts))
+            weights = drawn / drawn.sum() if routing == "random" else torch.zeros(layer.experts)
+            layer.fixed_weights = weights.to(next(layer.parameters()))
     return model
 
 
 def routing_of(model: nn.Module) -> str:
-    """What :func:`set_routing` was last told; where layers differ, all of it, such as ``inverse+learned``."""
-    return "+".join(sorted({_routing(layer) for layer in expert_layers(model).values()})) or LEARNED
-
-
-def _routing(layer: Gated) -> str:
-    if layer.fixed_weights is not None:
-        return "random" if bool(layer.fixed_weights.any()) else "none"
-    return layer.inverted or LEARNED
-
-
-def _like(layer: Gated, weights: torch.Tensor) -> torch.Tensor:
-    return weights.to(next(layer.parameters()))
+    """What :func:`set_routing` set last; where layers differ, all of it, such as ``inverse+learned``."""
+    return "+".join(sorted({layer.routing for layer in expert_layers(model).values()})) or LEARNED

@@ -1,6 +1,7 @@
-"""The operations of :mod:`rome.experts.fused` on CUDA: one Triton kernel each, that reads and writes everything once.
+"""The operations of :mod:`rome.experts.operations` on CUDA, one Triton kernel each, which reads and writes all once.
 
-They compute in float32 and take the arguments of the operations of the same name.
+They compute in float32, and take the places of their results and then the arguments of the operations of the same
+name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 FORWARD, BACKWARD, POOL = 2048, 8192, 64
 """Entries of the codes that a program of either kernel holds at once, and tokens whose scores it averages at once."""
@@ -27,12 +27,12 @@ def _share(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _mix(  # type: ignore[no-untyped-def]
-    read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, beta, scale,
-    K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
+    read, local_bias, global_bias, logit, mixed, u, v, tokens, first, last, beta, scale,
+    K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr, LEARNED: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """A program for each image and block of tokens; all of an image find v, which reads T K scores only."""
-    WIDTH: tl.constexpr = K * R + K * LOCAL + K * WHOLE
+    WIDTH: tl.constexpr = K * R + K * LOCAL + K * GLOBAL
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     k = tl.arange(0, WIDE_K)
     r = tl.arange(0, WIDE_R)
@@ -51,7 +51,7 @@ def _mix(  # type: ignore[no-untyped-def]
         e = tl.exp(scores - tl.max(scores, axis=1)[:, None])
         g = e / tl.sum(e, axis=1)[:, None]
         tl.store(u + (image * tokens + t)[:, None] * K + k[None, :], g, mask=here)
-    if WHOLE:
+    if GLOBAL:
         total = tl.zeros((WIDE_K,), tl.float32)
         for start in range(first, last, POOL):
             s = start + tl.arange(0, POOL)
@@ -61,7 +61,7 @@ def _mix(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             total += tl.sum(seen.to(tl.float32), axis=0)
-        pooled = total / (last - first) + tl.load(whole_bias + k, mask=real, other=0.0).to(tl.float32)
+        pooled = total / (last - first) + tl.load(global_bias + k, mask=real, other=0.0).to(tl.float32)
         pooled = tl.where(real, pooled, -float("inf"))
         f = tl.exp(pooled - tl.max(pooled, axis=0))
         f = f / tl.sum(f, axis=0)
@@ -79,12 +79,12 @@ def _mix(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _mix_backward(  # type: ignore[no-untyped-def]
     d_mixed, read, u, v, logit, d_u, d_v, d_read, shares, tokens, first, last, beta, scale,
-    K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, WHOLE: tl.constexpr, LEARNED: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr, LEARNED: tl.constexpr,
     FROM_U: tl.constexpr, FROM_V: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """A program for each image: what v passes on is a sum over its tokens."""
-    WIDTH: tl.constexpr = K * R + K * LOCAL + K * WHOLE
+    WIDTH: tl.constexpr = K * R + K * LOCAL + K * GLOBAL
     image = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDE_K)
     r = tl.arange(0, WIDE_R)
@@ -97,7 +97,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     bias = tl.zeros((WIDE_K,), tl.float32)
     along = tl.zeros((WIDE_K,), tl.float32)
     f = tl.zeros((WIDE_K,), tl.float32)
-    if WHOLE:
+    if GLOBAL:
         f = tl.load(v + image * K + k, mask=real, other=0.0)
     for start in range(0, tokens, BLOCK):
         t = start + tl.arange(0, BLOCK)
@@ -115,7 +115,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
             along += tl.sum(d_g * (f[None, :] - g), axis=0)
         if LOCAL:
             d_gate = d_g
-            if WHOLE:
+            if GLOBAL:
                 d_gate = (1 - share) * d_g
             if FROM_U:
                 d_gate += tl.load(d_u + gates, mask=here, other=0.0)
@@ -123,7 +123,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
             bias += tl.sum(d_score, axis=0)
             where = d_read + t[:, None] * WIDTH + K * R + k[None, :]
             tl.store(where, d_score.to(d_read.dtype.element_ty), mask=here)
-        if WHOLE:
+        if GLOBAL:
             total += tl.sum(d_g, axis=0)
             if LOCAL:
                 g = (1 - share) * g + share * f[None, :]
@@ -133,13 +133,13 @@ def _mix_backward(  # type: ignore[no-untyped-def]
         tl.store(d_read + t[:, None, None] * WIDTH + column, d_code, mask=inside)
     row = shares + image * (2 * K + 1)
     tl.store(row + k, bias, mask=real)
-    if WHOLE:
-        d_whole = total
+    if GLOBAL:
+        d_global = total
         if LOCAL:
-            d_whole = share * total
+            d_global = share * total
         if FROM_V:
-            d_whole += tl.load(d_v + image * K + k, mask=real, other=0.0)
-        d_pooled = f * (d_whole - tl.sum(f * d_whole, axis=0))
+            d_global += tl.load(d_v + image * K + k, mask=real, other=0.0)
+        d_pooled = f * (d_global - tl.sum(f * d_global, axis=0))
         tl.store(row + K + k, d_pooled, mask=real)
         d_each = d_pooled / (last - first)
         for start in range(0, tokens, POOL):
@@ -155,65 +155,36 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     tl.store(row + 2 * K, step)
 
 
-def mix(
-    read: Tensor,
-    local_bias: Tensor | None,
-    whole_bias: Tensor | None,
-    logit: Tensor | None,
-    experts: int,
-    beta: float,
-    first: int,
-    last: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    local, whole = local_bias is not None, whole_bias is not None
-    images, tokens, width = read.shape
-    codes = width - experts * (local + whole)
-    read = read.contiguous()
-    mixed = read.new_empty(images, tokens, codes)
-    u = read.new_empty((images, tokens, experts) if local else 0, dtype=torch.float32)
-    v = read.new_empty((images, experts) if whole else 0, dtype=torch.float32)
+def mix(  # type: ignore[no-untyped-def]
+    mixed, u, v, read, local_bias, global_bias, logit, experts, beta, first, last, scale
+) -> None:  # fmt: skip
+    """Fills the first three."""
+    local, global_ = local_bias is not None, global_bias is not None
+    images, tokens, codes = mixed.shape
     tiles = _tiles(experts, codes // experts, tokens, FORWARD)
     with torch.cuda.device_of(read):  # type: ignore[no-untyped-call]
         _mix[(images, triton.cdiv(tokens, tiles["BLOCK"]))](
-            read, local_bias, whole_bias, logit, mixed, u, v, tokens, first, last, float(beta), float(scale),
-            K=experts, R=codes // experts, LOCAL=local, WHOLE=whole,
-            LEARNED=logit is not None and local and whole, **tiles, num_warps=4,
+            read.contiguous(), local_bias, global_bias, logit, mixed, u, v, tokens, first, last, float(beta),
+            float(scale), K=experts, R=codes // experts, LOCAL=local, GLOBAL=global_,
+            LEARNED=logit is not None and local and global_, **tiles, num_warps=4,
         )  # fmt: skip
-    return mixed, u, v
 
 
-def mix_backward(
-    d_mixed: Tensor,
-    read: Tensor,
-    u: Tensor,
-    v: Tensor,
-    logit: Tensor | None,
-    d_u: Tensor | None,
-    d_v: Tensor | None,
-    beta: float,
-    first: int,
-    last: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    local, whole = u.numel() > 0, v.numel() > 0
-    images, tokens, width = read.shape
-    experts = (u if local else v).shape[-1]
-    codes = width - experts * (local + whole)
-    read = read.contiguous()
-    d_read = torch.empty_like(read)
-    shares = read.new_empty(images, 2 * experts + 1, dtype=torch.float32)
-    from_u, from_v = local and d_u is not None, whole and d_v is not None
+def mix_backward(  # type: ignore[no-untyped-def]
+    d_read, shares, d_mixed, read, u, v, logit, d_u, d_v, beta, first, last, scale
+) -> None:  # fmt: skip
+    """Fills the first two."""
+    local, global_ = u.numel() > 0, v.numel() > 0
+    experts, (images, tokens, codes) = (u if local else v).shape[-1], d_mixed.shape
+    d_u, d_v = (d.contiguous() if d is not None and part else None for d, part in ((d_u, local), (d_v, global_)))
     with torch.cuda.device_of(read):  # type: ignore[no-untyped-call]
         _mix_backward[(images,)](
-            d_mixed.contiguous(), read, u.contiguous(), v.contiguous(), logit,
-            d_u.contiguous() if d_u is not None and from_u else None,
-            d_v.contiguous() if d_v is not None and from_v else None,
+            d_mixed.contiguous(), read.contiguous(), u.contiguous(), v.contiguous(), logit, d_u, d_v,
             d_read, shares, tokens, first, last, float(beta), float(scale),
-            K=experts, R=codes // experts, LOCAL=local, WHOLE=whole, LEARNED=logit is not None and local and whole,
-            FROM_U=from_u, FROM_V=from_v, **_tiles(experts, codes // experts, tokens, BACKWARD), num_warps=8,
+            K=experts, R=codes // experts, LOCAL=local, GLOBAL=global_,
+            LEARNED=logit is not None and local and global_, FROM_U=d_u is not None, FROM_V=d_v is not None,
+            **_tiles(experts, codes // experts, tokens, BACKWARD), num_warps=8,
         )  # fmt: skip
-    return d_read, shares
 
 
 def _tiles(experts: int, rank: int, tokens: int, entries: int) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Low-rank experts beside Linear layers and convolutions (paper 4.2, Eq. 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from rome.core.component import Number
+from rome.experts.base import Bottleneck, Module
+from rome.experts.conv import MixtureConv2d
+from rome.experts.fused import closed_form, mixture
+from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated_linear import GatedLinear, scale_groups
+from rome.experts.gates import DualScale, Gate, Uniform
+from rome.experts.regularizers import Diversification
+
+
+class MixtureLinear(GatedLinear):
+    """o_i = W h_i + sum_k g_ik B_k A_k h_i, the sum times :attr:`scale` where that is not 1.
+
+    The K experts are one contraction: ``A`` (K r, d_in) holds the A_k one above the other, ``B`` (d_out, K r) the B_k
+    side by side, and the gate scales each group of r codes in between. With B = 0 the output equals the replaced
+    layer's to the last bit.
+    """
+
+    def make(self, experts: int, rank: int) -> None:
+        self.A = nn.Parameter(torch.empty(experts * rank, self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, experts * rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan is d_in, so this is LoRA's start for each A_k
+
+    def stack(self) -> Tensor:
+        return torch.cat([self.A, self.gate.rows()])  # expert codes and gate scores in one product
+
+    def forward(self, input: Tensor) -> Tensor:
+        stacked = self.stack() if self.stacked is None else self.stacked
+        gate = closed_form(self)
+        if gate is not None:
+            output, gates = mixture(self, input, stacked, gate)
+            if gates is not None:
+                self.record(gates, self.tokens(input))
+            return output
+        output, h = self.base_forward(input), self.tokens(input)
+        read = F.linear(h, stacked)
+        codes, scores = read[..., : self.A.shape[0]], read[..., self.A.shape[0] :]
+        mixed = scale_groups(codes, self.weigh(h, scores).weights)
+        flat = output.reshape(-1, self.out_features)
+        return flat.addmm_(mixed.reshape(-1, mixed.shape[-1]), self.B.to(flat.dtype).t()).view(output.shape)
+
+
+class LowRank(Bottleneck):
+    """K low-rank experts with a gate beside each chosen layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
+
+    kind = "low-rank"
+    conv: Literal["loralib", "peft"] = "loralib"
+    """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
+    alpha: Number | None = Field(default=None, gt=0)
+    """Scales the experts by alpha / rank, as LoRA's official implementation does (its default is 1); null: by 1, as
+    Eq. 2 has it."""
+    initial_b: Number = Field(default=0, ge=0)
+    """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
+    has no gradient for the gates until B has grown."""
+
+    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
+        layer: MixtureLinear | MixtureConv2d
+        if isinstance(module, nn.Conv2d):
+            layer = MixtureConv2d(module, rank=self.rank, form=self.conv, **gating)
+        else:
+            layer = MixtureLinear(module, rank=self.rank, **gating)
+        if self.alpha is not None:
+            layer.scale = self.alpha / self.rank
+        if self.initial_b:
+            nn.init.normal_(layer.B, std=self.initial_b)
+        return layer
+
+
+def add_experts(
+    model: Module,
+    *,
+    experts: int = 4,
+    rank: int = 16,
+    layers: Sequence[str] | str | None = None,
+    gate: Gate | None = None,
+    projection: Literal["frozen", "trainable", "none"] = "frozen",
+    projection_dim: int = 100,
+    conv: Literal["loralib", "peft"] = "loralib",
+    alpha: float | None = None,
+    images: Tensor | None = None,
+) -> Module:
+    """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
+
+    Args:
+        model: any module with Linear or Conv2d layers: a timm model, one from :func:`rome.create_model`, your own.
+        experts: K, experts for each layer.
+        rank: r, of every expert.
+        layers: which layers; None picks the paper's for the model's family. See :class:`LowRank`.
+        gate: how experts are weighed; None is ``DualScale(s=4, b=2)``.
+        projection: of the global gate in the diversification loss (Eq. 7).
+        projection_dim: K', its size.
+        conv: form of the update beside convolutions.
+        alpha: scales the experts by alpha / rank, as LoRA does; None for a scale of 1, the paper's.
+        images: two or more (B, C, H, W) as the model takes them, to see that it runs the experts. None asks the model
+            for their size; where it does not say, its first forward pass shows it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is out of range;
+            the model is unchanged then.
+    """
+    return LowRank(
+        experts=experts,
+        rank=rank,
+        layers=layers,
+        gate=gate or DualScale(),
+        projection=projection,
+        projection_dim=projection_dim,
+        conv=conv,
+        alpha=alpha,
+        regularizer=None if isinstance(gate, Uniform) else Diversification(),
+    ).inject(model, images)
