@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import Digits, FixedNoise, recorded
-from rome.attacks import APGD, GMA, PGD, Attack, AttackThreat, FastLPA, Fog, Patch, ReColorAdv, StAdv
+from rome.attacks import APGD, PGD, Attack, AttackThreat, FastLPA, Fog, ReColorAdv, StAdv
 from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.evaluation.evaluate import evaluate
 from rome.evaluation.run import evaluate_saved
 from rome.evaluation.statistics import mcnemar
-from rome.methods import Average, Maximum, Method, Random, TrainContext
+from rome.methods import Maximum, Method, Random, TrainContext
 from rome.models import load_model
 from rome.report.explore.explorer import Explorer, open_explorers
 from rome.report.subject import attack_all
@@ -211,19 +211,6 @@ def test_max_takes_the_flow_where_its_loss_is_the_largest_and_the_ball_elsewhere
     assert by_flow[0] < by_ball[0]
     assert by_flow[1] > by_ball[1] + 1e-3
     assert float(outcome.loss) == pytest.approx(float(by_ball[0] + by_flow[1]) / 2, abs=1e-6)
-
-
-def test_passes_are_the_forwards_and_backwards_that_are_made(batch: tuple[Tensor, Tensor]) -> None:
-    """In images; of a training pass the backward counts two."""
-    (x, y), model = batch, network()
-    best = AttackThreat(attack=Fog(steps=3, best=True))
-    own = [AttackThreat(attack=Patch(size=2, steps=2)), AttackThreat(attack=GMA(steps=2), inside=LINF)]
-    threats = (LINF, FLOW, best, *own)
-    with recorded(model) as calls:
-        Average().loss(setting_of(model, *threats), x, y)
-    made = sum(map(len, calls.forwards)) + sum(calls.backwards)
-    assert made == (Average().passes(threats, PGD(steps=3)) - 2 * len(threats)) * len(x)
-    assert Random().passes((*threats, FEATURES), PGD(steps=3)) == pytest.approx((6 + 6 + 7 + 4 + 5 + 6) / 6 + 3)
 
 
 @pytest.mark.parametrize(

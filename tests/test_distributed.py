@@ -96,6 +96,7 @@ def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_pa
     assert_same_run(run, train(tiny(**(EXACT | changes)), tmp_path / "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["RANDOM per batch+experts", "MORE"])
 def test_bf16_processes_end_with_the_same_weights(case: str, tmp_path: Path) -> None:
     """Attacks under autocast use weights that are cast once; the gradients are still averaged, in every update."""

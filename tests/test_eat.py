@@ -83,6 +83,7 @@ def start(method: EAT, context: TrainContext) -> None:
 # What is drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("linf", "l1"), [(0.8, 0.5), (0.1, 0.9)])
 def test_batches_meet_threats_in_proportion_to_their_errors(linf: float, l1: float) -> None:
     method = EAT()

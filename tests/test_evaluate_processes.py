@@ -126,6 +126,7 @@ def test_an_attack_that_breaks_in_one_process_fails_its_case_in_all(run: Run, tm
     assert (result["groups"]["more"], result["union"]) == (None, result["unions"]["lp"])
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_process_ends_both_at_once(run: Run, tmp_path: Path) -> None:
     broken = with_toys(run, tmp_path / "run", "full-1", "same")
     ended = both(broken.folder, "--out", tmp_path / "out", logs=tmp_path / "logs")

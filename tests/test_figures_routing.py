@@ -471,6 +471,7 @@ def test_any_model_has_its_figures_without_a_run(tmp_path: Path) -> None:
         write_figures([], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """timm's, with a file of weights: the numbers are those of the model in Python."""
     with torch.random.fork_rng():

@@ -95,6 +95,7 @@ def model(request: pytest.FixtureRequest) -> Classifier:
 # The mixture
 
 
+@pytest.mark.slow
 def test_vit_b_has_the_papers_parameters_and_multiply_accumulates() -> None:
     """Table 6: 340.60M and 22.43G, which is four times its 5.61G; we count products alone, 5.601G each."""
     with torch.device("meta"):

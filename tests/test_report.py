@@ -692,7 +692,7 @@ class TestGates:
             model(x)
         last = recorder.gates[found.layers[-1]]
         np.testing.assert_allclose(found.weights[0, -1], last.weights.mean(dim=1), atol=1e-6)
-        np.testing.assert_allclose(found.whole[0, -1], last.whole, atol=1e-6)
+        np.testing.assert_allclose(found.whole[0, -1], last.global_, atol=1e-6)
 
 
 class TestCharts:

@@ -289,6 +289,7 @@ def test_bf16_trains_fp32_weights_to_a_nearby_loss(trained: Run, tmp_path: Path)
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
+@pytest.mark.slow
 def test_a_compiled_run_computes_what_an_eager_one_does(
     trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

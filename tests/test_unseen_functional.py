@@ -97,6 +97,7 @@ def test_a_batch_is_searched_as_its_images_one_by_one_by_the_letter(
     assert (found - x[:3]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_margin_rises_with_steps_and_with_the_bound(
     net: tuple[nn.Module, Tensor, Tensor], attack: FunctionalAttack
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_patch_that_does_not_fit_is_refused() -> None:
         Patch()(model, x, y, PATCH)
 
 
+@pytest.mark.slow
 def test_larger_patches_and_more_steps_fool_more(digits: Digits, digits_model: nn.Module) -> None:
     x, y = (part[:200] for part in digits.test)
 

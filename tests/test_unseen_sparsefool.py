@@ -142,6 +142,7 @@ def test_on_a_linear_model_it_changes_as_few_coordinates_as_can_be(lam: float) -
             assert changed > int((reach < gap).sum()) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solve_from", ["clean", "previous"])
 def test_a_batch_is_attacked_as_its_images_one_by_one_by_the_letter(
     digits64: tuple[nn.Module, Tensor, Tensor], solve_from: str
