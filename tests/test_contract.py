@@ -14,19 +14,18 @@ from torch import Tensor, nn
 import rome.attacks
 import rome.methods
 from conftest import case
+from contexts import context_of
 from rome.attacks import PGD, Attack
 from rome.attacks.suites import Suite
 from rome.core import component
 from rome.core.component import Component
 from rome.core.errors import UserError
-from rome.core.randomness import stream
 from rome.data import Data
 from rome.evaluation.evaluate import evaluate
 from rome.experts import Experts, Gate, Regularizer, add_experts, expert_layers, record_gates
-from rome.methods import Method, TrainContext
+from rome.methods import Method
 from rome.models import create_model
 from rome.runs.config import parse
-from rome.runs.optim import AdamW
 from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
 from small_models import TINY, grow
 
@@ -124,21 +123,6 @@ def test_an_attack(attack: Attack, model: nn.Module, x: Tensor) -> None:
 # Methods
 
 
-def context_of(method: Method, model: nn.Module, regularizer: Regularizer | None) -> TrainContext:
-    attack = PGD(steps=1)
-    return TrainContext(
-        model=model,
-        threats=method.trained(tuple(CIFAR10), attack),
-        attack=attack,
-        regularizer=regularizer,
-        attack_stream=stream(0, "attack"),
-        threat_stream=stream(0, "threats"),
-        new_optimizer=AdamW(lr=1e-3).build,
-        lr=1e-3,
-        epochs=range(2),
-    )
-
-
 def trained_model(method: Method) -> nn.Module:
     torch.manual_seed(0)
     model = create_model("vit_tiny_patch16_224", num_classes=10, **VIT)
@@ -152,7 +136,7 @@ def test_a_method(method: Method, x: Tensor) -> None:
     back from a checkpoint."""
     model = trained_model(method).train()
     regularizer = None if method.own_experts else Regularizer.of_kind("diversification")()
-    context, y = context_of(method, model, regularizer), torch.tensor([0, 1, 2, 3])
+    context, y = context_of(method, model, regularizer, PGD(steps=1)), torch.tensor([0, 1, 2, 3])
     method = method.model_copy(deep=True)
     method.prepare(context)
     method.epoch_start(context, 0)
@@ -318,7 +302,7 @@ def test_one_file_adds_an_attack_and_one_a_method(dropped: None, model: nn.Modul
         }
     )
     own = copy.deepcopy(model).train()
-    context = context_of(config.method, own, None)
+    context = context_of(config.method, own, None, PGD(steps=1))
     context.attack = config.attack
     outcome = config.method.loss(context, x, torch.tensor([0, 1, 2, 3]))
     outcome.loss.backward()

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import rome
 from conftest import rest_slow
+from contexts import context_of
 from pretend import DEVICE, Device, Pretend, WrongDevice, moved
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.suites.base import Case, QuickSuite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
-from rome.core.randomness import stream
 from rome.experts import (
     Diversification,
     Gate,
@@ -32,7 +32,7 @@ from rome.experts import (
     record_gates,
     set_routing,
 )
-from rome.methods import Method, TrainContext
+from rome.methods import Method
 from rome.models import create_model
 from rome.report.gates import collect
 from rome.runs.optim import AdamW
@@ -211,16 +211,7 @@ def updated(
     """Losses of two epochs of one update each, and the model after them."""
     attack = APGD(steps=2) if method.kind in ("eat", "ramp") else PGD(steps=1)
     optimizer = AdamW(lr=1e-3).build(model)
-    context = TrainContext(
-        model=model,
-        threats=method.trained(tuple(CIFAR10), attack),
-        attack=attack,
-        regularizer=regularizer,
-        attack_stream=stream(0, "attack"),
-        threat_stream=stream(0, "threats"),
-        new_optimizer=AdamW(lr=1e-3).build,
-        epochs=range(2),
-    )
+    context = context_of(method, model, regularizer, attack)
     method.prepare(context)
     losses = []
     for epoch in range(2):

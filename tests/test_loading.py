@@ -622,7 +622,10 @@ def test_pyautoattacks_weights_fit_its_resnet_alone() -> None:
 # timm
 
 
-@pytest.mark.skipif(timm.__version__ < "1.0.31", reason="earlier ones read no .pt file that a config names")
+@pytest.mark.skipif(
+    tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < (1, 0, 31),
+    reason="earlier ones read no .pt file that a config names",
+)
 def test_pretrained_embeddings_are_resampled_by_timm(tmp_path: Path) -> None:
     """A ViT at 224 pixels with patches of 16 becomes one at 32 with patches of 4: 14x14 positions become 8x8."""
     source = vit(img_size=224, patch_size=16, num_classes=1000).backbone
