@@ -32,12 +32,12 @@ test-gpu: $(VENV)/ready
 test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path in CHROMIUM); adds Gradio and Playwright
 	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[browser]"
-	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_explore_browser.py
+	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report/test_explore_browser.py
 
 test-originals: $(VENV)/ready  # the unseen attacks beside the packages they were published in
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/originals \
 		advex-uar==0.0.6.dev0 perceptual-advex==0.2.6 recoloradv==0.0.1 six==1.17.0 torchattacks==3.5.1
-	PYTHONPATH=$(VENV)/originals OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_originals.py
+	PYTHONPATH=$(VENV)/originals OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attacks/test_originals.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rome needs Python >= 3.11; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import rome.attacks
 import rome.methods
-from conftest import case
-from contexts import context_of
+from helpers.contexts import context_of
+from helpers.problems import case
+from helpers.small_models import TINY, grow
 from rome.attacks import PGD, Attack
 from rome.attacks.suites import Suite
 from rome.core import component
@@ -27,7 +28,6 @@ from rome.methods import Method
 from rome.models import create_model
 from rome.runs.config import parse
 from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
-from small_models import TINY, grow
 
 VIT = {key: value for key, value in TINY.items() if key != "num_classes"}
 FEW: dict[str, Any] = {
@@ -136,7 +136,15 @@ def test_a_method(method: Method, x: Tensor) -> None:
     back from a checkpoint."""
     model = trained_model(method).train()
     regularizer = None if method.own_experts else Regularizer.of_kind("diversification")()
-    context, y = context_of(method, model, regularizer, PGD(steps=1)), torch.tensor([0, 1, 2, 3])
+    context = context_of(
+        model,
+        threats=method.trained(tuple(CIFAR10), PGD(steps=1)),
+        attack=PGD(steps=1),
+        regularizer=regularizer,
+        lr=1e-3,
+        epochs=range(2),
+    )
+    y = torch.tensor([0, 1, 2, 3])
     method = method.model_copy(deep=True)
     method.prepare(context)
     method.epoch_start(context, 0)
@@ -302,8 +310,7 @@ def test_one_file_adds_an_attack_and_one_a_method(dropped: None, model: nn.Modul
         }
     )
     own = copy.deepcopy(model).train()
-    context = context_of(config.method, own, None, PGD(steps=1))
-    context.attack = config.attack
+    context = context_of(own, threats=config.method.trained(tuple(CIFAR10), config.attack), attack=config.attack)
     outcome = config.method.loss(context, x, torch.tensor([0, 1, 2, 3]))
     outcome.loss.backward()
     assert outcome.labels.tolist() == [0, 0, 0, 0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.fused_operations import KINDS, arguments
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.base import Group
 from rome.attacks.engine import frozen, loss_and_gradient
@@ -21,7 +22,6 @@ from rome.runs.experiments import folder
 from rome.threats import CIFAR10, PerExample
 from rome.threats.projections import project_l1
 from rome.training.setup import train
-from test_fused import KINDS, arguments
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,309 @@
+"""Several processes compute what one computes, and a mistake or a signal ends all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.problems import rest_slow
+from helpers.tiny_runs import (
+    EXACT,
+    STEPS,
+    Moment,
+    assert_same_run,
+    both,
+    changed,
+    no_traceback,
+    tiny,
+    two_processes,
+    updates,
+    wait_for,
+    watched,
+    write_yaml,
+)
+from rome.core.errors import Interrupted
+from rome.runs.folder import Run
+from rome.training.setup import train
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "RANDOM+experts": {},
+    "RANDOM per batch+experts": {"method": {"kind": "random", "per": "batch"}},
+    "MAX+experts, two steps": {"method": "max", "attack__steps": 2, "batch_size": 8, "data__train_limit": 40},
+    "RANDOM+experts, threats with their own attacks": {
+        "threats": [
+            {"norm": "linf", "eps": 0.1},
+            {"kind": "attack", "attack": {"kind": "stadv", "steps": 2}},
+            {"kind": "attack", "attack": {"kind": "fog", "steps": 1}},
+        ],
+        "accumulate": 2,
+    },
+    "MAX per batch": {"method": {"kind": "max", "per": "batch"}, "experts": None},
+    "AVG, accumulated": {"method": "avg", "experts": None, "accumulate": 3},
+    "trainable projection, a natural epoch first": {
+        "experts": {"experts": 2, "rank": 2, "projection": "trainable"},
+        "natural_epochs": 1,
+    },
+    "a natural epoch first": {"natural_epochs": 1, "method": "avg"},
+    "MSD+experts": {"method": {"kind": "msd", "steps": 2}},
+    "E-AT": {"method": "eat", "experts": None, "attack": {"kind": "apgd", "steps": 2}},
+    "E-AT+experts, accumulated": {"method": "eat", "attack__steps": 2, "accumulate": 3},
+    "RAMP": {"method": "ramp", "experts": None},
+    "RAMP, trainable projection": {"method": "ramp", "experts": {"experts": 2, "rank": 2, "projection": "trainable"}},
+    "RAMP, accumulated": {"method": "ramp", "accumulate": 3, "optimizer": "sgd"},
+    "RAMP with TRADES": {"method": {"kind": "ramp", "trades": 6}, "natural_epochs": 1},
+    "MORE": {  # a stage an epoch; the strong decay would show on what should not move
+        "experts": {"kind": "more"},
+        "method": "more",
+        "optimizer": {"kind": "adamw", "weight_decay": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 5))
+def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **(EXACT | changes)))
+    run = Run(tmp_path / "two")
+    ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    assert_same_run(run, train(tiny(**(EXACT | changes)), tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["RANDOM per batch+experts", "MORE"])
+def test_bf16_processes_end_with_the_same_weights(case: str, tmp_path: Path) -> None:
+    """Attacks under autocast use weights that are cast once; the gradients are still averaged, in every update."""
+    changes = CONFIGS[case] | {"precision": "bf16", "model": {"name": f"{tmp_path / 'own.py'}:build"}}
+    (tmp_path / "own.py").write_text(REMEMBERED)
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**changes))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    first, second = (torch.load(tmp_path / f"end-{rank}.pt") for rank in (0, 1))
+    assert any(value.dtype == torch.float32 and value.ndim > 1 for value in first.values())
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+REMEMBERED = """
+import os
+from pathlib import Path
+import timm
+import torch
+from rome.methods import Method
+
+def build(num_classes):
+    end = Method.epoch_end
+
+    def spy(self, setting, epoch):
+        end(self, setting, epoch)
+        torch.save(setting.attacked.state_dict(), Path(__file__).with_name(f"end-{os.environ['RANK']}.pt"))
+
+    Method.epoch_end = spy
+    torch.manual_seed(0)
+    sizes = dict(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **sizes)
+"""
+"""A model that each process writes down after every epoch."""
+
+
+BATCHNORM = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+from rome.methods import RAMP
+
+def build(num_classes):
+    end = RAMP.epoch_end
+
+    def spy(self, setting, epoch):
+        for when in ("before", "after"):
+            if when == "after":
+                end(self, setting, epoch)
+            state = {name: value.clone() for name, value in setting.attacked.state_dict().items()}
+            torch.save(state, Path(__file__).with_name(f"{when}-{epoch}-{os.environ['RANK']}.pt"))
+
+    RAMP.epoch_end = spy
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+"""
+"""A model with BatchNorm that writes down what each process holds before and after RAMP's fusion."""
+
+
+def test_processes_fuse_to_the_same_weights_and_statistics(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(BATCHNORM)
+    model = {"name": f"{tmp_path / 'own.py'}:build"}
+    config = write_yaml(tmp_path / "tiny.yaml", changed(method="ramp", experts=None, model=model))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+
+    def states(when: str) -> list[dict[str, torch.Tensor]]:
+        return [torch.load(tmp_path / f"{when}-{rank}.pt") for rank in (0, 1)]
+
+    for epoch in (0, 1):
+        first, second = states(f"after-{epoch}")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        first, second = states(f"before-{epoch}")
+        differ = [name for name in first if not torch.equal(first[name], second[name])]
+        assert differ == ["backbone.2.running_mean", "backbone.2.running_var"], "each had its own batches"
+
+
+ATTACKED = """
+import os
+from pathlib import Path
+import torch
+from torch import nn
+from rome.attacks import PGD
+
+def build(num_classes):
+    search, calls = PGD.search, []
+
+    def spy(self, model, *rest):
+        calls.append(model)
+        if len(calls) == 4:
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            torch.save(state, Path(__file__).with_name(f"attacked-{os.environ['RANK']}.pt"))
+        return search(self, model, *rest)
+
+    PGD.search = spy
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+"""
+"""A model with BatchNorm that writes down what the fourth attack of each process meets."""
+
+
+def test_processes_attack_the_same_statistics(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(ATTACKED)
+    config = write_yaml(tmp_path / "tiny.yaml", changed(experts=None, model={"name": f"{tmp_path / 'own.py'}:build"}))
+    ended = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0], ended
+    first, second = (torch.load(tmp_path / f"attacked-{rank}.pt") for rank in (0, 1))
+    assert bool(first["backbone.2.running_mean"].any())
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_only_the_first_process_speaks(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=1, data__train_limit=12))
+    first, second = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert first.err.splitlines()[-3].startswith("tiny: epoch 1/1")
+    assert first.err.splitlines()[-1].startswith("next: rome evaluate")
+    assert "Warning" not in first.err
+    assert (second.out, second.err) == ("", "")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch_size=13"], "2 processes do not divide batch_size/accumulate = 13"),
+        (["batch_size=12", "accumulate=4"], "2 processes do not divide batch_size/accumulate = 3"),
+        (["batch_size=66"], "batch_size 66 exceeds the 64 training examples"),
+    ],
+)
+def test_settings_that_do_not_suit_several_processes_end_every_process(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    ended = both(two_processes("train", config, *overrides, "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [2, 2]
+    assert all(message in process.err and no_traceback(process.err) for process in ended)
+
+
+@pytest.mark.parametrize("case", ["finished", "unfinished", "foreign", "corrupt", "other settings"])
+def test_a_folder_that_cannot_be_used_ends_every_process_at_once(case: str, tmp_path: Path) -> None:
+    """The first process finds it; the others must not wait for it."""
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    run, options, overrides = Run(tmp_path / "run"), [], []
+    if case == "foreign":
+        run.folder.mkdir()
+        (run.folder / "thesis.tex").write_text("mine")
+    else:
+        run.prepare(tiny(), resume=False, overwrite=False)
+        run.release()
+    if case == "finished":
+        run.model_file.write_text("a model")
+    if case in ("corrupt", "other settings"):
+        run.checkpoint_file.write_text("not a checkpoint")
+        options = ["--resume"]
+    if case == "other settings":
+        overrides = ["seed=5"]
+    ended = [
+        child.wait(timeout=20)
+        for child in two_processes("train", config, *overrides, "--out", run.folder, *options, logs=tmp_path / "logs")
+    ]
+    assert [process.code for process in ended] == [2, 2]
+    assert all(f"error: {run.folder}" in process.err and no_traceback(process.err) for process in ended)
+
+
+def test_a_loss_that_is_not_finite_ends_every_process(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed())
+    ended = both(two_processes("train", config, "optimizer.lr=1e30", "--out", tmp_path / "run", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [2, 2]
+    assert all("Lower optimizer.lr" in process.err and no_traceback(process.err) for process in ended)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_path: Path) -> None:
+    """torchrun signals every process, but not at one moment; here only one of them hears of it."""
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))
+    run = Run(tmp_path / "run")
+    arguments = ("train", config, "--out", run.folder)
+    # ``update`` counts log lines, which every process passes
+    struck = Moment("update", STEPS + 2, signal.SIGTERM, rank=rank)
+    ended = both(two_processes(*arguments, logs=tmp_path / "logs", at=struck))
+    assert [process.code for process in ended] == [143, 143]
+    assert all("stopped by SIGTERM; resume with --resume" in process.err for process in ended)
+    assert all(no_traceback(process.err) for process in ended)
+    state = run.load_checkpoint()
+    assert (state["epoch"], state["step"]) == (1, 3), "the update in which all of them knew"
+    ended = both(two_processes(*arguments, "--resume", logs=tmp_path / "logs"))
+    assert [process.code for process in ended] == [0, 0]
+    assert_same_run(run, train(tiny(**EXACT), tmp_path / "one"))
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))
+    run = Run(tmp_path / "run")
+    struck = Moment("update", 3, signal.SIGTERM)
+    both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs", at=struck))
+    assert_same_run(train(tiny(**EXACT), run.folder, resume=True), train(tiny(**EXACT), tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # two processes that load torch, on a machine that may be busy
+def test_torchrun_trains_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=200, **EXACT))
+    run = Run(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "rome.cli", "train", str(config), "--out", str(run.folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "err", "wb") as err:
+        process = subprocess.Popen(command, stdout=err, stderr=err, env=env)
+    try:
+        wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 2 * STEPS, 240)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        process.terminate()  # killed, it would leave its workers behind
+        process.wait(60)
+    state, lines = run.load_checkpoint(), updates(run.log())
+    assert state["epoch"] * STEPS + state["step"] == len(lines) < 200 * STEPS
+    assert "stopped by SIGTERM" in (tmp_path / "err").read_text()
+
+    one = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == STEPS else None)
+    with pytest.raises(Interrupted):
+        train(tiny(epochs=200, **EXACT), tmp_path / "one", progress=one)
+    for line, expected in zip(lines[:STEPS], updates(Run(tmp_path / "one").log()), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
