@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.engine import Model, check_batch, check_results, explained, frozen
+from rome.attacks.engine import Model, check_batch, check_results, explained, frozen, graphs_of
 from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
@@ -269,15 +269,24 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
 
 def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> tuple[AttackResult, Tensor]:
     """What an attack found for its share of a batch, and which of it is allowed: bool (b,)."""
-    found = share.attack.search(model, x, y, share.groups, share.noise)
-    if found.loss is NOT_EVALUATED:
-        found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
-        if verdict:
-            logits = model(found.images).float()
-            loss = F.cross_entropy(logits, y, reduction="none")
-            found = AttackResult(found.images, found.images, logits.argmax(1) == y, loss)
-    allowed = torch.ones_like(found.robust)
-    for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
-        inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
-        allowed = allowed & torch.cat(inside)
+
+    def search(x: Tensor, y: Tensor, noise: Tensor) -> tuple[AttackResult, Tensor]:
+        found = share.attack.search(model, x, y, share.groups, noise)
+        if found.loss is NOT_EVALUATED:
+            found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
+            if verdict:
+                logits = model(found.images).float()
+                loss = F.cross_entropy(logits, y, reduction="none")
+                found = AttackResult(found.images, found.images, logits.argmax(1) == y, loss)
+        allowed = torch.ones_like(found.robust)
+        for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
+            inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
+            allowed = allowed & torch.cat(inside)
+        return found, allowed
+
+    graphs = graphs_of(model)
+    if graphs is None or not graphs.whole:
+        return search(x, y, share.noise)
+    groups = tuple((repr(group.threat), group.rows.start, group.rows.stop, group.steps) for group in share.groups)
+    found, allowed = graphs.call((repr(share.attack), groups, verdict), search, x, y, share.noise)
     return found, allowed

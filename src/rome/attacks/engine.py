@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
+from rome.core.graphs import Graphs
 from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
 from rome.core.trial import Model as Model
 from rome.experts.fused import joined
@@ -35,12 +37,62 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
     They are summed, so that an example's gradient does not depend on its batch mates.
     """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = model(x)
-        loss = log_odds(logits, y)
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), logits.detach().argmax(1) == y, gradient
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(x)
+            loss = log_odds(logits, y)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+        return loss.detach(), logits.detach().argmax(1) == y, gradient
+
+    if (graphs := graphs_of(model)) is None:
+        return step(x, y)
+    found = graphs.call("loss and gradient", step, padded(x, graphs.rows), padded(y, graphs.rows))
+    loss, correct, gradient = (part[: len(x)] for part in found)
+    return loss, correct, gradient
+
+
+_GRAPHS: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+
+
+@contextmanager
+def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
+    """Inside, attacks on this module use these graphs (None: none), which are released afterwards."""
+    if graphs is None or not isinstance(model, nn.Module):
+        yield
+        return
+    _GRAPHS[model] = graphs
+    try:
+        yield
+    finally:
+        del _GRAPHS[model]
+        graphs.release()
+
+
+def graphs_of(model: Model) -> Graphs | None:
+    """The graphs that calls of a model use whose weights do not change; None where it is called as it is."""
+    graphs = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
+    return graphs if graphs is not None and graphs.ready else None
+
+
+def padded(x: Tensor, rows: int) -> Tensor:
+    """A batch with rows of zeros added to the next multiple of ``rows``."""
+    missing = -len(x) % rows
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+@contextmanager
+def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
+    """The graphs of a model whose weights do not change inside, made ready for it; None if it has none, inside another
+    such context, and where gates are recorded, since a graph that is replayed records nothing."""
+    graphs, layers = _GRAPHS.get(model), [module for module in model.modules() if isinstance(module, MixtureLayer)]
+    if graphs is None or graphs.ready or any(layer.sink is not None for layer in layers):
+        yield None
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    with graphs.on(tuple(tensor.data_ptr() for tensor in tensors), tuple(layer.graph_state for layer in layers)):
+        yield graphs
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -62,6 +114,7 @@ def frozen(model: Model) -> Iterator[None]:
     weights of matrix products are cast once instead of at every step: autocast's own cache skips frozen weights. The
     results are the same to the last bit. The casts stand in the parameters' places and leave these untouched: another
     type of data inside one would cut DistributedDataParallel's hooks off, which hang on its gradient's accumulator.
+    Where the model has graphs, what is computed of weights lies where these read it.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -70,15 +123,22 @@ def frozen(model: Model) -> Iterator[None]:
         raise UserError(f"{THE_MODEL} {reason}")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    with evaluating(model):
+    with evaluating(model), graphs_on(model) as graphs:
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            for module, name, reduced in _autocast_weights(model):
-                own = module.get_parameter(name)
-                replaced.append((module, name, own))
-                module._parameters[name] = nn.Parameter(own.detach().to(reduced), requires_grad=False)
-            with joined(model):
+            weights = list(_autocast_weights(model))
+            replaced = [(module, name, module.get_parameter(name)) for module, name, _ in weights]
+            own = [parameter.detach() for _, _, parameter in replaced]
+            if graphs is None:
+                casts = [weight.to(reduced) for weight, (_, _, reduced) in zip(own, weights, strict=True)]
+            else:
+                casts = [graphs.buffer(weight, reduced) for weight, (_, _, reduced) in zip(own, weights, strict=True)]
+                if casts:
+                    torch._foreach_copy_(casts, own)
+            for (module, name, _), cast in zip(weights, casts, strict=True):
+                module._parameters[name] = nn.Parameter(cast, requires_grad=False)
+            with joined(model, None if graphs is None else graphs.fixed):
                 yield
         finally:
             for module, name, parameter in replaced:

@@ -105,7 +105,8 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
         means (groups, D), zero for a group without members, and the number of members (groups,).
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 counts no further than 256
-    member = torch.nn.functional.one_hot(labels.to(values.device, non_blocking=True), groups).to(values.dtype)
+    every = torch.arange(groups, device=values.device)
+    member = (labels.to(values.device, non_blocking=True).unsqueeze(1) == every).to(values.dtype)
     sums = differentiable_sum(torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1))
     counts = sums[:, -1:]
     return sums[:, :-1] / counts.clamp(min=1), counts.squeeze(1)

@@ -153,15 +153,22 @@ def becomes_a_program() -> bool:
 
 
 @contextmanager
-def joined(model: nn.Module) -> Iterator[None]:
+def joined(model: nn.Module, fixed: dict[Any, Tensor] | None = None) -> Iterator[None]:
     """Inside, no weight changes and none is trained: what layers join of their weights is joined once, not at each
-    forward."""
+    forward.
+
+    Args:
+        fixed: where the results lie, by layer and precision; those that are missing are added. None: wherever.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, MixtureLayer)]
     before = [layer.stacked for layer in layers]
     try:
         with torch.no_grad():
             for layer in layers:
                 layer.stacked = layer.stack()
+                if layer.stacked is not None and fixed is not None:
+                    own = fixed.setdefault((layer, layer.stacked.dtype), layer.stacked)
+                    layer.stacked = own.copy_(layer.stacked)
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):

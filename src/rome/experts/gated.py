@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -107,6 +107,11 @@ class MixtureLayer(nn.Module):
     def shared(self) -> tuple[str, ...]:
         """Names of its tensors that the model has without experts too."""
         return ("weight", "bias")
+
+    @property
+    def graph_state(self) -> Hashable:
+        """What decides how it computes beside its weights, for graphs that replay it."""
+        return self.routing, self.fixed_weights is None
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """What learns to weigh the experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -47,6 +47,10 @@ class ModelMixture(NetworkMixture):
         self.visited: tuple[int, ...] = ()
         """Set inside :meth:`apart`."""
         self.train(network.training)
+
+    @property
+    def graph_state(self) -> Hashable:
+        return super().graph_state, self.visited
 
     def gate_parameters(self) -> list[nn.Parameter]:
         return list(self.router.parameters())

@@ -10,10 +10,9 @@ State that must survive a kill goes through :meth:`Method.state` and :meth:`Meth
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +57,19 @@ class TrainContext:
         return unwrapped(self.model)
 
 
+class Examples(NamedTuple):
+    """What an update trains on: what a method's attack made of a batch."""
+
+    images: Tensor
+    """(B', C, H, W)."""
+    y: Tensor
+    """(B',) int64: their classes."""
+    labels: Tensor
+    """(B',) int64: their threats, as positions in ``TrainContext.threats``."""
+    more: tuple[Tensor, ...] = ()
+    """What else the objective of the method needs."""
+
+
 @dataclass
 class Outcome:
     """The loss of one batch, and what the log says of it."""
@@ -65,7 +77,7 @@ class Outcome:
     loss: Tensor
     """Scalar to call backward on."""
     labels: Tensor
-    """(B',) int64 on the CPU: threat of each training example, as a position in ``TrainContext.threats``."""
+    """(B',) int64: threat of each training example, as a position in ``TrainContext.threats``."""
     correct: Tensor
     """(B',) bool: classified correctly in the training forward."""
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -130,9 +142,21 @@ class Method(Component):
         ``context.model`` is not yet wrapped for several processes here; its weights are the start of the run.
         """
 
-    @abstractmethod
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         """Attack the batch (B, C, H, W), run the training forward and return the loss."""
+        return self.objective(context, self.perturb(context, x, y))
+
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+        """Decide which example meets which threat, and attack the batch (B, C, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor perturb")
+
+    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
+        """The training forward and the loss.
+
+        It depends on nothing but the examples and the weights and never waits for a result, so that a GPU can replay
+        it (:mod:`rome.core.graphs`); a method that cannot be split so has a :meth:`loss` of its own.
+        """
+        return training_forward(context, examples.images, examples.y, examples.labels)
 
     def epoch_start(self, context: TrainContext, epoch: int) -> None:
         """Called before the first update of each epoch (counted from 0)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, TrainContext, named, training_forward
+from rome.methods.base import Examples, Method, TrainContext, named
 from rome.threats import PerExample, Threat
 
 
@@ -54,14 +54,14 @@ class EAT(Method):
     def prepare(self, context: TrainContext) -> None:
         self._seen, self._robust = [0] * len(context.threats), [0] * len(context.threats)
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         labels = self._draw(context, len(x))
         mixture = PerExample(context.threats, labels)
         found = context.attack.run(context.attacked, x, y, mixture, generator=context.attack_stream)
         member = F.one_hot(labels, len(context.threats)).to(x.device, non_blocking=True)
         new = torch.stack([member.sum(dim=0), (member * found.robust.unsqueeze(1)).sum(dim=0)])
         self._new = new if self._new is None else self._new + new
-        return training_forward(context, found.images, y, labels)
+        return Examples(found.images, y, labels)
 
     def probabilities(self) -> Tensor:
         """With what probability each threat is drawn in the current update: float64 (threats,)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Method, Outcome, TrainContext, training_forward
+from rome.methods.base import Examples, Method, Outcome, TrainContext, training_forward
 from rome.threats import PerExample
 
 
@@ -28,7 +28,7 @@ class Random(Method):
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         if self.per == "batch":
             if self._drawn is None:
                 self._drawn = int(context.threat_stream.permutation(len(context.threats))[0])
@@ -37,7 +37,7 @@ class Random(Method):
             labels = equal_shares(context.threat_stream, len(x), len(context.threats))
         mixture = PerExample(context.threats, labels)
         images = context.attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        return training_forward(context, images, y, labels)
+        return Examples(images, y, labels)
 
     def update_end(self, context: TrainContext) -> None:
         self._drawn = None
@@ -54,15 +54,19 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
 class _Every(Method):
     """Attacks every example under every threat; one forward over all of them."""
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         threats = len(context.threats)
         # example by example, so that the draws of a process's examples are a slice of the global batch's
         mixture = PerExample(context.threats, torch.arange(threats).repeat(len(x)))
         images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
         images = context.attack(context.attacked, images, labels, mixture, generator=context.attack_stream)
-        return training_forward(
-            context, images, labels, mixture.labels, lambda losses: self.join(losses.view(len(x), threats).t())
-        )
+        return Examples(images, labels, mixture.labels)
+
+    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
+        def join(losses: Tensor) -> Tensor:
+            return self.join(losses.view(-1, len(context.threats)).t())
+
+        return training_forward(context, examples.images, examples.y, examples.labels, join)
 
     @abstractmethod
     def join(self, losses: Tensor) -> Tensor:
@@ -91,5 +95,6 @@ class Maximum(_Every):
 
     def join(self, losses: Tensor) -> Tensor:
         if self.per == "batch":
-            return losses.mean(dim=1)[total(losses.detach().sum(dim=1)).argmax()]
+            worst = total(losses.detach().sum(dim=1)).argmax(dim=0, keepdim=True)
+            return losses.mean(dim=1).gather(0, worst).squeeze(0)
         return losses.amax(dim=0).mean()

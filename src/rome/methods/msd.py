@@ -12,7 +12,7 @@ from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, TrainContext, training_forward
+from rome.methods.base import Examples, Method, TrainContext
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -47,9 +47,8 @@ class MSD(Method):
     def step_size_for(self, threat: LpBall) -> float:
         return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         threats = cast("tuple[LpBall, ...]", context.threats)
         sizes = [self.step_size_for(threat) for threat in threats]
         found = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
-        labels = found.chosen.cpu()
-        return training_forward(context, found.images, y, labels)
+        return Examples(found.images, y, found.chosen)

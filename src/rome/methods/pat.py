@@ -14,7 +14,7 @@ from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
 from rome.attacks.perceptual.features import ALL, Perception, loaded
 from rome.core.component import Names, Number
 from rome.core.errors import UserError
-from rome.methods.base import Method, Outcome, TrainContext, combine, training_forward, training_logits
+from rome.methods.base import Examples, Method, Outcome, TrainContext, combine, training_logits
 from rome.methods.mixing import equal_shares
 from rome.models import file_hash, weights_file
 from rome.threats import Perceptual, PerExample, Threat
@@ -71,12 +71,12 @@ class PAT(Method):
         self._threats = tuple(found)
         self._hashes = {name: file_hash(weights_file(name)) for name in self.features if name != "self"}
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels)
         attack = FastLPA(steps=self.steps, only_correct=True)
         images = attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        return training_forward(context, images, y, labels)
+        return Examples(images, y, labels)
 
     def state(self) -> dict[str, Any]:
         return {"networks": self._hashes}
@@ -99,13 +99,17 @@ class VR(PAT):
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))
         mixture = PerExample(self._threats, labels.repeat_interleave(3))
         images, classes = x.repeat_interleave(3, dim=0), y.repeat_interleave(3)
         attack = FastLPAWithPair(steps=self.steps, only_correct=True)
         images = attack(context.attacked, images, classes, mixture, generator=context.attack_stream)
-        adversarial, one, other = images.view(-1, 3, *x.shape[1:]).unbind(1)
+        adversarial, *pair = images.view(-1, 3, *x.shape[1:]).unbind(1)
+        return Examples(adversarial, y, labels, tuple(pair))
+
+    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
+        adversarial, y, labels, (one, other) = examples
         logits, penalty = training_logits(context, torch.cat([adversarial, one, other]), labels)
         logits, one, other = logits.chunk(3)
         outcome = combine(F.cross_entropy(logits, y), penalty, labels, logits.detach().argmax(dim=1) == y)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Method, Outcome, TrainContext, combine, named, set_lr, training_logits
+from rome.methods.base import Examples, Method, Outcome, TrainContext, combine, named, set_lr, training_logits
 from rome.threats import PerExample, Threat
 
 
@@ -57,33 +57,37 @@ class RAMP(Method):
     def prepare(self, context: TrainContext) -> None:
         self._clean = _CleanCopy(context.model, context.new_optimizer) if self.fusion else None
 
-    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         # the copy first: its activations are gone before the attack starts
-        clean_loss = self._clean.backward(x, y) if self._clean is not None else None
+        clean_loss = () if self._clean is None else (self._clean.backward(x, y),)
         # example by example, so that the draws of a process's examples are a slice of the global batch's
         pairs, labels = PerExample(context.threats, torch.arange(2).repeat(len(x))), y.repeat_interleave(2)
         found = context.attack.run(
             context.attacked, x.repeat_interleave(2, dim=0), labels, pairs, generator=context.attack_stream
         )
-        images = found.images if self.trades is None else torch.cat([found.images, x])
-        logits, penalty = training_logits(context, images, pairs.labels)
+        return Examples(found.images, labels, pairs.labels, (x, y, found.loss, *clean_loss))
+
+    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
+        images, labels, threats, (x, y, found, *clean_loss) = examples
+        images = images if self.trades is None else torch.cat([images, x])
+        logits, penalty = training_logits(context, images, threats)
         logits, clean = logits[: len(labels)], logits[len(labels) :]
         losses = F.cross_entropy(logits, labels, reduction="none")
-        searched = torch.where(found.loss.isnan(), losses.detach(), found.loss)  # NaN: the attack has another loss
+        searched = torch.where(found.isnan(), losses.detach(), found)  # NaN: the attack has another loss
         worse = searched.view(-1, 2).argmax(dim=1, keepdim=True)
         correct = logits.detach().argmax(dim=1) == labels
         both, right = logits.view(len(x), 2, -1), correct.view(-1, 2)[:, 0]
         if self.trades is None:
-            outcome = combine(losses.view(-1, 2).gather(1, worse).mean(), penalty, pairs.labels, correct)
+            outcome = combine(losses.view(-1, 2).gather(1, worse).mean(), penalty, threats, correct)
         else:
-            outcome = combine(F.cross_entropy(clean, y), penalty, pairs.labels, correct)
+            outcome = combine(F.cross_entropy(clean, y), penalty, threats, correct)
             worst = both.gather(1, worse.unsqueeze(2).expand(-1, 1, both.shape[2])).squeeze(1)
             outcome.add("trades", self.trades * divergence(clean, worst).mean())
         # a mean over the processes' S together: gradients and logged parts are averaged over processes
         share = world_size() / total(right.sum()).clamp(min=1)
         outcome.add("pairing", self.weight * share * (divergence(both[:, 0], both[:, 1]) * right).sum())
-        if clean_loss is not None:
-            outcome.parts["clean_copy"] = clean_loss
+        if clean_loss:
+            outcome.parts["clean_copy"] = clean_loss[0]
         return outcome
 
     def epoch_start(self, context: TrainContext, epoch: int) -> None:

@@ -94,6 +94,8 @@ class Config(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
+    graphs: Literal["auto"] | bool = "auto"
+    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
     workers: int = Field(default=0, ge=0)
     """Processes that read images, where these are read while they are used: folders, and Parquet files with a size."""
     imports: tuple[str, ...] = ()

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
+from rome.attacks.engine import graphed
+from rome.core.console import say
 from rome.core.distributed import follow_first
 from rome.core.errors import Interrupted, UserError
+from rome.core.graphs import Graphs
 from rome.core.randomness import derive_seed, stream
 from rome.data import Split
 from rome.methods import Method, Random, TrainContext
@@ -28,6 +31,7 @@ from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.threats import Unperturbed
 from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
+from rome.training.step import Step
 from rome.training.validation import Validator
 
 
@@ -78,10 +82,12 @@ class Loop:
         steps: int,
         position: Position,
         validator: Validator | None,
+        graphs: Graphs | None,
     ) -> None:
         self.config, self.run, self.fabric, self.context = config, run, fabric, context
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
-        self.validator = validator
+        self.validator, self.graphs = validator, graphs
+        self.differentiate = Step(config, fabric)
         self.asked = 0
         """The signal this process got."""
         self.agreed = 0
@@ -94,7 +100,7 @@ class Loop:
         return self.position.epoch * self.steps + self.position.step
 
     def run_all(self, shown: Progress | None) -> None:
-        with self._logs(), self._signals():
+        with self._logs(), self._signals(), graphed(self.context.attacked, self.graphs):
             while self.position.epoch < self.config.epochs:
                 self._epoch(shown)
                 self.position = Position(self.position.epoch + 1, 0, self.position.seconds)
@@ -133,6 +139,8 @@ class Loop:
         summary = {"event": "epoch", "update": self.updates, "epoch": epoch + 1, **epoch_means(done)}
         summary["seconds"] = round(self.position.seconds, 3)
         self._write(summary)
+        if self.graphs is not None and (news := self.graphs.news()):
+            say(f"{config.name}: {news}")
         if shown is not None:
             shown.epoch(summary)
 
@@ -184,13 +192,9 @@ class Loop:
         for part in range(config.accumulate):
             x, y = next(batches)
             try:
-                with torch.autocast(self.fabric.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    outcome = method.loss(context, x, y)
+                tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
             except FloatingPointError as error:  # the attack met gradients that are not finite
                 raise self._diverged(str(error), lr) from error
-            with self.fabric.no_backward_sync(context.model, enabled=part + 1 < config.accumulate):
-                self.fabric.backward(outcome.loss / config.accumulate)
-            tally.add(outcome)
         loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.asked)
         if not all(map(finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)

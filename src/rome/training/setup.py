@@ -16,6 +16,7 @@ from rome.core import trust
 from rome.core.device import numerics, placed
 from rome.core.distributed import launched_together
 from rome.core.errors import UserError, first_line
+from rome.core.graphs import Graphs
 from rome.core.randomness import stream
 from rome.core.trial import check_attackable, tried
 from rome.data import Split
@@ -112,7 +113,9 @@ def _train(
     if config.compile:
         model.compile()
     context.model, optimizer = fabric.setup(model, optimizer)
-    loop = Loop(config, run, fabric, context, optimizer, split, steps, position, validator)
+    loop = Loop(
+        config, run, fabric, context, optimizer, split, steps, position, validator, _graphs(config, fabric.device)
+    )
     with numerics(config.precision):
         if progress is not None and rank == 0:
             with progress(config, steps * config.epochs, loop.updates) as shown:
@@ -123,6 +126,13 @@ def _train(
         save_model(model, run.model_file, config=config.dump())
         run.checkpoint_file.unlink(missing_ok=True)
     fabric.barrier()
+
+
+def _graphs(config: Config, device: torch.device) -> Graphs | None:
+    """Where the model's captured functions are to be, if there are to be some."""
+    if config.graphs is True and device.type != "cuda":
+        raise UserError(f"graphs: true needs a CUDA device, and this run is on {device.type}; use graphs: auto")
+    return Graphs() if config.graphs and device.type == "cuda" else None
 
 
 def train_context(

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.engine import Model, check_batch, check_results, explained, frozen, log_odds, loss_and_gradient
+from rome.attacks.engine import (
+    Model,
+    check_batch,
+    check_results,
+    explained,
+    frozen,
+    graphs_of,
+    log_odds,
+    loss_and_gradient,
+)
 from rome.attacks.lp.pgd import ascend
 from rome.threats import LpBall
 
@@ -60,10 +69,12 @@ def steepest_descent(
         FloatingPointError: it came to images that are not finite.
     """
     check_batch(x, y, threats[0])
-    x, rows, members = x.detach(), torch.arange(len(x), device=x.device), list(zip(threats, sizes, strict=True))
-    best = InUnion(x, torch.zeros_like(y), torch.full_like(y, -torch.inf, dtype=torch.float32))
-    point, labels = x, y.repeat(len(threats))
-    with frozen(model), torch.no_grad(), explained(model, x, y):
+    x, members = x.detach(), list(zip(threats, sizes, strict=True))
+
+    def search(x: Tensor, y: Tensor) -> tuple[InUnion, Tensor]:
+        rows = torch.arange(len(x), device=x.device)
+        best = InUnion(x, torch.zeros_like(y), torch.full_like(y, -torch.inf, dtype=torch.float32))
+        point, labels = x, y.repeat(len(threats))
         for _ in range(steps):
             _, _, gradient = loss_and_gradient(model, point, y)
             steps_by_norm = [ascend(t, point, x, gradient, size=size, percentile=percentile) for t, size in members]
@@ -78,5 +89,13 @@ def steepest_descent(
                 torch.where(better, loss, best.loss),
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
-        check_results(x, y, (best.images,), inside[best.chosen, rows])
+        return best, inside[best.chosen, rows]
+
+    with frozen(model), torch.no_grad(), explained(model, x, y):
+        graphs = graphs_of(model)
+        if graphs is None:
+            best, allowed = search(x, y)
+        else:
+            best, allowed = graphs.call(("msd", repr(members), steps, percentile), search, x, y)
+        check_results(x, y, (best.images,), allowed)
     return best._replace(loss=F.softplus(best.loss).float())

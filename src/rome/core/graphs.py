@@ -1,0 +1,362 @@
+"""Functions of tensors that are captured as CUDA graphs and replayed.
+
+A forward and backward are hundreds of kernels, and for small images a GPU runs most of them in less time than it takes
+to launch them. A CUDA graph holds all of them with their addresses, and one launch replays them, to the same bits.
+
+A graph replays kernels alone: what Python decides and whatever the host computes stays as it was at the capture. So a
+function that is captured depends on nothing but the tensors it gets, on weights that stay where they are in memory, and
+on its key.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rome.core.console import say
+from rome.core.device import out_of_memory
+from rome.core.errors import UserError, first_line
+from rome.core.randomness import cuda_in_use
+
+LIMIT = 32
+"""Graphs at most: each holds buffers of its inputs and results, and all share one pool for what is between."""
+WARM_UPS = 3
+"""Runs before the capture, in which libraries set up their handles and compilers compile."""
+
+
+class Capture(Protocol):
+    """Captures a function without arguments."""
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays it, and its results, which each replay fills anew."""
+
+
+class CudaCapture:
+    """Captures into graphs that share one memory pool: a result lasts until another of them is replayed."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = function()
+        self.pool = graph.pool()
+        return graph.replay, results
+
+
+class _Captured:
+    """A captured function: replays it on other tensors of the same shapes."""
+
+    def __init__(self, capture: Capture, function: Callable[..., Any], *tensors: Tensor) -> None:
+        self.inputs = [tensor.detach().clone() for tensor in tensors]
+        self.replay, self.results = capture(lambda: function(*self.inputs))
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """The results in place; valid until the next replay of any graph."""
+        for own, new in zip(self.inputs, tensors, strict=True):
+            own.copy_(new)
+        self.replay()
+        return self.results
+
+
+class _Both:
+    """A captured function of one tensor, and its gradient."""
+
+    def __init__(self, capture: Capture, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.x = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            self.forward, self.answer = capture(lambda: function(self.x))
+        self.d_answer = torch.ones_like(self.answer)
+        self.backward, (self.d_x,) = capture(
+            lambda: torch.autograd.grad(self.answer, self.x, self.d_answer, retain_graph=True)
+        )
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, both: _Both) -> Tensor:
+        ctx.both = both
+        both.x.copy_(x)
+        both.forward()
+        return both.answer.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_answer: Tensor) -> Any:
+        ctx.both.d_answer.copy_(d_answer)
+        ctx.both.backward()
+        return ctx.both.d_x.clone(), None
+
+
+class Graphs:
+    """The captured functions of one model on one device.
+
+    A function runs as it is when its key and shapes are met for the first time, watched for what no graph can hold; the
+    second time it is captured, and from then on replayed. What cannot be captured goes on as it is, and one line says
+    why.
+
+    Args:
+        whole: also capture whole searches, and not only a single call of the model: worth it where the same search is
+            made again and again, as in training.
+        rows: batches are padded to a multiple of this many examples, so that few shapes occur; 1: they are not.
+        capture: for tests without a GPU.
+    """
+
+    def __init__(
+        self, *, whole: bool = True, rows: int = 1, limit: int = LIMIT, capture: Capture | None = None
+    ) -> None:
+        self.whole, self.rows, self.limit = whole, rows, limit
+        self.capture: Capture = capture or CudaCapture()
+        self.fixed: dict[Hashable, Tensor] = {}
+        """Tensors computed of the weights, which lie where the graphs read them."""
+        self.ready = False
+        """Whether the model is frozen, with :attr:`fixed` up to date."""
+        self.seconds = 0.0
+        """Time that captures took."""
+        self._entries: dict[Hashable, _Captured | _Both | str] = {}
+        """By key and shapes: the graph, or why there is none; empty: it has been met once."""
+        self._addresses: Hashable = None
+        """Where the weights lie that the graphs read."""
+        self._state: Hashable = None
+        self._inside = False
+        self._said: set[str] = set()
+        self._reported = 0
+
+    @property
+    def count(self) -> int:
+        """Graphs so far."""
+        return sum(not isinstance(entry, str) for entry in self._entries.values())
+
+    def call(
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        *tensors: Tensor,
+        changed: Iterable[Tensor] = (),
+        in_place: bool = False,
+    ) -> Any:
+        """``function(*tensors)``, replayed if it can be.
+
+        Args:
+            key: with the tensors' shapes, whatever the function depends on beside the tensors and the model's state.
+            function: of tensors on the device; gives tensors in any nesting of tuples, lists and dicts. Numbers from
+                the device's default generator are drawn as without a graph.
+            changed: tensors that the function changes, such as running statistics.
+            in_place: give the graph's own results, which last until the next call, instead of copies.
+        """
+        entry, results = self._entry(key, function, tensors, _Captured, list(changed))
+        if entry is None:
+            return results
+        results = entry(*tensors)
+        return results if in_place else copies(results)
+
+    def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, to be differentiated with respect to ``x`` before the next call: forward and backward are a
+        graph each."""
+        entry, answer = self._entry(("both", key), function, (x,), _Both, [])
+        return answer if entry is None else _Replay.apply(x, entry)
+
+    @contextmanager
+    def on(self, addresses: Hashable, state: Hashable) -> Iterator[None]:
+        """Inside, the model is frozen.
+
+        Args:
+            addresses: where its weights lie; the graphs are gone if that is not where they read them.
+            state: settings of the model that the captured functions depend on.
+        """
+        if addresses != self._addresses:
+            self.release()
+        self._addresses, self._state, self.ready = addresses, state, True
+        try:
+            yield
+        finally:
+            self.ready = False
+
+    def buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where the cast of a weight lies."""
+        key = (weight.data_ptr(), weight.shape, dtype)
+        if key not in self.fixed:
+            self.fixed[key] = torch.empty_like(weight, dtype=dtype)
+        return self.fixed[key]
+
+    def release(self) -> None:
+        """Drop all graphs and their memory."""
+        self._entries.clear()
+        self.fixed.clear()
+        self._addresses = None
+
+    def news(self) -> str:
+        """One line on the graphs captured since it was asked for last; empty if there are none."""
+        if self.count == self._reported:
+            return ""
+        self._reported = self.count
+        held = f", {torch.cuda.memory_reserved() / 2**30:.1f} GiB reserved in all" if cuda_in_use() else ""
+        return f"{self.count} CUDA graphs, captured in {self.seconds:.1f} s{held}"
+
+    def _entry(
+        self, key: Hashable, function: Callable[..., Any], tensors: tuple[Tensor, ...], kind: Any, changed: list[Tensor]
+    ) -> tuple[Any, Any]:
+        """What replays the function, or None and its results."""
+        if self._inside:
+            return None, function(*tensors)
+        place = (key, self._state, _modes(tensors), tuple((t.shape, t.stride(), t.dtype) for t in tensors))
+        entry = self._entries.get(place)
+        if entry is None:
+            with self._alone(), _watched() as watch:
+                results = function(*tensors)
+            self._entries[place] = watch.reason
+            self._say_once(watch.reason)
+            return None, results
+        if entry == "":
+            entry = self._entries[place] = self._captured(kind, function, tensors, changed)
+        return (None, function(*tensors)) if isinstance(entry, str) else (entry, None)
+
+    def _captured(
+        self, kind: Any, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]
+    ) -> Any:
+        """The function as a graph, or why there is none."""
+        if self.count >= self.limit:
+            reason = f"there are {self.limit} graphs already, of as many shapes"
+            self._say_once(reason)
+            return reason
+
+        def fresh(*tensors: Tensor) -> Any:
+            torch.clear_autocast_cache()  # weights that were cast in a warm-up would not be cast in the graph
+            return function(*tensors)
+
+        started = time.perf_counter()
+        before = [tensor.detach().clone() for tensor in changed]
+        try:
+            with self._alone(), torch.random.fork_rng(devices=cuda_in_use()):
+                return kind(self.capture, fresh, *tensors)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            reason = "memory does not suffice for a graph" if out_of_memory(error) else first_line(error)
+            self._say_once(reason)
+            return reason
+        finally:
+            torch.clear_autocast_cache()  # what the graph casts has no values before its replay
+            with torch.no_grad():
+                for tensor, old in zip(changed, before, strict=True):
+                    tensor.copy_(old)
+            self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def _say_once(self, reason: str) -> None:
+        if reason and reason not in self._said:
+            self._said.add(reason)
+            say(f"without a CUDA graph, which takes longer: {reason}")
+
+
+def copies(results: Any) -> Any:
+    """The same nesting with copies of its tensors; what was one tensor is one copy."""
+    made: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.detach().clone()
+        return made[id(leaf)]
+
+    return tree_map(copy, results)
+
+
+def _modes(tensors: tuple[Tensor, ...]) -> Hashable:
+    """The global settings that decide which kernels run."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    return (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first operation inside that no graph can hold."""
+
+    WAITS = (
+        "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+        "bincount",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reason = ""
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not self.reason:
+            self.reason = self._why(func._schema.name.partition("::")[2], [args, kwargs or {}], results)
+        return results
+
+    def _why(self, name: str, arguments: list[Any], results: Any) -> str:
+        leaves = tree_leaves(arguments)
+        indices = tree_leaves(arguments[0][1]) if name in ("index", "index_put", "index_put_") else []
+        masked = any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
+        if name in self.WAITS or masked:
+            return f"it waits for the device{_where()}"
+        if any(isinstance(leaf, torch.Generator) for leaf in leaves):
+            return f"it draws numbers from a generator of its own{_where()}"
+        self.devices |= {t.device.type for t in [*leaves, *tree_leaves(results)] if isinstance(t, Tensor) and t.ndim}
+        return f"it computes on {' and '.join(sorted(self.devices))}{_where()}" if len(self.devices) > 1 else ""
+
+
+def _where() -> str:
+    """The line that runs: the innermost outside of torch and of this file; empty in a backward of torch's."""
+    packages = (__file__, str(Path(torch.__file__).parent))
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(packages):
+            return f": {frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+    return ""
+
+
+@contextmanager
+def _watched() -> Iterator[_Watch]:
+    """Watches what runs inside; on CUDA, torch itself says what waits."""
+    if not cuda_in_use():
+        with _Watch() as watch:
+            yield watch
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen, _Watch() as watch:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield watch
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [each for each in seen if "synchroniz" in str(each.message)]
+    if waits and not watch.reason:
+        watch.reason = f"it waits for the device ({Path(waits[0].filename).name}:{waits[0].lineno})"
+    for each in seen:
+        if each not in waits:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

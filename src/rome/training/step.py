@@ -1,0 +1,78 @@
+"""One micro-batch: the attack, the training forward and the gradients; on a GPU replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rome.attacks.engine import graphs_on
+from rome.core.graphs import Graphs
+from rome.methods import Method, Outcome, TrainContext
+from rome.methods.base import Examples
+from rome.runs.config import Config
+
+
+class Step:
+    """Computes loss and gradients of micro-batches, of which ``config.accumulate`` make an update.
+
+    Attacks find the graphs of the model by themselves (:func:`rome.attacks.engine.graphed`). Forward and backward of
+    the objective are a graph where one process trains with a method whose objective is separate from its attack.
+    """
+
+    def __init__(self, config: Config, fabric: Any) -> None:
+        self.config, self.fabric = config, fabric
+
+    def __call__(self, method: Method, context: TrainContext, x: Tensor, y: Tensor, *, last: bool) -> Outcome:
+        """Attack a batch (B, C, H, W) and add the gradients of its loss to those of the parameters.
+
+        Args:
+            last: whether it is the last micro-batch of the update.
+
+        Raises:
+            FloatingPointError: the attack met gradients that are not finite.
+        """
+        kind, parts = self.fabric.device.type, self.config.accumulate
+        with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            if type(method).loss is not Method.loss or self.fabric.world_size > 1:
+                outcome = method.loss(context, x, y)
+            else:
+                examples = method.perturb(context, x, y)
+                with graphs_on(context.attacked) as graphs:
+                    if graphs is not None:
+                        return self._replayed(graphs, method, context, examples)
+                outcome = method.objective(context, examples)
+        with self.fabric.no_backward_sync(context.model, enabled=not last):
+            self.fabric.backward(outcome.loss / parts)
+        return outcome
+
+    def _replayed(self, graphs: Graphs, method: Method, context: TrainContext, examples: Examples) -> Outcome:
+        parts, kind = self.config.accumulate, examples.images.device.type
+        learning = [parameter for parameter in context.attacked.parameters() if parameter.requires_grad]
+
+        def differentiate(images: Tensor, y: Tensor, labels: Tensor, *more: Tensor) -> Any:
+            outcome = method.objective(context, Examples(images, y, labels, more))
+            with torch.autocast(kind, enabled=False):
+                gradients = torch.autograd.grad(outcome.loss / parts, learning, allow_unused=True)
+            return outcome.loss.detach(), outcome.correct, outcome.parts, gradients
+
+        images, y, labels, more = examples
+        loss, correct, named, gradients = graphs.call(
+            (repr(method), repr(context.threats), repr(context.regularizer)),
+            differentiate,
+            images,
+            y,
+            labels.to(images.device, non_blocking=True),
+            *more,
+            changed=context.attacked.buffers(),
+            in_place=True,
+        )
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is not None:
+                parameter.grad += gradient
+            else:  # the graph's own memory, which its next replay fills anew
+                parameter.grad = gradient if parts == 1 else gradient.clone()
+        return Outcome(loss, labels, correct, named)
