@@ -44,7 +44,7 @@ class Replay:
 
         def replay() -> None:
             self.replays += 1
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what it casts, it cast when recorded
                 for func, args, kwargs, results in recorder.calls:
                     again = func(*args, **kwargs)
                     for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):

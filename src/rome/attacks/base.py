@@ -156,6 +156,11 @@ class Attack(Component):
         unsort = torch.argsort(order).to(x.device, non_blocking=True)
         return AttackResult(*(part[unsort] for part in found))
 
+    @property
+    def replayable(self) -> bool:
+        """Whether its search may be replayed as a whole, because it never waits for a result."""
+        return True
+
     def unsuited(self, channels: int) -> str:
         """Why this attack has no meaning on images of so many channels; empty where it has."""
         if not self.channels or channels in self.channels:
@@ -285,7 +290,7 @@ def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> 
         return found, allowed
 
     graphs = graphs_of(model)
-    if graphs is None or not graphs.whole:
+    if graphs is None or not graphs.whole or not share.attack.replayable:
         return search(x, y, share.noise)
     groups = tuple((repr(group.threat), group.rows.start, group.rows.stop, group.steps) for group in share.groups)
     found, allowed = graphs.call((repr(share.attack), groups, verdict), search, x, y, share.noise)

@@ -10,13 +10,16 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
-from rome.attacks.engine import Model, margin
+from rome.attacks.engine import Model, graphs_of, margin
 from rome.attacks.perceptual.features import Perception, distances
 from rome.core.component import Number
 from rome.threats import Perceptual, Threat
 
 START = 0.01
 """Standard deviation of the random start."""
+ROUND = 8
+"""Where graphs are replayed, the examples that are searched are so many, or a multiple, in each group: the others that
+make up the number are searched in vain, and few shapes occur."""
 
 
 class FastLPA(Attack):
@@ -53,16 +56,32 @@ class FastLPA(Attack):
         return margin(logits, y)
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
-        images = x.clone()
+        images, graphs = x.clone(), graphs_of(model)
         if not self.only_correct:
             images = self._climb(model, x, y, groups, noise)
         else:
             correct = model(x[:: self.copies]).argmax(dim=1) == y[:: self.copies]
-            chosen = correct.repeat_interleave(self.copies).cpu()  # waits for the device once
+            correct = correct.repeat_interleave(self.copies)
+            chosen = correct.cpu()  # waits for the device once
+            if graphs is not None:
+                chosen = rounded_up(chosen, groups, ROUND * self.copies)
             if chosen.any():
-                rows = chosen.nonzero().flatten().to(x.device)
-                images[rows] = self._climb(model, x[rows], y[rows], among(groups, chosen), noise[rows])
+                rows, groups = chosen.nonzero().flatten().to(x.device), among(groups, chosen)
+
+                def climb(x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+                    return self._climb(model, x, y, groups, noise)
+
+                if graphs is None:
+                    images[rows] = climb(x[rows], y[rows], noise[rows])
+                else:
+                    key = (repr(self), *((repr(group.threat), group.rows.stop) for group in groups))
+                    found = graphs.call(key, climb, x[rows], y[rows], noise[rows])
+                    images[rows] = torch.where(correct[rows].view(-1, 1, 1, 1), found, x[rows])
         return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
+
+    @property
+    def replayable(self) -> bool:
+        return not self.only_correct
 
     def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
         seen = Perception(model, groups, x.device)
@@ -112,6 +131,16 @@ def gaussian(noise: Tensor) -> Tensor:
 
 def length(images: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images.flatten(1), dim=1).view(-1, 1, 1, 1)
+
+
+def rounded_up(chosen: Tensor, groups: list[Group], multiple: int) -> Tensor:
+    """The chosen rows of the batch (bool, CPU) and a few others, so that every group has a multiple of so many, or all
+    of its own."""
+    chosen = chosen.clone()
+    for _, rows, _ in groups:
+        others = (~chosen[rows]).nonzero().flatten()
+        chosen[rows.start + others[: -int(chosen[rows].sum()) % multiple]] = True
+    return chosen
 
 
 def among(groups: list[Group], chosen: Tensor) -> list[Group]:
