@@ -53,6 +53,15 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return loss, correct, gradient
 
 
+def logits_of(model: Model, x: Tensor) -> Tensor:
+    """The model's logits (B, classes), to be differentiated with respect to ``x`` before its next call."""
+    if (graphs := graphs_of(model)) is None:
+        return model(x)
+    call = graphs.differentiable if x.requires_grad and torch.is_grad_enabled() else graphs.call
+    answer: Tensor = call("logits", model, padded(x, graphs.rows))
+    return answer[: len(x)]
+
+
 _GRAPHS: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
 
 

@@ -89,6 +89,9 @@ class _Both:
             lambda: torch.autograd.grad(self.answer, self.x, self.d_answer, retain_graph=True)
         )
 
+    def __call__(self, x: Tensor) -> Any:
+        return _Replay.apply(x, self)
+
 
 class _Replay(torch.autograd.Function):
     @staticmethod
@@ -172,7 +175,7 @@ class Graphs:
         """``function(x)``, to be differentiated with respect to ``x`` before the next call: forward and backward are a
         graph each."""
         entry, answer = self._entry(("both", key), function, (x,), _Both, [])
-        return answer if entry is None else _Replay.apply(x, entry)
+        return answer if entry is None else entry(x)
 
     @contextmanager
     def on(self, addresses: Hashable, state: Hashable) -> Iterator[None]:
@@ -244,9 +247,23 @@ class Graphs:
 
         started = time.perf_counter()
         before = [tensor.detach().clone() for tensor in changed]
+
+        def tried(run: Callable[..., Any]) -> Any:
+            with torch.random.fork_rng(devices=cuda_in_use()):
+                results = _probed(run, tensors) if kind is _Both else copies(run(*tensors))
+            _restore(changed, before)
+            return results
+
         try:
             with self._alone(), torch.random.fork_rng(devices=cuda_in_use()):
-                return kind(self.capture, fresh, *tensors)
+                entry = kind(self.capture, fresh, *tensors)
+            _restore(changed, before)
+            with self._alone():
+                usual, replayed = tried(fresh), tried(entry)
+                # where the device itself sums in another order each time, no two runs are the same
+                if not _same(usual, replayed) and _same(usual, tried(fresh)):
+                    raise RuntimeError("its replay gave other results than its first run")
+            return entry
         except (UserError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -255,9 +272,7 @@ class Graphs:
             return reason
         finally:
             torch.clear_autocast_cache()  # what the graph casts has no values before its replay
-            with torch.no_grad():
-                for tensor, old in zip(changed, before, strict=True):
-                    tensor.copy_(old)
+            _restore(changed, before)
             self.seconds += time.perf_counter() - started
 
     @contextmanager
@@ -288,14 +303,35 @@ def copies(results: Any) -> Any:
     return tree_map(copy, results)
 
 
+def _probed(run: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A function's answer, and the gradient of its sum."""
+    x = tensors[0].detach().requires_grad_()
+    with torch.enable_grad():
+        answer = run(x)
+    return answer.detach(), torch.autograd.grad(answer.sum(), x)[0]
+
+
+def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, tensor by tensor; NaN equals NaN."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if isinstance(a, Tensor))
+
+
 def _modes(tensors: tuple[Tensor, ...]) -> Hashable:
     """The global settings that decide which kernels run."""
     kind = tensors[0].device.type if tensors else "cpu"
+    backends: Any = torch.backends
     return (
         torch.is_grad_enabled(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        backends.cuda.matmul.fp32_precision,
+        backends.cudnn.conv.fp32_precision,
     )
 
 

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rome.attacks.engine import Model, frozen
+from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
 from rome.attacks.suites import BATCH_SIZE, Case, Suite, SuiteChoice, as_named, as_suite
 from rome.core import trust
 from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
+from rome.core.graphs import Graphs
 from rome.core.randomness import unchanged_states
 from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
@@ -141,7 +142,9 @@ def evaluate(
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
     }
-    with _undisturbed(model, where):
+    # an eighth of a batch: examples leave it as they are fooled, and few shapes are to occur
+    graphs = Graphs(whole=False, rows=-(-size // 8)) if where.type == "cuda" else None
+    with _undisturbed(model, where, graphs):
         stored = team.first(lambda: None if overwrite else store.stored_settings())
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
         settings["model"] = settled(facts, changing)
@@ -260,8 +263,8 @@ def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
 
 
 @contextmanager
-def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
-    """Strict float32, no graph, no autocast; the model's flags and all global random states as before afterwards."""
+def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
+    """Strict float32, no gradients, no autocast; flags of the model and global random states are restored afterwards."""
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]
@@ -270,6 +273,7 @@ def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(graphed(model, graphs))
         stack.enter_context(frozen(model))
         try:
             for product in products:

@@ -103,8 +103,11 @@ def closed_form(layer: MixtureLayer) -> SoftmaxGate | None:
     return gate if gate.pool is None or gate.pool.span is not None else None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tuple[Tensor, Gates | None]:
     """W h + B m of every token h of an input (B windows, ..., d_in), in the precision of autocast.
+
+    A compiled model calls it as it is: little is left to fuse, and its beta would make every block another program.
 
     Args:
         layer: a :class:`rome.experts.MixtureLinear`.

@@ -19,6 +19,7 @@ from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
 from rome.experts import MixtureLayer, block_numbers, expert_layers
 from rome.models import build_model, trains_on, weights_file
+from rome.models.compiling import compile_blocks
 from rome.runs.config import Config
 from rome.training.setup import train_context
 
@@ -111,7 +112,7 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         device, batch = pick_device(config.device), config.batch_size // config.accumulate
         placed(model, device)
         if config.compile:
-            model.compile()
+            compile_blocks(model)
         facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         facts |= {"batch_size": config.batch_size, "latency_batch": batch}
         timed.append(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rome.attacks.threat import check_channels
 from rome.core import trust
+from rome.core.console import say
 from rome.core.device import numerics, placed
 from rome.core.distributed import launched_together
 from rome.core.errors import UserError, first_line
@@ -22,6 +23,7 @@ from rome.core.trial import check_attackable, tried
 from rome.data import Split
 from rome.methods import TrainContext
 from rome.models import build_model, save_model
+from rome.models.compiling import compile_blocks
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.training.loop import Loop, Position
@@ -111,7 +113,9 @@ def _train(
                 "restore it, or pass --overwrite to start anew"
             ) from error
     if config.compile:
-        model.compile()
+        blocks = compile_blocks(model)
+        what = f"the model in {blocks} blocks" if blocks else "the model as a whole"
+        say(f"{config.name}: compiling {what}; the first updates wait for it")
     context.model, optimizer = fabric.setup(model, optimizer)
     loop = Loop(
         config, run, fabric, context, optimizer, split, steps, position, validator, _graphs(config, fabric.device)

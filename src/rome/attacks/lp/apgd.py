@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group, Steps
-from rome.attacks.engine import Model, log_odds, loss_and_gradient
+from rome.attacks.engine import Model, log_odds, logits_of, loss_and_gradient
 from rome.core.component import Number
 from rome.threats import Threat
 from rome.threats.lp import Norm
@@ -85,7 +85,7 @@ class _State:
                 model, self.point[:end], self.y[:end]
             )
         else:  # nobody moves again: the last backward is not needed
-            logits = model(self.point[:end])
+            logits = logits_of(model, self.point[:end])
             self.loss[:end] = log_odds(logits, self.y[:end])
             self.correct[:end] = logits.argmax(1) == self.y[:end]
 

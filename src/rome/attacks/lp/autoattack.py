@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group
-from rome.attacks.engine import Model
+from rome.attacks.engine import Model, logits_of
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, cuda_in_use
 from rome.threats import LpBall, Threat
@@ -73,7 +73,7 @@ class AutoAttackPart(Attack):
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         if x.dtype != torch.float32:
             raise UserError(f"{self.kind} works on float32 images, not {x.dtype}: give x.float()")
-        logits = model(x)
+        logits = logits_of(model, x)
         robust = logits.argmax(1) == y
         images = x.clone()
         seen, watched = _ZeroGradients(), _Watched(model)
@@ -222,7 +222,7 @@ class _Watched:
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return self.model(x).to(x.dtype)  # pyautoattack stores losses and gradients in one type
+        return logits_of(self.model, x).to(x.dtype)  # pyautoattack stores losses and gradients in one type
 
     def _count(self, gradient: Tensor) -> None:
         broken = gradient.isnan().flatten(1).any(dim=1).sum()
