@@ -600,3 +600,15 @@ def test_gates_of_other_settings_are_refused_though_their_weights_fit(tmp_path: 
 
 def _experts_of(file: Path) -> Any:
     return lambda model: load_experts(model, file)
+
+
+@pytest.mark.parametrize(("channels", "placed_last"), [(2, False), (7, False), (8, True)])
+def test_convolutions_that_onednn_writes_beyond_its_memory_for_keep_their_order(
+    channels: int, placed_last: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 8, 1, stride=2))
+    model = placed(model, torch.device("cpu"))
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == placed_last
+    images = torch.rand(12, 3, 10, 10)
+    for _ in range(30):
+        model(images).sum().backward()

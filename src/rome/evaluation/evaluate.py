@@ -264,7 +264,7 @@ def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
 
 @contextmanager
 def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
-    """Strict float32, no gradients, no autocast; flags of the model and global random states are restored afterwards."""
+    """Strict float32, no gradients, no autocast; the model's flags and global random states are restored afterwards."""
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]
