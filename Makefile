@@ -1,9 +1,9 @@
-# make demo | test | check | test-kernels | test-slow | test-gpu | test-browser | test-originals | clean
+# make demo | test | check | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format test-kernels test-slow test-gpu test-browser test-originals clean
+.PHONY: demo test check gpu format test-kernels test-slow test-gpu test-browser test-originals clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -28,6 +28,11 @@ test-slow: $(VENV)/ready
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
+
+DATA ?=
+MINUTES ?= 12
+gpu: $(VENV)/ready  # DATA=folder of CIFAR-10: what only a GPU shows, in MINUTES=12; the result is the folder gpu
+	$(BIN)/python -m benchmarks.gpu --minutes $(MINUTES) $(if $(DATA),--data $(DATA))
 
 test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path in CHROMIUM); adds Gradio and Playwright
 	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }

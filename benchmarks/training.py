@@ -1,13 +1,15 @@
 """Images per second and share of the hardware's peak of whole training updates, and where their time goes.
 
-    python benchmarks/training.py --device cuda --precision bf16 --compile --profile --json training.json
+    python benchmarks/training.py --device cuda --precision bf16 --ways eager graph compiled --json training.json
     python benchmarks/training.py --models vit-ti --batch 16 --steps-scale 0.1       # on a CPU; ViT-B too, with time
 
 Runs rome.train itself, on CIFAR-10 of ``--data`` or random images: the paper's RANDOM (PGD 20/20/10, one mixed batch,
-AdamW) and RoME+RANDOM (experts and L_div), both in the same run, one update each in turn. A time is that of a whole
-update: images from the data set, attack, training step, optimizer, log. ``--steps-scale`` shortens the attacks.
+AdamW) and RoME+RANDOM (experts and L_div), and MAX where ``--methods`` names it, all in the same run, one update each
+in turn. A time is that of a whole update: images from the data set, attack, training step, optimizer, log.
+``--steps-scale`` shortens the attacks. ``--ways``: eager, as CUDA graphs, or those of compiled blocks. Each row of each
+way is printed and written as soon as it is measured.
 
-How to read it: ``x RANDOM`` is the median over updates of (RoME's time / RANDOM's in the same round), least and
+How to read it: ``x RANDOM`` is the median over updates of (the time / RANDOM's in the same round), least and
 largest in brackets. ``MFU`` is the counted arithmetic of the update (matrix products and convolutions, two operations
 per MAC, recomputation not counted) over time x peak; the peak is the data sheet's for known GPUs, otherwise that of a
 measured matrix product, and ``of product`` is over that product's on the same machine. ``20 epochs`` is the time of
@@ -19,6 +21,7 @@ its own) and torch.profiler's top operations by self time; ``busy`` is how much 
 
 from __future__ import annotations
 
+import itertools
 import queue
 import statistics
 import tempfile
@@ -36,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 import common
 import rome.attacks.lp.apgd
 import rome.attacks.lp.pgd
-import rome.methods.mixing
+import rome.methods.base
 from rome.attacks import PGD, Attack
 from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
 from rome.models import build_model
@@ -44,7 +47,8 @@ from rome.runs.config import Config, parse
 from rome.threats import CIFAR10
 from rome.training.setup import train
 
-METHODS = ("RANDOM", "RoME+RANDOM")
+METHODS = ("RANDOM", "RoME+RANDOM", "MAX", "RoME+MAX")
+WAYS = {"eager": {"graphs": False}, "graph": {"graphs": "auto"}, "compiled": {"graphs": "auto", "compile": True}}
 STEPS = {"L1": 20, "L2": 20, "Linf": 10}
 CIFAR10_IMAGES, EPOCHS = 50_000, 20
 
@@ -70,11 +74,11 @@ class RandomImages(Data):
         )
 
 
-def make_config(name: str, method: str, batch: int, scale: float, options: Any, device: torch.device) -> Config:
+def make_config(name: str, method: str, way: str, batch: int, options: Any, device: torch.device) -> Config:
     """The paper's run on CIFAR-10, as a config file would say it."""
     kind, settings = common.TIMM[name]
     data = {"kind": "cifar10", "path": options.data} if options.data else {"kind": RandomImages.kind}
-    limit = max(20 * batch, 1000) if options.quick else None
+    limit, scale = max(20 * batch, 1000) if options.quick else None, options.steps_scale
     model = {"name": kind, "img_size": 32, "patch_size": settings["patch_size"]}
     model["args"] = {key: value for key, value in settings.items() if key != "patch_size"}
     return parse(
@@ -84,11 +88,11 @@ def make_config(name: str, method: str, batch: int, scale: float, options: Any, 
             "batch_size": batch,
             "device": device.type,
             "precision": options.precision,
-            "compile": options.compile,
+            **WAYS[way],
             "data": {**data, "train_limit": limit},
             "model": model,
             "experts": "low-rank" if method.startswith("RoME") else None,
-            "method": "random",
+            "method": "max" if method.endswith("MAX") else "random",
             "attack": {"kind": "pgd", "steps": {norm: max(round(n * scale), 1) for norm, n in STEPS.items()}},
             "threats": "cifar10",
         }
@@ -101,7 +105,7 @@ def count_update(config: Config, *, full: bool = False) -> float:
     flops = common.count_flops(model)
     attack = PGD() if full else config.attack
     steps = statistics.mean(attack.steps_for(threat) for threat in CIFAR10)
-    return steps * flops.gradient + flops.training
+    return (steps * flops.gradient + flops.training) * (len(CIFAR10) if config.method.kind == "max" else 1)
 
 
 # -- several trainings, one update each in turn ------------------------------------------------------------------------
@@ -172,12 +176,13 @@ class Training:
         self.started = time.perf_counter()
 
 
-def measure(name: str, batch: int, options: Any, device: torch.device, report: common.Report) -> list[dict[str, Any]]:
-    """Times of both methods' updates."""
+def measure(
+    name: str, batch: int, way: str, options: Any, device: torch.device, report: common.Report
+) -> list[dict[str, Any]]:
+    """Times of the methods' updates."""
     common.cast(device, options.precision)  # sets what fp32 products may use
     common.compile_models()  # train compiles the models
-    scale = options.steps_scale
-    configs = {method: make_config(name, method, batch, scale, options, device) for method in METHODS}
+    configs = {method: make_config(name, method, way, batch, options, device) for method in options.methods}
     flops = {method: count_update(config) for method, config in configs.items()}
     full = {method: count_update(config, full=True) for method, config in configs.items()}
     peak = common.peak_flops(device, options.precision, size=256 if options.quick else None)
@@ -192,9 +197,9 @@ def measure(name: str, batch: int, options: Any, device: torch.device, report: c
             for method, config in configs.items():
                 trainings[method] = Training(config, device, f"{folder}/{method}")
                 warmup[method] = sum(trainings[method].step() for _ in range(options.warmup))
-            times: dict[str, list[float]] = {method: [] for method in METHODS}
+            times: dict[str, list[float]] = {method: [] for method in configs}
             for turn in range(options.repeats):
-                for method in METHODS if turn % 2 == 0 else METHODS[::-1]:
+                for method in options.methods if turn % 2 == 0 else options.methods[::-1]:
                     times[method].append(trainings[method].step())
             memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
             if options.profile:
@@ -216,8 +221,9 @@ def measure(name: str, batch: int, options: Any, device: torch.device, report: c
                 "seconds": seconds,
                 "warmup_seconds": warmup[method],
                 "images_per_second": batch / middle,
-                "ratio": common.ratio(seconds, times["RANDOM"]),
-                "arithmetic": flops[method] / flops["RANDOM"],
+                "way": way,
+                "ratio": common.ratio(seconds, times[options.methods[0]]),
+                "arithmetic": flops[method] / flops[options.methods[0]],
                 "flops_per_image": flops[method],
                 "achieved_flops": achieved,
                 "peak_flops": peak.flops,
@@ -225,9 +231,9 @@ def measure(name: str, batch: int, options: Any, device: torch.device, report: c
                 "product_flops": product,
                 "mfu": achieved / peak.flops,
                 "of_product": achieved / product,
-                "extrapolated": scale != 1,
+                "extrapolated": options.steps_scale != 1,
                 "minutes_20_epochs": EPOCHS * CIFAR10_IMAGES * full[method] / achieved / 60,
-                "gpu_memory_gib_both": memory,
+                "gpu_memory_gib": memory,
             }
         )
     return rows
@@ -265,7 +271,7 @@ class Clock:
             (rome.attacks.lp.pgd, "loss_and_gradient", "attack: model"),
             (rome.attacks.lp.apgd, "loss_and_gradient", "attack: model"),
             (Attack, "run", "attack: steps"),  # all of the attack; less the model afterwards
-            (rome.methods.mixing, "training_forward", "training forward"),
+            (rome.methods.base, "training_forward", "training forward"),
             (Fabric, "backward", "backward"),
         ]
         originals = [getattr(owner, attribute) for owner, attribute, _ in places]
@@ -335,9 +341,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti", "vit-s", "vit-b"], batch=[64], repeats=5)
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
-    parser.add_argument("--compile", action="store_true", help="compile: true in the config")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2], help="the first is the measure")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["graph"], help="on a CPU graph is eager")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="times the attacks' 20, 20, 10 steps")
-    parser.add_argument("--warmup", type=int, default=2, help="updates of each training that are not counted")
+    parser.add_argument("--warmup", type=int, default=4, help="updates of each training that are not counted")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(argv)
     if options.quick:
@@ -347,35 +354,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error("resnet18 takes no experts; choose ViTs")
     device = common.start(options)
     report = common.Report(options, device, argv)
-    compiled = "compiled" if options.compile else "eager"
-    for name in options.models:
-        for batch in options.batch:
-            data = measure(name, batch, options, device, report)
-            rows = []
-            for row in data:
-                minutes, mark = row["minutes_20_epochs"], "~" if row["extrapolated"] else ""
-                rows.append(
-                    {
-                        "model": row["model"],
-                        "batch": str(row["batch"]),
-                        "steps": "/".join(map(str, row["attack_steps"].values())),
-                        "case": row["case"],
-                        "ms/update": common.milliseconds(row["seconds"]),
-                        "images/s": f"{row['images_per_second']:.4g}",
-                        "x RANDOM": str(row["ratio"]),
-                        "arithmetic": f"{row['arithmetic']:.3f}",
-                        "TFLOP/s": f"{row['achieved_flops'] / 1e12:.3g}",
-                        "MFU": f"{row['mfu']:.1%}",
-                        "of product": f"{row['of_product']:.1%}",
-                        "20 epochs": f"{mark}{minutes / 60:.3g} h" if minutes > 120 else f"{mark}{minutes:.3g} min",
-                    }
-                )
-            report.table(f"Training updates, {options.precision}, {compiled}", rows, data)
-            peak, memory = data[0]["peak_flops"] / 1e12, data[0]["gpu_memory_gib_both"]
-            report.note(
-                f"peak {peak:.3g} TFLOP/s ({data[0]['peak_source']}), product {data[0]['product_flops'] / 1e12:.3g}"
-                + (f"; both trainings together took at most {memory:.1f} GiB" if memory else "")
+    for way, name, batch in itertools.product(options.ways, options.models, options.batch):
+        data = measure(name, batch, way, options, device, report)
+        rows = []
+        for row in data:
+            minutes, mark = row["minutes_20_epochs"], "~" if row["extrapolated"] else ""
+            rows.append(
+                {
+                    "model": row["model"],
+                    "batch": str(row["batch"]),
+                    "steps": "/".join(map(str, row["attack_steps"].values())),
+                    "case": row["case"],
+                    "ms/update": common.milliseconds(row["seconds"]),
+                    "images/s": f"{row['images_per_second']:.4g}",
+                    f"x {options.methods[0]}": str(row["ratio"]),
+                    "arithmetic": f"{row['arithmetic']:.3f}",
+                    "TFLOP/s": f"{row['achieved_flops'] / 1e12:.3g}",
+                    "MFU": f"{row['mfu']:.1%}",
+                    "of product": f"{row['of_product']:.1%}",
+                    "20 epochs": f"{mark}{minutes / 60:.3g} h" if minutes > 120 else f"{mark}{minutes:.3g} min",
+                }
             )
+        report.table(f"Training updates, {options.precision}, {way}", rows, data)
+        peak, memory = data[0]["peak_flops"] / 1e12, data[0]["gpu_memory_gib"]
+        report.note(
+            f"peak {peak:.3g} TFLOP/s ({data[0]['peak_source']}), product {data[0]['product_flops'] / 1e12:.3g}"
+            + (f"; all trainings together took at most {memory:.1f} GiB" if memory else "")
+        )
+        report.save()
     return report.finish()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -157,6 +158,60 @@ def test_gpu_steps_goes_on_after_a_row_that_fails_and_ends_in_time(
     assert "vit-micro, parity failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
     assert any(title.startswith("Attack") for title in json.loads((tmp_path / "gpu_steps.json").read_text())["tables"])
     assert "out of time before: bare products" in steps.main([*options, "--minutes", "0"])["notes"]
+
+
+@pytest.mark.slow
+def test_autoattack_is_timed_under_every_norm(run: Run) -> None:
+    (rows,) = run("autoattack").values()
+    assert [row["norm"] for row in rows] == ["L1", "L2", "Linf"]
+    assert all(row["same"] == row["images"] for row in rows if row["case"] == "rome")
+
+
+def test_gpu_runs_its_parts_in_turn_and_survives_what_fails_or_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    programs = {"prints": "print('a line')", "fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(600)"}
+    parts = [
+        gpu.Part(name, 0.0 if name == "hangs" else 0.9, [sys.executable, "-c", program])
+        for name, program in programs.items()
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda *_: parts)
+    monkeypatch.setattr(gpu, "LEAST", 2)
+    assert gpu.main(["--minutes", "1", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "a line" in out
+    said = (tmp_path / "gpu.md").read_text()
+    for line in ("- prints: done", "- fails: failed with exit code 3", "- hangs: stopped, its time was over"):
+        assert said.count(line) == 2  # where it ended, and in the summary
+    assert gpu.main(["--minutes", "0", "--out", str(tmp_path)]) == 0
+    assert "- prints: skipped, no time was left" in (tmp_path / "gpu.md").read_text()
+    assert (tmp_path / "gpu.md").read_text().startswith(said)  # nothing of an earlier run is lost
+
+
+def test_what_gpu_runs_is_there_and_its_files_are_few(common: ModuleType, tmp_path: Path) -> None:
+    gpu = importlib.import_module("gpu")
+    parts = gpu.parts("data", 12, "cuda", tmp_path, False)
+    files = {part.command[part.command.index("--json") + 1] for part in parts if "--json" in part.command}
+    assert len(files) + 1 <= 8
+    for part in parts:
+        if "--json" in part.command:
+            module = importlib.import_module(Path(part.command[1]).stem)
+            with pytest.raises(SystemExit) as ended:
+                module.main([*part.command[2:], "--help"])  # every option is one of the benchmark's
+            assert ended.value.code == 0
+
+
+def test_accuracy_at_equal_time_is_that_of_the_updates_made_by_then(common: ModuleType) -> None:
+    comparison = importlib.import_module("comparison")
+    log = [{"event": "update", "update": i, "accuracy": {"L1": i / 100, "L2": i / 100}} for i in range(1, 41)]
+    log.append({"event": "epoch", "update": 40, "seconds": 80.0})
+    assert comparison.before(log, 80) == pytest.approx(0.395)  # the last two of 40
+    assert comparison.before(log, 40) == pytest.approx(0.195)
+    assert comparison.before(log, 500) == pytest.approx(0.395)
+    names = {file.stem for file in (BENCHMARKS.parent / "experiments" / "gpu").glob("[a-z]*.yaml")}
+    assert names == {"natural", *comparison.METHODS}
 
 
 def test_cases_take_turns(common: ModuleType) -> None:

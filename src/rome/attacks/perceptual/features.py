@@ -280,6 +280,6 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Compiled code does not see hooks that come and go; such a model runs uncompiled inside."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -1,0 +1,107 @@
+"""AutoAttack on a thousand images: rome's evaluation beside pyautoattack's, in time and in verdicts.
+
+    python benchmarks/autoattack.py --data PATH --device cuda --json autoattack.json
+    python benchmarks/autoattack.py --data PATH --images 32 --batch 32                  # on a CPU
+
+ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights. Radii are CIFAR-10's times ``--scale``
+(default 1/8), because models that were not trained to be robust lose every image at full radius. rome runs the suite
+``autoattack`` with all of its checks: every image is verified anew and written nowhere; pyautoattack runs its version
+``standard`` on the images that rome's evaluation attacks, those that the model classifies rightly, in the same batches.
+
+How to read it: ``x rome`` is pyautoattack's time over rome's; ``same`` counts the images on which both verdicts agree.
+The two draw other random numbers, so a few may differ; ``robust %`` is of all images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyautoattack import AutoAttack
+
+import common
+from rome import evaluate
+from rome.attacks.suites import Suite
+from rome.threats import CIFAR10, LpBall
+
+
+def measure(name: str, batch: int, suite: Any, options: Any, device: torch.device, report: common.Report) -> None:
+    """One norm after the other, both ways."""
+    model = common.make_model(name, device, options.seed).requires_grad_(False)
+    x, y = common.images(options.images, options.data, torch.device("cpu"), options.seed)
+    if options.data is None or name != "resnet18":
+        with torch.no_grad():
+            y = torch.cat([model(part.to(device)).argmax(1).cpu() for part in x.split(batch)])
+    for ball in CIFAR10:
+        threat = LpBall(norm=ball.norm, eps=ball.eps * options.scale)
+        common.synchronize(device)
+        started = time.perf_counter()
+        found = evaluate(model, x, y, threats=threat, suite=suite, batch_size=batch, checks=False)
+        seconds = {"rome": time.perf_counter() - started}
+        clean, robust = torch.from_numpy(found.correct[:, 0]), torch.from_numpy(found.correct[:, 1])
+        theirs = clean.clone()
+        rows = [row(name, batch, threat, "rome", seconds, robust, robust)]
+        if not options.quick:
+            settings = {"norm": threat.norm, "eps": threat.eps, "seed": options.seed, "device": device}
+            attack = AutoAttack(model, **settings, version="standard", verbose=False)
+            started = time.perf_counter()
+            adversarial = attack.run_standard_evaluation(x[clean].to(device), y[clean].to(device), bs=batch)
+            common.synchronize(device)
+            seconds["pyautoattack"] = time.perf_counter() - started
+            with torch.no_grad():
+                right = [model(part).argmax(1).cpu() for part in adversarial.split(batch)]
+            theirs[clean] = torch.cat(right) == y[clean]
+            rows.append(row(name, batch, threat, "pyautoattack", seconds, theirs, robust))
+        report.table(f"AutoAttack, {len(x)} images, fp32", [shown for shown, _ in rows], [data for _, data in rows])
+        report.save()
+
+
+def row(
+    name: str, batch: int, threat: LpBall, case: str, seconds: dict[str, float], robust: Any, reference: Any
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """A line of the table, and its numbers."""
+    data = {
+        "model": name,
+        "batch": batch,
+        "norm": threat.norm,
+        "case": case,
+        "seconds": seconds[case],
+        "times_rome": seconds[case] / seconds["rome"],
+        "robust": robust.double().mean().item(),
+        "same": int((robust == reference).sum()),
+        "images": len(robust),
+    }
+    shown = {
+        "model": name,
+        "batch": str(batch),
+        "norm": threat.norm,
+        "case": case,
+        "s": f"{data['seconds']:.4g}",
+        "x rome": f"{data['times_rome']:.2f}",
+        "robust %": f"{100 * data['robust']:.1f}",
+        "same": f"{data['same']} of {data['images']}",
+    }
+    return shown, data
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[500], repeats=1)
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--scale", type=float, default=1 / 8, help="times CIFAR-10's radii")
+    options = parser.parse_args(argv)
+    suite: Any = Suite.of_kind("apgd")(iterations=5) if options.quick else "autoattack"
+    if options.quick:
+        options.models, options.batch, options.images = ["vit-micro"], [4], 4
+    device = common.start(options)
+    report = common.Report(options, device, argv)
+    for name in options.models:
+        for batch in options.batch:
+            measure(name, batch, suite, options, device, report)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()

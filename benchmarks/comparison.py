@@ -1,0 +1,155 @@
+"""The paper's claim as far as a quarter of an hour on one GPU carries: experiments/gpu, trained, evaluated, compared.
+
+    python benchmarks/comparison.py --data PATH --minutes 6 --json comparison.json
+    python benchmarks/comparison.py --data PATH --runs runs/gpu --minutes 60              # keeps the runs
+
+From one natural start RANDOM, RoME+RANDOM, RANDOM with RoME's experts and without its loss, MAX and RoME+MAX train for
+equally many updates, as many epochs as fit into ``--minutes`` by the speed of a short first run; what does not fit is
+left out from the end of this list. Each is evaluated as its config says (4,000 test images under APGD).
+
+How to read it: ``over`` is the difference of the union to the first method's on the same images, with a 95% interval
+(Agresti and Min 2005) and McNemar's exact p. ``at equal time`` is the mean training accuracy under attack over the
+twentieth of the updates before the time at which the fastest training ended, from the logs: the others had made fewer
+updates by then. ``information``, ``distance`` and ``probe`` are the routing numbers of benchmarks/routing.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import routing
+from rome.evaluation.run import evaluate_saved
+from rome.evaluation.statistics import paired_difference
+from rome.report.subject import open_subjects
+from rome.runs.config import load
+from rome.runs.experiments import folder
+from rome.runs.folder import Run
+from rome.training.setup import train
+
+METHODS = {"random": 1.0, "rome-random": 1.2, "no-loss-random": 1.2, "max": 3.0, "rome-max": 3.6}
+"""The experiments, and how long their updates take beside RANDOM's, roughly."""
+IMAGES, NATURAL, EVALUATION = 50_000, 0.15, 0.15
+"""Of an epoch; shares of the time."""
+TINY = [
+    "model.args={embed_dim: 16, depth: 2, num_heads: 2}", "model.patch_size=8", "batch_size=12", "precision=fp32",
+    "data.train_limit=48", "data.test_limit=24", "attack.steps=1",
+    "evaluation={suite: {kind: apgd, iterations: 5}, n: 24}",
+]  # fmt: skip
+"""Overrides of a run that only shows that it works."""
+
+
+def trained(name: str, runs: Path, *overrides: str) -> Run:
+    """A finished run of one of the experiments; one that is there already is not made again."""
+    run = Run(runs / name)
+    if run.model_file.exists():
+        return run
+    return train(load(folder() / "gpu" / f"{name}.yaml", overrides), runs / name, resume=True)
+
+
+def rate(run: Run) -> float:
+    """Images per second of a run, after its first updates."""
+    updates = [line["images_per_second"] for line in run.log() if line["event"] == "update"]
+    return statistics.median(updates[len(updates) // 2 :])
+
+
+def before(log: list[dict[str, Any]], seconds: float) -> float:
+    """Mean accuracy under attack over a twentieth of the updates, the last ones within so many seconds."""
+    ends = [(line["update"], line["seconds"]) for line in log if line["event"] == "epoch"]
+    last, total = ends[-1]
+    reached = max(int(last * min(seconds / total, 1)), 1)
+    updates = [line for line in log if line["event"] == "update" and line["update"] <= reached]
+    few = updates[-max(last // 20, 1) :]
+    return statistics.fmean(statistics.fmean(line["accuracy"].values()) for line in few)
+
+
+def compare(options: Any, runs: Path, report: common.Report) -> None:
+    """Train, evaluate and print, one method after the other."""
+    started, seconds = time.perf_counter(), 60 * options.minutes
+    base = [f"data.path={options.data}", f"device={options.device}", f"seed={options.seed}"]
+    base += TINY if options.quick else []
+    few = [] if options.quick else ["data.train_limit=7680"]
+    first = Run(runs / "natural")
+    if not first.model_file.exists():
+        short = [*base, *few, "epochs=1", "natural_epochs=1"]
+        pilot = train(load(folder() / "gpu" / "natural.yaml", short), runs / "natural-pilot", overwrite=True)
+        epochs = min(max(int(NATURAL * seconds * rate(pilot) / IMAGES), 1), 25)
+        first = trained("natural", runs, *base, f"epochs={epochs}", f"natural_epochs={epochs}")
+    base.append(f"model.weights={first.folder}")
+    pilot = train(load(folder() / "gpu" / "random.yaml", [*base, *few, "epochs=1"]), runs / "pilot", overwrite=True)
+    speed = rate(pilot)
+    left = seconds - (time.perf_counter() - started) - EVALUATION * seconds
+    epochs = max(int(left * speed / IMAGES / sum(METHODS.values())), 1)
+    report.note(f"{epochs} epochs each, by {speed:.0f} images/s of RANDOM")
+    found: dict[str, Any] = {}
+    for name in METHODS:
+        if found and time.perf_counter() - started > seconds:
+            report.note(f"out of time before {name}")
+            break
+        run = trained(name, runs, *base, f"epochs={epochs}")
+        evaluated, _ = evaluate_saved(run.folder, device=options.device)
+        found[name] = run, evaluated
+        rows(found, options, report)
+        report.save()
+
+
+def rows(found: dict[str, Any], options: Any, report: common.Report) -> None:
+    """The table so far."""
+    shortest = min(line["seconds"] for run, _ in found.values() for line in run.log()[-1:])
+    reference = next(iter(found.values()))[1]
+    shown, data = [], []
+    for name, (run, evaluated) in found.items():
+        over = paired_difference(evaluated.correct.all(axis=1), reference.correct.all(axis=1))
+        numbers = routing.routing(open_subjects([run.folder], options.device)[0], 24 if options.quick else 256)
+        values = {
+            "case": name,
+            "updates": run.log()[-1]["update"],
+            "seconds": run.log()[-1]["seconds"],
+            "clean": evaluated.clean,
+            **evaluated.robust,
+            "union": evaluated.union,
+            "over": list(over),
+            "at_equal_time": before(run.log(), shortest),
+            **numbers,
+        }
+        data.append(values)
+        percent = {key: f"{100 * values[key]:.1f}" for key in ("clean", *evaluated.robust, "union")}
+        shown.append(
+            {
+                "case": name,
+                "updates": str(values["updates"]),
+                "s": f"{values['seconds']:.0f}",
+                **percent,
+                "over": ""
+                if evaluated is reference
+                else f"{100 * over.value:+.1f} ({100 * over.low:+.1f} to {100 * over.high:+.1f}), p = {over.p:.2g}",
+                "at equal time": f"{100 * values['at_equal_time']:.1f}",
+                **{
+                    key: f"{numbers[key]:.3f}" if key in numbers else "" for key in ("information", "distance", "probe")
+                },
+            }
+        )
+    report.tables.pop("Equal updates", None)
+    report.table("Equal updates", shown, data)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = common.arguments(__doc__, models=["vit-ti"], batch=[192], repeats=1)
+    parser.add_argument("--data", metavar="PATH", required=True, help="folder of CIFAR-10")
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--runs", metavar="DIR", help="where the runs are kept; thrown away unless given")
+    options = parser.parse_args(argv)
+    options.device = str(common.start(options))
+    report = common.Report(options, common.torch.device(options.device), argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(options, Path(options.runs or temporary), report)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""One command for whoever has a GPU for a quarter of an hour: `make gpu DATA=PATH`.
+
+    python -m benchmarks.gpu --data PATH --minutes 12 --out gpu
+
+Runs, in order of importance, what only a GPU can show: the experts' overhead in an attack step, the times of updates
+(eager, as graphs, compiled), the tests for GPUs, AutoAttack beside pyautoattack, and the comparison of experiments/gpu.
+Each part is a process with a share of the minutes and is stopped when that is over; what it measured until then is in
+its JSON file and, with all it printed, in ``gpu.md``, which is written as it goes. What no time is left for is skipped,
+and says so. Needs nothing but what is installed; the folder has at most eight small files to send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+HERE = Path(__file__).resolve().parent
+LEAST = 20
+"""Seconds: a part that could not run as long is skipped."""
+
+
+class Part(NamedTuple):
+    """One of the benchmarks."""
+
+    name: str
+    share: float
+    """Of the minutes that are left when it begins."""
+    command: list[str]
+
+
+def parts(data: str | None, minutes: float, device: str, out: Path, quick: bool) -> list[Part]:
+    """All of them, the most important first."""
+
+    def script(name: str, *options: str, file: str = "") -> list[str]:
+        common = ["--device", device, "--json", str(out / f"{file or name}.json"), *(["--quick"] if quick else [])]
+        return [sys.executable, str(HERE / f"{name}.py"), *common, *options]
+
+    images = ["--data", data] if data else []
+    updates = ["--precision", "bf16", "--batch", "66", "--repeats", "5", *images]
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    tests.append(str(HERE.parent / "tests" / "test_gpu.py"))
+    found = [
+        Part(
+            "Experts in an attack step",
+            0.15,
+            script("gpu_steps", "--models", "vit-b", "--minutes", f"{0.15 * minutes}"),
+        ),
+        Part(
+            "Updates of ViT-B",
+            0.2,
+            script("training", "--models", "vit-b", "--ways", "graph", "compiled", *updates, file="updates-vit-b"),
+        ),
+        Part("Tests", 0.2, tests),
+        Part(
+            "Updates of the smaller models, of MAX, and without graphs",
+            0.25,
+            script(
+                "training", "--models", "vit-s", "vit-ti", "--ways", "graph", "eager",
+                "--methods", "RANDOM", "RoME+RANDOM", "MAX", *updates, file="updates-small",
+            ),
+        ),
+        Part("AutoAttack", 0.3, script("autoattack", "--models", "resnet18", "--images", "1000", *images)),
+    ]  # fmt: skip
+    if data:
+        left = str(0.35 * minutes)
+        found.append(Part("Comparison", 1.0, script("comparison", "--data", data, "--minutes", left)))
+    return found
+
+
+def run(part: Part, seconds: float, log: TextIO) -> str:
+    """Run one part, its lines to the terminal and the log as they come; how it ended."""
+    process = subprocess.Popen(
+        part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
+    )  # fmt: skip
+
+    def stop(*_: object) -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            log.write(line)
+            log.flush()
+        code = process.wait()
+    except BaseException:
+        stop()
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return {0: "done", -signal.SIGKILL: "stopped, its time was over"}.get(code, f"failed with exit code {code}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; without it random images, no comparison")
+    parser.add_argument("--minutes", type=float, default=12.0)
+    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started, end = time.monotonic(), time.monotonic() + 60 * options.minutes
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    summary = []
+    with (options.out / "gpu.md").open("a", encoding="utf-8") as log:
+        log.write(f"# {now}: {options.minutes:g} minutes on {options.device}\n")
+        for part in parts(options.data, options.minutes, options.device, options.out, options.quick):
+            left = end - time.monotonic()
+            seconds = max(part.share * left, min(left, LEAST))
+            head = f"\n## {part.name} (at {time.monotonic() - started:.0f} s, at most {seconds:.0f} s)\n\n"
+            print(head, end="", flush=True)
+            log.write(head)
+            log.flush()
+            ended = run(part, seconds, log) if left >= LEAST else "skipped, no time was left"
+            summary.append(f"- {part.name}: {ended}\n")
+            log.write(summary[-1])
+        text = f"\n## In all {time.monotonic() - started:.0f} s\n\n{''.join(summary)}"
+        print(text)
+        log.write(text)
+    return int(any("failed" in line for line in summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
