@@ -85,10 +85,10 @@ def run(part: Part, seconds: float, log: TextIO) -> str:
     def stop(*_: object) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
+    assert process.stdout is not None
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             log.write(line)
@@ -100,6 +100,7 @@ def run(part: Part, seconds: float, log: TextIO) -> str:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        process.stdout.close()
     return {0: "done", -signal.SIGKILL: "stopped, its time was over"}.get(code, f"failed with exit code {code}")
 
 
