@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from markupsafe import escape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers.problems import rest_slow
@@ -29,7 +30,9 @@ from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report.compared import findings, gather, paired
 from rome.report.cost import show_cost
-from rome.report.page import _gate_pictures, charts, examples, gates, show, tabulate, write_report
+from rome.report.figures.densities import kernel_density
+from rome.report.figures.style import limits
+from rome.report.page import charts, examples, gates, show, tabulate, write_report
 from rome.report.routing import routing_numbers
 from rome.runs.config import parse
 
@@ -354,8 +357,8 @@ class TestPage:
         assert len(page.ids) == len(set(page.ids))
         assert {"accuracy", "examples", "gates", "training", "provenance"} <= set(page.ids)
         assert page.tags.count("details") == 2
-        # accuracies; 3 experts twice; cross-entropy and three accuracies; Fig. 7
-        assert page.tags.count("svg") == 1 + 6 + 4 + 1
+        # accuracies; gates; cross-entropy and three accuracies; Fig. 7
+        assert page.tags.count("svg") == 1 + 1 + 4 + 1
         # 2 runs x up to 4 examples x (clean + 3 threats x 2)
         assert page.tags.count("img") == 2 * 4 * 7
 
@@ -670,13 +673,6 @@ class TestGates:
         assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))
         assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))
 
-    def test_a_single_layer_is_drawn_once(self) -> None:
-        one = sample([0.5, 0.5], [0.8, 0.2], [0.2, 0.8], n=10)
-        parts = [np.repeat(part, 2, axis=1) for part in (one.weights, one.local, one.whole, one.entropy)]
-        twice = gates.GateSample(one.groups, ("a", "b"), *parts)
-        titles = [[title for title, _ in _gate_pictures(each)["rows"]] for each in (one, twice)]
-        assert titles == [["Gate of layer"], ["Last layer (b)", "Mean over layers"]]
-
     def test_collects_token_averages_whatever_the_batch(self, made: tuple[Path, Path]) -> None:
         run = gather([made[1]])[0]
         model = load_model(run.run.model_file)
@@ -708,16 +704,17 @@ class TestCharts:
     @pytest.mark.parametrize("values", [np.full(9, 0.5), np.linspace(0, 1, 50), np.zeros(3)])
     def test_densities_integrate_to_one(self, values: np.ndarray) -> None:
         grid = np.linspace(0, 1, 4001)
-        assert np.trapezoid(charts.kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
+        assert np.trapezoid(kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
 
     @pytest.mark.parametrize("values", [np.array([0.25]), np.array([0.0, 0.01]), np.array([1.0]), np.array([0.0, 1.0])])
     def test_limits_hold_the_values_and_do_not_zoom_into_noise(self, values: np.ndarray) -> None:
-        low, high = charts.limits(values)
+        low, high = limits(values)
         assert 0 <= low <= values.min() <= values.max() <= high <= 1
         assert high - low >= 0.2 - 1e-9
 
     def test_labels_are_escaped_and_the_same_input_draws_the_same(self) -> None:
         chart = charts.accuracies([(EVIL, A), ("b", B)])
         assert chart == charts.accuracies([(EVIL, A), ("b", B)])
-        assert charts.densities({"natural": np.array([0.2, 0.3])}, '<&">', (0, 1)).startswith('<svg role="img"')
-        Page(charts.densities({"natural": np.array([0.2, 0.3])}, '<&">', (0, 1)))
+        chart = charts.themed(Figure, '<&">')
+        assert chart.startswith('<svg role="img"')
+        Page(chart)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -126,12 +125,6 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     for name, report in rows:
         for sentence in (*report.corruptions, *missing(report)):
             console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
-
-
-def markdown(value: object) -> str:
-    """Text that Markdown, its tables and a renderer of HTML leave as it is."""
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
-    return " ".join(re.sub(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).split())
 
 
 def missing(report: Report) -> list[str]:

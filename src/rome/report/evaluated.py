@@ -169,7 +169,8 @@ class Evaluated:
             UserError: it is gone, or the evaluation does not record how to build it.
         """
         if self.run is not None:
-            return subject_of_run(self.run, self.name, device, routing=self.key[0], seed=self.report.settings["seed"])
+            routing, seed = self.provenance.get("routing", LEARNED), self.report.settings["seed"]
+            return subject_of_run(self.run, self.name, device, routing=routing, seed=seed)
         recorded = self.provenance["config"]
         if not recorded:
             raise UserError(

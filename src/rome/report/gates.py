@@ -15,6 +15,7 @@ from rome.attacks import Attack
 from rome.core.errors import UserError
 from rome.experts import record_gates
 from rome.report.subject import AT_A_TIME, NATURAL, attack_all
+from rome.report.templating import sentences
 from rome.threats import Threat
 
 NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
@@ -151,32 +152,16 @@ def pairs(sample: GateSample) -> list[Pair]:
 
 def summary(sample: GateSample) -> str:
     """What the numbers show, in words that follow from them."""
-    every, count, text = pairs(sample), len(sample.layers), []
-    among = [pair for pair in every if NATURAL not in pair[:2]]
-    layers = f"averaged over {count} adapted layers" if count > 1 else "in the one layer that has gates"
-    if among:
-        local, whole = max(pair.local_mean for pair in among), max(pair.whole_mean for pair in among)
-        names = " and ".join(filter(None, (", ".join(sample.groups[1:-1]), sample.groups[-1])))
-        text.append(
-            f"The mean gates of {names} lie at most {local:.3f} (local) and {whole:.3f} (global) apart, {layers}, "
-            f"where 1.414 would be entirely different experts: the threats are routed {_called(max(local, whole))}."
+    return " ".join(
+        sentences(
+            "gates.txt",
+            sample=sample,
+            pairs=pairs(sample),
+            called=_called,
+            entropy=sample.entropy.mean(),
+            largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
         )
-        differs = max(pair.top_differs for pair in among)
-        text.append(
-            f"Between two threats the top expert of the last layer changes for at most {differs:.1%} of images."
-        )
-    natural = [pair for pair in every if NATURAL in pair[:2]]
-    if natural:
-        apart = max(max(pair.local_mean, pair.whole_mean) for pair in natural)
-        text.append(f"Natural images are at most {apart:.3f} away from a threat's, so {_called(apart)} routed.")
-    if sample.experts > 1:
-        entropy, largest = sample.entropy.mean(), sample.weights.mean(axis=(0, 2)).max(axis=-1).mean()
-        spread = "nearly evenly" if entropy > 0.95 else "mostly to one expert" if largest > 0.8 else "unevenly"
-        text.append(
-            f"Gate entropy is {entropy:.2f} of its maximum and the busiest expert of a layer gets {largest:.0%} on "
-            f"average (an equal share is {1 / sample.experts:.0%}): weight is spread {spread}."
-        )
-    return " ".join(text)
+    )
 
 
 def _called(distance: float) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from rome.report.charts import limits
 from rome.report.examples import picture, png
 from rome.report.explore.explorer import Answer
+from rome.report.figures.style import limits
 from rome.report.subject import short
 from rome.threats import LpBall
 

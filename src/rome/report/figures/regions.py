@@ -19,9 +19,8 @@ from rome.attacks import APGD
 from rome.core.errors import UserError
 from rome.experts import Gates, record_gates
 from rome.experts.token_maps import grid_of
-from rome.report.charts import limits
 from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
-from rome.report.figures.style import PAGE, looks, side
+from rome.report.figures.style import PAGE, limits, looks, side
 from rome.report.gates import distinct_experts
 from rome.report.subject import NATURAL, STEPS, Subject, short
 from rome.threats import LpBall, PerExample

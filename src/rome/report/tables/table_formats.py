@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
-from rome.report.columns import DASH, markdown, suite_text
+from rome.report.columns import DASH, suite_text
 from rome.report.compared import other_network
 from rome.report.tables.lines import Cell, Line
 from rome.report.tables.paper_rows import COST, UNITS
+from rome.report.templating import TEMPLATES, filled
 
 Format = Literal["text", "markdown", "latex", "html"]
 PM = "\N{PLUS-MINUS SIGN}"
@@ -47,7 +46,8 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     plain = any(line.config is not None and line.config.experts is None for line in lines)
     change = "" if not gains else "gain in union" if plain else "union less RoME's"
     sections = [(name, list(group)) for name, group in groupby(lines, key=lambda line: line.section)]
-    note = _PAGES.get_template("table_note.txt").render(
+    note = filled(
+        "table_note.txt",
         costs=tuple(columns) == COST,
         change=change,
         base="the same method without experts"
@@ -59,7 +59,8 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         differ=any(_differ(group) for _, group in sections),
     )
     template, *bold = _FORMS[form]
-    return _PAGES.get_template(template).render(
+    return filled(
+        template,
         title=title,
         note=note.strip(),
         head=["", *(HEADS.get(column, column) for column in columns), *filter(None, [change])],
@@ -138,10 +139,4 @@ def _latex_row(row: list[str]) -> str:
     return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
 
 
-_PAGES = Environment(
-    loader=PackageLoader("rome.report", "templates"),
-    autoescape=select_autoescape(),
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
-_PAGES.filters |= {"md": markdown, "tex": _plain, "row": _latex_row, "aligned": _aligned}
+TEMPLATES.filters |= {"tex": _plain, "row": _latex_row, "aligned": _aligned}
