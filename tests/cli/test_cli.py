@@ -412,7 +412,7 @@ def test_cost_json_is_one_object(config: Path, rome: Any) -> None:
     assert {"parameters", "trainable", "experts", "macs", "seconds_per_update", "latency_ms"} <= set(facts)
     table = rome("cost", config, "--no-timing")
     assert table.code == 0
-    assert "arameters" in table.out
+    assert "params (M)" in table.out
 
 
 def test_cost_layers_says_which_layers_get_experts(config: Path, rome: Any) -> None:

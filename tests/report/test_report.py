@@ -29,7 +29,7 @@ from rome.evaluation.run import evaluate_saved
 from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report.compared import findings, gather, paired
-from rome.report.cost import show_cost
+from rome.report.cost import show_costs
 from rome.report.figures.densities import kernel_density
 from rome.report.figures.style import limits
 from rome.report.page import charts, examples, gates, show, tabulate, write_report
@@ -185,18 +185,20 @@ class TestTable:
 
     def test_cost_in_millions_and_billions(self, capsys: pytest.CaptureFixture[str]) -> None:
         facts = {"name": "vit", "parameters": 88_850_602, "trainable": 88_838_602, "experts": 3_698_592, "macs": 5.6e9}
-        show_cost(facts)
-        text = capsys.readouterr().out
-        assert "88.851 M" in text
-        assert "88,850,602" in text
-        assert "5.6 G" in text
-        assert "latency" not in text
+        show_costs([facts])
+        head, row = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+        assert [cell.strip() for cell in row if cell] == ["vit", "88.851", "88.839", "3.699", "5.6"]
+        assert "s/update" not in head
         times = {"seconds_per_update": 0.5, "latency_ms": 12.345, "latency_one_ms": 23.45}
-        show_cost({**facts, **times, "latency_batch": 64, "batch_size": 64, "device": "cpu"})
-        text = capsys.readouterr().out
-        assert "0.5 s" in text
-        assert re.search(r"12\.3 ms +batch of 64", text)
-        assert re.search(r"23\.4 ms +one image alone", text)
+        times |= {"update_ratio": [1, 1, 1], "latency_ratio": [1, 1, 1], "latency_one_ratio": [1, 1, 1]}
+        timed = {**facts, **times, "latency_batch": 64, "batch_size": 64, "device": "cpu"}
+        show_costs([timed])
+        head, row, note = capsys.readouterr().out.splitlines()
+        assert row.split()[-3:] == ["23.4", "12.3", "0.5"]
+        assert re.search(r"ms, one image +ms/image +s/update$", head)
+        assert note.startswith("batch of 64, cpu; forward in batches of 64;")
+        show_costs([timed, timed])
+        assert capsys.readouterr().out.count("1.00 (1.00\N{EN DASH}1.00)") == 6
 
 
 class TestDifference:
