@@ -172,7 +172,7 @@ def test_features_of_every_block_are_patch_tokens() -> None:
     assert features.block_layers(model) == ("backbone.blocks.0", "backbone.blocks.1")
     for name in features.block_layers(model):
         _, out = outputs(model, name, x)
-        found = features.collect(model, {"a": x, "b": x.flip(0)}, name, batch_size=3)
+        found = features.collect(model, {"a": x, "b": x.flip(0)}, name)
         assert found.shape == (2, N, 4, 16)  # two by two patches; the class token is left out
         assert np.allclose(found[0], out[:, 1:].numpy(), atol=1e-6)
         assert np.allclose(found[1], found[0][::-1], atol=1e-6)

@@ -159,7 +159,7 @@ class TestTable:
         assert all(len(line) <= 80 for line in text.splitlines())
         assert "\x1b" not in text
         assert text.splitlines()[1].split() == ["random", "*100.0", "*50.0", "50.0", "*75.0", "*58.3", "*25.0"]
-        assert "n = 4, suite apgd;" in text
+        assert "4 test examples, suite apgd;" in text
 
     def test_in_a_pipe_a_long_name_stays_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
         name = "a-rather-long-name-of-a-run-" * 4
@@ -675,12 +675,15 @@ class TestGates:
         assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))
         assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))
 
-    def test_collects_token_averages_whatever_the_batch(self, made: tuple[Path, Path]) -> None:
+    def test_collects_token_averages_whatever_the_batch(
+        self, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run = gather([made[1]])[0]
         model = load_model(run.run.model_file)
         x, y = run.config.data.open("test").first(10)
-        found = gates.collect(model, x, y, run.threats, batch_size=10)
-        again = gates.collect(model, x, y, run.threats, batch_size=4)
+        found = gates.collect(model, x, y, run.threats)
+        monkeypatch.setattr("rome.report.subject.AT_A_TIME", 4)
+        again = gates.collect(model, x, y, run.threats)
         assert found.groups == ("natural", "L1", "L2", "Linf")
         assert found.weights.shape == (4, len(found.layers), 10, 3)
         np.testing.assert_allclose(found.weights.sum(axis=-1), 1, atol=1e-5)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -219,23 +220,26 @@ def short(layer: str) -> str:
 
 
 def attack_all(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threats: Mapping[str, Threat],
-    *,
-    attack: Attack | None = None,
-    batch_size: int = AT_A_TIME,
+    model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, Threat], attack: Attack | None = None
 ) -> dict[str, Tensor]:
     """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
 
     Args:
         attack: APGD with 15 steps by default; threats that bring an attack are searched by that one.
     """
-    attack = attack or APGD(steps=STEPS)
-    parts: list[Tensor] = []
-    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+    attack, parts = attack or APGD(steps=STEPS), []
+    for images, labels in zip(torch.split(x, AT_A_TIME), torch.split(y, AT_A_TIME), strict=True):
         mixture = PerExample.repeated(threats.values(), len(images))
         found = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
         parts.append(found.view(len(threats), len(images), *found.shape[1:]))
     return dict(zip(threats, torch.cat(parts, dim=1), strict=True))
+
+
+def over_groups(groups: Mapping[str, Tensor], read: Callable[[Tensor], Sequence[Tensor]]) -> list[np.ndarray]:
+    """What ``read`` says of every batch of images, (B, ...) each, put together: (G, n, ...) float32 for G groups of n
+    images."""
+    found = []
+    for images in groups.values():
+        batches = [read(batch) for batch in torch.split(images, AT_A_TIME)]
+        found.append([torch.cat(parts).float().cpu().numpy() for parts in zip(*batches, strict=True)])
+    return [np.stack(each) for each in zip(*found, strict=True)]

@@ -30,7 +30,7 @@ from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN, UNION
 from rome.evaluation.store import RESULT
-from rome.report.columns import AVERAGE
+from rome.report.columns import AVERAGE, DASH
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
 from rome.runs.origin import code_facts
@@ -144,8 +144,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
         while waiting or working:
             while waiting and len(working) < jobs:
                 number, point = waiting.pop(0)
-                process = _start(point, environment)
-                working.append((process, number, point, time.monotonic()))
+                working.append((_start(point, environment), number, point, time.monotonic()))
             time.sleep(0.05)
             for entry in [entry for entry in working if entry[0].poll() is not None]:
                 working.remove(entry)
@@ -155,23 +154,18 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
                 state = f"{failed.get(point.folder) or _summary(point)} ({time.monotonic() - started:.0f} s)"
                 print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, _Terminated)
-        for process, *_ in working if terminated else ():  # a terminal sends them its signal too
+        for process, *_ in working if stop.args else ():  # where a terminal sent the signal, they have it too
             process.terminate()
         for process, *_ in working:
             process.wait()
-        raise Interrupted(143 if terminated else 130, "stopped; the same command goes on") from None
+        raise Interrupted(143 if stop.args else 130, "stopped; the same command goes on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     return failed
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
 def _terminated(number: int, frame: object) -> None:
-    raise _Terminated
+    raise KeyboardInterrupt(number)
 
 
 def _done(point: Point) -> bool:
@@ -251,13 +245,16 @@ def gather_rows(chosen: Sequence[Point]) -> list[Row]:
 
 def _report(point: Point) -> Report | None:
     """The evaluation that the config describes: by its suite, its gates, on its number of examples."""
-    settings, folder = point.config.evaluation, point.folder / "evaluation"
+    settings = point.config.evaluation
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
-    label, n = settings.suite.label, settings.n
-    if not (folder / f"{label}-{n}{gates}" / RESULT).exists() and any(folder.glob(f"{label}-*{gates}/{RESULT}")):
+
+    def place(n: object) -> Path:
+        return point.folder / "evaluation" / f"{settings.suite.label}-{n}{gates}"
+
+    found = place(settings.n)
+    if not (found / RESULT).exists() and any(found.parent.glob(f"{place('*').name}/{RESULT}")):
         size = len(point.config.data.open("test"))
-        n = min(n or size, size)  # all test examples, which may be fewer
-    found = folder / f"{label}-{n}{gates}"
+        found = place(min(settings.n or size, size))  # all test examples, which may be fewer
     report = Report.load(found) if (found / RESULT).exists() else None
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
     same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
@@ -277,17 +274,15 @@ def _last_line(file: Path) -> str:
 def show_rows(rows: Sequence[Row]) -> None:
     """Print percent right, mean over the seeds and standard deviation."""
     columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    cells = [[row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns)] for row in rows]
+
+    def cell(row: Row, column: str) -> str:
+        mean, spread = 100 * row.mean(column), 100 * row.deviation(column)
+        shown = [DASH if math.isnan(mean) else f"{mean:.1f}", *([] if math.isnan(spread) else [f"{spread:.1f}"])]
+        return " \N{PLUS-MINUS SIGN} ".join(shown)
+
+    cells = [[row.name, str(len(row.seeds)), *(cell(row, column) for column in columns)] for row in rows]
     print_table(cells, ["run", "seeds", *columns])
     print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")
-
-
-def _cell(row: Row, column: str) -> str:
-    if math.isnan(row.mean(column)):
-        return "\N{EN DASH}"
-    spread = row.deviation(column)
-    text = "" if math.isnan(spread) else f" \N{PLUS-MINUS SIGN} {100 * spread:.1f}"
-    return f"{100 * row.mean(column):.1f}{text}"
 
 
 def save_rows(rows: Sequence[Row], out: Path) -> Path:
