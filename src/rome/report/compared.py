@@ -156,11 +156,11 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
 
 
 def _check_comparable(first: Evaluated, other: Evaluated) -> None:
-    a, b = ({key: run.report.settings.get(key) for key in _SAME} for run in (first, other))
-    if a != b:
-        flat_a, flat_b = flatten(a), flatten(b)
-        key = next(key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key))
-        values = "" if key == "cases" else f" {_short(flat_a.get(key))} and {_short(flat_b.get(key))}"
+    a, b = (flatten({key: run.report.settings.get(key) for key in _SAME}) for run in (first, other))
+    for key in {**a, **b}:
+        if a.get(key) == b.get(key):
+            continue
+        values = "" if key == "cases" else f" {_short(a.get(key))} and {_short(b.get(key))}"
         if key.startswith("data.") and None not in (first.data, other.data):
             values += f": {first.source} and {other.source}"
         raise UserError(

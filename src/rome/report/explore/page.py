@@ -169,7 +169,7 @@ def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A bound socket.
+    """A socket that listens.
 
     Args:
         host, port: see :func:`serve`.
@@ -180,14 +180,10 @@ def listen(host: str, port: int | None) -> socket.socket:
     first = 7860 if port is None else port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for tried in range(first, first + (PORTS if port is None else 1)):
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, tried))
-            return listening
+            return socket.create_server((host, tried), family=family)
         except OSError as error:
-            listening.close()
-            reason = error.strerror or first_line(error)
+            reason = (error.strerror or first_line(error)).partition(" (while")[0]
     raise UserError(f"cannot listen on {host} port {first} ({reason}); choose another with --port or --host")
 
 
