@@ -123,7 +123,7 @@ class LayerOutputs(Embeddings):
             if len(names) > 2:
                 panels.append(_panel(names[1:], difference(values), None, where | {"space": DIFFERENCE}))
         adds = not layers or layers[layer].additive
-        return {"run": subject.name, "adds": adds, "labels": _labels(subject, options), "panels": panels}
+        return {"run": subject.name, "adds": adds, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
 
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
         drawn, shown = {panel["part"]: panel for panel in run["panels"] if "points" in panel}, []
@@ -195,7 +195,7 @@ class Separability(Embeddings):
                     drawn = place in self.titles and layer in (layers[0], layers[-1])
                     seed = options.seed if drawn else None
                     panels.append(_panel(threats, features.at(values, place), seed, where | {"place": place}))
-        return {"run": subject.name, "labels": _labels(subject, options), "panels": panels}
+        return {"run": subject.name, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
 
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
         found = []
@@ -255,11 +255,6 @@ def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Ma
 
 def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, Any]:
     return dict(zip(names, values.round(digits).tolist(), strict=True))
-
-
-def _labels(subject: Subject, options: Options) -> list[int]:
-    labels: list[int] = subject.images(options.n)[1].tolist()
-    return labels
 
 
 def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
