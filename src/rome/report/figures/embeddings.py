@@ -135,7 +135,9 @@ class LayerOutputs(Embeddings):
                 shown.append(Shown(part, "no experts", partial(scatter, groups={})))
                 continue
             score = float(np.mean(list(panel["silhouettes"].values())))
-            before = "no experts: " if panel["part"] != part else "" if run["adds"] else INSTEAD.get(part, "")
+            before = "no experts: "
+            if panel["part"] == part:
+                before = "" if run["adds"] else INSTEAD.get(part, "")
             note = f"{before}{short(panel['layer'])}\nsilhouette {signed(score)}"
             shown.append(Shown(part, note, partial(scatter, groups=panel["points"])))
         return [(side(run["run"]), shown)]

@@ -44,7 +44,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     """
     columns, gains = list(lines[0].cells), [line for line in lines if line.gain is not None]
     plain = any(line.config is not None and line.config.experts is None for line in lines)
-    change = "" if not gains else "gain in union" if plain else "union less RoME's"
+    change = ("gain in union" if plain else "union less RoME's") if gains else ""
     sections = [(name, list(group)) for name, group in groupby(lines, key=lambda line: line.section)]
     note = filled(
         "table_note.txt",
@@ -102,7 +102,8 @@ def _row(line: Line, bold: Sequence[str], *, gain: bool) -> list[str]:
 
 def _cell(cell: Cell, bold: Sequence[str], *, percent: bool) -> str:
     def number(value: float) -> str:
-        return DASH if math.isnan(value) else f"{100 * value:.1f}" if percent else f"{value:.4g}"
+        shown = f"{100 * value:.1f}" if percent else f"{value:.4g}"
+        return DASH if math.isnan(value) else shown
 
     def ratio(value: float) -> str:
         return "" if math.isnan(value) else f" ({value:.2f}x)"
