@@ -404,7 +404,15 @@ def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_ro
             (panel,) = [p for p in panels if (p["layer"], p["space"], p["place"]) == (layer, space, "global")]
             points = [panel["points"][threat] for threat in THREATS]
             np.testing.assert_allclose(points, expected, atol=1e-4)
-    rows = [axes.get_ylabel() for axes in registered()[name]().draw(data).axes if axes.get_ylabel()]
+    canvas = registered()[name]().draw(data)
+    canvas.draw_without_rendering()
+    bars = [axes for axes in canvas.axes if axes.containers]
+    assert len(bars) == (2 if name == "fig5" else 0)
+    low, high = bars[0].get_ylim() if bars else (0, 0)
+    for axes in bars:  # on one scale, which shows all of them
+        ends = [patch.get_y() + patch.get_height() for patch in axes.patches]
+        assert (axes.get_ylim(), low <= min(ends) <= max(ends) <= high) == ((low, high), True)
+    rows = [axes.get_ylabel() for axes in canvas.axes if axes.get_ylabel()]
     told = ["features as they are", "less the natural image's"]
     assert [row.splitlines()[-1] for row in rows] == told * len(layers)
 

@@ -20,12 +20,12 @@ from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_ev
 from rome.report.subject import distinct, names_of
 from rome.report.templating import sentences
 from rome.runs.config import Config
-from rome.runs.folder import Run
+from rome.runs.folder import FREE_KEYS, Run
 
 PREFERRED_SUITES = ("autoattack", "all")
 _SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
-_NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
+_NOT_SHOWN = FREE_KEYS - {"evaluation"}
 
 
 def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]:

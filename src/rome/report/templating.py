@@ -1,4 +1,5 @@
-"""The templates of pages, tables and sentences, with what they format by."""
+"""The templates of pages, tables and sentences (``templates``). Modules that fill them with more than text and numbers
+add their filters to :data:`TEMPLATES`."""
 
 from __future__ import annotations
 
