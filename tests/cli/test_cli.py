@@ -412,7 +412,7 @@ def test_cost_json_is_one_object(config: Path, rome: Any) -> None:
     assert {"parameters", "trainable", "experts", "macs", "seconds_per_update", "latency_ms"} <= set(facts)
     table = rome("cost", config, "--no-timing")
     assert table.code == 0
-    assert "arameters" in table.out
+    assert "params (M)" in table.out
 
 
 def test_cost_layers_says_which_layers_get_experts(config: Path, rome: Any) -> None:
@@ -516,7 +516,7 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
 
     if out == "locked":
         monkeypatch.setattr("rome.core.files.TemporaryFile", nothing_here)
-    for work in ("rome.report.sweep._start", "rome.report.page._Pictures", "rome.report.figures.outputs.embed"):
+    for work in ("rome.report.sweep._start", "rome.report.page._Pictures", "rome.report.figures.embeddings.embed"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
     before = sorted(Path().rglob("*"))
     ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)
@@ -545,7 +545,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("rome.core.files.os.fsync", full)
-    monkeypatch.setattr("rome.report.page._attempt", lambda *_: None)  # pictures take time
+    monkeypatch.setattr("rome.report.page._Pictures.attempt", lambda *_: None)  # pictures take time
     ended = rome("report", evaluated, "--out", "out")
     assert ended.code == 2
     assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")

@@ -327,7 +327,7 @@ def test_any_mode_and_size_becomes_the_models_shape(mode: str, shape: tuple[int,
     gray = Image.fromarray(np.full((30, 50), 128, dtype=np.uint8))
     image = Image.fromarray(np.full((30, 50), 32896, dtype=np.uint16)) if mode == "I;16" else gray.convert(mode)
     file = saved(tmp_path / ("image.tiff" if mode == "CMYK" else "image.png"), image)
-    found, said = read_upload(file, shape)
+    found, said, _ = read_upload(file, shape)
     assert (tuple(found.shape), found.dtype) == (shape, torch.float32)
     assert said.startswith(f"{file.name}: 50 x 30 ")
     if mode == "1":
@@ -338,7 +338,7 @@ def test_any_mode_and_size_becomes_the_models_shape(mode: str, shape: tuple[int,
 
 def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
     file = saved(tmp_path / "photo.png", Image.new("RGBA", (60, 40), (255, 0, 0, 0)))
-    found, said = read_upload(file, (1, 8, 8))
+    found, said, _ = read_upload(file, (1, 8, 8))
     assert said == (
         "photo.png: 60 x 40 RGBA, transparent parts on white, the centre 40 x 40 cropped, resized to 8 x 8, made gray."
     )
@@ -352,7 +352,7 @@ def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
 def test_the_centre_is_kept(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30), dtype=np.uint8)
     pixels[:, 10:20] = 255
-    found, _ = read_upload(saved(tmp_path / "a.png", Image.fromarray(pixels)), (1, 10, 10))
+    found, _, _ = read_upload(saved(tmp_path / "a.png", Image.fromarray(pixels)), (1, 10, 10))
     assert found.eq(1).all()
 
 
@@ -362,7 +362,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     file = saved(tmp_path / "a.png", Image.fromarray(pixels), exif=exif)
-    found, said = read_upload(file, (1, 8, 8))
+    found, said, _ = read_upload(file, (1, 8, 8))
     assert found[0, :, 4:].eq(1).all()
     assert found[0, :, :4].eq(0).all()
     assert "turned as its EXIF says" in said
@@ -371,7 +371,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
 def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
     frames = [Image.new("L", (8, 8), value) for value in (0, 255)]
     file = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    found, said = read_upload(file, (1, 8, 8))
+    found, said, _ = read_upload(file, (1, 8, 8))
     assert found.eq(0).all()
     assert "its first frame" in said
 

@@ -172,7 +172,7 @@ def test_features_of_every_block_are_patch_tokens() -> None:
     assert features.block_layers(model) == ("backbone.blocks.0", "backbone.blocks.1")
     for name in features.block_layers(model):
         _, out = outputs(model, name, x)
-        found = features.collect(model, {"a": x, "b": x.flip(0)}, name, batch_size=3)
+        found = features.collect(model, {"a": x, "b": x.flip(0)}, name)
         assert found.shape == (2, N, 4, 16)  # two by two patches; the class token is left out
         assert np.allclose(found[0], out[:, 1:].numpy(), atol=1e-6)
         assert np.allclose(found[1], found[0][::-1], atol=1e-6)
@@ -295,6 +295,11 @@ def figure(name: str, *subjects: Fake, **options: Any) -> dict[str, Any]:
     return registered()[name]().measure(subjects, Options(n=N, **options))  # type: ignore[arg-type]
 
 
+def drawn(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The panels of a run that have a picture."""
+    return [panel for panel in run["panels"] if "points" in panel]
+
+
 def picture(canvas: Figure) -> bytes:
     file = io.BytesIO()
     canvas.savefig(file, format="png", dpi=30)
@@ -344,19 +349,20 @@ def test_every_kind_of_experts_has_its_routing_and_outputs(kind: str) -> None:
     sample = gates.read(subject.model, subject.attacked(N))
     assert run["entropy"][-1] == pytest.approx(float(sample.entropy[1:, -1].mean()))
     (run,) = figure("fig6", subject)["runs"]
-    assert run["layer"] == list(layers)[-1]
-    assert list(run["parts"]) == ["backbone", "backbone + experts"]
-    given = features.parts(subject.model, subject.attacked(N), run["layer"])
-    for part, values in zip(run["parts"].values(), (given.backbone, given.output), strict=True):
-        assert list(part["silhouettes"]["features"].values()) == pytest.approx(silhouettes(values), abs=1e-5)
-        assert [len(points) for points in part["points"].values()] == [N] * 3
+    parts = drawn(run)
+    assert {panel["layer"] for panel in parts} == {list(layers)[-1]}
+    assert [panel["part"] for panel in parts] == ["backbone", "backbone + experts"]
+    given = features.parts(subject.model, subject.attacked(N), list(layers)[-1])
+    for panel, values in zip(parts, (given.backbone, given.output), strict=True):
+        assert list(panel["silhouettes"].values()) == pytest.approx(silhouettes(values), abs=1e-5)
+        assert [len(points) for points in panel["points"].values()] == [N] * 3
 
 
 def test_runs_without_experts_show_what_they_have(three: list[Fake]) -> None:
     plain = three[-1]
     for name in ("fig1", "fig6"):
         (run,) = figure(name, plain)["runs"]
-        assert (run["layer"], list(run["parts"])) == ("backbone.blocks.1", ["backbone"])
+        assert [(panel["layer"], panel["part"]) for panel in drawn(run)] == [("backbone.blocks.1", "backbone")]
         registered()[name]().draw({"runs": [run]})
     assert [run["run"] for run in figure("fig3", *three)["runs"]] == ["rome", "ffn"]
     for name in ("fig3", "figA1", "figA2", "routing"):
@@ -366,10 +372,12 @@ def test_runs_without_experts_show_what_they_have(three: list[Fake]) -> None:
 
 def test_local_scores_are_mean_and_spread_over_tokens(three: list[Fake]) -> None:
     data = figure("figA4", three[-1])
-    for layer in data["runs"][0]["layers"]:
-        given = features.collect(three[-1].model, three[-1].attacked(N), layer["layer"])
+    (run,) = data["runs"]
+    for layer in features.block_layers(three[-1].model):
+        given = features.collect(three[-1].model, three[-1].attacked(N), layer)
         for space, values in (("difference", difference(given)), ("features", given[1:])):
-            scores = layer["silhouettes"][space]
+            own = [panel for panel in run["panels"] if (panel["layer"], panel["space"]) == (layer, space)]
+            scores = {panel["place"]: panel["silhouettes"] for panel in own}
             local = np.array([silhouettes(values[:, :, t]) for t in range(4)])
             for i, threat in enumerate(THREATS):
                 assert scores["local"][threat] == pytest.approx([local[:, i].mean(), local[:, i].std()], abs=1e-5)
@@ -386,15 +394,25 @@ def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_ro
     name: str, three: list[Fake]
 ) -> None:
     data = figure(name, three[-1])
-    layers = data["runs"][0]["layers"]
+    panels = drawn(data["runs"][0])
+    layers = {panel["layer"] for panel in panels}
     model, groups = three[-1].model, three[-1].attacked(N)
     for layer in layers:
-        given = features.collect(model, groups, layer["layer"])
+        given = features.collect(model, groups, layer)
         for space, values in (("features", given[1:]), ("difference", difference(given))):
             expected = embed(features.at(values, "global"), seed=0)
-            points = [layer["points"][space]["global"][threat] for threat in THREATS]
+            (panel,) = [p for p in panels if (p["layer"], p["space"], p["place"]) == (layer, space, "global")]
+            points = [panel["points"][threat] for threat in THREATS]
             np.testing.assert_allclose(points, expected, atol=1e-4)
-    rows = [axes.get_ylabel() for axes in registered()[name]().draw(data).axes if axes.get_ylabel()]
+    canvas = registered()[name]().draw(data)
+    canvas.draw_without_rendering()
+    bars = [axes for axes in canvas.axes if axes.containers]
+    assert len(bars) == (2 if name == "fig5" else 0)
+    low, high = bars[0].get_ylim() if bars else (0, 0)
+    for axes in bars:  # on one scale, which shows all of them
+        ends = [patch.get_y() + patch.get_height() for patch in axes.patches]
+        assert (axes.get_ylim(), low <= min(ends) <= max(ends) <= high) == ((low, high), True)
+    rows = [axes.get_ylabel() for axes in canvas.axes if axes.get_ylabel()]
     told = ["features as they are", "less the natural image's"]
     assert [row.splitlines()[-1] for row in rows] == told * len(layers)
 
@@ -417,7 +435,7 @@ def test_the_layer_can_be_chosen(three: list[Fake]) -> None:
     (run,) = figure("fig3", three[0], layer="blocks.0")["runs"]
     assert run["layer"] == "backbone.blocks.0.attn.proj"
     (run,) = figure("fig5", three[0], layer="blocks.0")["runs"]
-    assert [layer["layer"] for layer in run["layers"]] == ["backbone.blocks.0"]
+    assert {panel["layer"] for panel in run["panels"]} == {"backbone.blocks.0"}
     with pytest.raises(UserError, match=r"no layer's name holds 'blocks.7'; there are backbone.blocks.0.attn.qkv"):
         figure("fig3", three[0], layer="blocks.7")
 
@@ -457,8 +475,8 @@ def test_any_model_has_its_figures_without_a_run(tmp_path: Path) -> None:
     assert not model.training
     write_figures([given], tmp_path, only=["fig5", "fig6"], formats=["svg"], options=Options(n=50))
     (run,) = json.loads((tmp_path / "fig5.json").read_text())["runs"]
-    (layer,) = run["layers"]
-    assert (run["run"], layer["layer"], layer["tokens"]) == ("mine", "0", 64)
+    tokens = {(panel["layer"], panel["tokens"]) for panel in run["panels"] if "tokens" in panel}
+    assert (run["run"], tokens) == ("mine", {("0", 64)})
     attacked = given.attacked(50)
     assert {name: len(images) for name, images in attacked.items()} == {"natural": 12, "L2": 12, "Linf": 12}
     assert torch.equal(attacked["natural"], x)
@@ -527,7 +545,7 @@ def test_beside_runs_a_given_model_is_left_out_of_what_asks_for_a_log(tmp_path: 
         config=SimpleNamespace(experts=None),
         run=SimpleNamespace(log=lambda: lines, folder=tmp_path),
     )
-    given = Subject.of_model(nn.Flatten(), "mine", batch(n=2), torch.arange(2), {})
+    given = Subject.of_model(nn.Flatten(), "mine", batch(n=2), torch.arange(2), DIGITS)
     data = registered()["fig8"]().measure([given, run], Options())
     assert [curve["name"] for curve in data["runs"]] == ["run"]
     assert data["left_out"]["mine"].startswith("it is a model without a run")

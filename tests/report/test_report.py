@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from markupsafe import escape
+from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers.problems import rest_slow
@@ -28,8 +29,10 @@ from rome.evaluation.run import evaluate_saved
 from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
 from rome.report.compared import findings, gather, paired
-from rome.report.cost import show_cost
-from rome.report.page import _gate_pictures, charts, examples, gates, show, tabulate, write_report
+from rome.report.cost import show_costs
+from rome.report.figures.densities import kernel_density
+from rome.report.figures.style import limits
+from rome.report.page import charts, examples, gates, show, tabulate, write_report
 from rome.report.routing import routing_numbers
 from rome.runs.config import parse
 
@@ -156,7 +159,7 @@ class TestTable:
         assert all(len(line) <= 80 for line in text.splitlines())
         assert "\x1b" not in text
         assert text.splitlines()[1].split() == ["random", "*100.0", "*50.0", "50.0", "*75.0", "*58.3", "*25.0"]
-        assert "n = 4, suite apgd;" in text
+        assert "4 test examples, suite apgd;" in text
 
     def test_in_a_pipe_a_long_name_stays_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
         name = "a-rather-long-name-of-a-run-" * 4
@@ -182,18 +185,20 @@ class TestTable:
 
     def test_cost_in_millions_and_billions(self, capsys: pytest.CaptureFixture[str]) -> None:
         facts = {"name": "vit", "parameters": 88_850_602, "trainable": 88_838_602, "experts": 3_698_592, "macs": 5.6e9}
-        show_cost(facts)
-        text = capsys.readouterr().out
-        assert "88.851 M" in text
-        assert "88,850,602" in text
-        assert "5.6 G" in text
-        assert "latency" not in text
+        show_costs([facts])
+        head, row = (line.split("  ") for line in capsys.readouterr().out.splitlines())
+        assert [cell.strip() for cell in row if cell] == ["vit", "88.851", "88.839", "3.699", "5.6"]
+        assert "s/update" not in head
         times = {"seconds_per_update": 0.5, "latency_ms": 12.345, "latency_one_ms": 23.45}
-        show_cost({**facts, **times, "latency_batch": 64, "batch_size": 64, "device": "cpu"})
-        text = capsys.readouterr().out
-        assert "0.5 s" in text
-        assert re.search(r"12\.3 ms +batch of 64", text)
-        assert re.search(r"23\.4 ms +one image alone", text)
+        times |= {"update_ratio": [1, 1, 1], "latency_ratio": [1, 1, 1], "latency_one_ratio": [1, 1, 1]}
+        timed = {**facts, **times, "latency_batch": 64, "batch_size": 64, "device": "cpu"}
+        show_costs([timed])
+        head, row, note = capsys.readouterr().out.splitlines()
+        assert row.split()[-3:] == ["23.4", "12.3", "0.5"]
+        assert re.search(r"ms, one image +ms/image +s/update$", head)
+        assert note.startswith("batch of 64, cpu; forward in batches of 64;")
+        show_costs([timed, timed])
+        assert capsys.readouterr().out.count("1.00 (1.00\N{EN DASH}1.00)") == 6
 
 
 class TestDifference:
@@ -354,8 +359,8 @@ class TestPage:
         assert len(page.ids) == len(set(page.ids))
         assert {"accuracy", "examples", "gates", "training", "provenance"} <= set(page.ids)
         assert page.tags.count("details") == 2
-        # accuracies; 3 experts twice; cross-entropy and three accuracies; Fig. 7
-        assert page.tags.count("svg") == 1 + 6 + 4 + 1
+        # accuracies; gates; cross-entropy and three accuracies; Fig. 7
+        assert page.tags.count("svg") == 1 + 1 + 4 + 1
         # 2 runs x up to 4 examples x (clean + 3 threats x 2)
         assert page.tags.count("img") == 2 * 4 * 7
 
@@ -670,19 +675,15 @@ class TestGates:
         assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))
         assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))
 
-    def test_a_single_layer_is_drawn_once(self) -> None:
-        one = sample([0.5, 0.5], [0.8, 0.2], [0.2, 0.8], n=10)
-        parts = [np.repeat(part, 2, axis=1) for part in (one.weights, one.local, one.whole, one.entropy)]
-        twice = gates.GateSample(one.groups, ("a", "b"), *parts)
-        titles = [[title for title, _ in _gate_pictures(each)["rows"]] for each in (one, twice)]
-        assert titles == [["Gate of layer"], ["Last layer (b)", "Mean over layers"]]
-
-    def test_collects_token_averages_whatever_the_batch(self, made: tuple[Path, Path]) -> None:
+    def test_collects_token_averages_whatever_the_batch(
+        self, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run = gather([made[1]])[0]
         model = load_model(run.run.model_file)
         x, y = run.config.data.open("test").first(10)
-        found = gates.collect(model, x, y, run.threats, batch_size=10)
-        again = gates.collect(model, x, y, run.threats, batch_size=4)
+        found = gates.collect(model, x, y, run.threats)
+        monkeypatch.setattr("rome.report.subject.AT_A_TIME", 4)
+        again = gates.collect(model, x, y, run.threats)
         assert found.groups == ("natural", "L1", "L2", "Linf")
         assert found.weights.shape == (4, len(found.layers), 10, 3)
         np.testing.assert_allclose(found.weights.sum(axis=-1), 1, atol=1e-5)
@@ -708,16 +709,17 @@ class TestCharts:
     @pytest.mark.parametrize("values", [np.full(9, 0.5), np.linspace(0, 1, 50), np.zeros(3)])
     def test_densities_integrate_to_one(self, values: np.ndarray) -> None:
         grid = np.linspace(0, 1, 4001)
-        assert np.trapezoid(charts.kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
+        assert np.trapezoid(kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
 
     @pytest.mark.parametrize("values", [np.array([0.25]), np.array([0.0, 0.01]), np.array([1.0]), np.array([0.0, 1.0])])
     def test_limits_hold_the_values_and_do_not_zoom_into_noise(self, values: np.ndarray) -> None:
-        low, high = charts.limits(values)
+        low, high = limits(values)
         assert 0 <= low <= values.min() <= values.max() <= high <= 1
         assert high - low >= 0.2 - 1e-9
 
     def test_labels_are_escaped_and_the_same_input_draws_the_same(self) -> None:
         chart = charts.accuracies([(EVIL, A), ("b", B)])
         assert chart == charts.accuracies([(EVIL, A), ("b", B)])
-        assert charts.densities({"natural": np.array([0.2, 0.3])}, '<&">', (0, 1)).startswith('<svg role="img"')
-        Page(charts.densities({"natural": np.array([0.2, 0.3])}, '<&">', (0, 1)))
+        chart = charts.themed(Figure, '<&">')
+        assert chart.startswith('<svg role="img"')
+        Page(chart)

@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from helpers.tiny_runs import rome, started, wait_for
 from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report
-from rome.report.sweep import Point, Row, gather_rows, points, run_point, save_rows, show_rows, sweep
+from rome.report.sweep import Point, Result, gather_results, points, run_point, save_results, show_results, sweep
 from rome.runs.folder import Run
 
 CONFIG = """
@@ -141,11 +142,12 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     with open(out / "sweep.csv", newline="") as file:
         records = list(csv.DictReader(file))
     assert [record["seed"] for record in records] == ["0", "1"]
-    (row,) = gather_rows(points([config], ["seed=0,1"], out))
-    for column, values in row.values.items():
+    found = gather_results(points([config], ["seed=0,1"], out))
+    for column in found[0].values:
+        values = [result.values[column] for result in found]
         assert values == [float(record[column]) for record in records]
-        assert row.mean(column) == statistics.fmean(values)
-        assert row.deviation(column) == statistics.stdev(values)
+        shown = f"{100 * statistics.fmean(values):.1f} \N{PLUS-MINUS SIGN} {100 * statistics.stdev(values):.1f}"
+        assert shown in told.out
     assert json.loads((out / "sweep.json").read_text())[0]["run"] == "tiny"
     before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
     assert len(before) == 2
@@ -157,16 +159,18 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
         shutil.copytree(copy.with_name("apgd-10"), copy)
         matrix = dict(np.load(copy / "matrix.npz"))
         np.savez(copy / "matrix.npz", **{**matrix, "correct": ~matrix["correct"]})
-    assert gather_rows(points([config], ["seed=0,1"], out)) == [row]
+    assert gather_results(points([config], ["seed=0,1"], out)) == found
     (more,) = chosen = points([config], ["seed=0", "evaluation.n=20", "epochs=1"], out)
     shutil.copytree(out / "tiny-seed=0", chosen[0].folder)
-    assert gather_rows(chosen) == []
+    assert gather_results(chosen) == []
     assert not sweep(chosen)
     assert {path.name for path in (more.folder / "evaluation").iterdir()} > {"apgd-10", "apgd-20"}
-    assert len(gather_rows(chosen)) == 1
-    assert gather_rows(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], "all 40 are asked for"
+    assert len(gather_results(chosen)) == 1
+    assert gather_results(points([config], ["seed=0", "evaluation.n=1000", "epochs=1"], out)) == [], (
+        "all 40 are asked for"
+    )
     other = points([config], ["seed=0", "evaluation.seed=1", "evaluation.n=20", "epochs=1"], out)
-    assert gather_rows(other) == [], "a result of other settings is not shown as theirs"
+    assert gather_results(other) == [], "a result of other settings is not shown as theirs"
     assert "evaluation with other settings (seed: 0 there, 1 now)" in sweep(other)[more.folder]
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
@@ -201,17 +205,17 @@ def test_a_case_that_failed_in_one_seed_leaves_a_gap(
         np.savez(folder / "matrix.npz", **made.arrays())
         (folder / "settings.json").write_text(json.dumps(settings))
         (folder / "result.json").write_text(json.dumps(made.to_json()))
-    rows = gather_rows(chosen)
-    show_rows(rows)
+    rows = gather_results(chosen)
+    show_results(rows)
     shown = capsys.readouterr().out.splitlines()[1]
     assert re.sub(r"\s+", " ", shown).strip() == "tiny 3 100.0 ± 0.0 100.0 ± 0.0" + 3 * " \N{EN DASH}"
-    saved = json.loads((save_rows(rows, tmp_path).with_suffix(".json")).read_text(), parse_constant=pytest.fail)
+    saved = json.loads((save_results(rows, tmp_path).with_suffix(".json")).read_text(), parse_constant=pytest.fail)
     assert [(each["L1"], each["L2"], each["union"]) for each in saved] == [(1, 1, 1), (1, None, None), (1, 1, 1)]
 
 
 def test_brackets_in_a_row_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["tiny experts.layers=[qkv]", "tiny experts.layers=[/proj]"]
-    show_rows([Row(name, {}, (0,), {"clean": [0.5]}) for name in names])
+    show_results([Result(SimpleNamespace(row=name), {"clean": 0.5}) for name in names])  # type: ignore[arg-type]
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:3]] == [
         f"{name} 1 50.0" for name in names
     ]
@@ -226,6 +230,6 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(
     told = capsys.readouterr()
     assert "1 of 2 runs failed" in told.err
     assert "unknown model 'nope'" in told.err
-    rows = gather_rows(points([config], [axis], out))
-    assert [row.name for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]
-    assert save_rows(rows, out).is_file()
+    rows = gather_results(points([config], [axis], out))
+    assert [row.point.row for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]
+    assert save_results(rows, out).is_file()

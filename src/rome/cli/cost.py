@@ -24,7 +24,7 @@ def cost(
     trust_code: options.TrustCode = False,
 ) -> None:
     """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
-    from rome.report.cost import compare, plan, show_cost, show_costs, show_plan
+    from rome.report.cost import compare, plan, show_costs, show_plan
     from rome.runs.config import files_and_changes, load
 
     files, overrides = files_and_changes(configs)
@@ -38,5 +38,5 @@ def cost(
     facts = compare(loaded, repeats=repeats, timing=timing)
     if as_json:
         print(json.dumps(facts if len(facts) > 1 else facts[0]))
-        return
-    show_cost(facts[0]) if len(facts) == 1 else show_costs(facts)
+    else:
+        show_costs(facts)

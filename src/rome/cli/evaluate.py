@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +15,7 @@ from rome.core.console import say
 from rome.core.errors import UserError
 from rome.core.trust import opens_files
 
-
-class RoutingName(StrEnum):
-    """Gate weights at inference."""
-
-    learned = "learned"
-    random = "random"
-    inverse = "inverse"
-    inverse_unscaled = "inverse-unscaled"
-    none = "none"
+RoutingName = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 
 
 @app.command()
@@ -90,7 +81,7 @@ def evaluate(
                 n=n,
                 batch_size=_batch_size(batch_size),
                 device=device,
-                routing=None if routing is None else routing.value,
+                routing=routing,
                 checks=checks,
                 out=out,
                 overwrite=overwrite,

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rome.cli.app import app
 from rome.core.errors import UserError
 
-if TYPE_CHECKING:
-    from rome.core.component import Component
-
-
-class Family(StrEnum):
-    """What `rome list` can list."""
-
-    methods = "methods"
-    attacks = "attacks"
-    models = "models"
-    data = "data"
-    suites = "suites"
-    experiments = "experiments"
+Family = Literal["methods", "attacks", "models", "data", "suites", "experiments"]
 
 
 def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
@@ -34,7 +21,7 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
     Raises:
         UserError: no model or experiment matches.
     """
-    if family is Family.models:
+    if family == "models":
         from fnmatch import filter as matching
 
         import timm
@@ -43,29 +30,23 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         from rome.models.backbones import BACKBONES
 
         own = [(name, f"own: {summary(BACKBONES[name])}") for name in matching(BACKBONES, pattern)]
-        names = timm.list_models(pattern)
-        if not own and not names:
-            raise UserError(f"no model matches {pattern!r}; try 'vit_*' or '*resnet*'")
-        return [*own, *((name, "timm") for name in names)]
-    if family is Family.experiments:
+        found = [*own, *((name, "timm") for name in timm.list_models(pattern))]
+        hint = "'vit_*' or '*resnet*'"
+    elif family == "experiments":
         from rome.runs.experiments import listing
 
-        rows = listing(pattern)
-        if not rows:
-            raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*'")
-        return rows
-    from rome.attacks import Attack
-    from rome.data import Data
-    from rome.evaluation.evaluate import Suite
-    from rome.methods import Method
+        found, hint = listing(pattern), "'table4' or 'rome-*'"
+    else:
+        from rome.attacks import Attack
+        from rome.data import Data
+        from rome.evaluation.evaluate import Suite
+        from rome.methods import Method
 
-    families: dict[Family, type[Component]] = {
-        Family.methods: Method,
-        Family.attacks: Attack,
-        Family.data: Data,
-        Family.suites: Suite,
-    }
-    return [(kind, member.summary()) for kind, member in families[family].members().items()]
+        members = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite}[family].members()
+        return [(kind, member.summary()) for kind, member in members.items()]
+    if not found:
+        raise UserError(f"no {family[:-1]} matches {pattern!r}; try {hint}")
+    return found
 
 
 @app.command("list")

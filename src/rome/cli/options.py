@@ -15,52 +15,27 @@ TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Let files that others made run the code that they name (SECURITY.md).")
 ]
 
-_PANEL = "A model that no run made"
 
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="A timm name, path.py:function, TorchScript or torch.export file.", rich_help_panel=_PANEL
-    ),
-]
-_Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With a run: where its "
-        "data lies now.",
-        rich_help_panel=_PANEL,
-    ),
-]
-_Weights = Annotated[
-    str | None, typer.Option(help="A file of weights; timm's own if not given.", rich_help_panel=_PANEL)
-]
-_Key = Annotated[
-    str | None,
-    typer.Option(help="Where in --weights, if it holds several models: state_dict.", rich_help_panel=_PANEL),
-]
-_Budgets = Annotated[
-    str | None, typer.Option(help="cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255.", rich_help_panel=_PANEL)
-]
-_Classes = Annotated[
-    int | None, typer.Option(min=2, help="Its logits; the data's classes if not given.", rich_help_panel=_PANEL)
-]
-_ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.", rich_help_panel=_PANEL)]
-_PatchSize = Annotated[int | None, typer.Option(min=1, help="Of timm's transformers.", rich_help_panel=_PANEL)]
-_Mean = Annotated[str | None, typer.Option(help="Normalisation it lacks: 0.49,0.48,0.45.", rich_help_panel=_PANEL)]
-_Std = Annotated[str | None, typer.Option(help="Goes with --mean.", rich_help_panel=_PANEL)]
+def _naming(kind: Any, help: str, **more: Any) -> Any:
+    panel = "A model that no run made"
+    return Annotated[kind | None, typer.Option(help=help, rich_help_panel=panel, **more)]
+
 
 _NAMED: dict[str, Any] = {
-    "model": _Model,
-    "data": _Data,
-    "weights": _Weights,
-    "weights_key": _Key,
-    "budgets": _Budgets,
-    "num_classes": _Classes,
-    "img_size": _ImageSize,
-    "patch_size": _PatchSize,
-    "mean": _Mean,
-    "std": _Std,
+    "model": _naming(str, "A timm name, path.py:function, TorchScript or torch.export file."),
+    "data": _naming(
+        str,
+        "digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With a run: where its "
+        "data lies now.",
+    ),
+    "weights": _naming(str, "A file of weights; timm's own if not given."),
+    "weights_key": _naming(str, "Where in --weights, if it holds several models: state_dict."),
+    "budgets": _naming(str, "cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255."),
+    "num_classes": _naming(int, "Its logits; the data's classes if not given.", min=2),
+    "img_size": _naming(int, "Side of the images, in pixels.", min=1),
+    "patch_size": _naming(int, "Of timm's transformers.", min=1),
+    "mean": _naming(str, "Normalisation it lacks: 0.49,0.48,0.45."),
+    "std": _naming(str, "Goes with --mean."),
 }
 """What :func:`rome.evaluation.named.named_config` reads."""
 
@@ -68,10 +43,8 @@ _NAMED: dict[str, Any] = {
 def names_model(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that name a model that no run made. It gets what was said as ``named``, by field."""
     own = inspect.signature(command, eval_str=True)
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_NAMED[name])
-        for name in _NAMED
-    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in _NAMED.items()]
     parameters = [*(each for each in own.parameters.values() if each.name != "named"), *shared]
 
     @functools.wraps(command)

@@ -31,10 +31,9 @@ def sweep(
         raise UserError("name at least one config, such as experiments/digits/random.yaml seed=0,1,2")
     chosen = grid.points(files, axes, out)
     failed = grid.sweep(chosen, jobs=jobs)
-    rows = grid.gather_rows(chosen)
-    if rows:
-        grid.show_rows(rows)
-        say(f"saved in {grid.save_rows(rows, out)}")
+    if results := grid.gather_results(chosen):
+        grid.show_results(results)
+        say(f"saved in {grid.save_results(results, out)}")
     if failed:
         told = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{told}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,15 +11,6 @@ from rome.cli import options
 from rome.cli.app import app
 from rome.core.console import say
 from rome.core.trust import opens_files
-
-
-class TableFormat(StrEnum):
-    """How a table is written."""
-
-    text = "text"
-    markdown = "markdown"
-    latex = "latex"
-    html = "html"
 
 
 @app.command()
@@ -33,7 +23,9 @@ def table(
             help="Evaluated runs or models; seeds of a row are joined. For 6: configs or runs, then key=value."
         ),
     ] = None,
-    form: Annotated[TableFormat, typer.Option("--format", help="Of what is printed.")] = TableFormat.text,
+    form: Annotated[
+        Literal["text", "markdown", "latex", "html"], typer.Option("--format", help="Of what is printed.")
+    ] = "text",
     timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Table 6: timed updates; the median counts.")] = 3,
     trust_code: options.TrustCode = False,
@@ -54,4 +46,4 @@ def table(
     if not runs:
         what = "configs or runs to measure, such as experiments/table6/*.yaml" if number == "6" else "evaluated runs"
         say(f"these are the paper's numbers alone; name {what}: rome table {number} ...")
-    print(render(f"Table {number.upper()}", lines, form.value, about=about), end="")
+    print(render(f"Table {number.upper()}", lines, form, about=about), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from rome.attacks.suites.base import LP
 from rome.core.console import print_table
+from rome.core.errors import some
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN, UNION
 
@@ -118,20 +118,13 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
     head, *body = zip(*lines, strict=True) if exchanged else lines
     print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
-    counts, suites = counts_and_suites(rows)
-    best = f"; {star or 'bold'} is the largest" if len(rows) > 1 else ""
+    best = f", {star or 'bold'} the largest" if len(rows) > 1 else ""
     over = "before" if exchanged else "over"
-    caption = f"n = {counts}, suite {suites}; percent right {over} its 95% interval{best}"
+    caption = f"{covered(rows)}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
         for sentence in (*report.corruptions, *missing(report)):
             console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
-
-
-def markdown(value: object) -> str:
-    """Text that Markdown, its tables and a renderer of HTML leave as it is."""
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
-    return " ".join(re.sub(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).split())
 
 
 def missing(report: Report) -> list[str]:
@@ -142,24 +135,17 @@ def missing(report: Report) -> list[str]:
     sentences = [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
-        names = ", ".join(report.pending[:5]) + (f" and {len(report.pending) - 5} more" * (len(report.pending) > 5))
-        sentences.append(f"not run yet: {names}; the same command without --cases runs the rest")
+        sentences.append(f"not run yet: {some(report.pending, 5)}; the same command without --cases runs the rest")
     if {*report.failed, *report.pending} & set(report.attacks):
         sentences.append("without all attacks there is no average and no union")
     return sentences
 
 
 def covered(rows: Sequence[tuple[str, Report]]) -> str:
-    """``360 test examples, suite apgd``."""
-    counts, suites = counts_and_suites(rows)
-    return f"{counts} test examples, suite {suites}"
-
-
-def counts_and_suites(rows: Sequence[tuple[str, Report]]) -> tuple[str, str]:
-    """Numbers of examples and suites, each where they differ with slashes between."""
+    """``360 test examples, suite apgd``; numbers and suites that differ with slashes between."""
     counts = dict.fromkeys(str(report.n) for _, report in rows)
     suites = dict.fromkeys(suite_text(report.settings.get("suite", {})) for _, report in rows)
-    return " / ".join(counts), " / ".join(suites)
+    return f"{' / '.join(counts)} test examples, suite {' / '.join(suites)}"
 
 
 def suite_text(settings: dict[str, Any]) -> str:

@@ -18,13 +18,14 @@ from rome.evaluation.statistics import Difference, paired_difference, paired_dif
 from rome.evaluation.store import RESULT, SETTINGS
 from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_evaluation
 from rome.report.subject import distinct, names_of
+from rome.report.templating import sentences
 from rome.runs.config import Config
-from rome.runs.folder import Run
+from rome.runs.folder import FREE_KEYS, Run
 
 PREFERRED_SUITES = ("autoattack", "all")
 _SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
-_NOT_SHOWN = {"name", "about", "paper", "imports", "device", "workers", "compile"}
+_NOT_SHOWN = FREE_KEYS - {"evaluation"}
 
 
 def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]:
@@ -42,8 +43,6 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
             evaluations that cannot be compared.
     """
     folders = distinct(folders)
-    if not folders:
-        raise UserError("name at least one run's folder")
     found = [_evaluations(folder) for folder in folders]
     common = {key for key in set.intersection(*map(set, found)) if suite in (None, key[0], _label(key))}
     if not common:
@@ -93,27 +92,8 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     pairs = list(combinations(ranked, 2)) if base is None else [(first, run) for run in others]
     differences = paired_differences([(a.report.right(), b.report.right()) for a, b in pairs])
     found = dict(zip(pairs, differences, strict=True))
-    share, n, cases = f"{first.report.union:.1%}", first.report.n, ", ".join(first.report.attacks)
-    text = [f"{first.name} classifies {share} of {n} test examples right under every attack ({cases})."]
-    for run in others:
-        difference = found[first, run]
-        span = f"95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-        span += ", exact McNemar " + ("p < 0.0001" if difference.p < 0.0001 else f"p = {difference.p:.2g}")
-        meaning = "more than" if difference.clear else "within what"
-        side = "above" if difference.value > 0 else "below"
-        ahead = f"That is {100 * abs(difference.value):.1f} points {side} {run.name}"
-        if difference.value == 0:
-            ahead = f"{run.name} reaches the same share"
-        text.append(f"{ahead} on the same examples ({span}): {meaning} the choice of examples explains.")
-    if len(pairs) > 1:
-        which = f"with {first.name}" if base is not None else f"among the {len(runs)}, as the examples chose the best"
-        text.append(
-            f"p-values (Holm) and intervals (Bonferroni) are corrected for the {len(pairs)} comparisons {which}; no "
-            "other column is tested."
-        )
-    if others:
-        text.append("The intervals do not cover the training seed: another one can move a number by points.")
-    return text
+    compared = [(run, found[first, run]) for run in others]
+    return sentences("findings.txt", first=first, others=compared, comparisons=len(pairs), based=base is not None)
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
@@ -176,11 +156,11 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
 
 
 def _check_comparable(first: Evaluated, other: Evaluated) -> None:
-    a, b = ({key: run.report.settings.get(key) for key in _SAME} for run in (first, other))
-    if a != b:
-        flat_a, flat_b = flatten(a), flatten(b)
-        key = next(key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key))
-        values = "" if key == "cases" else f" {_short(flat_a.get(key))} and {_short(flat_b.get(key))}"
+    a, b = (flatten({key: run.report.settings.get(key) for key in _SAME}) for run in (first, other))
+    for key in {**a, **b}:
+        if a.get(key) == b.get(key):
+            continue
+        values = "" if key == "cases" else f" {_short(a.get(key))} and {_short(b.get(key))}"
         if key.startswith("data.") and None not in (first.data, other.data):
             values += f": {first.source} and {other.source}"
         raise UserError(

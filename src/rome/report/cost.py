@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         ``latency_one_ms`` (forward of one image alone), and their ratios to the first config: ``update_ratio``,
         ``latency_ratio`` and ``latency_one_ratio``, each median, least and largest of the rounds.
     """
-    costs, work = [], []
+    costs: list[dict[str, Any]] = []
+    works: list[dict[str, list[tuple[Work, float]]]] = []
     for config in configs:
         weights = config.model.weights
         if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
@@ -106,24 +108,22 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         torch.manual_seed(config.seed)
         model, shape, classes = architecture(config)
         costs.append({"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)})
-        work.append((config, model, shape, classes))
-    timed = []
-    for facts, (config, model, shape, classes) in zip(costs, work, strict=True) if timing else ():
-        device, batch = pick_device(config.device), config.batch_size // config.accumulate
-        placed(model, device)
-        if config.compile:
-            compile_blocks(model)
-        facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-        facts |= {"batch_size": config.batch_size, "latency_batch": batch}
-        timed.append(
-            {
-                "latency_one_ms": [(_forward(config, model, shape, device, 1), 1000.0)],
-                "latency_ms": [(_forward(config, model, shape, device, batch), 1000 / batch)],
-                "seconds_per_update": updates(config, model, shape, classes, device),
-            }
-        )
+        if timing:
+            device, batch = pick_device(config.device), config.batch_size // config.accumulate
+            placed(model, device)
+            if config.compile:
+                compile_blocks(model)
+            name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+            costs[-1] |= {"device": name, "batch_size": config.batch_size, "latency_batch": batch}
+            works.append(
+                {
+                    "latency_one_ms": [(_forward(config, model, shape, device, 1), 1000.0)],
+                    "latency_ms": [(_forward(config, model, shape, device, batch), 1000 / batch)],
+                    "seconds_per_update": updates(config, model, shape, classes, device),
+                }
+            )
     for what, ratio in RATIOS.items() if timing else ():
-        times = _in_turn([each[what] for each in timed], repeats * 5 if what == "latency_one_ms" else repeats)
+        times = _in_turn([each[what] for each in works], repeats * 5 if what == "latency_one_ms" else repeats)
         for facts, own in zip(costs, times, strict=True):
             ratios = [a / b for a, b in zip(own, times[0], strict=True)]
             facts[what] = statistics.median(own)
@@ -188,39 +188,26 @@ def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[lis
     return [own[1:] for own in times]
 
 
-def show_cost(facts: dict[str, Any]) -> None:
-    """Print the costs of one config (:func:`measure`)."""
-    lines = [
-        (what, f"{facts[key] / 1e6:.3f} M", f"{facts[key]:,}")
-        for what, key in (("parameters", "parameters"), ("trainable", "trainable"), ("added by experts", "experts"))
-    ]
-    lines.append(("multiply-accumulates", f"{facts['macs'] / 1e9:.4g} G", "one image, forward"))
-    if "seconds_per_update" in facts:
-        update = f"batch of {facts['batch_size']}, {facts['device']}"
-        lines += [
-            ("update", f"{facts['seconds_per_update']:.3g} s", update),
-            ("latency per image", f"{facts['latency_ms']:.3g} ms", f"batch of {facts['latency_batch']}, forward"),
-            ("latency of one", f"{facts['latency_one_ms']:.3g} ms", "one image alone, forward"),
-        ]
-    print(facts["name"])
-    print_table(lines, left=(0, 2), gap=2)
-
-
 def show_costs(facts: Sequence[dict[str, Any]]) -> None:
-    """Print the costs of several configs, beside the first (:func:`compare`)."""
-    timed = "seconds_per_update" in facts[0]
-    times = ("ms, one image", "x first", "ms/image", "x first", "s/update", "x first") if timed else ()
+    """Print the costs of configs (:func:`compare`); of several also the ratios to the first."""
+    times = {"latency_one_ms": "ms, one image", "latency_ms": "ms/image", "seconds_per_update": "s/update"}
+    timed, several = "device" in facts[0], len(facts) > 1
+    titles = ["config", "params (M)", "trainable (M)", "experts (M)", "GMACs"]
+    for title in times.values() if timed else ():
+        titles += [title, "x first"] if several else [title]
     rows = []
     for each in facts:
-        cells = [str(each["name"]), f"{each['parameters'] / 1e6:.2f}", f"{each['macs'] / 1e9:.3f}"]
-        for value, ratio in RATIOS.items() if timed else ():
-            middle, low, high = each[ratio]
-            cells += [f"{each[value]:.3g}", f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"]
+        counts = (f"{each[what] / 1e6:.3f}" for what in ("parameters", "trainable", "experts"))
+        cells = [str(each["name"]), *counts, f"{each['macs'] / 1e9:.4g}"]
+        for what in times if timed else ():
+            middle, low, high = each[RATIOS[what]]
+            ratio = f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"
+            cells += [f"{each[what]:.3g}", ratio] if several else [f"{each[what]:.3g}"]
         rows.append(cells)
-    print_table(rows, ("config", "params (M)", "GMACs", *times), gap=2)
+    print_table(rows, titles, gap=2)
     if timed:
-        what = f"batch of {facts[0]['batch_size']}, {facts[0]['device']}"
-        print(f"{what}; in turn, median (least\N{EN DASH}largest)")
+        batch = "batch of {batch_size}, {device}; forward in batches of {latency_batch}".format_map(facts[0])
+        print(f"{batch}; in turn, median (least\N{EN DASH}largest)")
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -259,21 +246,20 @@ def show_plan(facts: dict[str, Any]) -> None:
     """Print a :func:`plan`; layers without experts that differ in a number alone share a line."""
     layers, others = facts["layers"], facts["others"]
     print(facts["name"])
+    rows = []
+    for row in layers:
+        beta = "" if row["beta"] is None else f"{row['beta']:.3f}"
+        rows.append([row["name"], row["type"], _sizes(row["shape"]), str(row["block"]), beta, f"{row['added']:,}"])
+    where = "none, for the config has no experts"
     if layers:
-        rows = [
-            [row["name"], row["type"], _sizes(row["shape"]), f"{row['block']}", beta, f"{row['added']:,}"]
-            for row in layers
-            for beta in ["" if row["beta"] is None else f"{row['beta']:.3f}"]
-        ]
         print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=(), gap=2)
         where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
-        print(f"with experts: {where}; {facts['added']:,} parameters added, {facts['parameters']:,} in all")
-    else:
-        print("with experts: none, for the config has no experts")
-    groups: dict[tuple[str, str, str], list[str]] = {}
+        where += f"; {facts['added']:,} parameters added, {facts['parameters']:,} in all"
+    print(f"with experts: {where}")
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for other in others:
         pattern = ".".join("*" if part.isdigit() else part for part in other["name"].split("."))
-        groups.setdefault((pattern, other["type"], _sizes(other["shape"])), []).append(other["name"])
+        groups[pattern, other["type"], _sizes(other["shape"])].append(other["name"])
     for (pattern, kind, sizes), names in groups.items():
         which = f"{len(names)} x {pattern}" if len(names) > 1 else names[0]
         print(f"without experts: {which} ({kind} {sizes})")
@@ -282,8 +268,8 @@ def show_plan(facts: dict[str, Any]) -> None:
 def _described(name: str, module: nn.Module) -> dict[str, Any]:
     layer = next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules.")), "")
     weight = getattr(module, "weight", None)
-    kind = type(module).__name__ if weight is None else layer
-    return {"name": name, "type": kind, "shape": [] if weight is None else list(weight.shape)}
+    kind, shape = (type(module).__name__, []) if weight is None else (layer, list(weight.shape))
+    return {"name": name, "type": kind, "shape": shape}
 
 
 def _beta(layer: nn.Module) -> float | None:

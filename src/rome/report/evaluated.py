@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ class Evaluated:
         return self.folder if self.run is None else self.run.folder
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """What was recorded of the model; ``config``, ``model`` and ``data``, which in Python may be anything, are
+        empty where they are no mappings."""
+        found = dict(self.report.settings.get("provenance") or {})
+        parts = {part: found.get(part) for part in ("config", "model", "data")}
+        return found | {part: value if isinstance(value, Mapping) else {} for part, value in parts.items()}
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other evaluations of its model."""
+        return self.provenance.get("routing", LEARNED), self.report.suite, self.report.n
+
+    @property
     def attacks(self) -> dict[str, Case]:
         """The attacks that have been run, by the case's name.
 
@@ -94,7 +107,7 @@ class Evaluated:
     def architecture(self) -> str:
         """The backbone, and that it has experts."""
         if self.config is None:
-            return own_name(self.report) or str(self.report.settings["model"]["type"])
+            return str(self.provenance["model"].get("name") or self.report.settings["model"]["type"])
         return self.config.model.name + (" + experts" if self.config.experts is not None else "")
 
     @property
@@ -102,7 +115,7 @@ class Evaluated:
         """The data it was evaluated on; None where the provenance has none."""
         if self.config is not None:
             return self.config.data
-        recorded = _provenance(self.report, "config").get("data") or _provenance(self.report, "data")
+        recorded = self.provenance["config"].get("data") or self.provenance["data"]
         try:
             return Data.model_validate(recorded) if recorded else None
         except ValidationError:
@@ -117,37 +130,36 @@ class Evaluated:
     @property
     def facts(self) -> dict[str, str]:
         """Where the model and its numbers come from, by name."""
-        dates = {"evaluated": self.report.date, **({"reused": self.report.reuse} if self.report.reuse else {})}
         if self.run is not None and self.config is not None:
-            provenance, changed = self.report.settings.get("provenance") or {}, self.run.origin.get("changed")
-            return {
+            found = {
                 "method": self.method,
                 "folder": str(self.run.folder),
                 "training seed": str(self.config.seed),
-                "checkpoint": str(provenance.get("checkpoint")),
-                "SHA-256": str(provenance.get("checkpoint_sha256")),
-                **dates,
-                **({"trained with code that changed": "; ".join(changed)} if changed else {}),
+                "checkpoint": str(self.provenance.get("checkpoint")),
+                "SHA-256": str(self.provenance.get("checkpoint_sha256")),
+                "trained with code that changed": "; ".join(self.run.origin.get("changed", ())),
             }
-        model, state = _provenance(self.report, "model"), self.report.settings["model"]["sha256"]
-        normal = (model.get("normalisation") or {}).items()
-        statistics = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in values)}" for key, values in normal)
-        return {
-            "model": self.architecture,
-            "weights": str(model.get("weights") or ("its own" if model else "in memory")),
-            "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
-            "data": self.source,
-            "normalisation": statistics or ("none of ours" if model else "unknown"),
-            "folder": str(self.folder),
-            **dates,
-        }
+        else:
+            model, state = self.provenance["model"], self.report.settings["model"]["sha256"]
+            normal = (model.get("normalisation") or {}).items()
+            numbers = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in values)}" for key, values in normal)
+            found = {
+                "model": self.architecture,
+                "weights": str(model.get("weights") or ("its own" if model else "in memory")),
+                "SHA-256": str(model.get("weights_sha256") or model.get("sha256") or state or "unknown"),
+                "data": self.source,
+                "normalisation": numbers or ("none of ours" if model else "unknown"),
+                "folder": str(self.folder),
+            }
+        found |= {"evaluated": self.report.date, "reused": self.report.reuse}
+        return {what: value for what, value in found.items() if value}
 
     @property
     def command(self) -> str:
         """The command that evaluates it."""
         if self.run is not None:
             return f"rome evaluate {self.run.folder}"
-        recorded = _provenance(self.report, "config")
+        recorded = self.provenance["config"]
         return command(parse(dict(recorded))) if recorded else "rome evaluate --model"
 
     def subject(self, device: torch.device) -> Subject:
@@ -157,9 +169,9 @@ class Evaluated:
             UserError: it is gone, or the evaluation does not record how to build it.
         """
         if self.run is not None:
-            routing = (self.report.settings.get("provenance") or {}).get("routing", LEARNED)
-            return subject_of_run(self.run, self.name, device, routing=routing, seed=self.report.settings["seed"])
-        recorded = _provenance(self.report, "config")
+            routing, seed = self.provenance.get("routing", LEARNED), self.report.settings["seed"]
+            return subject_of_run(self.run, self.name, device, routing=routing, seed=seed)
+        recorded = self.provenance["config"]
         if not recorded:
             raise UserError(
                 f"{self.folder} does not say how its model is built (it was evaluated in Python), so there is none to "
@@ -170,11 +182,10 @@ class Evaluated:
 
     def check_fresh(self) -> None:
         """Raise UserError if the evaluation is of other weights than lie in the run's folder."""
-        provenance = self.report.settings.get("provenance") or {}
-        evaluated = provenance.get("checkpoint_sha256")
+        evaluated = self.provenance.get("checkpoint_sha256")
         if self.run and evaluated and self.run.model_file.exists() and file_hash(self.run.model_file) != evaluated:
             raise UserError(
-                f"{self.run.folder} evaluated other weights ({provenance.get('checkpoint')}) than "
+                f"{self.run.folder} evaluated other weights ({self.provenance.get('checkpoint')}) than "
                 f"{self.run.model_file} holds now: run `rome evaluate {self.run.folder} --overwrite`"
             )
 
@@ -186,12 +197,12 @@ def is_evaluation(folder: Path) -> bool:
 
 def evaluations(run: Run) -> dict[Key, Evaluated]:
     """The finished evaluations of a run, under the run's own name."""
-    found, config = {}, run.config
-    for folder in sorted(result.parent for result in (run.folder / "evaluation").glob(f"*/{RESULT}")):
-        report = Report.load(folder)
-        one = Evaluated(name=config.name, folder=folder, report=report, run=run, config=config)
-        found[(report.settings.get("provenance") or {}).get("routing", LEARNED), report.suite, report.n] = one
-    return found
+    config = run.config
+    folders = sorted(result.parent for result in (run.folder / "evaluation").glob(f"*/{RESULT}"))
+    every = [
+        Evaluated(name=config.name, folder=each, report=Report.load(each), run=run, config=config) for each in folders
+    ]
+    return {one.key: one for one in every}
 
 
 def load_evaluation(folder: Path) -> Evaluated:
@@ -202,18 +213,7 @@ def load_evaluation(folder: Path) -> Evaluated:
     """
     if not (folder / RESULT).is_file():
         raise UserError(f"{folder} holds an unfinished evaluation only: run the same `rome evaluate` again")
-    report = Report.load(folder)
-    if "checkpoint" in (report.settings.get("provenance") or {}):
+    one = Evaluated(name="", folder=folder, report=Report.load(folder))
+    if "checkpoint" in one.provenance:
         raise UserError(f"{folder} is an evaluation of a run: name the run's folder, the one with config.yaml")
-    return Evaluated(name=own_name(report), folder=folder, report=report)
-
-
-def own_name(report: Report) -> str:
-    """The name of a model without a run in its evaluation; may be empty."""
-    return str(_provenance(report, "model").get("name", ""))
-
-
-def _provenance(report: Report, part: str) -> Mapping[str, Any]:
-    """That part of the provenance, which in Python may be anything."""
-    found = (report.settings.get("provenance") or {}).get(part)
-    return found if isinstance(found, Mapping) else {}
+    return replace(one, name=str(one.provenance["model"].get("name", "")))

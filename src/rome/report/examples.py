@@ -92,20 +92,22 @@ def describe(
     found = [adversarial(run, subject, x, y, rows, cases) for run, subject in opened]
     scale = {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in cases}
     for (run, subject), images in zip(opened, found, strict=True):
-        classes = subject.split.classes
-        shots: list[list[dict[str, Any]]] = [[] for _ in rows]
+        classes, shots = subject.split.classes, []
         for case, batch in images.items():
             with torch.no_grad():
                 predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
             threat = run.threats[case]
-            sizes = None if isinstance(threat, Perceptual) else threat.size(batch, clean).tolist()
-            for i, label in enumerate(labels):
-                shot = {"threat": case, "prediction": classes[predicted[i]], "fooled": predicted[i] != label}
-                shot |= {"image": picture(batch[i]), "perturbation": diverging(batch[i] - clean[i], scale[case])}
-                shots[i].append({**shot, "size": None if sizes is None else sizes[i]})
+            sizes = [None] * len(rows) if isinstance(threat, Perceptual) else threat.size(batch, clean).tolist()
+            shots.append(
+                [
+                    {"threat": case, "prediction": classes[seen], "fooled": seen != label, "size": size}
+                    | {"image": picture(image), "perturbation": diverging(image - before, scale[case])}
+                    for seen, label, size, image, before in zip(predicted, labels, sizes, batch, clean, strict=True)
+                ]
+            )
         examples = [
-            {"number": row, "label": classes[labels[i]], "image": picture(clean[i]), "shots": shots[i]}
-            for i, row in enumerate(rows)
+            {"number": row, "label": classes[label], "image": picture(image), "shots": own}
+            for row, label, image, *own in zip(rows, labels, clean, *shots, strict=True)
         ]
         runs.append((run, examples))
     return {"scale": scale, "gray": x.shape[1] != 3, "runs": runs}

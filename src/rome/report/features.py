@@ -21,7 +21,7 @@ from rome.experts import Layout, MixtureLayer, ModelMixture, expert_layers, layo
 from rome.experts.gates import positions, select
 from rome.experts.placement import channels_last
 from rome.models.fitting import head_names
-from rome.report.subject import AT_A_TIME
+from rome.report.subject import over_groups
 
 PLACES = ("first", "middle", "last", "global")
 """Where features are looked at: single tokens, and the mean over all."""
@@ -94,29 +94,23 @@ def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
         yield found
 
 
-def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> np.ndarray:
+def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str) -> np.ndarray:
     """Features of groups of images, name -> (n, C, H, W), at the output of one module: (G, n, T, D) float32."""
-    passes = [_passes(model, images, layer, batch_size) for images in groups.values()]
-    return np.stack([np.concatenate([_numpy(seen.output) for seen in each]) for each in passes])
+    return over_groups(groups, lambda batch: [_seen(model, batch, layer).output])[0]
 
 
-def image_means(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> np.ndarray:
+def image_means(model: nn.Module, groups: Mapping[str, Tensor]) -> np.ndarray:
     """Features of all :func:`block_layers`, averaged over tokens, one layer beside the other: (G, n, sum of D)."""
-    layers = block_layers(model)
-    return np.concatenate(
-        [collect(model, groups, each, batch_size=batch_size).mean(axis=2) for each in layers], axis=-1
-    )
+    return np.concatenate([collect(model, groups, each).mean(axis=2) for each in block_layers(model)], axis=-1)
 
 
-def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str, *, batch_size: int = AT_A_TIME) -> Parts:
+def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str) -> Parts:
     """The output of a layer with and without its experts, averaged over tokens."""
-    found = []
-    for x in groups.values():
-        passes = [seen for seen in _passes(model, x, layer, batch_size) if seen.plain is not None]
-        found.append(
-            [np.concatenate([_numpy(part.mean(dim=1)) for part in each]) for each in zip(*passes, strict=True)]
-        )
-    full, backbone = (np.stack(each) for each in zip(*found, strict=True))
+
+    def of_batch(images: Tensor) -> list[Tensor]:
+        return [part.mean(dim=1) for part in _seen(model, images, layer) if part is not None]
+
+    full, backbone = over_groups(groups, of_batch)
     return Parts(backbone, full - backbone if expert_layers(model)[layer].additive else full, full)
 
 
@@ -140,13 +134,12 @@ def tokens(output: Tensor, layout: Layout, *, channels_last: bool) -> Tensor:
     return select(whole, None if real is None else real.to(whole.device))[:, layout.prefix :]
 
 
-def _passes(model: nn.Module, images: Tensor, layer: str, batch_size: int) -> Iterator[Seen]:
-    for batch in torch.split(images, batch_size):
-        with torch.no_grad(), record_features(model, [layer]) as found:
-            model(batch)
-        if layer not in found:
-            raise UserError(f"layer {layer} did not run in this forward; choose one that always runs")
-        yield found[layer]
+def _seen(model: nn.Module, images: Tensor, layer: str) -> Seen:
+    with torch.no_grad(), record_features(model, [layer]) as found:
+        model(images)
+    if layer not in found:
+        raise UserError(f"layer {layer} did not run in this forward; choose one that always runs")
+    return found[layer]
 
 
 def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
@@ -167,7 +160,3 @@ def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[...
         )
 
     return hook
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.float().cpu().numpy()

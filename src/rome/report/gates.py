@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.errors import UserError
 from rome.experts import record_gates
-from rome.report.subject import AT_A_TIME, NATURAL, attack_all
+from rome.report.subject import NATURAL, attack_all, over_groups
+from rome.report.templating import sentences
 from rome.threats import Threat
 
 NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
@@ -59,13 +60,7 @@ class Pair(NamedTuple):
 
 
 def collect(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threats: Mapping[str, Threat],
-    *,
-    attack: Attack | None = None,
-    batch_size: int = AT_A_TIME,
+    model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, Threat], attack: Attack | None = None
 ) -> GateSample:
     """Attack the images under every threat and record the gates of all of them.
 
@@ -74,39 +69,35 @@ def collect(
         x, y: images (n, C, H, W) in [0, 1] and labels (n,), on the model's device.
         threats: by the names to use.
         attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
-        batch_size: images at a time; each is attacked under all threats at once.
     """
-    attacked = attack_all(model, x, y, threats, attack=attack, batch_size=batch_size)
-    return read(model, {NATURAL: x, **attacked}, batch_size=batch_size)
+    return read(model, {NATURAL: x, **attack_all(model, x, y, threats, attack)})
 
 
-def read(model: nn.Module, groups: Mapping[str, Tensor], *, batch_size: int = AT_A_TIME) -> GateSample:
+def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:
     """Record the gates of groups of images: name -> (n, C, H, W), the same n images in each.
 
     Raises:
         UserError: no experts, or layers with different numbers of them.
     """
-    found = []
-    for images in groups.values():
-        batches = [_of_batch(model, batch) for batch in torch.split(images, batch_size)]
-        found.append([np.concatenate(parts, axis=1) for parts in zip(*(each[1:] for each in batches), strict=True)])
-    return GateSample(tuple(groups), batches[0][0], *(np.stack(parts) for parts in zip(*found, strict=True)))
+    layers: tuple[str, ...] = ()
 
+    def of_batch(images: Tensor) -> list[Tensor]:
+        """:class:`GateSample`'s arrays, (B, L, ...) each."""
+        nonlocal layers
+        with torch.no_grad(), record_gates(model) as recorder:
+            model(images)
+        layers, gates = tuple(recorder.gates), list(recorder.gates.values())
+        counts = sorted({each.weights.shape[-1] for each in gates})
+        if len(counts) > 1:
+            raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates do not compare")
+        mixed = [each.weights.mean(dim=1) for each in gates]
+        local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
+        whole = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
+        entropy = [relative_entropy(each.weights).mean(dim=1) for each in gates]
+        return [torch.stack(parts, dim=1) for parts in (mixed, local, whole, entropy)]
 
-def _of_batch(model: nn.Module, images: Tensor) -> tuple[Any, ...]:
-    """Layers, and :class:`GateSample`'s arrays of one group."""
-    with torch.no_grad(), record_gates(model) as recorder:
-        model(images)
-    gates = list(recorder.gates.values())
-    counts = sorted({each.weights.shape[-1] for each in gates})
-    if len(counts) > 1:
-        raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates do not compare")
-    mixed = [each.weights.mean(dim=1) for each in gates]
-    local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
-    whole = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
-    entropy = [relative_entropy(each.weights).mean(dim=1) for each in gates]
-    arrays = [torch.stack(parts).float().cpu().numpy() for parts in (mixed, local, whole, entropy)]
-    return tuple(recorder.gates), *arrays
+    arrays = [np.ascontiguousarray(each.swapaxes(1, 2)) for each in over_groups(groups, of_batch)]
+    return GateSample(tuple(groups), layers, *arrays)
 
 
 def join(parts: Sequence[GateSample]) -> GateSample:
@@ -151,32 +142,16 @@ def pairs(sample: GateSample) -> list[Pair]:
 
 def summary(sample: GateSample) -> str:
     """What the numbers show, in words that follow from them."""
-    every, count, text = pairs(sample), len(sample.layers), []
-    among = [pair for pair in every if NATURAL not in pair[:2]]
-    layers = f"averaged over {count} adapted layers" if count > 1 else "in the one layer that has gates"
-    if among:
-        local, whole = max(pair.local_mean for pair in among), max(pair.whole_mean for pair in among)
-        names = " and ".join(filter(None, (", ".join(sample.groups[1:-1]), sample.groups[-1])))
-        text.append(
-            f"The mean gates of {names} lie at most {local:.3f} (local) and {whole:.3f} (global) apart, {layers}, "
-            f"where 1.414 would be entirely different experts: the threats are routed {_called(max(local, whole))}."
+    return " ".join(
+        sentences(
+            "gates.txt",
+            sample=sample,
+            pairs=pairs(sample),
+            called=_called,
+            entropy=sample.entropy.mean(),
+            largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
         )
-        differs = max(pair.top_differs for pair in among)
-        text.append(
-            f"Between two threats the top expert of the last layer changes for at most {differs:.1%} of images."
-        )
-    natural = [pair for pair in every if NATURAL in pair[:2]]
-    if natural:
-        apart = max(max(pair.local_mean, pair.whole_mean) for pair in natural)
-        text.append(f"Natural images are at most {apart:.3f} away from a threat's, so {_called(apart)} routed.")
-    if sample.experts > 1:
-        entropy, largest = sample.entropy.mean(), sample.weights.mean(axis=(0, 2)).max(axis=-1).mean()
-        spread = "nearly evenly" if entropy > 0.95 else "mostly to one expert" if largest > 0.8 else "unevenly"
-        text.append(
-            f"Gate entropy is {entropy:.2f} of its maximum and the busiest expert of a layer gets {largest:.0%} on "
-            f"average (an equal share is {1 / sample.experts:.0%}): weight is spread {spread}."
-        )
-    return " ".join(text)
+    )
 
 
 def _called(distance: float) -> str:

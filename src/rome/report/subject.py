@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rome.attacks import APGD, Attack
+from rome.attacks.suites import as_named
 from rome.core import trust
 from rome.core.device import pick_device
 from rome.core.errors import UserError
@@ -39,7 +40,7 @@ class Subject:
     Args:
         name: in pictures.
         device: of the model and the images.
-        threats: by name.
+        threats: several, or a mapping from the names they are drawn under.
         model: builds the classifier.
         split: opens the test examples.
         run: the run that trained the model, if one did.
@@ -49,18 +50,20 @@ class Subject:
         self,
         name: str,
         device: torch.device,
-        threats: Mapping[str, Threat],
+        threats: Iterable[Threat] | Mapping[str, Threat],
         model: Callable[[], nn.Module],
         split: Callable[[], Split],
         run: Run | None = None,
     ) -> None:
         self.name, self.device, self.run = name, device, run
-        self.threats = MappingProxyType(dict(threats))
+        self.threats = as_named(threats)
         self._model, self._split = model, split
         self._attacked: dict[int, dict[str, Tensor]] = {}
 
     @classmethod
-    def of_model(cls, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Mapping[str, Threat]) -> Subject:
+    def of_model(
+        cls, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Iterable[Threat] | Mapping[str, Threat]
+    ) -> Subject:
         """A classifier in memory, for the figures that need neither its training nor its evaluation.
 
         Args:
@@ -68,7 +71,7 @@ class Subject:
             name: in pictures.
             x: images (n, C, H, W) in [0, 1], on the model's device.
             y: their labels, int64 (n,).
-            threats: by name.
+            threats: several, or a mapping from the names they are drawn under.
         """
         model = model.eval()
         return cls(name, x.device, threats, lambda: model, lambda: TensorSplit(x, y))
@@ -102,14 +105,11 @@ class Subject:
         if n not in self._attacked:
             parts = list(self._attack(n))
             self._attacked[n] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return MappingProxyType(self._attacked[n])
+        return self._attacked[n]
 
-    def attacked_parts(self, n: int) -> Iterator[Mapping[str, Tensor]]:
+    def attacked_parts(self, n: int) -> Iterable[Mapping[str, Tensor]]:
         """The same in consecutive parts, without caching if they are more than :data:`KEPT`."""
-        if n <= KEPT or n in self._attacked:
-            yield self.attacked(n)
-        else:
-            yield from self._attack(n)
+        return [self.attacked(n)] if n <= KEPT else self._attack(n)
 
     def _attack(self, n: int) -> Iterator[dict[str, Tensor]]:
         for numbers in torch.split(torch.arange(min(n, len(self.split))), AT_A_TIME):
@@ -138,7 +138,7 @@ def subject_of_run(
         except UserError as error:
             raise UserError(f"{error} (if it lies elsewhere now, correct data.path in {run.config_file})") from None
 
-    return Subject(name, device, {threat.name: threat for threat in config.threats}, model, split, run)
+    return Subject(name, device, config.threats, model, split, run)
 
 
 def subject_of_model(config: Config, name: str, device: torch.device) -> Subject:
@@ -148,10 +148,12 @@ def subject_of_model(config: Config, name: str, device: torch.device) -> Subject
     @functools.cache
     def opened() -> Opened:
         with trust.trusting(trusted):
-            return open_target(config)
+            found = open_target(config)
+        for remark in found.remarks:
+            print(remark, file=sys.stderr)
+        return found
 
-    threats = {threat.name: threat for threat in config.threats}
-    return Subject(name, device, threats, lambda: opened().model.to(device), lambda: opened().split)
+    return Subject(name, device, config.threats, lambda: opened().model.to(device), lambda: opened().split)
 
 
 def open_named(config: Config, device: str | None = None) -> Subject:
@@ -160,11 +162,9 @@ def open_named(config: Config, device: str | None = None) -> Subject:
     Raises:
         UserError: no such model, data or device, or they do not fit each other.
     """
-    where, opened = pick_device(device or "auto"), open_target(config)
-    for remark in opened.remarks:
-        print(remark, file=sys.stderr)
-    threats = {threat.name: threat for threat in config.threats}
-    return Subject(config.name, where, threats, lambda: opened.model.to(where), lambda: opened.split)
+    subject = subject_of_model(config, config.name, pick_device(device or "auto"))
+    _ = subject.model
+    return subject
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
@@ -174,8 +174,6 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
         UserError: no folder, one that holds no finished run, or no such device.
     """
     folders = distinct(folders)
-    if not folders:
-        raise UserError("name at least one run's folder")
     runs, where = [Run(folder) for folder in folders], pick_device(device or "auto")
     names = names_of([run.config.name for run in runs], folders)
     return [subject_of_run(run, name, where) for run, name in zip(runs, names, strict=True)]
@@ -196,7 +194,13 @@ def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]
 
 
 def distinct(folders: Sequence[str | Path]) -> list[Path]:
-    """These folders, each once."""
+    """These folders, each once.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not folders:
+        raise UserError("name at least one run's folder")
     return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
 
 
@@ -216,23 +220,26 @@ def short(layer: str) -> str:
 
 
 def attack_all(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threats: Mapping[str, Threat],
-    *,
-    attack: Attack | None = None,
-    batch_size: int = AT_A_TIME,
+    model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, Threat], attack: Attack | None = None
 ) -> dict[str, Tensor]:
     """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
 
     Args:
         attack: APGD with 15 steps by default; threats that bring an attack are searched by that one.
     """
-    attack = attack or APGD(steps=STEPS)
-    parts: list[Tensor] = []
-    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+    attack, parts = attack or APGD(steps=STEPS), []
+    for images, labels in zip(torch.split(x, AT_A_TIME), torch.split(y, AT_A_TIME), strict=True):
         mixture = PerExample.repeated(threats.values(), len(images))
         found = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
         parts.append(found.view(len(threats), len(images), *found.shape[1:]))
     return dict(zip(threats, torch.cat(parts, dim=1), strict=True))
+
+
+def over_groups(groups: Mapping[str, Tensor], read: Callable[[Tensor], Sequence[Tensor]]) -> list[np.ndarray]:
+    """What ``read`` says of every batch of images, (B, ...) each, put together: (G, n, ...) float32 for G groups of n
+    images."""
+    found = []
+    for images in groups.values():
+        batches = [read(batch) for batch in torch.split(images, AT_A_TIME)]
+        found.append([torch.cat(parts).float().cpu().numpy() for parts in zip(*batches, strict=True)])
+    return [np.stack(each) for each in zip(*found, strict=True)]

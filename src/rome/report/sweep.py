@@ -13,14 +13,15 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from rome.core import trust
 from rome.core.console import exiting, print_table
@@ -30,7 +31,7 @@ from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN, UNION
 from rome.evaluation.store import RESULT
-from rome.report.columns import AVERAGE
+from rome.report.columns import AVERAGE, DASH
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
 from rome.runs.origin import code_facts
@@ -53,23 +54,12 @@ class Point:
         return " ".join([self.config.name, *varied])
 
 
-@dataclass(frozen=True)
-class Row:
-    """The evaluated runs that differ in the seed alone."""
+class Result(NamedTuple):
+    """An evaluated point."""
 
-    name: str
-    overrides: dict[str, Any]
-    seeds: tuple[int, ...]
-    values: dict[str, list[float]]
-    """Column -> share right in each run; NaN where a case failed."""
-
-    def mean(self, column: str) -> float:
-        return statistics.fmean(self.values[column]) if column in self.values else math.nan
-
-    def deviation(self, column: str) -> float:
-        """Sample standard deviation over the seeds; NaN for one seed, or where one lacks the column."""
-        values = self.values.get(column, [])
-        return math.nan if len(values) < 2 or any(map(math.isnan, values)) else statistics.stdev(values)
+    point: Point
+    values: dict[str, float]
+    """Column -> share right; a case that failed has none, and average and union are NaN then."""
 
 
 def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> list[Point]:
@@ -144,8 +134,7 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
         while waiting or working:
             while waiting and len(working) < jobs:
                 number, point = waiting.pop(0)
-                process = _start(point, environment)
-                working.append((process, number, point, time.monotonic()))
+                working.append((_start(point, environment), number, point, time.monotonic()))
             time.sleep(0.05)
             for entry in [entry for entry in working if entry[0].poll() is not None]:
                 working.remove(entry)
@@ -155,23 +144,18 @@ def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
                 state = f"{failed.get(point.folder) or _summary(point)} ({time.monotonic() - started:.0f} s)"
                 print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
-        terminated = isinstance(stop, _Terminated)
-        for process, *_ in working if terminated else ():  # a terminal sends them its signal too
+        for process, *_ in working if stop.args else ():  # where a terminal sent the signal, they have it too
             process.terminate()
         for process, *_ in working:
             process.wait()
-        raise Interrupted(143 if terminated else 130, "stopped; the same command goes on") from None
+        raise Interrupted(143 if stop.args else 130, "stopped; the same command goes on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     return failed
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
 def _terminated(number: int, frame: object) -> None:
-    raise _Terminated
+    raise KeyboardInterrupt(number)
 
 
 def _done(point: Point) -> bool:
@@ -229,35 +213,28 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
         evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
 
 
-def gather_rows(chosen: Sequence[Point]) -> list[Row]:
-    """The evaluated points, those that differ in the seed alone in one row; points without a result are left out."""
-    groups: dict[str, list[tuple[Point, Report]]] = {}
-    for point in chosen:
-        if (report := _report(point)) is not None:
-            groups.setdefault(point.row, []).append((point, report))
-    rows = []
-    for name, members in groups.items():
-        found = [
-            {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
-            for _, report in members
-        ]
-        columns = dict.fromkeys(column for each in found for column in each)
-        values = {column: [each.get(column, math.nan) for each in found] for column in columns}  # one may have failed
-        varied = dict(text.partition("=")[::2] for text in members[0][0].overrides if not text.startswith("seed="))
-        plain = {key: parse_yaml(value) for key, value in varied.items()}
-        rows.append(Row(name, plain, tuple(point.config.seed for point, _ in members), values))
-    return rows
+def gather_results(chosen: Sequence[Point]) -> list[Result]:
+    """The evaluated points; those without a result are left out."""
+    reports = [(point, _report(point)) for point in chosen]
+    return [
+        Result(point, {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union})
+        for point, report in reports
+        if report is not None
+    ]
 
 
 def _report(point: Point) -> Report | None:
     """The evaluation that the config describes: by its suite, its gates, on its number of examples."""
-    settings, folder = point.config.evaluation, point.folder / "evaluation"
+    settings = point.config.evaluation
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
-    label, n = settings.suite.label, settings.n
-    if not (folder / f"{label}-{n}{gates}" / RESULT).exists() and any(folder.glob(f"{label}-*{gates}/{RESULT}")):
+
+    def place(n: object) -> Path:
+        return point.folder / "evaluation" / f"{settings.suite.label}-{n}{gates}"
+
+    found = place(settings.n)
+    if not (found / RESULT).exists() and any(found.parent.glob(f"{place('*').name}/{RESULT}")):
         size = len(point.config.data.open("test"))
-        n = min(n or size, size)  # all test examples, which may be fewer
-    found = folder / f"{label}-{n}{gates}"
+        found = place(min(settings.n or size, size))  # all test examples, which may be fewer
     report = Report.load(found) if (found / RESULT).exists() else None
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
     same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
@@ -274,34 +251,34 @@ def _last_line(file: Path) -> str:
     return lines[-1].removeprefix("error: ") if lines else ""
 
 
-def show_rows(rows: Sequence[Row]) -> None:
-    """Print percent right, mean over the seeds and standard deviation."""
-    columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    cells = [[row.name, str(len(row.seeds)), *(_cell(row, column) for column in columns)] for row in rows]
-    print_table(cells, ["run", "seeds", *columns])
+def show_results(results: Sequence[Result]) -> None:
+    """Print percent right, mean over the points that differ in the seed alone and sample standard deviation."""
+    columns, rows = _columns(results), []
+    for name in dict.fromkeys(result.point.row for result in results):
+        own = [result.values for result in results if result.point.row == name]
+        cells = [name, str(len(own))]
+        for column in columns:
+            values = np.array([100 * each.get(column, math.nan) for each in own])
+            spread = f" \N{PLUS-MINUS SIGN} {values.std(ddof=1):.1f}" if len(own) > 1 else ""
+            cells.append(DASH if np.isnan(values).any() else f"{values.mean():.1f}{spread}")
+        rows.append(cells)
+    print_table(rows, ["run", "seeds", *columns])
     print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")
 
 
-def _cell(row: Row, column: str) -> str:
-    if math.isnan(row.mean(column)):
-        return "\N{EN DASH}"
-    spread = row.deviation(column)
-    text = "" if math.isnan(spread) else f" \N{PLUS-MINUS SIGN} {100 * spread:.1f}"
-    return f"{100 * row.mean(column):.1f}{text}"
-
-
-def save_rows(rows: Sequence[Row], out: Path) -> Path:
+def save_results(results: Sequence[Result], out: Path) -> Path:
     """Write ``sweep.csv`` and ``sweep.json`` with every single value (none where a case failed); returns the CSV's
     path."""
-
-    def known(value: float) -> float | None:
-        return None if math.isnan(value) else value  # JSON has no NaN
-
-    records = [
-        {"run": row.name, **row.overrides, "seed": seed, **{name: known(own[i]) for name, own in row.values.items()}}
-        for row in rows
-        for i, seed in enumerate(row.seeds)
-    ]
+    columns, records = _columns(results), []
+    for point, found in results:
+        varied = dict(text.partition("=")[::2] for text in point.overrides if not text.startswith("seed="))
+        plain = {key: parse_yaml(value) for key, value in varied.items()}
+        known = {column: None if math.isnan(found.get(column, math.nan)) else found[column] for column in columns}
+        records.append({"run": point.row, **plain, "seed": point.config.seed, **known})
     replace_file(out / "sweep.csv", csv_text(records).encode())
     replace_file(out / "sweep.json", json.dumps(records, indent=2, default=str).encode())
     return out / "sweep.csv"
+
+
+def _columns(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(column for result in results for column in result.values))

@@ -1,6 +1,6 @@
 """Runs looked at one image at a time: what an attack changes in the picture, in the prediction and in the gates."""
 
 from rome.report.explore.explorer import Answer, Explorer, PatchMap, open_explorers
-from rome.report.explore.uploads import Upload, read_upload
+from rome.report.explore.uploads import Shown, read_upload
 
-__all__ = ["Answer", "Explorer", "PatchMap", "Upload", "open_explorers", "read_upload"]
+__all__ = ["Answer", "Explorer", "PatchMap", "Shown", "open_explorers", "read_upload"]

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from rome.core.randomness import Stream, stream
 from rome.report.explore.explorer import Answer, Explorer
-from rome.report.explore.uploads import read_upload
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """The image in hand."""
-
-    image: Tensor
-    """(C, H, W) in [0, 1]."""
-    label: int | None
-    """None where it is unknown."""
-    said: str
-    """Where it comes from and what is attacked."""
+from rome.report.explore.uploads import Shown, read_upload
 
 
 class Desk:
@@ -34,9 +20,9 @@ class Desk:
 
     def __init__(self, explorers: Sequence[Explorer]) -> None:
         self.explorers = list(explorers)
-        self.balls = {name: ball for explorer in reversed(explorers) for name, ball in explorer.balls.items()}
+        self.balls = dict(ChainMap(*(explorer.balls for explorer in explorers)))
         """The Lp balls of either run; where both have one, the budget is the first run's."""
-        self.others = {name: threat for explorer in reversed(explorers) for name, threat in explorer.others.items()}
+        self.others = dict(ChainMap(*(explorer.others for explorer in explorers)))
         """Their threats that bring an attack, likewise."""
         self.tests = len(explorers[0].subject.split)
         self.layers = list(dict.fromkeys(layer for explorer in explorers for layer in explorer.layers))
@@ -47,7 +33,7 @@ class Desk:
         n = int(number or 0) % self.tests
         image, label = self.explorers[0].test_image(n)
         name = self.explorers[0].classes[label]
-        return Shown(image, label, f"Test image {n} of 0 to {self.tests - 1}; its label, {name}, is attacked.")
+        return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label, {name}, is attacked.", label)
 
     def random(self) -> int:
         """The number of some test image."""
@@ -60,8 +46,7 @@ class Desk:
             UserError: no image, or none that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        said = f"{read.said} Its label is unknown: what the model itself sees is attacked."
-        return Shown(read.image, None, said)
+        return read._replace(said=f"{read.said} Its label is unknown: what the model itself sees is attacked.")
 
     def look(
         self, shown: Shown, threat: str, eps: float | str, steps: float, layer: str | None, expert: int | None
@@ -71,12 +56,10 @@ class Desk:
         Raises:
             UserError: a radius that is none.
         """
-        chosen, asked = expert or 0, self.others.get(threat, threat)
-        return [
-            each.look(shown.image, asked, eps, int(steps), layer, chosen, label=shown.label) for each in self.explorers
-        ]
+        question = self.others.get(threat, threat), eps, int(steps), layer, expert or 0
+        return [each.look(shown.image, *question, label=shown.label) for each in self.explorers]
 
     def experts(self, layer: str | None) -> list[tuple[str, int]]:
         """Choices of an expert in that layer."""
-        most = max((each.experts(layer or "") for each in self.explorers), default=0)
+        most = max(each.experts(layer or "") for each in self.explorers)
         return [(f"expert {k + 1}", k) for k in range(most)]

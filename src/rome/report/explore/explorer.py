@@ -242,13 +242,11 @@ def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall])
     """
     if threat == NATURAL:
         return None
-    if threat not in budgets and eps is None:
-        raise UserError(f"unknown threat {threat!r} without a radius.{did_you_mean(threat, [NATURAL, *budgets])}")
+    if threat not in budgets and (eps is None or threat.lower() not in ("l1", "l2", "linf")):
+        raise UserError(f"unknown threat {threat!r}.{did_you_mean(threat, [NATURAL, *budgets])}")
     try:
         ball = LpBall.model_validate({"norm": threat, "eps": budgets[threat].eps if eps is None else eps})
-    except ValidationError as error:
-        if any(each["loc"][0] == "norm" for each in error.errors()):
-            raise UserError(f"unknown threat {threat!r}.{did_you_mean(threat, [NATURAL, *budgets])}") from None
+    except ValidationError:
         raise UserError(f"ε is {eps!r}; write a number from 0 up, such as 0.03 or 8/255") from None
     return ball if ball.eps > 0 else None
 

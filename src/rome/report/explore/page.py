@@ -13,9 +13,9 @@ from typing import Any
 
 from rome.core.errors import UserError, first_line
 from rome.report.explore import rendering
-from rome.report.explore.desk import Desk, Shown
+from rome.report.explore.desk import Desk
 from rome.report.explore.explorer import MOST_STEPS, STEPS, Explorer
-from rome.report.explore.uploads import MOST_BYTES
+from rome.report.explore.uploads import MOST_BYTES, Shown
 from rome.report.robustbench import eps_text
 from rome.report.subject import NATURAL, short
 from rome.threats import LpBall
@@ -71,8 +71,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                     place = gr.Dropdown(names, value=layer, label="Layer", elem_id="layer")
                     expert = gr.Dropdown(desk.experts(layer), value=0, label="Expert", elem_id="expert")
                 gates = gr.HTML(elem_id="experts")
-        asked = [shown, threat, eps, steps, place, expert]
-        answered = [said, attack, gates]
+        question, answered = [threat, eps, steps, place, expert], [said, attack, gates]
 
         def answer(shown: Shown, *question: Any) -> tuple[Any, Any, Any]:
             """The sentence on the image and both halves of the answer; after a mistake the last answer stays."""
@@ -82,22 +81,20 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 return rendering.error(str(error)), gr.skip(), gr.skip()
             return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
 
-        def opened(find: Callable[[], Shown], rest: Sequence[Any]) -> tuple[Any, ...]:
-            try:
-                found = find()
-            except UserError as error:
-                return gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
-            return found, *answer(found, *rest)
-
         def turned(way: Callable[[float], float]) -> Callable[..., Any]:
-            def turn(now: float | None, *rest: Any) -> tuple[Any, ...]:
+            def turn(now: float | None, *question: Any) -> tuple[Any, ...]:
                 number = way(now or 0) % desk.tests
-                return number, *opened(lambda: desk.test(number), rest)
+                image = desk.test(number)
+                return number, image, *answer(image, *question)
 
             return turn
 
-        def uploaded(path: str, *rest: Any) -> tuple[Any, ...]:
-            return opened(lambda: desk.upload(path), rest)
+        def uploaded(path: str, *question: Any) -> tuple[Any, ...]:
+            try:
+                image = desk.upload(path)
+            except UserError as error:
+                return gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
+            return image, *answer(image, *question)
 
         def budgeted(name: str) -> tuple[Any, Any, Any]:
             chosen = desk.balls.get(name)
@@ -109,7 +106,6 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             choices = desk.experts(name)
             return gr.update(choices=choices, value=min(now or 0, max(len(choices) - 1, 0)))
 
-        rest = asked[1:]
         for event, way in (
             (page.load, lambda now: now),
             (number.input, lambda now: now),
@@ -117,18 +113,15 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             (following.click, lambda now: now + 1),
             (random.click, lambda now: desk.random()),
         ):
-            _on(event, turned(way), [number, *rest], [number, shown, *answered], busy=said)
-        _on(file.upload, uploaded, [file, *rest], [shown, *answered], busy=said)
+            _on(event, turned(way), [number, *question], [number, shown, *answered], busy=said)
+        _on(file.upload, uploaded, [file, *question], [shown, *answered], busy=said)
         for event in (
             _on(threat.change, budgeted, [threat], [budget, eps, slide]).then,
             _on(slide.release, rendering.number, [slide], [eps]).then,
             _on(place.change, elsewhere, [place, expert], [expert]).then,
-            steps.release,
-            eps.submit,
-            eps.blur,
-            expert.input,
+            *(steps.release, eps.submit, eps.blur, expert.input),
         ):
-            _on(event, answer, asked, answered, busy=said)
+            _on(event, answer, [shown, *question], answered, busy=said)
     return page
 
 
@@ -176,7 +169,7 @@ def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A bound socket.
+    """A socket that listens.
 
     Args:
         host, port: see :func:`serve`.
@@ -187,14 +180,10 @@ def listen(host: str, port: int | None) -> socket.socket:
     first = 7860 if port is None else port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for tried in range(first, first + (PORTS if port is None else 1)):
-        listening = socket.socket(family)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, tried))
-            return listening
+            return socket.create_server((host, tried), family=family)
         except OSError as error:
-            listening.close()
-            reason = error.strerror or first_line(error)
+            reason = (error.strerror or first_line(error)).partition(" (while")[0]
     raise UserError(f"cannot listen on {host} port {first} ({reason}); choose another with --port or --host")
 
 

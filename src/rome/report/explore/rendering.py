@@ -9,14 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from rome.report.charts import limits
 from rome.report.examples import picture, png
 from rome.report.explore.explorer import Answer
+from rome.report.figures.style import limits
 from rome.report.subject import short
-from rome.threats import LpBall
+from rome.report.templating import TEMPLATES
 
 SHOWN_CLASSES = 5
 COLOURS = matplotlib.colormaps["viridis"]
@@ -38,14 +37,14 @@ def experts(answers: Sequence[Answer]) -> str:
     return str(_ANSWERS.cards(answers, partial(_ANSWERS.experts, span=span, stops=stops)))
 
 
-def error(message: str) -> str:
-    """What went wrong, in place of an answer or beside it."""
-    return f'<p class="message bad" role="alert">{escape(message)}</p>'
-
-
 def note(message: str) -> str:
     """A sentence about the image."""
     return f'<p class="message">{escape(message)}</p>'
+
+
+def error(message: str) -> str:
+    """What went wrong, in place of an answer or beside it."""
+    return f'<p class="message bad" role="alert">{escape(message)}</p>'
 
 
 def number(value: float) -> str:
@@ -60,25 +59,17 @@ def _strongest(answer: Answer) -> list[int]:
     return sorted(chosen, key=lambda row: -float(answer.natural[row]))
 
 
-def _attacker(answer: Answer) -> str:
-    """The attack, how far it went and in how many steps."""
-    if isinstance(answer.threat, LpBall):
-        went = f"{answer.threat.norm} size {number(answer.size)} of at most {number(answer.threat.eps)}"
-        kind, steps = "APGD", answer.steps
-    else:
-        assert answer.threat is not None
-        went = f"largest change of a pixel {number(answer.size)}"
-        kind, steps = answer.threat.attack.kind, answer.threat.attack.steps_for(answer.threat.place)
-    return f"{went}; {kind}, {steps} step{'s' if steps > 1 else ''}"
-
-
 def _coloured(part: Tensor, span: tuple[float, float]) -> str:
     """A map (h, w) as a picture to lay over the image, one pixel a patch."""
     relative = ((part.numpy() - span[0]) / (span[1] - span[0])).clip(0, 1)
     return png((COLOURS(relative)[..., :3] * 255).round().astype(np.uint8))
 
 
-_PAGES = Environment(loader=PackageLoader("rome.report", "explore"), autoescape=True, trim_blocks=True)
-_PAGES.filters |= {"picture": picture, "coloured": _coloured, "number": number, "short": short}
-_PAGES.filters |= {"strongest": _strongest, "attacker": _attacker}
-_ANSWERS: Any = _PAGES.get_template("answers.html").module
+TEMPLATES.filters |= {
+    "picture": picture,
+    "coloured": _coloured,
+    "number": number,
+    "short": short,
+    "strongest": _strongest,
+}
+_ANSWERS: Any = TEMPLATES.get_template("answers.html").module

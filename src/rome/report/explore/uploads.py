@@ -19,16 +19,18 @@ MOST_PIXELS = 50_000_000
 """Larger images are refused before they are decoded."""
 
 
-class Upload(NamedTuple):
-    """An image as the model reads it."""
+class Shown(NamedTuple):
+    """An image in hand, as the models read it."""
 
     image: Tensor
     """float32 (C, H, W) in [0, 1]."""
     said: str
-    """A sentence: what it was and what was done to it."""
+    """What it is, where it comes from and what was done to it."""
+    label: int | None = None
+    """None where it is unknown."""
 
 
-def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Upload:
+def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Shown:
     """An image file as float32 (C, H, W): turned as its EXIF says, cropped at the centre, resized (bicubic).
 
     Transparent parts are put on white; of several frames the first is taken.
@@ -56,7 +58,7 @@ def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Upload:
         image = image.convert(wanted)
     pixels = np.array(image, dtype=np.float32).reshape(height, width, channels) / 255
     said = f"{path.name}: {', '.join(steps)}."
-    return Upload(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), said)
+    return Shown(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), said)
 
 
 def _opened(path: Path) -> tuple[Image.Image, list[str]]:

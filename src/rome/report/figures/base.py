@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,8 @@ from rome.experts import MixtureLayer, expert_layers
 from rome.report.subject import Subject, open_subjects
 
 FORMATS = ("pdf", "png", "svg")
+ORDER = ("fig1", "fig3", "fig5", "fig6", "fig7", "fig8", "figA1", "figA2", "figA3", "figA4")
+"""The paper's figures."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
 
 
 def registered() -> dict[str, type[PaperFigure]]:
-    """Every figure by name, those of all files in this folder among them, in the paper's order: 1, 3, 5 ... A1, A2 ...,
-    then what the paper has not."""
+    """Every figure by name, those of all files in this folder among them, in the paper's order, then what the paper has
+    not."""
     for module in iter_modules([str(Path(__file__).parent)]):
         import_module(f"{__package__}.{module.name}")
 
@@ -140,12 +141,8 @@ def registered() -> dict[str, type[PaperFigure]]:
             yield figure
             yield from below(figure)
 
-    def place(name: str) -> tuple[bool, bool, int, str]:
-        found = re.fullmatch(r"fig(A?)(\d+)", name)
-        return (found is None, bool(found and found[1]), int(found[2]) if found else 0, name)
-
     found = {figure.name: figure for figure in below(PaperFigure) if "name" in vars(figure)}  # type: ignore[type-abstract]
-    return {name: found[name] for name in sorted(found, key=place)}
+    return {name: found[name] for name in (*ORDER, *sorted(found.keys() - set(ORDER)))}
 
 
 @trust.opens_files
@@ -180,11 +177,8 @@ def write_figures(
     for name in only:
         if name not in known:
             raise UserError(f"there is no figure {name!r}.{did_you_mean(name, known)}")
-    for form in formats:
-        if form not in FORMATS:
-            raise UserError(f"there is no format {form!r}; there are {', '.join(FORMATS)}")
-    if not formats:
-        raise UserError(f"name at least one format: {', '.join(FORMATS)}")
+    if not formats or set(formats) - set(FORMATS):
+        raise UserError(f"name formats among {', '.join(FORMATS)}, not {', '.join(formats) or 'none'}")
     if not runs:
         raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
@@ -198,15 +192,15 @@ def write_figures(
         try:
             data = figure.measure(subjects, options or Options())
         except UserError as error:
-            if only:
-                raise UserError(f"{name}: {error}") from error
             missing.append(f"{name}: {error}")
+            if only:
+                raise UserError(missing[-1]) from error
             print(f"no {missing[-1]}", file=sys.stderr, flush=True)
             continue
-        for run, reason in data.get("left_out", {}).items():
-            print(f"{name}: {run} left out: {reason}", file=sys.stderr, flush=True)
+        left_out = (f"{name}: {run} left out: {reason}" for run, reason in data.get("left_out", {}).items())
+        for line in (*left_out, f"{name}: {figure.title}"):
+            print(line, file=sys.stderr, flush=True)
         written.extend(_write(figure, data, out, formats))
-        print(f"{name}: {figure.title}", file=sys.stderr, flush=True)
     if not written:
         raise UserError("none of the figures could be made: " + "; ".join(missing))
     return written

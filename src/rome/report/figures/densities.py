@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from rome.report import gates
-from rome.report.charts import draw_densities, limits
 from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
-from rome.report.figures.style import NOTE, PAGE, legend, looks, side
-from rome.report.subject import Subject, short
+from rome.report.figures.style import NOTE, PAGE, legend, limits, looks, side
+from rome.report.subject import NATURAL, Subject, short
 
 SHOWN = 8
 """Experts in a row; of more, those whose mean weight differs most between groups are drawn. The data has all."""
@@ -34,12 +34,13 @@ class GateDensities(FigureOfRuns):
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
         layer = options.pick(require_experts(subject))
         sample = gates.join([gates.read(subject.model, part) for part in subject.attacked_parts(options.n)])
+        return self.of_sample(subject.name, sample, layer)
+
+    @staticmethod
+    def of_sample(run: str, sample: gates.GateSample, layer: str) -> dict[str, Any]:
+        """A run's part of the data."""
         weights = sample.weights[:, sample.layers.index(layer)].astype(np.float64).round(6)
-        return {
-            "run": subject.name,
-            "layer": layer,
-            "weights": dict(zip(sample.groups, weights.tolist(), strict=True)),
-        }
+        return {"run": run, "layer": layer, "weights": dict(zip(sample.groups, weights.tolist(), strict=True))}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         return [
@@ -56,9 +57,15 @@ class GateDensities(FigureOfRuns):
             values = {name: np.array(images) for name, images in run["weights"].items()}
             experts = gates.distinct_experts(np.array([images.mean(axis=0) for images in values.values()]), SHOWN)
             span = limits(np.stack([weights[:, experts] for weights in values.values()]))
-            lines = [{"color": every[name].colour, "ls": every[name].line, "lw": 1.2} for name in values]
+            grid = np.linspace(*span, 240)
             for axes, k in zip(part.subplots(1, len(experts), squeeze=False)[0], experts, strict=True):
-                draw_densities(axes, {name: weights[:, k] for name, weights in values.items()}, span, lines)
+                for name, weights in values.items():
+                    curve = kernel_density(weights[:, k], grid, least=(span[1] - span[0]) / 100)
+                    axes.plot(grid, curve, color=every[name].colour, ls=every[name].line, lw=1.2)
+                    if name == NATURAL:  # filled, so that the others can be seen against it
+                        axes.fill_between(grid, curve, color=every[name].colour, alpha=0.25, lw=0)
+                axes.set(xlim=span, ylim=(0, None), yticks=[])
+                axes.spines["left"].set_visible(False)
                 axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # short: panels stand close to each other
                 axes.set_title(f"expert {k + 1}")
@@ -82,3 +89,14 @@ class BalancedAndRome(GateDensities):
 
     name = "figA2"
     title = "densities of gate weights, for low-rank experts with load balancing and RoME"
+
+
+def kernel_density(values: np.ndarray, grid: np.ndarray, *, least: float) -> np.ndarray:
+    """Density on [0, 1] of ``values`` (n,) at ``grid`` (m,): Gaussian kernels, reflected at 0 and 1.
+
+    Silverman's bandwidth 1.06 s n^(-1/5), but at least ``least``.
+    """
+    width = max(1.06 * float(values.std()) * len(values) ** -0.2, least)
+    mirrored = np.stack([values, -values, 2 - values])
+    kernels = np.exp(-0.5 * ((grid[:, None, None] - mirrored) / width) ** 2)
+    return np.asarray(kernels.sum(axis=1).mean(axis=1) / (width * math.sqrt(2 * math.pi)))

@@ -19,9 +19,8 @@ from rome.attacks import APGD
 from rome.core.errors import UserError
 from rome.experts import Gates, record_gates
 from rome.experts.token_maps import grid_of
-from rome.report.charts import limits
 from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
-from rome.report.figures.style import PAGE, looks, side
+from rome.report.figures.style import PAGE, limits, looks, side
 from rome.report.gates import distinct_experts
 from rome.report.subject import NATURAL, STEPS, Subject, short
 from rome.threats import LpBall, PerExample
@@ -83,30 +82,24 @@ class RegionMaps(FigureOfRuns):
             images[turn][where] = attacked[i][labels[(i + turn) % len(labels)]][0][where]
         maps = spread(_recorded(subject.model, images, name).weights)  # (turns, K, rows, columns)
         natural = spread(gates.weights)[0]
-        by_region = np.stack([maps[:, :, places == i].mean(axis=-1) for i in range(len(parts))], axis=1)
+        by_region = np.stack([maps[:, :, places == i].mean(axis=-1) for i in turns], axis=1)
         by_threat = [np.mean([by_region[turn, (k - turn) % len(parts)] for turn in turns], axis=0) for k in turns]
+        regions = [
+            {"name": labels[i], "box": list(parts[i]), "gates": _rounded(by_region[0, i])}
+            | {"gates_unperturbed": _rounded(natural[:, places == i].mean(axis=-1))}
+            | {"gates_all_arrangements": _rounded(by_threat[i])}
+            for i in turns
+        ]
+        apart = [
+            {"a": labels[i], "b": labels[j], "distance": _apart(by_region[0, i], by_region[0, j])}
+            | {"distance_all_arrangements": _apart(by_threat[i], by_threat[j])}
+            for i, j in itertools.combinations(turns, 2)
+        ]
         return {
             "name": subject.name,
             "layer": name,
-            "regions": [
-                {
-                    "name": label,
-                    "box": list(box),
-                    "gates": _rounded(by_region[0, i]),
-                    "gates_unperturbed": _rounded(natural[:, places == i].mean(axis=-1)),
-                    "gates_all_arrangements": _rounded(by_threat[i]),
-                }
-                for i, (label, box) in enumerate(zip(labels, parts, strict=True))
-            ],
-            "apart": [
-                {
-                    "a": labels[i],
-                    "b": labels[j],
-                    "distance": round(float(np.linalg.norm(by_region[0, i] - by_region[0, j])), 6),
-                    "distance_all_arrangements": round(float(np.linalg.norm(by_threat[i] - by_threat[j])), 6),
-                }
-                for i, j in itertools.combinations(turns, 2)
-            ],
+            "regions": regions,
+            "apart": apart,
             "places": [[labels[i] for i in line] for line in places.tolist()],
             "maps": _rounded(maps[0]),
             "pixels": (images[0].clamp(0, 1) * 255).round().int().permute(1, 2, 0).tolist(),
@@ -201,6 +194,10 @@ def _places(parts: Sequence[Box], rows: int, columns: int, height: int, width: i
 
 def _rounded(values: np.ndarray) -> Any:
     return np.round(values, 5).tolist()
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return round(float(np.linalg.norm(a - b)), 6)
 
 
 def _image(axis: Axes, run: dict[str, Any]) -> None:

@@ -19,6 +19,14 @@ from rome.report.figures.style import NOTE, PAGE, legend, look_of
 from rome.report.routing import routing_numbers
 from rome.report.subject import Subject
 
+NUMBERS = (
+    ("information", "information_mean"),
+    ("entropy", "entropy_mean"),
+    ("usage", "usage_mean"),
+    ("between", "distance_mean"),
+)
+"""Of every layer, and their mean over layers."""
+
 
 class RoutingNumbers(FigureOfRuns):
     """Mutual information, distance between threats, entropy and load over layers, and what linear probes read."""
@@ -36,22 +44,19 @@ class RoutingNumbers(FigureOfRuns):
         return {"run": subject.name, **asdict(numbers)}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """A line for each layer, and one for the run as a whole whose layer is empty."""
+        """A line for the run as a whole, whose layer is empty, and one for each layer."""
         found = []
         for run in data["runs"]:
-            pairs = {f"distance {pair['a']}-{pair['b']}": pair for pair in run["distances"]}
-            probes = {
-                "gates_probe": run["gates_probe"]["accuracy"],
-                "features_probe": run["features_probe"]["accuracy"],
-                "chance": run["gates_probe"]["chance"],
-            }
-            means = [run[key] for key in ("information_mean", "entropy_mean", "usage_mean", "distance_mean")]
-            distances = {name: pair["mean"] for name, pair in pairs.items()}
-            found.append({**_row(run, "", *means), **distances, **probes})
-            for i, layer in enumerate(run["layers"]):
-                numbers = [run[key][i] for key in ("information", "entropy", "usage", "between")]
-                distances = {name: pair["layers"][i] for name, pair in pairs.items()}
-                found.append({**_row(run, layer, *numbers), **distances})
+            for i, layer in enumerate(("", *run["layers"])):
+                bits, entropy, usage, distance = (run[of][i - 1] if layer else run[mean] for of, mean in NUMBERS)
+                numbers = {"information_bits": bits, "information_share": bits / (run["most_information"] or 1)}
+                numbers |= {"entropy": entropy, "usage": usage, "distance": distance}
+                for pair in run["distances"]:
+                    numbers[f"distance {pair['a']}-{pair['b']}"] = pair["layers"][i - 1] if layer else pair["mean"]
+                found.append({"run": run["run"], "layer": layer, **numbers})
+                if not layer:
+                    probes = {probe: run[probe]["accuracy"] for probe in ("gates_probe", "features_probe")}
+                    found[-1] |= probes | {"chance": run["gates_probe"]["chance"]}
         return found
 
     def draw(self, data: dict[str, Any]) -> Canvas:
@@ -73,12 +78,6 @@ class RoutingNumbers(FigureOfRuns):
         _probes(probes, runs)
         legend(canvas, [Line2D([], [], **look_of(i), ms=4, label=run["run"]) for i, run in enumerate(runs)])
         return canvas
-
-
-def _row(run: dict[str, Any], layer: str, bits: float, entropy: float, usage: float, distance: float) -> dict[str, Any]:
-    share = bits / (run["most_information"] or 1)
-    numbers = {"information_bits": bits, "information_share": share, "entropy": entropy, "usage": usage}
-    return {"run": run["run"], "layer": layer, **numbers, "distance": distance}
 
 
 def _probes(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:

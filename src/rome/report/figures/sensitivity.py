@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from rome.attacks.suites.base import LP
-from rome.core.errors import UserError
+from rome.core.errors import UserError, some
 from rome.report.compared import config_differences, gather
 from rome.report.figures.base import Options, PaperFigure
 from rome.report.figures.style import COLUMN, PAGE, look_of, plain
@@ -43,16 +44,13 @@ class Sensitivity(PaperFigure):
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         swept, left_out = trained(subjects)
         runs = gather([subject.run.folder for subject in swept if subject.run])
-        differences = config_differences([run.config for run in runs if run.config is not None])
-        differences = {
-            key: values for key, values in differences.items() if key != "seed" and not key.startswith("evaluation.")
-        }
+        found = config_differences([run.config for run in runs if run.config is not None])
+        differences = {key: found[key] for key in found if key != "seed" and not key.startswith("evaluation.")}
         order, unions = [*PAPER, *differences], [run.report.unions.get(LP, run.report.union) for run in runs]
-        found = {key: _curves(key, differences, unions) for key in sorted(differences, key=order.index)}
-        panels = [{"key": key, "curves": curves} for key, curves in found.items() if curves]
+        panels = [{"key": k, "curves": _curves(k, differences, unions)} for k in sorted(differences, key=order.index)]
+        panels = [panel for panel in panels if panel["curves"]]
         if not panels:
-            more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-            keys = ", ".join(list(differences)[:4]) + more or "no setting (but perhaps the seed)"
+            keys = some(list(differences), 4) if differences else "no setting (but perhaps the seed)"
             raise UserError(
                 f"these runs differ in {keys}, and no two of them in one number alone, so there is no curve; make runs "
                 "that do: rome sweep CONFIG experts.rank=4,8,16"
@@ -94,21 +92,22 @@ class Sensitivity(PaperFigure):
 
 def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]) -> list[dict[str, Any]]:
     """The runs grouped by all other keys; groups in which the key has two values at least."""
-    groups: dict[str, tuple[dict[str, Any], dict[float, list[float]]]] = {}
+    groups: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for i, union in enumerate(unions):
         value = differences[key][i]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(union):
-            continue
-        others = {name: values[i] for name, values in differences.items() if name != key}
-        _, points = groups.setdefault(json.dumps(others, sort_keys=True), (others, {}))
-        points.setdefault(value, []).append(union)
-    curves = [(others, sorted(points.items())) for others, points in groups.values() if len(points) > 1]
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(union):
+            others = {name: values[i] for name, values in differences.items() if name != key}
+            groups[json.dumps(others)][value].append(union)
 
     def point(value: float, unions: list[float]) -> dict[str, Any]:
         deviation = statistics.stdev(unions) if len(unions) > 1 else None
         return {"value": value, "unions": unions, "mean": statistics.fmean(unions), "deviation": deviation}
 
-    return [{"others": others, "points": [point(*each) for each in points]} for others, points in curves]
+    return [
+        {"others": json.loads(others), "points": [point(*each) for each in sorted(points.items())]}
+        for others, points in groups.items()
+        if len(points) > 1
+    ]
 
 
 def _panel(axis: Axes, panel: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ _KNOWN = {
     "Linf": Look(r"$\ell_\infty$", "#004488", "D", (0, (4, 1.2, 1, 1.2))),
 }
 _OTHERS = [("#228833", "v", (0, (1, 1))), ("#AA3377", "P", (0, (6, 2))), ("#66CCEE", "X", (0, (2, 2)))]
+THREATS = [*(look.colour for look in _KNOWN.values()), *(colour for colour, *_ in _OTHERS)]
+"""Colours of natural images and threats."""
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
@@ -74,6 +76,14 @@ def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
     )
 
 
+def limits(values: np.ndarray, *, least: float = 0.2) -> tuple[float, float]:
+    """A range inside [0, 1] that shows all weights, at least ``least`` wide so that noise does not look like much."""
+    low, high = float(values.min()), float(values.max())
+    pad = max(0.08 * (high - low), (least - (high - low)) / 2)
+    low, high = low - pad, high + pad
+    return max(0.0, min(low, 1 - least)), min(1.0, max(high, least))
+
+
 def bare(axes: Axes) -> None:
     """Neither ticks nor numbers: for pictures whose axes mean nothing, as t-SNE's. The frame stays, thin."""
     axes.set(xticks=[], yticks=[])
@@ -82,7 +92,7 @@ def bare(axes: Axes) -> None:
 
 def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:
     """Points of each group, name -> [[x, y], ...], drawn in turns so that no group hides another."""
-    every, longest = looks(list(groups)), max(map(len, groups.values()))
+    every, longest = looks(list(groups)), max(map(len, groups.values()), default=0)
     size = 10 if longest <= 128 else 6
     for start in range(min(TURNS, longest)):
         for name, points in groups.items():

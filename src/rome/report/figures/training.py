@@ -78,25 +78,22 @@ class TrainingTime(PaperFigure):
 
 def _curve(subject: Subject) -> dict[str, Any]:
     log = subject.run.log() if subject.run else []
+    curve = {"name": subject.name, "experts": subject.config.experts is not None}
     points = [
         {"value": line["union"], **{key: line[key] for key in ("seconds", "epoch", "clean", "robust")}}
         for line in log
         if line["event"] == "validation"
     ]
-    quantity = HELD_OUT if points else TRAINING
-    points = points or [
-        {
-            "value": sum(line["accuracy"].values()) / len(line["accuracy"]),
-            "seconds": line["seconds"],
-            "epoch": line["epoch"],
-            "robust": line["accuracy"],
-        }
-        for line in log
-        if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line
-        if "clean" not in line["accuracy"]  # a natural epoch says nothing about robustness
+    if points:
+        return {**curve, "quantity": HELD_OUT, "points": points}
+    epochs = [line for line in log if line["event"] == "epoch" and line.get("accuracy") and "seconds" in line]
+    points = [
+        {"value": sum(robust.values()) / len(robust), "seconds": line["seconds"], "epoch": line["epoch"]}
+        | {"robust": robust}
+        for line in epochs
+        if "clean" not in (robust := line["accuracy"])  # a natural epoch says nothing about robustness
     ]
-    experts = subject.config.experts is not None
-    return {"name": subject.name, "experts": experts, "quantity": quantity, "points": points}
+    return {**curve, "quantity": TRAINING, "points": points}
 
 
 def _held_out(subject: Subject) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from scipy.stats import ttest_ind
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import UNION
 from rome.evaluation.statistics import LEVEL, paired_difference
+from rome.methods import Method
 from rome.report.compared import same_examples
-from rome.report.tables.paper_rows import BALLS, CASES, UNITS
+from rome.report.tables.paper_rows import BALLS, CASES, COST, OURS, UNITS
 from rome.runs.config import Config
 
 SAME = ("suite", "data", "threats", "seed")
@@ -60,9 +62,20 @@ class Line:
     """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
 
     @property
+    def method(self) -> Method | None:
+        """What trained it."""
+        return None if self.config is None else self.config.method
+
+    @property
     def attack(self) -> str:
         """What it was trained with."""
         return "" if self.config is None else self.config.method.own_attack or self.config.attack.kind
+
+    @property
+    def unions(self) -> list[tuple[Report, float]]:
+        """The evaluations that have a union, with it."""
+        found = [(report, value_of(report, UNION)) for report in self.reports]
+        return [(report, union) for report, union in found if not math.isnan(union)]
 
 
 def value_of(report: Report, column: str) -> float:
@@ -77,69 +90,68 @@ def value_of(report: Report, column: str) -> float:
     return report.robust.get(case, report.groups.get(case, math.nan))
 
 
-def mark_best(lines: Sequence[Line], *, least: bool = False) -> None:
-    """Mark the best of our accuracies, as printed, in every column of a section and kind of attack.
-
-    Args:
-        least: the smallest is the best, of a section whatever the attack.
-    """
-    groups: dict[tuple[str, ...], list[tuple[float, Cell]]] = {}
+def mark_best(lines: Sequence[Line]) -> None:
+    """Mark the best of ours, as printed, in every column of a section: the largest accuracy of a kind of attack, the
+    least cost of all. Sizes beside accuracies are not compared."""
+    groups: dict[tuple[str, ...], list[tuple[float, Cell]]] = defaultdict(list)
     for line in lines:
+        costs = tuple(line.cells) == COST
         for column, cell in line.cells.items():
-            if cell.values and (least or column not in UNITS):
-                printed = -float(f"{cell.mean:.4g}") if least else round(cell.mean, 3)
-                group = (line.section, column, "" if least else line.attack)
-                groups.setdefault(group, []).append((printed, cell))
+            if cell.values and (costs or column not in UNITS):
+                printed = -float(f"{cell.mean:.4g}") if costs else round(cell.mean, 3)
+                groups[line.section, column, "" if costs else line.attack].append((printed, cell))
     for cells in groups.values():
+        most = max(printed for printed, _ in cells)
         for printed, cell in cells:
-            cell.best = printed == max(number for number, _ in cells)
+            cell.best = printed == most
 
 
-def add_gains(lines: Sequence[Line], ours: str) -> None:
+def add_gains(lines: Sequence[Line]) -> None:
     """Add differences in union to every row with experts: to the same method without them, else to RoME.
 
     Paired examples for one run each, Welch's interval for several; all hold together with 95% (Bonferroni).
-
-    Args:
-        ours: name of the experiment that is RoME's row in the tables that take it apart.
     """
-    trained = [(line, line.config) for line in lines if line.config is not None and UNION in line.cells]
-    plain = any(config.experts is None for _, config in trained)
+    rows = [line for line in lines if line.config is not None and UNION in line.cells]
+    plain = any(line.config is not None and line.config.experts is None for line in rows)
     found = []
-    for line, config in trained:
-        measured = []
-        for base, other in trained:
-            alike = (base.section, base.attack, other.method.kind) == (line.section, line.attack, config.method.kind)
-            without = other.experts is None and alike
-            whole = other.name == ours and base.section == line.section and base is not line
-            if config.experts is not None and (without if plain else whole) and (both := _comparable(line, base)):
-                measured.append((base, other.method, both))
+    for line in rows:
+        bases = [base for base in rows if _is_base(base, line, plain=plain) and _comparable(line, base)]
         # of two forms of a method, as of E-AT, the later row; of two trainings of one form, none
-        measured = [each for each in measured if each[1] == measured[-1][1]]
-        if len(measured) == 1:
-            found.append((line, measured[0][0], measured[0][2]))
-    for line, base, (a, b) in found:
-        line.gain, line.against = _gain(a, b, comparisons=len(found)), base.label
+        bases = [base for base in bases if base.method == bases[-1].method]
+        if len(bases) == 1:
+            found.append((line, bases[0]))
+    for line, base in found:
+        line.gain, line.against = _gain(line, base, comparisons=len(found)), base.label
 
 
-def _comparable(line: Line, base: Line) -> tuple[list[Report], list[Report]] | None:
-    """The evaluations of both that have a union; None where they are too few, or were made differently."""
-    ours, theirs = (
-        [report for report in each.reports if not math.isnan(value_of(report, UNION))] for each in (line, base)
-    )
+def _is_base(base: Line, line: Line, *, plain: bool) -> bool:
+    """Whether a row is the one that another with experts is compared with; ``plain``: the table has rows without."""
+    ours, theirs = line.config, base.config
+    if ours is None or theirs is None or ours.experts is None or base.section != line.section:
+        return False
+    if plain:
+        return theirs.experts is None and (base.attack, theirs.method.kind) == (line.attack, ours.method.kind)
+    return theirs.name == OURS and base is not line
+
+
+def _comparable(line: Line, base: Line) -> bool:
+    """Whether both have as many evaluations as a difference takes, made alike: one each of the same examples, or
+    several."""
+    ours, theirs = ([report for report, _ in each.unions] for each in (line, base))
     every = [*ours, *theirs]
     if any(report.settings.get(key) != every[0].settings.get(key) for report in every for key in SAME):
-        return None
+        return False
     if len(ours) == len(theirs) == 1:
-        return (ours, theirs) if same_examples(ours[0], theirs[0]) else None
-    return (ours, theirs) if len(ours) > 1 and len(theirs) > 1 else None
+        return same_examples(ours[0], theirs[0])
+    return len(ours) > 1 and len(theirs) > 1
 
 
-def _gain(ours: list[Report], theirs: list[Report], *, comparisons: int) -> tuple[float, float, float]:
+def _gain(line: Line, base: Line, *, comparisons: int) -> tuple[float, float, float]:
     """Mean union of the first minus that of the second, with an interval that holds together with so many."""
+    ours, theirs = line.unions, base.unions
     if len(ours) == 1:
-        return paired_difference(ours[0].right(BALLS), theirs[0].right(BALLS), comparisons=comparisons)[:3]
-    a, b = ([value_of(report, UNION) for report in each] for each in (ours, theirs))
+        return paired_difference(ours[0][0].right(BALLS), theirs[0][0].right(BALLS), comparisons=comparisons)[:3]
+    a, b = ([union for _, union in each] for each in (ours, theirs))
     difference = statistics.fmean(a) - statistics.fmean(b)
     if statistics.pstdev(a) == statistics.pstdev(b) == 0:
         return difference, math.nan, math.nan  # runs that agree by chance say nothing of how far others would not

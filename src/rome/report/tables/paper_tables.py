@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Any
 
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import flatten
+from rome.evaluation.result import UNION
 from rome.report.compared import is_preferred
 from rome.report.cost import count
 from rome.report.evaluated import LEARNED, Evaluated, Key, evaluations, is_evaluation, load_evaluation
 from rome.report.subject import distinct, names_of
 from rome.report.tables.lines import SAME, Cell, Line, add_gains, mark_best, value_of
-from rome.report.tables.paper_rows import BY_MODEL, OURS, SIZE, TABLES, UNITS, UNSEEN
+from rome.report.tables.paper_rows import BY_MODEL, SIZE, TABLES, UNITS
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
 from rome.runs.folder import FREE_KEYS, Run
@@ -32,8 +33,8 @@ from rome.threats import LpBall
 
 GIVEN = "Given models"
 """Section of the models that no run made."""
-Shared = Counter[tuple[str, int]]
-"""(suite, n) -> how many runs and models have such an evaluation."""
+Shown = list[Evaluated]
+"""The evaluations of one model that a row takes its cells from, the first by rank first."""
 
 
 def fill(table: str, runs: Sequence[Path]) -> list[Line]:
@@ -57,39 +58,47 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         raise UserError(f"no table {table!r}.{did_you_mean(table, TABLES)}")
     columns, sections = TABLES[number]
     rows = [(section, load(folder() / f"{name}.yaml")) for section, names in sections.items() for name in names]
-    places = distinct(runs)
+    places = distinct(runs) if runs else []
     trained = [Run(place) for place in places if not is_evaluation(place)]
     members = {run.folder: _rows_of(run, [row for _, row in rows], number) for run in trained}
     models = _by_model([place for place in places if is_evaluation(place)], columns, number)
     found = {run.folder: {k: one for k, one in evaluations(run).items() if _known(one, columns)} for run in trained}
     shared = Counter(key for each in (*found.values(), *models) for key in {(suite, n) for _, suite, n in each})
-    placed, used = [], set()
-    for i, (section, row) in enumerate(rows):
-        alike: dict[str, list[list[Evaluated]]] = {}
-        for run in (run for run in trained if i in members[run.folder]):
-            shown = _shown(found[run.folder], row.evaluation.routing, columns, shared)
-            for one in shown:
-                one.check_fresh()
-            if shown:
-                used.add(run.folder)
-                alike.setdefault(_alike(run.config, shown), []).append(shown)
-        placed += [(list(sections).index(section), *each) for each in _row(section, row, columns, [*alike.values()])]
-    lines = [line for *_, line in sorted(placed, key=lambda each: each[:2])]  # stable: in the table's order
+
+    def shown(found: Mapping[Key, Evaluated], routing: str) -> Shown:
+        """The evaluations with these gates: of Table 2 several."""
+
+        def rank(key: Key) -> tuple[int, int, bool, int, str]:
+            _, suite, n = key
+            return _known(found[key], columns), shared[suite, n], is_preferred(suite), n, suite
+
+        ranked = [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
+        return [one for one in ranked if UNION not in columns and one.report.n == ranked[0].report.n] or ranked[:1]
+
+    groups: list[dict[str, list[Shown]]] = [defaultdict(list) for _ in rows]
     for run in trained:
-        if run.folder not in used:
+        filled = {i: shown(found[run.folder], rows[i][1].evaluation.routing) for i in members[run.folder]}
+        if not any(filled.values()):
             raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
+        for i, each in filled.items():
+            for one in each:
+                one.check_fresh()
+            if each:
+                groups[i][_alike(run.config, each)].append(each)
+    lines: dict[tuple[int, str], list[Line]] = defaultdict(list)
+    for (section, row), alike in zip(rows, groups, strict=True):
+        for where, line in _row(section, row, columns, [*alike.values()]):
+            lines[list(sections).index(section), where].append(line)
+    every = [line for key in sorted(lines) for line in lines[key]]
     firsts = [next(iter(each.values())) for each in models]
     names = names_of([one.architecture for one in firsts], [one.folder for one in firsts])
-    for name, each in zip(names, models, strict=True):
-        lines.append(_line(GIVEN, name, None, columns, [_shown(each, LEARNED, columns, shared)]))
-    mark_best(lines)
-    add_gains(lines, OURS.rpartition("/")[2])
-    return lines
+    every += [_line(GIVEN, a, None, columns, [shown(each, LEARNED)]) for a, each in zip(names, models, strict=True)]
+    mark_best(every)
+    add_gains(every)
+    return every
 
 
-def _row(
-    section: str, row: Config, columns: Sequence[str], groups: Sequence[list[list[Evaluated]]]
-) -> list[tuple[str, Line]]:
+def _row(section: str, row: Config, columns: Sequence[str], groups: Sequence[list[Shown]]) -> list[tuple[str, Line]]:
     """The lines of one row with the endings of their sections: a line for each group of runs that may be averaged, and
     an empty one if none of them is on the paper's data and budgets.
 
@@ -97,14 +106,14 @@ def _row(
         UserError: two runs of a group have one seed.
     """
     assert row.paper is not None
-    firsts = [[shown[0] for shown in group] for group in groups]
-    for a, b in (pair for group in firsts for pair in combinations(group, 2)):
-        if a.config and b.config and a.config.seed == b.config.seed:
-            raise UserError(
-                f"{a.place} and {b.place} would be joined as two seeds of a training, but have the same seed, "
-                f"{a.config.seed}: leave one out"
-            )
-    heads = [group[0] for group in firsts]
+    for group in groups:
+        for (a, *_), (b, *_) in combinations(group, 2):
+            if a.config and b.config and a.config.seed == b.config.seed:
+                raise UserError(
+                    f"{a.place} and {b.place} would be joined as two seeds of a training, but have the same seed, "
+                    f"{a.config.seed}: leave one out"
+                )
+    heads = [group[0][0] for group in groups]
     names = names_of([one.name for one in heads], [one.place for one in heads])
     elsewhere = [_elsewhere(one.config, row) for one in heads if one.config]
     lines = [] if "" in elsewhere else [("", _line(section, row.paper.row, row, columns, []))]
@@ -123,14 +132,10 @@ def _elsewhere(config: Config, row: Config) -> str:
     return f": rows on {config.data.kind} ({', '.join(budgets)}), not the paper's"
 
 
-def _alike(config: Config, shown: Sequence[Evaluated]) -> str:
+def _alike(config: Config, shown: Shown) -> str:
     """What runs have in common whose numbers may be averaged: all but the seed, and how they were evaluated."""
-    free = FREE_KEYS | {"seed"}
-    trained = {
-        key: value
-        for key, value in flatten(config.dump()).items()
-        if key.split(".")[0] not in free and key not in ("data.path", "data.download")
-    }
+    free = FREE_KEYS | {"seed", "data.path", "data.download"}
+    trained = {key: value for key, value in flatten(config.dump()).items() if not {key, key.split(".")[0]} & free}
     evaluated = [{key: one.report.settings.get(key) for key in SAME} | {"n": one.report.n} for one in shown]
     return json.dumps([trained, evaluated], sort_keys=True, default=str)
 
@@ -145,15 +150,14 @@ def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> li
         UserError: one of them is not finished, has none of the columns, or is of the same model, budgets, suite and
             number of examples as another: a row cannot show both.
     """
-    found: dict[str, dict[Key, Evaluated]] = {}
+    found: dict[str, dict[Key, Evaluated]] = defaultdict(dict)
     for place in places:
         one = load_evaluation(place)
         if not _known(one, columns):
             raise UserError(_nothing_of(place, one.command, columns, number))
         settings, key = one.report.settings, (LEARNED, one.report.suite, one.report.n)
         state = settings["model"]["sha256"] or str(place.resolve())
-        model = json.dumps([one.architecture, state, settings["model"], settings.get("threats")], sort_keys=True)
-        own = found.setdefault(model, {})
+        own = found[json.dumps([one.architecture, state, settings["model"], settings.get("threats")], sort_keys=True)]
         if key in own:
             raise UserError(
                 f"{own[key].folder} and {place} are both evaluations of {one.architecture} by suite {key[1]} "
@@ -164,7 +168,7 @@ def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> li
 
 
 def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) -> str:
-    suite = " --suite unseen,corruptions" if columns is UNSEEN else ""
+    suite = "" if UNION in columns else " --suite unseen,corruptions"
     return (
         f"{place} has no finished evaluation with a column of table {number}: "
         f"run `{command}{suite}` first, or leave it out"
@@ -194,10 +198,8 @@ def same_row(run: Config, row: Config, *, models: bool = False) -> bool:
 
 
 def _experts(config: Config) -> dict[str, Any] | None:
-    if config.experts is None:
-        return None
-    plain = config.experts.dump()
-    if plain.get("layers") in (None, ["qkv", "proj"]):  # what None picks in a transformer
+    plain = None if config.experts is None else config.experts.dump()
+    if plain and plain.get("layers") == ["qkv", "proj"]:  # what None picks in a transformer
         plain["layers"] = None
     return plain
 
@@ -207,46 +209,33 @@ def _known(one: Evaluated, columns: Sequence[str]) -> int:
     return sum(not math.isnan(value_of(one.report, column)) for column in columns if column not in UNITS)
 
 
-def _shown(found: Mapping[Key, Evaluated], routing: str, columns: Sequence[str], shared: Shared) -> list[Evaluated]:
-    """The evaluations with these gates that a row takes its cells from: the first by rank; of Table 2, whose columns
-    stand each for itself, several."""
-
-    def rank(key: Key) -> tuple[int, int, bool, int, str]:
-        _, suite, n = key
-        return _known(found[key], columns), shared[suite, n], is_preferred(suite), n, suite
-
-    ranked = [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
-    return [one for one in ranked if columns is UNSEEN and one.report.n == ranked[0].report.n] or ranked[:1]
-
-
 def _line(
     section: str,
     label: str,
     row: Config | None,
     columns: Sequence[str],
-    shown: Sequence[Sequence[Evaluated]],
+    shown: Sequence[Shown],
     *,
     with_paper: bool = True,
 ) -> Line:
     """A row from the evaluations of each of its runs; of several the first that has a column."""
     numbers = row.paper.numbers if with_paper and row is not None and row.paper is not None else {}
-    reports = [[one.report for one in own] for own in shown]
     cells = {}
     for column in columns:
-        if column in SIZE:
-            sizes = [_size(own[0].config, SIZE[column]) for own in shown if own[0].config is not None]
-            values = sorted({size for size in sizes if not math.isnan(size)})
-        else:
-            known = [[value for report in own if not math.isnan(value := value_of(report, column))] for own in reports]
-            values = [own[0] for own in known if own]
-        cells[column] = Cell(numbers.get(column, math.nan) / (1 if column in UNITS else 100), tuple(values))
-    first, others = tuple(own[0] for own in reports), tuple(report for own in reports for report in own[1:])
-    return Line(section, label, row, cells, first, others)
+        values = [value for own in shown if not math.isnan(value := _value(own, column))]
+        paper = numbers.get(column, math.nan) / (1 if column in UNITS else 100)
+        cells[column] = Cell(paper, tuple(sorted(set(values)) if column in SIZE else values))
+    others = tuple(one.report for own in shown for one in own[1:])
+    return Line(section, label, row, cells, tuple(own[0].report for own in shown), others)
 
 
-def _size(config: Config, what: str) -> float:
-    """Millions of parameters of a run's model; NaN where its data, which say how many classes it has, are gone."""
+def _value(own: Shown, column: str) -> float:
+    """A run's number in a column, of the first evaluation that has it; of sizes in millions. NaN where there is none:
+    of a model without a run, or where data, which say how many classes there are, are gone."""
+    if column not in SIZE:
+        return next((value for one in own if not math.isnan(value := value_of(one.report, column))), math.nan)
+    config = own[0].config
     try:
-        return count(config)[what] / 1e6
+        return math.nan if config is None else count(config)[SIZE[column]] / 1e6
     except UserError:
         return math.nan

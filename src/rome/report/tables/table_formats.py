@@ -1,4 +1,4 @@
-"""A filled table as text, Markdown, LaTeX or HTML."""
+"""A filled table as text, Markdown, LaTeX or HTML: one template each, and the cells and the note that they share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
-from rome.report.columns import markdown, suite_text
+from rome.report.columns import DASH, suite_text
 from rome.report.compared import other_network
 from rome.report.tables.lines import Cell, Line
 from rome.report.tables.paper_rows import COST, UNITS
+from rome.report.templating import TEMPLATES, filled
 
 Format = Literal["text", "markdown", "latex", "html"]
-DASH = "\N{EN DASH}"
 PM = "\N{PLUS-MINUS SIGN}"
-_BOLD = {"text": ("*", ""), "markdown": ("**", "**"), "latex": (r"\textbf{", "}"), "html": ("<b>", "</b>")}
-Body = list[tuple[str, list[list[str]]]]
-"""Sections: name and rows of cells."""
+_FORMS = {
+    "text": ("table.txt", "*", ""),
+    "markdown": ("table.md", "**", "**"),
+    "latex": ("table.tex", r"\textbf{", "}"),
+    "html": ("table.html", "<b>", "</b>"),
+}
+"""Template, and what stands around the best of ours."""
 HEADS = {
     "parameters_M": "params (M)",
     "added_parameters_M": "added params (M)",
@@ -28,7 +30,6 @@ HEADS = {
     "latency_ms": "latency (ms/img)",
     "latency_one_ms": "of one image (ms)",
 }
-_TEMPLATES = {"markdown": "table.md", "latex": "table.tex", "html": "table.html"}
 _MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\ell_\infty$"}
 
 
@@ -41,28 +42,30 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
     Args:
         about: what the numbers are, for the caption.
     """
-    columns = list(lines[0].cells)
-    compared = dict.fromkeys(line.against for line in lines if line.gain is not None)
+    columns, gains = list(lines[0].cells), [line for line in lines if line.gain is not None]
     plain = any(line.config is not None and line.config.experts is None for line in lines)
-    change = "" if not compared else "gain in union" if plain else "union less RoME's"
-    head = ["", *(HEADS.get(column, column) for column in columns), *([change] if change else [])]
+    change = ("gain in union" if plain else "union less RoME's") if gains else ""
     sections = [(name, list(group)) for name, group in groupby(lines, key=lambda line: line.section)]
-    body = [(name, [_row(line, columns, form, bool(change)) for line in group]) for name, group in sections]
-    note = f"percent right, ours (mean {PM} standard deviation over runs) / paper"
-    if columns == list(COST):
-        note = "ours / paper, in brackets the ratio to RANDOM"
-    if change:
-        base = "the same method without experts" if plain else " and ".join(compared)
-        count = sum(line.gain is not None for line in lines)
-        joint = f"intervals that hold together with 95% for all {count} differences"
-        note += f"; {change}: difference to {base}, in brackets {'its 95% interval' if count == 1 else joint}"
-    evaluated = sources(lines)
-    note += f"; runs: {evaluated}" if evaluated else f"; {about}" if about else ""
-    if any(_differ(group) for _, group in sections):
-        note += "; rows evaluated differently, so compare with care"
-    if form == "text":
-        return _text(title, head, body, note)
-    return _PAGES.get_template(_TEMPLATES[form]).render(title=title, head=head, body=body, note=note)
+    note = filled(
+        "table_note.txt",
+        costs=tuple(columns) == COST,
+        change=change,
+        base="the same method without experts"
+        if plain
+        else " and ".join(dict.fromkeys(each.against for each in gains)),
+        gains=len(gains),
+        runs=sources(lines),
+        about=about,
+        differ=any(_differ(group) for _, group in sections),
+    )
+    template, *bold = _FORMS[form]
+    return filled(
+        template,
+        title=title,
+        note=note.strip(),
+        head=["", *(HEADS.get(column, column) for column in columns), *filter(None, [change])],
+        body=[(name, [_row(line, bold, gain=bool(change)) for line in group]) for name, group in sections],
+    )
 
 
 def sources(lines: Sequence[Line]) -> str:
@@ -87,46 +90,36 @@ def _differ(lines: Sequence[Line]) -> bool:
     return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(every, 2))
 
 
-def _row(line: Line, columns: Sequence[str], form: Format, change: bool) -> list[str]:
-    cells = [_cell(line.cells[column], form, percent=column not in UNITS) for column in columns]
-    return [line.label, *cells, *([_gain(line)] if change else [])]
+def _row(line: Line, bold: Sequence[str], *, gain: bool) -> list[str]:
+    cells = [line.label, *(_cell(cell, bold, percent=column not in UNITS) for column, cell in line.cells.items())]
+    if line.gain is not None:
+        value, low, high = (100 * number for number in line.gain)
+        cells.append(f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})")
+    elif gain:
+        cells.append("")
+    return cells
 
 
-def _cell(cell: Cell, form: Format, *, percent: bool) -> str:
+def _cell(cell: Cell, bold: Sequence[str], *, percent: bool) -> str:
     def number(value: float) -> str:
-        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+        shown = f"{100 * value:.1f}" if percent else f"{value:.4g}"
+        return DASH if math.isnan(value) else shown
 
     def ratio(value: float) -> str:
         return "" if math.isnan(value) else f" ({value:.2f}x)"
 
-    ours, paper = DASH, DASH if math.isnan(cell.paper) else number(cell.paper)
-    if cell.values:
-        spread = "" if math.isnan(cell.deviation) else f" {PM} {number(cell.deviation)}"
-        before, after = _BOLD[form] if cell.best else ("", "")
-        ours = f"{before}{number(cell.mean)}{spread}{after}"
-    return f"{ours}{ratio(cell.ratio)} / {paper}{ratio(cell.paper_ratio)}"
+    spread = "" if math.isnan(cell.deviation) else f" {PM} {number(cell.deviation)}"
+    before, after = bold if cell.best else ("", "")
+    ours = f"{before}{number(cell.mean)}{spread}{after}"
+    return f"{ours}{ratio(cell.ratio)} / {number(cell.paper)}{ratio(cell.paper_ratio)}"
 
 
-def _gain(line: Line) -> str:
-    if line.gain is None:
-        return ""
-    value, low, high = (100 * number for number in line.gain)
-    return f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _text(title: str, head: list[str], body: Body, note: str) -> str:
-    rows = [head, *(row for _, section in body for row in section)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-
-    def join(row: list[str]) -> str:
-        label, *cells = row
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        return "  ".join([label.ljust(widths[0]), *padded]).rstrip()
-
-    lines = [title, join(head)]
-    for name, section in body:
-        lines += ["", name, *map(join, section)]
-    return "\n".join([*lines, "", f"{note}; * is the best of ours", ""])
+def _aligned(row: list[str], rows: Sequence[list[str]]) -> str:
+    """A row of text, its first cell at the left, each as wide as the widest of its column in ``rows``."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    label, *cells = row
+    padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+    return "  ".join([label.ljust(widths[0]), *padded]).rstrip()
 
 
 def _escape(text: str) -> str:
@@ -147,10 +140,4 @@ def _latex_row(row: list[str]) -> str:
     return " & ".join([_plain(label), *(_MATH.get(cell) or _escape(cell) for cell in cells)]) + r" \\"
 
 
-_PAGES = Environment(
-    loader=PackageLoader("rome.report", "templates"),
-    autoescape=select_autoescape(),
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
-_PAGES.filters |= {"md": markdown, "tex": _plain, "row": _latex_row}
+TEMPLATES.filters |= {"tex": _plain, "row": _latex_row, "aligned": _aligned}

@@ -1,0 +1,270 @@
+"""Figures 1, 5, 6 and A4: t-SNE of features, natural and under each threat, and how well they tell the threats apart.
+
+Their data is a list of panels for each run: ``layer``, ``part`` (with experts or without), ``space`` (features as they
+are, or less those of the natural image), ``place`` (a token, or the mean over tokens), the mean ``silhouettes`` of each
+group (over single tokens with their standard deviation), and if it is drawn the ``points`` and their silhouettes
+(``embedding``).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from rome.core.errors import UserError
+from rome.experts import expert_layers
+from rome.report import features
+from rome.report.figures.base import FigureOfRuns, Options, leaves
+from rome.report.figures.style import COLUMN, NOTE, PAGE, dots, legend, looks, scatter, side, signed
+from rome.report.separability import difference, embed, silhouettes
+from rome.report.subject import NATURAL, Subject, short
+
+BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"
+INSTEAD = {BACKBONE: "first expert of ", OUTPUT: "experts of "}
+"""What is seen where experts stand in the place of a layer."""
+FEATURES, DIFFERENCE = "features", "difference"
+SPACES = {FEATURES: "features as they are", DIFFERENCE: "less the natural image's"}
+"""What is scored and drawn: what the paper says, and what tells threats apart; how a row of panels is called."""
+POSITIONS = 64
+"""Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
+LOCAL = "local"
+"""The place of silhouettes over single tokens."""
+Panel = dict[str, Any]
+
+
+class Shown(NamedTuple):
+    """A panel as it is drawn."""
+
+    title: str
+    note: str
+    draw: Callable[[Axes], None]
+
+
+class Embeddings(FigureOfRuns):
+    """Base: what the four have in common."""
+
+    room: tuple[float, float, float]
+    """In inches: width of the picture, its height around the rows, and that of a row."""
+
+    @abstractmethod
+    def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
+        """A run's rows of panels, each with what stands beside it."""
+
+    def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+        """Scores first, then the points of the pictures."""
+        scores, points = [], []
+        for run, panel in ((each, panel) for each in data["runs"] for panel in each["panels"]):
+            where = {"run": run["run"], **{key: panel[key] for key in ("layer", "part", "space", "place")}}
+            for what, threat, score in leaves({key: panel.get(key, {}) for key in ("silhouettes", "embedding")}, 2):
+                mean, spread = score if isinstance(score, list) else (score, None)
+                scores.append({**where, "what": what, "threat": threat, "mean": mean, "spread": spread})
+            for threat, image, (x, y) in leaves(panel.get("points", {}), 2):
+                at = {"image": image, "label": run["labels"][image], "x": x, "y": y}
+                points.append({**where, "what": "point", "threat": threat, **at})
+        return scores + points
+
+    def draw(self, data: dict[str, Any]) -> Canvas:
+        lines = [line for run in data["runs"] for line in self.lines(run)]
+        if len(lines[0][1]) == 1:  # they stand beside each other
+            lines = [("", [panel._replace(title=beside) for beside, (panel,) in lines])]
+        width, around, height = self.room
+        canvas = Canvas(figsize=(width, around + height * len(lines)), layout="constrained")
+        grid = canvas.subplots(len(lines), len(lines[0][1]), squeeze=False)
+        for row, (beside, panels) in zip(grid, lines, strict=True):
+            row[0].set_ylabel(beside, fontsize=8.5)
+            for axes, shown in zip(row, panels, strict=True):
+                shown.draw(axes)
+                axes.set_xlabel(shown.note, **NOTE)
+        for axes, shown in zip(grid[0], lines[0][1], strict=True):
+            axes.set_title(shown.title)
+        bars = [axes for axes in canvas.axes if axes.containers]
+        for axes in bars[1:]:
+            axes.sharey(bars[0])
+            axes.autoscale(axis="y")
+        legend(canvas, dots([name for run in data["runs"] for panel in run["panels"] for name in panel["silhouettes"]]))
+        return canvas
+
+
+class LayerOutputs(Embeddings):
+    """Base: features of natural images and of the same images under each threat, at the last adapted layer.
+
+    Averaged over patch tokens, as they are, with the mean silhouette of natural images and threats beside the picture;
+    the data has those of the picture itself and of the difference from the natural image's features too.
+    The paper says neither which tokens nor how many images. The backbone is W h + b, the experts' part
+    sum_k g_k B_k A_k h; feed-forward experts and MORE have no backbone, so the first expert stands there and
+    their whole output counts as the experts'. A run without experts shows the output of its last block.
+    """
+
+    parts: tuple[str, ...]
+    """Which of the above are measured and drawn."""
+    lacking = "none of these runs has features to show"
+
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        groups, layers = subject.attacked(options.n), expert_layers(subject.model)
+        layer = options.pick(layers or features.block_layers(subject.model))
+        if layers:
+            given = features.parts(subject.model, groups, layer)
+            found = {BACKBONE: given.backbone, EXPERTS: given.experts, OUTPUT: given.output}
+            found = {part: found[part] for part in self.parts}
+        else:
+            found = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
+        panels, names = [], list(groups)
+        for part, values in found.items():
+            where = {"layer": layer, "part": part, "place": "global"}
+            panels.append(_panel(names, values, options.seed, where | {"space": FEATURES}))
+            if len(names) > 2:
+                panels.append(_panel(names[1:], difference(values), None, where | {"space": DIFFERENCE}))
+        adds = not layers or layers[layer].additive
+        return {"run": subject.name, "adds": adds, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
+
+    def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
+        drawn, shown = {panel["part"]: panel for panel in run["panels"] if "points" in panel}, []
+        for part in self.parts:
+            panel = drawn.get(part)
+            if panel is None and len(self.parts) == 1:
+                panel = drawn[BACKBONE]
+            if panel is None:
+                shown.append(Shown(part, "no experts", partial(scatter, groups={})))
+                continue
+            score = float(np.mean(list(panel["silhouettes"].values())))
+            before = "no experts: "
+            if panel["part"] == part:
+                before = "" if run["adds"] else INSTEAD.get(part, "")
+            note = f"{before}{short(panel['layer'])}\nsilhouette {signed(score)}"
+            shown.append(Shown(part, note, partial(scatter, groups=panel["points"])))
+        return [(side(run["run"]), shown)]
+
+
+class ExpertOutputs(LayerOutputs):
+    """What the experts give, one panel for each run."""
+
+    name = "fig1"
+    title = "t-SNE of expert outputs per threat"
+    parts = (EXPERTS,)
+    room = (PAGE, 0.6, 1.85)
+
+
+class BackboneAndExperts(LayerOutputs):
+    """Backbone features, and the same with what the experts add: two panels for each run."""
+
+    name = "fig6"
+    title = "t-SNE of backbone features and of backbone + experts per threat"
+    parts = (BACKBONE, OUTPUT)
+    room = (COLUMN, 0.6, 1.85)
+
+
+class Separability(Embeddings):
+    """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
+
+    Of the features as they are, and of their difference from the same image's natural features, most likely what the
+    paper scored (:mod:`rome.report.separability`); each has a row of panels that says which. The data has the
+    silhouettes of the drawn embeddings too. Local scores are mean and standard deviation over tokens, as the paper's.
+    Layers are blocks of a ViT and stages of a CNN or Swin; runs need no experts.
+    """
+
+    every_layer: bool
+    """Whether the data has all blocks and the picture the first and the last, or both that of ``layer`` alone."""
+    titles: ClassVar[Mapping[str, str]]
+    """What is drawn, and its title: some of :data:`rome.report.features.PLACES`, and the silhouettes as bars."""
+    lacking = "separating takes a run with two or more threats"
+
+    def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
+        groups = subject.attacked(options.n)
+        threats = [name for name in groups if name != NATURAL]
+        if len(threats) < 2:
+            raise UserError(f"it has {len(threats)} threat")
+        blocks = features.block_layers(subject.model)
+        layers, panels = blocks if self.every_layer else (options.pick(blocks),), []
+        for layer in layers:
+            given = features.collect(subject.model, groups, layer)
+            chosen = np.linspace(0, given.shape[2] - 1, min(POSITIONS, given.shape[2])).round().astype(int)
+            for space, values in ((FEATURES, given[1:]), (DIFFERENCE, difference(given))):
+                where = {"layer": layer, "part": OUTPUT, "space": space}
+                local = np.stack([silhouettes(values[:, :, t]) for t in np.unique(chosen)])  # (T', P)
+                scores = np.stack([local.mean(axis=0), local.std(axis=0)], axis=1)
+                panels.append(
+                    {**where, "place": LOCAL, "silhouettes": _named(threats, scores, 6)} | {"tokens": len(given[0, 0])}
+                )
+                for place in features.PLACES:
+                    drawn = place in self.titles and layer in (layers[0], layers[-1])
+                    seed = options.seed if drawn else None
+                    panels.append(_panel(threats, features.at(values, place), seed, where | {"place": place}))
+        return {"run": subject.name, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
+
+    def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
+        found = []
+        for (layer, space), group in groupby(run["panels"], key=itemgetter("layer", "space")):
+            panels, shown = {panel["place"]: panel for panel in group}, []
+            for place, title in self.titles.items():
+                panel = panels[place]
+                if place == LOCAL:
+                    draw = partial(_bars, local=panel["silhouettes"], whole=panels["global"]["silhouettes"])
+                    shown.append(Shown(title, "filled: local, mean ± s.d. over tokens\nhatched: global", draw))
+                elif "points" in panel:
+                    scores = [signed(float(np.mean(list(panel[of].values())))) for of in ("silhouettes", "embedding")]
+                    note = "silhouette {}\nin the picture {}".format(*scores)
+                    shown.append(Shown(title, note, partial(scatter, groups=panel["points"])))
+            if shown:
+                found.append((side(run["run"], short(layer), SPACES[space]), shown))
+        return found
+
+
+class LocalAndGlobal(Separability):
+    """One layer, the last or that of ``layer``: t-SNE at the middle token and of the mean, and silhouettes."""
+
+    name = "fig5"
+    title = "separability of threats in local and global features, as they are and less the natural image's"
+    every_layer = False
+    titles: ClassVar[Mapping[str, str]] = {
+        "middle": "local: middle token",
+        "global": "global: mean over tokens",
+        LOCAL: "silhouette",
+    }
+    room = (PAGE, 0.55, 2.15)
+
+
+class OverLayers(Separability):
+    """First and last block, at the first, middle and last token and of the mean; the data has every block's scores."""
+
+    name = "figA4"
+    title = (
+        "separability of threats in the first and last layer, at three tokens and globally, in features as they are "
+        "and less the natural image's"
+    )
+    every_layer = True
+    titles: ClassVar[Mapping[str, str]] = {place: f"{place} token" for place in features.PLACES[:-1]} | {
+        "global": "global"
+    }
+    room = (PAGE, 0.35, 1.85)
+
+
+def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:
+    """Silhouettes of features (G, n, D) and, with a seed, their picture and its silhouettes."""
+    found: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
+    if seed is not None:
+        points = embed(values, seed=seed)
+        found |= {"embedding": _named(names, silhouettes(points), 6), "points": _named(names, points, 4)}
+    return found
+
+
+def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, Any]:
+    return dict(zip(names, values.round(digits).tolist(), strict=True))
+
+
+def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
+    """Local silhouettes with their spread over tokens, and global ones hatched beside them."""
+    every = looks(list(local))
+    for i, (threat, (mean, spread)) in enumerate(local.items()):
+        axes.bar(i - 0.2, mean, 0.36, color=every[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
+        axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=every[threat].colour, hatch="/////")
+    axes.axhline(0, color="#555555", lw=0.7)
+    axes.set_xticks(range(len(every)), [look.label for look in every.values()])
+    axes.tick_params(axis="x", length=0)
