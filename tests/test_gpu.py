@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.fused_operations import KINDS, arguments
+from helpers.tiny_runs import same, tiny, weights
 from rome.attacks import APGD, PGD, Attack
 from rome.attacks.base import Group
-from rome.attacks.engine import frozen, loss_and_gradient
+from rome.attacks.engine import frozen, graphed, loss_and_gradient
+from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
+from rome.core.graphs import Graphs
 from rome.core.trial import check_attackable
 from rome.experts import add_experts, record_gates
 from rome.experts.operations import mix, mix_backward
@@ -133,3 +137,66 @@ def test_an_attack_step_in_a_cuda_graph_is_eagers_to_the_last_bit() -> None:
         graph.replay()
     for one, other in zip(captured, eager, strict=True):
         assert torch.equal(one, other)
+
+
+APGD_STEPS = {"kind": "apgd", "steps": 3}
+RUNS: dict[str, dict[str, Any]] = {
+    "RANDOM": {},
+    "RANDOM, bf16": {"precision": "bf16", "natural_epochs": 1, "validation": {"n": 12, "steps": 2}},
+    "RANDOM, dropout": {"model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.2}},
+    "BatchNorm": {"model": {"name": "preact_resnet_18", "args": {"width": 8}}, "experts": None},
+    "MAX, accumulated": {"method": "max", "accumulate": 2},
+    "MSD": {"method": {"kind": "msd", "steps": 3}},
+    "E-AT": {"method": "eat", "attack": APGD_STEPS},
+    "RAMP": {"method": "ramp", "attack": APGD_STEPS},
+    "MORE": {"method": "more", "experts": {"kind": "more", "experts": 3}},
+    "threats with attacks": {
+        "threats": [{"norm": "linf", "eps": 0.1}, {"kind": "attack", "attack": {"kind": "fog", "steps": 2}}]
+    },
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_training_with_graphs_is_eagers_to_the_last_bit(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for graphs in (False, False, True):
+        capsys.readouterr()
+        run = train(tiny(**{"device": "cuda", "graphs": graphs, **changes}), tmp_path / str(len(found)))
+        found.append(weights(run.folder))
+    assert "CUDA graphs, captured in" in capsys.readouterr().err
+    if same(found[0], found[1]):  # where the kernels themselves repeat
+        assert same(found[0], found[2])
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[2][name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_the_parts_of_autoattack_find_the_same_with_graphs() -> None:
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).cuda().eval().requires_grad_(False)
+    x = torch.rand(20, 3, 32, 32, device="cuda")
+    y = model(x).argmax(1)
+    parts = [APGDCE(iterations=10), APGDT(iterations=10, targets=3), FABT(iterations=5, targets=3), Square(queries=50)]
+    for attack in parts:
+        for threat in CIFAR10:
+            ball = threat.model_copy(update={"eps": threat.eps / 8})
+            found = []
+            for graphs in (None, Graphs(whole=False)):
+                with graphed(model, graphs), frozen(model), torch.no_grad():
+                    seeded = torch.Generator().manual_seed(0)
+                    found.append(attack.run(model, x, y, ball, generator=seeded))
+                    assert graphs is None or graphs.count > 0
+            assert torch.equal(found[0].robust, found[1].robust), (attack.kind, threat.name)
+            assert torch.equal(found[0].images, found[1].images), (attack.kind, threat.name)
+
+
+def test_what_waits_for_the_device_is_noticed_and_runs_eagerly(capsys: pytest.CaptureFixture[str]) -> None:
+    graphs = Graphs()
+    for _ in range(3):
+        x = torch.rand(4, device="cuda")
+        found = graphs.call("key", lambda x: x * 2 if x.sum() > 0 else x, x)
+        assert torch.equal(found, x * 2)
+        assert torch.equal(graphs.call("other", lambda x: x.sort().values, x), x.sort().values)
+    assert graphs.count == 1
+    assert "it waits for the device" in capsys.readouterr().err
