@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -218,3 +220,38 @@ def test_forward_and_backward_are_graphs_of_their_own() -> None:
     assert replay.captures == 2
     assert own.news().startswith("1 CUDA graphs, captured in")
     assert own.news() == ""
+
+
+def test_what_torch_says_of_waiting_counts_when_it_says_it_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On CUDA torch warns of every wait: libraries wait when they are used first, and the mode warns of itself."""
+
+    warned, runs = [False], {"never": 0, "first": 0, "always": 0}
+
+    def mode(value: object) -> None:
+        warned[0] = value == "warn"
+        text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+        warnings.warn(text, UserWarning, stacklevel=1)
+
+    monkeypatch.setattr("rome.core.graphs.cuda_in_use", lambda: [0])
+    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", mode)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2**30)
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
+
+    def function(name: str) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            runs[name] += 1
+            if warned[0] and (name == "always" or (name == "first" and runs[name] == 1)):
+                warnings.warn("called a synchronizing CUDA operation (somewhere)", UserWarning, stacklevel=1)
+            return x.sin()
+
+        return run
+
+    for name, captures in (("never", 1), ("first", 1), ("always", 0)):
+        own, replay = graphs()
+        for _ in range(4):
+            own.call(name, function(name), drawn(2))
+        assert replay.captures == captures
+        assert bool(capsys.readouterr().err) == (name == "always")

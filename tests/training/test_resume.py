@@ -368,7 +368,7 @@ def test_what_computes_the_same_may_change(stopped: Run, undisturbed: Run) -> No
     finished = resume(stopped, **changes)
     assert same(weights(finished.folder), weights(undisturbed.folder))
     assert finished.config.evaluation.n == 7
-    assert prepare_only(finished, compile=True) == tiny(compile=True)
+    assert prepare_only(finished, compile=True, graphs=False) == tiny(compile=True, graphs=False)
 
 
 def prepare_only(run: Run, **changes: Any) -> Any:

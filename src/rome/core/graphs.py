@@ -31,6 +31,8 @@ from rome.core.randomness import cuda_in_use
 
 LIMIT = 32
 """Graphs at most: each holds buffers of its inputs and results, and all share one pool for what is between."""
+AGAIN = "again"
+"""In place of a reason: to be watched once more."""
 WARM_UPS = 3
 """Runs before the capture, in which libraries set up their handles and compilers compile."""
 
@@ -135,7 +137,7 @@ class Graphs:
         self.seconds = 0.0
         """Time that captures took."""
         self._entries: dict[Hashable, _Captured | _Both | str] = {}
-        """By key and shapes: the graph, or why there is none; empty: it has been met once."""
+        """By key and shapes: the graph, or why there is none; empty: there can be one."""
         self._addresses: Hashable = None
         """Where the weights lie that the graphs read."""
         self._state: Hashable = None
@@ -222,11 +224,13 @@ class Graphs:
             return None, function(*tensors)
         place = (key, self._state, _modes(tensors), tuple((t.shape, t.stride(), t.dtype) for t in tensors))
         entry = self._entries.get(place)
-        if entry is None:
+        if entry is None or entry == AGAIN:
             with self._alone(), _watched() as watch:
                 results = function(*tensors)
-            self._entries[place] = watch.reason
-            self._say_once(watch.reason)
+            reason = watch.reason or watch.waited
+            # a library may wait when it is used for the first time
+            self._entries[place] = AGAIN if entry is None and not watch.reason and watch.waited else reason
+            self._say_once("" if self._entries[place] == AGAIN else reason)
             return None, results
         if entry == "":
             entry = self._entries[place] = self._captured(kind, function, tensors, changed)
@@ -346,6 +350,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reason = ""
+        self.waited = ""
+        """Where torch itself says that something waited; empty if nothing did."""
         self.devices: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -390,9 +396,8 @@ def _watched() -> Iterator[_Watch]:
             yield watch
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits = [each for each in seen if "synchroniz" in str(each.message)]
-    if waits and not watch.reason:
-        watch.reason = f"it waits for the device ({Path(waits[0].filename).name}:{waits[0].lineno})"
     for each in seen:
-        if each not in waits:
+        if "called a synchronizing CUDA operation" in str(each.message):
+            watch.waited = watch.waited or f"it waits for the device ({Path(each.filename).name}:{each.lineno})"
+        elif "Synchronization debug mode is a prototype" not in str(each.message):
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

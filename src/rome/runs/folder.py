@@ -32,7 +32,7 @@ from rome.runs.config import Config, parse
 from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
-FREE_KEYS = {"name", "about", "device", "compile", "workers", "evaluation", "paper", "imports"}
+FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports"}
 """Config keys that do not change what is computed, so a resumed run may change them."""
 
 
