@@ -36,9 +36,9 @@ def did_you_mean(given: object, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names) or 'none'}."
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
     """``a, b, c and 7 more``."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return between.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,7 @@ from rome.attacks.engine import Model, loss_and_gradient
 from rome.attacks.lp.apgd import APGD
 from rome.attacks.lp.autoattack import APGDCE
 from rome.attacks.suites.base import Case
-from rome.evaluation.batch import Examples
+from rome.evaluation.batch import Examples, warning
 from rome.evaluation.memory import Halving
 from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
@@ -53,7 +53,6 @@ def run_checks(
     examples: Examples,
     cases: Sequence[Case],
     clean: np.ndarray,
-    *,
     batch_size: int = SAMPLE,
     halving: Halving | None = None,
 ) -> list[dict[str, Any]]:
@@ -132,13 +131,7 @@ def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
     advice = "gradients may be masked, the true robustness lower"
     return [
-        {
-            "check": check["check"],
-            "case": None,
-            "attack": None,
-            "examples": check["examples"],
-            "message": f"{check['message']}: {advice}",
-        }
+        warning(check["check"], None, None, check["examples"], f"{check['message']}: {advice}")
         for check in checks
         if check["raised"]
     ]
