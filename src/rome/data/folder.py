@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
+from rome.data.pixels import Images
 from rome.data.resized import Resized
 
 
@@ -144,7 +145,7 @@ class ImageFolder(Resized):
 
 
 @dataclass(frozen=True)
-class _Images:
+class _Images(Images):
     """Files to read, by their number."""
 
     folder: Path

@@ -26,7 +26,7 @@ from rome.core.trust import names_code
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES, Split
 from rome.data.resized import Resized
-from rome.data.tables import find_tables, label_names
+from rome.data.tables import find_tables, labels_in
 from rome.models import Classifier, ModelSettings, create_model, file_hash, load_weights, weights_file
 from rome.models.exported import SavedModule, is_saved_module
 from rome.runs.config import DATA_BUDGETS, Config, Places, parse
@@ -93,7 +93,7 @@ def _content(path: str) -> str:
     if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
         return Cifar10.kind
     if tables := [folder] if is_table else find_tables(folder, *NAMES["test"]):
-        return Cifar10.kind if label_names(tables[0]) == CIFAR10_CLASSES else Parquet.kind  # as the Hub names them
+        return Cifar10.kind if labels_in(tables[0])[0] == CIFAR10_CLASSES else Parquet.kind  # as the Hub names them
     tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
