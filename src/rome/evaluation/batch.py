@@ -10,10 +10,12 @@ from torch import Tensor
 
 from rome.attacks.base import Attack
 from rome.attacks.engine import Model
+from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
-from rome.threats import Threat
+
+NOT_FINITE = "non-finite-logits"
 
 
 @runtime_checkable
@@ -40,18 +42,18 @@ class Examples(NamedTuple):
 
 
 def recheck(
-    model: Model, x: Tensor, y: Tensor, found: Tensor, threat: Threat
-) -> tuple[Tensor, Tensor, list[tuple[str, int, str]]]:
+    model: Model, x: Tensor, y: Tensor, found: Tensor, case: Case, attack: Attack
+) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
     """What an attack returned, made valid, classified anew, with what was wrong with it.
 
     Outside its threat an image is projected back; not finite, or not to be projected, it is replaced by the original.
 
     Returns:
-        Images (b, C, H, W), which of them are classified correctly (b,), and (check, examples, message) for each doubt.
+        Images (b, C, H, W), which of them are classified correctly (b,), and warnings.
     """
     if found.shape != x.shape:
         raise RuntimeError(f"the attack returned images {tuple(found.shape)} for {tuple(x.shape)}")
-    found = found.detach().to(x)
+    threat, found = case.threat, found.detach().to(x)
     broken = ~found.isfinite().flatten(1).all(dim=1)
     found = torch.where(broken.view(-1, 1, 1, 1), x, found)
     outside = ~threat.contains(found, x)
@@ -62,13 +64,13 @@ def recheck(
     logits = model(found).float()
     unclear = ~logits.isfinite().all(dim=1)
     correct = (logits.argmax(1) == y) & ~unclear
-    doubts = [
-        ("left-threat", outside, "they lay outside their threat: projected back and classified anew"),
-        ("broken-image", broken, "they were not finite or could not be projected: replaced by the clean images"),
-        ("non-finite-logits", unclear, "the logits of their adversarial images are not finite: counted as wrong"),
-    ]
-    counts = [(check, int(which.sum()), text) for check, which, text in doubts]
-    return found, correct, [doubt for doubt in counts if doubt[1]]
+    doubts = {
+        "left-threat": (outside, "they lay outside their threat: projected back and classified anew"),
+        "broken-image": (broken, "they were not finite or could not be projected: replaced by the clean images"),
+        NOT_FINITE: (unclear, "the logits of their adversarial images are not finite: counted as wrong"),
+    }
+    counts = {check: (int(which.sum()), message) for check, (which, message) in doubts.items()}
+    return found, correct, [warning(check, case.name, attack, n, text) for check, (n, text) in counts.items() if n]
 
 
 def warning(check: str, case: str | None, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:

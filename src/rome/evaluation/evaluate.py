@@ -164,7 +164,7 @@ def evaluate(
                 )
             )
             classes = answers[0][0][1]
-            settings["model"] = settled(facts, changing | set(changed(facts, aside(model))))
+            settings["model"] = settled(facts, changing | changed(facts, aside(model)))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
         if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))

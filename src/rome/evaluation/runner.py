@@ -21,7 +21,7 @@ from rome.core.distributed import Team
 from rome.core.errors import Interrupted
 from rome.core.files import now
 from rome.core.randomness import Stream
-from rome.evaluation.batch import Examples, FixedChange, format_error, recheck, summed, warning
+from rome.evaluation.batch import NOT_FINITE, Examples, FixedChange, format_error, recheck, summed, warning
 from rome.evaluation.checks import refuse_not_finite
 from rome.evaluation.memory import Halving, free
 from rome.evaluation.progress import ProgressCallback
@@ -84,7 +84,7 @@ class CaseRunner:
         """
         clean = self.column(CLEAN_CASE, np.ones(len(self.examples.x), dtype=bool), run=True)
         assert clean is not None
-        bad = [each["examples"] for each in clean.warnings if each["check"] == "non-finite-logits"]
+        bad = [each["examples"] for each in clean.warnings if each["check"] == NOT_FINITE]
         refuse_not_finite(sum(bad), len(clean.correct))
         columns, errors, pending = {CLEAN: clean}, dict[str, Exception](), list[str]()
         for case in self.cases:
@@ -210,18 +210,13 @@ class CaseRunner:
                 found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
             else:
                 found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
-            images, correct, doubts = recheck(self.model, x, y, found, case.threat)
-            kept = images[~correct].cpu() if keep_images else NOT_EVALUATED
-            return (
-                correct.cpu().numpy(),
-                kept,
-                [warning(check, case.name, attack, *of) for check, *of in doubts],
-            )
+            images, correct, warnings = recheck(self.model, x, y, found, case, attack)
+            return correct.cpu().numpy(), images[~correct].cpu() if keep_images else NOT_EVALUATED, warnings
 
         with collected(noticed):
             pieces = self.halving.run(f"{case.name}/{attack.kind}", part, work)
-        correct, images, doubts = zip(*(found for _, found in pieces), strict=True)
-        warnings = [each for some in doubts for each in some]
+        correct, images, found = zip(*(found for _, found in pieces), strict=True)
+        warnings = [each for some in found for each in some]
         warnings += [warning(each.check, case.name, attack, each.examples, each.message) for each in noticed]
         if len(pieces) > 1:
             message = (

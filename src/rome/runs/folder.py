@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rome.core import trust
+from rome.core.console import say
 from rome.core.errors import UserError, first_line
 from rome.core.files import flatten, make_folder, now, remove_partials, replace_file, replace_with
 from rome.core.plain_data import parse_json, parse_yaml
@@ -154,7 +154,7 @@ class Run:
         weights come from both."""
         found = self.other_code(code)
         if found:
-            print(f"{self.folder} goes on with other code: {'; '.join(found)}", file=sys.stderr)
+            say(f"{self.folder} goes on with other code: {'; '.join(found)}")
         return [*self.origin.get("changed", ()), *(f"{text} ({now()})" for text in found)]
 
     def other_code(self, code: dict[str, str]) -> list[str]:
