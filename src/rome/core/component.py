@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import json
 import pkgutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -31,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
-from rome.core.errors import UserError, did_you_mean
+from rome.core.errors import UserError, did_you_mean, short
 
 UNKNOWN, PLAIN = "unknown_key", "plain"
 """Types of errors whose message needs no further words."""
@@ -205,7 +204,7 @@ def _in_plain_words(error: ErrorDetails, owner: type[Settings]) -> InitErrorDeta
     elif kind == "missing":
         message = "is missing"
     elif kind not in (UNKNOWN, PLAIN, "unknown_kind", "missing_kind", "fraction", "value_error"):
-        message = f"{message[0].lower()}{message[1:]}, not {_short(error['input'])}"
+        message = f"{message[0].lower()}{message[1:]}, not {short(error['input'])}"
     plain = PydanticCustomError(UNKNOWN if kind == UNKNOWN else PLAIN, "{text}", {"text": message})
     return {"type": plain, "loc": error["loc"], "input": error["input"]}
 
@@ -223,14 +222,6 @@ def mistakes(error: ValidationError) -> dict[tuple[str | int, ...], str]:
 
 def _is_key(part: str | int) -> bool:
     return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except TypeError:
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
