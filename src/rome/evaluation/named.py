@@ -235,29 +235,26 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
                 f"--mean and --std need one number, or one for each of {channels} channels; --std positive ones"
             )
         mean, std = mean * (channels // len(mean)), std * (channels // len(std))
+    saved = is_saved_module(name)
+    facts: dict[str, Any] = {"name": Path(name).name if saved else name, "normalisation": None}
     remarks: list[str] = []
-    facts: dict[str, Any] = {"name": Path(name).name if is_saved_module(name) else name, "normalisation": None}
-    model: nn.Module
-    if is_saved_module(name):
-        model = inner = SavedModule(Path(name))
+    if saved:
+        inner = SavedModule(Path(name))
+        model = Classifier(inner, mean or (0.0,), std or (1.0,))
         facts["sha256"] = inner.digest
-        if mean is not None and std is not None:
-            model = Classifier(inner, mean, std)
     else:
         model = _architecture(settings, outputs, channels, side, mean, std)
-        if settings.weights is not None:
-            remarks = load_weights(
-                model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None
-            )
-            facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
-        elif settings.img_size is None:
-            remarks += filter(None, [_of_another_size(name, side)])
-    plain = mean is None and (names_code(name) or is_saved_module(name))
-    if plain and (not isinstance(model, Classifier) or bool((model.mean == 0).all() and (model.std == 1).all())):
+    if settings.weights is not None:
+        remarks = load_weights(model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None)
+        facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
+    elif settings.img_size is None:
+        remarks += filter(None, [_of_another_size(name, side)])
+    bare = bool((model.mean == 0).all() and (model.std == 1).all())
+    if bare and mean is None and (saved or names_code(name)):
         remarks.append(
             f"no normalisation added: {name} gets images in [0, 1] (give --mean and --std if it expects others)"
         )
-    elif isinstance(model, Classifier):
+    else:
         facts["normalisation"] = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
     hint = "it must take batches of any size; for another image size give --img-size"
     classes = check_attackable(model.eval(), split.first(min(TRIED, len(split)))[0], name=name, hint=hint)

@@ -13,7 +13,7 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import ALONE, Team, own_device
+from rome.core.distributed import own_device
 from rome.core.errors import UserError, first_line, some
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
@@ -36,12 +36,10 @@ def evaluate_saved(
     batch_size: int | Literal["auto"] | None = None,
     device: str | None = None,
     routing: Routing | None = None,
-    checks: bool | None = None,
     out: str | Path | None = None,
-    overwrite: bool = False,
-    team: Team = ALONE,
     settings: Evaluation | None = None,
     trust_code: bool = False,
+    **others: Any,
 ) -> tuple[Report, Path]:
     """Evaluate a model on the test set of its config.
 
@@ -56,8 +54,7 @@ def evaluate_saved(
             a model that no run made.
         settings: what holds where an argument is None; without it the config's ``evaluation``.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-
-    The other arguments are those of :func:`rome.evaluate`.
+        others: arguments of :func:`rome.evaluate`, as are those without a word here.
 
     Returns:
         The report and the folder it was saved in.
@@ -97,10 +94,8 @@ def evaluate_saved(
             **opened.facts,
         },
         cases=cases,
-        checks=checks,
-        overwrite=overwrite,
-        team=team,
         progress=True,
+        **others,
     )
     if "model" in opened.facts and report.interval("clean")[0] <= 1 / len(split.classes):
         say(
