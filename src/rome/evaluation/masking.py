@@ -73,19 +73,19 @@ def run_checks(
     halving = halving or Halving(allowed=False)
     parts = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
 
-    def every(name: str, ask: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    def every(measure: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
         def work(some: np.ndarray) -> np.ndarray:
-            return ask(*examples.batch(some)).cpu().numpy()
+            return measure(*examples.batch(some)).cpu().numpy()
 
-        return np.concatenate([answer for some in parts for _, answer in halving.run(name, some, work)])
+        return np.concatenate([measured for some in parts for _, measured in halving.run("checks", some, work)])
 
     def robust(threat: LpBall, steps: int) -> np.ndarray:
-        return every("checks", lambda x, y: _robust(model, x, y, threat, steps))
+        return every(lambda x, y: _robust(model, x, y, threat, steps))
 
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
-    zero = float(every("checks", lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
+    zero = float(every(lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
     message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
