@@ -73,10 +73,13 @@ def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradi
 def _as_logits(answer: Any, images: int, name: str) -> Tensor:
     wanted = f"{name} must return logits ({images}, classes >= 2)"
     if not isinstance(answer, Tensor):
-        names = f" ({', '.join(map(str, answer))})" if isinstance(answer, dict) else ""
+        part = ".logits" if hasattr(answer, "logits") else "[0]"
+        if isinstance(answer, dict):
+            part = f"[{next((key for key in ('logits', 'out') if key in answer), next(iter(answer), 'logits'))!r}]"
+        kind = type(answer).__name__
         raise UserError(
-            f"{wanted}, not a {type(answer).__name__}{names}: wrap it so that it returns the logits alone, such as a "
-            "forward that returns self.model(x).logits, self.model(x)['out'] or self.model(x)[0]"
+            f"{wanted}, not a {kind}: wrap it so that it returns the logits alone, such as a forward that returns "
+            f"self.model(x){part}"
         )
     form = f"{answer.dtype} {tuple(answer.shape)}"
     if images == 1 and answer.ndim < 2:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,16 +237,12 @@ def _undisturbed(model: Model, device: torch.device) -> Iterator[None]:
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]
-    with ExitStack() as stack:
-        stack.enter_context(unchanged_states())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(frozen(model))
+    with unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             for product in products:
                 product.fp32_precision = "ieee"
-            yield
+            with frozen(model):
+                yield
         finally:
             for product, precision in zip(products, precisions, strict=True):
                 product.fp32_precision = precision

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
+from pydantic.dataclasses import dataclass
 
 from rome.attacks.corruptions.attack import Corruption
 from rome.attacks.corruptions.severities import constants_for
@@ -23,6 +24,8 @@ from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
+_STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
+"""What of ``result.json`` is no settings and does not follow from the matrix."""
 
 
 class _Named(BaseModel):
@@ -45,20 +48,7 @@ class _Settings(BaseModel):
     classes: int = 0
 
 
-class _Result(BaseModel):
-    """What of ``result.json`` is no settings and does not follow from the matrix."""
-
-    warnings: list[dict[str, Any]]
-    failed: dict[str, str]
-    pending: tuple[str, ...]
-    after: dict[str, dict[str, float]]
-    seconds: dict[str, float]
-    checks: list[dict[str, Any]]
-    date: str
-    reused: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
 class Report:
     """Accuracies derived from ``correct``; all are shares in [0, 1].
 
@@ -271,7 +261,8 @@ class Report:
             **{name: _available(value) for name, value in numbers.items()},
             "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
-            **_Result(**{name: getattr(self, name) for name in _Result.model_fields}).model_dump(mode="json"),
+            **{name: getattr(self, name) for name in _STORED},
+            "pending": list(self.pending),
             "settings": self.settings,
         }
 
@@ -295,7 +286,6 @@ class Report:
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
             _Settings.model_validate(settings)
-            stored = _Result.model_validate(result)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],
@@ -303,7 +293,7 @@ class Report:
                     labels=matrix["labels"],
                     indices=matrix["indices"],
                     settings=settings,
-                    **dict(stored),
+                    **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             said = first_line(error)

@@ -80,11 +80,10 @@ class Run:
     @property
     def data_path(self) -> str | None:
         """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
-        try:
-            said = self.written()["data"]["path"]
-        except (UserError, OSError, KeyError, TypeError):
-            return None
-        return said if isinstance(said, str) else None
+        with suppress(UserError, OSError, KeyError, TypeError):
+            path = self.written()["data"]["path"]
+            return path if isinstance(path, str) else None
+        return None
 
     @property
     def origin(self) -> dict[str, Any]:
