@@ -80,7 +80,7 @@ def test_settings_go_into_a_config_and_come_back(family: type[Component]) -> Non
             assert family.model_validate(one.dump()) == one
             assert one.dump()["kind"] == kind
             assert member.summary().endswith((".", ":", ")")), "the first sentence says what it is"
-            with pytest.raises(UserError, match=r"unknown setting 'no_such_setting'"):
+            with pytest.raises(UserError, match=r"no_such_setting: unknown key"):
                 member(**NEEDED.get(kind, {}), no_such_setting=1)
 
 

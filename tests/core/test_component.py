@@ -136,12 +136,12 @@ def test_an_unknown_key_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: PGD(step=10), r"unknown setting 'step' of PGD\. Did you mean 'steps'\? Valid: .*"),
+        (lambda: PGD(step=10), r"PGD: step: unknown key\. Did you mean 'steps'\? Valid: .*"),
         (lambda: Apple(weight=-1), "Apple: weight: input should be greater than 0, not -1"),
-        (lambda: Apple(weight="x/y", colour=1), "Apple: weight: .* fraction .*; unknown setting 'colour' of Apple.*"),
+        (lambda: Apple(weight="x/y", colour=1), "Apple: weight: .* fraction .*; Apple: colour: unknown key.*"),
         (lambda: Basket(first=Apple()), "Basket: size: is missing"),
         (lambda: Basket(size=1, first={"kind": "cider", "strenth": 1}),
-         "unknown setting 'first.strenth' of Basket. Did you mean 'strength'.*"),
+         "Basket: first.strenth: unknown key. Did you mean 'strength'.*"),
         (lambda: Basket(size=1, first="aple"), "Basket: first: unknown fruit kind 'aple'. Did you mean 'apple'.*"),
         (lambda: Market(stall="apple", apple=Cider(strength=[])), "Cider: strength: .*"),
     ],

@@ -29,14 +29,14 @@ from helpers.tiny_runs import Ended
 from rome.core.errors import UserError
 from rome.data import CIFAR10_CLASSES, Cifar10, Digits, ImageFolder, Parquet
 from rome.evaluation.evaluate import Report, evaluate, hash_model
-from rome.evaluation.named import build_named, named_budgets, named_config, named_data, preprocessing
+from rome.evaluation.named import build_named, named_config, named_data, preprocessing
 from rome.evaluation.run import evaluate_saved
 from rome.experts import expert_layers
 from rome.models import file_hash
 from rome.report import examples
 from rome.report.compared import findings, gather, paired
 from rome.report.page import write_report
-from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall
+from rome.threats import CIFAR10, DIGITS, IMAGENET, LpBall, Threat
 
 N = 30
 QUICK = ("--suite", "lp", "--n", str(N))
@@ -251,7 +251,7 @@ def test_want_of_memory_is_told_with_what_to_do(call: Any) -> None:
     """On the clean images already: no case has begun."""
     ended = call("--model", "greedy.py:net", "--data", "digits", *QUICK)
     assert (ended.code, ended.out) == (2, "")
-    assert "error: memory does not suffice (CUDA out of memory): give a smaller --batch-size, or auto" in ended.err
+    assert "error: memory does not suffice (CUDA out of memory): give a smaller batch size (rome evaluate" in ended.err
     assert call("--model", "greedy.py:net", "--data", "digits", *QUICK, "--batch-size", "auto").code == 0
 
 
@@ -449,12 +449,15 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "traced.pt", "--img-size", "16"], "digits has images of 8 pixels, never resized"),
         (["--model", "traced.pt", "--mean", "0.5", "--std", "0"], "--std positive"),
         (["--model", "traced.pt", "--mean", "1,2", "--std", "1,1"], "one for each of 1 channels"),
-        (["--model", "traced.pt", "--mean", "a", "--std", "1"], "--mean 'a': write one number"),
+        (
+            ["--model", "traced.pt", "--mean", "a", "--std", "1"],
+            "--mean a: model.mean.0: input should be a valid num",
+        ),
         (["--model", "traced.pt", "--budgets", "cifra10"], "unknown budgets 'cifra10'. Did you mean 'cifar10'"),
-        (["--model", "traced.pt", "--budgets", "L3=1"], "budget 'L3=1': norm: .*; write a norm and its radius"),
+        (["--model", "traced.pt", "--budgets", "L3=1"], "--budgets L3=1: threats.0.norm: .*L1.*L2.*Linf"),
         (["--model", "traced.pt", "--suite", "apdg"], "Did you mean 'apgd'"),
         (["--model", "traced.pt", "--suite", ""], "suite: none is named. Valid: all, apgd"),
-        (["--model", "traced.pt", "--suite", "{kind: lp, steps: x}"], "suite: Input should be a valid integer"),
+        (["--model", "traced.pt", "--suite", "{kind: lp, steps: x}"], "suite: input should be a valid integer"),
         (["--model", "traced.pt", "--suite", "unseen", "--features", "gone"], "there is no model at gone;.*Train it"),
         (
             ["--model", "traced.pt", "--suite", "[lp, {kind: corruptions, path: gone}]"],
@@ -589,7 +592,7 @@ def test_data_is_known_by_its_content(tmp_path: Path) -> None:
         ("~nobody-of-that-name/x", "there is no folder ~nobody"),
         ("{kind: foldr, path: x}", "unknown data kind 'foldr'. Did you mean 'folder'"),
         ("{kind: folder", "not valid YAML"),
-        ("{kind: folder, path: x, splitt: y}", "unknown setting 'splitt' of data .* Did you mean 'test_split'"),
+        ("{kind: folder, path: x, splitt: y}", "splitt: unknown key. Did you mean 'test_split'"),
         ("empty", "empty holds no data that is known by its content; give digits"),
         ("flat", "flat holds no data that is known by its content"),
         ("batches", "rename it to cifar-10-batches-py"),
@@ -663,7 +666,7 @@ def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path:
     torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
     hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
     options = {"model": str(tmp_path / "pets.pt"), "data": str(tmp_path / "pets")}
-    with pytest.raises(UserError, match=r"data kind 'parquet' has no budgets of its own; give --budgets"):
+    with pytest.raises(UserError, match=r"threats: is missing; data kind 'parquet' has no budgets of its own; give"):
         named_config(options)
     config = named_config({**options, "budgets": "L2=0.5"})
     assert config is not None
@@ -672,7 +675,12 @@ def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path:
 
 
 def test_budgets() -> None:
-    assert named_budgets("cifar10") == CIFAR10
-    assert named_budgets("Linf=8/255, l2=0.5") == (LpBall(norm="Linf", eps=8 / 255), LpBall(norm="L2", eps=0.5))
-    with pytest.raises(UserError, match="name L2 twice"):
-        named_budgets("L2=1,2=3")
+    def budgets(text: str) -> tuple[Threat, ...]:
+        config = named_config({"model": "net.py:net", "data": "digits", "budgets": text})
+        assert config is not None
+        return config.threats
+
+    assert budgets("cifar10") == CIFAR10
+    assert budgets("Linf=8/255, l2=0.5") == (LpBall(norm="Linf", eps=8 / 255), LpBall(norm="L2", eps=0.5))
+    with pytest.raises(UserError, match="L2, L2 are not distinct"):
+        budgets("L2=1,2=3")

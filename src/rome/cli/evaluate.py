@@ -60,7 +60,6 @@ def evaluate(
     from rome.core.distributed import launched
 
     with launched() as team:  # first: whatever fails now fails in every process
-        from rome.evaluation.memory import enough_memory
         from rome.evaluation.named import named_config
         from rome.evaluation.run import evaluate_saved
 
@@ -71,22 +70,21 @@ def evaluate(
                 "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
                 "(rome evaluate --model NAME --data DATA, without --routing)"
             )
-        with enough_memory():
-            report, folder = evaluate_saved(
-                config or str(target),
-                data=data,
-                suite=suite,
-                features=features,
-                cases=None if cases is None else names_in(cases),
-                n=n,
-                batch_size=_batch_size(batch_size),
-                device=device,
-                routing=routing,
-                checks=checks,
-                out=out,
-                overwrite=overwrite,
-                team=team,
-            )
+        report, folder = evaluate_saved(
+            config or str(target),
+            data=data,
+            suite=suite,
+            features=features,
+            cases=None if cases is None else names_in(cases),
+            n=n,
+            batch_size=_batch_size(batch_size),
+            device=device,
+            routing=routing,
+            checks=checks,
+            out=out,
+            overwrite=overwrite,
+            team=team,
+        )
     if not team.is_main:
         return
     for warning in report.warnings:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import json
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import takewhile
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,15 +21,19 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
-from rome.core.errors import UserError, did_you_mean
+from rome.core.errors import UserError, did_you_mean, short
+
+UNKNOWN, PLAIN = "unknown_key", "plain"
+"""Types of errors whose message needs no further words."""
 
 
 class Settings(BaseModel):
@@ -46,8 +49,17 @@ class Settings(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            name = type(self).__name__
-            raise UserError("; ".join(each.of(name) for each in mistakes(error, data, type(self)))) from None
+            found = [f"{'.'.join(map(str, path))}: {message}" for path, message in mistakes(error).items()]
+            raise UserError("; ".join(f"{type(self).__name__}: {each.removeprefix(': ')}" for each in found)) from None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_plain_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            found = [_in_plain_words(each, cls) for each in error.errors(include_url=False)]
+            raise ValidationError.from_exception_data(cls.__name__, found) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -183,73 +195,36 @@ def _import_package(name: str) -> None:
                 importlib.import_module(module.name)
 
 
-class Mistake(NamedTuple):
-    """One thing that is wrong with plain data for settings."""
-
-    path: tuple[str | int, ...]
-    """Its place in the data."""
-    message: str
-    hint: str
-    """Of an unknown setting: the nearest name, and all of them. Empty for other mistakes."""
-
-    def of(self, owner: str) -> str:
-        """The message where the settings come from Python."""
-        place = ".".join(map(str, self.path))
-        if self.hint:
-            return f"unknown setting {place!r} of {owner}.{self.hint}"
-        return f"{owner}: {place}: {self.message}" if place else f"{owner}: {self.message}"
+def _in_plain_words(error: ErrorDetails, owner: type[Settings]) -> InitErrorDetails:
+    """What pydantic found wrong with the data for some settings, in words that need no pydantic."""
+    kind = error["type"]
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if kind == "extra_forbidden":
+        kind, message = UNKNOWN, f"unknown key.{did_you_mean(error['loc'][-1], owner.model_fields)}"
+    elif kind == "missing":
+        message = "is missing"
+    elif kind not in (UNKNOWN, PLAIN, "unknown_kind", "missing_kind", "fraction", "value_error"):
+        message = f"{message[0].lower()}{message[1:]}, not {short(error['input'])}"
+    plain = PydanticCustomError(UNKNOWN if kind == UNKNOWN else PLAIN, "{text}", {"text": message})
+    return {"type": plain, "loc": error["loc"], "input": error["input"]}
 
 
-def mistakes(error: ValidationError, data: Any, owner: type[Settings]) -> list[Mistake]:
-    """What pydantic found wrong with the data for some settings, in plain words, one mistake a place."""
-    found: dict[tuple[str | int, ...], Mistake] = {}
+def mistakes(error: ValidationError) -> dict[tuple[str | int, ...], str]:
+    """What is wrong with the data for some settings: a message for each place in the data."""
+    found: dict[tuple[str | int, ...], str] = {}
     for each in error.errors(include_url=False):
-        path, hint = tuple(takewhile(_is_key, each["loc"])), ""  # a union adds the names of the types it tried
-        message = str(each["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if each["type"] == "extra_forbidden":  # any text can be a key here
+        path = tuple(takewhile(_is_key, each["loc"]))  # a union adds the names of the types it tried
+        if each["type"] == UNKNOWN:  # any text can be a key here
             path = (*takewhile(_is_key, each["loc"][:-1]), each["loc"][-1])
-            message, hint = "unknown key.", did_you_mean(path[-1], _keys(data, path[:-1], owner))
-        elif each["type"] == "missing":
-            message = "is missing"
-        elif each["type"] not in ("unknown_kind", "missing_kind", "fraction", "value_error"):
-            message = f"{message[0].lower()}{message[1:]}, not {_short(each['input'])}"
-        found.setdefault(path, Mistake(path, message, hint))
-    return list(found.values())
+        found.setdefault(path, each["msg"])
+    return found
 
 
 def _is_key(part: str | int) -> bool:
     return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
 
 
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except TypeError:
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys(data: Any, path: Sequence[str | int], owner: type[Settings] | None) -> list[str]:
-    """The valid keys of the settings at a path in the data for an owner's settings."""
-    value = data
-    for part in path:
-        if isinstance(value, dict):
-            value = value.get(part)
-        else:
-            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
-        field: FieldInfo | None = owner.model_fields.get(str(part)) if owner is not None else None
-        if field is not None:
-            owner = next(_settings_in(field.annotation), None)
-        if owner is not None and issubclass(owner, Component) and isinstance(value, dict):
-            owner = owner.members().get(value.get("kind", owner.kind or owner.default_kind), owner)
-    return list(owner.model_fields) if owner is not None else []
-
-
 def _types_in(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)
-
-
-def _settings_in(annotation: Any) -> Iterator[type[Settings]]:
-    return (each for each in _types_in(annotation) if isinstance(each, type) and issubclass(each, Settings))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from rome.core.errors import Incomplete, Interrupted, UserError, printable
+from rome.core.errors import Incomplete, Interrupted, UserError, first_line, printable
 from rome.core.files import explain
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def print_table(
 
 
 def say(text: str) -> None:
-    """To standard error, so that standard output holds results only."""
-    print(text, file=sys.stderr)
+    """To standard error, so that standard output holds results only; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -68,14 +70,22 @@ def exiting() -> Iterator[None]:
         line = explain(error) if isinstance(error, OSError) else printable(str(error))
         if line is None:
             raise
-        say(f"error: {line}")
-        sys.exit(2)
+        _end(f"error: {line}", 2)
     except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
-        say(f"error: {failed}")
-        sys.exit(1)
+        _end(f"error: {failed}", 1)
     except Interrupted as stopped:
-        say(str(stopped))
-        sys.exit(stopped.code)
+        _end(str(stopped), stopped.code)
     except KeyboardInterrupt:
-        say("stopped")
-        sys.exit(130)
+        _end("stopped", 130)
+    except Exception as error:
+        from rome.core.device import out_of_memory  # imports torch
+
+        if not out_of_memory(error):
+            raise
+        advice = "give a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
+        _end(f"error: memory does not suffice ({first_line(error)}): {advice}", 2)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 
@@ -36,9 +37,18 @@ def did_you_mean(given: object, valid: Iterable[str]) -> str:
     return f"{hint} Valid: {', '.join(names) or 'none'}."
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:
     """``a, b, c and 7 more``."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return between.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def short(value: object, longest: int = 60) -> str:
+    """A value as JSON, cut to so many characters."""
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -63,32 +64,12 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
-def remove_partials(folder: Path, *, alone: bool = False) -> None:
-    """Remove what killed processes left half written in a folder.
-
-    Args:
-        alone: nobody else writes there; otherwise the files of processes that are alive stay.
-    """
-    for partial in folder.glob(".*.partial"):
-        number = partial.name.split(".")[-2]
-        if number.isdecimal() and (alone or not _another(int(number))):
-            with suppress(OSError):  # of a folder that is only read
-                partial.unlink(missing_ok=True)
-
-
-def _another(process: int) -> bool:
-    """Whether there is another process of this number on this machine."""
-    if process == os.getpid():
-        return False
-    if os.name != "posix":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return True
+def remove_partials(folder: Path, age: float = 600) -> None:
+    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds."""
+    for partial in folder.glob(".*.[0-9]*.partial"):
+        with suppress(OSError):  # it has its name by now, or the folder is only read
+            if time.time() - partial.stat().st_mtime >= age:
+                partial.unlink()
 
 
 def file_hash(path: str | Path) -> str:

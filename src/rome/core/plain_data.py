@@ -92,16 +92,12 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
     try:
         node = yaml.compose(_short_enough(text, LONGEST_YAML), Loader=yaml.SafeLoader)
         return None if node is None else plain(node, ())
-    except RecursionError:
-        raise Unreadable(f"not valid YAML: nested more than {DEEPEST} deep") from None
-    except yaml.YAMLError as error:
+    except Unreadable:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last: a date that is none
         mark = getattr(error, "problem_mark", None)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
-    except Unreadable:
-        raise
-    except ValueError as error:  # a date that is none
-        raise Unreadable(f"not valid YAML: {error}") from error
 
 
 def comment_after(text: str) -> str:

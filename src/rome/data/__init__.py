@@ -3,20 +3,12 @@
 May import core alone.
 """
 
-from rome.data.base import Data, Split, SplitName
-from rome.data.cifar10 import CIFAR10_CLASSES, Cifar10
-from rome.data.folder import ImageFolder
-from rome.data.memory import Digits, MemorySplit
-from rome.data.parquet import Parquet
-
-__all__ = [
-    "CIFAR10_CLASSES",
-    "Cifar10",
-    "Data",
-    "Digits",
-    "ImageFolder",
-    "MemorySplit",
-    "Parquet",
-    "Split",
-    "SplitName",
-]
+from rome.data.base import Data as Data
+from rome.data.base import Split as Split
+from rome.data.base import SplitName as SplitName
+from rome.data.cifar10 import CIFAR10_CLASSES as CIFAR10_CLASSES
+from rome.data.cifar10 import Cifar10 as Cifar10
+from rome.data.folder import ImageFolder as ImageFolder
+from rome.data.memory import Digits as Digits
+from rome.data.memory import MemorySplit as MemorySplit
+from rome.data.parquet import Parquet as Parquet

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +19,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from rome.core.component import Component
+from rome.core.console import say
 from rome.core.errors import UserError
 
+_say_once = functools.cache(say)
 SplitName = Literal["train", "test"]
 TestSplit = Literal["test", "validation", "valid", "val"]
 Floats = tuple[float, ...]
@@ -55,9 +56,8 @@ class Split(ABC):
         """This split with its source and remarks. The latter also go to standard error, each once, from the first of
         several processes."""
         self.source, self.remarks = source, tuple(remarks)
-        if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
-            for remark in self.remarks:
-                _say(remark)
+        for remark in self.remarks:
+            _say_once(remark)
         return self
 
     def __len__(self) -> int:
@@ -164,11 +164,6 @@ class Data(Component):
                 f"{split}_limit={limit} asks for more than {where} has: {available} examples; lower it or leave it out"
             )
         return available if limit is None else limit
-
-
-@functools.cache
-def _say(remark: str) -> None:
-    print(remark, file=sys.stderr)
 
 
 def chosen_split(

@@ -13,7 +13,6 @@ from torch import Tensor
 from rome.core.errors import UserError
 from rome.data.base import NAMES, Data, Split, SplitName, one_line
 from rome.data.memory import MemorySplit
-from rome.data.parquet import decoded
 from rome.data.tables import find_tables, read_tables
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,40 +42,31 @@ class Cifar10(Data):
         if root.name == "cifar-10-batches-py" or root.suffix == ".parquet":
             root = root.parent
         tables = named or find_tables(root, *NAMES[split])
-        if not tables and not self.download and not (root / "cifar-10-batches-py").is_dir():
+        in_batches = (root / "cifar-10-batches-py").is_dir()
+        if not tables and not self.download and not in_batches:
             raise UserError(
                 f"{root} {'holds no CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
                 f"cifar-10-batches-py (torchvision) or {split}-*.parquet (Hugging Face Hub); or set data.download=true"
             )
-        if not tables or (not named and (root / "cifar-10-batches-py").is_dir()):
-            images, labels = _read_batches(root, split, self.download)
-            count = self._count(split, len(labels), root)
-            images, labels = images[:count], labels[:count]
-            source, remarks = str(root / "cifar-10-batches-py"), list[str]()
+        if tables and (named or not in_batches):
+            table, folder = read_tables(tables, classes=len(CIFAR10_CLASSES)), tables[0].parent
+            if table.names and table.names != CIFAR10_CLASSES:
+                raise UserError(
+                    f"{tables[0]}: its classes are {', '.join(table.names[:3])}...: another data set; set "
+                    "data.kind=parquet"
+                )
+            source, remarks = table.source, table.remarks()
+            if len(table) != _IMAGES[split]:
+                remarks.append(f"{folder}: {len(table)} images, where CIFAR-10 has {_IMAGES[split]} to {split}")
+            count = self._count(split, len(table), folder)
+            images, labels = table.decoded(range(count), (32, 32)), table.labels
         else:
-            images, labels, source, remarks = self._read_parquet(tables, split)
+            images, labels = _read_batches(root, split, self.download)
+            source, remarks = str(root / "cifar-10-batches-py"), []
+            count = self._count(split, len(labels), root)
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-        opened = MemorySplit(images, labels, CIFAR10_CLASSES, mean, std, augment=self.augment, pad=4)
+        opened = MemorySplit(images[:count], labels[:count], CIFAR10_CLASSES, mean, std, augment=self.augment, pad=4)
         return opened.described(source, remarks)
-
-    def _read_parquet(self, files: list[Path], split: SplitName) -> tuple[Tensor, Tensor, str, list[str]]:
-        """Images uint8 (N, 3, 32, 32), labels int64 (N,), source and remarks."""
-        table = read_tables(files)
-        if table.names and table.names != CIFAR10_CLASSES:
-            raise UserError(
-                f"{files[0]}: its classes are {', '.join(table.names[:3])}...: another data set; set data.kind=parquet"
-            )
-        beyond = (table.labels >= len(CIFAR10_CLASSES)).nonzero().flatten()
-        if len(beyond):
-            row = int(beyond[0])
-            where = table.filename(row)
-            raise UserError(f"{where} has the label {table.labels[row]}; CIFAR-10 has 0..9: is this another data set?")
-        count = self._count(split, len(table), files[0].parent)
-        pixels = decoded(table, list(range(count)), (32, 32))
-        remarks = table.remarks()
-        if len(table) != _IMAGES[split]:
-            remarks.append(f"{files[0].parent}: {len(table)} images, where CIFAR-10 has {_IMAGES[split]} to {split}")
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), table.labels[:count], table.source, remarks
 
 
 def _read_batches(root: Path, split: SplitName, download: bool) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import IO, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from timm.utils import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
+from rome.data.pixels import Images
 from rome.data.resized import Resized
 
 
@@ -98,7 +99,7 @@ class ImageFolder(Resized):
     def _numbered(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
         """The classes by label, and a remark where the possible orders differ."""
         orders = {"torchvision": sorted(classes)}
-        orders["timm"] = sorted(orders["torchvision"], key=_natural)
+        orders["timm"] = sorted(orders["torchvision"], key=natural_key)
         if self.classes is not None and (self.class_order == "list" or not _built_in(self.classes).is_file()):
             orders["list"] = self._listed(self.classes)
         mine = orders.pop(self.class_order)
@@ -144,7 +145,7 @@ class ImageFolder(Resized):
 
 
 @dataclass(frozen=True)
-class _Images:
+class _Images(Images):
     """Files to read, by their number."""
 
     folder: Path
@@ -194,23 +195,15 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _natural(name: str) -> list[str | int]:
-    """A key that sorts numbers inside names by their value, as ``timm.utils.natural_key`` does."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
-
-
 def _in_both(images: list[tuple[str, str]], folder: Path, other: Path) -> list[str]:
     """The images that are in another split too: of the same class, name and content."""
-    names = {place: set(os.listdir(other / place)) for place in {place for place, _ in images}}
-    pairs = [(folder / place / name, other / place / name) for place, name in images if name in names[place]]
-    return [str(mine) for mine, theirs in pairs if _same(mine, theirs)]
-
-
-def _same(mine: Path, theirs: Path) -> bool:
-    try:
-        return filecmp.cmp(mine, theirs, shallow=False)
-    except OSError:  # a broken link, which is named when it is read
-        return False
+    classes: dict[str, list[str]] = {}
+    for place, name in images:
+        classes.setdefault(place, []).append(name)
+    same = {
+        place: filecmp.cmpfiles(folder / place, other / place, classes[place], shallow=False)[0] for place in classes
+    }
+    return [str(folder / place / name) for place, names in same.items() for name in names]
 
 
 def _built_in(classes: str) -> Path:

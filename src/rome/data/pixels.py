@@ -7,24 +7,67 @@ white (or, floats in [0, 1], black); here they are scaled.
 
 from __future__ import annotations
 
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from rome.core.errors import UserError
+from rome.data.base import one_line
 
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 
 
-def read_rgb(file: IO[bytes] | Path) -> Image.Image:
-    """The decoded image in mode RGB.
+class Images(ABC):
+    """Encoded images by number."""
 
-    Raises:
-        ValueError: its range of values is unknown.
-        Exception: almost any kind, from Pillow, where the file is broken or no image.
-    """
-    with Image.open(file) as opened:
-        return eight_bits(opened).convert("RGB")
+    @abstractmethod
+    def __getitem__(self, row: int, /) -> IO[bytes]:
+        """The opened file of an image."""
+
+    @abstractmethod
+    def filename(self, row: int, /) -> str:
+        """Its name, for messages."""
+
+    def picture(self, row: int) -> Image.Image:
+        """The decoded image in mode RGB.
+
+        Raises:
+            UserError: it is none. Pillow, because torchvision's decoder crashes on some broken files.
+        """
+        try:
+            with self[row] as file, Image.open(file) as opened:
+                return eight_bits(opened).convert("RGB")
+        except Exception as error:  # Pillow raises almost any kind for a broken file
+            problem = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+            where = self.filename(row)
+            raise UserError(f"{where}: cannot be read as an image ({problem}); replace or remove it") from None
+
+    def decoded(self, rows: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """Images as uint8 (N, 3, H, W).
+
+        Args:
+            size: the width and height that each must have; None: those of the first.
+
+        Raises:
+            UserError: one is broken or of another size.
+        """
+        wanted = size or self.picture(rows[0]).size
+        pixels = np.empty((len(rows), wanted[1], wanted[0], 3), dtype=np.uint8)
+        for place, row in enumerate(rows):
+            image = self.picture(row)
+            if image.size != wanted:
+                raise UserError(
+                    f"{self.filename(row)} is an image of {image.width}x{image.height} pixels, not "
+                    f"{wanted[0]}x{wanted[1]}: is this another data set? For images of several sizes set "
+                    "data.kind=parquet and data.size=PIXELS (--img-size PIXELS)"
+                )
+            pixels[place] = np.asarray(image)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def eight_bits(opened: Image.Image) -> Image.Image:

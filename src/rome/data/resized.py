@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, unchanged_states
-from rome.data.base import Batches, Data, Split, TestSplit, one_line
-from rome.data.pixels import read_rgb
+from rome.data.base import Batches, Data, Split, TestSplit
+from rome.data.pixels import Images
 
 
 class Resized(Data):
@@ -49,8 +49,8 @@ class Resized(Data):
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
         return ends
 
-    def resized(self, reader: Reader, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
-        """The split of a reader's images.
+    def resized(self, images: Images, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
+        """The split of some images.
 
         Args:
             rows: their numbers there, in the order of the examples.
@@ -68,18 +68,8 @@ class Resized(Data):
         }
         plain = create_transform(**common, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
         augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
-        files = _Files(reader, rows, plain)
+        files = _Files(images, rows, plain)
         return _ResizedSplit(files, labels, classes, size, augmented if self.augment else plain)
-
-
-class Reader(Protocol):
-    """Where encoded images come from."""
-
-    def __getitem__(self, row: int, /) -> IO[bytes]:
-        """The opened file of a row."""
-
-    def filename(self, row: int, /) -> str:
-        """Its name, for messages."""
 
 
 class _ResizedSplit(Split):
@@ -112,21 +102,18 @@ class _ResizedSplit(Split):
 class _Files(Dataset["Tensor | str"]):
     """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
 
-    reader: Reader
+    images: Images
     rows: list[int]
     transform: Any
     seed: int | None = None
 
     def __getitem__(self, index: int) -> Tensor | str:
-        row = self.rows[index]
         try:
-            with self.reader[row] as file:
-                image = read_rgb(file)
-            with nullcontext() if self.seed is None else _seeded(derive_seed(self.seed, index)):
-                pixels: Tensor = self.transform(image)
-        except Exception as error:  # Pillow raises almost any kind for a broken file
-            path = self.reader.filename(row)
-            return f"{path}: cannot be read as an image ({one_line(error)}); replace or remove it"
+            image = self.images.picture(self.rows[index])
+        except UserError as error:
+            return str(error)
+        with nullcontext() if self.seed is None else _seeded(derive_seed(self.seed, index)):
+            pixels: Tensor = self.transform(image)
         return pixels
 
 

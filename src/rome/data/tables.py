@@ -10,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rome.core.errors import UserError
 from rome.data.base import one_line
-from rome.data.pixels import read_rgb
+from rome.data.pixels import Images
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +28,7 @@ _PIECE = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 
 
 @dataclass(frozen=True)
-class ImageTable:
+class ImageTable(Images):
     """The images of some files as they are encoded, one after the other, and their labels."""
 
     files: tuple[Path, ...]
@@ -54,18 +53,6 @@ class ImageTable:
         while row >= self.counts[file]:
             row, file = row - self.counts[file], file + 1
         return f"{self.files[file]}: row {row}"
-
-    def picture(self, row: int) -> Image.Image:
-        """An image in RGB.
-
-        Raises:
-            UserError: it is none. Pillow, because torchvision's decoder crashes on some broken files.
-        """
-        try:
-            return read_rgb(self[row])
-        except Exception as error:  # Pillow raises almost any kind for a broken file
-            problem = one_line(error) if self[row].read(1) else "no bytes"
-            raise UserError(f"{self.filename(row)} is not an image ({problem}); download the file again") from None
 
     @property
     def source(self) -> str:
@@ -117,12 +104,15 @@ def equal_files(some: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[
                 yield first, second
 
 
-def read_tables(files: list[Path], label: str = "label", *, first: int | None = None) -> ImageTable:
+def read_tables(
+    files: list[Path], label: str = "label", *, classes: int | None = None, first: int | None = None
+) -> ImageTable:
     """The images, still encoded, and labels of Parquet files with a column ``img`` or ``image``, of bytes or a struct
     with bytes.
 
     Args:
         label: the column of labels, integers from 0.
+        classes: their number; None: that of the names in the files, or any.
         first: read no more than so many rows of each file.
 
     Raises:
@@ -130,41 +120,31 @@ def read_tables(files: list[Path], label: str = "label", *, first: int | None = 
     """
     import pyarrow as pa
 
-    images, labels, names = zip(*(_read(file, label, first) for file in files), strict=True)
+    images, labels, names = zip(*(_read(file, label, classes, first) for file in files), strict=True)
     if len(set(names)) > 1:
         raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
     encoded = pa.chunked_array([chunk for each in images for chunk in each.chunks], pa.large_binary())
     return ImageTable(tuple(files), tuple(map(len, labels)), encoded, torch.cat(labels), names[0])
 
 
-def label_facts(file: Path, label: str = "label") -> tuple[tuple[str, ...], int, int]:
-    """What a file says of its labels, without its images: the names of the classes that the Hub writes into it, empty
-    where it has none, and the smallest and the largest label: (-1, -1) where it has none or where they are secret, as
-    of some test sets on the Hub; (0, -1) where they are no integers or cannot be read."""
+def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[Any]]:
+    """The names of the classes that the Hub writes into a file, empty where it has none, and the labels, read without
+    the images: [0] of a file that cannot be read, which is refused when its images are."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    names, low, high = tuple[str, ...](), None, None
     try:
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
-            names = _names(schema.metadata, label)
-            if label in schema.names:
-                low, high = pc.min_max(parquet.read([label]).column(label)).as_py().values()
+            labels = parquet.read([label]).column(label).to_pylist() if label in schema.names else []
+            return _names(schema.metadata, label), labels
     except (pa.ArrowException, OSError):
-        return names, 0, -1
-    if low is None:
-        return names, -1, -1
-    return (names, low, high) if isinstance(low, int) and isinstance(high, int) else (names, 0, -1)
+        return (), [0]
 
 
-def label_names(file: Path) -> tuple[str, ...]:
-    """The names of :func:`label_facts`."""
-    return label_facts(file)[0]
-
-
-def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
+def _read(
+    file: Path, label: str, classes: int | None, first: int | None
+) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
     """The encoded images of one file, their labels, and the names of the classes."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -200,7 +180,7 @@ def _read(file: Path, label: str, first: int | None) -> tuple[pa.ChunkedArray, T
         refuse(f"not a readable Parquet file ({one_line(error)})")
     labels = table.column(label).to_pylist()
     names = _names(schema.metadata, label)
-    classes = len(names) or 2**31
+    classes = classes or len(names) or 2**31
     wrong = [(row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < classes]
     if wrong and all(value == -1 for value in labels):
         raise UserError(

@@ -1,8 +1,7 @@
-"""One attack on one batch: run, checked again, and told what was odd about it."""
+"""What an attack returned for a batch: checked again, with warnings."""
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,14 +10,12 @@ from torch import Tensor
 
 from rome.attacks.base import Attack
 from rome.attacks.engine import Model
-from rome.attacks.lp.autoattack import AttackWarning, collected
 from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
-from rome.evaluation.memory import Halving
-from rome.evaluation.store import BatchResult
-from rome.threats import Threat
+
+NOT_FINITE = "non-finite-logits"
 
 
 @runtime_checkable
@@ -44,65 +41,19 @@ class Examples(NamedTuple):
         return x.to(self.device).contiguous(), y.to(self.device)
 
 
-def attack_batch(
-    model: Model,
-    examples: Examples,
-    case: Case,
-    stage: int,
-    part: np.ndarray,
-    *,
-    seed: int,
-    keep_images: bool,
-    halving: Halving,
-) -> BatchResult:
-    """Run a case's attack number ``stage`` on the examples ``part`` (b,).
-
-    The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in float32
-    before they count. ``facts`` has ``seconds``, ``warnings``, and ``pieces`` where memory did not suffice for the
-    whole batch: the sizes of the batches that were run instead.
-    """
-    attack = case.attacks[stage]
-    start = time.perf_counter()
-    noticed: list[AttackWarning] = []
-
-    def work(piece: np.ndarray) -> tuple[np.ndarray, Tensor | None, list[tuple[str, int, str]]]:
-        x, y = examples.batch(piece)
-        generator = torch.Generator().manual_seed(seed)
-        if case.on_all and isinstance(attack, FixedChange):
-            found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
-        else:
-            found = attack.run(model, x, y, case.threat, generator=generator).adversarial
-        images, correct, doubts = recheck(model, x, y, found, case.threat)
-        return correct.cpu().numpy(), images[~correct].cpu() if keep_images else None, doubts
-
-    with collected(noticed):
-        pieces = halving.run(f"{case.name}/{attack.kind}", part, work)
-    doubts = [doubt for _, (_, _, some) in pieces for doubt in some]
-    doubts += [(notice.check, notice.examples, notice.message) for notice in noticed]
-    facts: dict[str, Any] = {
-        "seconds": time.perf_counter() - start,
-        "warnings": [warning(check, case, attack, count, message) for check, count, message in doubts],
-    }
-    if len(pieces) > 1:
-        facts["pieces"] = [len(piece) for piece, _ in pieces]
-    images = [some for _, (_, some, _) in pieces if some is not None]
-    correct = np.concatenate([verdicts for _, (verdicts, _, _) in pieces])
-    return BatchResult(part, correct, torch.cat(images) if images else None, facts)
-
-
 def recheck(
-    model: Model, x: Tensor, y: Tensor, found: Tensor, threat: Threat
-) -> tuple[Tensor, Tensor, list[tuple[str, int, str]]]:
+    model: Model, x: Tensor, y: Tensor, found: Tensor, case: Case, attack: Attack
+) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
     """What an attack returned, made valid, classified anew, with what was wrong with it.
 
     Outside its threat an image is projected back; not finite, or not to be projected, it is replaced by the original.
 
     Returns:
-        Images (b, C, H, W), which of them are classified correctly (b,), and (check, examples, message) for each doubt.
+        Images (b, C, H, W), which of them are classified correctly (b,), and warnings.
     """
     if found.shape != x.shape:
         raise RuntimeError(f"the attack returned images {tuple(found.shape)} for {tuple(x.shape)}")
-    found = found.detach().to(x)
+    threat, found = case.threat, found.detach().to(x)
     broken = ~found.isfinite().flatten(1).all(dim=1)
     found = torch.where(broken.view(-1, 1, 1, 1), x, found)
     outside = ~threat.contains(found, x)
@@ -113,34 +64,31 @@ def recheck(
     logits = model(found).float()
     unclear = ~logits.isfinite().all(dim=1)
     correct = (logits.argmax(1) == y) & ~unclear
-    doubts = [
-        ("left-threat", outside, "they lay outside their threat: projected back and classified anew"),
-        ("broken-image", broken, "they were not finite or could not be projected: replaced by the clean images"),
-        ("non-finite-logits", unclear, "the logits of their adversarial images are not finite: counted as wrong"),
-    ]
-    counts = [(check, int(which.sum()), text) for check, which, text in doubts]
-    return found, correct, [doubt for doubt in counts if doubt[1]]
+    doubts = {
+        "left-threat": (outside, "they lay outside their threat: projected back and classified anew"),
+        "broken-image": (broken, "they were not finite or could not be projected: replaced by the clean images"),
+        NOT_FINITE: (unclear, "the logits of their adversarial images are not finite: counted as wrong"),
+    }
+    counts = {check: (int(which.sum()), message) for check, (which, message) in doubts.items()}
+    return found, correct, [warning(check, case.name, attack, n, text) for check, (n, text) in counts.items() if n]
 
 
-def warning(check: str, case: Case, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:
+def warning(check: str, case: str | None, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:
     """An entry of :attr:`rome.evaluation.result.Report.warnings`."""
     kind = attack.kind if attack else None
-    return {"check": check, "case": case.name, "attack": kind, "examples": examples, "message": message}
+    return {"check": check, "case": case, "attack": kind, "examples": examples, "message": message}
 
 
 def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One warning for each check of each attack, its examples added up over the batches."""
     merged: dict[tuple[str, str | None], dict[str, Any]] = {}
     for each in found:
-        key = (each["check"], each["attack"])
-        if key in merged:
-            merged[key]["examples"] += each["examples"]
-        else:
-            merged[key] = dict(each)
+        first = merged.setdefault((each["check"], each["attack"]), {**each, "examples": 0})
+        first["examples"] += each["examples"]
     return list(merged.values())
 
 
-def told(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error as a result keeps it."""
     if isinstance(error, UserError):
         return str(error)  # written to be read as it is

@@ -98,7 +98,7 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
         answers += [ask(model, x) for _ in range(repeats - 1)]
         answers = [answer.float() for answer in answers]
         logits = answers[0]
-        check_finite(logits)
+        refuse_not_finite(int((~logits.isfinite()).any(dim=1).sum()), len(logits))
         check_labels(labels, logits.shape[1])
         if bool(((logits >= 0) & (logits <= 1)).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
             raise UserError(
@@ -125,15 +125,13 @@ def check_gradient(model: Model, x: Tensor) -> None:
     ask(model, x, gradient=True)
 
 
-def check_finite(logits: Tensor) -> None:
+def refuse_not_finite(bad: int, images: int) -> None:
     """Raises:
-    UserError: some logits of clean images are not finite.
+    UserError: there are clean images whose logits are not finite.
     """
-    bad = int((~logits.isfinite()).any(dim=1).sum())
     if bad:
         raise UserError(
-            f"the model's logits are not finite for {bad} of {len(logits)} clean images: "
-            "check its weights and its precision"
+            f"the model's logits are not finite for {bad} of {images} clean images: check its weights and its precision"
         )
 
 

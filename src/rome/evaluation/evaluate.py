@@ -8,10 +8,10 @@ may be shared among processes, and a finished one is on disk: an evaluation that
 
 from __future__ import annotations
 
+import functools
 import platform
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
 from rome.attacks.suites import BATCH_SIZE, Case, Suite, SuiteChoice, as_named, as_suite
 from rome.core import trust
+from rome.core.console import say
 from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
 from rome.core.graphs import Graphs
@@ -46,7 +47,7 @@ from rome.evaluation.memory import Halving
 from rome.evaluation.progress import ProgressCallback, watching
 from rome.evaluation.result import CLEAN, UNION, Report
 from rome.evaluation.runner import CaseRunner
-from rome.evaluation.store import Store, example_images, fingerprint
+from rome.evaluation.store import Store, example_images, fingerprint, finished
 from rome.threats import CIFAR10, Threat
 
 __all__ = ["Case", "Report", "Suite", "SuiteChoice", "evaluate", "example_images", "hash_model"]
@@ -67,7 +68,6 @@ def evaluate(
     seed: int = 0,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
-    resume: bool = True,
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     save_images: bool = True,
@@ -95,10 +95,10 @@ def evaluate(
             says so.
         seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
         device: where the model is; None asks it.
-        out: folder to keep the result and every finished batch in.
-        resume: go on with what ``out`` holds; a finished result is returned at once. What is reused is in
-            ``Report.reused`` and said on standard error. Nothing is reused of a function that is no module, nor of
-            another object that nothing tells from another one: its evaluation is refused unless ``overwrite`` is set.
+        out: folder to keep the result and every finished batch in. An evaluation goes on with what it holds, and a
+            finished result is returned at once. What is reused is in ``Report.reused`` and said on standard error.
+            Nothing is reused of a function that is no module, nor of another object that nothing tells from another
+            one: its evaluation is refused unless ``overwrite`` is set.
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
         save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
@@ -129,6 +129,7 @@ def evaluate(
     examples = Examples(x, y, device_of(model, x, device))
     where, halving = examples.device, Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
+    verbose = bool(progress) and team.is_main
 
     facts = identity(model)
     settings: dict[str, Any] = {
@@ -138,87 +139,68 @@ def evaluate(
         "batch_size": size,
         "seed": seed,
         "device": where.type,
-        "model": facts,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
+        "save_images": save_images,
+        "provenance": dict(provenance or {}),
+        "environment": {
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
+            "python": platform.python_version(),
+        },
     }
     # an eighth of a batch: examples leave it as they are fooled, and few shapes are to occur
     graphs = Graphs(whole=False, rows=-(-size // 8)) if where.type == "cuda" else None
     with _undisturbed(model, where, graphs):
-        stored = team.first(lambda: None if overwrite else store.stored_settings())
+        stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
         settings["model"] = settled(facts, changing)
-        classes = team.first(lambda: None if overwrite else _known_classes(store, settings))
-        unseen = classes is None
-        if classes is None:
+        known = stored and finished(done) and stored["model"] == settings["model"] and facts["sha256"]
+        if stored and known:  # then no forward is needed
+            classes = int(stored["classes"])
+        else:
             first, last = np.arange(min(size, len(x))), len(x) % size
             answers = team.together(
                 lambda: halving.run(
-                    CLEAN, first, lambda part: check_outputs(model, examples.batch(part)[0], y, last=last)
+                    f"{CLEAN}/",  # the work that the clean column is
+                    first,
+                    lambda part: check_outputs(model, examples.batch(part)[0], y, last=last),
                 )
             )
             classes = answers[0][0][1]
-            settings["model"] = settled(facts, changing | set(changed(facts, aside(model))))
+            settings["model"] = settled(facts, changing | changed(facts, aside(model)))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
-        if unseen and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
+        if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
-        if progress and team.is_main:
-            for name, reason in left_out.items():
-                print(f"{name}: left out: it {reason}", file=sys.stderr)
+        for name, reason in left_out.items() if verbose else ():
+            say(f"{name}: left out: it {reason}")
         wanted = _wanted(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings["code"], settings["unknown"] = code_of((suite, named, planned))
-        settings |= {"save_images": save_images, "provenance": dict(provenance or {})}
-        networks = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
-        settings["networks"] = networks
-        settings["environment"] = {
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
-            "python": platform.python_version(),
-        }
+        settings["networks"] = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
         store.fingerprint = team.agreed(
             fingerprint(settings),
             "the processes were given different models, data or settings, so they cannot evaluate together: "
             "build the model from the same file or seed in each",
         )
-        settings, finished = team.first(
-            lambda: (store.open(settings, resume=resume, overwrite=overwrite), store.finished)
-        )
-        report = team.first(lambda: Report.load(folder)) if finished and (folder := store.directory) else None
-        found = None if report is None else replace(report, reused={"result": report.date})
-        if found is not None and (found.checks or not checks):
-            return _said(found, team)
-        with watching(progress if team.is_main else False) as watch:
-            run = CaseRunner(
-                model=model,
-                examples=examples,
-                cases=planned,
-                batch_size=size,
-                seed=seed,
-                store=store,
-                networks=networks,
-                save_images=settings["save_images"],
-                watch=watch,
-                halving=halving,
-                team=team,
-                verbose=bool(progress) and team.is_main,
-            )
-            report = report or run.report(settings, wanted)
-            if worth_checking(planned, len(x)) if checks is None else checks:
-                clean = report.correct[:, 0]
-
-                def make() -> list[dict[str, Any]]:
-                    return run_checks(model, examples, planned, clean, batch_size=size, halving=halving)
-
-                report.checks.extend(team.first(lambda: store.checks(make)))
-                report.warnings.extend(as_warnings(report.checks))
-    team.first(lambda: store.finish(report.arrays(), report.to_json()))
-    return _said(report if found is None else replace(report, reused=found.reused), team)
-
-
-def _said(report: Report, team: Team) -> Report:
-    """The report, once the first process has said what of it was not run now."""
+        settings, done = team.first(lambda: (store.open(settings, overwrite=overwrite), store.result()))
+        folder = store.directory
+        report = team.first(lambda: Report.load(folder)) if folder is not None and finished(done) else None
+        reused = None if report is None else {"result": report.date}
+        if report is None or (checks and not report.checks):
+            with watching(progress if team.is_main else False) as watch:
+                run = CaseRunner(model, examples, planned, settings, store, watch, halving, team, verbose)
+                report = report or run.report(wanted)
+                if worth_checking(planned, len(x)) if checks is None else checks:
+                    made = done["checks"] if done else []
+                    clean = report.correct[:, 0]
+                    report.checks.extend(
+                        made or team.first(lambda: run_checks(model, examples, planned, clean, size, halving))
+                    )
+                    report.warnings.extend(as_warnings(report.checks))
+                team.first(functools.partial(store.finish, report.arrays(), report.to_json()))
+    report = report if reused is None else replace(report, reused=reused)
     if report.reuse and team.is_main:
-        print(f"reused: {report.reuse}", file=sys.stderr)
+        say(f"reused: {report.reuse}")
     return report
 
 
@@ -236,7 +218,7 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
     return kept, left_out
 
 
-def _wanted(asked: Iterable[str] | None, names: list[str]) -> frozenset[str]:
+def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
     """The columns to run now, among the suite's.
 
     Raises:
@@ -244,22 +226,12 @@ def _wanted(asked: Iterable[str] | None, names: list[str]) -> frozenset[str]:
     """
     if len(set(names)) < len(names) or {CLEAN, UNION} & set(names):
         raise UserError(f"cases need different names, none of them 'clean' or 'union'; these are {names}")
-    if asked is None:
-        return frozenset(names)
-    chosen = frozenset([asked] if isinstance(asked, str) else asked)
-    for name in sorted(chosen - set(names)):
+    wanted = frozenset(names if chosen is None else [chosen] if isinstance(chosen, str) else chosen)
+    for name in sorted(wanted - set(names)):
         raise UserError(f"the suite has no case {name!r}.{did_you_mean(name, names)}")
-    if not chosen:
+    if not wanted:
         raise UserError("no case was named; give at least one, or leave the choice out for all of them")
-    return chosen
-
-
-def _known_classes(store: Store, settings: dict[str, Any]) -> int | None:
-    """The number of classes as stored, if the model is the one that was stored: then no forward is needed."""
-    stored = store.stored_settings()
-    if not stored or not store.finished or stored["model"] != settings["model"] or not settings["model"]["sha256"]:
-        return None
-    return int(stored["classes"])
+    return wanted
 
 
 @contextmanager
@@ -268,17 +240,12 @@ def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> I
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]
-    with ExitStack() as stack:
-        stack.enter_context(unchanged_states())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(graphed(model, graphs))
-        stack.enter_context(frozen(model))
+    with unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             for product in products:
                 product.fp32_precision = "ieee"
-            yield
+            with graphed(model, graphs), frozen(model):
+                yield
         finally:
             for product, precision in zip(products, precisions, strict=True):
                 product.fp32_precision = precision

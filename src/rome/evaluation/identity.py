@@ -71,14 +71,9 @@ def settled(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]
     return {**facts, **kept, **({CHANGING: sorted(gone)} if gone else {})}
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     """The names under which two such facts differ."""
-    return [
-        name
-        for part in _NAMED & {*before, *after}
-        for name in before[part].keys() | after[part].keys()
-        if before[part].get(name) != after[part].get(name)
-    ]
+    return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 
 def hash_data(x: Tensor, y: Tensor) -> str:

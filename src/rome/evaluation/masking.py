@@ -19,7 +19,7 @@ from rome.attacks.engine import Model, loss_and_gradient
 from rome.attacks.lp.apgd import APGD
 from rome.attacks.lp.autoattack import APGDCE
 from rome.attacks.suites.base import Case
-from rome.evaluation.batch import Examples
+from rome.evaluation.batch import Examples, warning
 from rome.evaluation.memory import Halving
 from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
@@ -53,7 +53,6 @@ def run_checks(
     examples: Examples,
     cases: Sequence[Case],
     clean: np.ndarray,
-    *,
     batch_size: int = SAMPLE,
     halving: Halving | None = None,
 ) -> list[dict[str, Any]]:
@@ -74,19 +73,19 @@ def run_checks(
     halving = halving or Halving(allowed=False)
     parts = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
 
-    def every(name: str, ask: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    def every(measure: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
         def work(some: np.ndarray) -> np.ndarray:
-            return ask(*examples.batch(some)).cpu().numpy()
+            return measure(*examples.batch(some)).cpu().numpy()
 
-        return np.concatenate([answer for some in parts for _, answer in halving.run(name, some, work)])
+        return np.concatenate([measured for some in parts for _, measured in halving.run("checks", some, work)])
 
     def robust(threat: LpBall, steps: int) -> np.ndarray:
-        return every("checks", lambda x, y: _robust(model, x, y, threat, steps))
+        return every(lambda x, y: _robust(model, x, y, threat, steps))
 
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
-    zero = float(every("checks", lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
+    zero = float(every(lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
     message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
@@ -132,13 +131,7 @@ def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
     advice = "gradients may be masked, the true robustness lower"
     return [
-        {
-            "check": check["check"],
-            "case": None,
-            "attack": None,
-            "examples": check["examples"],
-            "message": f"{check['message']}: {advice}",
-        }
+        warning(check["check"], None, None, check["examples"], f"{check['message']}: {advice}")
         for check in checks
         if check["raised"]
     ]

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from rome.core.device import out_of_memory
-from rome.core.errors import UserError, first_line
 
 T = TypeVar("T")
-
-
-@contextmanager
-def enough_memory() -> Iterator[None]:
-    """Turn a want of memory into what to do about it.
-
-    Raises:
-        UserError: memory did not suffice for what runs inside.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            f"memory does not suffice ({first_line(error)}): give a smaller --batch-size, or auto, which finds one; "
-            "finished batches are kept"
-        ) from error
 
 
 def free(error: BaseException) -> None:

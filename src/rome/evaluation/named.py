@@ -14,24 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
 from rome.attacks.suites.composed import listed
-from rome.core.component import mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.core.trial import check_attackable, last_line
 from rome.core.trust import names_code
 from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES, Split
-from rome.data.tables import find_tables, label_names
+from rome.data.resized import Resized
+from rome.data.tables import find_tables, labels_in
 from rome.models import Classifier, ModelSettings, create_model, file_hash, load_weights, weights_file
 from rome.models.exported import SavedModule, is_saved_module
-from rome.runs.config import DATA_BUDGETS, Config
-from rome.threats import NAMED_BUDGETS, LpBall, Threat
+from rome.runs.config import DATA_BUDGETS, Config, Places, parse
+from rome.threats import NAMED_BUDGETS, LpBall
 
 TRIED = 3
 """Images on which a model is tried before anything else."""
@@ -55,21 +54,14 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
         UserError: no such data set or folder, or one of unknown content.
     """
     given = _given(text)
-    kind = given.pop("kind")
     if img_size is not None:
         settings["size"] = img_size
     try:
-        owner = Data.of_kind(kind)
-        data = owner.model_validate(given)
-        resized = isinstance(data, ImageFolder) or (
-            isinstance(data, Parquet) and (img_size or data.size or not data.one_size())
-        )
-        return type(data).model_validate({**settings, **given}) if resized else data
-    except ValidationError as error:
-        wrong = mistakes(error, given, owner)[0].of(f"data {text!r}")
-        raise UserError(f"{wrong.rstrip('.')}; give {_FORMS}") from None
-    except PydanticCustomError as error:
-        raise UserError(f"data {text!r}: {error}; give {_FORMS}") from None
+        data = Data.of_kind(given.pop("kind"))(**given)
+    except (UserError, PydanticCustomError) as error:
+        raise UserError(f"data {text!r}: {str(error).rstrip('.')}; give {_FORMS}") from None
+    as_it_is = isinstance(data, Parquet) and not (img_size or data.size) and data.one_size()
+    return type(data)(**{**settings, **given}) if isinstance(data, Resized) and not as_it_is else data
 
 
 def _given(text: str) -> dict[str, Any]:
@@ -79,73 +71,41 @@ def _given(text: str) -> dict[str, Any]:
             (given,) = listed(text)
         except ValueError as error:
             raise UserError(f"data: {error}") from None
-        return given if "kind" in given else {"kind": _content(Path(str(given.get("path", "")))), **given}
+        return given if "kind" in given else {"kind": _content(str(given.get("path", ""))), **given}
     kind, colon, path = text.partition(":")
     if kind in Data.members():
         return {"kind": kind, **({"path": path} if colon else {})}
     path_like = len(kind) == 1 or {"/", "\\"} & set(kind)  # C:\x, ./a:b
     if colon and not path_like and not os.path.exists(os.path.expanduser(text)):
         raise UserError(f"unknown data {text!r}; give {_FORMS}")
-    return {"kind": _content(Path(text)), "path": text}
+    return {"kind": _content(text), "path": text}
 
 
-def _content(folder: Path) -> str:
-    folder = Path(os.path.expanduser(folder))
-    if folder.suffix == ".parquet" and os.path.isfile(folder):
-        return _of_tables(folder)
-    if not os.path.isdir(folder):
+def _content(path: str) -> str:
+    """The kind of data that lies at a path."""
+    folder = Path(os.path.expanduser(path))
+    is_table = folder.suffix == ".parquet" and os.path.isfile(folder)
+    if not is_table and not os.path.isdir(folder):
         near = did_you_mean(str(folder), Data.members()) if len(folder.parts) == 1 else ""
         raise UserError(f"there is no folder {folder} with data; give {_FORMS}.{near}")
     if (folder / "batches.meta").is_file() and folder.name != "cifar-10-batches-py":
         raise UserError(f"{folder} holds CIFAR-10's batches: rename it to cifar-10-batches-py")
     if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
         return Cifar10.kind
-    if tables := find_tables(folder, *NAMES["test"]):
-        return _of_tables(tables[0])
+    if tables := [folder] if is_table else find_tables(folder, *NAMES["test"]):
+        return Cifar10.kind if labels_in(tables[0])[0] == CIFAR10_CLASSES else Parquet.kind  # as the Hub names them
     tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
     raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
 
 
-def _of_tables(file: Path) -> str:
-    """CIFAR-10 where the Hub's names of classes inside a file say so."""
-    return Cifar10.kind if label_names(file) == CIFAR10_CLASSES else Parquet.kind
-
-
-def named_budgets(text: str) -> tuple[Threat, ...]:
-    """The threats that a text names: ``cifar10``, ``imagenet``, ``digits``, or balls such as ``L2=0.5,Linf=8/255``.
-
-    Raises:
-        UserError: neither.
-    """
-    if text in NAMED_BUDGETS:
-        return NAMED_BUDGETS[text]
-    if "=" not in text:
-        raise UserError(f"unknown budgets {text!r}.{did_you_mean(text, NAMED_BUDGETS)} Or balls: L2=0.5,Linf=8/255")
-    threats: dict[str, Threat] = {}
-    for part in text.split(","):
-        norm, _, eps = part.partition("=")
-        given = {"norm": norm.strip(), "eps": eps.strip()}
-        try:
-            threat = LpBall.model_validate(given)
-        except ValidationError as error:
-            wrong = mistakes(error, given, LpBall)[0].of(f"budget {part!r}")
-            raise UserError(f"{wrong}; write a norm and its radius, such as L1=12, L2=0.5 or Linf=8/255") from None
-        if threat.name in threats:
-            raise UserError(f"budgets {text!r} name {threat.name} twice")
-        threats[threat.name] = threat
-    return tuple(threats.values())
-
-
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    """``0.49,0.48,0.45`` as numbers; None stays None."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} {text!r}: write one number, or one for each channel: 0.49,0.48,0.45") from None
+def named_budgets(text: str | None) -> Any:
+    """Balls such as ``L2=0.5,Linf=8/255`` as a config says them; a name, such as ``cifar10``, as it is."""
+    if text is None or "=" not in text:
+        return text
+    balls = [part.partition("=") for part in text.split(",")]
+    return [{"norm": norm.strip(), "eps": eps.strip()} for norm, _, eps in balls]
 
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
@@ -217,27 +177,20 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
     if saved and weights is not None:
         raise UserError(f"{name} holds its weights already: leave --weights out")
-    mean, std = _numbers(said.get("mean"), "--mean"), _numbers(said.get("std"), "--std")
-    if (mean is None) != (std is None):
+    if ("mean" in said) != ("std" in said):
         raise UserError("--mean and --std go together: give both, or neither")
-    data = named_data(said["data"], img_size=side, **preprocessing(name, side))
-    budgets = said.get("budgets") or DATA_BUDGETS.get(data.kind)
-    if budgets is None:
-        raise UserError(
-            f"data kind {data.kind!r} has no budgets of its own; give --budgets cifar10, or L2=0.5,Linf=8/255"
-        )
-    return Config(
-        name=re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(name).stem if saved else name.rpartition(":")[2]),
-        data=data,
-        model=ModelSettings(
-            name=name,
-            pretrained=not function and not saved and weights is None,
-            mean=mean,
-            std=std,
-            **{key: said.get(key) for key in ("num_classes", "img_size", "patch_size", "weights", "weights_key")},
-        ),
-        threats=named_budgets(budgets),
-    )
+    places: Places = {("model", key): f"--{key} {said[key]}: " for key in ("mean", "std") if key in said}
+    places["threats",] = f"--budgets {said.get('budgets', '')}: "
+    model = {key: said.get(key) for key in ("num_classes", "img_size", "patch_size", "weights", "weights_key")}
+    model |= {key: said[key].split(",") for key in ("mean", "std") if key in said}
+    model |= {"name": name, "pretrained": not function and not saved and weights is None}
+    plain = {
+        "name": re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(name).stem if saved else name.rpartition(":")[2]),
+        "data": named_data(said["data"], img_size=side, **preprocessing(name, side)),
+        "model": model,
+        "threats": named_budgets(said.get("budgets")),
+    }
+    return parse(plain, places)
 
 
 def command(config: Config) -> str:
@@ -282,35 +235,29 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
                 f"--mean and --std need one number, or one for each of {channels} channels; --std positive ones"
             )
         mean, std = mean * (channels // len(mean)), std * (channels // len(std))
+    saved = is_saved_module(name)
+    facts: dict[str, Any] = {"name": Path(name).name if saved else name, "normalisation": None}
     remarks: list[str] = []
-    facts: dict[str, Any] = {"name": Path(name).name if is_saved_module(name) else name, "normalisation": None}
-    model: nn.Module
-    if is_saved_module(name):
-        model = inner = SavedModule(Path(name))
+    if saved:
+        inner = SavedModule(Path(name))
+        model = Classifier(inner, mean or (0.0,), std or (1.0,))
         facts["sha256"] = inner.digest
-        if mean is not None and std is not None:
-            model = Classifier(inner, mean, std)
     else:
         model = _architecture(settings, outputs, channels, side, mean, std)
-        if settings.weights is not None:
-            remarks = load_weights(
-                model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None
-            )
-            facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
-        elif settings.img_size is None:
-            remarks += filter(None, [_of_another_size(name, side)])
-    plain = mean is None and (names_code(name) or is_saved_module(name))
-    if plain and (not isinstance(model, Classifier) or bool((model.mean == 0).all() and (model.std == 1).all())):
+    if settings.weights is not None:
+        remarks = load_weights(model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None)
+        facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
+    elif settings.img_size is None:
+        remarks += filter(None, [_of_another_size(name, side)])
+    bare = bool((model.mean == 0).all() and (model.std == 1).all())
+    if bare and mean is None and (saved or names_code(name)):
         remarks.append(
             f"no normalisation added: {name} gets images in [0, 1] (give --mean and --std if it expects others)"
         )
-    elif isinstance(model, Classifier):
+    else:
         facts["normalisation"] = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
-    images, hint = (
-        split.first(min(TRIED, len(split)))[0],
-        "it must take batches of any size; for another image size give --img-size",
-    )
-    classes = check_attackable(model.eval(), images, name=name, hint=hint)
+    hint = "it must take batches of any size; for another image size give --img-size"
+    classes = check_attackable(model.eval(), split.first(min(TRIED, len(split)))[0], name=name, hint=hint)
     if classes != outputs:
         raise UserError(
             f"{name} gives {classes} classes, not {outputs}; if it has more classes than the data, and its first ones "

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -38,7 +39,8 @@ def _lines() -> ProgressCallback:
 
     def watch(case: str, done: int, total: int, robust: float) -> None:
         if done == total:
-            print(f"{case}: {100 * robust:.1f}% robust after {_duration(time.monotonic() - start)}", file=sys.stderr)
+            took = timedelta(seconds=round(time.monotonic() - start))
+            print(f"{case}: {100 * robust:.1f}% robust after {took}", file=sys.stderr)
 
     return watch
 
@@ -63,9 +65,3 @@ def _bars() -> Iterator[ProgressCallback]:
                 bars.update(tasks[name], visible=False)
 
         yield watch
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

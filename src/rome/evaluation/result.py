@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
+from pydantic.dataclasses import dataclass
 
 from rome.attacks.corruptions.attack import Corruption
 from rome.attacks.corruptions.severities import constants_for
 from rome.attacks.suites.base import LP, suite_label
+from rome.core.component import mistakes
 from rome.core.errors import Incomplete, UserError, did_you_mean, first_line
 from rome.evaluation.statistics import wilson
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.threats import LpBall
 
 CLEAN, UNION = "clean", "union"
-_STORED = ("warnings", "failed", "after", "seconds", "checks", "date", "reused")
+_STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
+"""What of ``result.json`` is no settings and does not follow from the matrix."""
 
 
 class _Named(BaseModel):
@@ -44,18 +48,7 @@ class _Settings(BaseModel):
     classes: int = 0
 
 
-class _Result(BaseModel):
-    """The form of ``result.json``."""
-
-    warnings: list[dict[str, Any]]
-    failed: dict[str, str]
-    after: dict[str, dict[str, float]]
-    seconds: dict[str, float]
-    pending: list[str] = []
-    checks: list[dict[str, Any]] = []
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
 class Report:
     """Accuracies derived from ``correct``; all are shares in [0, 1].
 
@@ -98,7 +91,7 @@ class Report:
         rows, columns = self.correct.shape
         if self.correct.dtype != np.bool_ or columns != len(self.cases) or not rows or self.cases[:1] != (CLEAN,):
             raise ValueError(f"expected a boolean matrix with columns {self.cases}, clean first, and at least one row")
-        attacks = np.array([not self._case(name).get("on_all", False) for name in self.cases])
+        attacks = np.array([name in self.attacks for name in self.cases])
         object.__setattr__(self, "correct", self.correct & (self.correct[:, :1] | ~attacks))
 
     @property
@@ -119,7 +112,7 @@ class Report:
     @property
     def attacks(self) -> tuple[str, ...]:
         """The cases that are attacks, also those that are missing."""
-        return tuple(name for name in self._planned if not self._case(name).get("on_all", False))
+        return tuple(name for name, case in self._planned.items() if not case.get("on_all", False))
 
     @property
     def average(self) -> float:
@@ -140,29 +133,27 @@ class Report:
     def members(self) -> dict[str, tuple[str, ...]]:
         """Group -> its cases, also those that are missing."""
         found: dict[str, tuple[str, ...]] = {}
-        for name in self._planned:
-            case = self._case(name)
-            group = case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else "")
-            if group:
+        for name, case in self._planned.items():
+            if group := case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else ""):
                 found[group] = (*found.get(group, ()), name)
         return found
 
     @property
     def unions(self) -> dict[str, float]:
         """Group of several attacks -> their union; NaN where one is missing."""
-        groups = {group: names for group, names in self.members.items() if len(names) > 1}
         return {
             group: self.union_of(names) if self._complete(names) else math.nan
-            for group, names in groups.items()
-            if set(names) <= set(self.attacks)
+            for group, names in self.members.items()
+            if len(names) > 1 and set(names) <= set(self.attacks)
         }
 
     @property
     def corruptions(self) -> tuple[str, ...]:
         """Where the corrupted images that were shown come from, in a sentence each; none without corruptions."""
         height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
-        shown = [self._case(name).get("attacks", [{}])[0] for name in self.cases[1:]]
-        return tuple(dict.fromkeys(_source(attack, max(height, width)) for attack in shown if _corrupts(attack)))
+        shown = [self._planned[name].get("attacks", [{}])[0] for name in self.cases[1:]]
+        made = [attack for attack in shown if attack.get("kind") == Corruption.kind]
+        return tuple(dict.fromkeys(_source(attack, max(height, width)) for attack in made))
 
     @property
     def suite(self) -> str:
@@ -238,46 +229,40 @@ class Report:
         """
         return wilson(int(self.right(cases).sum()), self.n)
 
-    def _case(self, name: str) -> Mapping[str, Any]:
-        """The description of a case, as :meth:`rome.attacks.suites.base.Case.dump` gives it; empty where unknown."""
-        return next((case for case in self.settings.get("cases", ()) if case["name"] == name), {})
-
-    @property
-    def _planned(self) -> tuple[str, ...]:
-        """The cases in the order of the suite."""
-        order = [case["name"] for case in self.settings.get("cases", ())]
+    @cached_property
+    def _planned(self) -> dict[str, Mapping[str, Any]]:
+        """The cases, also those that are missing, in the order of the suite, each with its description as
+        :meth:`rome.attacks.suites.base.Case.dump` gives it; empty where unknown."""
+        described = {case["name"]: case for case in self.settings.get("cases", ())}
         known = (*self.cases[1:], *self.failed, *self.pending)
-        return tuple(dict.fromkeys([*(name for name in order if name in known), *known]))
+        order = [*(name for name in described if name in known), *known]
+        return {name: described.get(name, {}) for name in order}
 
-    def _complete(self, names: Iterable[str]) -> bool:
-        found = list(names)
-        return bool(found) and all(name in self.cases for name in found)
+    def _complete(self, names: Collection[str]) -> bool:
+        return bool(names) and set(names) <= set(self.cases)
 
-    def _mean(self, names: Iterable[str]) -> float:
-        found, robust = list(names), self.robust
-        return float(np.mean([robust[name] for name in found])) if self._complete(found) else math.nan
+    def _mean(self, names: Collection[str]) -> float:
+        robust = self.robust
+        return float(np.mean([robust[name] for name in names])) if self._complete(names) else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrix, as plain data; what is unavailable is None."""
         names = (*self.cases, *(() if math.isnan(self.union) else (UNION,)))
-        return {
-            "n": self.n,
+        numbers = {
             "clean": self.clean,
             "robust": self.robust,
-            "average": _or_none(self.average),
-            "union": _or_none(self.union),
-            "groups": {group: _or_none(value) for group, value in self.groups.items()},
-            "unions": {group: _or_none(value) for group, value in self.unions.items()},
+            "average": self.average,
+            "union": self.union,
+            "groups": self.groups,
+            "unions": self.unions,
+        }
+        return {
+            "n": self.n,
+            **{name: _available(value) for name, value in numbers.items()},
             "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
-            "after": self.after,
-            "warnings": self.warnings,
-            "checks": self.checks,
-            "failed": self.failed,
+            **{name: getattr(self, name) for name in _STORED},
             "pending": list(self.pending),
-            "seconds": self.seconds,
-            "date": self.date,
-            "reused": self.reused,
             "settings": self.settings,
         }
 
@@ -301,7 +286,6 @@ class Report:
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
             _Settings.model_validate(settings)
-            _Result.model_validate(result)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],
@@ -309,22 +293,17 @@ class Report:
                     labels=matrix["labels"],
                     indices=matrix["indices"],
                     settings=settings,
-                    pending=tuple(result["pending"]),
                     **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             said = first_line(error)
             if isinstance(error, ValidationError):
-                first = error.errors(include_url=False)[0]
-                said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                place, message = next(iter(mistakes(error).items()))
+                said = f"{'.'.join(map(str, place))}: {message}"
             raise UserError(
                 f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"
             ) from None
-
-
-def _corrupts(attack: Mapping[str, Any]) -> bool:
-    return attack.get("kind") == Corruption.kind
 
 
 def _source(corruption: Mapping[str, Any], side: int) -> str:
@@ -335,5 +314,8 @@ def _source(corruption: Mapping[str, Any], side: int) -> str:
     return f"corrupted images made here with the severities of {whose}, not its images"
 
 
-def _or_none(value: float) -> float | None:
+def _available(value: Any) -> Any:
+    """The number, or each of several by name; None where it is NaN."""
+    if isinstance(value, dict):
+        return {name: _available(each) for name, each in value.items()}
     return None if math.isnan(value) else value

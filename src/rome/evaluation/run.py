@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,9 +11,10 @@ from torch import nn
 from rome.attacks.suites import Suite
 from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.core import trust
+from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import ALONE, Team, own_device
-from rome.core.errors import UserError, first_line
+from rome.core.distributed import own_device
+from rome.core.errors import UserError, first_line, some
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
 from rome.evaluation.named import build_named
@@ -36,12 +36,10 @@ def evaluate_saved(
     batch_size: int | Literal["auto"] | None = None,
     device: str | None = None,
     routing: Routing | None = None,
-    checks: bool | None = None,
     out: str | Path | None = None,
-    overwrite: bool = False,
-    team: Team = ALONE,
     settings: Evaluation | None = None,
     trust_code: bool = False,
+    **others: Any,
 ) -> tuple[Report, Path]:
     """Evaluate a model on the test set of its config.
 
@@ -56,8 +54,7 @@ def evaluate_saved(
             a model that no run made.
         settings: what holds where an argument is None; without it the config's ``evaluation``.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-
-    The other arguments are those of :func:`rome.evaluate`.
+        others: arguments of :func:`rome.evaluate`, as are those without a word here.
 
     Returns:
         The report and the folder it was saved in.
@@ -65,12 +62,12 @@ def evaluate_saved(
     Raises:
         UserError: no such model, no config in it, or a setting that does not fit.
     """
-    opened = open_target(target, data, team)
+    opened = open_target(target, data)
     config, split = opened.config, opened.split
     settings = settings or config.evaluation
     chosen = with_features(_suite(suite, settings.suite), features)
     for sentence in (*check_files(chosen, cases), *opened.remarks):
-        _say(team, sentence)
+        say(sentence)
     if n is not None and n > len(split):
         raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
     x, y = split.first(min(n or settings.n or len(split), len(split)))
@@ -97,14 +94,11 @@ def evaluate_saved(
             **opened.facts,
         },
         cases=cases,
-        checks=checks,
-        overwrite=overwrite,
-        team=team,
         progress=True,
+        **others,
     )
     if "model" in opened.facts and report.interval("clean")[0] <= 1 / len(split.classes):
-        _say(
-            team,
+        say(
             f"only {report.clean:.1%} are right without an attack, no better than chance for {len(split.classes)} "
             "classes: are the normalisation (--mean, --std), the image size and the order of the classes those it was "
             "trained with?",
@@ -127,7 +121,7 @@ class Opened(NamedTuple):
     suffix: str = ""
 
 
-def open_target(target: str | Path | Config, data: str | None = None, team: Team = ALONE) -> Opened:
+def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     """The model in evaluation mode, its config and its test set; arguments and errors are :func:`evaluate_saved`'s."""
     if isinstance(target, Config):
         split = target.data.open("test")
@@ -136,13 +130,21 @@ def open_target(target: str | Path | Config, data: str | None = None, team: Team
     file = Path(target)
     if file.is_dir():
         file = Run(file).model_file
-    unfinished = file.suffix == ".pt"
-    model, config, split = (_from_checkpoint if unfinished else _from_file)(file, data, team)
-    digest = file_hash(file)
-    beside = "evaluation-best" if file == Run(file.parent).best_file else "evaluation"
-    beside = "evaluation-unfinished" if unfinished else beside  # or reports would take it for the finished model's
+    run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
-    return Opened(model, config, split, file.parent / beside, facts, suffix=f"-{digest[:8]}" if unfinished else "")
+    if file.suffix == ".pt":  # a folder of its own, or reports would take it for the finished model's
+        model, config, split = _from_checkpoint(run, file, data)
+        return Opened(model, config, split, run.folder / "evaluation-unfinished", facts, suffix=f"-{digest[:8]}")
+    metadata, _ = read_tensors(file, follow=True)
+    if not metadata.get("config"):
+        raise UserError(
+            f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
+            f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
+        )
+    config = parse(metadata["config"])  # first: it imports what the model may be built of
+    config, split = _located(config, file, data)
+    place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
+    return Opened(load_model(file), config, split, place, facts)
 
 
 def _suite(asked: str | None, configured: Suite) -> Suite:
@@ -194,23 +196,10 @@ def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Spli
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    return f"{len(names)} ({some(names, 5)})"
 
 
-def _from_file(file: Path, data: str | None, team: Team) -> tuple[nn.Module, Config, Split]:
-    metadata, _ = read_tensors(file, follow=True)
-    if not metadata.get("config"):
-        raise UserError(
-            f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
-            f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
-        )
-    config = parse(metadata["config"])  # first: it imports what the model may be built of
-    config, split = _located(config, file, data)
-    return load_model(file), config, split
-
-
-def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[nn.Module, Config, Split]:
-    run = Run(file.parent)
+def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
     if file != run.checkpoint_file or not file.is_file():
         raise UserError(
             f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours; "
@@ -225,11 +214,5 @@ def _from_checkpoint(file: Path, data: str | None, team: Team) -> tuple[nn.Modul
         done = int(state["epoch"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} does not fit its config.yaml ({first_line(error)}); restore it") from error
-    _say(team, f"{file} is an unfinished run, after {done} epochs")
+    say(f"{file} is an unfinished run, after {done} epochs")
     return model.eval(), config, split
-
-
-def _say(team: Team, text: str) -> None:
-    """To standard error, by the first process alone."""
-    if team.is_main:
-        print(text, file=sys.stderr)

@@ -1,30 +1,61 @@
-"""An evaluation under way: clean examples, then case after case, each attack on those that are still correct."""
+"""An evaluation under way: clean images, then case after case, each attack on those that are still correct."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
 from rome.attacks.engine import Model
-from rome.attacks.lp.autoattack import Square
+from rome.attacks.lp.autoattack import AttackWarning, Square, collected
 from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
 from rome.core.distributed import Team
 from rome.core.errors import Interrupted
 from rome.core.files import now
-from rome.evaluation.batch import Examples, attack_batch, summed, told, warning
-from rome.evaluation.checks import check_finite
+from rome.core.randomness import Stream
+from rome.evaluation.batch import NOT_FINITE, Examples, FixedChange, format_error, recheck, summed, warning
+from rome.evaluation.checks import refuse_not_finite
 from rome.evaluation.memory import Halving, free
 from rome.evaluation.progress import ProgressCallback
 from rome.evaluation.result import CLEAN, Report
 from rome.evaluation.store import BatchResult, StorageError, Store
+from rome.threats import AnyImage
 
 SQUARE_MARGIN = 0.002
 """A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""
+
+
+class Unchanged(Attack):
+    """The images as they are. It has no kind, so no config names it."""
+
+    searches = (AnyImage, "leaves images as they are")
+
+    def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
+        return AttackResult(x, x, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
+
+
+CLEAN_CASE = Case(name=CLEAN, threat=AnyImage(), attacks=(Unchanged.model_construct(),), on_all=True)
+"""The first column."""
+
+
+class Column(NamedTuple):
+    """What a case found; the fields are those of a :class:`rome.evaluation.result.Report`."""
+
+    correct: np.ndarray
+    """bool (n,)."""
+    after: dict[str, float]
+    seconds: float
+    warnings: list[dict[str, Any]]
+    dates: list[str]
+    """When its batches were run, one for each; empty for one that is run now."""
 
 
 @dataclass
@@ -34,37 +65,32 @@ class CaseRunner:
     model: Model
     examples: Examples
     cases: list[Case]
-    batch_size: int
-    seed: int
+    settings: dict[str, Any]
+    """Of the evaluation; used are ``batch_size``, ``seed``, ``save_images`` and ``networks``: case -> SHA-256 of the
+    file whose network measures for it. A batch that another one measured is done again."""
     store: Store
-    networks: dict[str, str]
-    """Case -> SHA-256 of the file whose network measures for it. A batch that another one measured is done again."""
-    save_images: bool
     watch: ProgressCallback
     halving: Halving
     team: Team
     verbose: bool
-    """Whether what is worth a line is said on standard error."""
-    warnings: list[dict[str, Any]] = field(default_factory=list)
-    after: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    said: bool = False
-    """Whether it was said that memory did not suffice."""
-    dates: dict[str, list[str]] = field(default_factory=dict)
-    """Column -> when its batches were run, for each batch of it that an earlier call ran; empty for one run now."""
+    """Whether a case that fails is named on standard error at once."""
 
-    def report(self, settings: dict[str, Any], wanted: Collection[str]) -> Report:
+    def report(self, wanted: Collection[str]) -> Report:
         """All cases that are wanted or on disk; the others are pending.
 
         Raises:
             StorageError: a finished batch cannot be kept.
             Exception: whatever the first case raised, if none of them ended well.
         """
-        clean = self.clean()
-        columns, names, errors, pending = [clean], [CLEAN], dict[str, Exception](), list[str]()
+        clean = self.column(CLEAN_CASE, np.ones(len(self.examples.x), dtype=bool), run=True)
+        assert clean is not None
+        bad = [each["examples"] for each in clean.warnings if each["check"] == NOT_FINITE]
+        refuse_not_finite(sum(bad), len(clean.correct))
+        columns, errors, pending = {CLEAN: clean}, dict[str, Exception](), list[str]()
         for case in self.cases:
+            start = np.ones_like(clean.correct) if case.on_all else clean.correct
             try:
-                column = self.case(case, clean, run=case.name in wanted)
+                column = self.column(case, start, run=case.name in wanted)
             except (Interrupted, StorageError):  # there is no sense in going on
                 raise
             except Exception as error:  # the other cases go on; this one is reported and tried again next time
@@ -72,167 +98,141 @@ class CaseRunner:
                     free(error)
                 errors[case.name] = error
                 if self.verbose:  # now, not after hours of other cases
-                    print(f"{case.name}: failed: {told(error)}", file=sys.stderr)
+                    print(f"{case.name}: failed: {format_error(error)}", file=sys.stderr)
                 continue
             if column is None:
                 pending.append(case.name)
             else:
-                columns.append(column)
-                names.append(case.name)
-        if errors and len(names) == 1:
+                columns[case.name] = column
+        if errors and len(columns) == 1:
             raise next(iter(errors.values()))
+        attacked = {name: column for name, column in columns.items() if name != CLEAN}
         return Report(
-            correct=np.stack(columns, axis=1),
-            cases=tuple(names),
+            correct=np.stack([column.correct for column in columns.values()], axis=1),
+            cases=tuple(columns),
             labels=self.examples.y.cpu().numpy(),
-            indices=np.arange(len(clean)),
-            settings=settings,
-            warnings=self.warnings,
-            failed={name: told(error) for name, error in errors.items()},
+            indices=np.arange(len(clean.correct)),
+            settings=self.settings,
+            warnings=[each for column in attacked.values() for each in column.warnings],
+            failed={name: format_error(error) for name, error in errors.items()},
             pending=tuple(pending),
-            after=self.after,
-            seconds=self.seconds,
+            after={name: column.after for name, column in attacked.items()},
+            seconds={name: round(column.seconds, 3) for name, column in attacked.items()},
             date=now(),
-            reused=self.reused,
+            reused=_reused(columns),
         )
 
-    @property
-    def reused(self) -> dict[str, Any]:
-        """As in a report."""
-        taken = {name: list(filter(None, dates)) for name, dates in self.dates.items()}
-        dates = sorted(date for some in taken.values() for date in some)
-        if not dates:
-            return {}
-        cases = [name for name, some in taken.items() if some]
-        count = {"batches": len(dates), "of": sum(map(len, self.dates.values()))}
-        return {**count, "cases": cases, "first": dates[0], "last": dates[-1]}
-
-    def clean(self) -> np.ndarray:
-        """Which examples are classified correctly: bool (n,)."""
-        everything = np.arange(len(self.examples.x))
-        done = self.team.first(lambda: self.store.read(CLEAN, everything))
-        if done is None:
-            parts = self.parts(everything)
-
-            def right(part: np.ndarray) -> np.ndarray:
-                return np.concatenate([some for _, some in self.halving.run(CLEAN, part, self._right)])
-
-            def work() -> dict[int, np.ndarray]:
-                return {index: right(parts[index]) for index in range(self.team.rank, len(parts), self.team.world)}
-
-            verdicts = {index: some for share in self.team.together(work) for index, some in share.items()}
-            unit = done = BatchResult(everything, np.concatenate([verdicts[index] for index in range(len(parts))]))
-            self.team.first(lambda: self.store.write(CLEAN, unit))
-        self.dates[CLEAN] = [done.facts.get("date", "")]
-        return done.correct
-
-    def _right(self, part: np.ndarray) -> np.ndarray:
-        x, y = self.examples.batch(part)
-        logits = self.model(x).float()
-        check_finite(logits)
-        return (logits.argmax(1) == y).cpu().numpy()
-
-    def case(self, case: Case, clean: np.ndarray, *, run: bool) -> np.ndarray | None:
-        """Which examples are still correct after all attacks of a case: bool (n,).
+    def column(self, case: Case, correct: np.ndarray, *, run: bool) -> Column | None:
+        """Which examples are still correct after all attacks of a case, of those that are correct before: bool (n,).
 
         Without ``run``: None unless every batch of the case is on disk.
         """
-        robust = np.ones_like(clean) if case.on_all else clean.copy()
+        correct = correct.copy()
         after: dict[str, float] = {}
-        found = [warning("fewer-attacks", case, None, 0, case.note)] if case.note else []
-        seconds, done, dates = 0.0, 0, list[str]()
+        found = [warning("fewer-attacks", case.name, None, 0, case.note)] if case.note else []
+        seconds, dates = 0.0, list[str]()
         for stage, attack in enumerate(case.attacks):
-            before = robust.mean()
-            parts = self.parts(np.flatnonzero(robust))
-            units = self.stage(case, stage, parts, robust, run, done)
+            before = correct.mean()
+            units = self.stage(case, stage, correct, run=run, done=len(dates))
             if units is None:
                 return None
-            pieces: list[int] = []
-            for part, unit in zip(parts, units, strict=True):
-                robust[part] = unit.correct
+            for unit in units:
+                correct[unit.indices] = unit.correct
                 seconds += unit.facts["seconds"]
                 found += unit.facts["warnings"]
-                pieces += unit.facts.get("pieces", [])
                 dates.append(unit.facts.get("date", ""))
-            if pieces:
-                found.append(self._halved(case, stage, pieces))
-            done += len(parts)
             name = attack.kind if attack.kind not in after else f"{attack.kind}-{stage}"
-            after[name] = float(robust.mean())
-            if attack.kind == Square.kind and stage > 0 and before - robust.mean() > SQUARE_MARGIN:
+            after[name] = float(correct.mean())
+            if attack.kind == Square.kind and stage > 0 and before - correct.mean() > SQUARE_MARGIN:
                 message = (
-                    f"Square, which sees no gradients, lowered the accuracy by {100 * (before - robust.mean()):.1f} "
+                    f"Square, which sees no gradients, lowered the accuracy by {100 * (before - correct.mean()):.1f} "
                     "points after the white-box attacks: gradients may be masked, the true robustness lower"
                 )
-                found.append(warning("black-box-beats-white-box", case, attack, int(robust.sum()), message))
-        if run:
-            self.watch(case.name, done, done, float(robust.mean()))
-        self.after[case.name], self.seconds[case.name], self.dates[case.name] = after, round(seconds, 3), dates
-        self.warnings += summed(found)
-        return robust
+                found.append(warning("black-box-beats-white-box", case.name, attack, int(correct.sum()), message))
+        if run and case is not CLEAN_CASE:
+            self.watch(case.name, len(dates), len(dates), float(correct.mean()))
+        return Column(correct, after, seconds, summed(found), dates)
 
-    def stage(
-        self, case: Case, stage: int, parts: list[np.ndarray], robust: np.ndarray, run: bool, done: int
-    ) -> list[BatchResult] | None:
-        """One attack on all batches, each process on its share of them; the images stay with the process."""
-        robust = robust.copy()
+    def stage(self, case: Case, stage: int, correct: np.ndarray, *, run: bool, done: int) -> list[BatchResult] | None:
+        """One attack on all batches of what is correct, each process on its share of them."""
+        left, indices, size = correct.copy(), np.flatnonzero(correct), self.settings["batch_size"]
+        parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
-        def work() -> dict[int, BatchResult | None]:
-            units: dict[int, BatchResult | None] = {}
+        def work() -> dict[int, BatchResult]:
+            units: dict[int, BatchResult] = {}
             for index in range(self.team.rank, len(parts), self.team.world):
-                part = parts[index]
-                unit = self.unit(case, stage, index, part, run=run)
-                units[index] = unit and BatchResult(unit.indices, unit.correct, None, unit.facts)
+                unit = self.unit(case, stage, index, parts[index], run=run)
                 if unit is None:
                     break
-                robust[part] = unit.correct
-                if run:
-                    over = min(index - self.team.rank + self.team.world, len(parts))  # the others are about as far
-                    later = (len(case.attacks) - stage - 1) * -(-int(robust.sum()) // self.batch_size)
-                    total = done + len(parts) + later
-                    if done + over < total:  # the last call of a case is the case's own
-                        self.watch(case.name, done + over, total, float(robust.mean()))
+                units[index] = replace(unit, images=None)  # they stay with the process
+                left[parts[index]] = unit.correct
+                over = done + min(index - self.team.rank + self.team.world, len(parts))  # the others are about as far
+                later = (len(case.attacks) - stage - 1) * -(-int(left.sum()) // size)
+                total = done + len(parts) + later
+                if run and case is not CLEAN_CASE and over < total:  # the last call of a case is the case's own
+                    self.watch(case.name, over, total, float(left.mean()))
             return units
 
         units = {index: unit for share in self.team.together(work) for index, unit in share.items()}
-        found = [unit for index in range(len(parts)) if (unit := units.get(index)) is not None]
-        return found if len(found) == len(parts) else None
+        return [units[index] for index in range(len(parts))] if len(units) == len(parts) else None
 
     def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
         """One attack on one batch, from disk if it is there."""
-        key = f"{case.name}/{stage}-{case.attacks[stage].kind}-{index:05d}"
-        keep = self.save_images and not case.on_all  # a fixed change can be made again
-        unit, network = self.store.read(key, part), self.networks.get(case.name)
+        key = f"{case.name}/{stage}-{case.attacks[stage].kind or case.name}-{index:05d}"
+        keep = self.settings["save_images"] and not case.on_all  # a fixed change can be made again
+        unit, network = self.store.read(key, part), self.settings["networks"].get(case.name)
         if unit is not None and network and unit.facts.get("network", network) != network:
             unit = None
         if unit is not None and (unit.images is not None or not keep):
             return unit
         if not run:
             return None
-        unit = attack_batch(
-            self.model,
-            self.examples,
-            case,
-            stage,
-            part,
-            seed=self.seed,
-            keep_images=keep and self.store.directory is not None,
-            halving=self.halving,
-        )
+        unit = self.attack(case, stage, part, keep_images=keep and self.store.directory is not None)
         if network:
             unit.facts["network"] = network
         self.store.write(key, unit)
         return unit
 
-    def _halved(self, case: Case, stage: int, pieces: list[int]) -> dict[str, Any]:
-        message = (
-            f"memory did not suffice for {self.batch_size} examples at a time: run in batches of at most "
-            f"{max(pieces)}, whose random starts are others"
-        )
-        if self.verbose and not self.said:
-            print(f"{case.name}: {message}", file=sys.stderr)
-            self.said = True
-        return warning("out-of-memory", case, case.attacks[stage], sum(pieces), message)
+    def attack(self, case: Case, stage: int, part: np.ndarray, *, keep_images: bool) -> BatchResult:
+        """Run a case's attack number ``stage`` on the examples ``part`` (b,).
 
-    def parts(self, indices: np.ndarray) -> list[np.ndarray]:
-        return [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in
+        float32 before they count.
+        """
+        attack = case.attacks[stage]
+        start = time.perf_counter()
+        noticed: list[AttackWarning] = []
+
+        def work(piece: np.ndarray) -> tuple[np.ndarray, Tensor, list[dict[str, Any]]]:
+            x, y = self.examples.batch(piece)
+            generator = torch.Generator().manual_seed(self.settings["seed"])
+            if case.on_all and isinstance(attack, FixedChange):
+                found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
+            else:
+                found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
+            images, correct, warnings = recheck(self.model, x, y, found, case, attack)
+            return correct.cpu().numpy(), images[~correct].cpu() if keep_images else NOT_EVALUATED, warnings
+
+        with collected(noticed):
+            pieces = self.halving.run(f"{case.name}/{attack.kind}", part, work)
+        correct, images, found = zip(*(found for _, found in pieces), strict=True)
+        warnings = [each for some in found for each in some]
+        warnings += [warning(each.check, case.name, attack, each.examples, each.message) for each in noticed]
+        if len(pieces) > 1:
+            message = (
+                f"memory did not suffice for {self.settings['batch_size']} examples at a time: run in batches of at "
+                f"most {max(len(piece) for piece, _ in pieces)}, whose random starts are others"
+            )
+            warnings.append(warning("out-of-memory", case.name, attack, len(part), message))
+        facts = {"seconds": time.perf_counter() - start, "warnings": warnings}
+        return BatchResult(part, np.concatenate(correct), torch.cat(images) if keep_images else None, facts)
+
+
+def _reused(columns: dict[str, Column]) -> dict[str, Any]:
+    """What earlier calls ran, as in a report."""
+    taken = {name: list(filter(None, column.dates)) for name, column in columns.items()}
+    dates = sorted(date for some in taken.values() for date in some)
+    if not dates:
+        return {}
+    count = {"batches": len(dates), "of": sum(len(column.dates) for column in columns.values())}
+    return {**count, "cases": [name for name, some in taken.items() if some], "first": dates[0], "last": dates[-1]}

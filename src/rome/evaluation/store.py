@@ -1,10 +1,9 @@
 """Finished work on disk: one file for each batch of each attack, written whole or not at all.
 
     settings.json                        what determines the result, and where it came from
-    batches/clean.safetensors            which examples are classified correctly
     batches/CASE/0-apgd-ce-00003.safetensors
-                                         one attack on one batch: indices, correct, images of those it fooled
-    checks.json                          what the checks for masked gradients measured
+                                         one attack on one batch: indices, correct, images of those it fooled; the
+                                         case ``clean`` holds what is right without one
     matrix.npz, result.json              written last
 
 A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
@@ -15,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rome.core import trust
-from rome.core.errors import UserError
+from rome.core.errors import UserError, some
 from rome.core.files import make_folder, now, remove_partials, replace_file
 from rome.core.plain_data import parse_json
 from rome.models.module_tree import tensor_bytes
 from rome.runs.origin import NOT_COMPARED, differences
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
-CHECKS = "checks.json"
-_LAST = (MATRIX, RESULT)
 
 
 @dataclass
@@ -65,18 +62,30 @@ class Store:
         self.fingerprint = ""
         """Of the settings; a unit written under others counts as absent."""
 
-    def stored_settings(self) -> dict[str, Any] | None:
+    def settings(self) -> dict[str, Any] | None:
         """The settings of what is there, None where nothing is."""
         if self.directory is None or not (self.directory / SETTINGS).exists():
             return None
         return read_json(self.directory / SETTINGS)
 
-    def open(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> dict[str, Any]:
-        """Begin or go on with these settings; returns the stored ones.
+    def result(self) -> dict[str, Any] | None:
+        """The result of these settings, None where there is none or one of others."""
+        stored = self.settings()
+        if self.directory is None or stored is None:
+            return None
+        if not all((self.directory / name).exists() for name in (MATRIX, RESULT)):
+            return None
+        result = read_json(self.directory / RESULT)
+        own = result.get("settings", {})
+        same = not differences(own, stored) and own.get("networks") == stored.get("networks")
+        return result if same else None
+
+    def open(self, settings: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+        """Begin or go on with these settings; returns the stored ones, with the networks that measure now.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while ``resume`` is off, or while
-                nobody can tell whether it is one of the same model and attacks.
+            UserError: the folder holds an evaluation with other settings, or any while nobody can tell whether it is
+                one of the same model and attacks.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
@@ -84,50 +93,39 @@ class Store:
         for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
             remove_partials(folder)
         unseen = _unseen(settings)
-        stored = None if overwrite else self.stored_settings()
+        stored = None if overwrite else self.settings()
         if stored is None:
             make_folder(self.directory)
-            self.clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
-            replace_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
-            trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
-            return settings
+            self._clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
+            return self._save(settings)
         advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
-        if not resume:
-            raise UserError(f"{self.directory} already holds an evaluation: resume=True goes on with it; or {advice}")
-        differing = differences(stored, settings)
-        if differing:
-            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        if differing := differences(stored, settings):
             raise UserError(
-                f"{self.directory} holds an evaluation with other settings ({'; '.join(differing[:5])}{more}): {advice}"
+                f"{self.directory} holds an evaluation with other settings ({some(differing, 5, '; ')}): {advice}"
             )
         if unseen:
             raise UserError(f"{self.directory} holds an evaluation of {unseen}, so this may be another one: {advice}")
-        return self._measured_anew(stored, settings.get("networks", {}))
-
-    def _measured_anew(self, stored: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
-        """The stored settings with the networks that measure now. If one is another than it was, the evaluation is not
-        finished any more: what that one measured is done again (:class:`rome.evaluation.runner.CaseRunner`)."""
         before = stored.get("networks", {})
-        now = {**before, **networks}
-        if now == before or self.directory is None:
+        networks = before | settings["networks"]
+        if networks == before:
             return stored
-        if any(before.get(case, digest) != digest for case, digest in now.items()):
-            (self.directory / RESULT).unlink(missing_ok=True)
-        stored, own = {**stored, "networks": now}, trust.is_own(self.directory / SETTINGS)
-        _keep(self.directory / SETTINGS, json.dumps(stored, indent=2).encode())
-        if own:
-            trust.record(self.directory / SETTINGS, stored.get("provenance", {}))
-        return stored
+        return self._save({**settings, "save_images": stored["save_images"], "networks": networks})
 
-    def clear(self, *, batches: bool) -> None:
+    def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """These settings, once they are in the folder."""
+        assert self.directory is not None
+        _keep(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+        trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
+        return settings
+
+    def _clear(self, *, batches: bool) -> None:
         """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings
         it is of."""
-        if self.directory is not None:
-            for name in (RESULT, MATRIX, CHECKS):
-                (self.directory / name).unlink(missing_ok=True)
-            for path in (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ():
-                path.unlink(missing_ok=True)
-            (self.directory / SETTINGS).unlink(missing_ok=True)  # last: without it the rest would be taken as new
+        assert self.directory is not None
+        stored = (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ()
+        settings = self.directory / SETTINGS  # last: without it the rest would be taken as new
+        for path in (self.directory / RESULT, self.directory / MATRIX, *stored, settings):
+            path.unlink(missing_ok=True)
 
     def path(self, key: str) -> Path | None:
         return self.directory / BATCHES / f"{key}.safetensors" if self.directory else None
@@ -174,28 +172,10 @@ class Store:
             _keep(self.directory / MATRIX, buffer.getvalue())
             _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
-    def checks(self, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """What the checks found before, or now."""
-        path = self.directory / CHECKS if self.directory else None
-        if path is not None and path.exists():
-            stored = read_json(path)
-            if stored.get("fingerprint") == self.fingerprint:
-                return list(stored["checks"])
-        found = make()
-        if path is not None:
-            _keep(path, json.dumps({"fingerprint": self.fingerprint, "checks": found}, indent=2).encode())
-        return found
 
-    @property
-    def finished(self) -> bool:
-        """Whether every case is there, of the settings that are there."""
-        stored = self.stored_settings()
-        if self.directory is None or stored is None or not all((self.directory / name).exists() for name in _LAST):
-            return False
-        result = read_json(self.directory / RESULT)
-        return (
-            not result["failed"] and not result.get("pending") and not differences(result.get("settings", {}), stored)
-        )
+def finished(result: Mapping[str, Any] | None) -> bool:
+    """Whether every case is in a result."""
+    return result is not None and not result["failed"] and not result.get("pending")
 
 
 def _unseen(settings: Mapping[str, Any]) -> str:
@@ -222,29 +202,26 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
     Raises:
         UserError: no such case, the images were not kept, or a file of them is damaged.
     """
-    folder = Path(directory) / BATCHES / case
     places: list[tuple[int, Path, int]] = []
-    files = sorted(folder.glob("*.safetensors"))
-    kept = False
+    files = sorted((Path(directory) / BATCHES / case).glob("*.safetensors"))
+    why = "" if files else f"no case {case!r} in {directory}"
     for path in files:
         with _opened(path) as file:
-            kept |= "images" in file.keys()  # noqa: SIM118
+            if "images" not in file.keys():  # noqa: SIM118
+                why = f"the images of {case!r} were not kept (save_images)"
             fooled = file.get_tensor("indices")[~file.get_tensor("correct")].tolist()
             places += [(index, path, row) for row, index in enumerate(fooled)]
-    if not files or not kept:
-        why = f"no case {case!r} in {directory}" if not files else f"the images of {case!r} were not kept (save_images)"
+    if why:
         raise UserError(f"{why}: evaluate into this folder with save_images=True")
     chosen = sorted(places)[:k]
-    images: dict[int, Tensor] = {}
-    for path in {path for _, path, _ in chosen}:
-        with _opened(path) as file:
-            part = file.get_slice("images")
-            images |= {index: part[row : row + 1] for index, where, row in chosen if where == path}
-    indices = np.array([index for index, _, _ in chosen], dtype=np.int64)
-    if len(indices):
-        return indices, torch.cat([images[int(index)] for index in indices])
-    with _opened(files[0]) as file:
-        return indices, file.get_tensor("images")[:0]
+    images = [_images(path, row, row + 1) for _, path, row in chosen] or [_images(files[0], 0, 0)]
+    return np.array([index for index, _, _ in chosen], dtype=np.int64), torch.cat(images)
+
+
+def _images(path: Path, start: int, stop: int) -> Tensor:
+    with _opened(path) as file:
+        images: Tensor = file.get_slice("images")[start:stop]
+    return images
 
 
 @contextmanager

@@ -8,18 +8,18 @@ names another ``kind`` replaces the parent's whole, as ``paper`` always does; an
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
 from rome.attacks.suites import BATCH_SIZE, Suite, SuiteChoice
 from rome.core.component import Seed, Settings, mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import check_name
-from rome.core.plain_data import Place, Unreadable, comment_after, parse_yaml
+from rome.core.plain_data import Unreadable, comment_after, parse_yaml
 from rome.core.trust import import_own
 from rome.data import Data
 from rome.experts import Experts, Routing
@@ -32,7 +32,19 @@ DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
 
 
-def _threats(value: Any) -> Any:
+Places = dict[tuple[str | int, ...], str]
+"""Where in files and arguments the values of a config stand, for messages."""
+
+
+def _threats(value: Any, info: ValidationInfo) -> Any:
+    if value in (None, "", ()):
+        data = info.data.get("data")
+        if data is not None and data.kind not in DATA_BUDGETS:
+            raise ValueError(
+                f"is missing; data kind {data.kind!r} has no budgets of its own; give cifar10, imagenet or digits, or "
+                "balls such as {norm: L2, eps: 0.5}"
+            )
+        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # data that is none is a mistake already
     if isinstance(value, str):
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
@@ -105,7 +117,8 @@ class Config(Settings):
     experts: Experts | None = None
     method: Method = Field(default_factory=Random)
     attack: Attack = Field(default_factory=PGD)
-    threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1)] = ()
+    threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1, validate_default=True)] = ()
+    """Those of :data:`DATA_BUDGETS` if none are named."""
     optimizer: Optimizer = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Schedule)
     validation: Validation | None = None
@@ -118,18 +131,11 @@ class Config(Settings):
         return self.model_dump(mode="json")
 
 
-class _Where:
-    """Remembers the place of every value, for messages."""
-
-    def __init__(self) -> None:
-        self.places: dict[tuple[str | int, ...], str] = {}
-
-    def of(self, path: Sequence[str | int]) -> str:
-        """The place of a value, or of the nearest mapping around it."""
-        parts = tuple(path)
-        while parts and parts not in self.places:
-            parts = parts[:-1]
-        return self.places.get(parts, "")
+def _place(places: Places, path: tuple[str | int, ...]) -> str:
+    """The place of a value, or of the nearest mapping around it."""
+    while path and path not in places:
+        path = path[:-1]
+    return places.get(path, "")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -140,13 +146,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: every mistake, one line each, with file, line and nearest name.
     """
-    where = _Where()
-    data = _read(Path(path), where, ())
+    places: Places = {}
+    data = _read(Path(path), places, ())
     for text in sorted(overrides, key=_depth):
-        data = _merge(data, _override(text, where))
+        data = _merge(data, _override(text, places))
     if data.get("name") in (None, ""):
         data["name"] = Path(path).stem
-    return parse(data, where)
+    return parse(data, places)
 
 
 def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -155,13 +161,13 @@ def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in texts if text not in changes], changes
 
 
-def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
+def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     """Validate plain data.
 
     Raises:
         UserError: every mistake, one line each.
     """
-    where = where or _Where()
+    places = places or {}
     if not isinstance(data, dict):
         raise UserError("a config is a mapping of keys to values")
     modules = data.get("imports")
@@ -170,71 +176,60 @@ def parse(data: dict[str, Any], where: _Where | None = None) -> Config:
             import_own(module)
         except Exception as error:  # whatever the user's module raises
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
-            raise UserError(f"{where.of(('imports',))}imports: {problem}") from error
-    data = dict(data)
-    if data.get("threats") in (None, "") and isinstance(data.get("data"), (dict, str)):
-        kind = data["data"] if isinstance(data["data"], str) else data["data"].get("kind", Data.default_kind)
-        if kind in DATA_BUDGETS:
-            data["threats"] = DATA_BUDGETS[kind]
+            raise UserError(f"{_place(places, ('imports',))}imports: {problem}") from error
     try:
         config = Config.model_validate(data)
+        found: dict[tuple[str | int, ...], str] = dict(_contradictions(config))
     except ValidationError as error:
-        lines = [
-            f"{where.of(path)}{'.'.join(map(str, path))}: {message}{hint}"
-            for path, message, hint in mistakes(error, data, Config)
-        ]
-        raise UserError("\n".join(lines)) from None
-    _consistent(config, where)
+        found = mistakes(error)
+    if found:
+        lines = [f"{_place(places, path)}{'.'.join(map(str, path))}: {message}" for path, message in found.items()]
+        raise UserError("\n".join(lines))
     return config
 
 
-def _consistent(config: Config, where: _Where) -> None:
-    problems = []
+def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that do not go together: where, and why."""
     if config.batch_size % config.accumulate:
-        problems.append(
-            f"{where.of(('accumulate',))}accumulate: {config.accumulate} does not divide batch_size {config.batch_size}"
-        )
+        yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
-        place = where.of(("natural_epochs",))
-        problems.append(f"{place}natural_epochs: {config.natural_epochs} exceeds epochs {config.epochs}")
-    if not config.threats:
-        problems.append(f"threats: is missing; data kind {config.data.kind!r} has no budgets of its own")
+        yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}"
     names = [threat.name for threat in config.threats]
+    bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
     if len(set(names)) < len(names):
         advice = "name each norm once, and give attacks of one kind a label each"
-        problems.append(f"{where.of(('threats',))}threats: {', '.join(names)} are not distinct; {advice}")
+        yield ("threats",), f"{', '.join(names)} are not distinct; {advice}"
+    elif bare:
+        yield (
+            ("threats",),
+            (
+                f"{', '.join(bare)} cannot be trained on as such; give Lp balls such as {{norm: linf, eps: 8/255}}, "
+                "and other threats with the attack that searches them: {kind: attack, attack: {kind: stadv}}"
+            ),
+        )
     try:
         trained = config.method.trained(config.threats, config.attack)
         config.method.suits(trained, config.experts, range(config.natural_epochs, config.epochs))
     except UserError as error:
-        problems.append(f"{where.of(('method',))}{config.method.kind}: {error}")
-    else:
-        try:
-            if config.experts is not None:
-                config.experts.check_threats(len(trained))
-        except UserError as error:
-            problems.append(f"{where.of(('experts', 'regularizer'))}experts: {error}")
-    bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
-    if bare:
-        problems.append(
-            f"{where.of(('threats',))}threats: {', '.join(bare)} cannot be trained on as such; give Lp balls such as "
-            "{norm: linf, eps: 8/255}, and other threats with the attack that searches them: "
-            "{kind: attack, attack: {kind: stadv}}"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
+        yield ("method",), f"{config.method.kind}: {error}"
+        return
+    try:
+        if config.experts is not None:
+            config.experts.check_threats(len(trained))
+    except UserError as error:
+        yield ("experts", "regularizer"), str(error)
 
 
-def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
-    own = _Where()
+    own: Places = {}
 
-    def note(place: Place, line: int) -> None:
-        own.places[place] = f"{path}:{line}: "
+    def note(place: tuple[str | int, ...], line: int) -> None:
+        own[place] = f"{path}:{line}: "
 
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"), note)
@@ -245,33 +240,27 @@ def _read(path: Path, where: _Where, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values")
     parent = data.pop("extends", None)
-    if parent is None:
-        where.places.update(own.places)
-        return dict(data)
-    if not isinstance(parent, str):
-        raise UserError(f"{own.of(('extends',))}extends: name one parent file, not {parent!r}")
-    inherited = _read(path.parent / parent, where, (*seen, path.resolve()))
-    merged = _merge(inherited, data)
-    where.places.update(own.places)
-    return merged
+    if not isinstance(parent, str | None):
+        raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
+    inherited = {} if parent is None else _read(path.parent / parent, places, (*seen, path.resolve()))
+    places.update(own)
+    return _merge(inherited, data)
 
 
-def _override(text: str, where: _Where) -> dict[str, Any]:
+def _override(text: str, places: Places) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"override {text!r}: write key=value, such as epochs=5 or attack.steps=10")
     try:
-        parsed = parse_yaml(value)
+        result = parse_yaml(value)
     except Unreadable as error:
         raise UserError(f"override {text!r}: {value!r} is not a valid value ({error})") from error
     if comment := comment_after(value):
         raise UserError(f"override {text!r}: {comment!r} would be a comment; quote the value: '\"{value}\"'")
-    for depth in range(1, len(parts) + 1):
-        where.places[tuple(parts[:depth])] = f"override {text!r}: "
-    result: Any = parsed
-    for part in reversed(parts):
-        result = {part: result}
+    for depth in range(len(parts), 0, -1):
+        places[tuple(parts[:depth])] = f"override {text!r}: "
+        result = {parts[depth - 1]: result}
     return dict(result)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rome.core import trust
-from rome.core.errors import UserError, first_line
+from rome.core.console import say
+from rome.core.errors import UserError, first_line, some
 from rome.core.files import flatten, make_folder, now, remove_partials, replace_file, replace_with
 from rome.core.plain_data import parse_json, parse_yaml
 from rome.data import Split
@@ -79,11 +80,10 @@ class Run:
     @property
     def data_path(self) -> str | None:
         """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
-        try:
-            said = self.written()["data"]["path"]
-        except (UserError, OSError, KeyError, TypeError):
-            return None
-        return said if isinstance(said, str) else None
+        with suppress(UserError, OSError, KeyError, TypeError):
+            path = self.written()["data"]["path"]
+            return path if isinstance(path, str) else None
+        return None
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ class Run:
                 read.
         """
         try:
-            held = self.folder.exists() and not self.config_file.exists()
-            if held and self.folder.is_dir() and any(map(_foreign, self.folder.iterdir())):
+            others = self.folder.iterdir() if self.folder.is_dir() and not self.config_file.exists() else ()
+            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
             make_folder(self.folder)
             self._lock.acquire()
@@ -135,27 +135,22 @@ class Run:
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
-        code = code_facts(config)
-        goes_on = resume and self.checkpoint_file.exists()
+        code, changed = code_facts(config), list[str]()
+        if resume and self.checkpoint_file.exists() and (found := self.other_code(code)):
+            # Said and not refused: a fault may have been mended, but the weights come from both.
+            say(f"{self.folder} goes on with other code: {'; '.join(found)}")
+            changed = [f"{text} ({now()})" for text in found]
         origin = {
             "data": None if data is None else data_facts(data),
             "code": code,
-            "changed": self._changes(code) if goes_on else [],
+            "changed": [*self.origin.get("changed", ()), *changed],
         }
-        remove_partials(self.folder, alone=True)
+        remove_partials(self.folder, age=0)  # no other process trains here
         dumped = config.dump()
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
         return self.load_checkpoint() if self.checkpoint_file.exists() else None
-
-    def _changes(self, code: dict[str, str]) -> list[str]:
-        """What of the code became another on the way, said where that is new: a fault may have been mended, but the
-        weights come from both."""
-        found = self.other_code(code)
-        if found:
-            print(f"{self.folder} goes on with other code: {'; '.join(found)}", file=sys.stderr)
-        return [*self.origin.get("changed", ()), *(f"{text} ({now()})" for text in found)]
 
     def other_code(self, code: dict[str, str]) -> list[str]:
         """In what the user's code is another than the one that this run was started with."""
@@ -207,10 +202,8 @@ class Run:
             return []
         lines = []
         for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(json.JSONDecodeError):  # a kill cut it short
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:  # a kill cut it short
-                continue
         return lines
 
     def check_same(self, config: Config, data: Split | None = None) -> None:
@@ -222,21 +215,19 @@ class Run:
             data: all training examples; None opens them if their path is another.
         """
         old, new = flatten(self.written()), flatten(config.dump())
-        changed = [
-            f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        changed = {
+            key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_KEYS
-        ]
+        }
         kept = self.origin.get("data")
-        moved = [text for text in changed if kept and text.startswith("data.path was ")]
-        if (others := [text for text in changed if text not in moved]) or not kept:
-            if others:
-                raise UserError(
-                    f"{self.folder} was started with other settings: {'; '.join(others[:5])}; use another --out"
-                )
-            return
-        data = config.data.open("train") if moved and data is None else data
-        if data is not None and (what := other_data(kept, data_facts(data))):
+        moved = kept and changed.pop("data.path", None)
+        if changed:
+            what = some(list(changed.values()), 5, "; ")
+            raise UserError(f"{self.folder} was started with other settings: {what}; use another --out")
+        if moved and data is None:
+            data = config.data.open("train")
+        if kept and data is not None and (what := other_data(kept, data_facts(data))):
             raise UserError(
                 f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what}):"
                 " restore it (data.path may name another place), or use another --out"
@@ -250,8 +241,3 @@ class Run:
         files = (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.origin_file)
         for file in (*files, self.config_file):
             file.unlink(missing_ok=True)
-
-
-def _foreign(file: Path) -> bool:
-    """Whether the file is none that a run leaves before its config."""
-    return file.suffix not in (".partial", ".lock")

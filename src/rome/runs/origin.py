@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rome.core.errors import short
 from rome.core.files import flatten
 from rome.data import Split
 from rome.models.inspection import Inspection
@@ -77,9 +78,4 @@ def _difference(name: str, there: Any, here: Any) -> str:
         if any(str(value).startswith("sha256:") for value in (there, here)):
             return f"the code of {place} {'is new' if there is None else 'is gone' if here is None else 'changed'}"
         return f"{place}: {there} there, {here} now"
-    return f"{name}: {_short(there)} there, {_short(here)} now"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:12] + "..." + text[-1]
+    return f"{name}: {short(there, 40)} there, {short(here, 40)} now"
