@@ -33,7 +33,7 @@ THREATS = ("Linf", "L2", "corruptions", "corruptions_3d")
 
 
 def make_backbone(
-    name: str, *, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
+    name: str, num_classes: int, in_chans: int, options: dict[str, Any], *, pretrained: bool
 ) -> nn.Module:
     """The module a model's name stands for; see :func:`rome.create_model`.
 
