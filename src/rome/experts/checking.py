@@ -48,11 +48,14 @@ class FirstPass:
     def __init__(self, model: nn.Module) -> None:
         self.handle = model.register_forward_pre_hook(self.look, with_kwargs=True)
 
-    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raises:
-        UserError: a layer does not run, or sees other things than images.
+    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Look, whatever the pass is recorded in. Of two that wait, for experts that were added twice, the second goes
+        during the look of the first, and torch then calls it without ``kwargs``.
+
+        Raises:
+            UserError: a layer does not run, or sees other things than images.
         """
-        images = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+        images = next((each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Tensor)), None)
         sinks = {layer: layer.sink for layer in expert_layers(model).values()}
         if images is None or not sinks or torch.compiler.is_compiling():
             return
