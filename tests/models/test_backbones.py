@@ -65,7 +65,7 @@ def images(n: int = 2, size: int = 32) -> Tensor:
 def test_sizes_are_the_published_ones(name: str, args: dict[str, Any], parameters: int, gmacs: float | None) -> None:
     """ResNet-18 as in kuangliu/pytorch-cifar, PreActResNet-18 as in E-AT, WRN-28-10 as in its paper (36.5M),
     WRN-94-16 as in Bartoldson et al. 2024 (366M), WRN-34-10 as in TRADES without
-    the layers it never calls, ViT-B and Swin-B as in the paper's spec (85.15M, 86.69M)."""
+    the layers it never calls, ViT-B and Swin-B as in the paper (85.15M, 86.69M)."""
     with torch.device("meta"):
         model = create_model(name, num_classes=10, **args).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
