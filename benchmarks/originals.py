@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from rome.attacks import JPEG, LPA, PPGD, Attack, Elastic, Fog, Gabor, ReColorAdv, Snow, SparseFool, StAdv
 from rome.attacks.perceptual.features import feature_layers
-from rome.attacks.transforms.base import TransformAttack
+from rome.attacks.transforms.base import SignAscent
 
 UAR: dict[type[Attack], str] = {Elastic: "elastic", Fog: "fog", Gabor: "gabor", JPEG: "jpeg_linf", Snow: "snow"}
 """Names in advex-uar."""
@@ -148,7 +148,7 @@ def published(
         reference.deepfool.steps = attack.deepfool_steps
         return lambda x, y: reference(x, y).detach()
     wrappers, perceptual = original("perceptual_advex.attacks"), original("perceptual_advex.perceptual_attacks")
-    if isinstance(attack, TransformAttack):
+    if isinstance(attack, SignAscent):
         step = attack.default_step() if attack.step_size is None else attack.step_size
         make = partial(wrappers.UARAttack, model, "cifar", UAR[type(attack)], attack.bound, attack.steps, step)
     elif isinstance(attack, (StAdv, ReColorAdv)):

@@ -38,15 +38,15 @@ from rome.attacks.engine import frozen
 from rome.attacks.free import LastIterate, changed_pixels
 from rome.attacks.perceptual.features import loaded
 from rome.attacks.suites.base import Case
-from rome.attacks.suites.unseen import COMMON_CORRUPTIONS, CorruptionsSuite, UnseenSuite
+from rome.attacks.suites.unseen import COMMON_CORRUPTIONS, UNSEEN, CorruptionsSuite, UnseenSuite
 from rome.models import create_model, load_model
 from rome.threats import CIFAR10, Perceptual
 
 SEVERITY = 3
-NAMES = (*(row.kind for row in UnseenSuite.rows), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
+NAMES = (*(row.kind for row in UNSEEN), *(f"{kind}-{SEVERITY}" for kind in COMMON_CORRUPTIONS))
 STOP, ORIGINAL = "-stop", "-original"
-ORIGINALS = tuple(row.kind + ORIGINAL for row in UnseenSuite.rows if row.kind not in ("patch", "gma"))
-STOPPING = tuple(row.kind + STOP for row in UnseenSuite.rows if issubclass(Attack.of_kind(row.kind), LastIterate))
+ORIGINALS = tuple(row.kind + ORIGINAL for row in UNSEEN if row.kind not in ("patch", "gma"))
+STOPPING = tuple(row.kind + STOP for row in UNSEEN if issubclass(Attack.of_kind(row.kind), LastIterate))
 
 
 class Batch(NamedTuple):
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def summary(report: common.Report, model: str, rows: list[dict[str, Any]]) -> None:
     """What follows from the rows of one model: the whole suite, and ratios to the originals."""
     found = {row["case"]: row for row in rows}
-    unseen = [row for name, row in found.items() if name in [row.kind for row in UnseenSuite.rows]]
+    unseen = [row for name, row in found.items() if name in [row.kind for row in UNSEEN]]
     made = [row for name, row in found.items() if name.endswith(f"-{SEVERITY}")]
     for title, part, factor in (("attacks", unseen, 1), ("types of corruption at five severities", made, 5)):
         if part:

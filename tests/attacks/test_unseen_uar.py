@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from helpers.problems import case, recorded
 from rome.attacks import JPEG, Attack, Elastic, Fog, Gabor, Snow
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.attacks.transforms.elastic import smoothing
 from rome.attacks.transforms.gabor import flattened, gabor_kernels
 from rome.attacks.transforms.jpeg import CHROMA, LUMA
@@ -27,12 +27,12 @@ from rome.core.errors import UserError
 from rome.core.randomness import stream
 from rome.threats import AnyImage, LpBall, PerExample
 
-KINDS: dict[str, type[TransformAttack]] = {kind.kind: kind for kind in (Fog, Snow, Gabor, Elastic, JPEG)}
+KINDS: dict[str, type[SignAscent]] = {kind.kind: kind for kind in (Fog, Snow, Gabor, Elastic, JPEG)}
 ANY = AnyImage(label="unseen")
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> type[TransformAttack]:
+def kind(request: pytest.FixtureRequest) -> type[SignAscent]:
     return KINDS[request.param]
 
 
@@ -69,27 +69,27 @@ def answers(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).argmax(1)
 
 
-def prepared(attack: TransformAttack, x: Tensor, seed: int = 0) -> Any:
+def prepared(attack: SignAscent, x: Tensor, seed: int = 0) -> Any:
     noise = stream(seed, "attack").by_image(x, attack.noise_shape(x.shape[1:]))
     return attack.prepare(x, noise.to(x.dtype))
 
 
-def loss_of(attack: TransformAttack, x: Tensor, y: Tensor) -> Tensor:
+def loss_of(attack: SignAscent, x: Tensor, y: Tensor) -> Tensor:
     return attack.run(MODEL, x, y, ANY).loss
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers(kind: type[TransformAttack]) -> None:
+def test_defaults_are_the_papers(kind: type[SignAscent]) -> None:
     assert kind().bound == {"fog": 12, "snow": 0.5, "gabor": 60, "elastic": 0.125, "jpeg": 0.125}[kind.kind]
-    assert (kind().steps, kind().step_size, kind().best) == (100, None, False)
+    assert (kind().steps, kind().step_size) == (100, None)
     assert Attack.model_validate({"kind": kind.kind, "bound": "1/8", "steps": 3}) == kind(bound=0.125, steps=3)
     with pytest.raises(UserError):
         kind(bound=-1)
 
 
-def test_other_threats_are_refused_clearly(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_other_threats_are_refused_clearly(kind: type[SignAscent], photos: Tensor) -> None:
     ball, y = LpBall(norm="Linf", eps=0.1), answers(MODEL, photos)
     message = rf"{kind.kind} bounds its perturbation itself.* AnyImage\(label='{kind.kind}'\), not LpBall"
     with pytest.raises(UserError, match=message):
@@ -107,18 +107,15 @@ def test_channels_a_transform_knows_nothing_of_are_refused() -> None:
 # -- the ascent --------------------------------------------------------------------------------------------------------
 
 
-def test_one_forward_and_backward_a_step_for_the_whole_batch(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_one_forward_and_backward_a_step_for_the_whole_batch(kind: type[SignAscent], photos: Tensor) -> None:
     y = answers(MODEL, photos)
     with recorded(MODEL) as calls:
         kind(steps=4)(MODEL, photos, y, ANY)
     assert [len(batch) for batch in calls.forwards] == [8] * 4
     assert calls.backwards == [8] * 4
-    with recorded(MODEL) as calls:
-        kind(steps=4, best=True)(MODEL, photos, y, ANY)
-    assert ([len(batch) for batch in calls.forwards], calls.backwards) == ([8] * 5, [8] * 4)
 
 
-def test_steps_are_signs_of_the_default_size_or_the_one_given(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_steps_are_signs_of_the_default_size_or_the_one_given(kind: type[SignAscent], photos: Tensor) -> None:
     """One step by hand, projected and shown: of bound/sqrt(1), of 2.5 x the range of fog's and Gabor's variables."""
     x, y = photos[:3].double(), answers(MODEL, photos[:3])
     model = network(dtype=torch.float64)
@@ -133,33 +130,20 @@ def test_steps_are_signs_of_the_default_size_or_the_one_given(kind: type[Transfo
     assert torch.equal(kind(steps=1, step_size=0.3 * size)(model, x, y, ANY, generator=stream(0, "attack")), half)
 
 
-def test_the_loss_rises_over_the_iterations(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_the_loss_rises_over_the_iterations(kind: type[SignAscent], photos: Tensor) -> None:
     y = answers(MODEL, photos)
     size = {"fog": 0.05, "snow": 0.01, "gabor": 0.05, "elastic": 0.02, "jpeg": 0.02}[kind.kind]
     start, some, more = (loss_of(kind(steps=n, step_size=size), photos, y).mean() for n in (0, 4, 16))
     assert start < some < more
 
 
-def test_more_budget_makes_a_stronger_attack(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_more_budget_makes_a_stronger_attack(kind: type[SignAscent], photos: Tensor) -> None:
     y = answers(MODEL, photos)
-    losses = [
-        loss_of(kind(steps=12, bound=share * kind().bound, best=True), photos, y).mean() for share in (0.25, 1, 4)
-    ]
+    losses = [loss_of(kind(steps=12, bound=share * kind().bound), photos, y).mean() for share in (0.25, 1, 4)]
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_best_is_at_least_as_strong_as_every_iterate(kind: type[TransformAttack], photos: Tensor) -> None:
-    y = answers(MODEL, photos)
-    size = kind().bound
-    every = torch.stack([loss_of(kind(steps=n, step_size=size), photos, y) for n in range(6)])
-    best = loss_of(kind(steps=5, step_size=size, best=True), photos, y)
-    assert torch.allclose(best, every.amax(dim=0), atol=1e-4)
-    assert bool((every[-1] < every.amax(dim=0)).any()), "a test of nothing: the last iterate is always the best"
-
-
-def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(
-    kind: type[TransformAttack], photos: Tensor
-) -> None:
+def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(kind: type[SignAscent], photos: Tensor) -> None:
     x = photos.double()
     x[3] = 0.02 * x[3]  # a dark image: normalising over the batch would show
     model = network(dtype=torch.float64)
@@ -171,9 +155,7 @@ def test_a_result_depends_neither_on_batch_mates_nor_on_their_order(
         assert torch.allclose(alone, whole[part], atol=1e-9)
 
 
-def test_repeatable_by_seed_and_the_global_random_state_is_left_alone(
-    kind: type[TransformAttack], photos: Tensor
-) -> None:
+def test_repeatable_by_seed_and_the_global_random_state_is_left_alone(kind: type[SignAscent], photos: Tensor) -> None:
     y = answers(MODEL, photos)
     before = torch.get_rng_state()
     first, again, other = (
@@ -184,7 +166,7 @@ def test_repeatable_by_seed_and_the_global_random_state_is_left_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_sizes_and_precisions(kind: type[TransformAttack]) -> None:
+def test_sizes_and_precisions(kind: type[SignAscent]) -> None:
     for shape in [(3, 32, 32), (3, 224, 224), (1, 8, 8), (3, 20, 28), (3, 33, 47), (1, 30, 22)]:
         for dtype in [torch.float32, torch.float64] if shape[1] < 100 else [torch.float32]:
             with case(shape, dtype):
@@ -197,7 +179,7 @@ def test_sizes_and_precisions(kind: type[TransformAttack]) -> None:
                 assert bool((found != x).flatten(1).any(dim=1).all())
 
 
-def test_extreme_images_stay_finite(kind: type[TransformAttack]) -> None:
+def test_extreme_images_stay_finite(kind: type[SignAscent]) -> None:
     """All black, all white, one channel black."""
     x = torch.stack((torch.zeros(3, 32, 32), torch.ones(3, 32, 32), torch.ones(3, 32, 32)))
     x[2, 0] = 0
@@ -206,7 +188,7 @@ def test_extreme_images_stay_finite(kind: type[TransformAttack]) -> None:
         assert bool(found.isfinite().all())
 
 
-def test_autocast_of_the_model_leaves_the_images_in_full_precision(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_autocast_of_the_model_leaves_the_images_in_full_precision(kind: type[SignAscent], photos: Tensor) -> None:
     y = answers(MODEL, photos)
     plain = kind(steps=0)(MODEL, photos, y, ANY)
     with torch.autocast("cpu", torch.bfloat16):
@@ -214,9 +196,9 @@ def test_autocast_of_the_model_leaves_the_images_in_full_precision(kind: type[Tr
         assert kind(steps=2)(MODEL, photos, y, ANY).dtype == torch.float32
 
 
-def test_the_ascent_asks_nothing_of_the_device(kind: type[TransformAttack]) -> None:
+def test_the_ascent_asks_nothing_of_the_device(kind: type[SignAscent]) -> None:
     """On a device without values: a host decision raises, and so does a constant left on the CPU."""
-    x, attack = torch.rand(3, 3, 32, 32, device="meta"), kind(steps=2, best=True)
+    x, attack = torch.rand(3, 3, 32, 32, device="meta"), kind(steps=2)
     noise = torch.rand(3, *attack.noise_shape(x.shape[1:]), device="meta")
     transform = attack.prepare(x, noise)
     variables = attack.ascend(network().to("meta"), transform, torch.zeros(3, dtype=torch.int64, device="meta"))
@@ -226,7 +208,7 @@ def test_the_ascent_asks_nothing_of_the_device(kind: type[TransformAttack]) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_computes_the_same_images_and_does_not_wait(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_a_gpu_computes_the_same_images_and_does_not_wait(kind: type[SignAscent], photos: Tensor) -> None:
     attack, y = kind(steps=3), answers(MODEL, photos)
     on_cpu = prepared(attack, photos)
     on_gpu = prepared(attack, photos.cuda())
@@ -254,7 +236,7 @@ def test_variables_that_leave_their_range_are_a_bug(photos: Tensor) -> None:
         def project(self, variables: Tensor) -> Tensor:
             return variables + 2
 
-    class Leaky(TransformAttack):
+    class Leaky(SignAscent):
         kind = "leaky"
         bound: float = 1
 
@@ -269,7 +251,7 @@ def test_variables_that_leave_their_range_are_a_bug(photos: Tensor) -> None:
         Leaky(steps=1)(MODEL, photos, answers(MODEL, photos), ANY)
 
 
-def test_gradients_that_are_not_finite_are_said_to_be(kind: type[TransformAttack], photos: Tensor) -> None:
+def test_gradients_that_are_not_finite_are_said_to_be(kind: type[SignAscent], photos: Tensor) -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return MODEL(x) + (x - x).flatten(1).sum(1, keepdim=True).sqrt()
@@ -281,7 +263,7 @@ def test_gradients_that_are_not_finite_are_said_to_be(kind: type[TransformAttack
 # -- zero budget: only what is known of each transform -----------------------------------------------------------------
 
 
-def nothing(kind: type[TransformAttack], x: Tensor) -> Tensor:
+def nothing(kind: type[SignAscent], x: Tensor) -> Tensor:
     return kind(bound=0, steps=3, step_size=0.1)(network(x.shape[1], x.dtype), x, torch.zeros(len(x)).long(), ANY)
 
 
@@ -517,7 +499,7 @@ def test_gabor_noise_spans_zero_to_one_in_all_channels_alike(photos: Tensor) -> 
     assert bool((flattened(torch.zeros(1, 8, 8)) == 0).all())
 
 
-def prepared_noise(attack: TransformAttack, x: Tensor) -> Tensor:
+def prepared_noise(attack: SignAscent, x: Tensor) -> Tensor:
     return stream(0, "attack").by_image(x, attack.noise_shape(x.shape[1:]))
 
 

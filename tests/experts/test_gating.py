@@ -457,16 +457,6 @@ def test_the_latest_of_several_forwards_counts(model: Blocks, h: Tensor) -> None
         assert torch.equal(both.gates[name].weights, gates.weights)
 
 
-def test_a_cleared_recorder_has_nothing(model: Blocks, h: Tensor) -> None:
-    with record_gates(model) as recorder:
-        model(h)
-        recorder.clear()
-        with pytest.raises(UserError, match="never called"):
-            recorder.complete()
-        model(h)
-    assert len(recorder.complete()) == 4
-
-
 def test_recording_does_not_change_the_output(model: Blocks, h: Tensor) -> None:
     plain = model(h)
     with record_gates(model):

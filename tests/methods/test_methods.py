@@ -230,6 +230,7 @@ def test_the_model_keeps_its_modes_and_every_trained_parameter_gets_a_gradient(
 ) -> None:
     model = network(experts=True)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model(batch[0])  # the first pass of fresh experts is looked at by another
     training: list[bool] = []
     handle = model.register_forward_hook(lambda module, args, out: training.append(module.training))
     outcome = method.loss(context_of(model, regularizer=Diversification()), *batch)

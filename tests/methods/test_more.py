@@ -513,12 +513,18 @@ def backbone(*layers: nn.Module) -> Classifier:
     return Classifier(nn.Sequential(*layers), (0.5,), (0.5,))
 
 
+def headless() -> nn.Module:
+    model = vit()
+    model.backbone.reset_classifier(0)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no backbone": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "this Sequential has none; wrap it: rome"),
     "adapted": (lambda: LowRank(experts=2, rank=2).inject(vit()), "has experts already"),
     "twice": (lambda: Networks().inject(vit()), "has experts already"),
     "compiled": (lambda: torch.compile(vit()), "compiled already"),
-    "features": (lambda: vit(num_classes=0), "this VisionTransformer has no classifier"),
+    "features": (headless, "this VisionTransformer has no classifier"),
     "no Linear": (lambda: backbone(nn.Conv2d(1, 10, 8), nn.Flatten()), "this Sequential has no classifier"),
     "not plain": (lambda: backbone(nn.Flatten(), Uncopyable(64, 10)), "this Sequential has no classifier"),
     "uncopyable": (

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rome.core.errors import UserError
 from rome.data import Cifar10
 from rome.models import create_model
-from rome.models.backbones import BACKBONES, AlexNet, wide_resnet
+from rome.models.backbones import BACKBONES, wide_resnet
+from rome.models.backbones.alexnet import FEATURE_LAYERS
 from rome.models.loading import weights_file
 from rome.report.cost import macs
 
@@ -64,7 +65,7 @@ def images(n: int = 2, size: int = 32) -> Tensor:
 def test_sizes_are_the_published_ones(name: str, args: dict[str, Any], parameters: int, gmacs: float | None) -> None:
     """ResNet-18 as in kuangliu/pytorch-cifar, PreActResNet-18 as in E-AT, WRN-28-10 as in its paper (36.5M),
     WRN-94-16 as in Bartoldson et al. 2024 (366M), WRN-34-10 as in TRADES without
-    the layers it never calls, ViT-B and Swin-B as in the paper's spec (85.15M, 86.69M)."""
+    the layers it never calls, ViT-B and Swin-B as in the paper (85.15M, 86.69M)."""
     with torch.device("meta"):
         model = create_model(name, num_classes=10, **args).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -240,15 +241,15 @@ def test_pyautoattacks_weights_know_cifar10() -> None:
 def test_alexnets_features_are_the_five_relus() -> None:
     model = create_model("alexnet_cifar", num_classes=10)
     seen: dict[str, Tensor] = {}
-    for name in AlexNet.feature_layers:
+    for name in FEATURE_LAYERS:
         module = model.backbone.get_submodule(name)
         assert isinstance(module, nn.ReLU)
         module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out, name + " in": args[0]}))
     x = images(2).float().clamp(0, 1)
     model.eval()(x)
     sizes = [(64, 16, 16), (192, 8, 8), (384, 4, 4), (256, 4, 4), (256, 4, 4)]
-    assert [tuple(seen[name].shape[1:]) for name in AlexNet.feature_layers] == sizes
-    for name in AlexNet.feature_layers:  # neither was overwritten by a later layer
+    assert [tuple(seen[name].shape[1:]) for name in FEATURE_LAYERS] == sizes
+    for name in FEATURE_LAYERS:  # neither was overwritten by a later layer
         assert torch.equal(seen[name], seen[name + " in"].relu())
         assert (seen[name + " in"] < 0).any()
 

@@ -19,6 +19,7 @@ from rome.attacks import APGD, PGD, Attack
 from rome.core.errors import UserError
 from rome.core.files import flatten
 from rome.methods import Average, Random
+from rome.models import ModelSettings
 from rome.runs.config import Config, load, parse
 from rome.runs.experiments import files
 from rome.runs.optim import AdamW
@@ -463,6 +464,7 @@ def test_every_experiment_reads_back_from_its_dump() -> None:
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 norms = st.sampled_from(["L1", "L2", "Linf"])
+further = st.text().filter(lambda key: key not in ModelSettings.model_fields)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -474,7 +476,9 @@ norms = st.sampled_from(["L1", "L2", "Linf"])
     betas=st.tuples(shares, shares),
     eps=st.floats(0, 1e6),
     steps=st.one_of(st.none(), st.integers(0, 99), st.dictionaries(norms, st.integers(0, 9))),
-    args=st.dictionaries(st.text(), st.one_of(st.integers(), finite, st.text())),
+    args=st.dictionaries(
+        st.text().filter(lambda key: key not in ModelSettings.model_fields), st.one_of(st.integers(), finite, st.text())
+    ),
     middle=shares,
     layers=st.lists(st.text(min_size=1), min_size=1),
 )

@@ -205,11 +205,6 @@ class Attack(Component):
         self.accepted(threat)
         return int(getattr(self, "steps", 0))
 
-    def passes_for(self, threat: Threat) -> float:
-        """Forward passes of the model that an example under this threat costs, a backward counted as one; NaN where
-        that is not known."""
-        return 2 * self.steps_for(threat)
-
     @abstractmethod
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         """The attack itself, on a sorted batch, without gradient tracking and with the model frozen.

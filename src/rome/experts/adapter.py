@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rome.core.errors import UserError
 from rome.experts.base import Bottleneck
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import MixtureLayer
 from rome.experts.gated_linear import GatedLinear, scale_groups
 
 
@@ -51,5 +51,5 @@ class Adapters(Bottleneck):
         if not isinstance(module, nn.Linear):
             raise UserError(f"layer {name} is a convolution; adapters stand behind Linear layers, use kind: low-rank")
 
-    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
+    def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         return AdapterLinear(module, rank=self.rank, **gating)

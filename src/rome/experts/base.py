@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rome.core.component import Component, Names
 from rome.core.errors import UserError
 from rome.experts.checking import check_experts
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import MixtureLayer
 from rome.experts.gated_linear import GatedLinear
 from rome.experts.gates import DualScale, Gate, Uniform
 from rome.experts.placement import (
@@ -113,7 +113,7 @@ class Layerwise(Experts):
         for name, module in chosen.items():
             layout = layouts[name]
             gate = self.gate.build(self.width(module), self.experts, block=numbers[name], blocks=blocks, layout=layout)
-            gating: Gating = {
+            gating = {
                 "experts": self.experts,
                 "gate": gate,
                 "layout": layout,
@@ -138,8 +138,8 @@ class Layerwise(Experts):
         """Size of what the gate reads at each token."""
 
     @abstractmethod
-    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
-        """What replaces the module, which :meth:`check` let pass."""
+    def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
+        """What replaces the module, which :meth:`check` let pass. ``gating``: for :meth:`MixtureLayer.init_gating`."""
 
 
 class Bottleneck(Layerwise):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import MixtureLayer
 
 
 class MixtureConv2d(nn.Conv2d, MixtureLayer):
@@ -31,17 +31,10 @@ class MixtureConv2d(nn.Conv2d, MixtureLayer):
         conv: the layer to adapt; shares its parameters. Zero padding given as a number, one group, a square kernel.
         rank: r.
         form: see above.
-        gating: see :class:`MixtureLayer`.
+        gating: see :meth:`MixtureLayer.init_gating`.
     """
 
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        *,
-        rank: int,
-        form: Literal["loralib", "peft"] = "loralib",
-        **gating: Unpack[Gating],
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, *, rank: int, form: Literal["loralib", "peft"], **gating: Any) -> None:
         experts = gating["experts"]
         size, inputs, outputs = conv.kernel_size[0], conv.in_channels, conv.out_channels
         super().__init__(inputs, outputs, size, bias=conv.bias is not None, device="meta")
@@ -55,9 +48,7 @@ class MixtureConv2d(nn.Conv2d, MixtureLayer):
             self.A = nn.Parameter(torch.empty(experts * rank, inputs, size, size))
             self.B = nn.Parameter(torch.zeros(outputs, experts * rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.init_gating(**gating)
-        self.to(device=conv.weight.device, dtype=conv.weight.dtype)
-        self.train(conv.training)
+        self.init_gating(conv, **gating)
 
     def base_forward(self, input: Tensor) -> Tensor:
         return super().forward(input)

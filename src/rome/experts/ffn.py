@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rome.core.errors import UserError
 from rome.experts.base import Layerwise
 from rome.experts.fused import becomes_a_program
-from rome.experts.gated import Gating, MixtureLayer, NetworkMixture
+from rome.experts.gated import MixtureLayer, NetworkMixture
 from rome.experts.gates import Gate, Local
 from rome.experts.placement import joins_late, matches_end
 
@@ -29,26 +29,16 @@ class MixtureFFN(NetworkMixture):
         ffn: the network to multiply, (B, T, d) to (B, T, d_out).
         top: experts for each token.
         start: ``random`` takes modules for which :func:`without_start` finds nothing.
-        gating: see :class:`MixtureLayer`.
+        gating: see :meth:`MixtureLayer.init_gating`.
     """
 
-    def __init__(
-        self,
-        ffn: nn.Module,
-        *,
-        top: int | None,
-        start: Literal["copies", "random"] = "copies",
-        **gating: Unpack[Gating],
-    ) -> None:
+    def __init__(self, ffn: nn.Module, *, top: int | None, start: Literal["copies", "random"], **gating: Any) -> None:
         super().__init__()
         self.in_features, self.top, self.start, experts = input_size(ffn), top, start, gating["experts"]
         self.networks = nn.ModuleList([ffn, *(copy.deepcopy(ffn) for _ in range(experts - 1))])
         if start == "random":
             self.networks.apply(_restart)
-        self.init_gating(**gating)
-        like = next(ffn.parameters())
-        self.to(device=like.device, dtype=like.dtype)
-        self.train(ffn.training)
+        self.init_gating(ffn, **gating)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -127,7 +117,7 @@ class FeedForward(Layerwise):
         if self.start == "random" and (lasting := without_start(module)):
             raise UserError(f"experts.start: random knows no start for {name}.{lasting[0]}; use start: copies")
 
-    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
+    def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         return MixtureFFN(module, top=self.top, start=self.start, **gating)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict
+from typing import ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,16 +41,6 @@ class Sink:
     """Record gates computed anew from a detached input: a loss on them trains the gates and nothing before them."""
 
 
-class Gating(TypedDict):
-    """What :meth:`MixtureLayer.init_gating` gets."""
-
-    experts: int
-    gate: GateModule | None
-    layout: NotRequired[Layout]
-    projection_dim: NotRequired[int]
-    train_projection: NotRequired[bool]
-
-
 class MixtureLayer(nn.Module):
     """Base of the modules whose K experts are weighed by a gate. Subclasses call :meth:`init_gating`.
 
@@ -78,13 +68,15 @@ class MixtureLayer(nn.Module):
 
     def init_gating(
         self,
+        replaced: nn.Module,
         experts: int,
         gate: GateModule | None,
         layout: Layout = PLAIN,
         projection_dim: int = 0,
         train_projection: bool = False,
     ) -> None:
-        """Set the attributes above.
+        """Set the attributes above, once the experts are there; device, type and mode are then those of the module that
+        is replaced.
 
         Args:
             gate: None for a module that finds its gates in another way and calls :meth:`record` itself.
@@ -102,6 +94,10 @@ class MixtureLayer(nn.Module):
             self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
             self.projection.weight.requires_grad_(train_projection)
         self.register_buffer("real", positions(layout), persistent=False)
+        if gate is not None:
+            like = next(replaced.parameters())
+            self.to(device=like.device, dtype=like.dtype)
+        self.train(replaced.training)
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Unpack
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import MixtureLayer
 
 
 class GatedLinear(nn.Linear, MixtureLayer):
@@ -22,17 +22,15 @@ class GatedLinear(nn.Linear, MixtureLayer):
     Args:
         linear: the layer to adapt; shares its parameters.
         rank: r.
-        gating: see :class:`MixtureLayer`.
+        gating: see :meth:`MixtureLayer.init_gating`.
     """
 
-    def __init__(self, linear: nn.Linear, *, rank: int, **gating: Unpack[Gating]) -> None:
+    def __init__(self, linear: nn.Linear, *, rank: int, **gating: Any) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.rank = rank
         self.make(gating["experts"], rank)
-        self.init_gating(**gating)
-        self.to(device=linear.weight.device, dtype=linear.weight.dtype)
-        self.train(linear.training)
+        self.init_gating(linear, **gating)
 
     @abstractmethod
     def make(self, experts: int, rank: int) -> None:

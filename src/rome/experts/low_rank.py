@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from rome.core.component import Number
 from rome.experts.base import Bottleneck, Module
 from rome.experts.conv import MixtureConv2d
 from rome.experts.fused import closed_form, mixture
-from rome.experts.gated import Gating, MixtureLayer
+from rome.experts.gated import MixtureLayer
 from rome.experts.gated_linear import GatedLinear, scale_groups
 from rome.experts.gates import DualScale, Gate, Uniform
 from rome.experts.regularizers import Diversification
@@ -66,7 +65,7 @@ class LowRank(Bottleneck):
     """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
     has no gradient for the gates until B has grown."""
 
-    def wrap(self, module: Any, gating: Gating) -> MixtureLayer:
+    def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         layer: MixtureLinear | MixtureConv2d
         if isinstance(module, nn.Conv2d):
             layer = MixtureConv2d(module, rank=self.rank, form=self.conv, **gating)
@@ -79,49 +78,23 @@ class LowRank(Bottleneck):
         return layer
 
 
-def add_experts(
-    model: Module,
-    *,
-    experts: int = 4,
-    rank: int = 16,
-    layers: Sequence[str] | str | None = None,
-    gate: Gate | None = None,
-    projection: Literal["frozen", "trainable", "none"] = "frozen",
-    projection_dim: int = 100,
-    conv: Literal["loralib", "peft"] = "loralib",
-    alpha: float | None = None,
-    images: Tensor | None = None,
-) -> Module:
+def add_experts(model: Module, *, gate: Gate | None = None, images: Tensor | None = None, **settings: Any) -> Module:
     """Add low-rank experts to a model, in place; its function does not change until they are trained (B = 0).
 
     Args:
         model: any module with Linear or Conv2d layers: a timm model, one from :func:`rome.create_model`, your own.
-        experts: K, experts for each layer.
-        rank: r, of every expert.
-        layers: which layers; None picks the paper's for the model's family. See :class:`LowRank`.
         gate: how experts are weighed; None is ``DualScale(s=4, b=2)``.
-        projection: of the global gate in the diversification loss (Eq. 7).
-        projection_dim: K', its size.
-        conv: form of the update beside convolutions.
-        alpha: scales the experts by alpha / rank, as LoRA does; None for a scale of 1, the paper's.
         images: two or more (B, C, H, W) as the model takes them, to see that it runs the experts. None asks the model
             for their size; where it does not say, its first forward pass shows it.
+        settings: the others of :class:`LowRank`, such as ``experts`` (K, 4), ``rank`` (r, 16), ``layers`` (the paper's
+            for the model's family), ``projection``, ``conv`` and ``alpha``.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is out of range;
-            the model is unchanged then.
+        UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is unknown or out
+            of range; the model is unchanged then.
     """
-    return LowRank(
-        experts=experts,
-        rank=rank,
-        layers=layers,
-        gate=gate or DualScale(),
-        projection=projection,
-        projection_dim=projection_dim,
-        conv=conv,
-        alpha=alpha,
-        regularizer=None if isinstance(gate, Uniform) else Diversification(),
-    ).inject(model, images)
+    usual = {"gate": gate or DualScale(), "regularizer": None if isinstance(gate, Uniform) else Diversification()}
+    return LowRank(**usual | settings).inject(model, images)

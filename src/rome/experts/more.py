@@ -43,10 +43,9 @@ class ModelMixture(NetworkMixture):
             raise UserError(f"this {type(network).__name__} cannot be copied: {error}") from error
         self.router = with_outputs(copies.pop(), experts)
         self.networks = nn.ModuleList([network, *copies])
-        self.init_gating(experts, None)
+        self.init_gating(network, experts, None)
         self.visited: tuple[int, ...] = ()
         """Set inside :meth:`apart`."""
-        self.train(network.training)
 
     @property
     def graph_state(self) -> Hashable:

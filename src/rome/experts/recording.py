@@ -55,26 +55,22 @@ class GateRecorder:
             )
         return [latest[layer] for layer in self._names]
 
-    def check(self, images: int | None) -> None:
+    def check(self, images: int) -> None:
         """The layers all ran, and each row of what they saw was an image.
 
         Args:
-            images: of each forward pass that was recorded; None where that is not known.
+            images: of each forward pass that was recorded.
 
         Raises:
             UserError: they did not, so that gates would not weigh the experts of an image.
         """
         self.complete()
         for record in self.records:
-            if images is not None and len(record.gates.weights) != images:
+            if len(record.gates.weights) != images:
                 raise UserError(
                     f"layer {self._names[record.layer]} sees {len(record.gates.weights)} inputs for {images} images, "
                     "so its global gate would not average over the image. Leave it out of experts.layers."
                 )
-
-    def clear(self) -> None:
-        """Forget what was recorded so far."""
-        self.records.clear()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from rome.core.component import Settings
@@ -20,7 +20,12 @@ from rome.models.classifier import Classifier
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
-_NO_START = {"weights": None, "weights_key": None, "drop_head": False, "drop_experts": False}
+_OF_WEIGHTS = {
+    "weights_key": "names a part",
+    "drop_head": "drops the last layer",
+    "drop_experts": "drops the experts",
+}
+"""Settings that mean something beside ``weights`` alone, and what they do."""
 
 
 class ModelSettings(Settings):
@@ -49,37 +54,31 @@ class ModelSettings(Settings):
     drop_experts: bool = False
     """Leave the experts of ``weights`` out; otherwise the config must have the same, and they go on."""
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        for key, purpose in _OF_WEIGHTS.items():
+            if self.weights is None and getattr(self, key):
+                raise ValueError(f"model.{key} {purpose} of model.weights, and there are none; name them")
+        if twice := sorted(self.args.keys() & type(self).model_fields.keys() - {"args"}):
+            raise ValueError(f"args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
+        return self
+
     def without_weights(self) -> Self:
         """The same without weights to start from."""
-        return self.model_copy(update={"pretrained": False, **_NO_START})
+        start = ("pretrained", "weights", *_OF_WEIGHTS)
+        return self.model_copy(update={key: type(self).model_fields[key].default for key in start})
 
     def architecture_only(self) -> Self:
         """The same for counting parameters and operations: also without RobustBench's package where the architecture
         has another name too."""
-        zoo = self.name.startswith(ROBUSTBENCH)
-        twin = TWINS.get((self.args.get("dataset", "cifar10"), self.name.removeprefix(ROBUSTBENCH))) if zoo else None
-        return (
-            self.without_weights()
-            if twin is None
-            else self.without_weights().model_copy(update={"name": twin, "args": {}})
-        )
+        zoo, _, name = self.name.rpartition(":")
+        twin = TWINS.get((self.args.get("dataset", "cifar10"), name)) if f"{zoo}:" == ROBUSTBENCH else None
+        renamed = {} if twin is None else {"name": twin, "args": {}}
+        return self.without_weights().model_copy(update=renamed)
 
 
 def create_model(
-    name: str,
-    *,
-    num_classes: int,
-    img_size: int | None = None,
-    patch_size: int | None = None,
-    in_chans: int = 3,
-    pretrained: bool = False,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    weights: str | Path | None = None,
-    weights_key: str | None = None,
-    drop_head: bool = False,
-    drop_experts: bool = False,
-    **args: Any,
+    name: str, *, num_classes: int, in_chans: int = 3, weights: str | Path | None = None, **settings: Any
 ) -> Classifier:
     """A model by name, or your own, as a classifier of images in [0, 1].
 
@@ -92,56 +91,68 @@ def create_model(
             - ``robustbench:NAME``, a model of RobustBench's zoo with its weights, if that package is installed;
               ``args``: ``dataset="cifar10"``, ``threat_model="Linf"``, ``model_dir="models"``.
         num_classes: number of logits.
-        img_size, patch_size: in pixels; None leaves the model's own. Position and patch embeddings of pretrained
-            weights are resampled by timm.
         in_chans: image channels.
-        pretrained: load the tag's weights (timm only; needs the network once).
-        mean, std: normalisation per channel; None takes the model's own: CIFAR-10's for Wide ResNets, none for the
-            ResNets and RobustBench's models, timm's for timm's, otherwise 0.5. That of ``weights`` comes before these
-            but not before an argument here.
         weights: what to start from, with its experts if it has some; see :func:`rome.models.load_weights`. What there
             is to say of it goes to standard error.
-        weights_key: where in ``weights``, if it holds several models.
-        drop_head: leave the last layer of ``weights`` out, for other classes.
-        drop_experts: leave the experts of ``weights`` out.
-        args: passed on, such as ``depth=6, embed_dim=192``.
+        settings: those of :class:`ModelSettings`, and further arguments of the model or the function
+            (``depth=6, embed_dim=192``). Position and patch embeddings of pretrained weights are resampled by timm.
 
     Raises:
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
     """
-    parts = {"drop_head drops the last layer": drop_head, "drop_experts drops the experts": drop_experts}
-    parts["weights_key names a part"] = weights_key is not None
-    needless = [text for text, wanted in parts.items() if wanted]
-    if weights is None and needless:
-        raise UserError(f"model.{needless[0]} of model.weights, and there are none; name them")
-    options = {"img_size": img_size, "patch_size": patch_size}
-    sizes = {key: value for key, value in options.items() if value is not None}
+    own = {key: settings.pop(key) for key in settings.keys() & ModelSettings.model_fields.keys()}
+    start = None if weights is None else str(weights)
+    chosen = ModelSettings(name=name, num_classes=num_classes, in_chans=in_chans, weights=start, args=settings, **own)
+    model = untrained(chosen)
+    if weights is not None:
+        _start(model, chosen)
+    return model
+
+
+def untrained(settings: ModelSettings) -> Classifier:
+    """The model of settings that have ``num_classes``, without their ``weights``.
+
+    Raises:
+        UserError: unknown name, or an argument that the model does not take.
+    """
+    name, channels = settings.name, settings.in_chans or 3
+    sizes = settings.model_dump(include={"img_size", "patch_size"}, exclude_none=True)
+    options, num_classes = {**sizes, **settings.args}, settings.num_classes
+    if num_classes is None:
+        raise UserError("model.num_classes is missing")
     try:
-        backbone = make_backbone(
-            name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, options={**sizes, **args}
-        )
+        backbone = make_backbone(name, num_classes, channels, options, pretrained=settings.pretrained)
     except (UserError, Interrupted):
         raise
     except OSError as error:
         raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
     except Exception as error:  # whatever a function of yours does
-        given = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": in_chans, **args}.items())
         hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
-        raise UserError(f"model {name} cannot be built with {given}: {first_line(error)}{hint}") from error
+        told = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": channels, **settings.args}.items())
+        raise UserError(f"model {name} cannot be built with {told}: {first_line(error)}{hint}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
-    keep, expected = mean is not None or std is not None, expected_normalization(backbone)
-    mean = _per_channel(expected.mean if mean is None else mean, in_chans, "mean")
-    std = _per_channel(expected.std if std is None else std, in_chans, "std")
+    expected = expected_normalization(backbone)
+    mean = _per_channel(expected.mean if settings.mean is None else settings.mean, channels, "mean")
+    std = _per_channel(expected.std if settings.std is None else settings.std, channels, "std")
     if min(std) <= 0:
         raise UserError(f"model.std must be positive, not {std}")
     model = Classifier(backbone, mean, std)
-    model.recipe = {"name": name, "num_classes": num_classes, **sizes, "in_chans": in_chans, "mean": mean, "std": std}
-    model.recipe |= args
-    if weights is not None:
-        drops = {"drop_head": drop_head, "drop_experts": drop_experts}
-        say(load_weights(model, weights, **drops, key=weights_key, keep_normalization=keep))
+    model.recipe = {"name": name, "num_classes": num_classes, "in_chans": channels, "mean": mean, "std": std} | options
     return model
+
+
+def _start(model: Classifier, settings: ModelSettings) -> None:
+    """Load the weights to start from, and say what there is to say of them."""
+    remarks = load_weights(
+        model,
+        str(settings.weights),
+        drop_head=settings.drop_head,
+        drop_experts=settings.drop_experts,
+        key=settings.weights_key,
+        keep_normalization=settings.mean is not None or settings.std is not None,
+    )
+    say(remarks)
 
 
 def build_model(
@@ -156,13 +167,10 @@ def build_model(
         raise UserError(f"model.num_classes is {settings.num_classes} but the data has {classes} classes; leave it out")
     if settings.in_chans not in (None, shape[0]):
         raise UserError(f"model.in_chans is {settings.in_chans} but the data has {shape[0]} channels; leave it out")
-    own = settings.model_dump(exclude={"args"}, exclude_none=True)
-    twice = sorted(set(settings.args) & (set(ModelSettings.model_fields) - {"args"}))
-    if twice:
-        raise UserError(f"model.args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
     goes_on = trains_on(settings, experts)
-    later = _NO_START if goes_on else {}
-    model = create_model(**{**own, "num_classes": classes, "in_chans": shape[0], **later}, **settings.args)
+    model = untrained(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
+    if settings.weights is not None and not goes_on:
+        _start(model, settings)
     images, name = torch.zeros(2, *shape), f"model {settings.name}"
     with tried(model):
         outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
@@ -171,11 +179,9 @@ def build_model(
         raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")
     if experts is not None:
         experts.inject(model, images)
-    if settings.weights is not None and goes_on:
-        keep = settings.mean is not None or settings.std is not None
+    if goes_on:
         try:
-            start, key = settings.weights, settings.weights_key
-            say(load_weights(model, start, key=key, drop_head=settings.drop_head, keep_normalization=keep))
+            _start(model, settings)
         except UserError as error:
             raise UserError(f"{error} (model.drop_experts=true starts with new experts)") from error
     return model.train()

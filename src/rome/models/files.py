@@ -17,7 +17,7 @@ from rome.core.version import __version__
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.models.adapted import fill
-from rome.models.building import ModelSettings, create_model, say
+from rome.models.building import ModelSettings, say, untrained
 from rome.models.fitting import fit
 from rome.models.loading import other_layers, read_tensors
 from rome.models.module_tree import layer_counts
@@ -71,7 +71,6 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
 
     def copy_into(target: nn.Module) -> None:
         expected = set(_own_experts(target))
-        fit(target, tensors, expected=expected, path=path, copy=False)
         if not any_backbone and metadata.get("moved", True) and metadata.get("beside") != fingerprint(target):
             raise UserError(
                 f"{path} holds experts that were trained together with the weights beside them, and the model has "
@@ -103,9 +102,7 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
     built = model is None
     if model is None:
-        if not metadata.get("model"):
-            raise UserError(f"{path} does not say how its model is built; pass the module to load it into")
-        model = _built(metadata["model"], path)
+        model = _built(metadata.get("model") or {}, path)
 
     def copy_into(target: nn.Module) -> None:
         fit(target, tensors, expected=set(bare_state(target)), path=path)
@@ -120,17 +117,15 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
 
 
 def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
-    """The untrained model whose arguments of :func:`create_model` a file keeps; it needs no weights but the file's."""
-    own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields and key != "args"}
-    unknown = f"{path} does not say how its model is built"
+    """The untrained model whose settings a file keeps; it needs no weights but the file's."""
+    own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields}
+    args = {key: value for key, value in recipe.items() if key not in own}
     try:
-        settings = ModelSettings(**own).without_weights().model_dump(exclude={"args"}, exclude_none=True)
+        return untrained(ModelSettings(**own, args=args).without_weights())
     except UserError as error:
-        raise UserError(f"{unknown} ({error}); pass the module to load it into") from error
-    try:
-        return create_model(**settings, **{key: value for key, value in recipe.items() if key not in own})
-    except TypeError as error:  # without a number of classes
-        raise UserError(f"{unknown}; pass the module to load it into") from error
+        raise UserError(
+            f"the model of {path} cannot be built from what it says ({error}); pass the module to load it into"
+        ) from error
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:

@@ -216,7 +216,6 @@ def fit(
     path: object,
     head: tuple[str, ...] = (),
     hint: str = "",
-    copy: bool = True,
 ) -> None:
     """Copy tensors into a model, all or none.
 
@@ -226,7 +225,6 @@ def fit(
         path: for the message.
         head: prefixes of the last layer's names; where nothing else is wrong, the message says how to drop it.
         hint: the end of the message otherwise.
-        copy: False only checks.
 
     Raises:
         UserError: a tensor is missing, too many, of another shape or type of number, or not finite.
@@ -251,7 +249,7 @@ def fit(
             hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
         raise UserError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
     with torch.no_grad():
-        for name in both if copy else ():
+        for name in both:
             own[name].copy_(tensors[name])
 
 

@@ -33,7 +33,7 @@ THREATS = ("Linf", "L2", "corruptions", "corruptions_3d")
 
 
 def make_backbone(
-    name: str, *, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
+    name: str, num_classes: int, in_chans: int, options: dict[str, Any], *, pretrained: bool
 ) -> nn.Module:
     """The module a model's name stands for; see :func:`rome.create_model`.
 
@@ -152,30 +152,19 @@ def neighbours(folder: Path) -> Iterator[None]:
     _IMPORTED.clear()
     own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
     own -= sys.stdlib_module_names
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in own}
-    aside = {name: module for name, module in before.items() if not _lies_in(folder, name.partition(".")[0])}
-    for name in aside:
-        del sys.modules[name]
+    aside = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in own}
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        again = sorted(aside.keys() & sys.modules.keys())
+        _IMPORTED.update((name, module) for name, module in sys.modules.items() if name.partition(".")[0] in own)
         sys.modules.update(aside)
-        found = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in own}
-        _IMPORTED.update((name, module) for name, module in found.items() if name not in before)
-    if again:
-        other = getattr(aside[again[0]], "__file__", None) or "another"
-        raise UserError(f"the module {again[0]} in {folder} has the name of {other}, which is in use; rename it")
-
-
-def _lies_in(folder: Path, name: str) -> bool:
-    """Whether the imported module of that name is the one in the folder."""
-    module = sys.modules.get(name)
-    place = next(iter(getattr(module, "__path__", [])), None) or getattr(module, "__file__", None)
-    return place is not None and Path(place).resolve() in (folder / name, folder / f"{name}.py")
+    for name in sorted(aside.keys() & _IMPORTED.keys()):
+        other = getattr(aside[name], "__file__", None) or "another"
+        if other != _IMPORTED[name].__file__:
+            raise UserError(f"the module {name} in {folder} has the name of {other}, which is in use; rename it")
 
 
 def _executed(file: Path) -> ModuleType:

@@ -28,20 +28,13 @@ from rome.data.base import one_line
 Constants = Literal["cifar10-c", "imagenet-c"]
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-SEVERITIES: dict[str, dict[Constants, tuple[Any, ...]]] = json.loads(
-    Path(__file__).with_suffix(".json").read_text(encoding="utf-8"),
-    object_hook=lambda found: {name: _tuples(value) for name, value in found.items()},
+SEVERITIES: dict[str, dict[Constants, list[Any]]] = json.loads(
+    Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
 )
 """What each function of ``distortions`` gets at severities 1 to 5. Frost's last number is the size of its texture; the
 elastic transform's are in sides of the image."""
-SEVERITIES["elastic_transform"]["imagenet-c"] = tuple(
-    tuple(244 / 224 * value for value in row)  # they are written for 244 pixels and used at 224
-    for row in SEVERITIES["elastic_transform"]["imagenet-c"]
-)
+for row in SEVERITIES["elastic_transform"]["imagenet-c"]:
+    row[:] = [244 / 224 * value for value in row]  # they are written for 244 pixels and used at 224
 CORRUPTIONS = tuple(SEVERITIES)
 
 

@@ -46,9 +46,6 @@ class GMA(Attack):
             raise UserError(f"{self.kind} {self.searches[1]}, not {ball.norm}")
         return ball
 
-    def passes_for(self, threat: Threat) -> float:
-        return 2 * self.steps + bool(self.steps)  # one forward first, for the experts to route to
-
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         x_adv = x.clone()
         if self.random_start:

@@ -13,7 +13,7 @@ from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
 from rome.attacks.engine import Model, graphs_of, margin
 from rome.attacks.perceptual.features import Perception, distances
 from rome.core.component import Number
-from rome.threats import Perceptual, Threat
+from rome.threats import Perceptual
 
 START = 0.01
 """Standard deviation of the random start."""
@@ -47,9 +47,6 @@ class FastLPA(Attack):
 
     copies: ClassVar[int] = 1
     """How many rows of the batch belong to one example; they stand together and start as the same image."""
-
-    def passes_for(self, threat: Threat) -> float:
-        return 3 * self.steps + self.only_correct  # a step: forward, backward to the input, forward a little further
 
     def gain(self, logits: Tensor, y: Tensor) -> Tensor:
         """What each example's steps raise."""

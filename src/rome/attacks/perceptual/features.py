@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from rome.attacks.engine import Model, at_least_float32, frozen
 from rome.core.errors import UserError, did_you_mean
 from rome.core.trial import failure
+from rome.core.wrappers import unwrapped
 from rome.experts.placement import channels_last
-from rome.models import file_hash, load_model
+from rome.models import file_hash, load_model, weights_file
 from rome.threats import Perceptual, Threat
 
 EPS = 1e-10
@@ -180,18 +180,13 @@ class Perception:
         for threat, rows, *_ in groups:
             network = model if threat.features == "self" else loaded(threat, device).network
             assert network is not None
-            self._parts.append(_Part(threat, rows, Features(network, threat.layers), threat.features == "self"))
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The networks that are not the model, each once."""
-        return list(dict.fromkeys(part.features.model for part in self._parts if not part.own))
+            self._parts.append(_Part(threat, rows, Features(network, threat.layers)))
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """These networks frozen inside."""
+        """The networks that are not the model frozen inside."""
         with ExitStack() as stack:
-            for network in self.networks:
+            for network in dict.fromkeys(part.features.model for part in self._parts if not part.own):
                 stack.enter_context(frozen(network))
             yield
 
@@ -226,8 +221,11 @@ class _Part(NamedTuple):
     threat: Perceptual
     rows: slice
     features: Features
-    own: bool
-    """Whether the network is the attacked model."""
+
+    @property
+    def own(self) -> bool:
+        """Whether the network is the attacked model."""
+        return self.threat.features == "self"
 
     def phi(self, images: Tensor) -> Tensor:
         images = images[self.rows]
@@ -263,8 +261,7 @@ def network_hash(threat: Threat) -> str | None:
     there is no such file, and of other threats."""
     if not isinstance(threat, Perceptual) or threat.features == "self":
         return None
-    file = Path(threat.features)
-    file = file / "model.safetensors" if file.is_dir() else file
+    file = weights_file(threat.features)
     return file_hash(file) if file.is_file() else None
 
 
@@ -274,8 +271,7 @@ class _Enough(Exception):  # noqa: N818
 
 def _backbone(model: nn.Module) -> nn.Module:
     """The module whose layers a person names: without normalisation and compilation around it."""
-    model = getattr(model, "_orig_mod", model)
-    return getattr(model, "backbone", model)
+    return getattr(unwrapped(model), "backbone", unwrapped(model))
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:

@@ -7,7 +7,6 @@ published`` is what that repository computes, defects included: docs/decisions/p
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ from rome.attacks.free import Form
 from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length
 from rome.attacks.perceptual.features import Perception, distances, loaded
 from rome.core.component import Number
-from rome.threats import Perceptual, Threat
+from rome.threats import Perceptual
 
 KAPPA = 1.0
 """A margin beyond this is not raised further."""
@@ -37,9 +36,6 @@ class _Bounded(Attack):
     full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)
     form: Form = "corrected"
-
-    def passes_for(self, threat: Threat) -> float:
-        return math.nan  # depends on the images
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         start = x + START * gaussian(noise)

@@ -13,7 +13,7 @@ from rome.attacks.suites.base import AutoAttackSuite, Case, Suite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
 from rome.core.errors import UserError, did_you_mean
 from rome.core.plain_data import Unreadable, parse_yaml
-from rome.threats import Perceptual, Threat
+from rome.threats import Threat
 
 
 class SeveralSuites(Suite):
@@ -23,18 +23,16 @@ class SeveralSuites(Suite):
     suites: tuple[Suite, ...] = Field(min_length=1)
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        owner: dict[str, Suite] = {}
-        cases = []
+        found: dict[str, tuple[Suite, Case]] = {}
         for suite in self.suites:
             for case in suite.cases(threats, classes):
-                if case.name in owner:
+                if case.name in found:
                     raise UserError(
-                        f"suites {owner[case.name].label!r} and {suite.label!r} both have a column {case.name!r}: "
+                        f"suites {found[case.name][0].label!r} and {suite.label!r} both have a column {case.name!r}: "
                         "leave one of them out, or evaluate them one at a time"
                     )
-                owner[case.name] = suite
-                cases.append(case)
-        return cases
+                found[case.name] = suite, case
+        return [case for _, case in found.values()]
 
 
 class AllSuites(SeveralSuites):
@@ -81,13 +79,13 @@ def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]
     """
     sentences = []
     for part in parts(suite):
-        wanted = [case.name for case in part.cases({}, 0) if cases is None or case.name in cases]
+        wanted = [case for case in part.cases({}, 0) if cases is None or case.name in cases]
         if isinstance(part, CorruptionsSuite) and part.path is not None and wanted:
             for name in ("labels", *part.types):
                 load_cifar10c(part.path, name)
-        if isinstance(part, UnseenSuite) and (measured := [name for name in part.measured if name in wanted]):
+        if isinstance(part, UnseenSuite) and (measured := [case.name for case in wanted if case.threat == part.space]):
             try:
-                loaded(Perceptual(bound=part.bound, features=part.features), "cpu")
+                loaded(part.space, "cpu")
             except UserError as error:
                 if part.features != UnseenSuite().features:
                     raise

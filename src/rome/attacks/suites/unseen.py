@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from rome.attacks.base import Attack
+from rome.attacks.corruptions.attack import Corruption
 from rome.attacks.corruptions.severities import CORRUPTIONS as COMMON_CORRUPTIONS
-from rome.attacks.free import Form, LastIterate
+from rome.attacks.corruptions.severities import CorruptionType
+from rome.attacks.free import Form
 from rome.attacks.suites.base import Case, Suite
 from rome.core.component import Number
 from rome.core.errors import UserError, did_you_mean
@@ -44,7 +46,6 @@ class UnseenSuite(Suite):
     """Attacks beyond Lp, those of Table 2: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
 
     kind = "unseen"
-    rows: ClassVar[tuple[Row, ...]] = UNSEEN
     features: str = "runs/alexnet"
     """The network that measures for PPGD and LPA: a trained one (``rome train experiments/alexnet/cifar10.yaml --out
     runs/alexnet``), or ``self``, the evaluated model, which flatters itself."""
@@ -62,61 +63,52 @@ class UnseenSuite(Suite):
     as published (fog, snow, gabor, elastic, jpeg, patch, stadv, recoloradv): faster, at least as strong, and not the
     paper's protocol. ``attacks`` may say otherwise for one."""
 
-    @field_validator("attacks")
-    @classmethod
-    def _possible(cls, attacks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        kinds = [row.kind for row in cls.rows]
-        for kind, settings in attacks.items():
-            if kind not in kinds:
-                raise ValueError(f"the suite has no attack {kind!r}.{did_you_mean(kind, kinds)}")
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        kinds = [row.kind for row in UNSEEN]
+        if unknown := self.attacks.keys() - set(kinds):
+            raise ValueError(f"the suite has no attack {min(unknown)!r}.{did_you_mean(min(unknown), kinds)}")
+        for kind in kinds:
             try:
-                Attack.of_kind(kind)(**settings)
+                self._attack(kind)
             except UserError as error:
                 raise ValueError(f"attack {kind!r}: {error}") from None
-        return attacks
+        return self
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """The cases inside a perceptual bound."""
-        return tuple(row.kind for row in self.rows if row.inside == "perceptual")
+    def space(self) -> Perceptual:
+        """Where PPGD and LPA search."""
+        return Perceptual(bound=self.bound, features=self.features)
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         balls = (threat for threat in threats.values() if isinstance(threat, LpBall) and threat.norm == "Linf")
-        places: dict[str, Threat] = {
-            "ball": next(balls, CIFAR10["Linf"]),
-            "perceptual": Perceptual(bound=self.bound, features=self.features),
-        }
+        places = {"ball": next(balls, CIFAR10["Linf"]), "perceptual": self.space}
         found = []
-        for kind, group, inside in self.rows:
+        for kind, group, inside in UNSEEN:
             threat = places.get(inside, AnyImage(label=kind))
             found.append(Case(name=kind, threat=threat, attacks=(self._attack(kind),), group=group))
         return found
 
     def _attack(self, kind: str) -> Attack:
         attack = Attack.of_kind(kind)
-        stops = {"stop": True} if self.stop and issubclass(attack, LastIterate) else {}
-        form = {"form": self.form} if "form" in attack.model_fields else {}
-        try:
-            return attack(**{**stops, **form, **self.attacks.get(kind, {})})
-        except UserError as error:
-            raise UserError(f"suite {self.kind!r}: attack {kind!r}: {error}") from None
+        usual = {"stop": self.stop, "form": self.form}
+        return attack(**{key: usual[key] for key in usual.keys() & attack.model_fields} | self.attacks.get(kind, {}))
 
 
 class CorruptionsSuite(Suite):
     """Common corruptions, every type at every severity: columns such as fog-3, one accuracy as their mean."""
 
     kind = "corruptions"
-    attack: ClassVar[str] = "corruption"
-    types: tuple[str, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
+    types: tuple[CorruptionType, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
     """The 15 of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
     severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
     path: str | None = None
     """The folder of CIFAR-10-C to read them from; None makes them."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        found, attack = [], Attack.of_kind(self.attack)
+        found = []
         for kind, severity in product(self.types, self.severities):
-            settings = {"type": kind, "severity": severity} | ({} if self.path is None else {"path": self.path})
-            name, attacks = f"{kind}-{severity}", (attack(**settings),)
-            found.append(Case(name=name, threat=AnyImage(label=name), attacks=attacks, group=CORRUPTIONS, on_all=True))
+            name, attack = f"{kind}-{severity}", Corruption(type=kind, severity=severity, path=self.path)
+            threat = AnyImage(label=name)
+            found.append(Case(name=name, threat=threat, attacks=(attack,), group=CORRUPTIONS, on_all=True))
         return found

@@ -1,14 +1,13 @@
-"""Attacks that move the variables of an image transform: fog, snow, Gabor noise, a flow, JPEG coefficients.
+"""Attacks that search over the variables of an image transform: fog, snow, Gabor noise, JPEG coefficients, a flow.
 
-Kang et al., "Testing robustness against unforeseen adversaries" (arXiv:1908.08016; github.com/ddkang/advex-uar), as
-Laidlaw et al. use them (ICLR 2021; github.com/cassidylaidlaw/perceptual-advex): untargeted, sign steps of
-bound / sqrt(steps), last iterate. An attack says how the variables of a batch become images; the ascent is here.
+An attack says how the variables of a batch become images, and which step follows a gradient; the ascent is here.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
@@ -20,7 +19,6 @@ from rome.attacks.base import Steps, StepSize
 from rome.attacks.engine import Model, check_bound, log_odds
 from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
-from rome.threats import Threat
 from rome.threats.projections import signs
 
 
@@ -56,32 +54,14 @@ class Transform(ABC):
 
 
 class TransformAttack(LastIterate):
-    """Ascends the cross-entropy over the variables v of a transform: v <- P(v + step_size sign(gradient)).
+    """Ascends a gain over the variables of a transform.
 
     It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
-    kernels) depends on the seed and the image alone.
+    kernels) depends on the seed and the image alone. The transform computes in its own precision, whatever autocast
+    the model runs under.
     """
 
-    bound: Number = Field(ge=0)
     steps: Steps = 100
-    step_size: StepSize | None = None
-    """In the units of the variables; None is :meth:`default_step`."""
-    best: bool = False
-    """Return the iterate with the highest loss instead of the last one; costs one forward more."""
-    form: Form = "corrected"
-
-    @model_validator(mode="after")
-    def _published_as_it_was(self) -> Self:
-        if self.form == "published" and (self.best or self.stop):
-            raise ValueError("the published form returns its last iterate: leave best and stop out, or form")
-        return self
-
-    def passes_for(self, threat: Threat) -> float:
-        return super().passes_for(threat) + self.best
-
-    def default_step(self) -> float:
-        """bound / sqrt(steps), as published."""
-        return self.bound / math.sqrt(max(self.steps, 1))
 
     @abstractmethod
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
@@ -92,51 +72,64 @@ class TransformAttack(LastIterate):
             noise: U[0, 1), (B, *noise_shape), in the images' dtype.
         """
 
+    def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
+        """What rises, of each example: (B,). Log odds against the label: they rise with the cross-entropy."""
+        return log_odds(logits, y)
+
+    @abstractmethod
+    def stepper(self, transform: Transform) -> Callable[[Tensor, Tensor], Tensor]:
+        """What makes the next variables of these and the gain's gradient in them."""
+
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        with _no_autocast(x.device):
+        with _full_precision(x.device):
             transform = self.prepare(x, noise.to(x.dtype))
         variables = self.ascend(model, transform, y)
         check_bound(self.kind, transform.contains(variables), variables)
-        return _images(transform, variables)
+        with _full_precision(x.device):
+            return transform.images(variables).clamp(0, 1)
 
     def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
-        """The variables after all steps, or the best on the way; never waits for the device."""
-        size = self.default_step() if self.step_size is None else self.step_size
-        variables = best = transform.start
-        highest = torch.full_like(y, -torch.inf, dtype=torch.float32)
+        """The variables after all steps; never waits for the device."""
+        variables, step = transform.start, self.stepper(transform)
         for i in range(self.steps):
-            loss, gradient = _loss_and_gradient(model, transform, variables if i else transform.first, y)
-            if self.best:
-                highest, best = _better(loss, variables, highest, best)
-            variables = transform.moved(variables, size * signs(gradient))
-        if not self.best:
-            return variables
-        loss = log_odds(model(_images(transform, variables)), y)
-        return _better(loss, variables, highest, best)[1]
+            point = (variables if i else transform.first).detach().requires_grad_()
+            with torch.enable_grad():
+                with _full_precision(point.device):
+                    images = transform.images(point)
+                gain = self.gain(model(images), y, point)
+                (gradient,) = torch.autograd.grad(gain.sum(), point)  # a sum, so that examples stay independent
+            variables = step(variables, gradient)
+        return variables
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
-def _images(transform: Transform, variables: Tensor) -> Tensor:
-    """In the variables' own precision, whatever autocast the model runs under."""
-    with _no_autocast(variables.device):
-        return transform.images(variables)
+class SignAscent(TransformAttack):
+    """v <- P(v + step_size sign(gradient of the cross-entropy)), the last iterate.
 
+    Kang et al., "Testing robustness against unforeseen adversaries" (arXiv:1908.08016; github.com/ddkang/advex-uar), as
+    Laidlaw et al. use them (ICLR 2021; github.com/cassidylaidlaw/perceptual-advex): untargeted, steps of
+    bound / sqrt(steps).
+    """
 
-def _loss_and_gradient(model: Model, transform: Transform, variables: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Log odds against the label (B,) and their gradient in the variables, summed so that examples stay independent."""
-    variables = variables.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = log_odds(model(_images(transform, variables)), y)
-        (gradient,) = torch.autograd.grad(loss.sum(), variables)
-    return loss.detach(), gradient
+    bound: Number = Field(ge=0)
+    step_size: StepSize | None = None
+    """In the units of the variables; None is :meth:`default_step`."""
+    form: Form = "corrected"
 
+    @model_validator(mode="after")
+    def _published_as_it_was(self) -> Self:
+        if self.form == "published" and self.stop:
+            raise ValueError("the published form returns its last iterate: leave stop out, or form")
+        return self
 
-def _better(loss: Tensor, variables: Tensor, highest: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's highest loss so far (B,) and its variables."""
-    rises = (loss > highest).view(-1, *(1,) * (variables.ndim - 1))
-    return torch.maximum(loss, highest), torch.where(rises, variables, best)
+    def default_step(self) -> float:
+        """bound / sqrt(steps), as published."""
+        return self.bound / math.sqrt(max(self.steps, 1))
+
+    def stepper(self, transform: Transform) -> Callable[[Tensor, Tensor], Tensor]:
+        size = self.default_step() if self.step_size is None else self.step_size
+        return lambda variables, gradient: transform.moved(variables, size * signs(gradient))

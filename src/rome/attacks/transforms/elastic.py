@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.core.component import Number
 
 
-class Elastic(TransformAttack):
+class Elastic(SignAscent):
     """Adversarial elastic deformation: a smoothed flow.
 
     x'(p) = x(p + 2/side G*v(p)) with coordinates p in [-1, 1], bilinear, black outside. Variables v: a flow

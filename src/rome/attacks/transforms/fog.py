@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.attacks.transforms.plasma import diamond_square, levels_for, to_unit
 from rome.core.component import Number
 
@@ -20,7 +20,7 @@ WIBBLE = 100.0
 """Largest offset at the coarsest level; halved at each finer one. Only ratios matter, as fog is normalised."""
 
 
-class Fog(TransformAttack):
+class Fog(SignAscent):
     """Adversarial fog: the offsets of a diamond-square map.
 
     x' = (x + b fog(v)) / (max_c x + b), with b = bound/255, fog in [0, 1] in the same place of every channel and

@@ -8,6 +8,7 @@ set it up (github.com/cassidylaidlaw/perceptual-advex).
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -15,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Steps
-from rome.attacks.engine import Model, at_least_float32, margin
-from rome.attacks.free import LastIterate
+from rome.attacks.engine import at_least_float32, margin
+from rome.attacks.transforms.base import Transform, TransformAttack
 from rome.core.component import Number
 
 
-class FunctionalAttack(LastIterate):
+class FunctionalAttack(TransformAttack):
     """Maximises margin(f(T(x)), y) - tau * roughness(shift) with Adam, over a shift of T's parameters from identity.
 
     The margin is max_{j != y} z_j - z_y without a cap. The shift starts at zero and stays in the l-inf ball of radius
@@ -45,28 +46,38 @@ class FunctionalAttack(LastIterate):
 
     @abstractmethod
     def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
-        """The transformed images. Nothing here may be a matrix product, which autocast would round."""
+        """The transformed images."""
 
-    def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        identity = self.identity(x)
-        shift = identity.new_zeros((len(x), *identity.shape[1:]))
-        optimiser = torch.optim.Adam([shift], lr=self.lr)
-        for _ in range(self.steps):
-            self._constrain(shift, identity)
-            shift.requires_grad_()
-            with torch.enable_grad():
-                logits = at_least_float32(model(self.apply(x, identity + shift)))
-                gain = margin(logits, y) - self.tau * roughness(shift)
-                (shift.grad,) = torch.autograd.grad(-gain.sum(), shift)
-            shift.requires_grad_(False)
-            optimiser.step()
-        self._constrain(shift, identity)
-        self.check(shift.abs().flatten(1).amax(dim=1), self.bound)
-        return self.apply(x, identity + shift).clamp(0, 1)
+    def prepare(self, x: Tensor, noise: Tensor) -> Transform:
+        return _Shifted(self, x)
 
-    def _constrain(self, shift: Tensor, identity: Tensor) -> None:
-        """First to valid parameters, then into the ball, in place."""
-        shift.copy_((self.valid(identity + shift) - identity).clamp_(-self.bound, self.bound))
+    def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
+        return margin(at_least_float32(logits), y) - self.tau * roughness(variables)
+
+    def stepper(self, transform: Transform) -> Callable[[Tensor, Tensor], Tensor]:
+        shift = transform.start.clone()
+        optimizer = torch.optim.Adam([shift], lr=self.lr, maximize=True)
+
+        def step(variables: Tensor, gradient: Tensor) -> Tensor:
+            shift.copy_(variables).grad = gradient
+            optimizer.step()
+            return transform.project(shift)
+
+        return step
+
+
+class _Shifted(Transform):
+    def __init__(self, attack: FunctionalAttack, x: Tensor) -> None:
+        self.attack, self.x, self.identity = attack, x, attack.identity(x)
+        self.low, self.high = -attack.bound, attack.bound
+        super().__init__(self.project(self.identity.new_zeros((len(x), *self.identity.shape[1:]))))
+
+    def images(self, variables: Tensor) -> Tensor:
+        return self.attack.apply(self.x, self.identity + variables)
+
+    def project(self, variables: Tensor) -> Tensor:
+        """First to valid parameters, then into the ball."""
+        return super().project(self.attack.valid(self.identity + variables) - self.identity)
 
 
 def roughness(shift: Tensor) -> Tensor:

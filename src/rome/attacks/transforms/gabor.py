@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.core.component import Number
 
 DENSITY = 1 / 14
@@ -23,7 +23,7 @@ DRAWS = 4
 """Random numbers for an image's kernel: sides, sigma, frequency, angle."""
 
 
-class Gabor(TransformAttack):
+class Gabor(SignAscent):
     """Adversarial Gabor noise: the values of a sparse map, convolved with a random Gabor kernel.
 
     x' = x + bound/255 noise(v), noise in [0, 1], the same in all channels. Variables v: a map (H, W) in [-1, 1] that is

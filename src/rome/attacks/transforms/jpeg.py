@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.core.component import Number
 
 BLOCK = 8
@@ -37,7 +37,7 @@ TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688,
 TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
-class JPEG(TransformAttack):
+class JPEG(SignAscent):
     """Adversarial JPEG: an offset to every quantised coefficient.
 
     The image goes to YCbCr, its chroma to half the size (4:2:0, means), 8 x 8 blocks to their cosine transform, divided

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.transforms.base import Transform, TransformAttack
+from rome.attacks.transforms.base import SignAscent, Transform
 from rome.core.component import Number
 
 BUDGET = 0.2
@@ -29,7 +29,7 @@ DRAWS = 4 * len(OFFSETS) + 1
 """Random numbers for an image's kernels: two ends, width and blur of each, and whether they are mirrored."""
 
 
-class Snow(TransformAttack):
+class Snow(SignAscent):
     """Adversarial snow: the intensities of flakes.
 
     x' = 0.75 x + 0.25 max(x, 1.5 gray(x) + 0.5) + bound snow(v). Variables v: 7 grids of side/4 intensities in

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import OrderedDict
 
-from torch import Tensor, nn
+from torch import nn
 
-from rome.models.backbones.common import IMAGENET_STATISTICS, Normalization
+from rome.models.backbones.common import IMAGENET_STATISTICS, Backbone
+
+FEATURE_LAYERS = ("features.1", "features.4", "features.7", "features.9", "features.11")
+"""Names of the five ReLUs whose outputs are phi(x) in that paper's distance (docs/decisions/perceptual.md)."""
 
 
-class AlexNet(nn.Module):
-    """Five 3x3 convolutions with ReLU, pooled after the first, second and fifth, then three linear layers.
+def alexnet_cifar(*, num_classes: int = 10, in_chans: int = 3) -> Backbone:
+    """AlexNet for 32x32 images, the usual bound of perceptual attacks on CIFAR-10; 23,272,266 parameters.
 
-    For 32x32 images: maps of 16, 8, 4, 4, 4 pixels, and 2x2 at the end. Expects ImageNet's normalisation, which
-    :class:`rome.models.Classifier` puts in front. Names of weights and sizes are those of ``CifarAlexNet`` in
-    perceptual-advex (``perceptual_advex/models.py``), whose checkpoint loads: ``features.0``, ``classifier.6``.
+    Five 3x3 convolutions with ReLU, pooled after the first, second and fifth (maps of 16, 8, 4, 4, 4 pixels, and 2x2 at
+    the end), then three linear layers. Names of weights and sizes are those of ``CifarAlexNet`` in perceptual-advex
+    (``perceptual_advex/models.py``), whose checkpoint loads: ``features.0``, ``classifier.6``.
     """
-
-    normalization: ClassVar[Normalization] = IMAGENET_STATISTICS
-    feature_layers: ClassVar[tuple[str, ...]] = ("features.1", "features.4", "features.7", "features.9", "features.11")
-    """Names of the five ReLUs whose outputs are phi(x) in that paper's distance (docs/decisions/perceptual.md)."""
-
-    def __init__(self, *, num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(  # ReLUs are not in place: a hook's tensor stays what the hook saw
-            nn.Conv2d(in_chans, 64, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        )  # fmt: skip
-        self.classifier = nn.Sequential(
-            nn.Dropout(), nn.Linear(256 * 2 * 2, 4096), nn.ReLU(),
-            nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(),
-            nn.Linear(4096, num_classes),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
-
-
-def alexnet_cifar(*, num_classes: int = 10, in_chans: int = 3) -> AlexNet:
-    """AlexNet for 32x32 images, the usual bound of perceptual attacks on CIFAR-10; 23,272,266 parameters."""
-    return AlexNet(num_classes=num_classes, in_chans=in_chans)
+    features = nn.Sequential(  # ReLUs are not in place: a hook's tensor stays what the hook saw
+        nn.Conv2d(in_chans, 64, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    )  # fmt: skip
+    classifier = nn.Sequential(
+        nn.Dropout(), nn.Linear(256 * 2 * 2, 4096), nn.ReLU(),
+        nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(),
+        nn.Linear(4096, num_classes),
+    )  # fmt: skip
+    parts = OrderedDict(features=features, flatten=nn.Flatten(), classifier=classifier)
+    network = Backbone(parts, IMAGENET_STATISTICS)
+    network.feature_layers = FEATURE_LAYERS
+    return network

@@ -1,8 +1,10 @@
-"""What the backbones share: normalisations, activations, convolutions, stages, the mean over positions."""
+"""What the backbones share: normalisations, activations, convolutions, groups of blocks, a sequence of named parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,14 +45,33 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
-def stage(
-    block: Callable[[int, int, int], nn.Module], blocks: int, in_channels: int, out_channels: int, stride: int
-) -> nn.Sequential:
-    """So many blocks; ``block(in_channels, out_channels, stride)`` makes one, and the first has the stride."""
-    rest = (block(out_channels, out_channels, 1) for _ in range(blocks - 1))
-    return nn.Sequential(block(in_channels, out_channels, stride), *rest)
+def groups(
+    block: Callable[[int, int, int], nn.Module], blocks: int, channels: Sequence[int]
+) -> Iterator[nn.Sequential]:
+    """Groups of so many blocks, each from one of the numbers of channels to the next.
+
+    ``block(in_channels, out_channels, stride)`` makes one; all groups but the first begin with a stride of 2.
+    """
+    for group, (inputs, outputs) in enumerate(pairwise(channels)):
+        rest = (block(outputs, outputs, 1) for _ in range(blocks - 1))
+        yield nn.Sequential(block(inputs, outputs, 2 if group else 1), *rest)
 
 
-def pooled(maps: Tensor) -> Tensor:
+class Pool(nn.Module):
     """The mean over positions, (B, C, H, W) to (B, C): any image size, and at 32 pixels what fixed windows give."""
-    return maps.mean((2, 3))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
+
+class Backbone(nn.Sequential):
+    """Parts that run one after the other, by the names that their weights have."""
+
+    feature_layers: tuple[str, ...] = ()
+    """Modules whose outputs make perceptual features; none: see :mod:`rome.attacks.perceptual.features`."""
+    unused: tuple[str, ...] = ()
+    """Beginnings of names that published checkpoints hold and the network does not need."""
+
+    def __init__(self, parts: OrderedDict[str, nn.Module], normalization: Normalization = IDENTITY) -> None:
+        super().__init__(parts)
+        self.normalization = normalization

@@ -1,12 +1,18 @@
-"""ResNet-18 for small images (He et al. 2016, arXiv:1512.03385, with the 3x3 stem that is usual for CIFAR)."""
+"""ResNet-18 for small images (He et al. 2016, arXiv:1512.03385, with the 3x3 stem that is usual for CIFAR), and its
+pre-activation form as multi-norm training uses it (He et al. 2016, arXiv:1603.05027; E-AT, RAMP).
+
+Both have four groups of two blocks at w, w, 2w, 4w, 8w channels, no max pooling, and take images in [0, 1] as they are.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from rome.models.backbones.common import IDENTITY, Normalization, conv1x1, conv3x3, pooled, stage
+from rome.models.backbones.common import Backbone, Pool, conv1x1, conv3x3, groups, make_activation
 
 
 class BasicBlock(nn.Module):
@@ -27,36 +33,63 @@ class BasicBlock(nn.Module):
         return (self.shortcut(x) + residual).relu()
 
 
-class ResNet(nn.Module):
-    """Four stages of basic blocks at w, 2w, 4w, 8w channels, halving the image before the last three; no max pooling.
+class PreActBlock(nn.Module):
+    """x' + conv(act(bn(conv(a)))) with a = act(bn(x)); x' is x, or a 1x1 convolution of a where the shape changes."""
 
-    Takes images in [0, 1] as they are. Names of weights are those of the ResNet-18 that AutoAttack's repository
-    (fra31/auto-attack, ``examples``) and RobustBench use: ``conv1``, ``layer1.0.bn2``, ``layer2.0.shortcut.0``,
-    ``linear``.
-    """
-
-    normalization: ClassVar[Normalization] = IDENTITY
-
-    def __init__(self, blocks: tuple[int, int, int, int], *, num_classes: int, in_chans: int, width: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: str) -> None:
         super().__init__()
-        self.conv1 = conv3x3(in_chans, width)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = stage(BasicBlock, blocks[0], width, width, 1)
-        self.layer2 = stage(BasicBlock, blocks[1], width, 2 * width, 2)
-        self.layer3 = stage(BasicBlock, blocks[2], 2 * width, 4 * width, 2)
-        self.layer4 = stage(BasicBlock, blocks[3], 4 * width, 8 * width, 2)
-        self.linear = nn.Linear(8 * width, num_classes)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride)) if changes else None
+        self.act = make_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.bn1(self.conv1(x)).relu()
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps = layer(maps)
-        return self.linear(pooled(maps))
+        active = self.act(self.bn1(x))
+        kept = x if self.shortcut is None else self.shortcut(active)
+        return kept + self.conv2(self.act(self.bn2(self.conv1(active))))
 
 
-def resnet_18(*, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
+def resnet_18(*, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> Backbone:
     """ResNet-18 for small images: 3x3 stem, no max pooling, no normalisation of the input.
 
-    11,173,962 parameters with 10 classes. ``weights: pyautoattack`` loads the ones that pyautoattack ships.
+    11,173,962 parameters with 10 classes. Names of weights are those of the ResNet-18 that AutoAttack's repository
+    (fra31/auto-attack, ``examples``) and RobustBench use: ``conv1``, ``layer1.0.bn2``, ``layer2.0.shortcut.0``,
+    ``linear``. ``weights: pyautoattack`` loads the ones that pyautoattack ships.
     """
-    return ResNet((2, 2, 2, 2), num_classes=num_classes, in_chans=in_chans, width=width)
+    parts = OrderedDict[str, nn.Module](
+        conv1=conv3x3(in_chans, width),
+        bn1=nn.BatchNorm2d(width),
+        act=nn.ReLU(),
+        **_layers(BasicBlock, width),
+        pool=Pool(),
+        linear=nn.Linear(8 * width, num_classes),
+    )
+    return Backbone(parts)
+
+
+def preact_resnet_18(
+    *, num_classes: int = 10, in_chans: int = 3, width: int = 64, activation: str = "softplus"
+) -> Backbone:
+    """Pre-activation ResNet-18 of E-AT and RAMP: softplus (or relu) in the blocks, no normalisation of the input.
+
+    11,172,170 parameters with 10 classes. The last activation is ReLU whatever the blocks use, as in E-AT
+    (fra31/robust-finetuning, ``model_zoo/fast_models.py``), whose names the weights have: ``layer1.0.bn1``,
+    ``layer2.0.shortcut.0``, ``bn``, ``linear``.
+    """
+    parts = OrderedDict[str, nn.Module](
+        conv1=conv3x3(in_chans, width),
+        **_layers(partial(PreActBlock, activation=activation), width),
+        bn=nn.BatchNorm2d(8 * width),
+        act=nn.ReLU(),
+        pool=Pool(),
+        linear=nn.Linear(8 * width, num_classes),
+    )
+    return Backbone(parts)
+
+
+def _layers(block: Callable[[int, int, int], nn.Module], width: int) -> dict[str, nn.Module]:
+    made = groups(block, 2, [width, width, 2 * width, 4 * width, 8 * width])
+    return {f"layer{number}": layer for number, layer in enumerate(made, start=1)}
