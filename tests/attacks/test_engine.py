@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from helpers.problems import Problem, case
 from helpers.replay import Replay
 from helpers.small_models import grow, tiny_vit
-from rome.attacks import APGD, PGD, Attack, FastLPA
+from rome.attacks import APGD, PGD, Attack, FastLPA, Fog, Patch, SparseFool, StAdv
 from rome.attacks.engine import frozen, graphed, logits_of, loss_and_gradient
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.lp.msd import steepest_descent
 from rome.core.graphs import Graphs
 from rome.experts import Diversification, add_experts, record_gates, set_routing
 from rome.experts.more import ModelMixture
-from rome.threats import LpBall, Perceptual, PerExample, Threat, budgets
+from rome.threats import AnyImage, LpBall, Perceptual, PerExample, Threat, budgets
 
 BUDGETS = tuple(budgets(4, 0.2, 2 / 255))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -144,16 +144,22 @@ class InFloat64(nn.Module):
         APGDT(iterations=5, targets=2),
         FABT(iterations=2, targets=2),
         Square(queries=12),
+        Fog(steps=3),
+        StAdv(steps=3),
+        SparseFool(),
+        Patch(steps=3, size=2),
     ],
     ids=lambda attack: attack.kind,
 )
 def test_in_evaluation_steps_are_graphs_of_few_shapes(attack: Attack, rows: int, problem: Problem) -> None:
     """Rows that are added change nothing of the others' answers, but for the rounding of float64."""
-    ball, replay = LpBall(norm="Linf", eps=0.02), Replay()
+    replay = Replay()
+    norm = "L1" if attack.kind == "sparsefool" else "Linf"
+    threat = LpBall(norm=norm, eps=0.02) if issubclass(LpBall, attack.searches[0]) else AnyImage()
     model, x, y = InFloat64(problem.model), problem.x[:7].float(), problem.y[:7]
 
     def search(seed: int) -> Any:
-        return attack.run(model, x, y, ball, generator=torch.Generator().manual_seed(seed))
+        return attack.run(model, x, y, threat, generator=torch.Generator().manual_seed(seed))
 
     expected = search(0)
     with graphed(model, Graphs(whole=False, rows=rows, capture=replay)):

@@ -528,7 +528,7 @@ def test_two_processes_have_every_loss_and_gradient_of_one(tmp_path: Path) -> No
         ({"projection": "trainable", "regularizer": "load-balancing"}, r"trainable learns from a diversification loss"),
         ({"projection": "trainable", "regularizer": {"distance": "kl"}}, r"trainable learns .* use projection: frozen"),
         ({"projection": "trainable", "regularizer": None}, r"trainable learns .* use projection: frozen"),
-        ({"experts": 4, "regularizer": "classification"}, r"experts: .* each of the 3 threats, not 4; set"),
+        ({"experts": 4, "regularizer": "classification"}, r"experts.regularizer: .* each of the 3 threats, not 4; set"),
         ({"regularizer": {"distance": "cosine", "estimate": "unbiased"}}, r"are for distance: l2; leave them out"),
         ({"regularizer": {"distance": "kl", "projected": "mean"}}, r"are for distance: l2; leave them out"),
         ({"regularizer": "balance"}, r"unknown regularizer kind 'balance'.*load-balancing"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers.problems import case
 from rome.attacks.lp.pgd import ascend, random_start
 from rome.core.errors import UserError
-from rome.evaluation.named import named_budgets
+from rome.evaluation.named import named_config
 from rome.runs.config import parse
 from rome.threats import CIFAR10, DIGITS, IMAGENET, NAMED_BUDGETS, AnyImage, LpBall, PerExample, Threat, budgets
 
@@ -56,8 +56,8 @@ def test_a_linf_radius_beyond_the_range_of_images_is_refused_with_what_was_meant
                 LpBall(norm="Linf", eps=eps)
             with pytest.raises(UserError, match=hint):
                 parse({"data": "digits", "model": {"name": "resnet_18"}, "threats": [{"norm": "linf", "eps": eps}]})
-            with pytest.raises(UserError, match=hint):
-                named_budgets(f"L2=0.5,Linf={eps}")
+            with pytest.raises(UserError, match=f"--budgets .*{hint}"):
+                named_config({"model": "net.py:net", "data": "digits", "budgets": f"L2=0.5,Linf={eps}"})
             assert (LpBall(norm="Linf", eps=1).eps, LpBall(norm="L2", eps=eps).eps) == (1, float(eps))
 
 

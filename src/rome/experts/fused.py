@@ -103,11 +103,8 @@ def closed_form(layer: MixtureLayer) -> SoftmaxGate | None:
     return gate if gate.pool is None or gate.pool.span is not None else None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tuple[Tensor, Gates | None]:
     """W h + B m of every token h of an input (B windows, ..., d_in), in the precision of autocast.
-
-    A compiled model calls it as it is: little is left to fuse, and its beta would make every block another program.
 
     Args:
         layer: a :class:`rome.experts.MixtureLinear`.
@@ -139,6 +136,10 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
     output, u, v = found
     weights = mixed_gates(u, v, share(gate.logit, gate.fixed_beta, v.dtype)).expand(-1, tokens, -1)
     return output, Gates(weights, None if local_bias is None else u, None if global_bias is None else v)
+
+
+mixture_uncompiled: Any = torch.compiler.disable(mixture)  # type: ignore[no-untyped-call]
+"""For blocks that are to share one program: beta, which differs from block to block, would be part of it."""
 
 
 def _as_autocast(*tensors: Any) -> Any:

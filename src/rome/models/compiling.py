@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from rome.experts import MixtureLinear
+
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The members of every list of modules of one class that have modules inside; of nested lists the inner ones."""
@@ -27,5 +29,8 @@ def compile_blocks(model: nn.Module) -> int:
     """
     blocks = repeated_blocks(model)
     for block in blocks or [model]:
+        for layer in block.modules() if blocks else ():
+            if isinstance(layer, MixtureLinear):
+                layer.uncompiled = True
         block.compile()
     return len(blocks)

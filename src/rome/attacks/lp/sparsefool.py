@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, AttackResult, Group, Steps
-from rome.attacks.engine import Model, at_least_float32
+from rome.attacks.engine import Model, at_least_float32, logits_of
 from rome.attacks.free import FreeAttack
 from rome.core.component import Number
 from rome.threats.projections import signs
@@ -110,7 +110,7 @@ class SparseFool(FreeAttack):
         """
         leaf = now.point.detach().requires_grad_()
         with torch.enable_grad():
-            logits = at_least_float32(model(leaf))
+            logits = at_least_float32(logits_of(model, leaf))
         z, own = logits.detach(), now.y.unsqueeze(1)
         predicted = z.argmax(dim=1)
         right = predicted == now.y

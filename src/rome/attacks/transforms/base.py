@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Steps, StepSize
-from rome.attacks.engine import Model, check_bound, log_odds
+from rome.attacks.engine import Model, check_bound, log_odds, logits_of
 from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
 from rome.threats.projections import signs
@@ -96,7 +96,7 @@ class TransformAttack(LastIterate):
             with torch.enable_grad():
                 with _full_precision(point.device):
                     images = transform.images(point)
-                gain = self.gain(model(images), y, point)
+                gain = self.gain(logits_of(model, images), y, point)
                 (gradient,) = torch.autograd.grad(gain.sum(), point)  # a sum, so that examples stay independent
             variables = step(variables, gradient)
         return variables
