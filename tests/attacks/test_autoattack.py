@@ -49,7 +49,7 @@ def test_target_numbers_are_those_of_the_standard_version(threat: LpBall) -> Non
     assert Square().queries == standard.square.n_queries
 
 
-@pytest.mark.parametrize("threat", rest_slow({threat.name: threat for threat in DIGITS}, 2))
+@pytest.mark.parametrize("threat", rest_slow({threat.name: threat for threat in DIGITS}, 1))
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
 def test_part_finds_the_images_of_pyautoattack(name: str, threat: LpBall) -> None:
     model, x = small_net(), images(5)

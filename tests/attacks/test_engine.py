@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.problems import Problem, case
+from helpers.problems import Problem, case, rest_slow
 from helpers.replay import Replay
 from helpers.small_models import grow, tiny_vit
 from rome.attacks import APGD, PGD, Attack, FastLPA, Fog, Patch, SparseFool, StAdv
@@ -135,7 +135,7 @@ class InFloat64(nn.Module):
         return self.model(x.double()).float()
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", rest_slow([4, 1], 1))
 @pytest.mark.parametrize(
     "attack",
     [

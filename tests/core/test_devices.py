@@ -251,7 +251,7 @@ def test_losses_on_the_gates(regularizer: Regularizer, x: Tensor) -> None:
     compare_training(Method.of_kind("random")(), vit(), x, regularizer)
 
 
-@pytest.mark.parametrize("kind", rest_slow(["random", "msd", "eat", "ramp", "avg", "max"], 4))
+@pytest.mark.parametrize("kind", rest_slow(["random", "ramp", "eat", "msd", "avg", "max"], 3))
 def test_methods(kind: str, x: Tensor) -> None:
     compare_training(Method.of_kind(kind)(), vit(), x, Diversification())
 

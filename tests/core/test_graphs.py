@@ -234,7 +234,8 @@ def test_what_torch_says_of_waiting_counts_when_it_says_it_again(
         text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
         warnings.warn(text, UserWarning, stacklevel=1)
 
-    monkeypatch.setattr("rome.core.graphs.cuda_in_use", lambda: [0])
+    for module in ("graphs", "capturable"):
+        monkeypatch.setattr(f"rome.core.{module}.cuda_in_use", lambda: [0])
     monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr("torch.cuda.set_sync_debug_mode", mode)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2**30)

@@ -239,6 +239,7 @@ def test_the_kernels_for_cuda_compute_the_same_in_tritons_interpreter() -> None:
     assert "kernels agree" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_without_triton_every_kind_of_experts_is_there() -> None:
     code = "import sys; sys.modules['triton'] = None; from rome.experts import Experts; print(*Experts.members())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
