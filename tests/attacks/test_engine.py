@@ -238,3 +238,25 @@ def test_outside_of_a_frozen_model_nothing_is_replayed(problem: Problem) -> None
     threat: Threat = LpBall(norm="L2", eps=0.1)
     PGD(steps=1).run(model, x, y, threat)
     assert replay.captures == 1
+
+
+def test_functions_programs_and_models_on_several_devices_are_called_as_they_are(problem: Problem) -> None:
+    model, x, y = problem(4)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    for each in (model.forward, traced, nn.Sequential(traced), nn.DataParallel(model)):
+        replay = Replay()
+        with graphed(each, Graphs(capture=replay)):
+            for _ in range(3):
+                PGD(steps=1).run(each, x, y, LpBall(norm="L2", eps=0.1))
+        assert replay.captures == 0
+
+
+def test_graphs_inside_of_others_give_way_to_them_again(problem: Problem) -> None:
+    model, x, y = problem(4)
+    outer, inner = Replay(), Replay()
+    with graphed(model, Graphs(capture=outer)):
+        for replay in (outer, inner, outer):
+            with graphed(model, Graphs(capture=inner) if replay is inner else None):
+                for _ in range(3):
+                    PGD(steps=1).run(model, x, y, LpBall(norm="L2", eps=0.1))
+            assert (outer.captures, inner.captures) == ((1, 0) if replay is outer and not inner.captures else (1, 1))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from helpers.problems import case
 from helpers.replay import Replay
@@ -234,12 +234,9 @@ def test_what_torch_says_of_waiting_counts_when_it_says_it_again(
         text = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
         warnings.warn(text, UserWarning, stacklevel=1)
 
-    for module in ("graphs", "capturable"):
-        monkeypatch.setattr(f"rome.core.{module}.cuda_in_use", lambda: [0])
+    monkeypatch.setattr("rome.core.capturable.cuda_in_use", lambda: [0])
     monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr("torch.cuda.set_sync_debug_mode", mode)
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2**30)
-    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
 
     def function(name: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
@@ -256,3 +253,32 @@ def test_what_torch_says_of_waiting_counts_when_it_says_it_again(
             own.call(name, function(name), drawn(2))
         assert replay.captures == captures
         assert bool(capsys.readouterr().err) == (name == "always")
+
+
+def test_a_function_that_cannot_be_watched_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    own, replay = graphs()
+    norm, twin = (nn.BatchNorm1d(3).double() for _ in range(2))
+
+    def function(x: Tensor) -> Tensor:
+        answer = norm(x)
+        if _get_current_dispatch_mode() is not None:
+            raise RuntimeError("no modes in here")
+        return answer
+
+    for seed in range(3):
+        x = drawn(4, 3, seed=seed)
+        assert torch.equal(own.call("key", function, x, changed=norm.buffers()), twin(x))
+    assert torch.equal(norm.running_mean, twin.running_mean)
+    assert replay.captures == 0
+    assert "takes longer: no modes in here" in capsys.readouterr().err
+
+
+def test_a_graph_that_leaves_little_memory_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, _ = graphs()
+    monkeypatch.setattr("rome.core.graphs._crowded", lambda: True)
+    for _ in range(3):
+        assert torch.equal(own.call("key", torch.sin, drawn(2)), drawn(2).sin())
+    assert own.count == 0
+    assert "memory does not suffice for a graph" in capsys.readouterr().err

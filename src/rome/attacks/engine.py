@@ -67,15 +67,23 @@ _GRAPHS: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
 
 @contextmanager
 def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
-    """Inside, attacks on this module use these graphs (None: none), which are released afterwards."""
-    if graphs is None or not isinstance(model, nn.Module):
+    """Inside, attacks on this module use these graphs (None: none), which are released afterwards.
+
+    Functions, programs of TorchScript and models on several devices are called as they are.
+    """
+    apart = (nn.DataParallel, torch.jit.ScriptModule)
+    if graphs is None or not isinstance(model, nn.Module) or any(isinstance(each, apart) for each in model.modules()):
         yield
         return
+    before = _GRAPHS.get(model)
     _GRAPHS[model] = graphs
     try:
         yield
     finally:
-        del _GRAPHS[model]
+        if before is None:
+            del _GRAPHS[model]
+        else:
+            _GRAPHS[model] = before
         graphs.release()
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rome.core.capturable import watched
+from rome.core.capture import Both, Capture, Captured, CudaCapture
 from rome.core.console import say
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError, first_line
@@ -30,82 +30,8 @@ LIMIT = 32
 """Graphs at most: each holds buffers of its inputs and results, and all share one pool for what is between."""
 AGAIN = "again"
 """In place of a reason: to be watched once more."""
-WARM_UPS = 3
-"""Runs before the capture, in which libraries set up their handles and compilers compile."""
-
-
-class Capture(Protocol):
-    """Captures a function without arguments."""
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays it, and its results, which each replay fills anew."""
-
-
-class CudaCapture:
-    """Captures into graphs that share one memory pool: a result lasts until another of them is replayed."""
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            results = function()
-        self.pool = graph.pool()
-        return graph.replay, results
-
-
-class _Captured:
-    """A captured function: replays it on other tensors of the same shapes."""
-
-    def __init__(self, capture: Capture, function: Callable[..., Any], *tensors: Tensor) -> None:
-        self.inputs = [tensor.detach().clone() for tensor in tensors]
-        self.replay, self.results = capture(lambda: function(*self.inputs))
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        """The results in place; valid until the next replay of any graph."""
-        for own, new in zip(self.inputs, tensors, strict=True):
-            own.copy_(new)
-        self.replay()
-        return self.results
-
-
-class _Both:
-    """A captured function of one tensor, and its gradient."""
-
-    def __init__(self, capture: Capture, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.x = x.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            self.forward, self.answer = capture(lambda: function(self.x))
-        self.d_answer = torch.ones_like(self.answer)
-        self.backward, (self.d_x,) = capture(
-            lambda: torch.autograd.grad(self.answer, self.x, self.d_answer, retain_graph=True)
-        )
-
-    def __call__(self, x: Tensor) -> Any:
-        return _Replay.apply(x, self)
-
-
-class _Replay(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, both: _Both) -> Tensor:
-        ctx.both = both
-        both.x.copy_(x)
-        both.forward()
-        return both.answer.detach().clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_answer: Tensor) -> Any:
-        ctx.both.d_answer.copy_(d_answer)
-        ctx.both.backward()
-        return ctx.both.d_x.clone(), None
+FREE = 0.3
+"""Share of the device's memory that graphs leave free: what they hold is not there for anything else."""
 
 
 class Graphs:
@@ -133,7 +59,7 @@ class Graphs:
         """Whether the model is frozen, with :attr:`fixed` up to date."""
         self.seconds = 0.0
         """Time that captures took."""
-        self._entries: dict[Hashable, _Captured | _Both | str] = {}
+        self._entries: dict[Hashable, Captured | Both | str] = {}
         """By key and shapes: the graph, or why there is none; empty: there can be one."""
         self._addresses: Hashable = None
         """Where the weights lie that the graphs read."""
@@ -164,7 +90,7 @@ class Graphs:
             changed: tensors that the function changes, such as running statistics.
             in_place: give the graph's own results, which last until the next call, instead of copies.
         """
-        entry, results = self._entry(key, function, tensors, _Captured, list(changed))
+        entry, results = self._entry(key, function, tensors, Captured, list(changed))
         if entry is None:
             return results
         results = entry(*tensors)
@@ -173,7 +99,7 @@ class Graphs:
     def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function(x)``, to be differentiated with respect to ``x`` before the next call: forward and backward are a
         graph each."""
-        entry, answer = self._entry(("both", key), function, (x,), _Both, [])
+        entry, answer = self._entry(("both", key), function, (x,), Both, [])
         return answer if entry is None else entry(x)
 
     @contextmanager
@@ -222,16 +148,28 @@ class Graphs:
         place = (key, self._state, _modes(tensors), tuple((t.shape, t.stride(), t.dtype) for t in tensors))
         entry = self._entries.get(place)
         if entry is None or entry == AGAIN:
-            with self._alone(), watched() as watch:
-                results = function(*tensors)
-            reason = watch.reason or watch.waited
+            results, reason, waited = self._watched(function, tensors, changed)
             # a library may wait when it is used for the first time
-            self._entries[place] = AGAIN if entry is None and not watch.reason and watch.waited else reason
-            self._say_once("" if self._entries[place] == AGAIN else reason)
+            self._entries[place] = AGAIN if entry is None and waited and not reason else reason or waited
+            self._say_once("" if self._entries[place] == AGAIN else reason or waited)
             return None, results
         if entry == "":
             entry = self._entries[place] = self._captured(kind, function, tensors, changed)
         return (None, function(*tensors)) if isinstance(entry, str) else (entry, None)
+
+    def _watched(
+        self, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]
+    ) -> tuple[Any, str, str]:
+        """The function's results, why no graph can hold it, and where it waited."""
+        before = [tensor.detach().clone() for tensor in changed]
+        try:
+            with self._alone(), watched() as watch:
+                results = function(*tensors)
+        except Exception as error:  # of the function itself, or of being watched
+            _restore(changed, before)
+            with self._alone():
+                return function(*tensors), first_line(error), ""
+        return results, watch.reason, watch.waited
 
     def _captured(
         self, kind: Any, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]
@@ -251,7 +189,7 @@ class Graphs:
 
         def tried(run: Callable[..., Any]) -> Any:
             with torch.random.fork_rng(devices=cuda_in_use()):
-                results = _probed(run, tensors) if kind is _Both else copies(run(*tensors))
+                results = _probed(run, tensors) if kind is Both else copies(run(*tensors))
             _restore(changed, before)
             return results
 
@@ -264,8 +202,10 @@ class Graphs:
                 # where the device itself sums in another order each time, no two runs are the same
                 if not _same(usual, replayed) and _same(usual, tried(fresh)):
                     raise RuntimeError("its replay gave other results than its first run")
+            if _crowded():
+                raise torch.OutOfMemoryError
             return entry
-        except (UserError, KeyboardInterrupt):
+        except UserError:
             raise
         except Exception as error:
             reason = "memory does not suffice for a graph" if out_of_memory(error) else first_line(error)
@@ -288,6 +228,14 @@ class Graphs:
         if reason and reason not in self._said:
             self._said.add(reason)
             say(f"without a CUDA graph, which takes longer: {reason}")
+
+
+def _crowded() -> bool:
+    """Whether less than :data:`FREE` of the device's memory is free, or could be."""
+    if not cuda_in_use():
+        return False
+    free, whole = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < FREE * whole
 
 
 def copies(results: Any) -> Any:

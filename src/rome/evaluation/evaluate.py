@@ -148,8 +148,8 @@ def evaluate(
             "python": platform.python_version(),
         },
     }
-    # an eighth of a batch: examples leave it as they are fooled, and few shapes are to occur
-    graphs = Graphs(whole=False, rows=-(-size // 8)) if where.type == "cuda" else None
+    # a quarter of a batch: examples leave it as they are fooled, and few shapes are to occur
+    graphs = Graphs(whole=False, rows=-(-size // 4)) if where.type == "cuda" else None
     with _undisturbed(model, where, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()

@@ -1,0 +1,87 @@
+"""One captured function: what captures it, and what replays it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WARM_UPS = 3
+"""Runs before the capture, in which libraries set up their handles and compilers compile."""
+
+
+class Capture(Protocol):
+    """Captures a function without arguments."""
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays it, and its results, which each replay fills anew."""
+
+
+class CudaCapture:
+    """Captures into graphs that share one memory pool: a result lasts until another of them is replayed."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = function()
+        self.pool = graph.pool()
+        return graph.replay, results
+
+
+class Captured:
+    """A captured function: replays it on other tensors of the same shapes."""
+
+    def __init__(self, capture: Capture, function: Callable[..., Any], *tensors: Tensor) -> None:
+        self.inputs = [tensor.detach().clone() for tensor in tensors]
+        self.replay, self.results = capture(lambda: function(*self.inputs))
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """The results in place; valid until the next replay of any graph."""
+        for own, new in zip(self.inputs, tensors, strict=True):
+            own.copy_(new)
+        self.replay()
+        return self.results
+
+
+class Both:
+    """A captured function of one tensor, and its gradient."""
+
+    def __init__(self, capture: Capture, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self.x = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            self.forward, self.answer = capture(lambda: function(self.x))
+        self.d_answer = torch.ones_like(self.answer)
+        self.backward, (self.d_x,) = capture(
+            lambda: torch.autograd.grad(self.answer, self.x, self.d_answer, retain_graph=True)
+        )
+
+    def __call__(self, x: Tensor) -> Any:
+        return Replay.apply(x, self)
+
+
+class Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, both: Both) -> Tensor:
+        ctx.both = both
+        both.x.copy_(x)
+        both.forward()
+        return both.answer.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_answer: Tensor) -> Any:
+        ctx.both.d_answer.copy_(d_answer)
+        ctx.both.backward()
+        return ctx.both.d_x.clone(), None
