@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -612,3 +614,12 @@ def test_convolutions_that_onednn_writes_beyond_its_memory_for_keep_their_order(
     images = torch.rand(12, 3, 10, 10)
     for _ in range(30):
         model(images).sum().backward()
+
+
+def test_weights_can_be_read_by_whom_the_user_lets_read_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_model(tiny(), tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640

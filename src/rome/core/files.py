@@ -37,6 +37,13 @@ def replace_file(path: Path, content: bytes) -> None:
     replace_with(path, lambda partial: partial.write_bytes(content))
 
 
+def _umask() -> int:
+    """The permissions that this user takes from new files."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     """The same for what ``write`` writes into its argument. If it fails, what was there stays.
 
@@ -47,6 +54,7 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
