@@ -264,7 +264,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_pat
     struck = Moment("update", STEPS + 2, signal.SIGTERM, rank=rank)
     ended = both(two_processes(*arguments, logs=tmp_path / "logs", at=struck))
     assert [process.code for process in ended] == [143, 143]
-    assert all("stopped by SIGTERM; resume with --resume" in process.err for process in ended)
+    assert all("stopped by SIGTERM; go on with: rome train --resume" in process.err for process in ended)
     assert all(no_traceback(process.err) for process in ended)
     state = run.load_checkpoint()
     assert (state["epoch"], state["step"]) == (1, 3), "the update in which all of them knew"

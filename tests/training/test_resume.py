@@ -197,9 +197,9 @@ def test_sigterm_ends_the_process_with_143_and_one_line(config: Path, tmp_path: 
     ended = rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait()
     assert (ended.code, ended.out) == (143, "")
     assert [line for line in ended.err.splitlines() if not line.startswith("run: epoch")] == [
-        "stopped by SIGTERM; resume with --resume"
+        f"stopped by SIGTERM; go on with: rome train --resume {run.folder}"
     ]
-    finished = rome("train", config, "--out", run.folder, "--resume", logs=tmp_path / "logs").wait()
+    finished = rome("train", "--resume", run.folder, logs=tmp_path / "logs").wait()
     assert (finished.code, finished.out) == (0, "")
     assert_as_undisturbed(run, undisturbed)
 

@@ -17,7 +17,12 @@ from rome.core.trust import opens_files
 @app.command()
 @opens_files
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, such as experiments/digits/rome-random.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file, such as experiments/digits/rome-random.yaml; with --resume also a run's folder."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
@@ -29,10 +34,15 @@ def train(
 ) -> None:
     """Train a model as a config says. Under torchrun, on as many processes as it starts."""
     from rome.runs.config import load
+    from rome.runs.folder import Run
     from rome.training.progress import show_training
     from rome.training.setup import train as run_training
 
-    spec = load(config, overrides or ())
+    if resume and config.is_dir():
+        out, spec = out or config, Run(config).config  # not without leave where it names code of others
+        spec = load(config / "config.yaml", overrides) if overrides else spec
+    else:
+        spec = load(config, overrides or ())
     run = run_training(
         spec, out or Path("runs") / spec.name, resume=resume, overwrite=overwrite, progress=show_training
     )

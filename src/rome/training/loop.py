@@ -174,7 +174,8 @@ class Loop:
 
     def _interrupted(self) -> Interrupted:
         self.fabric.barrier()  # the first process has written the checkpoint; whoever ended before would have it killed
-        return Interrupted(128 + self._stop, f"stopped by {signal.Signals(self._stop).name}; resume with --resume")
+        name = signal.Signals(self._stop).name
+        return Interrupted(128 + self._stop, f"stopped by {name}; go on with: rome train --resume {self.run.folder}")
 
     def _update(self, method: Method, context: TrainContext, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
         config, number = self.config, self.updates
