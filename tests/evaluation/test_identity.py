@@ -194,7 +194,7 @@ def test_what_cannot_be_told_apart_is_not_reused(tmp_path: Path) -> None:
         return net(other=ContextVar("mode"))
 
     run(held(), tmp_path)
-    with pytest.raises(UserError, match=r"cannot be told from others .*Net.other \(_contextvars.ContextVar\)"):
+    with pytest.raises(UserError, match=r"cannot be distinguished from others .*Net.other \(_contextvars.ContextVar\)"):
         run(held(), tmp_path)
     (tmp_path / "settings.json").unlink()
     assert run(held(), tmp_path).reused == {}

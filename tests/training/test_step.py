@@ -76,7 +76,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: py
 
     def stopping(self: Loop, *arguments: Any) -> Any:
         if self.updates == 3:
-            self.asked = 15
+            self.signal = 15
         return update(self, *arguments)
 
     monkeypatch.setattr(Loop, "_update", stopping)

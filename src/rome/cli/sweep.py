@@ -35,5 +35,5 @@ def sweep(
         grid.show_results(results)
         say(f"saved in {grid.save_results(results, out)}")
     if failed:
-        told = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{told}")
+        reasons = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{reasons}")

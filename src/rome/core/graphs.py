@@ -132,7 +132,7 @@ class Graphs:
         self._addresses = None
 
     def news(self) -> str:
-        """One line on the graphs captured since it was asked for last; empty if there are none."""
+        """One line on the graphs captured since the last call; empty if there are none."""
         if self.count == self._reported:
             return ""
         self._reported = self.count

@@ -290,7 +290,7 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
     if moved:
         raise UserError(
             f"{name} changes its own buffers when it answers in evaluation mode ({some(moved)}), so its "
-            "answers depend on what it was asked before: leave that to training mode"
+            "answers depend on earlier calls: leave that to training mode"
         )
 
 

@@ -50,7 +50,7 @@ def check_mode(model: Model) -> None:
 
 
 def _networks(model: object) -> Iterator[nn.Module]:
-    """The modules that a model is made of, as far as they can be told: itself, or those that a function refers to."""
+    """The modules that a model is made of, as far as they can be found: itself, or those that a function refers to."""
     if isinstance(model, nn.Module):
         yield model
     elif isinstance(model, partial):
@@ -65,17 +65,17 @@ def _networks(model: object) -> Iterator[nn.Module]:
         )
 
 
-def device_of(model: Model, x: Tensor, asked: str | torch.device | None) -> torch.device:
+def device_of(model: Model, x: Tensor, wanted: str | torch.device | None) -> torch.device:
     """Where to run: on the model's device.
 
     Raises:
-        UserError: another device was asked for.
+        UserError: the model is on another device.
     """
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     found = tensors[0].device if tensors else None
-    if asked is None:
+    if wanted is None:
         return found or x.device
-    wanted = torch.device(asked)
+    wanted = torch.device(wanted)
     if found is not None and (wanted.type != found.type or wanted.index not in (None, found.index)):
         raise UserError(f"device={str(wanted)!r} was given but the model is on {found}: call model.to({str(wanted)!r})")
     return found or wanted
@@ -88,7 +88,7 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
     Args:
         labels: of all examples, to see that they fit the classes.
         last: size of the last batch, where it is another one.
-        repeats: how often the model is asked the same.
+        repeats: how often the same batch is evaluated.
 
     Raises:
         UserError: they are not.
@@ -109,8 +109,9 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
         apart = max((other - scaled[0]).norm(dim=1).max().item() for other in scaled)
         if not apart <= REPEATABLE:
             raise UserError(
-                f"the model answers differently when asked again (outputs {apart:.2g} apart, at most {REPEATABLE:g} "
-                "is rounding): a randomised model cannot be judged by these attacks; make its forward deterministic"
+                f"the model answers the same images differently the second time (outputs {apart:.2g} "
+                f"apart, at most {REPEATABLE:g} is rounding): a randomised model cannot be judged by these attacks; "
+                "make its forward deterministic"
             )
         check_company(model, x, sizes=(last,))
     return logits.shape[1]

@@ -222,7 +222,7 @@ def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
     """The columns to run now, among the suite's.
 
     Raises:
-        UserError: the suite has no such column, or its columns cannot be told apart.
+        UserError: the suite has no such column, or two columns have the same name.
     """
     if len(set(names)) < len(names) or {CLEAN, UNION} & set(names):
         raise UserError(f"cases need different names, none of them 'clean' or 'union'; these are {names}")

@@ -57,7 +57,7 @@ def aside(model: Model) -> dict[str, Any]:
 
 
 def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
-    """The user's code that suites, threats and attacks run, and what of these cannot be told from others."""
+    """The user's code that suites, threats and attacks run, and what of these cannot be distinguished from others."""
     inspection = Inspection()
     for part in parts:
         inspection.of(part)

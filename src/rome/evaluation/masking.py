@@ -25,7 +25,7 @@ from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
 
 FEWEST = 100
-"""Examples from which the checks are made unless told otherwise."""
+"""Default number of examples for the checks."""
 SAMPLE, SHARE = 64, 16
 """The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
 they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""

@@ -147,19 +147,19 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     return Opened(load_model(file), config, split, place, facts)
 
 
-def _suite(asked: str | None, configured: Suite) -> Suite:
+def _suite(name: str | None, configured: Suite) -> Suite:
     """The suite or suites of that text (:func:`rome.attacks.suites.composed.listed`): what is named alone has the
     config's settings where it has one of that name.
 
     Raises:
         UserError: no such suite.
     """
-    if asked is None:
+    if name is None:
         return configured
     parts = configured.suites if isinstance(configured, SeveralSuites) else (configured,)
     known = {suite.label: suite for suite in (*parts, configured)}
     try:
-        given = listed(asked)
+        given = listed(name)
     except ValueError as error:
         raise UserError(f"suite: {error}") from None
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])

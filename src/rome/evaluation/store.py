@@ -119,7 +119,7 @@ class Store:
         return settings
 
     def _clear(self, *, batches: bool) -> None:
-        """Remove an earlier evaluation's files, and nothing else; its batches only if asked: each says which settings
+        """Remove an earlier evaluation's files, and nothing else; its batches only on request: each says which settings
         it is of."""
         assert self.directory is not None
         stored = (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ()
@@ -179,11 +179,11 @@ def finished(result: Mapping[str, Any] | None) -> bool:
 
 
 def _unseen(settings: Mapping[str, Any]) -> str:
-    """What of an evaluation cannot be told from another one's; empty where everything can."""
+    """What of an evaluation cannot be distinguished from another's; empty where everything can."""
     unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
     if settings["model"]["sha256"] is None:
         return "a function, whose weights cannot be seen (those of a torch module can)"
-    return f"what cannot be told from others of its kind ({', '.join(unknown)})" if unknown else ""
+    return f"what cannot be distinguished from others of its kind ({', '.join(unknown)})" if unknown else ""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

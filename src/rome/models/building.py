@@ -128,8 +128,10 @@ def untrained(settings: ModelSettings) -> Classifier:
         raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
     except Exception as error:  # whatever a function of yours does
         hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
-        told = ", ".join(f"{key}={value}" for key, value in {**sizes, "in_chans": channels, **settings.args}.items())
-        raise UserError(f"model {name} cannot be built with {told}: {first_line(error)}{hint}") from error
+        all_args = ", ".join(
+            f"{key}={value}" for key, value in {**sizes, "in_chans": channels, **settings.args}.items()
+        )
+        raise UserError(f"model {name} cannot be built with {all_args}: {first_line(error)}{hint}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
     expected = expected_normalization(backbone)

@@ -53,7 +53,7 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
 
 
 class Evaluation(Settings):
-    """The ``evaluation`` part of a config: what ``rome evaluate`` does unless told otherwise."""
+    """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
     suite: SuiteChoice = Field(default_factory=lambda: Suite.of_kind("apgd")())
     """A name, settings, or a list of these: ``[apgd, unseen]``."""

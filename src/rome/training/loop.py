@@ -88,7 +88,7 @@ class Loop:
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
         self.validator, self.graphs = validator, graphs
         self.differentiate = Step(config, fabric)
-        self.asked = 0
+        self.signal = 0
         """The signal this process got."""
         self.agreed = 0
         """The signal that every process knows of since the latest update."""
@@ -170,7 +170,7 @@ class Loop:
     @property
     def _stop(self) -> int:
         """The signal to stop at: all processes at the same update, so that none waits for another."""
-        return self.agreed if self.fabric.world_size > 1 else self.asked
+        return self.agreed if self.fabric.world_size > 1 else self.signal
 
     def _interrupted(self) -> Interrupted:
         self.fabric.barrier()  # the first process has written the checkpoint; whoever ended before would have it killed
@@ -196,7 +196,7 @@ class Loop:
                 tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
             except FloatingPointError as error:  # the attack met gradients that are not finite
                 raise self._diverged(str(error), lr) from error
-        loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.asked)
+        loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.signal)
         if not all(map(finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         self.optimizer.step()
@@ -276,9 +276,9 @@ class Loop:
         """The first SIGINT or SIGTERM ends after the current update with a checkpoint; a second SIGINT at once."""
 
         def ask(number: int, frame: Any) -> None:
-            if self.asked and number == signal.SIGINT:
+            if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.asked = number
+            self.signal = number
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

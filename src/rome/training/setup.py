@@ -194,9 +194,9 @@ def _fabric(config: Config) -> Any:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for but torch sees no CUDA device; use device=auto or device=cpu")
+        raise UserError("device: cuda, but torch sees no CUDA device; use device=auto or device=cpu")
     if config.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps was asked for but torch sees none; use device=auto or device=cpu")
+        raise UserError("device: mps, but torch sees none; use device=auto or device=cpu")
     world = launched_together()
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
     strategy: Any = "auto"
