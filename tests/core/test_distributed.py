@@ -66,7 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 4))
+@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 3))
 def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **(EXACT | changes)))
     run = Run(tmp_path / "two")

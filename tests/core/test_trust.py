@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from helpers.problems import rest_slow
 from helpers.tiny_runs import Ended, changed, tiny, write_yaml
 from rome.attacks.suites.composed import as_suite
 from rome.core import trust
@@ -222,7 +223,7 @@ def test_tensors_alone_need_no_trust(place: Place, tmp_path: Path) -> None:
 # Whom to trust
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("features", "train")])
+@pytest.mark.parametrize("command", rest_slow([name for name in COMMANDS if name not in ("features", "train")], 4))
 def test_what_was_trained_here_opens_and_the_same_from_elsewhere_only_if_told(
     command: str, place: Place, rome: Callable[..., Ended], tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_mistake_ends_every_process(wrong: str, run: Run, tmp_path: Path) -> N
     assert all("error: " in process.err and no_traceback(process.err) for process in ended)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_used_ends_every_process(run: Run, tmp_path: Path) -> None:
     """The first process finds it; the other must not wait."""
     evaluate_saved(run.folder, n=6, out=tmp_path / "out", cases=["toy-0"])

@@ -165,10 +165,12 @@ def test_the_best_weights_can_be_evaluated_beside_the_last(undisturbed: Run) -> 
 # Kills and processes
 
 
+MOMENTS = (Moment("writing", 2), Moment("update", 6), Moment("model", 2))
+
+
 @pytest.mark.parametrize(
     "moment",
-    [Moment("update", 6), Moment("writing", 2), Moment("model", 2)],
-    ids=lambda moment: f"{moment.place}-{moment.number}",
+    rest_slow({f"{each.place}-{each.number}": each for each in MOMENTS}, 1),
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment: Moment, tmp_path: Path, undisturbed: Run) -> None:
     """Also where the kill hits the file of the best weights (``model``), or leaves them newer than the checkpoint."""
