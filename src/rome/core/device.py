@@ -46,7 +46,7 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
     there, channels last (benchmarks/layout.py). No value changes, and nothing that is saved.
 
     Not where a 1x1 convolution with a stride reads fewer than 8 channels: in this order oneDNN's backward writes beyond
-    its memory there (torch 2.13, 2 to 6 channels), and the process dies or computes with what it overwrote.
+    its memory there (torch 2.15, 2 to 6 channels), and the process dies or computes with what it overwrote.
     """
     model = model.to(device)
     few = any(
