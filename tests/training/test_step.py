@@ -114,6 +114,7 @@ def test_where_every_capture_fails_training_goes_on(
 def test_graphs_are_for_cuda(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="graphs: true needs a CUDA device, and this run is on cpu; use graphs: auto"):
         train(tiny(graphs=True), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
     assert tiny().graphs == "auto"
     assert parse(changed(graphs=False)).graphs is False
     with pytest.raises(UserError, match="graphs"):

@@ -74,7 +74,7 @@ def _train(
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
     fabric = _fabric(config)
-    rank = fabric.global_rank
+    rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
     fabric.barrier()  # nobody ends over a mistake while others still look for the first process
     split, held = config.data.open("train"), None
     whole = split
@@ -117,9 +117,7 @@ def _train(
         what = f"the model in {blocks} blocks" if blocks else "the model as a whole"
         say(f"{config.name}: compiling {what}; the first updates wait for it")
     context.model, optimizer = fabric.setup(model, optimizer)
-    loop = Loop(
-        config, run, fabric, context, optimizer, split, steps, position, validator, _graphs(config, fabric.device)
-    )
+    loop = Loop(config, run, fabric, context, optimizer, split, steps, position, validator, graphs)
     with numerics(config.precision):
         if progress is not None and rank == 0:
             with progress(config, steps * config.epochs, loop.updates) as shown:
