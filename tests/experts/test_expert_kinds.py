@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.problems import rest_slow
-from helpers.small_models import gates_at, grow, images, normal, plain_swin, small_cnn, timm_model
+from helpers.small_models import (
+    assert_computes_the_same,
+    gates_at,
+    grow,
+    images,
+    normal,
+    plain_swin,
+    small_cnn,
+    timm_model,
+)
 from helpers.tiny_runs import same, tiny, watched, weights, without_times
 from rome.attacks import APGD, PGD
 from rome.attacks.engine import frozen, loss_and_gradient
@@ -225,15 +234,7 @@ def test_a_fresh_cnn_keeps_its_function_to_the_last_bit(form: Any) -> None:
     plain = small_cnn()
     adapted = LowRank(rank=2, conv=form).inject(copy.deepcopy(plain))
     assert list(expert_layers(adapted)) == ["block.0.conv1", "block.0.conv2"]
-    images = normal(3, 1, 8, 8, dtype=torch.float32)
-    for train_mode in (True, False):
-        results = []
-        for model in (plain.train(train_mode), adapted.train(train_mode)):
-            x = images.clone().requires_grad_()
-            logits = model(x)
-            results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
-        for one, other in zip(*results, strict=True):
-            assert torch.equal(one, other)
+    assert_computes_the_same(plain, adapted, normal(3, 1, 8, 8, dtype=torch.float32))
 
 
 def test_a_step_moves_b_first_and_a_as_soon_as_b_is_not_zero() -> None:

@@ -162,3 +162,15 @@ def cnn(seed: int = 0, classes: int = 5) -> nn.Module:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def assert_computes_the_same(plain: nn.Module, adapted: nn.Module, images: Tensor) -> None:
+    """Logits and input gradients of both are equal to the last bit, in either mode."""
+    for training in (True, False):
+        results = []
+        for model in (plain.train(training), adapted.train(training)):
+            x = images.clone().requires_grad_()
+            logits = model(x)
+            results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)

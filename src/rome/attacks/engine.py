@@ -103,8 +103,12 @@ def padded(x: Tensor, rows: int) -> Tensor:
 def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
     """The graphs of a model whose weights do not change inside, made ready for it; None if it has none, inside another
     such context, and where gates are recorded, since a graph that is replayed records nothing."""
-    graphs, layers = _GRAPHS.get(model), [module for module in model.modules() if isinstance(module, MixtureLayer)]
-    if graphs is None or graphs.ready or any(layer.sink is not None for layer in layers):
+    graphs = _GRAPHS.get(model)
+    if graphs is None or graphs.ready:
+        yield None
+        return
+    layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
+    if any(layer.sink is not None for layer in layers):
         yield None
         return
     tensors = [*model.parameters(), *model.buffers()]

@@ -10,6 +10,7 @@ State that must survive a kill goes through :meth:`Method.state` and :meth:`Meth
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -142,21 +143,9 @@ class Method(Component):
         ``context.model`` is not yet wrapped for several processes here; its weights are the start of the run.
         """
 
+    @abstractmethod
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         """Attack the batch (B, C, H, W), run the training forward and return the loss."""
-        return self.objective(context, self.perturb(context, x, y))
-
-    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
-        """Decide which example meets which threat, and attack the batch (B, C, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor perturb")
-
-    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
-        """The training forward and the loss.
-
-        It depends on nothing but the examples and the weights and never waits for a result, so that a GPU can replay
-        it (:mod:`rome.core.graphs`); a method that cannot be split so has a :meth:`loss` of its own.
-        """
-        return training_forward(context, examples.images, examples.y, examples.labels)
 
     def epoch_start(self, context: TrainContext, epoch: int) -> None:
         """Called before the first update of each epoch (counted from 0)."""
@@ -173,6 +162,25 @@ class Method(Component):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
+
+
+class MinMaxMethod(Method):
+    """A method in two parts: the attack (inner maximisation) and the training forward (outer minimisation)."""
+
+    @abstractmethod
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+        """Decide which example meets which threat, and attack the batch (B, C, H, W)."""
+
+    def objective(self, context: TrainContext, examples: Examples) -> Outcome:
+        """The training forward and the loss.
+
+        It depends on nothing but the examples and the weights and never waits for a result, so that a GPU can replay
+        it (:mod:`rome.core.graphs`).
+        """
+        return training_forward(context, examples.images, examples.y, examples.labels)
+
+    def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
+        return self.objective(context, self.perturb(context, x, y))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

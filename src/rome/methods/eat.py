@@ -12,11 +12,11 @@ from torch import Tensor
 from rome.attacks import Attack
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Examples, Method, TrainContext, named
+from rome.methods.base import Examples, MinMaxMethod, TrainContext, named
 from rome.threats import PerExample, Threat
 
 
-class EAT(Method):
+class EAT(MinMaxMethod):
     """E-AT: each batch, or each example, meets one threat, drawn in proportion to its error so far.
 
     Croce and Hein, "Adversarial robustness against multiple and single lp-threat models via quick fine-tuning of robust

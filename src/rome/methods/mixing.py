@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Examples, Method, Outcome, TrainContext, training_forward
+from rome.methods.base import Examples, MinMaxMethod, Outcome, TrainContext, training_forward
 from rome.threats import PerExample
 
 
-class Random(Method):
+class Random(MinMaxMethod):
     """RANDOM (SAT): each example, or each batch, meets one threat drawn uniformly (Madaan et al. 2021).
 
     ``per: example`` draws stratified: every threat gets an equal share of the global batch, in random order, and the
@@ -51,7 +51,7 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
     return drawn[stream.rank * n : (stream.rank + 1) * n]
 
 
-class _Every(Method):
+class _Every(MinMaxMethod):
     """Attacks every example under every threat; one forward over all of them."""
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:

@@ -12,7 +12,7 @@ from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Examples, Method, TrainContext
+from rome.methods.base import Examples, MinMaxMethod, TrainContext
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -21,7 +21,7 @@ _PATH = {"L1": 5 / 3, "L2": 200 / 51, "Linf": 5 / 2}
 25/255, 1/255; other radii and numbers of steps cover as much of their balls."""
 
 
-class MSD(Method):
+class MSD(MinMaxMethod):
     """MSD: the worst point of a path that takes, step by step, the worst of all norms' steepest steps.
 
     Maini et al., "Adversarial robustness against the union of multiple perturbation models" (ICML 2020), with the

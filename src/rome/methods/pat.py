@@ -14,13 +14,13 @@ from rome.attacks.perceptual.fast_lpa import FastLPAWithPair
 from rome.attacks.perceptual.features import ALL, Perception, loaded
 from rome.core.component import Names, Number
 from rome.core.errors import UserError
-from rome.methods.base import Examples, Method, Outcome, TrainContext, combine, training_logits
+from rome.methods.base import Examples, MinMaxMethod, Outcome, TrainContext, combine, training_logits
 from rome.methods.mixing import equal_shares
 from rome.models import file_hash, weights_file
 from rome.threats import Perceptual, PerExample, Threat
 
 
-class PAT(Method):
+class PAT(MinMaxMethod):
     """PAT: cross-entropy on Fast-LPA examples (Laidlaw et al. 2021), each inside one of the perceptual threats.
 
     Only examples that the model, in evaluation mode, classifies correctly are attacked; the others are trained on as

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from rome.attacks import Attack
 from rome.core.component import Number
 from rome.core.distributed import average, follow_first, total, world_size
-from rome.methods.base import Examples, Method, Outcome, TrainContext, combine, named, set_lr, training_logits
+from rome.methods.base import Examples, MinMaxMethod, Outcome, TrainContext, combine, named, set_lr, training_logits
 from rome.threats import PerExample, Threat
 
 
-class RAMP(Method):
+class RAMP(MinMaxMethod):
     """RAMP: the worse of two threats, logits of both paired, and weights fused with those of clean training.
 
     Jiang and Singh, "RAMP: Boosting adversarial robustness against multiple lp perturbations for universal robustness"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rome.attacks.engine import graphs_on
 from rome.core.graphs import Graphs
-from rome.methods import Method, Outcome, TrainContext
+from rome.methods import Method, MinMaxMethod, Outcome, TrainContext
 from rome.methods.base import Examples
 from rome.runs.config import Config
 
@@ -35,19 +35,20 @@ class Step:
         """
         kind, parts = self.fabric.device.type, self.config.accumulate
         with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            if type(method).loss is not Method.loss or self.fabric.world_size > 1:
-                outcome = method.loss(context, x, y)
-            else:
+            alone = self.fabric.world_size == 1
+            if alone and isinstance(method, MinMaxMethod) and type(method).loss is MinMaxMethod.loss:
                 examples = method.perturb(context, x, y)
                 with graphs_on(context.attacked) as graphs:
                     if graphs is not None:
                         return self._replayed(graphs, method, context, examples)
                 outcome = method.objective(context, examples)
+            else:
+                outcome = method.loss(context, x, y)
         with self.fabric.no_backward_sync(context.model, enabled=not last):
             self.fabric.backward(outcome.loss / parts)
         return outcome
 
-    def _replayed(self, graphs: Graphs, method: Method, context: TrainContext, examples: Examples) -> Outcome:
+    def _replayed(self, graphs: Graphs, method: MinMaxMethod, context: TrainContext, examples: Examples) -> Outcome:
         parts, kind = self.config.accumulate, examples.images.device.type
         learning = [parameter for parameter in context.attacked.parameters() if parameter.requires_grad]
 
