@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from rome.core.component import Settings
+from rome.core.console import say
 from rome.core.errors import Interrupted, UserError, first_line
 from rome.core.trial import ask, tried
 from rome.experts import Experts
@@ -154,7 +153,8 @@ def _start(model: Classifier, settings: ModelSettings) -> None:
         key=settings.weights_key,
         keep_normalization=settings.mean is not None or settings.std is not None,
     )
-    say(remarks)
+    for remark in remarks:
+        say(remark)
 
 
 def build_model(
@@ -203,12 +203,6 @@ def trains_on(settings: ModelSettings, experts: Experts | None) -> bool:
             "(experts: ...), or set model.drop_experts=true to start without them"
         )
     return True
-
-
-def say(remarks: Sequence[str]) -> None:
-    """Remarks on a model to standard error, by the first of several processes."""
-    for remark in remarks if os.environ.get("RANK", "0") == "0" else ():
-        print(remark, file=sys.stderr)
 
 
 def _per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rome.core import trust
+from rome.core.console import say
 from rome.core.errors import UserError, first_line
 from rome.core.files import replace_with
 from rome.core.version import __version__
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.models.adapted import fill
-from rome.models.building import ModelSettings, say, untrained
+from rome.models.building import ModelSettings, untrained
 from rome.models.fitting import fit
 from rome.models.loading import other_layers, read_tensors
 from rome.models.module_tree import layer_counts
@@ -80,7 +81,7 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
 
     fill(model, metadata.get("experts") or [], path, copy_into)
     if not any_backbone and metadata.get("beside") != fingerprint(model):
-        say([f"{path}: the model has other weights than those that these experts were saved beside"])
+        say(f"{path}: the model has other weights than those that these experts were saved beside")
     return model
 
 
@@ -112,7 +113,7 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         said = f"{path} was saved of a model with {different}"
         if built:
             raise UserError(f"{said}: it was changed after it was built; pass the module to load it into")
-        say([said])
+        say(said)
     return model.eval()
 
 
