@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.problems import recorded
+from helpers.problems import recorded, rest_slow
 from helpers.small_models import grow, tiny_vit
 from rome.attacks import GMA, JPEG, Attack, Elastic, Fog, Gabor, Patch, ReColorAdv, Snow, SparseFool, StAdv
 from rome.attacks.free import FreeAttack, LastIterate
@@ -174,7 +174,7 @@ STEPPING: list[LastIterate] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", STEPPING, ids=lambda attack: attack.kind)
+@pytest.mark.parametrize("attack", rest_slow({f"{i}-{each.kind}": each for i, each in enumerate(STEPPING)}, 8))
 def test_who_stops_has_the_first_wrong_image_and_the_others_the_last(attack: LastIterate, model: nn.Module) -> None:
     """The iterates are the results of fewer steps. Who is done costs no more passes."""
     model, x, threat, steps = model.double(), images(n=16), AnyImage(label="any"), 4

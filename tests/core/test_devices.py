@@ -152,7 +152,7 @@ BEYOND = [
 ]
 
 
-@pytest.mark.parametrize("case", BEYOND, ids=[case.name for case in BEYOND])
+@pytest.mark.parametrize("case", rest_slow({case.name: case for case in BEYOND}, 9))
 def test_attacks_and_corruptions_beyond_balls(case: Case, x: Tensor) -> None:
     model = vit()
     on_device, images, labels, y = both(model, x)
@@ -246,7 +246,9 @@ def compare_training(method: Method, model: nn.Module, x: Tensor, regularizer: R
         torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("regularizer", REGULARIZERS, ids=lambda one: f"{one.kind}-{getattr(one, 'distance', '')}")
+@pytest.mark.parametrize(
+    "regularizer", rest_slow({f"{one.kind}-{getattr(one, 'distance', '')}": one for one in REGULARIZERS}, 4)
+)
 def test_losses_on_the_gates(regularizer: Regularizer, x: Tensor) -> None:
     compare_training(Method.of_kind("random")(), vit(), x, regularizer)
 

@@ -218,7 +218,7 @@ def test_settings_that_do_not_suit_several_processes_end_every_process(
     assert all(message in process.err and no_traceback(process.err) for process in ended)
 
 
-@pytest.mark.parametrize("case", ["finished", "unfinished", "foreign", "corrupt", "other settings"])
+@pytest.mark.parametrize("case", rest_slow(["finished", "unfinished", "foreign", "corrupt", "other settings"], 2))
 def test_a_folder_that_cannot_be_used_ends_every_process_at_once(case: str, tmp_path: Path) -> None:
     """The first process finds it; the others must not wait for it."""
     config = write_yaml(tmp_path / "tiny.yaml", changed())
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_ends_every_process(tmp_path: Path) -> None:
 # Signals
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", rest_slow([1, 0], 1))
 def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_path: Path) -> None:
     """torchrun signals every process, but not at one moment; here only one of them hears of it."""
     config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))

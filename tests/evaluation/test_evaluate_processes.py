@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.problems import rest_slow
 from helpers.tiny_runs import Child, Ended, no_traceback, tiny, two_processes
 from rome.evaluation.evaluate import Report
 from rome.evaluation.run import evaluate_saved
@@ -152,7 +153,7 @@ def test_a_process_that_is_killed_ends_the_other_and_nothing_is_lost(run: Run, t
     assert alone.robust["more-0"] == alone.clean
 
 
-@pytest.mark.parametrize("wrong", ["--n", "--cases", "--suite"])
+@pytest.mark.parametrize("wrong", rest_slow(["--n", "--cases", "--suite"], 1))
 def test_a_mistake_ends_every_process(wrong: str, run: Run, tmp_path: Path) -> None:
     value = {"--n": 99, "--cases": "L7", "--suite": "apdg"}[wrong]
     ended = both(run.folder, wrong, value, "--out", tmp_path / "out", logs=tmp_path / "logs")

@@ -163,7 +163,7 @@ def stepping() -> list[str]:
     return chosen
 
 
-@pytest.mark.parametrize("name", rest_slow(stepping(), 45))
+@pytest.mark.parametrize("name", rest_slow(stepping(), 34))
 def test_experiments_take_a_step(name: str) -> None:
     config = tiny(config_of(name))
     shape = (1, 8, 8) if config.data.kind == "digits" else (3, 32, 32)
