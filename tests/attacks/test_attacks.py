@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import random
@@ -303,6 +304,7 @@ def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPa
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
     x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
     model(x)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attack, mixture = PGD(steps=3), PerExample(tuple(CIFAR10), torch.arange(6) % 3)
     dtypes: list[torch.dtype] = []
@@ -310,13 +312,30 @@ def test_casting_frozen_weights_once_changes_no_bit(monkeypatch: pytest.MonkeyPa
     with torch.autocast("cpu", torch.bfloat16):
         once = attack(model, x, y, mixture)
         assert set(dtypes) == {torch.bfloat16}
-        monkeypatch.setattr("rome.attacks.engine._autocast_weights", lambda model: iter(()))
+        monkeypatch.setattr("rome.attacks.engine._weights_to_copy", lambda model: iter(()))
         every_time = attack(model, x, y, mixture)
     hook.remove()
     assert torch.equal(once, every_time)
     for name, value in model.state_dict().items():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
+
+
+def test_on_a_cpu_an_attack_convolves_channels_last_and_leaves_the_model_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)).eval()
+    x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
+    formats: list[bool] = []
+
+    def see(layer: nn.Module, given: object, out: object) -> None:
+        formats.append(layer.weight.is_contiguous(memory_format=torch.channels_last))  # type: ignore[operator,union-attr]
+
+    model[0].register_forward_hook(see)
+    found = PGD(steps=3)(model, x, y, CIFAR10[1])
+    assert formats == [True] * 3
+    assert model[0].weight.is_contiguous()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert torch.equal(PGD(steps=3)(last, x, y, CIFAR10[1]), found)
 
 
 class Merging(nn.Linear):

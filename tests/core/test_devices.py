@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import rome
 from helpers.contexts import context_of
-from helpers.pretend import DEVICE, Device, Pretend, WrongDevice, moved
+from helpers.pretend import DEVICE, WAITED, Device, Pretend, WrongDevice, moved
 from helpers.problems import rest_slow
 from rome.attacks import APGD, PGD, Attack
+from rome.attacks.engine import checked_later
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.suites.base import Case, QuickSuite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
@@ -105,6 +106,15 @@ def test_gradients_stay_there() -> None:
     assert all(isinstance(parameter.grad, Pretend) for parameter in layer.parameters())
     with pytest.raises(WrongDevice):
         layer(torch.ones(4, 3))
+
+
+def test_waits_are_seen() -> None:
+    there = torch.ones(3, device=DEVICE)
+    WAITED.clear()
+    _ = there.sum() > 2, there[torch.tensor([0])], there.to(torch.float64), torch.where(there > 0, there, 0)
+    assert WAITED == []
+    _ = bool(there.sum() > 2), there[there > 0], there.nonzero(), there.cpu(), float(there[0])
+    assert WAITED == ["_local_scalar_dense", "index", "nonzero", "_to_copy", "_local_scalar_dense"]
 
 
 # Attacks
@@ -234,6 +244,25 @@ def updated(
         method.epoch_end(context, epoch)
         losses.append(float(outcome.loss.detach()))
     return losses, model
+
+
+@pytest.mark.parametrize("kind", ["random", "avg", "max", "msd"])
+def test_an_update_waits_for_nothing_before_its_checks(kind: str, x: Tensor) -> None:
+    model, images, labels, _ = both(vit(), x)
+    method = Method.of_kind(kind)()
+    attack = PGD(steps=2)
+    optimizer = AdamW(lr=1e-3).build(model)
+    threats = method.trained(tuple(CIFAR10), attack)
+    context = context_of(model, threats=threats, attack=attack, regularizer=Diversification())
+    model.train()
+    WAITED.clear()
+    with checked_later() as settle:
+        method.loss(context, images, labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert WAITED == []
+        settle()
+    assert WAITED == ["_local_scalar_dense"]
 
 
 def compare_training(method: Method, model: nn.Module, x: Tensor, regularizer: Regularizer | None) -> None:

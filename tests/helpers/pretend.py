@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rome.core.capturable import Watch
+
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
 MAY_MIX = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 ASKED = {aten._local_scalar_dense.default, aten.equal.default}
 """Give Python's numbers."""
+WAITED: list[str] = []
+"""The operations for which the host waited for numbers of the device."""
 
 
 class WrongDevice(RuntimeError):  # noqa: N818
@@ -103,6 +107,12 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return value.held if isinstance(value, Pretend) else value
 
     found = func(*tree_map(opened, args), **tree_map(opened, kwargs | changed))
+    name = func._schema.name.partition("::")[2]
+    index = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_") else []
+    masked = any(isinstance(each, Pretend) and each.dtype == torch.bool for each in index)
+    leaves = asked is not None and not there
+    if ours and (name in Watch.WAITS or masked or leaves):
+        WAITED.append(name)
     if copies:
         return args[0]
     if func in ASKED or not (ours or there) or (asked is not None and not there):

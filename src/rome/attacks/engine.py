@@ -3,14 +3,16 @@ results."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rome.core.device import out_of_memory
+from rome.core.device import channels_last_pays, out_of_memory
 from rome.core.errors import UserError
 from rome.core.graphs import Graphs
 from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
@@ -18,6 +20,8 @@ from rome.core.trial import Model as Model
 from rome.experts.fused import joined
 from rome.experts.gated import MixtureLayer
 from rome.threats import PerExample, Threat
+
+LAST = torch.channels_last
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
@@ -132,10 +136,11 @@ def frozen(model: Model) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.
 
     BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only. Under autocast the
-    weights of matrix products are cast once instead of at every step: autocast's own cache skips frozen weights. The
-    results are the same to the last bit. The casts stand in the parameters' places and leave these untouched: another
-    type of data inside one would cut DistributedDataParallel's hooks off, which hang on its gradient's accumulator.
-    Where the model has graphs, what is computed of weights lies where these read it.
+    weights of matrix products are cast once instead of at every step, with results that are the same to the last bit:
+    autocast's own cache skips frozen weights. On a CPU the weights of convolutions are put in the order channels last.
+    Such copies stand in the parameters' places and leave these untouched: another type of data inside one would cut
+    DistributedDataParallel's hooks off, which hang on its gradient's accumulator. Where the model has graphs, what is
+    computed of weights lies where these read it.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -148,17 +153,18 @@ def frozen(model: Model) -> Iterator[None]:
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            weights = list(_autocast_weights(model))
+            weights = list(_weights_to_copy(model))
             replaced = [(module, name, module.get_parameter(name)) for module, name, _ in weights]
             own = [parameter.detach() for _, _, parameter in replaced]
+            forms = [form for _, _, form in weights]
             if graphs is None:
-                casts = [weight.to(reduced) for weight, (_, _, reduced) in zip(own, weights, strict=True)]
+                copies = [weight.to(**form) for weight, form in zip(own, forms, strict=True)]
             else:
-                casts = [graphs.buffer(weight, reduced) for weight, (_, _, reduced) in zip(own, weights, strict=True)]
-                if casts:
-                    torch._foreach_copy_(casts, own)
-            for (module, name, _), cast in zip(weights, casts, strict=True):
-                module._parameters[name] = nn.Parameter(cast, requires_grad=False)
+                copies = [graphs.buffer(weight, **form) for weight, form in zip(own, forms, strict=True)]
+                if copies:
+                    torch._foreach_copy_(copies, own)
+            for (module, name, _), copy in zip(weights, copies, strict=True):
+                module._parameters[name] = nn.Parameter(copy, requires_grad=False)
             with joined(model, None if graphs is None else graphs.fixed):
                 yield
         finally:
@@ -168,12 +174,14 @@ def frozen(model: Model) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
-    """The float32 weights that autocast, if it is on, casts before every product: module, name, and to what."""
+def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
+    """The float32 weights of products that are faster in another form: module, name, and ``dtype`` where autocast casts
+    them before every product, ``memory_format`` for convolutions on a CPU."""
     first = next(model.parameters(), None)
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    if first is None:
         return
-    reduced = torch.get_autocast_dtype(first.device.type)
+    kind, last = first.device.type, channels_last_pays(model, first.device)
+    cast = {"dtype": torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else {}
     products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for module in model.modules():
         # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it,
@@ -182,7 +190,9 @@ def _autocast_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.
         if plain or (isinstance(module, MixtureLayer) and isinstance(module, products)):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
-                    yield module, name, reduced
+                    reorder = last and parameter.ndim == 4 and not parameter.is_contiguous(memory_format=LAST)
+                    if form := {**cast, **({"memory_format": LAST} if reorder else {})}:
+                        yield module, name, form
 
 
 @contextmanager
@@ -230,8 +240,8 @@ def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
 
 
 def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
-    """One wait for the device per attack: input in the box, results inside their threats and finite, labels from 0
-    (-100 has no loss in torch).
+    """One wait for the device per attack, none inside :func:`checked_later`: input in the box, results inside their
+    threats and finite, labels from 0 (-100 has no loss in torch).
 
     Args:
         x: the originals (B, C, H, W).
@@ -239,19 +249,54 @@ def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Te
         results: what the attack made of them, each (B, C, H, W).
         allowed: bool (B,): whose results are all inside their threat.
     """
-    inside = (x >= 0) & (x <= 1)
-    if bool(allowed.all() & inside.all() & (y >= 0).all()):
-        return
-    check_labels(y)
-    if not bool(inside.all()):
-        raise UserError(outside_box(x))
-    bad = int((~allowed).sum())
-    if not all(bool(part.isfinite().all()) for part in results):
-        raise FloatingPointError(
-            f"the attack produced non-finite images for {bad} of {len(x)} examples: "
-            "the gradients of the model are not finite there"
-        )
-    raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
+    inside = ((x >= 0) & (x <= 1)).all()
+    passed = allowed.all() & inside & (y >= 0).all()
+
+    def settle() -> None:
+        if bool(passed):
+            return
+        check_labels(y)
+        if not bool(inside):
+            raise UserError(outside_box(x))
+        bad = int((~allowed).sum())
+        if not all(bool(part.isfinite().all()) for part in results):
+            raise FloatingPointError(
+                f"the attack produced non-finite images for {bad} of {len(x)} examples: "
+                "the gradients of the model are not finite there"
+            )
+        raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
+
+    if (later := _LATER.get()) is None:
+        settle()
+    else:
+        later.append(settle)
+
+
+_LATER: ContextVar[list[Callable[[], None]] | None] = ContextVar("later", default=None)
+
+
+@contextmanager
+def checked_later() -> Iterator[Callable[[], None]]:
+    """Inside, no attack waits for its checks, so that what comes after it is queued on the device meanwhile.
+
+    Gives the function that makes the checks since its last call, and raises what they find. What breaks off inside is
+    raised only if they find nothing: they come before it.
+    """
+    pending: list[Callable[[], None]] = []
+
+    def settle() -> None:
+        checks, pending[:] = list(pending), []
+        for check in checks:
+            check()
+
+    before = _LATER.set(pending)
+    try:
+        yield settle
+    except Exception:
+        settle()
+        raise
+    finally:
+        _LATER.reset(before)
 
 
 def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:

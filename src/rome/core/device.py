@@ -43,17 +43,21 @@ def pick_device(name: str) -> torch.device:
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
     """A model, moved to where it is to work; on a CPU with the weights of its convolutions in the order that is faster
-    there, channels last (benchmarks/layout.py). No value changes, and nothing that is saved.
+    there (:func:`channels_last_pays`). No value changes, and nothing that is saved."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last_pays(model, device) else model
+
+
+def channels_last_pays(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model is faster with its convolutions in the order channels last: on a CPU (benchmarks/layout.py).
 
     Not where a 1x1 convolution with a stride reads fewer than 8 channels: in this order oneDNN's backward writes beyond
     its memory there (torch 2.15, 2 to 6 channels), and the process dies or computes with what it overwrote.
     """
-    model = model.to(device)
-    few = any(
+    return device.type == "cpu" and not any(
         isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) != layer.stride and layer.in_channels < 8
         for layer in model.modules()
     )
-    return model.to(memory_format=torch.channels_last) if device.type == "cpu" and not few else model
 
 
 @contextmanager

@@ -118,11 +118,11 @@ class Graphs:
         finally:
             self.ready = False
 
-    def buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Where the cast of a weight lies."""
-        key = (weight.data_ptr(), weight.shape, dtype)
+    def buffer(self, weight: Tensor, **form: Any) -> Tensor:
+        """Where the copy of a weight in another ``dtype`` or ``memory_format`` lies."""
+        key = (weight.data_ptr(), weight.shape, *form.items())
         if key not in self.fixed:
-            self.fixed[key] = torch.empty_like(weight, dtype=dtype)
+            self.fixed[key] = torch.empty_like(weight, **form)
         return self.fixed[key]
 
     def release(self) -> None:

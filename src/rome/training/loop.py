@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
-from rome.attacks.engine import graphed
+from rome.attacks.engine import checked_later, graphed
 from rome.core.console import say
 from rome.core.distributed import follow_first
 from rome.core.errors import Interrupted, UserError
@@ -190,17 +190,20 @@ class Loop:
         # attacks run beside DistributedDataParallel, which would do this for the training forward alone
         follow_first(statistics(context.attacked))
         tally = Tally(len(context.threats), self.fabric.device)
-        for part in range(config.accumulate):
-            x, y = next(batches)
-            try:
-                tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
-            except FloatingPointError as error:  # the attack met gradients that are not finite
-                raise self._diverged(str(error), lr) from error
+        try:
+            with checked_later() as settle:  # a GPU has all of the update queued before anything waits for it
+                for part in range(config.accumulate):
+                    settle()  # the images of the last part are free then
+                    x, y = next(batches)
+                    tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                settle()
+        except FloatingPointError as error:  # the attack met gradients that are not finite
+            raise self._diverged(str(error), lr) from error
         loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.signal)
         if not all(map(finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         method.update_end(context)
         seconds = time.perf_counter() - started
         self.position.seconds += seconds
