@@ -124,6 +124,18 @@ def test_fast_lpa_searches_in_shapes_that_occur_again() -> None:
     assert len(right) > replay.captures > 0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_attacks_inside_of_a_frozen_model_read_what_it_joined(whole: bool, model: nn.Module) -> None:
+    """As in an evaluation, which freezes the model around all of its attacks."""
+    replay, attack, twin = Replay(), PGD(steps=2), copy.deepcopy(model)
+    with graphed(model, Graphs(whole=whole, capture=replay)), frozen(model):
+        for seed in range(4):
+            found, expected = (attack.run(each, *batch(seed), BUDGETS[2]) for each in (model, twin))
+            assert equal(found, expected)
+    assert replay.captures == 1
+    assert replay.replays
+
+
 class InFloat64(nn.Module):
     """A model of float64 for images and logits of float32."""
 

@@ -165,7 +165,8 @@ def frozen(model: Model) -> Iterator[None]:
                     torch._foreach_copy_(copies, own)
             for (module, name, _), copy in zip(weights, copies, strict=True):
                 module._parameters[name] = nn.Parameter(copy, requires_grad=False)
-            with joined(model, None if graphs is None else graphs.fixed):
+            layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
+            with joined(layers, None if graphs is None else graphs.fixed):
                 yield
         finally:
             for module, name, parameter in replaced:

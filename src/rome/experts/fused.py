@@ -20,7 +20,7 @@ and backward, from dm and from what a loss on the gates gives to u and v:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,23 +157,30 @@ def becomes_a_program() -> bool:
 
 
 @contextmanager
-def joined(model: nn.Module, fixed: dict[Any, Tensor] | None = None) -> Iterator[None]:
+def joined(layers: Iterable[MixtureLayer], fixed: dict[Any, Tensor] | None = None) -> Iterator[Callable[[], None]]:
     """Inside, no weight changes and none is trained: what layers join of their weights is joined once, not at each
-    forward.
+    forward. What an outer context joined stays: a graph may read it.
 
     Args:
         fixed: where the results lie, by layer and precision; those that are missing are added. None: wherever.
+
+    Returns:
+        A function that joins them anew, for weights that have changed.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MixtureLayer)]
-    before = [layer.stacked for layer in layers]
-    try:
+    mine = [layer for layer in layers if layer.stacked is None]
+
+    def join() -> None:
         with torch.no_grad():
-            for layer in layers:
-                layer.stacked = layer.stack()
-                if layer.stacked is not None and fixed is not None:
-                    own = fixed.setdefault((layer, layer.stacked.dtype), layer.stacked)
-                    layer.stacked = own.copy_(layer.stacked)
-        yield
+            for layer in mine:
+                stacked = layer.stack()
+                if stacked is not None and fixed is not None:
+                    own = fixed.setdefault((layer, stacked.dtype), stacked)
+                    stacked = own if own is stacked else own.copy_(stacked)
+                layer.stacked = stacked
+
+    try:
+        join()
+        yield join
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.stacked = old
+        for layer in mine:
+            layer.stacked = None
