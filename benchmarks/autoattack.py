@@ -1,7 +1,7 @@
 """AutoAttack on a thousand images: rome's evaluation beside pyautoattack's, in time and in verdicts.
 
     python benchmarks/autoattack.py --data PATH --device cuda --json autoattack.json
-    python benchmarks/autoattack.py --data PATH --images 32 --batch 32                  # on a CPU
+    python benchmarks/autoattack.py --models resnet18-16 --images 16 --batch 16         # on a CPU
 
 ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights. Radii are CIFAR-10's times ``--scale``
 (default 1/8), because models that were not trained to be robust lose every image at full radius. rome runs the suite

@@ -42,7 +42,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-micro": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 4, "embed_dim": 64, "num_heads": 4}),
 }
 """Models at 32 pixels: a timm name and its arguments."""
-MODELS = (*TIMM, "resnet18")
+MODELS = (*TIMM, "resnet18", "resnet18-16")
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -76,7 +76,8 @@ def start(options: argparse.Namespace) -> torch.device:
 
 
 def make_model(name: str, device: torch.device, seed: int = 0) -> nn.Module:
-    """A model for 10 classes of 32x32 images, with seeded random weights; ResNet-18 with pyautoattack's for CIFAR-10.
+    """A model for 10 classes of 32x32 images, with seeded random weights; ResNet-18 with pyautoattack's for CIFAR-10,
+    ``resnet18-16`` a narrow one of width 16.
 
     In evaluation mode.
     """
@@ -84,6 +85,8 @@ def make_model(name: str, device: torch.device, seed: int = 0) -> nn.Module:
     model: nn.Module
     if name == "resnet18":
         model = create_model("resnet_18", num_classes=10, weights="pyautoattack").backbone  # needs no normalisation
+    elif name == "resnet18-16":
+        model = create_model("resnet_18", num_classes=10, width=16)
     else:
         kind, settings = TIMM[name]
         model = create_model(kind, num_classes=10, img_size=32, **settings)

@@ -76,6 +76,12 @@ def test_attacks_are_timed_at_equal_steps_and_inside_their_balls(run: Run) -> No
             assert row["size"] <= 1 + 1e-4
 
 
+def test_host_times_the_replay_of_an_update(run: Run) -> None:
+    (rows,) = run("host").values()
+    assert cases(rows) == {"RANDOM", "RoME+RANDOM"}
+    assert all(row["milliseconds"].keys() == {"update", "freeze"} for row in rows)
+
+
 def test_mixed_computes_the_same_images_with_fewer_forwards(run: Run) -> None:
     (rows,) = run("mixed").values()
     for workload in ("RANDOM", "MAX"):

@@ -20,7 +20,7 @@ from helpers.contexts import context_of
 from helpers.pretend import DEVICE, WAITED, Device, Pretend, WrongDevice, moved
 from helpers.problems import rest_slow
 from rome.attacks import APGD, PGD, Attack
-from rome.attacks.engine import checked_later
+from rome.attacks.checks import checked_later
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.suites.base import Case, QuickSuite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite

@@ -193,8 +193,9 @@ def test_what_a_captured_function_calls_is_part_of_it() -> None:
 
 def test_graphs_are_gone_when_weights_lie_elsewhere_and_apart_by_state() -> None:
     own, replay = graphs()
-    for addresses, state, captures in ((1, "a", 1), (1, "a", 1), (1, "b", 2), (1, "a", 2), (2, "a", 3)):
-        with case(addresses, state), own.on(addresses, state):
+    one, other = drawn(3), drawn(3)
+    for weight, state, captures in ((one, "a", 1), (one, "a", 1), (one, "b", 2), (one, "a", 2), (other, "a", 3)):
+        with case(state, captures), own.on([weight], [], state):
             assert own.ready
             for _ in range(2):
                 own.call("key", torch.sin, drawn(2))

@@ -9,6 +9,8 @@ mixture of threats it holds.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
+from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.engine import Model, check_batch, check_results, explained, frozen, graphs_of
+from rome.attacks.checks import check_batch, check_results
+from rome.attacks.engine import Model, Search, searched
 from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
@@ -138,13 +141,13 @@ class Attack(Component):
         lower = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
         x = x.contiguous()
         before = x._version
-        with torch.autocast(x.device.type, enabled=lower), frozen(model), torch.no_grad():
+        searches = [
+            Search(share.key(verdict), partial(_search, model, share, verdict), (own, labels, share.noise))
+            for share, own, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
+        ]
+        with torch.autocast(x.device.type, enabled=lower):
             gradient = any(share.attack.differentiates for share in shares)
-            with explained(model, x, y, gradient=gradient):
-                parts = [
-                    _search(model, own, labels, share, verdict)
-                    for share, own, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
-                ]
+            parts = searched(model, searches, x, y, gradient=gradient)
         if x._version != before:
             raise UserError(f"{THE_MODEL} {IN_PLACE}")
         found = parts[0][0]
@@ -229,6 +232,13 @@ class Share(NamedTuple):
     noise: Tensor
     """The random numbers of these rows, in this order."""
 
+    def key(self, verdict: bool) -> Hashable:
+        """What its search depends on beside model and tensors; None where it waits for results."""
+        if not self.attack.replayable:
+            return None
+        groups = tuple((repr(group.threat), group.rows.start, group.rows.stop, group.steps) for group in self.groups)
+        return repr(self.attack), groups, verdict
+
 
 def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stream) -> list[Share]:
     """Who searches what: ``attack`` all threats that bring no attack of their own, in one mixed batch; then the others.
@@ -267,26 +277,19 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
     return shares
 
 
-def _search(model: Model, x: Tensor, y: Tensor, share: Share, verdict: bool) -> tuple[AttackResult, Tensor]:
+def _search(
+    model: Model, share: Share, verdict: bool, x: Tensor, y: Tensor, noise: Tensor
+) -> tuple[AttackResult, Tensor]:
     """What an attack found for its share of a batch, and which of it is allowed: bool (b,)."""
-
-    def search(x: Tensor, y: Tensor, noise: Tensor) -> tuple[AttackResult, Tensor]:
-        found = share.attack.search(model, x, y, share.groups, noise)
-        if found.loss is NOT_EVALUATED:
-            found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
-            if verdict:
-                logits = model(found.images).float()
-                loss = F.cross_entropy(logits, y, reduction="none")
-                found = AttackResult(found.images, found.images, logits.argmax(1) == y, loss)
-        allowed = torch.ones_like(found.robust)
-        for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
-            inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
-            allowed = allowed & torch.cat(inside)
-        return found, allowed
-
-    graphs = graphs_of(model)
-    if graphs is None or not graphs.whole or not share.attack.replayable:
-        return search(x, y, share.noise)
-    groups = tuple((repr(group.threat), group.rows.start, group.rows.stop, group.steps) for group in share.groups)
-    found, allowed = graphs.call((repr(share.attack), groups, verdict), search, x, y, share.noise)
+    found = share.attack.search(model, x, y, share.groups, noise)
+    if found.loss is NOT_EVALUATED:
+        found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))
+        if verdict:
+            logits = model(found.images).float()
+            loss = F.cross_entropy(logits, y, reduction="none")
+            found = AttackResult(found.images, found.images, logits.argmax(1) == y, loss)
+    allowed = torch.ones_like(found.robust)
+    for result in (found.images,) if found.adversarial is found.images else (found.images, found.adversarial):
+        inside = [group.threat.contains(result[group.rows], x[group.rows]) for group in share.groups]
+        allowed = allowed & torch.cat(inside)
     return found, allowed

@@ -1,25 +1,24 @@
-"""What attacks need of a model: loss, input gradient and verdict, with the model frozen; and checks of their inputs and
-results."""
+"""What attacks need of a model: loss, input gradient and verdict, with the model frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rome.core.device import channels_last_pays, out_of_memory
+from rome.attacks.checks import explained
+from rome.core.device import channels_last_pays
 from rome.core.errors import UserError
-from rome.core.graphs import Graphs
-from rome.core.trial import THE_MODEL, ask, check_labels, evaluating, outside_box, unusable
+from rome.core.graphs import Graphs, copies
+from rome.core.trial import THE_MODEL, evaluating, unusable
 from rome.core.trial import Model as Model
 from rome.experts.fused import joined
 from rome.experts.gated import MixtureLayer
-from rome.threats import PerExample, Threat
 
 LAST = torch.channels_last
 
@@ -66,7 +65,16 @@ def logits_of(model: Model, x: Tensor) -> Tensor:
     return answer[: len(x)]
 
 
-_GRAPHS: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+class _Attached(NamedTuple):
+    """The graphs of a model, and where it holds its tensors: to walk through its modules takes long."""
+
+    graphs: Graphs
+    parameters: list[dict[str, Any]]
+    buffers: list[dict[str, Any]]
+    layers: list[MixtureLayer]
+
+
+_GRAPHS: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -80,7 +88,13 @@ def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
         yield
         return
     before = _GRAPHS.get(model)
-    _GRAPHS[model] = graphs
+    modules = list(model.modules())
+    _GRAPHS[model] = _Attached(
+        graphs,
+        [module._parameters for module in modules],
+        [module._buffers for module in modules],
+        [module for module in modules if isinstance(module, MixtureLayer)],
+    )
     try:
         yield
     finally:
@@ -93,8 +107,8 @@ def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
 
 def graphs_of(model: Model) -> Graphs | None:
     """The graphs that calls of a model use whose weights do not change; None where it is called as it is."""
-    graphs = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
-    return graphs if graphs is not None and graphs.ready else None
+    attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
+    return attached.graphs if attached is not None and attached.graphs.ready else None
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -107,17 +121,16 @@ def padded(x: Tensor, rows: int) -> Tensor:
 def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
     """The graphs of a model whose weights do not change inside, made ready for it; None if it has none, inside another
     such context, and where gates are recorded, since a graph that is replayed records nothing."""
-    graphs = _GRAPHS.get(model)
-    if graphs is None or graphs.ready:
+    attached = _GRAPHS.get(model)
+    if attached is None or attached.graphs.ready or any(layer.sink is not None for layer in attached.layers):
         yield None
         return
-    layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
-    if any(layer.sink is not None for layer in layers):
-        yield None
-        return
-    tensors = [*model.parameters(), *model.buffers()]
-    with graphs.on(tuple(tensor.data_ptr() for tensor in tensors), tuple(layer.graph_state for layer in layers)):
-        yield graphs
+    parameters, buffers = (
+        list(dict.fromkeys(tensor for one in held for tensor in one.values() if tensor is not None))
+        for held in (attached.parameters, attached.buffers)
+    )
+    with attached.graphs.on(parameters, buffers, tuple(layer.graph_state for layer in attached.layers)):
+        yield attached.graphs
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -158,21 +171,74 @@ def frozen(model: Model) -> Iterator[None]:
             own = [parameter.detach() for _, _, parameter in replaced]
             forms = [form for _, _, form in weights]
             if graphs is None:
-                copies = [weight.to(**form) for weight, form in zip(own, forms, strict=True)]
+                faster = [weight.to(**form) for weight, form in zip(own, forms, strict=True)]
             else:
-                copies = [graphs.buffer(weight, **form) for weight, form in zip(own, forms, strict=True)]
-                if copies:
-                    torch._foreach_copy_(copies, own)
-            for (module, name, _), copy in zip(weights, copies, strict=True):
-                module._parameters[name] = nn.Parameter(copy, requires_grad=False)
+                faster = [graphs.buffer(weight, **form) for weight, form in zip(own, forms, strict=True)]
+                _anew(faster, own)
+            for (module, name, _), weight in zip(weights, faster, strict=True):
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
-            with joined(layers, None if graphs is None else graphs.fixed):
+            with joined(layers, None if graphs is None else graphs.fixed) as join:
+                if graphs is not None:
+                    graphs.refresh = partial(_anew, faster, own, join)
                 yield
         finally:
             for module, name, parameter in replaced:
                 module._parameters[name] = parameter
             for parameter in wanted:
                 parameter.requires_grad_(True)
+
+
+def _anew(copies: list[Tensor], weights: list[Tensor], join: Callable[[], None] = lambda: None) -> None:
+    """Make anew what is made of weights."""
+    if copies:
+        torch._foreach_copy_(copies, weights)
+    join()
+
+
+class Search(NamedTuple):
+    """A search of a batch, as a function of tensors."""
+
+    key: Hashable
+    """With the tensors' shapes, whatever it depends on beside them and the model. None: no graph can hold it, because
+    it waits for results."""
+    function: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+
+
+def searched(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
+    """What searches with a frozen model find in images x (B, C, H, W) with labels y (B,).
+
+    Where graphs hold all of them, these are all that runs: whatever is made of weights is made inside of them.
+
+    Raises:
+        UserError: a search broke off because of the model or the labels (:func:`explained`).
+    """
+    with torch.no_grad():
+        attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
+        if isinstance(model, nn.Module) and attached is not None and attached.graphs.whole and attached.graphs.count:
+            with graphs_on(model) as graphs:
+                found = [graphs.captured(search.key, *search.tensors) for search in searches] if graphs else []
+                if (entries := [entry for entry in found if entry]) and len(entries) == len(searches):
+                    return [copies(entry(*search.tensors)) for entry, search in zip(entries, searches, strict=True)]
+        with frozen(model), explained(model, x, y, gradient=gradient):
+            graphs = graphs_of(model)
+            if graphs is None or not graphs.whole:
+                return [search.function(*search.tensors) for search in searches]
+            return [
+                search.function(*search.tensors)
+                if search.key is None
+                else graphs.call(search.key, _with_weights_anew(graphs, search.function), *search.tensors)
+                for search in searches
+            ]
+
+
+def _with_weights_anew(graphs: Graphs, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*tensors: Tensor) -> Any:
+        graphs.refresh()
+        return function(*tensors)
+
+    return run
 
 
 def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
@@ -194,125 +260,3 @@ def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[st
                     reorder = last and parameter.ndim == 4 and not parameter.is_contiguous(memory_format=LAST)
                     if form := {**cast, **({"memory_format": LAST} if reorder else {})}:
                         yield module, name, form
-
-
-@contextmanager
-def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
-    """Where the search inside breaks off, see whether the model or the labels are why.
-
-    Raises:
-        UserError: they are, and what to do.
-    """
-    try:
-        yield
-    except (UserError, FloatingPointError, AssertionError):
-        raise
-    except Exception as error:
-        if not out_of_memory(error):
-            for images in (x[:2], x[:1]):
-                try:
-                    check_labels(y, ask(model, images, gradient=gradient).shape[1])
-                except UserError as reason:
-                    raise reason from error
-        raise
-
-
-def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
-    """Shapes, dtypes and devices of a batch and its threats.
-
-    Raises:
-        UserError: they cannot be right.
-    """
-    for what, value in (("images", x), ("labels", y)):
-        if not isinstance(value, Tensor):
-            raise UserError(f"{what} must be a torch tensor, not {type(value).__name__}: torch.as_tensor({what})")
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
-        raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise UserError(f"labels of {len(x)} images must be int64 ({len(x)},), not {y.dtype} {tuple(y.shape)}")
-    if y.device != x.device:
-        raise UserError(f"images are on {x.device} and labels on {y.device}: move one of them")
-    if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
-        raise UserError(f"{len(x)} images need {len(x)} threat labels, not {tuple(threat.labels.shape)}")
-    if isinstance(threat, PerExample) and (wrong := set(threat.labels.tolist()) - set(range(len(threat.threats)))):
-        raise UserError(f"threat labels must lie in 0..{len(threat.threats) - 1}, not {sorted(wrong)}")
-    if not isinstance(threat, (Threat, PerExample)):
-        raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
-
-
-def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
-    """One wait for the device per attack, none inside :func:`checked_later`: input in the box, results inside their
-    threats and finite, labels from 0 (-100 has no loss in torch).
-
-    Args:
-        x: the originals (B, C, H, W).
-        y: their labels (B,).
-        results: what the attack made of them, each (B, C, H, W).
-        allowed: bool (B,): whose results are all inside their threat.
-    """
-    inside = ((x >= 0) & (x <= 1)).all()
-    passed = allowed.all() & inside & (y >= 0).all()
-
-    def settle() -> None:
-        if bool(passed):
-            return
-        check_labels(y)
-        if not bool(inside):
-            raise UserError(outside_box(x))
-        bad = int((~allowed).sum())
-        if not all(bool(part.isfinite().all()) for part in results):
-            raise FloatingPointError(
-                f"the attack produced non-finite images for {bad} of {len(x)} examples: "
-                "the gradients of the model are not finite there"
-            )
-        raise AssertionError(f"the attack left its threat on {bad} of {len(x)} examples: a bug in the attack")
-
-    if (later := _LATER.get()) is None:
-        settle()
-    else:
-        later.append(settle)
-
-
-_LATER: ContextVar[list[Callable[[], None]] | None] = ContextVar("later", default=None)
-
-
-@contextmanager
-def checked_later() -> Iterator[Callable[[], None]]:
-    """Inside, no attack waits for its checks, so that what comes after it is queued on the device meanwhile.
-
-    Gives the function that makes the checks since its last call, and raises what they find. What breaks off inside is
-    raised only if they find nothing: they come before it.
-    """
-    pending: list[Callable[[], None]] = []
-
-    def settle() -> None:
-        checks, pending[:] = list(pending), []
-        for check in checks:
-            check()
-
-    before = _LATER.set(pending)
-    try:
-        yield settle
-    except Exception:
-        settle()
-        raise
-    finally:
-        _LATER.reset(before)
-
-
-def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
-    """Refuse results outside of a bound that an attack checks itself.
-
-    Args:
-        inside: bool (B,), whose result is allowed.
-        measured: (B, ...), what that was decided from.
-
-    Raises:
-        FloatingPointError: it is not finite, as the model's gradients were not.
-        AssertionError: it is, and a result is outside: a bug in the attack.
-    """
-    if bool(inside.all()):
-        return
-    if not bool(measured.isfinite().all()):
-        raise FloatingPointError(f"{kind} met gradients of the model that are not finite")
-    raise AssertionError(f"{kind} left its bound on {int((~inside).sum())} of {len(inside)} examples: a bug")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group, Steps
-from rome.attacks.engine import Model, check_bound
+from rome.attacks.checks import check_bound
+from rome.attacks.engine import Model
 from rome.threats import AnyImage
 from rome.threats.lp import RTOL
 
@@ -30,7 +31,7 @@ class FreeAttack(Attack):
     draws_by_image: ClassVar[bool] = True
 
     def check(self, size: Tensor, bound: float) -> None:
-        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.engine.check_bound`).
+        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.checks.check_bound`).
 
         Args:
             size: (B,), how much of the bound each example used.

@@ -55,8 +55,12 @@ class Graphs:
         self.capture: Capture = capture or CudaCapture()
         self.fixed: dict[Hashable, Tensor] = {}
         """Tensors computed of the weights, which lie where the graphs read them."""
+        self.parameters: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self.refresh: Callable[[], Any] = lambda: None
+        """Fills :attr:`fixed` anew, where the model is frozen."""
         self.ready = False
-        """Whether the model is frozen, with :attr:`fixed` up to date."""
+        """Whether the model is frozen."""
         self.seconds = 0.0
         """Time that captures took."""
         self._entries: dict[Hashable, Captured | Both | str] = {}
@@ -96,6 +100,11 @@ class Graphs:
         results = entry(*tensors)
         return results if in_place else copies(results)
 
+    def captured(self, key: Hashable, *tensors: Tensor) -> Captured | None:
+        """The graph of a function that was called so, if there is one."""
+        entry = self._entries.get(self._place(key, tensors))
+        return entry if isinstance(entry, Captured) else None
+
     def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function(x)``, to be differentiated with respect to ``x`` before the next call: forward and backward are a
         graph each."""
@@ -103,13 +112,15 @@ class Graphs:
         return answer if entry is None else entry(x)
 
     @contextmanager
-    def on(self, addresses: Hashable, state: Hashable) -> Iterator[None]:
-        """Inside, the model is frozen.
+    def on(self, parameters: list[Tensor], buffers: list[Tensor], state: Hashable) -> Iterator[None]:
+        """Inside, no weight of the model changes.
 
         Args:
-            addresses: where its weights lie; the graphs are gone if that is not where they read them.
+            parameters, buffers: the model's; the graphs are gone if these lie elsewhere than where they read them.
             state: settings of the model that the captured functions depend on.
         """
+        self.parameters, self.buffers = parameters, buffers
+        addresses = tuple(tensor.data_ptr() for tensor in (*parameters, *buffers))
         if addresses != self._addresses:
             self.release()
         self._addresses, self._state, self.ready = addresses, state, True
@@ -145,7 +156,7 @@ class Graphs:
         """What replays the function, or None and its results."""
         if self._inside:
             return None, function(*tensors)
-        place = (key, self._state, _modes(tensors), tuple((t.shape, t.stride(), t.dtype) for t in tensors))
+        place = self._place(key, tensors)
         entry = self._entries.get(place)
         if entry is None or entry == AGAIN:
             results, reason, waited = self._watched(function, tensors, changed)
@@ -156,6 +167,9 @@ class Graphs:
         if entry == "":
             entry = self._entries[place] = self._captured(kind, function, tensors, changed)
         return (None, function(*tensors)) if isinstance(entry, str) else (entry, None)
+
+    def _place(self, key: Hashable, tensors: tuple[Tensor, ...]) -> Hashable:
+        return key, self._state, _modes(tensors), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
 
     def _watched(
         self, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
-from rome.attacks.engine import checked_later, graphed
+from rome.attacks.checks import checked_later
+from rome.attacks.engine import graphed
 from rome.core.console import say
 from rome.core.distributed import follow_first
 from rome.core.errors import Interrupted, UserError

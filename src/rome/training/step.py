@@ -50,7 +50,7 @@ class Step:
 
     def _replayed(self, graphs: Graphs, method: MinMaxMethod, context: TrainContext, examples: Examples) -> Outcome:
         parts, kind = self.config.accumulate, examples.images.device.type
-        learning = [parameter for parameter in context.attacked.parameters() if parameter.requires_grad]
+        learning = [parameter for parameter in graphs.parameters if parameter.requires_grad]
 
         def differentiate(images: Tensor, y: Tensor, labels: Tensor, *more: Tensor) -> Any:
             outcome = method.objective(context, Examples(images, y, labels, more))
@@ -66,7 +66,7 @@ class Step:
             y,
             labels.to(images.device, non_blocking=True),
             *more,
-            changed=context.attacked.buffers(),
+            changed=graphs.buffers,
             in_place=True,
         )
         for parameter, gradient in zip(learning, gradients, strict=True):

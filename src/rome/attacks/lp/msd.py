@@ -13,16 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.engine import (
-    Model,
-    check_batch,
-    check_results,
-    explained,
-    frozen,
-    graphs_of,
-    log_odds,
-    loss_and_gradient,
-)
+from rome.attacks.checks import check_batch, check_results
+from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, searched
 from rome.attacks.lp.pgd import ascend
 from rome.threats import LpBall
 
@@ -91,11 +83,7 @@ def steepest_descent(
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
         return best, inside[best.chosen, rows]
 
-    with frozen(model), torch.no_grad(), explained(model, x, y):
-        graphs = graphs_of(model)
-        if graphs is None:
-            best, allowed = search(x, y)
-        else:
-            best, allowed = graphs.call(("msd", repr(members), steps, percentile), search, x, y)
-        check_results(x, y, (best.images,), allowed)
+    whole = Search(("msd", repr(members), steps, percentile), search, (x, y))
+    ((best, allowed),) = searched(model, [whole], x, y)
+    check_results(x, y, (best.images,), allowed)
     return best._replace(loss=F.softplus(best.loss).float())

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group
-from rome.attacks.engine import Model, check_bound, margin
+from rome.attacks.checks import check_bound
+from rome.attacks.engine import Model, margin
 from rome.attacks.free import Form
 from rome.attacks.perceptual.fast_lpa import START, among, gaussian, length
 from rome.attacks.perceptual.features import Perception, distances, loaded

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Steps, StepSize
-from rome.attacks.engine import Model, check_bound, log_odds, logits_of
+from rome.attacks.checks import check_bound
+from rome.attacks.engine import Model, log_odds, logits_of
 from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
 from rome.threats.projections import signs
