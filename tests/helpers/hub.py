@@ -108,7 +108,7 @@ def connect(hub: StandIn, patch: pytest.MonkeyPatch, cache: Path, token: str | N
         patch.setenv("HF_TOKEN", token)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, code: str = "") -> None:
         super().__init__(status, code)
         self.status, self.code = status, code
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             if found and method == self.command.replace("HEAD", "GET"):
                 try:
                     status, headers, content = act(self, **found.groupdict())
-                except _Refused as refusal:
+                except _RefusedError as refusal:
                     status, headers, content = refusal.status, {"X-Error-Code": refusal.code}, b"{}"
                 break
         else:
@@ -152,13 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
     def readable(self, repo: str) -> Repository:
         found = self.standing_in.repositories.get(repo)
         if found is None or (found.private and self.user != repo.split("/")[0]):
-            raise _Refused(404 if self.known else 401, "RepoNotFound")
+            raise _RefusedError(404 if self.known else 401, "RepoNotFound")
         return found
 
     def writable(self, repo: str) -> Repository:
         found = self.readable(repo)
         if self.user != repo.split("/")[0]:
-            raise _Refused(403)
+            raise _RefusedError(403)
         return found
 
     # -------- the calls
@@ -168,9 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         owner = wanted.get("organization") or self.user
         name = f"{owner}/{wanted['name']}"
         if not self.known:
-            raise _Refused(401)
+            raise _RefusedError(401)
         if self.user != owner:
-            raise _Refused(403)
+            raise _RefusedError(403)
         private = wanted.get("visibility") == "private" or wanted.get("private", False)
         if name in self.standing_in.repositories:
             return _json({"url": f"{self.standing_in.url}/{name}"}, 409)
@@ -266,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, repo: str, revision: str, path: str) -> Any:
         found = self.readable(repo)
         if found.gated:
-            raise _Refused(403, "GatedRepo")
+            raise _RefusedError(403, "GatedRepo")
         oid = self._commit(found, revision)
         commit = {"X-Repo-Commit": oid}
         if path not in found.commits[oid]:
@@ -282,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo: Repository, revision: str) -> str:
         oid = repo.at(revision)
         if oid is None:
-            raise _Refused(404, "RevisionNotFound")
+            raise _RefusedError(404, "RevisionNotFound")
         return oid
 
 

@@ -68,16 +68,26 @@ def local_file(source: str | Path) -> Path:
     """
     if not on_hub(source):
         return Path(source).expanduser()
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import (
+        constants,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     wanted = OnHub.parse(source)
+    repository, revision = wanted
     with explained(wanted):
-        file = Path(hf_hub_download(wanted.repository, WEIGHTS, revision=wanted.revision))
-        beside = {"filename": TIMM_CONFIG, "revision": file.parent.name}  # snapshots/COMMIT/FILE
-        if try_to_load_from_cache(wanted.repository, **beside) is None:  # it is not known either that there is none
-            with suppress(RemoteEntryNotFoundError):
-                hf_hub_download(wanted.repository, **beside)
+        if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(repository, WEIGHTS, revision=revision) is None:
+            # fails at once where there is no connection, which a download looks for half a minute
+            get_hf_file_metadata(hf_hub_url(repository, WEIGHTS, revision=revision))
+        file = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
+        commit = file.parent.name  # snapshots/COMMIT/FILE
+        if try_to_load_from_cache(repository, TIMM_CONFIG, revision=commit) is None:
+            with suppress(RemoteEntryNotFoundError):  # which is remembered, as a file is
+                hf_hub_download(repository, TIMM_CONFIG, revision=commit)
     return file
 
 
