@@ -117,6 +117,7 @@ class _RefusedError(Exception):
 class _Handler(BaseHTTPRequestHandler):
     standing_in: StandIn
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = 2**16, True  # an answer is one packet; two would wait for each other
 
     def log_message(self, *arguments: Any) -> None:
         pass

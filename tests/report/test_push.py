@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 import rome
-from helpers.hub import READER, StandIn, connect, serving
+from helpers.hub import READER, TOKEN, StandIn, connect, serving
 from helpers.problems import case
 from helpers.tiny_runs import Ended, save_run, tiny
 from rome.core.errors import UserError
@@ -353,3 +356,31 @@ def test_a_training_keeps_the_commit_it_started_from(runs: Path, hub: StandIn, t
     config = tiny(experts=None, epochs=1, data__train_limit=12, model__weights="hf://alice/net")
     done = rome.train(config, tmp_path / "next")
     assert done.config.model.weights == f"hf://alice/net@{hub.repositories['alice/net'].branches['main']}"
+
+
+@pytest.mark.slow
+def test_the_commands_in_processes_of_their_own_obey_the_clients_variables(
+    runs: Path, hub: StandIn, tmp_path: Path
+) -> None:
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+
+    def command(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, **variables, **more}
+        return subprocess.run(
+            [sys.executable, "-m", "rome.cli", *map(str, words)], env=env, text=True, capture_output=True, check=False
+        )
+
+    pushed = command("push", runs / "mixed", "alice/net", HF_TOKEN=TOKEN)
+    assert pushed.returncode == 0, pushed.stderr
+    commit = hub.repositories["alice/net"].branches["main"]
+    assert f"{hub.url}/alice/net/commit/{commit}" in pushed.stderr
+    refused = command("evaluate", "hf://alice/net", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
+    assert f"not in the cache ({tmp_path / 'home' / 'hub'}), and HF_HUB_OFFLINE is set" in refused.stderr
+    evaluated = command("evaluate", "hf://alice/net", "--json", HF_TOKEN=TOKEN)
+    assert evaluated.returncode == 0, evaluated.stderr
+    calls = len(hub.calls)
+    again = command("evaluate", f"hf://alice/net@{commit}", "--json", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["robust"] == json.loads(evaluated.stdout)["robust"]
+    assert len(hub.calls) == calls
