@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from PIL import Image
 
 import rome
 from helpers.hub import READER, TOKEN, StandIn, connect, serving
@@ -136,13 +138,9 @@ def test_no_byte_says_where_it_was_made(tmp_path: Path, monkeypatch: pytest.Monk
     assert "rome train config.yaml data.path=PATH" in (tmp_path / "out" / "README.md").read_text()
 
 
-def _png(number: int) -> bytes:
-    import io
-
-    from PIL import Image
-
+def _png(number: int, side: int = 8) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8), number, np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.full((side, side), number, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -259,7 +257,7 @@ def test_timm_loads_a_plain_model_with_the_same_logits(runs: Path, hub: StandIn,
     push(runs / "plain", "alice/net")
     model = timm.create_model("hf-hub:alice/net", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
-    assert (tuple(config["mean"]), tuple(config["std"]), config["input_size"]) == ((0.25,), (0.75,), (1, 8, 8))
+    assert [list(config[name]) for name in ("mean", "std", "input_size")] == [[0.25], [0.75], [1, 8, 8]]
     assert torch.equal(model((x - 0.25) / 0.75), load_model(runs / "plain")(x))
     assert "license" not in model.pretrained_cfg or not model.pretrained_cfg["license"], "not that of other weights"
 
@@ -356,6 +354,40 @@ def test_a_training_keeps_the_commit_it_started_from(runs: Path, hub: StandIn, t
     config = tiny(experts=None, epochs=1, data__train_limit=12, model__weights="hf://alice/net")
     done = rome.train(config, tmp_path / "next")
     assert done.config.model.weights == f"hf://alice/net@{hub.repositories['alice/net'].branches['main']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("resnet18", {"img_size": None, "patch_size": None, "args": {}}),
+        ("convnext_atto", {"img_size": None, "patch_size": None, "args": {"depths": [1, 1, 1, 1]}}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 32, "patch_size": 2, "args": {"window_size": 4, "embed_dim": 24}},
+        ),
+        ("xcit_nano_12_p16_224", {"img_size": None, "patch_size": None, "args": {"depth": 2}}),
+        (
+            "vit_tiny_patch16_224.augreg_in21k",
+            {"img_size": 32, "patch_size": 8, "args": {"depth": 1, "global_pool": "avg"}},
+        ),
+    ],
+)
+def test_timm_loads_every_family(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """From the folder that a dry run writes, as from a repository: colour images of 32 pixels out of a table."""
+    for split in ("train", "test"):
+        images = [{"bytes": _png(i, 32)} for i in range(N)]
+        pq.write_table(
+            pa.table({"image": images, "label": [i % 10 for i in range(N)]}), tmp_path / f"{split}-0.parquet"
+        )
+    data = {"kind": "parquet", "path": str(tmp_path)}
+    run = run_of(tmp_path / "net", experts=None, data=data, threats="cifar10", model={"name": name, **settings})
+    push(run, "alice/net", dry_run=tmp_path / "out")
+    theirs, ours = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval(), load_model(run)
+    config = timm.data.resolve_model_data_config(theirs)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs((images - mean) / std), ours(images), rtol=0, atol=0)
 
 
 @pytest.mark.slow
