@@ -26,9 +26,10 @@ from PIL import Image
 import rome
 from helpers.hub import READER, TOKEN, StandIn, connect, serving
 from helpers.problems import case
-from helpers.tiny_runs import Ended, save_run, tiny
+from helpers.tiny_runs import EXACT, Ended, save_run, tiny
 from rome.core.errors import UserError
 from rome.core.files import file_hash
+from rome.core.trust import trusting
 from rome.data import Cifar10
 from rome.evaluation.evaluate import Report
 from rome.evaluation.run import evaluate_saved
@@ -235,13 +236,13 @@ def test_what_was_pushed_is_the_same_model_with_the_same_result(
         assert found["settings"]["provenance"]["model"]["name"] == f"hf://alice/{name}@{commit}"
         assert found["settings"]["provenance"]["config"]["model"]["name"] == f"hf://alice/{name}@{commit}"
         assert found["settings"]["model"]["sha256"] == here.settings["model"]["sha256"]
-        assert np.array_equal(Report.load(f"evaluations/{name}-lp-{N}").correct, here.correct)
+        assert np.array_equal(Report.load(f"evaluations/alice-{name}-lp-{N}").correct, here.correct)
         again = rome("evaluate", "--model", f"hf://alice/{name}", "--data", "digits", "--suite", "{kind: lp, steps: 1}",
                      "--n", N, "--batch-size", N, "--out", "again")  # fmt: skip
         assert again.code == 0, again.err
         assert np.array_equal(Report.load("again").correct, here.correct)
         shutil.rmtree("again")
-    for one in gather([Path(f"evaluations/{name}-lp-{N}") for name in ("mixed", "plain")]):  # rome report
+    for one in gather([Path(f"evaluations/alice-{name}-lp-{N}") for name in ("mixed", "plain")]):  # rome report
         assert torch.equal(one.subject(torch.device("cpu")).model(x), load_model(one.name)(x))
 
 
@@ -345,6 +346,19 @@ def test_an_evaluation_of_a_pushed_model_needs_its_data_and_classes(runs: Path, 
         evaluate_saved("hf://alice/plain", data="somewhere")
 
 
+def test_a_model_of_ones_own_code_is_shared_without_it(tmp_path: Path) -> None:
+    with trusting(True):
+        run = run_of(tmp_path / "net", model=EXACT["model"], experts=None)
+    with pytest.raises(UserError, match="would run code"):
+        push(run, "alice/net", dry_run=tmp_path / "out")
+    push(run, "alice/net", dry_run=tmp_path / "out", trust_code=True)
+    assert Run(tmp_path / "out").config.model.name == "exact_model.py:build"
+    assert set(sent(tmp_path / "out")) == BOTH
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It is built by code that is not here: `exact_model.py:build`" in card
+    assert 'rome.load_model("hf://alice/net", module)' in card
+
+
 def test_python_has_it_too(runs: Path, tmp_path: Path) -> None:
     assert rome.push(runs / "plain", "alice/net", dry_run=tmp_path / "out") == str(tmp_path / "out")
 
@@ -352,8 +366,8 @@ def test_python_has_it_too(runs: Path, tmp_path: Path) -> None:
 def test_a_training_keeps_the_commit_it_started_from(runs: Path, hub: StandIn, tmp_path: Path) -> None:
     push(runs / "plain", "alice/net")
     config = tiny(experts=None, epochs=1, data__train_limit=12, model__weights="hf://alice/net")
-    done = rome.train(config, tmp_path / "next")
-    assert done.config.model.weights == f"hf://alice/net@{hub.repositories['alice/net'].branches['main']}"
+    pinned = f"hf://alice/net@{hub.repositories['alice/net'].branches['main']}"
+    assert rome.train(config, tmp_path / "next").config.model.weights == pinned
 
 
 @pytest.mark.slow

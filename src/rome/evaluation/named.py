@@ -209,13 +209,10 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
 
 def named_after(name: str) -> str:
     """What results of a model are called by."""
-    own = (
-        OnHub.parse(name).name
-        if on_hub(name)
-        else Path(name).stem
-        if is_saved_module(name)
-        else name.rpartition(":")[2]
-    )
+    if on_hub(name):
+        own = OnHub.parse(name).repository
+    else:
+        own = Path(name).stem if is_saved_module(name) else name.rpartition(":")[2]
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", own)
 
 
