@@ -48,9 +48,9 @@ def cleaner(places: Iterable[str | Path] = ()) -> Callable[[Any], Any]:
 
 
 def _last(found: re.Match[str]) -> str:
-    """The name of the file that a path leads to, if it says what kind of file it is."""
+    """The name of the file that a path leads to, if it says what kind of file it is, with a function of it."""
     name = re.split(r"[\\/]", found.group())[-1]
-    return name if re.search(rf".{_FILES}$", name) else PATH
+    return name if re.search(rf".{_FILES}(:\w+)?$", name) else PATH
 
 
 def _forms(place: str | Path) -> Iterator[str]:
