@@ -185,7 +185,7 @@ def test_the_card_says_what_the_evaluation_warns_of(runs: Path) -> None:
     raised = {"check": "more-steps", "case": None, "attack": None, "examples": 3, "message": check["message"]}
     assert "Nobody looked for masked gradients" in card()
     assert "1 checks for masked gradients found none" in card(checks=[check | {"raised": False}])
-    assert "- Warning (more-steps): more steps find more." in card(checks=[check], warnings=[raised])
+    assert "- Warning (suite lp: more-steps): more steps find more." in card(checks=[check], warnings=[raised])
     without = one.report.correct[:, :-1]
     said = card(correct=without, cases=one.report.cases[:-1], failed={"Linf": "out of memory"})
     assert "Linf failed: out of memory" in said
@@ -296,6 +296,9 @@ def test_each_refusal_is_one_line_and_sends_nothing(
     (stale / "model.safetensors").write_bytes((runs / "mixed" / "model.safetensors").read_bytes())
     bare = shutil.copytree(runs / "plain", tmp_path / "bare")
     shutil.rmtree(bare / "evaluation")
+    routed = shutil.copytree(runs / "mixed", tmp_path / "routed")
+    shutil.rmtree(routed / "evaluation")
+    evaluate_saved(str(routed), routing="none")
     unfinished = shutil.copytree(runs / "plain", tmp_path / "unfinished")
     (unfinished / "model.safetensors").unlink()
     wrong: dict[str, tuple[Path, str, dict[str, Any]]] = {
@@ -304,7 +307,8 @@ def test_each_refusal_is_one_line_and_sends_nothing(
         "is not the folder of a run": (tmp_path, "alice/net", {}),
         "is not an empty folder": (runs / "plain", "alice/net", {"dry_run": stale}),
         "evaluated other weights": (stale, "alice/net", {}),
-        "has no evaluation": (bare, "alice/net", {}),
+        "has no evaluation, and": (bare, "alice/net", {}),
+        "has no evaluation with its own gates": (routed, "alice/net", {}),
         "holds no finished model": (unfinished, "alice/net", {}),
         "has a tag v1 already": (runs / "plain", "alice/tagged", {"tag": "v1"}),
         "the token has no permission": (runs / "plain", "bob/net", {}),
@@ -332,7 +336,7 @@ def test_an_evaluation_of_a_pushed_model_needs_its_data_and_classes(runs: Path, 
             pa.table({"image": images, "label": [i % 10 for i in range(N)]}), tmp_path / f"{split}-0.parquet"
         )
     push(run_of(tmp_path / "net", data={"kind": "parquet", "path": str(tmp_path)}, threats="digits"), "alice/net")
-    with pytest.raises(UserError, match=r"If it lies elsewhere now: rome evaluate hf://alice/net --data PATH"):
+    with pytest.raises(UserError, match=r"on this machine is unknown: rome evaluate hf://alice/net --data PATH"):
         evaluate_saved("hf://alice/net")
     report, _ = evaluate_saved("hf://alice/net", data=str(tmp_path))
     assert np.array_equal(report.correct, Report.load(tmp_path / "net" / PLACE).correct)

@@ -15,6 +15,7 @@ from rome.core.console import say
 from rome.core.device import pick_device, placed
 from rome.core.distributed import own_device
 from rome.core.errors import UserError, first_line, some
+from rome.core.private import PATH
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
 from rome.evaluation.named import build_named, named_after
@@ -229,6 +230,8 @@ def _from_hub(source: str, data: str | None) -> Config:
         )
     config = parse(metadata["config"])
     elsewhere = f"rome evaluate {source} --data PATH"
+    if data is None and config.data.path == PATH:
+        raise UserError(f"where the data of {source} ({config.data.kind}) lies on this machine is unknown: {elsewhere}")
     config, _ = _opened(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
     kept = {name: getattr(config, name) for name in ("imports", "data", "threats", "device", "evaluation")}
     return Config(name=named_after(source), model=ModelSettings(name=commit), **kept)

@@ -136,7 +136,7 @@ def explained(what: OnHub) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             does = "has no permission for this" if status == 403 else "is not valid"
-            raise UserError(f"{what}: the token {does}: use one that may write to it ({login})") from error
+            raise UserError(f"{what}: the token {does}; use another one ({login})") from error
         raise UserError(f"{what}: {constants.ENDPOINT} answered {status}: {first_line(error)}") from error
     except Exception as error:  # whatever a connection can raise
         raise UserError(f"{what}: {first_line(error)} ({constants.ENDPOINT})") from error

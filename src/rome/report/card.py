@@ -112,7 +112,9 @@ def model_card(
         "shape": shape,
         "classes": classes if len(classes) <= CLASSES_SHOWN else (),
         "own_code": code,
-        "data_argument": "data.path=PATH " if needs_path else "",
+        "train": shlex.join(
+            ["rome", "train", "config.yaml", *["data.path=PATH"] * needs_path, "--out", f"runs/{config.name}"]
+        ),
         "needs_path": needs_path,
         "from_hub": on_hub(config.model.weights),
         "settings": _settings(config, evaluations[0].report),
@@ -275,12 +277,14 @@ def _limits(evaluations: Sequence[Evaluated], changed: Sequence[str]) -> list[st
     run = {part for one in evaluations for part in one.report.suite.split("+")}
     left = [] if "all" in run else [f"{what} (`--suite {suite}`)" for suite, what in SUITES.items() if suite not in run]
     found = [f"Not evaluated: {', '.join(left)}."] if left else []
-    checks = {check["check"]: check for one in evaluations for check in one.report.checks}
-    warnings = {(each["check"], each["case"]): each["message"] for one in evaluations for each in one.report.warnings}
-    for (check, case), message in warnings.items():
-        found.append(f"Warning ({', '.join(filter(None, (check, case)))}): {message}.")
+    warned: dict[tuple[str, str], list[str]] = {}
+    for one in evaluations:
+        for each in one.report.warnings:
+            warned.setdefault((each["message"], one.report.suite), []).append(each["case"] or each["check"])
+    found += [f"Warning (suite {suite}: {', '.join(cases)}): {message}." for (message, suite), cases in warned.items()]
+    checks = [check for one in evaluations for check in one.report.checks]
     if not checks:
         found.append("Nobody looked for masked gradients (`rome evaluate --checks`).")
-    elif not any(check["raised"] for check in checks.values()):
+    elif not any(check["raised"] for check in checks):
         found.append(f"{len(checks)} checks for masked gradients found none, which proves nothing.")
     return found + ([f"Trained with code that changed on the way: {'; '.join(changed)}."] if changed else [])

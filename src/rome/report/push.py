@@ -25,7 +25,7 @@ from rome.models.files import copy_with
 from rome.models.hub import TIMM_CONFIG, WEIGHTS, OnHub, explained
 from rome.report.card import eval_results, model_card
 from rome.report.compared import is_preferred
-from rome.report.evaluated import Evaluated, evaluations
+from rome.report.evaluated import LEARNED, Evaluated, evaluations
 from rome.runs.config import Config, parse
 from rome.runs.folder import Run
 
@@ -66,7 +66,7 @@ def push(
         The address of the commit, or of the folder.
 
     Raises:
-        UserError: no such run, none of its evaluations is one of its present weights, or what the Hub does not do.
+        UserError: what :func:`prepare` raises, or the Hub refuses.
     """
     where, folder = OnHub.parse(repo), Run(run)
     if where.revision is not None:
@@ -95,9 +95,10 @@ def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> 
     found, own = sorted(evaluations(run).values(), key=_rank), run.config
     if not run.finished:
         raise UserError(f"{run.folder} holds no finished model ({WEIGHTS}); train it to its end first")
-    if not found:
+    if not found or found[0].key[0] != LEARNED:
+        of = " with its own gates" if found else ""
         raise UserError(
-            f"{run.folder} has no evaluation, and a model is shared with its numbers: rome evaluate {run.folder}"
+            f"{run.folder} has no evaluation{of}, and a model is shared with its numbers: rome evaluate {run.folder}"
         )
     for one in found:
         one.check_fresh()
@@ -128,7 +129,7 @@ def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> 
 def _rank(one: Evaluated) -> tuple[Any, ...]:
     """The evaluation that says most comes first: learned gates, AutoAttack, more examples."""
     routing, suite, n = one.key
-    return routing != "learned", not is_preferred(suite), -n, suite, routing
+    return routing != LEARNED, not is_preferred(suite), -n, suite, routing
 
 
 def _paths(config: Config) -> list[str]:
