@@ -19,6 +19,7 @@ from helpers.hub import READER, StandIn, connect, serving
 from helpers.problems import case
 from helpers.small_models import grow
 from rome.core.errors import UserError
+from rome.core.trust import code_in
 from rome.models import ModelSettings, create_model, load_model, load_weights, save_model, weights_file
 from rome.models.files import copy_with
 from rome.models.hub import pinned
@@ -139,6 +140,12 @@ def test_a_file_of_the_hub_names_no_code(hub: StandIn, tmp_path: Path, monkeypat
     monkeypatch.setattr("rome.core.trust._written", set())
     assert "would run code: model: mine.py:net" in refused("hf://alice/net")
     load_model("hf://alice/net", trust_code=True)
+
+
+def test_a_config_in_a_file_may_name_weights_of_the_hub_but_no_model() -> None:
+    """Weights are data; a model would be built as its own metadata says."""
+    assert code_in({"config": {"model": {"name": "hf://evil/net"}}}) == ["model: hf://evil/net"]
+    assert code_in({"config": {"model": {"name": "resnet18", "weights": "hf://bob/net"}}}) == []
 
 
 def test_weights_to_start_from_bring_timms_normalisation(hub: StandIn, x: Tensor) -> None:

@@ -259,7 +259,8 @@ def test_timm_loads_a_plain_model_with_the_same_logits(runs: Path, hub: StandIn,
     model = timm.create_model("hf-hub:alice/net", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(model)
     assert [list(config[name]) for name in ("mean", "std", "input_size")] == [[0.25], [0.75], [1, 8, 8]]
-    assert torch.equal(model((x - 0.25) / 0.75), load_model(runs / "plain")(x))
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    assert torch.equal(model((x - mean) / std), load_model(runs / "plain")(x))
     assert "license" not in model.pretrained_cfg or not model.pretrained_cfg["license"], "not that of other weights"
 
 
