@@ -23,7 +23,9 @@ RoutingName = Literal["learned", "random", "inverse", "inverse-unscaled", "none"
 @opens_files
 def evaluate(
     named: dict[str, Any],
-    target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A run's folder, a model.safetensors of ours, or hf://USER/NAME[@REVISION].")
+    ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +73,7 @@ def evaluate(
                 "(rome evaluate --model NAME --data DATA, without --routing)"
             )
         report, folder = evaluate_saved(
-            config or str(target),
+            config or target or "",
             data=data,
             suite=suite,
             features=features,

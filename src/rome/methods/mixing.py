@@ -24,6 +24,7 @@ class Random(MinMaxMethod):
     """
 
     kind = "random"
+    papers = ("madaan2021learning",)
     per: Literal["example", "batch"] = "example"
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
@@ -77,6 +78,7 @@ class Average(_Every):
     """AVG: the mean of the threats' losses, one step (Tramèr and Boneh 2019)."""
 
     kind = "avg"
+    papers = ("tramer2019adversarial",)
 
     def join(self, losses: Tensor) -> Tensor:
         return losses.mean()
@@ -91,6 +93,7 @@ class Maximum(_Every):
     """
 
     kind = "max"
+    papers = ("tramer2019adversarial",)
     per: Literal["example", "batch"] = "example"
 
     def join(self, losses: Tensor) -> Tensor:

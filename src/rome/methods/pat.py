@@ -29,6 +29,7 @@ class PAT(MinMaxMethod):
     """
 
     kind = "pat"
+    papers: ClassVar[tuple[str, ...]] = ("laidlaw2021perceptual",)
     own_attack: ClassVar[str] = "fast-lpa"
     features: Names = Field(default=("self", "runs/alexnet"), min_length=1)
     """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
@@ -96,6 +97,7 @@ class VR(PAT):
     """
 
     kind = "vr"
+    papers = ("dai2022formulating", "laidlaw2021perceptual")
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
 

@@ -16,6 +16,7 @@ from rome.core.errors import Interrupted, UserError, first_line
 from rome.core.trial import ask, tried
 from rome.experts import Experts
 from rome.models.classifier import Classifier
+from rome.models.hub import on_hub, pinned
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
@@ -44,8 +45,8 @@ class ModelSettings(Settings):
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model or the function, such as ``depth: 6``."""
     weights: str | None = None
-    """What to start from: a run's folder, a safetensors file, a checkpoint of ``torch.save`` or ``pyautoattack``; see
-    :func:`rome.models.load_weights`."""
+    """What to start from: a run's folder, a safetensors file, ``hf://USER/NAME``, a checkpoint of ``torch.save`` or
+    ``pyautoattack``; see :func:`rome.models.load_weights`."""
     weights_key: str | None = None
     """Where in ``weights``, if it holds several models: ``state_dict``, ``teacher``."""
     drop_head: bool = False
@@ -66,6 +67,16 @@ class ModelSettings(Settings):
         """The same without weights to start from."""
         start = ("pretrained", "weights", *_OF_WEIGHTS)
         return self.model_copy(update={key: type(self).model_fields[key].default for key in start})
+
+    def pinned(self) -> Self:
+        """The same with the commits of what is loaded from the Hub, which a branch may leave behind.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        return self.model_copy(
+            update={key: pinned(at) for key in ("name", "weights") if on_hub(at := getattr(self, key))}
+        )
 
     def architecture_only(self) -> Self:
         """The same for counting parameters and operations: also without RobustBench's package where the architecture

@@ -18,6 +18,7 @@ from torch import nn
 from rome.core.errors import UserError, did_you_mean, first_line
 from rome.core.trust import import_own, names_code
 from rome.models.backbones import BACKBONES, IDENTITY, Normalization
+from rome.models.hub import on_hub
 
 ROBUSTBENCH = "robustbench:"
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -41,6 +42,11 @@ def make_backbone(
         UserError: an unknown name, or weights that cannot be had.
         Exception: whatever the builder raises on arguments it does not take.
     """
+    if on_hub(name):
+        raise UserError(
+            f"{name} is a model with its weights: rome.load_model({name!r}) loads it, rome evaluate {name} evaluates "
+            "it, and a training starts from it as model.weights, beside the name of its architecture"
+        )
     if name.startswith(ROBUSTBENCH):
         return robustbench_model(name.removeprefix(ROBUSTBENCH), num_classes=num_classes, **options)
     ours = names_code(name) or name in BACKBONES

@@ -214,7 +214,8 @@ class Run:
         Args:
             data: all training examples; None opens them if their path is another.
         """
-        old, new = flatten(self.written()), flatten(config.dump())
+        pinned = config.model_copy(update={"model": config.model.pinned()})  # as a run's own config is
+        old, new = flatten(self.written()), flatten(pinned.dump())
         changed = {
             key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())

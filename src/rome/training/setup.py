@@ -69,7 +69,9 @@ def train(
 def _train(
     run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
 ) -> None:
-    config = config.model_copy(deep=True)  # the method's state belongs to this run alone
+    config = config.model_copy(
+        update={"model": config.model.pinned()}, deep=True
+    )  # the method's state is this run's alone
     world, micro = launched_together(), config.batch_size // config.accumulate
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
