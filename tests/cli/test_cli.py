@@ -72,12 +72,28 @@ def plain(text: str) -> str:
 # Help and lists
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    asked = "import sys; from rome.cli.app import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
-    assert "sweep" in told
-    assert "typer" in told.split()
-    assert not {"torch", "timm", "numpy"} & set(told.split())
+def modules_after(code: str) -> set[str]:
+    """What a fresh process has imported after these lines."""
+    lines = f"import sys\ntry:\n    {code}\nfinally:\n    print('modules:', *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False).stdout
+    before, _, names = said.rpartition("modules:")
+    assert before, "it answers"
+    return set(names.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "experiments"]], ids=" ".join)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    names = modules_after(f"from rome.cli.app import main; main({arguments})")
+    assert "typer" in names
+    assert not {"torch", "timm", "numpy"} & names
+
+
+def test_a_config_is_read_without_what_only_training_needs() -> None:
+    """Each of these takes as long as the rest together, or nearly so."""
+    file = Path(__file__).parents[2] / "experiments/digits/rome-random.yaml"
+    names = modules_after(f"from rome.runs.config import load; print(load({str(file)!r}).name)")
+    assert "torch" in names
+    assert not {"torch._dynamo", "timm", "torchvision", "scipy", "sklearn", "lightning_fabric", "matplotlib"} & names
 
 
 def test_every_public_name_can_be_had_from_the_package() -> None:

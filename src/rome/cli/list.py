@@ -38,8 +38,8 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         found, hint = listing(pattern), "'table4' or 'rome-*'"
     else:
         from rome.attacks import Attack
+        from rome.attacks.suites import Suite
         from rome.data import Data
-        from rome.evaluation.evaluate import Suite
         from rome.methods import Method
 
         members = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite}[family].members()

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
-from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 
 from rome.core.component import Component, Number, Settings
@@ -39,6 +38,8 @@ class Optimizer(Component):
             every = [p for p in model.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [{"params": every, "weight_decay": self.weight_decay}]
         else:
+            from timm.optim._param_groups import param_groups_weight_decay
+
             backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
             skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
             skip |= {f"{name}.{bias}" for name, layer in expert_layers(model).items() for bias in layer.biases}
