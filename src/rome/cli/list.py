@@ -9,7 +9,7 @@ import typer
 from rome.cli.app import app
 from rome.core.errors import UserError
 
-Family = Literal["methods", "attacks", "models", "data", "suites", "experiments"]
+Family = Literal["methods", "attacks", "models", "data", "suites", "loggers", "experiments"]
 
 
 def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
@@ -41,8 +41,10 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         from rome.attacks.suites import Suite
         from rome.data import Data
         from rome.methods import Method
+        from rome.runs.loggers import Logger
 
-        members = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite}[family].members()
+        families = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite, "loggers": Logger}
+        members = families[family].members()
         return [(kind, member.summary()) for kind, member in members.items()]
     if not found:
         raise UserError(f"no {family[:-1]} matches {pattern!r}; try {hint}")

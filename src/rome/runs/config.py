@@ -25,6 +25,7 @@ from rome.data import Data
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
+from rome.runs.loggers import Logger, TensorBoard
 from rome.runs.optim import AdamW, Optimizer, Schedule
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
@@ -50,6 +51,10 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
         return NAMED_BUDGETS[value]
     return value
+
+
+def _loggers(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict, Logger)) else value
 
 
 class Evaluation(Settings):
@@ -123,6 +128,8 @@ class Config(Settings):
     schedule: Schedule = Field(default_factory=Schedule)
     validation: Validation | None = None
     """Null: none, and nothing is held out."""
+    loggers: Annotated[tuple[Logger, ...], BeforeValidator(_loggers)] = Field(default_factory=lambda: (TensorBoard(),))
+    """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     paper: Paper | None = None
 
@@ -194,6 +201,9 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
         yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}"
+    kinds = [logger.kind for logger in config.loggers]
+    if len(set(kinds)) < len(kinds):
+        yield ("loggers",), f"{', '.join(kinds)} are not distinct; name each once"
     names = [threat.name for threat in config.threats]
     bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
     if len(set(names)) < len(names):

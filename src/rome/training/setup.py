@@ -73,6 +73,8 @@ def _train(
     world, micro = launched_together(), config.batch_size // config.accumulate
     if micro % world:
         raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    for logger in config.loggers:
+        logger.check()
     fabric = _fabric(config)
     rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
     fabric.barrier()  # nobody ends over a mistake while others still look for the first process
