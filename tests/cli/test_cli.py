@@ -27,7 +27,20 @@ from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
 from rome.training.setup import train
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+    "report",
+    "table",
+    "figures",
+    "explore",
+    "cost",
+    "check",
+    "schema",
+    "list",
+)
 
 
 @pytest.fixture
@@ -121,10 +134,25 @@ def test_help_names_every_command(rome: Any) -> None:
             "evaluate",
             ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
         ),
-        ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        (
+            "evaluate",
+            [
+                "--model",
+                "--data",
+                "--weights",
+                "--budgets",
+                "--mean",
+                "--std",
+                "--num-classes",
+                "torchrun",
+                "--loggers",
+            ],
+        ),
         ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
+        ("check", ["config", "key=value", "--json", "missing"]),
+        ("schema", ["--out", "--imports"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
     ],
 )
@@ -142,6 +170,7 @@ def test_each_command_explains_itself(command: str, words: list[str], rome: Any)
         ("attacks", ["apgd", "pgd"]),
         ("data", ["cifar10", "digits", "folder"]),
         ("suites", ["all", "apgd", "autoattack", "corruptions", "lp", "unseen"]),
+        ("loggers", ["csv", "mlflow", "tensorboard", "trackio", "wandb"]),
         ("experiments", ["digits/rome-random.yaml", "table1/rome-max-apgd.yaml", "clean 82.5"]),
     ],
 )

@@ -40,6 +40,7 @@ class ImageFolder(Resized):
     """How classes are numbered: by name with numbers by their value (2 before 10), as timm's reader does; by name as
     text (10 before 2), as torchvision's ImageFolder does; or as ``classes`` lists them, timm's ``class_map``."""
     size: int = Field(224, ge=1)
+    """Side in pixels that all images are brought to."""
 
     @model_validator(mode="after")
     def _listed_or_not(self) -> Self:

@@ -32,6 +32,7 @@ class Parquet(Resized):
     label: str = "label"
     """The column of labels; ``fine_label`` of CIFAR-100."""
     size: int | None = Field(None, ge=1)
+    """Side in pixels that images are brought to; None takes them as they are, all of one size."""
 
     def open(self, split: SplitName) -> Split:
         files, remarks = self._files(split)

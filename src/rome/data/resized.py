@@ -38,7 +38,9 @@ class Resized(Data):
     crop_pct: Number = Field(0.875, gt=0, le=1.25)
     """Above 1, as VOLO's 1.15, the resized image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
+    """Of an image that is not square: its middle, the whole squeezed, or the whole with gray borders."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    """Of the resizing."""
     scale: tuple[Number, Number] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
     ratio: tuple[Number, Number] = (3 / 4, 4 / 3)

@@ -25,6 +25,7 @@ class Random(MinMaxMethod):
 
     kind = "random"
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
 
@@ -92,6 +93,7 @@ class Maximum(_Every):
 
     kind = "max"
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
 
     def join(self, losses: Tensor) -> Tensor:
         if self.per == "batch":

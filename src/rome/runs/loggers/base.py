@@ -15,10 +15,11 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 import numpy as np
+from pydantic import BeforeValidator
 
 from rome.core.component import Component
 from rome.core.console import say
@@ -84,6 +85,14 @@ class Logger(Component):
                 f"loggers: {self.kind} needs the package {self.package}, which is not installed: "
                 f"pip install 'rome-robust[{self.package}]', or take {self.kind} out of loggers"
             )
+
+
+def _alone(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict, Logger)) else value
+
+
+Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_alone, json_schema_input_type=Logger | tuple[Logger, ...])]
+"""Several loggers, or one."""
 
 
 class Tracking:

@@ -12,7 +12,7 @@ FILE = "metrics.csv"
 
 
 class Csv(Logger):
-    """A file ``metrics.csv`` in the run's folder with columns update, name and value."""
+    """A file metrics.csv in the run's folder, with columns update, name and value."""
 
     kind = "csv"
 

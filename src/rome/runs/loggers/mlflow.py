@@ -25,6 +25,7 @@ class MLflow(Logger):
     kind = "mlflow"
     package = "mlflow"
     experiment: str = "rome"
+    """What runs are collected in."""
 
     def open(self, run: Tracked) -> Writer:
         return _MLflowWriter(self, run)

@@ -16,6 +16,7 @@ class Trackio(Logger):
     kind = "trackio"
     package = "trackio"
     project: str = "rome"
+    """What runs are collected in."""
     group: str | None = None
     """Shown together: the seeds of one setting, say."""
 

@@ -21,9 +21,11 @@ class Wandb(Logger):
     kind = "wandb"
     package = "wandb"
     project: str = "rome"
+    """What runs are collected in."""
     group: str | None = None
     """Shown together: the seeds of one setting, say."""
     tags: Names = ()
+    """Words to find the run by."""
 
     def open(self, run: Tracked) -> Writer:
         return _WandbWriter(self, run)
