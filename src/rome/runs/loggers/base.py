@@ -133,6 +133,7 @@ def tracking(
     """Open the loggers of a run, each where it was if it was open before, and close them at the end.
 
     Args:
+        name: of the run; that of its folder where it is empty.
         folder: of the run; the file :data:`IDS` there is read and written, and local trackers write beside it.
         after: see :attr:`Tracked.after`.
     """
@@ -142,7 +143,7 @@ def tracking(
         ids = dict(parse_json(file.read_text(encoding="utf-8")))
     for logger in loggers:
         with tracked.survived(logger.kind):
-            writer = logger.open(Tracked(folder, name, config, after, ids.get(logger.kind, "")))
+            writer = logger.open(Tracked(folder, name or folder.name, config, after, ids.get(logger.kind, "")))
             tracked.writers[logger.kind] = writer
             if writer.id and writer.id != ids.get(logger.kind):
                 ids[logger.kind] = writer.id
