@@ -129,7 +129,7 @@ class Opened(NamedTuple):
     prefix: str = ""
     suffix: str = ""
     home: Path | None = None
-    """The run's folder, which its loggers go on in; None of a model that no run made."""
+    """The run's folder, which its loggers go on in; None of a model that lies in no run."""
     updates: int = 0
     """That the weights were trained for, as far as the log says."""
 
@@ -158,7 +158,8 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     config = parse(metadata["config"])  # first: it imports what the model may be built of
     config, split = _located(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
-    return Opened(load_model(file), config, split, place, facts, home=run.folder, updates=_updates(run, file))
+    home = run.folder if run.config_file.is_file() else None
+    return Opened(load_model(file), config, split, place, facts, home=home, updates=_updates(run, file))
 
 
 def _updates(run: Run, file: Path) -> int:
