@@ -27,7 +27,20 @@ from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
 from rome.training.setup import train
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+    "report",
+    "table",
+    "figures",
+    "explore",
+    "cost",
+    "check",
+    "schema",
+    "list",
+)
 
 
 @pytest.fixture
@@ -72,12 +85,28 @@ def plain(text: str) -> str:
 # Help and lists
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    asked = "import sys; from rome.cli.app import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
-    assert "sweep" in told
-    assert "typer" in told.split()
-    assert not {"torch", "timm", "numpy"} & set(told.split())
+def modules_after(code: str) -> set[str]:
+    """What a fresh process has imported after these lines."""
+    lines = f"import sys\ntry:\n    {code}\nfinally:\n    print('modules:', *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False).stdout
+    before, _, names = said.rpartition("modules:")
+    assert before, "it answers"
+    return set(names.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "experiments"]], ids=" ".join)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    names = modules_after(f"from rome.cli.app import main; main({arguments})")
+    assert "typer" in names
+    assert not {"torch", "timm", "numpy"} & names
+
+
+def test_a_config_is_read_without_what_only_training_needs() -> None:
+    """Each of these takes as long as the rest together, or nearly so."""
+    file = Path(__file__).parents[2] / "experiments/digits/rome-random.yaml"
+    names = modules_after(f"from rome.runs.config import load; print(load({str(file)!r}).name)")
+    assert "torch" in names
+    assert not {"torch._dynamo", "timm", "torchvision", "scipy", "sklearn", "lightning_fabric", "matplotlib"} & names
 
 
 def test_every_public_name_can_be_had_from_the_package() -> None:
@@ -105,10 +134,25 @@ def test_help_names_every_command(rome: Any) -> None:
             "evaluate",
             ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
         ),
-        ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        (
+            "evaluate",
+            [
+                "--model",
+                "--data",
+                "--weights",
+                "--budgets",
+                "--mean",
+                "--std",
+                "--num-classes",
+                "torchrun",
+                "--loggers",
+            ],
+        ),
         ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
+        ("check", ["config", "key=value", "--json", "missing"]),
+        ("schema", ["--out", "--imports"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
     ],
 )
@@ -126,6 +170,7 @@ def test_each_command_explains_itself(command: str, words: list[str], rome: Any)
         ("attacks", ["apgd", "pgd"]),
         ("data", ["cifar10", "digits", "folder"]),
         ("suites", ["all", "apgd", "autoattack", "corruptions", "lp", "unseen"]),
+        ("loggers", ["csv", "mlflow", "tensorboard", "trackio", "wandb"]),
         ("experiments", ["digits/rome-random.yaml", "table1/rome-max-apgd.yaml", "clean 82.5"]),
     ],
 )

@@ -23,7 +23,20 @@ app = typer.Typer(
 )
 
 
-ORDER = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+ORDER = (
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+    "report",
+    "table",
+    "figures",
+    "explore",
+    "cost",
+    "check",
+    "schema",
+    "list",
+)
 """Of the commands in the help; those of further files follow."""
 
 

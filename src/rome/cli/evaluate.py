@@ -50,6 +50,10 @@ def evaluate(
         bool | None,
         typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
     ] = None,
+    loggers: Annotated[
+        str | None,
+        typer.Option(help="Log the result to these too: wandb,csv; the config's if not given. rome list loggers."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -83,6 +87,7 @@ def evaluate(
             device=device,
             routing=routing,
             checks=checks,
+            loggers=None if loggers is None else names_in(loggers),
             out=out,
             overwrite=overwrite,
             team=team,

@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
@@ -32,6 +33,8 @@ from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCu
 
 from rome.core.errors import UserError, did_you_mean, short
 
+FAMILY = "x-family"
+"""In a JSON schema, what stands for a member of a family of components."""
 UNKNOWN, PLAIN = "unknown_key", "plain"
 """Types of errors whose message needs no further words."""
 
@@ -87,11 +90,16 @@ def _number(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+_Written = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Written)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+def _alone(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_alone, json_schema_input_type=str | tuple[str, ...])]
 """Names; one may be written alone."""
 
 
@@ -174,6 +182,11 @@ class Component(Settings):
             return cls.of_kind(kind).model_validate(settings)
 
         return core_schema.no_info_wrap_validator_function(build, own)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """That of a member is its settings; a family is named, for :mod:`rome.runs.schema` to say what is in it."""
+        return handler(schema) if cls.kind else {FAMILY: cls.__name__}
 
     @model_serializer(mode="plain")
     def _with_kind(self) -> dict[str, Any]:

@@ -203,6 +203,7 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
         "data": named_data(said["data"], img_size=side, **preprocessing(name, side)),
         "model": model,
         "threats": named_budgets(said.get("budgets")),
+        "loggers": [],
     }
     return parse(plain, places)
 

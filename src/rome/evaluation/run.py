@@ -13,12 +13,13 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import own_device
+from rome.core.distributed import ALONE, Team, own_device
 from rome.core.errors import UserError, first_line, some
 from rome.core.private import PATH
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
 from rome.evaluation.named import build_named, named_after
+from rome.evaluation.tracked import chosen_loggers, track
 from rome.experts import Routing, set_routing
 from rome.models import ModelSettings, build_model, file_hash, load_model, read_tensors
 from rome.models.hub import on_hub, pinned
@@ -40,6 +41,8 @@ def evaluate_saved(
     routing: Routing | None = None,
     out: str | Path | None = None,
     settings: Evaluation | None = None,
+    loggers: Sequence[str] | None = None,
+    team: Team = ALONE,
     trust_code: bool = False,
     **others: Any,
 ) -> tuple[Report, Path]:
@@ -56,6 +59,7 @@ def evaluate_saved(
             run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
             a model that no run on this machine made.
         settings: what holds where an argument is None; without it the config's ``evaluation``.
+        loggers: kinds of loggers; None takes the config's, and leaves out results that were there already.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
         others: arguments of :func:`rome.evaluate`, as are those without a word here.
 
@@ -68,6 +72,7 @@ def evaluate_saved(
     opened = open_target(target, data)
     config, split = opened.config, opened.split
     settings = settings or config.evaluation
+    followed = chosen_loggers(config, loggers) if team.is_main else ()
     chosen = with_features(_suite(suite, settings.suite), features)
     for sentence in (*check_files(chosen, cases), *opened.remarks):
         say(sentence)
@@ -97,9 +102,13 @@ def evaluate_saved(
             **opened.facts,
         },
         cases=cases,
+        team=team,
         progress=True,
         **others,
     )
+    if followed and (loggers is not None or "result" not in report.reused):
+        label = f"{opened.folder.name}/{name}"
+        track(followed, opened.home or folder, config, report, x, folder, label, opened.updates)
     if (
         "model" in opened.facts
         and not on_hub(config.model.name)
@@ -126,6 +135,10 @@ class Opened(NamedTuple):
     remarks: Sequence[str] = ()
     prefix: str = ""
     suffix: str = ""
+    home: Path | None = None
+    """The run's folder, which its loggers go on in; None of a model that lies in no run."""
+    updates: int = 0
+    """That the weights were trained for, as far as the log says."""
 
 
 def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
@@ -144,7 +157,8 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
     if file.suffix == ".pt":  # a folder of its own, or reports would take it for the finished model's
         model, config, split = _from_checkpoint(run, file, data)
-        return Opened(model, config, split, run.folder / "evaluation-unfinished", facts, suffix=f"-{digest[:8]}")
+        place, suffix = run.folder / "evaluation-unfinished", f"-{digest[:8]}"
+        return Opened(model, config, split, place, facts, suffix=suffix, home=run.folder, updates=_updates(run, file))
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
@@ -154,7 +168,14 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     config = parse(metadata["config"])  # first: it imports what the model may be built of
     config, split = _located(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
-    return Opened(load_model(file), config, split, place, facts)
+    home = run.folder if run.config_file.is_file() else None
+    return Opened(load_model(file), config, split, place, facts, home=home, updates=_updates(run, file))
+
+
+def _updates(run: Run, file: Path) -> int:
+    """The updates that a run's weights are the result of; 0 without its log."""
+    lines = [line for line in run.log() if line.get("best") or file != run.best_file]
+    return int(lines[-1]["update"]) if lines else 0
 
 
 def _suite(name: str | None, configured: Suite) -> Suite:

@@ -26,6 +26,7 @@ class Random(MinMaxMethod):
     kind = "random"
     papers = ("madaan2021learning",)
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
 
@@ -95,6 +96,7 @@ class Maximum(_Every):
     kind = "max"
     papers = ("tramer2019adversarial",)
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
 
     def join(self, losses: Tensor) -> Tensor:
         if self.per == "batch":

@@ -37,11 +37,17 @@ class ModelSettings(Settings):
     num_classes: int | None = Field(default=None, ge=2)
     """None takes the data set's."""
     img_size: int | None = Field(default=None, ge=1)
+    """Side of the images in pixels, for models that are built for one size."""
     patch_size: int | None = Field(default=None, ge=1)
+    """Of timm's transformers; None is the model's own."""
     in_chans: int | None = Field(default=None, ge=1)
+    """Channels of the images; None takes the data set's."""
     pretrained: bool = False
+    """Start from timm's weights."""
     mean: tuple[float, ...] | None = None
+    """Of the normalisation inside the model, by channel, for images in [0, 1]; None is that of the weights, or 0.5."""
     std: tuple[float, ...] | None = None
+    """Goes with ``mean``."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model or the function, such as ``depth: 6``."""
     weights: str | None = None

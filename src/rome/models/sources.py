@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timm
 from torch import nn
 
 from rome.core.errors import UserError, did_you_mean, first_line
@@ -59,6 +58,8 @@ def make_backbone(
             return module
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
+    import timm  # a second of imports, which reading a config is not to wait for
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*BACKBONES, *timm.list_models()], n=8, cutoff=0.5)
         hint = did_you_mean(name, near) if near else " `rome list models` (timm.list_models()) names all."

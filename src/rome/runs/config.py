@@ -25,6 +25,7 @@ from rome.data import Data
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
+from rome.runs.loggers import Loggers, TensorBoard
 from rome.runs.optim import AdamW, Optimizer, Schedule
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
@@ -52,6 +53,15 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+Budgets = Literal["cifar10", "imagenet", "digits"]
+"""The names of :data:`NAMED_BUDGETS`."""
+Threats = Annotated[
+    tuple[Threat, ...],
+    BeforeValidator(_threats, json_schema_input_type=Budgets | tuple[Threat, ...]),
+    Field(min_length=1, validate_default=True),
+]
+
+
 class Evaluation(Settings):
     """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
@@ -62,6 +72,7 @@ class Evaluation(Settings):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
     """``auto``: 250, halved where memory does not suffice."""
     seed: Seed = 0
+    """Of the attacks' random starts."""
     routing: Routing = "learned"
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
@@ -84,8 +95,11 @@ class Paper(Settings):
     """Which result of the paper a config reproduces, and the paper's numbers in percent."""
 
     table: str
+    """Such as ``Table 1``."""
     row: str
+    """Its name in the paper."""
     numbers: dict[str, float] = Field(default_factory=dict)
+    """Column -> percent."""
 
 
 class Config(Settings):
@@ -94,8 +108,11 @@ class Config(Settings):
     name: Annotated[str, AfterValidator(check_name)] = ""
     """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
     about: str = ""
+    """A sentence for ``rome list experiments``."""
     seed: Seed = 0
+    """Of everything random in the training: start, order, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
+    """Passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
     """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
     that are not pretrained. All of them: standard training."""
@@ -104,8 +121,11 @@ class Config(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Forward and backward passes per update; must divide the batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """``auto``: the best there is."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of training alone; evaluation is fp32."""
     compile: bool = False
+    """Compile the model for training, block by block."""
     graphs: Literal["auto"] | bool = "auto"
     """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
     workers: int = Field(default=0, ge=0)
@@ -113,18 +133,29 @@ class Config(Settings):
     imports: tuple[str, ...] = ()
     """Python modules to import first: they register attacks, methods, data sets by subclassing."""
     data: Data
+    """The data set: ``rome list data``."""
     model: ModelSettings
+    """The classifier and the weights it starts from."""
     experts: Experts | None = None
+    """Experts beside the model's layers; null: none, the baseline."""
     method: Method = Field(default_factory=Random)
+    """How threats are combined in training: ``rome list methods``."""
     attack: Attack = Field(default_factory=PGD)
-    threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1, validate_default=True)] = ()
+    """What searches the threats in training: ``rome list attacks``."""
+    threats: Threats = ()
     """Those of :data:`DATA_BUDGETS` if none are named."""
     optimizer: Optimizer = Field(default_factory=AdamW)
+    """``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
+    """The learning rate over the training."""
     validation: Validation | None = None
     """Null: none, and nothing is held out."""
+    loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
+    """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    """The defaults of ``rome evaluate``."""
     paper: Paper | None = None
+    """The row of the paper that this reproduces."""
 
     def dump(self) -> dict[str, Any]:
         """Plain data that :func:`parse` turns into the same config."""
@@ -194,6 +225,9 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
         yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}"
+    kinds = [logger.kind for logger in config.loggers]
+    if len(set(kinds)) < len(kinds):
+        yield ("loggers",), f"{', '.join(kinds)} are not distinct; name each once"
     names = [threat.name for threat in config.threats]
     bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
     if len(set(names)) < len(names):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from pathlib import Path
+from typing import Any
 
 from rome.core.errors import UserError
-from rome.runs.config import load
+from rome.core.plain_data import parse_yaml
 
 
 def folder() -> Path:
@@ -35,13 +37,24 @@ def path_of(path: Path) -> str:
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
-    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above."""
+    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above.
+
+    Read as plain data: to validate them would take the import of torch.
+    """
     rows = []
     for path in files(pattern):
-        config = load(path)
-        text = config.about or f"{config.method.kind}{' with experts' if config.experts else ''} on {config.data.kind}"
-        if config.paper is not None:
-            numbers = ", ".join(f"{name} {value:g}" for name, value in config.paper.numbers.items())
-            text += f" [paper {config.paper.table}, {config.paper.row}: {numbers}]"
+        facts = _plain(path)
+        text = facts["about"]
+        if paper := facts.get("paper"):
+            numbers = ", ".join(f"{name} {value:g}" for name, value in paper.get("numbers", {}).items())
+            text += f" [paper {paper['table']}, {paper['row']}: {numbers}]"
         rows.append((path_of(path), text))
     return rows
+
+
+@functools.cache
+def _plain(path: Path) -> dict[str, Any]:
+    """A file and what it extends, joined at the top level only: enough for what is not nested."""
+    data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
+    parent = data.get("extends")
+    return {**_plain((path.parent / parent).resolve()), **data} if parent else data

@@ -120,6 +120,7 @@ class SignAscent(TransformAttack):
     step_size: StepSize | None = None
     """In the units of the variables; None is :meth:`default_step`."""
     form: Form = "corrected"
+    """``published``: what the released code computes, its defects included."""
 
     @model_validator(mode="after")
     def _published_as_it_was(self) -> Self:
