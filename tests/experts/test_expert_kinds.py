@@ -619,6 +619,7 @@ def test_an_attack_finds_what_it_finds_on_the_literal_model(kind: str, attack: A
 def test_weights_that_an_attack_casts_once_give_the_bits_of_casting_at_every_step(kind: str) -> None:
     settings, _ = KINDS[kind]
     model = grow(settings.inject(plain_model(settings.kind))).float()
+    model.to(memory_format=torch.channels_last)  # as an attack puts it
     x, y = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
     with torch.autocast("cpu", torch.bfloat16):
         _, _, plain = loss_and_gradient(model.eval(), x, y)
