@@ -97,11 +97,10 @@ def evaluate_saved(
         progress=True,
         **others,
     )
-    if "model" in opened.facts and report.interval("clean")[0] <= 1 / len(split.classes):
+    if "model" in opened.facts and report.interval("clean")[0] <= report.chance:
         say(
-            f"only {report.clean:.1%} are right without an attack, no better than chance for {len(split.classes)} "
-            "classes: are the normalisation (--mean, --std), the image size and the order of the classes those it was "
-            "trained with?",
+            f"{report.guesses}: are the normalisation (--mean, --std), the image size and the order of the classes "
+            "those it was trained with?"
         )
     return report, folder
 

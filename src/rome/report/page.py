@@ -20,7 +20,7 @@ from rome.core.files import make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.columns import by_class, covered, missing, show, tabulate
+from rome.report.columns import by_class, covered, remarks, show, tabulate
 from rome.report.compared import config_differences, findings, gather
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
@@ -115,7 +115,7 @@ def write_report(
         "date": now(),
         "notes": pictures.notes,
         "nearly": gates.NEARLY_IDENTICAL,
-        "missing": missing,
+        "remarks": remarks,
     }
     for name in ("report.md", "report.html"):
         replace_file(out / name, filled(name, **context).encode())
