@@ -30,6 +30,7 @@ from rome.data.tables import find_tables, labels_in
 from rome.models import Classifier, ModelSettings, create_model, file_hash, load_weights, weights_file
 from rome.models.exported import SavedModule, is_saved_module
 from rome.runs.config import DATA_BUDGETS, Config, Places, parse
+from rome.runs.meant import what_is
 from rome.threats import NAMED_BUDGETS, LpBall
 
 TRIED = 3
@@ -175,6 +176,8 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     function = names_code(name) and not saved
     if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
+    if not saved and os.path.isfile(name):
+        raise UserError(f"--model {name}: {what_is(Path(name))}")
     if saved and weights is not None:
         raise UserError(f"{name} holds its weights already: leave --weights out")
     if ("mean" in said) != ("std" in said):

@@ -22,6 +22,7 @@ from rome.experts import Routing, set_routing
 from rome.models import build_model, file_hash, load_model, read_tensors
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
+from rome.runs.meant import what_is
 
 
 @trust.opens_files
@@ -127,6 +128,8 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
         model, facts, remarks = build_named(target, split)
         return Opened(model, target, split, Path("evaluations"), {"model": facts}, remarks, prefix=f"{target.name}-")
     file = Path(target)
+    if file.is_file() and file.suffix in (".yaml", ".yml", ".py"):
+        raise UserError(f"name a run's folder or its weights; {what_is(file)}")
     if file.is_dir():
         file = Run(file).model_file
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""

@@ -30,6 +30,7 @@ from rome.core.plain_data import parse_json, parse_yaml
 from rome.data import Split
 from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
+from rome.runs.meant import what_is
 from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
@@ -71,7 +72,7 @@ class Run:
             UserError: the folder holds no run.
         """
         if not self.config_file.is_file():
-            raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
+            raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
         try:
             return parse_yaml(self.config_file.read_text(encoding="utf-8"))
         except ValueError as error:

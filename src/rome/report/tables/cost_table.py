@@ -43,8 +43,8 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
     """The rows of Table 6 with what these configs cost, and a sentence on how that was measured.
 
     A config belongs to a row as runs do (:mod:`rome.report.tables.paper_tables`), in a section of its own where its
-    model or data are not the paper's. Ratios are those to the first row, RANDOM, of seconds and latency the medians of the
-    ratios round by round.
+    model or data are not the paper's. Ratios are those to the first row, RANDOM, of seconds and latency the medians of
+    the ratios round by round.
 
     Args:
         repeats, timing: see :func:`rome.report.cost.compare`.
