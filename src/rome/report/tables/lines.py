@@ -8,11 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import ttest_ind
-
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN, UNION
-from rome.evaluation.statistics import LEVEL, paired_difference
+from rome.evaluation.statistics import paired_difference, welch
 from rome.methods import Method
 from rome.report.compared import same_examples
 from rome.report.tables.paper_rows import BALLS, CASES, COST, OURS, UNITS
@@ -170,8 +168,4 @@ def _gain(line: Line, base: Line, *, comparisons: int) -> tuple[float, float, fl
     if len(ours) == 1:
         return paired_difference(ours[0][0].right(BALLS), theirs[0][0].right(BALLS), comparisons=comparisons)[:3]
     a, b = ([union for _, union in each] for each in (ours, theirs))
-    difference = statistics.fmean(a) - statistics.fmean(b)
-    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
-        return difference, math.nan, math.nan  # runs that agree by chance say nothing of how far others would not
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL / comparisons)
-    return difference, float(interval.low), float(interval.high)
+    return welch(a, b, comparisons=comparisons)

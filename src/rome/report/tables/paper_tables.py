@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from rome.core.errors import UserError, did_you_mean
-from rome.core.files import flatten
 from rome.evaluation.result import UNION
 from rome.report.compared import is_preferred
 from rome.report.cost import count
 from rome.report.evaluated import LEARNED, Evaluated, Key, evaluations, is_evaluation, load_evaluation
+from rome.report.seeds import apart_from_seed
 from rome.report.subject import distinct, names_of
 from rome.report.tables.lines import SAME, Cell, Line, add_gains, mark_best, value_of
 from rome.report.tables.paper_rows import BY_MODEL, SIZE, TABLES, UNITS
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
-from rome.runs.folder import FREE_KEYS, Run
+from rome.runs.folder import Run
 from rome.threats import LpBall
 
 GIVEN = "Given models"
@@ -139,10 +139,8 @@ def own_section(config: Config, row: Config) -> str:
 
 def _alike(config: Config, shown: Shown) -> str:
     """What runs have in common whose numbers may be averaged: all but the seed, and how they were evaluated."""
-    free = FREE_KEYS | {"seed", "data.path", "data.download"}
-    trained = {key: value for key, value in flatten(config.dump()).items() if not {key, key.split(".")[0]} & free}
     evaluated = [{key: one.report.settings.get(key) for key in SAME} | {"n": one.report.n} for one in shown]
-    return json.dumps([trained, evaluated], sort_keys=True, default=str)
+    return json.dumps([apart_from_seed(config), evaluated], sort_keys=True, default=str)
 
 
 def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> list[dict[Key, Evaluated]]:
