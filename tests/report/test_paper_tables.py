@@ -463,8 +463,8 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank", "rank": 3}}, (0.5, 0.5, 0.4))
     with pytest.raises(UserError, match="trains like no row of table 1"):
         fill("1", [run])
-    with pytest.raises(UserError, match="neither run nor config"):
-        fill("1", [tmp_path])
+    with pytest.raises(UserError, match="there is no"):
+        fill("1", [tmp_path / "nothing"])
     with pytest.raises(UserError, match=r"a has no finished evaluation with a column of table 2: .*--suite unseen,"):
         fill("2", [evaluated(tmp_path / "b" / "a", {}, (0.5, 0.5, 0.4))])
 

@@ -45,12 +45,13 @@ class Point:
     """``key=value`` for every key of the sweep, those with one value too."""
     folder: Path
     config: Config
+    varied: tuple[str, ...] = ()
+    """Those of the keys that have several values in the sweep."""
 
     @property
     def row(self) -> str:
         """What the run is called apart from its seed."""
-        varied = [text for text in self.overrides if not text.startswith("seed=")]
-        return " ".join([self.config.name, *varied])
+        return " ".join([self.config.name, *(text for text in self.varied if not text.startswith("seed="))])
 
 
 class Result(NamedTuple):
@@ -77,11 +78,11 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     found: dict[Path, Point] = {}
     for file, overrides in itertools.product(configs, itertools.product(*grid)):
         config = load(file, overrides)
-        varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
+        varied = tuple(text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1)
         folder = out / _folder_name(config.name, varied)
         if folder in found:
             raise UserError(f"{folder} would be more than one run; give the configs different names (name=...)")
-        found[folder] = Point(Path(file), overrides, folder, config)
+        found[folder] = Point(Path(file), overrides, folder, config, varied)
     return list(found.values())
 
 
