@@ -25,7 +25,7 @@ def print_table(
     gap: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print rows of cells, which are text and not markup. A pipe has no width, so nothing is cut, wrapped or padded there.
+    """Print rows of cells, which are text and not markup. In a pipe nothing is cut, wrapped or padded.
 
     Args:
         titles: of the columns; without them the table has no head.
