@@ -200,7 +200,7 @@ def test_a_timm_model_with_weights_normalises_itself(call: Any, files: Path) -> 
     assert facts["normalisation"] == {"mean": [0.5], "std": [0.5]}
     assert (facts["weights"], len(facts["weights_sha256"])) == ("vit.safetensors", 64)
     assert "no normalisation" not in ended.err
-    assert "no better than chance for 10 classes" in ended.err, "it was never trained"
+    assert "no better than guessing among 10 classes" in ended.err, "it was never trained"
     model = rome.load_model(files / "vit.safetensors")
     x, y = Digits().open("test").first(N)
     assert result["clean"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
@@ -404,7 +404,7 @@ def test_the_kept_command_evaluates_the_same_again(two: list[Path], call: Any) -
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [("result.json", "unfinished"), ("settings.json", "not the folder of")]
+    ("missing", "message"), [("result.json", "unfinished"), ("settings.json", "a folder with neither run nor config")]
 )
 def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: list[Path]) -> None:
     (two[1] / missing).unlink()
@@ -426,8 +426,8 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
         (["--model", "constant.pt2"], "has no gradient with respect to its images"),
         (["--model", "net.pth"], "is not a TorchScript module.*--weights"),
-        (["--model", "my_net.py"], "unknown model 'my_net.py'"),
-        (["--model", "my_net.py:nte"], "cannot be imported"),
+        (["--model", "my_net.py"], "my_net.py is a program: name its function, my_net.py:net"),
+        (["--model", "my_net.py:nte"], "my_net.py has no function 'nte'. Did you mean 'net'"),
         (["--model", "nowhere.pt2"], "there is no file nowhere.pt2"),
         (
             ["--model", "vit_tiny_patch16_224"],

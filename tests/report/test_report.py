@@ -219,7 +219,7 @@ class TestDifference:
 
 class TestWhatMayBeCompared:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"not the folder of a run"):
+        with pytest.raises(UserError, match=r"neither run nor config; name folders of runs"):
             write_report([tmp_path], tmp_path / "out")
 
     def test_a_run_without_an_evaluation_says_which_command(self, runs: tuple[Path, Path], tmp_path: Path) -> None:

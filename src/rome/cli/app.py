@@ -12,7 +12,9 @@ from typing import Any
 import typer
 
 import rome.cli
+from rome.cli._usage import UsageError, in_our_words
 from rome.core.console import exiting
+from rome.core.errors import UserError
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
@@ -49,8 +51,14 @@ def main(arguments: list[str] | None = None) -> Any:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # "?" where an encoding lacks a sign, and not the end of a report
             stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
+    given = list(map(_at_home, sys.argv[1:] if arguments is None else arguments))
     with exiting():
-        app(list(map(_at_home, sys.argv[1:] if arguments is None else arguments)), prog_name="rome")
+        try:
+            sys.exit(app(given, prog_name="rome", standalone_mode=False) or 0)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # `rome` alone: it has printed its help
+                sys.exit(2)
+            raise UserError(in_our_words(error, given)) from None
 
 
 def _at_home(argument: str) -> str:

@@ -62,5 +62,5 @@ def list_(
     from rome.core.console import print_table
 
     print_table(
-        [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(0, 1)
+        [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(1,)
     )

@@ -40,6 +40,7 @@ from rome.models import (
 from rome.models.exported import SavedModule, is_saved_module
 from rome.models.hub import OnHub, on_hub
 from rome.runs.config import DATA_BUDGETS, Config, Places, parse
+from rome.runs.meant import what_is
 from rome.threats import NAMED_BUDGETS, LpBall
 
 TRIED = 3
@@ -189,6 +190,8 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     function = names_code(name) and not saved
     if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
+    if not saved and os.path.isfile(name):
+        raise UserError(f"--model {name}: {what_is(Path(name))}")
     if saved and weights is not None:
         raise UserError(f"{name} holds its weights already: leave --weights out")
     if ("mean" in said) != ("std" in said):

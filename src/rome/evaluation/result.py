@@ -115,6 +115,23 @@ class Report:
         return tuple(name for name, case in self._planned.items() if not case.get("on_all", False))
 
     @property
+    def chance(self) -> float:
+        """Accuracy of guessing among the classes; 0 where their number is unknown."""
+        classes = self.settings.get("classes", 0)
+        return 1 / classes if classes else 0.0
+
+    @property
+    def guesses(self) -> str:
+        """That guessing would reach its accuracy without an attack (the lower end of its interval), or else under all;
+        empty where it would not."""
+        clean, chance = self.interval(CLEAN)[0], self.chance
+        for value, least, when in ((self.clean, clean, "without an"), (self.union, self.union, "under every")):
+            if least <= chance > 0:
+                classes = f"{self.settings['classes']} classes ({chance:.1%})"
+                return f"{value:.1%} right {when} attack is no better than guessing among {classes}"
+        return ""
+
+    @property
     def average(self) -> float:
         """Mean accuracy over the attacks; NaN where one is missing."""
         return self._mean(self.attacks)

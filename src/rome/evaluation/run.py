@@ -25,6 +25,7 @@ from rome.models import ModelSettings, build_model, file_hash, load_model, read_
 from rome.models.hub import on_hub, pinned
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
+from rome.runs.meant import what_is
 
 
 @trust.opens_files
@@ -109,15 +110,10 @@ def evaluate_saved(
     if followed and (loggers is not None or "result" not in report.reused):
         label = f"{opened.folder.name}/{name}"
         track(followed, opened.home or folder, config, report, x, folder, label, opened.updates)
-    if (
-        "model" in opened.facts
-        and not on_hub(config.model.name)
-        and report.interval("clean")[0] <= 1 / len(split.classes)
-    ):
+    if "model" in opened.facts and not on_hub(config.model.name) and report.interval("clean")[0] <= report.chance:
         say(
-            f"only {report.clean:.1%} are right without an attack, no better than chance for {len(split.classes)} "
-            "classes: are the normalisation (--mean, --std), the image size and the order of the classes those it was "
-            "trained with?",
+            f"{report.guesses}: are the normalisation (--mean, --std), the image size and the order of the classes "
+            "those it was trained with?"
         )
     return report, folder
 
@@ -151,6 +147,8 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
         model, facts, remarks = build_named(target, split)
         return Opened(model, target, split, Path("evaluations"), {"model": facts}, remarks, prefix=f"{target.name}-")
     file = Path(target)
+    if file.is_file() and file.suffix in (".yaml", ".yml", ".py"):
+        raise UserError(f"name a run's folder or its weights; {what_is(file)}")
     if file.is_dir():
         file = Run(file).model_file
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""

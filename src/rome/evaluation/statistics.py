@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 LEVEL = 0.05
 """Of false claims in one table or report, whatever their number."""
@@ -65,6 +66,20 @@ def paired_differences(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[D
     found = [paired_difference(a, b, comparisons=len(pairs)) for a, b in pairs]
     adjusted = holm([each.p for each in found])
     return [each._replace(p=p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def welch(a: Sequence[float], b: Sequence[float], *, comparisons: int = 1) -> tuple[float, float, float]:
+    """Mean of ``a`` minus mean of ``b``, two values at least each, with Welch's 95% interval (1947); its ends are NaN
+    where all values of each are equal, which says nothing of how far others would not be.
+
+    Args:
+        comparisons: how many intervals hold together with 95%, this one among them.
+    """
+    difference = statistics.fmean(a) - statistics.fmean(b)
+    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
+        return difference, math.nan, math.nan
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL / comparisons)
+    return difference, float(interval.low), float(interval.high)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, comparisons: int = 1) -> Difference:

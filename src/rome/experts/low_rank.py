@@ -59,6 +59,7 @@ class LowRank(Bottleneck):
     """K low-rank experts with a gate beside each chosen layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
 
     kind = "low-rank"
+    also_called = ("rome",)
     conv: Literal["loralib", "peft"] = "loralib"
     """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
     alpha: Number | None = Field(default=None, gt=0)

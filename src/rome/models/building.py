@@ -141,7 +141,10 @@ def untrained(settings: ModelSettings) -> Classifier:
     except (UserError, Interrupted):
         raise
     except OSError as error:
-        raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
+        raise UserError(
+            f"the weights of {name} cannot be had: {first_line(error)}. Without network: model.pretrained=false with "
+            "model.weights=FILE, or the folder of another machine's cache in HF_HOME and HF_HUB_OFFLINE=1"
+        ) from error
     except Exception as error:  # whatever a function of yours does
         hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
         all_args = ", ".join(
@@ -190,9 +193,13 @@ def build_model(
     model = untrained(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
     if settings.weights is not None and not goes_on:
         _start(model, settings)
-    images, name = torch.zeros(2, *shape), f"model {settings.name}"
+    images, name, side = torch.zeros(2, *shape), f"model {settings.name}", settings.img_size
+    apart = (
+        f"images of {shape[-1]} pixels come from the data, model.img_size is {side}: make them equal (data.size={side})"
+    )
+    hint = "set model.img_size and model.patch_size" if side in (None, shape[-1]) else apart
     with tried(model):
-        outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
+        outputs = ask(model, images, name=name, hint=hint).shape[1]
         ask(model.train(), images, name=f"{name} in training mode")  # where some give auxiliary logits too
     if outputs != classes:
         raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")

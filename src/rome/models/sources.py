@@ -134,7 +134,12 @@ def own_function(name: str) -> Any:
     place, _, function = name.rpartition(":")
     try:
         module = _executed(Path(place)) if place.endswith(".py") else import_own(place)
+        if not hasattr(module, function):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            raise UserError(f"{place} has no function {function!r}.{did_you_mean(function, own)}")
         return getattr(module, function)
+    except UserError:
+        raise
     except Exception as error:  # whatever the file does
         raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 

@@ -24,7 +24,7 @@ from rome.evaluation.result import CLEAN
 from rome.evaluation.statistics import wilson
 from rome.methods import Method
 from rome.models.hub import OnHub, on_hub
-from rome.report.columns import Cell, missing, suite_text, tabulate
+from rome.report.columns import Cell, remarks, suite_text, tabulate
 from rome.report.evaluated import LEARNED, Evaluated
 from rome.report.robustbench import eps_text
 from rome.report.templating import filled
@@ -106,7 +106,7 @@ def model_card(
         "trained_on": [_ball(threat.name, threat) for threat in config.threats],
         "version": facts.get("version", ""),
         "evaluations": shown,
-        "missing": missing,
+        "remarks": remarks,
         "usage": usage or _usage(repo, code),
         "timm": bool(usage),
         "shape": shape,

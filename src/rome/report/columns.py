@@ -90,15 +90,17 @@ def tabulate(
 ) -> tuple[list[str], list[list[Cell]]]:
     """Titles of the columns (:func:`columns_of`) and a row of cells for each report.
 
-    The largest number of a column, as printed, is its best; there is none where there is one row.
+    The largest number of a column, as printed, is its best; there is none where there is one row, or where guessing
+    reaches it.
     """
     columns = columns_of([report for _, report in rows], unions)
     marked = []
     for column in columns:
         cells = [column.cell(report) for _, report in rows]
         printed = [-1.0 if math.isnan(cell.value) else round(100 * cell.value, 1) for cell in cells]
-        best = max(printed) if len(rows) > 1 else math.inf
-        marked.append([cell._replace(best=number == best >= 0) for cell, number in zip(cells, printed, strict=True)])
+        guessed = max(100 * report.chance for _, report in rows)
+        best = max(printed) if len(rows) > 1 and max(printed) > guessed else math.inf
+        marked.append([cell._replace(best=number == best) for cell, number in zip(cells, printed, strict=True)])
     return [column.title for column in columns], [list(row) for row in zip(*marked, strict=True)]
 
 
@@ -123,16 +125,17 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     caption = f"{covered(rows)}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
-        for sentence in (*report.corruptions, *missing(report)):
+        for sentence in (*report.corruptions, *remarks(report)):
             console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
 
 
-def missing(report: Report) -> list[str]:
-    """What has no number, and why."""
+def remarks(report: Report) -> list[str]:
+    """What has no number, and why; and what guessing would reach."""
     alike: dict[str, list[str]] = {}
     for case, reason in report.failed.items():
         alike.setdefault(reason, []).append(case)
-    sentences = [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
+    sentences = [report.guesses] if report.guesses else []
+    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
         sentences.append(f"not run yet: {some(report.pending, 5)}; the same command without --cases runs the rest")

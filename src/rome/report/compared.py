@@ -21,6 +21,7 @@ from rome.report.subject import distinct, names_of
 from rome.report.templating import sentences
 from rome.runs.config import Config
 from rome.runs.folder import FREE_KEYS, Run
+from rome.runs.meant import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
 _SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
@@ -140,10 +141,7 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
         return {(one.report.suite, one.report.n): one}
     run = Run(folder)
     if not run.config_file.is_file():
-        raise UserError(
-            f"{folder} is not the folder of a run (it has no {run.config_file.name}) nor of an evaluation (it has no "
-            f"{SETTINGS})"
-        )
+        raise UserError(f"{what_is(folder)}; name folders of runs (with a {run.config_file.name}) or of evaluations")
     routing = run.config.evaluation.routing
     found = {key[1:]: one for key, one in evaluations(run).items() if key[0] == routing}
     if not found:

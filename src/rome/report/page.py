@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rome.attacks import AttackThreat
 from rome.core import trust
+from rome.core.console import print_table
 from rome.core.errors import UserError
-from rome.core.files import make_folder, now, replace_file
+from rome.core.files import csv_text, make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.columns import by_class, covered, missing, show, tabulate
+from rome.report.columns import by_class, covered, remarks, show, tabulate
 from rome.report.compared import config_differences, findings, gather
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
@@ -29,6 +30,7 @@ from rome.report.figures.densities import SHOWN, GateDensities
 from rome.report.figures.training import HELD_OUT
 from rome.report.robustbench import write_entries
 from rome.report.routing import routing_numbers
+from rome.report.seeds import by_seed, csv_rows, seed_findings, seed_table
 from rome.report.subject import STEPS, Subject
 from rome.report.templating import filled
 from rome.threats import LpBall
@@ -52,12 +54,13 @@ def write_report(
     trust_code: bool = False,
     base: Path | None = None,
 ) -> Path:
-    """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
+    """Set what was evaluated side by side: the table on standard output, ``report.md``, ``report.html`` and
+    ``report.csv`` in ``out``; runs that differ in the seed alone also together (:mod:`rome.report.seeds`).
 
     Pictures that cannot be made (data or weights gone) are left out, and the page says why.
 
     Args:
-        runs: folders of evaluated runs, and of evaluations of models that no run made.
+        runs: folders of evaluated runs, of evaluations of models that no run made, and folders of these.
         suite: which evaluation to show where there are several, ``unseen`` or ``unseen-500``; chosen by
             :func:`rome.report.compared.gather` unless given.
         unions: further columns, each the union over these cases.
@@ -86,7 +89,13 @@ def write_report(
     show(rows, unions)
     for entry in entries:
         print(entry, file=sys.stderr)
-    sentences = findings(compared, compared[0] if base is not None else None)
+    groups = by_seed(compared)
+    seeds = seed_table(groups) if groups else None
+    if seeds is not None:
+        print_table(seeds[1], seeds[0])
+        print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the training seeds")
+    sentences = seed_findings(groups) if base is None else []
+    sentences = sentences or findings(compared, compared[0] if base is not None else None)
     for sentence in sentences:
         print(sentence)
 
@@ -101,6 +110,7 @@ def write_report(
         "cells": cells,
         "covered": covered(rows),
         "findings": sentences,
+        "seeds": seeds,
         "chart": charts.accuracies(rows, unions),
         "classes": by_class([run.report for run in compared], pictures.classes()),
         "shots": pictures.attempt(pictures.examples, "examples"),
@@ -115,8 +125,9 @@ def write_report(
         "date": now(),
         "notes": pictures.notes,
         "nearly": gates.NEARLY_IDENTICAL,
-        "missing": missing,
+        "remarks": remarks,
     }
+    replace_file(out / "report.csv", csv_text(csv_rows(compared)).encode())
     for name in ("report.md", "report.html"):
         replace_file(out / name, filled(name, **context).encode())
     return out / "report.html"

@@ -26,6 +26,7 @@ from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.runs.loggers import Loggers, TensorBoard
+from rome.runs.meant import explained, what_is
 from rome.runs.optim import AdamW, Optimizer, Schedule
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
@@ -214,7 +215,11 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        lines = [f"{_place(places, path)}{'.'.join(map(str, path))}: {message}" for path, message in found.items()]
+        lines = []
+        for path, message in found.items():
+            place, key = _place(places, path), str(path[-1]) if path else ""
+            override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
+            lines.append(f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}")
         raise UserError("\n".join(lines))
     return config
 
@@ -224,7 +229,8 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.batch_size % config.accumulate:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
-        yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}"
+        share = f"natural_epochs={config.epochs // 2}"
+        yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}; set both: {share}"
     kinds = [logger.kind for logger in config.loggers]
     if len(set(kinds)) < len(kinds):
         yield ("loggers",), f"{', '.join(kinds)} are not distinct; name each once"
@@ -254,10 +260,10 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("experts", "regularizer"), str(error)
 
 
-def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
+def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -> dict[str, Any]:
+    if not path.is_file() or path.suffix in (".safetensors", ".pt", ".py"):
+        found = what_is(path, "config ")
+        raise UserError(f"{place}a config is a YAML file; {found}" if path.exists() else f"{place}{found}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
     own: Places = {}
@@ -276,7 +282,11 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
-    inherited = {} if parent is None else _read(path.parent / parent, places, (*seen, path.resolve()))
+    inherited = (
+        {}
+        if parent is None
+        else _read(path.parent / parent, places, (*seen, path.resolve()), own[("extends",)] + "extends: ")
+    )
     places.update(own)
     return _merge(inherited, data)
 

@@ -35,6 +35,7 @@ from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
 from rome.runs.loggers import base as loggers
 from rome.runs.loggers import csv, tensorboard
+from rome.runs.meant import what_is
 from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
@@ -76,7 +77,7 @@ class Run:
             UserError: the folder holds no run.
         """
         if not self.config_file.is_file():
-            raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
+            raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
         try:
             return parse_yaml(self.config_file.read_text(encoding="utf-8"))
         except ValueError as error:
