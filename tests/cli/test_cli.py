@@ -27,7 +27,7 @@ from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
 from rome.training.setup import train
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list", "init")
 
 
 @pytest.fixture
@@ -94,6 +94,14 @@ def test_help_names_every_command(rome: Any) -> None:
     ended = rome("--help")
     assert ended.code == 0
     assert all(command in ended.out for command in COMMANDS)
+
+
+def test_alone_it_says_what_to_do_first_and_which_version_it_is(rome: Any) -> None:
+    alone = rome()
+    assert "Start with rome demo" in plain(alone.out + alone.err)
+    ended = rome("--version")
+    assert (ended.code, ended.out) == (0, f"rome {importlib.import_module('rome').__version__}\n")
+    assert "--install-completion" in plain(alone.out + alone.err)
 
 
 @pytest.mark.parametrize(

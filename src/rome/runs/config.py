@@ -26,6 +26,7 @@ from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
 from rome.runs.optim import AdamW, Optimizer, Schedule
+from rome.runs.shipped import located
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
@@ -147,7 +148,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: every mistake, one line each, with file, line and nearest name.
     """
     places: Places = {}
-    data = _read(Path(path), places, ())
+    data = _read(located(path), places, ())
     for text in sorted(overrides, key=_depth):
         data = _merge(data, _override(text, places))
     if data.get("name") in (None, ""):
@@ -222,7 +223,7 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
-        near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = [str(path.parent / file.name) for file in located(path.parent).glob("*.yaml")]
         raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
@@ -242,7 +243,7 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
-    inherited = {} if parent is None else _read(path.parent / parent, places, (*seen, path.resolve()))
+    inherited = {} if parent is None else _read(located(parent, path.parent), places, (*seen, path.resolve()))
     places.update(own)
     return _merge(inherited, data)
 
