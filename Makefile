@@ -1,9 +1,9 @@
-# make demo | test | check | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | test-oldest | wheel | clean
+# make demo | test | check | docs | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | test-oldest | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check gpu format test-kernels test-slow test-gpu test-browser test-originals test-oldest wheel clean
+.PHONY: demo test check docs gpu format test-kernels test-slow test-gpu test-browser test-originals test-oldest wheel clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -49,6 +49,11 @@ test-oldest:  # the suite with the oldest versions that pyproject.toml allows, i
 	@$(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check uv
 	@$(VENV)/oldest/bin/uv pip install --quiet --python $(VENV)/oldest/bin/python --resolution lowest-direct --editable ".[dev]"
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default -m "not slow and not gpu and not browser"
+
+docs: $(VENV)/ready  # the site, into the folder site: a page for each experiment, the API, notebooks that are run; no network
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs site
+	@echo "open site/index.html"
 
 wheel: $(VENV)/ready  # sdist and wheel into dist, and the wheel alone in an empty folder; WHEEL=full: with the whole demo
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine

@@ -8,9 +8,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 os.environ["ROME_STATE_HOME"] = str(HERE / "generated" / "state")  # what the notebooks train is not the user's
 
-from rome.core.version import __version__  # noqa: E402
-
 import generate  # noqa: E402
+
+from rome.core.version import __version__  # noqa: E402
 
 project, author, copyright = "rome", "The rome developers", "2026, the rome developers"
 release = version = __version__

@@ -63,6 +63,8 @@ ALSO = {
 """What no package's ``__init__`` offers and the pages name."""
 
 
+MISSING = "\N{EN DASH} / "
+"""What stands before the paper's number where no run has one."""
 AT_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 
 
@@ -97,22 +99,22 @@ def _experiments() -> dict[str, str]:
     pages = {f"experiments/{_slug(name)}.md": _group(name, found) for name, found in groups.items()}
     rows = [f"| [{name}]({_slug(name)}.md) | {len(found)} | {_about(found)} |" for name, found in groups.items()]
     tables = "\n".join(
-        f"## Table {number}\n\n{render('', fill(number, []), 'markdown').partition(chr(10))[2].replace('– / ', '')}\n"
+        f"## Table {number}\n\n{render('', fill(number, []), 'markdown').partition(chr(10))[2].replace(MISSING, '')}\n"
         for number in TABLES
         if number != "6"
     )
     pages["experiments/index.md"] = _page(
         "Experiments",
         "Every row of the paper's tables is a config that rides inside the package; so are versions for a CPU.\n"
-        "`rome train experiments/...` finds them from any folder, `rome init` copies them, `rome list experiments` lists\n"
-        "them. This page and those below it are made of the configs themselves.\n\n"
+        "`rome train experiments/...` finds them from any folder, `rome init` copies them, `rome list experiments`\n"
+        "lists them. This page and those below it are made of the configs themselves.\n\n"
         "| folder | configs | |\n| --- | --- | --- |\n" + "\n".join(rows),
         _tree(f"{_slug(name)}" for name in groups),
     )
     pages["experiments/paper.md"] = _page(
         "The paper's tables",
-        "The numbers that the paper prints (percent), as the configs hold them. `rome table 1 RUN...` sets yours beside\n"
-        "them; the differences between the paper's text and these configs are\n"
+        "The numbers that the paper prints (percent), as the configs hold them. `rome table 1 RUN...` sets yours\n"
+        "beside them; the differences between the paper's text and these configs are\n"
         "[listed](../../decisions/paper-differences.md). Table 6, which is measured and not trained, stands with its\n"
         "[experiments](table6.md).",
         tables,
@@ -169,7 +171,8 @@ def _settings() -> str:
     importlib.import_module("rome.cli.app")
     whole = "\n\n".join(_config_part(part) for part in _parts(Config))
     families = "\n\n".join(_family(name, base) for name, base in sorted(_families().items()))
-    return f"{_title('Settings', '=')}\n\nEvery key of a config, and every kind that one can name, with defaults.\n\n{whole}\n\n{families}\n"
+    about = "Every key of a config, and every kind that one can name, with defaults."
+    return f"{_title('Settings', '=')}\n\n{about}\n\n{whole}\n\n{families}\n"
 
 
 def _families() -> dict[str, type[Component]]:
@@ -204,7 +207,7 @@ def _table(part: type[Settings]) -> str:
     if not part.model_fields:
         return ""
     rows = "\n".join(
-        f"   * - ``{name}``\n     - {_default(field)}\n     - {textwrap.indent(_described(part, name), ' ' * 7).strip()}"
+        f"   * - ``{name}``\n     - {_default(field)}\n     - {_described(part, name)}"
         for name, field in part.model_fields.items()
     )
     return f".. list-table::\n   :header-rows: 1\n   :widths: 18 22 60\n\n   * - key\n     - default\n     -\n{rows}\n"
@@ -220,9 +223,9 @@ def _default(field: Any) -> str:
 
 def _described(part: type, name: str) -> str:
     for owner in part.__mro__:
-        if name in owner.__dict__.get("__annotations__", {}):
+        if name in inspect.get_annotations(owner):
             found = ModuleAnalyzer.for_module(owner.__module__).find_attr_docs().get((owner.__qualname__, name))
-            return "\n".join(found).strip() if found else ""
+            return textwrap.indent("\n".join(found or ()), " " * 7).strip()
     return ""
 
 
@@ -291,7 +294,7 @@ def outside(app: Any, page: str, source: list[str]) -> None:
     def kept(link: re.Match[str]) -> str:
         target, hash_, place = link[2].partition("#")
         path = posixpath.normpath(posixpath.join(here, target))
-        if "://" in target or not target or (ROOT / path).is_file() and path.startswith("docs/"):
+        if "://" in target or not target or ((ROOT / path).is_file() and path.startswith("docs/")):
             return link[0]
         known = next((f"docs/generated/{at}" for file, at in AT_ROOT.items() if path in (file, f"docs/{file}")), "")
         if path in ("README.md", "docs/README.md"):

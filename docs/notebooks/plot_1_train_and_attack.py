@@ -2,7 +2,8 @@
 Train, attack, read the result
 ==============================
 
-A small vision transformer is trained on digits under L1, L2 and Linf perturbations (RANDOM), and attacked under each.
+A small vision transformer is trained on digits under L1, L2 and Linf perturbations (RANDOM), and attacked under
+each.
 """
 
 import tempfile
@@ -13,8 +14,9 @@ import matplotlib.pyplot as plt
 import rome
 
 # %%
-# A run is determined by a config. The ones that come with rome are found under ``experiments/``; any key can be changed. This
-# one is shorter than the original, which trains for 26 epochs: six on unperturbed images, then four under attack.
+# A run is determined by a config. The ones that come with rome are found under ``experiments/``; any key can be
+# changed. This one is shorter than the original, which trains for 26 epochs: six on unperturbed images, then four
+# under attack.
 
 config = rome.load("experiments/digits/random.yaml", ["epochs=10", "natural_epochs=6", "attack.steps=2"])
 for threat in config.threats:
@@ -43,8 +45,8 @@ plt.ylabel("right in training, %")
 plt.show()
 
 # %%
-# Now 60 test images are attacked by APGD-CE and then APGD-T in each ball. ``correct`` is a matrix of examples and cases;
-# everything else follows from it.
+# Now 60 test images are attacked by APGD-CE and then APGD-T in each ball. ``correct`` is a matrix of examples and
+# cases; everything else follows from it.
 
 model = rome.load_model(folder).eval()
 split = config.data.open("test")
@@ -57,7 +59,7 @@ for name in ("clean", *report.robust, "union"):
     print(f"{name:>6} {100 * value:5.1f}%   95% interval {100 * low:.1f} to {100 * high:.1f}")
 
 # %%
-# The union is the share of rows that are true in every column. It cannot exceed the smallest column; how far below it lies
-# says how differently the threats fail.
+# The union is the share of rows that are true in every column. It cannot exceed the smallest column; how far below
+# it lies says how differently the threats fail.
 
 print(report.correct.all(axis=1).mean() == report.union, report.union <= min(report.robust.values()))

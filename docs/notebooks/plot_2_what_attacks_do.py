@@ -30,7 +30,8 @@ for name, x_adv in images.items():
     change = (x_adv - x).flatten(1)
     right = (model(x_adv).argmax(1) == y).float().mean()
     print(
-        f"{name:>4}: {right:4.0%} right; L1 {change.norm(1, 1).mean():.2f}, L2 {change.norm(2, 1).mean():.2f}, Linf {change.abs().amax(1).mean():.2f}"
+        f"{name:>4}: {right:4.0%} right; mean size in L1 {change.norm(1, 1).mean():.2f}, "
+        f"L2 {change.norm(2, 1).mean():.2f}, Linf {change.abs().amax(1).mean():.2f}"
     )
 
 # %%
@@ -54,7 +55,8 @@ for row, (name, x_adv) in zip(axes, images.items(), strict=True):
 plt.show()
 
 # %%
-# A batch may mix threats: example i meets the threat of its label. One forward and one backward pass serve all of them.
+# A batch may mix threats: example i meets the threat of its label. One forward and one backward pass serve all of
+# them.
 
 labels = torch.arange(len(x)) % 3
 mixture = rome.PerExample(tuple(rome.DIGITS), labels)
@@ -63,8 +65,8 @@ for i, name in enumerate(rome.DIGITS):
     print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} right")
 
 # %%
-# More steps find more, up to a point. A model is as robust as the strongest attack says, so a number without its attack means
-# little.
+# More steps find more, up to a point. A model is as robust as the strongest attack says, so a number without its
+# attack means little.
 
 steps = [1, 2, 5, 10, 20, 50]
 plt.figure(figsize=(5, 2.8), layout="constrained")

@@ -2,7 +2,8 @@
 Experts, and where gates send a threat
 ======================================
 
-Low-rank experts are put beside the layers of a model, trained, and their gates looked at: do they tell the threats apart?
+Low-rank experts are put beside the layers of a model, trained, and their gates looked at: do they tell the threats
+apart?
 """
 
 import tempfile
@@ -15,8 +16,8 @@ import torch
 import rome
 
 # %%
-# Experts beside the layers of any model with Linear or square convolutional layers leave its function as it is, because the
-# second factor of each update starts at zero.
+# Experts beside the layers of any model with Linear or square convolutional layers leave its function as it is,
+# because the second factor of each update starts at zero.
 
 size = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
 plain = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **size).eval()
@@ -32,7 +33,8 @@ config = rome.load("experiments/digits/rome-random.yaml", ["epochs=10", "natural
 model = rome.load_model(rome.train(config, Path(tempfile.mkdtemp()) / "rome").folder).eval()
 
 # %%
-# ``record_gates`` keeps the gates of the forward passes inside it: weights of shape (images, tokens, experts) for each layer.
+# ``record_gates`` keeps the gates of the forward passes inside it: weights of shape (images, tokens, experts) for
+# each layer.
 
 x, y = config.data.open("test").first(64)
 groups = {"natural": x} | {name: rome.APGD(steps=10)(model, x, y, threat) for name, threat in rome.DIGITS.items()}
@@ -45,8 +47,9 @@ for name, batch in groups.items():
 print(layer, {name: mean.round(3).tolist() for name, mean in means.items()})
 
 # %%
-# If the bars of a group do not differ between threats, the gates send every threat to the same experts: *threat-agnostic
-# routing*. After so short a training that is what to expect; the study in the results shows when it changes.
+# If the bars of a group do not differ between threats, the gates send every threat to the same experts:
+# *threat-agnostic routing*. After so short a training that is what to expect; the study in the results shows when
+# it changes.
 
 plt.figure(figsize=(5.5, 2.8), layout="constrained")
 for i, (name, mean) in enumerate(means.items()):

@@ -2,8 +2,8 @@
 Is one model more robust than another?
 ======================================
 
-Two models of one's own, plain torch modules, evaluated on the same examples; intervals, a paired test, and a model whose
-robustness is not to be believed.
+Two models of one's own, plain torch modules, evaluated on the same examples; intervals, a paired test, and a model
+whose robustness is not to be believed.
 """
 
 import torch
@@ -53,12 +53,13 @@ for name, report in reports.items():
 
 difference = paired_difference(reports["noise"].right(), reports["plain"].right())
 print(
-    f"noise - plain: {difference.value:+.1%}, 95% interval {difference.low:+.1%} to {difference.high:+.1%}, p = {difference.p:.2g}"
+    f"noise - plain: {difference.value:+.1%}, 95% interval {difference.low:+.1%} to {difference.high:+.1%}, "
+    f"p = {difference.p:.2g}"
 )
 
 # %%
-# A model with huge logits: its classes are those of the plain one, but the gradient of the cross-entropy vanishes in float32
-# wherever it is confident. An attack that follows this gradient alone is blind.
+# A model with huge logits: its classes are those of the plain one, but the gradient of the cross-entropy vanishes
+# in float32 wherever it is confident. An attack that follows this gradient alone is blind.
 
 
 class Loud(nn.Module):
@@ -77,7 +78,6 @@ print(f"zero gradients: {(gradient.flatten(1).abs().amax(1) == 0).float().mean()
 
 blind = (test_x + threats["Linf"].eps * gradient.sign()).clamp(0, 1)
 print(f"right under FGSM on it: {(loud(blind).argmax(1) == test_y).float().mean():.0%}")
-print(
-    f"right under rome's attacks: {rome.evaluate(loud, test_x, test_y, threats=threats, checks=False).robust['Linf']:.0%}"
-)
+report = rome.evaluate(loud, test_x, test_y, threats=threats, checks=False)
+print(f"right under rome's attacks: {report.robust['Linf']:.0%}")
 print(f"the plain model, which it is: {reports['plain'].robust['Linf']:.0%}")

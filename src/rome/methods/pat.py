@@ -92,7 +92,8 @@ class VR(PAT):
     unforeseen attacks").
 
     ``loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2``, where x' and x'' are found by a Fast-LPA that raises
-    this distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv alone.
+    this distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv
+    alone.
     """
 
     kind = "vr"
