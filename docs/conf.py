@@ -24,6 +24,8 @@ extensions = [
 exclude_patterns = ["notebooks", "generated/state"]
 suppress_warnings = ["config.cache"]  # the order of the notebooks is a function
 
+smartquotes = False  # they would make one dash of --out
+
 html_theme = "furo"
 html_title = f"rome {release}"
 html_static_path = ["_static"]
@@ -61,4 +63,5 @@ sphinx_gallery_conf = {
 def setup(app: object) -> None:
     generate.write(HERE / "generated")
     app.connect("autodoc-process-signature", generate.signature)  # type: ignore[attr-defined]
+    app.connect("autodoc-process-docstring", generate.attribute, priority=400)  # type: ignore[attr-defined]  # before napoleon
     app.connect("source-read", generate.outside)  # type: ignore[attr-defined]

@@ -213,6 +213,11 @@ def _table(part: type[Settings]) -> str:
     return f".. list-table::\n   :header-rows: 1\n   :widths: 18 22 60\n\n   * - key\n     - default\n     -\n{rows}\n"
 
 
+def _value(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    return f"{type(value).__name__}()" if isinstance(value, Settings) else repr(value)
+
+
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
@@ -254,7 +259,7 @@ def _api() -> dict[str, str]:
             kind = "class" if inspect.isclass(value) else "function"
             blocks.append(f".. auto{kind}:: {public}\n" + ("   :members:\n" if kind == "class" else ""))
         title = f"rome.{name}: {about[0].lower()}{about[1:]}"
-        pages[f"api/{name}.rst"] = f"{_title(title, '=')}\n\n{inspect.getdoc(package)}\n\n" + "\n".join(blocks)
+        pages[f"api/{name}.rst"] = f"{_title(title, '=')}\n\n{_offers(package)}\n\n" + "\n".join(blocks)
     pages["api/index.md"] = _page(
         "Python API",
         "What `import rome` offers stands on these pages as `rome.NAME`; what a package offers beyond it, under the\n"
@@ -262,6 +267,11 @@ def _api() -> dict[str, str]:
         _tree(PACKAGES),
     )
     return pages
+
+
+def _offers(package: Any) -> str:
+    """A package's docstring without what it may import, which concerns who changes it."""
+    return "\n\n".join(part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith("May "))
 
 
 def _named(path: str) -> Any:
@@ -276,12 +286,15 @@ def _home(package: Any, value: Any) -> str:
 def signature(app: Any, what: str, name: str, value: Any, options: Any, text: str | None, returns: str | None) -> Any:
     """Settings are called with their keys and defaults; pydantic's signature holds validators too."""
     if inspect.isclass(value) and issubclass(value, Settings):
-        keys = [
-            key if field.is_required() else f"{key}={_default(field).strip('`') or '...'}"
-            for key, field in value.model_fields.items()
-        ]
+        keys = [key if field.is_required() else f"{key}={_value(field)}" for key, field in value.model_fields.items()]
         return f"({', '.join(['*', *keys]) if keys else ''})", None
     return None
+
+
+def attribute(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in an attribute's first line for its type; here it is a sentence."""
+    if what == "attribute":
+        lines.insert(0, "")
 
 
 # Text

@@ -25,7 +25,7 @@ print(f"clean accuracy {(model(x).argmax(1) == y).float().mean():.0%}")
 # An attack is a value; called with a model, a batch and a threat, it returns images inside the threat.
 
 attack = rome.PGD(steps=10)
-images = {name: attack(model, x, y, threat) for name, threat in rome.DIGITS.items()}
+images = {threat.name: attack(model, x, y, threat) for threat in rome.DIGITS}
 for name, x_adv in images.items():
     change = (x_adv - x).flatten(1)
     right = (model(x_adv).argmax(1) == y).float().mean()
@@ -61,7 +61,7 @@ plt.show()
 labels = torch.arange(len(x)) % 3
 mixture = rome.PerExample(tuple(rome.DIGITS), labels)
 mixed = attack(model, x, y, mixture)
-for i, name in enumerate(rome.DIGITS):
+for i, name in enumerate(images):
     print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} right")
 
 # %%

@@ -37,7 +37,7 @@ model = rome.load_model(rome.train(config, Path(tempfile.mkdtemp()) / "rome").fo
 # each layer.
 
 x, y = config.data.open("test").first(64)
-groups = {"natural": x} | {name: rome.APGD(steps=10)(model, x, y, threat) for name, threat in rome.DIGITS.items()}
+groups = {"natural": x} | {threat.name: rome.APGD(steps=10)(model, x, y, threat) for threat in rome.DIGITS}
 means = {}
 for name, batch in groups.items():
     with rome.record_gates(model) as recorder, torch.no_grad():
