@@ -50,10 +50,13 @@ test-oldest:  # the suite with the oldest versions that pyproject.toml allows, i
 	@$(VENV)/oldest/bin/uv pip install --quiet --python $(VENV)/oldest/bin/python --resolution lowest-direct --editable ".[dev]"
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default -m "not slow and not gpu and not browser"
 
-docs: $(VENV)/ready  # the site, into the folder site: a page for each experiment, the API, notebooks that are run; no network
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+docs: $(VENV)/docs  # the site, into the folder site: a page for each experiment, the API, notebooks that are run; no network
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs site
 	@echo "open site/index.html"
+
+$(VENV)/docs: $(VENV)/ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 wheel: $(VENV)/ready  # sdist and wheel into dist, and the wheel alone in an empty folder; WHEEL=full: with the whole demo
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine

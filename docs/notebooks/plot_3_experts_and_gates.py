@@ -60,10 +60,12 @@ plt.legend(ncols=4, fontsize=8)
 plt.show()
 
 # %%
-# The same in numbers, from 0 (the same experts) to 1 (other ones): distances between the mean gates of two groups.
+# The same in numbers. The distance between mean gates goes from 0 (the same experts) to 1 (other ones).
 
 from rome.report.gates import collect
 from rome.report.routing import routing_numbers
 
-numbers = routing_numbers(collect(model, x, y, rome.DIGITS))
-print({name: round(float(value), 4) for name, value in numbers.items() if isinstance(value, float)})
+numbers = routing_numbers(collect(model, x, y, {threat.name: threat for threat in rome.DIGITS}))
+print(f"distance between two threats, last layer: {numbers.between[-1]:.4f}")
+print(f"what the expert says of the threat: {numbers.information[-1]:.4f} bits")
+print(f"entropy of a gate: {numbers.entropy[-1]:.3f} of its maximum")
