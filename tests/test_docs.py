@@ -91,7 +91,7 @@ def _copied(path: str | Path, beside: Path) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_commands_and_snippets_run(page: str, tmp_path: Path) -> None:
-    furnish(tmp_path, RUNS.get(page, []))
+    furnish(tmp_path, page, RUNS.get(page, []))
     done = ""
     for block in blocks(page):
         if block.mark == "not run" or block.language not in ("sh", "python"):

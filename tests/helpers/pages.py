@@ -101,9 +101,9 @@ def run_python(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def furnish(folder: Path, runs: list[str]) -> None:
-    """What pages take to be there: commands, images (``PATH``, ``CIFAR10``), modules, runs; and every experiment at a
-    tiny size, which is found before the one that comes with rome."""
+def furnish(folder: Path, page: str, runs: list[str]) -> None:
+    """What a page takes to be there: commands, images (``PATH``, ``CIFAR10``), modules, runs; and the experiments of the
+    folders that it names at a tiny size, which are found before those that come with rome."""
     for name, script in SHIMS.items():
         command = folder / "bin" / name
         command.parent.mkdir(exist_ok=True)
@@ -130,8 +130,10 @@ def furnish(folder: Path, runs: list[str]) -> None:
             coded.append({"bytes": file.getvalue(), "path": None})
         table = pa.table({"img": coded, "label": [i % 10 for i in range(20)]})
         pq.write_table(table, folder / "CIFAR10" / f"{split}-00000-of-00001.parquet")
+    text = (ROOT / page).read_text(encoding="utf-8")
     for file in files():
-        _shrink(file, folder)
+        if f"{path_of(file.parent)}/" in text:
+            _shrink(file, folder)
     for name in runs:
         save_run(folder / name, name=Path(name).name, **({"experts": None} if name.endswith("/random-pgd") else {}))
 
@@ -141,13 +143,13 @@ def _shrink(file: Path, folder: Path) -> None:
     small: dict[str, Any] = {
         "extends": str(file), "name": config.name, "batch_size": 8, "accumulate": 1, "epochs": 1, "natural_epochs": 0,
         "precision": "fp32", "device": "cpu", "workers": 0, "data": {"train_limit": 16, "test_limit": 6},
-        "evaluation": {"suite": {"kind": "apgd", "iterations": 2}, "n": 6}, "attack": {"steps": 1},
+        "evaluation": {"suite": {"kind": "apgd", "iterations": 5}, "n": 6}, "attack": {"steps": 1},
     }  # fmt: skip
     if config.data.kind != "digits":
         args = {"embed_dim": 16, "depth": 2, "num_heads": 2}
         small["model"] = {"name": "vit_tiny_patch16_224", "pretrained": False, "weights": None, "args": args}
         small["model"] |= {"img_size": 32, "patch_size": 8}
-        small["data"]["path"] = "PATH" if config.data.kind == "folder" else "CIFAR10"
+        small["data"] |= {"path": "PATH", "size": 32} if config.data.kind == "folder" else {"path": "CIFAR10"}
     place = folder / path_of(file)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(yaml.safe_dump(small))
