@@ -102,8 +102,8 @@ def run_python(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def furnish(folder: Path, page: str, runs: list[str]) -> None:
-    """What a page takes to be there: commands, images (``PATH``, ``CIFAR10``), modules, runs; and the experiments of the
-    folders that it names at a tiny size, which are found before those that come with rome."""
+    """What a page takes to be there: commands, images (``PATH``, ``CIFAR10``), modules, runs; and the experiments of
+    the folders that it names at a tiny size, which are found before those that come with rome."""
     for name, script in SHIMS.items():
         command = folder / "bin" / name
         command.parent.mkdir(exist_ok=True)
