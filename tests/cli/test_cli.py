@@ -39,7 +39,9 @@ COMMANDS = (
     "cost",
     "check",
     "schema",
+    "push",
     "list",
+    "init",
 )
 
 
@@ -123,6 +125,14 @@ def test_help_names_every_command(rome: Any) -> None:
     ended = rome("--help")
     assert ended.code == 0
     assert all(command in ended.out for command in COMMANDS)
+
+
+def test_alone_it_says_what_to_do_first_and_which_version_it_is(rome: Any) -> None:
+    alone = rome()
+    assert "Start with rome demo" in plain(alone.out + alone.err)
+    ended = rome("--version")
+    assert (ended.code, ended.out) == (0, f"rome {importlib.import_module('rome').__version__}\n")
+    assert "--install-completion" in plain(alone.out + alone.err)
 
 
 @pytest.mark.parametrize(
@@ -629,7 +639,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
     monkeypatch.setattr("rome.report.page._Pictures.attempt", lambda *_: None)  # pictures take time
     ended = rome("report", evaluated, "--out", "out")
     assert ended.code == 2
-    assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")
+    assert ended.err.endswith("error: out/report.csv: No space left on device: make room\n")
     assert [file.name for file in Path("out").iterdir()] == ["report.md"]
     assert (Path("out") / "report.md").read_text() == "before"
 

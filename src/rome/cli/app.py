@@ -7,7 +7,7 @@ import io
 import os
 import pkgutil
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,11 +15,13 @@ import rome.cli
 from rome.cli._usage import UsageError, in_our_words
 from rome.core.console import exiting
 from rome.core.errors import UserError
+from rome.core.version import __version__
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
+    epilog="Start with [bold]rome demo[/bold], which needs no data, or with [bold]rome train "
+    "experiments/digits/rome-random.yaml[/bold]; [bold]rome list experiments[/bold] names the other experiments.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -37,9 +39,26 @@ ORDER = (
     "cost",
     "check",
     "schema",
+    "push",
     "list",
+    "init",
 )
 """Of the commands in the help; those of further files follow."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rome {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def rome_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> Any:

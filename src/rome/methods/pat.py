@@ -92,8 +92,9 @@ class VR(PAT):
     """PAT+VR: PAT plus the variation of the logits inside the threat (Dai et al. 2022, "Formulating robustness against
     unforeseen attacks").
 
-    loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2, where x' and x'' are found by a Fast-LPA that raises this
-    distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv alone.
+    ``loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2``, where x' and x'' are found by a Fast-LPA that raises
+    this distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv
+    alone.
     """
 
     kind = "vr"

@@ -28,6 +28,7 @@ from rome.models import ModelSettings
 from rome.runs.loggers import Loggers, TensorBoard
 from rome.runs.meant import explained, what_is
 from rome.runs.optim import AdamW, Optimizer, Schedule
+from rome.runs.shipped import located
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
@@ -179,7 +180,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: every mistake, one line each, with file, line and nearest name.
     """
     places: Places = {}
-    data = _read(Path(path), places, ())
+    data = _read(located(path), places, ())
     for text in sorted(overrides, key=_depth):
         data = _merge(data, _override(text, places))
     if data.get("name") in (None, ""):
@@ -282,11 +283,8 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
-    inherited = (
-        {}
-        if parent is None
-        else _read(path.parent / parent, places, (*seen, path.resolve()), own[("extends",)] + "extends: ")
-    )
+    place = "" if parent is None else own[("extends",)] + "extends: "
+    inherited = {} if parent is None else _read(located(parent, path.parent), places, (*seen, path.resolve()), place)
     places.update(own)
     return _merge(inherited, data)
 

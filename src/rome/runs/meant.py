@@ -10,6 +10,7 @@ from typing import get_origin
 
 from rome.core.component import UNKNOWN_KEY, Component, Settings, types_in
 from rome.core.errors import nearest, some
+from rome.runs.shipped import located
 
 DEEPEST = 3
 """Parts of the dotted names that are looked at: threats hold attacks, and these others."""
@@ -69,8 +70,9 @@ def what_is(path: Path, wanted: str = "") -> str:
         if path.suffix == ".py":
             return f"{path} is a program: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
         return f"{path} is a file that is neither config nor weights"
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    near = nearest(path, [str(each) for each in beside if each.suffix == path.suffix])
+    folder = located(path.parent)
+    beside = folder.iterdir() if folder.is_dir() else ()
+    near = nearest(path, [str(path.parent / each.name) for each in beside if each.suffix == path.suffix])
     return f"there is no {wanted}{path}.{f' Did you mean {near!r}?' if near else ''}"
 
 

@@ -50,7 +50,7 @@ def train(
         overwrite: remove what an earlier run left there.
         progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
         trust_code: let the file of a network that measures distances run the code that it names
-        (:mod:`rome.core.trust`).
+            (:mod:`rome.core.trust`).
 
     Returns:
         The finished run.

@@ -70,7 +70,7 @@ class TransformAttack(LastIterate):
 
         Args:
             x: images (B, C, H, W) in [0, 1].
-            noise: U[0, 1), (B, *noise_shape), in the images' dtype.
+            noise: U[0, 1), ``(B, *noise_shape)``, in the images' dtype.
         """
 
     def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
