@@ -584,7 +584,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
     monkeypatch.setattr("rome.report.page._Pictures.attempt", lambda *_: None)  # pictures take time
     ended = rome("report", evaluated, "--out", "out")
     assert ended.code == 2
-    assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")
+    assert ended.err.endswith("error: out/report.csv: No space left on device: make room\n")
     assert [file.name for file in Path("out").iterdir()] == ["report.md"]
     assert (Path("out") / "report.md").read_text() == "before"
 
