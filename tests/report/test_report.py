@@ -382,7 +382,7 @@ class TestPage:
         assert not {"script", "link", "iframe", "metadata"} & set(page.tags)
         assert "@import" not in written.html
         assert not re.search(r"url\((?!#)", written.html)
-        assert written.files == ["report.html", "report.md"]
+        assert written.files == ["report.csv", "report.html", "report.md"]
 
     def test_hostile_names_are_text(self, written: Written) -> None:
         assert "<script" not in written.html
