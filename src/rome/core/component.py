@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     ModelWrapValidatorHandler,
+    SerializationInfo,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -176,8 +177,13 @@ class Component(Settings):
         return core_schema.no_info_wrap_validator_function(build, own)
 
     @model_serializer(mode="plain")
-    def _with_kind(self) -> dict[str, Any]:
-        return {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
+    def _with_kind(self, info: SerializationInfo) -> dict[str, Any]:
+        shown = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if not info.exclude_defaults or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return {"kind": self.kind, **shown}
 
     def dump(self) -> dict[str, Any]:
         """The settings as plain data, ``kind`` first: what a config file would say."""
