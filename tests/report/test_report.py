@@ -474,7 +474,7 @@ class TestPage:
         assert found == expected
 
     def test_follows_the_reader_s_colours(self, written: Written) -> None:
-        assert "prefers-color-scheme: dark" in written.html
+        assert "color-scheme: light dark" in written.html
         figures = re.search(r'<section id="figures">.*?</section>', written.html, flags=re.DOTALL)
         assert figures is not None  # maps have colours of their own, their text has not
         assert set(re.findall(r"<text[^>]*style=\"[^\"]*fill: ([^;\"]*)", figures[0])) <= {"var(--ink)", "var(--muted)"}

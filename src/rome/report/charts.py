@@ -1,7 +1,7 @@
 """Charts as inline SVG that takes its colours and typeface from the page, so that it follows light and dark.
 
-Matplotlib draws with stand-in colours, threats in those of the figures; each becomes a CSS variable: ``--ink``,
-``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
+Matplotlib draws with stand-in colours, runs and threats in those of the figures; each becomes a CSS variable of the
+page: ``--ink``, ``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from matplotlib import rc_context, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rome.report.figures.style import NOTE, THREATS
+from rome.report.figures.style import NOTE, RUNS, THREATS
 
 SERIES = 6
 """Colours before they repeat."""
-_VARIABLES = ["ink", "muted", "line", *(f"run-{i}" for i in range(SERIES))]
-_STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(_VARIABLES)}
+_STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(("ink", "muted", "line"))}
+_STAND_IN |= {f"run-{i}": colour.lower() for i, colour in enumerate(RUNS[:SERIES])}
 _STAND_IN |= {f"threat-{i}": colour.lower() for i, colour in enumerate(THREATS)}
 _MARKERS = "osD^vP"
 _NO_SERIES = {"event", "update", "epoch", "accuracy", "lr", "images_per_second", "seconds", "loss"}
