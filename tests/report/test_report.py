@@ -235,7 +235,7 @@ class TestWhatStandsOut:
             ("ab", None, r"No significant difference: b 92.0, a 90.0 (union, %, p = 0.81)"),
             ("ac", None, r"a 90.0 is significantly above c 50.0 (union, %, p < 0.0001)"),
             ("abc", None, r"No significant difference: b 92.0, a 90.0; significantly below: c 50.0 (union, %)"),
-            ("cab", 0, r"c 50.0 is significantly below a 90.0, b 92.0 (union, %)"),
+            ("cab", 0, r"c 50.0 is significantly below b 92.0, a 90.0 (union, %)"),
             ("acb", 0, r"No significant difference: a 90.0, b 92.0; significantly below: c 50.0 (union, %)"),
         ],
     )
@@ -639,6 +639,17 @@ class TestExamples:
                 if not run.report.correct[row, column]:
                     assert torch.equal(found[case][place], saved[row])
                     assert int(subject.model(found[case][place : place + 1]).argmax()) != int(y[row])
+
+    def test_picks_what_breaks_in_one_run_and_not_in_another_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(examples, "pictured", lambda runs: ["L1", "L2"])
+        monkeypatch.setattr(examples, "_saved", lambda run, case: None)
+        # broken in both; in the second alone, by one and by both; in none; wrong when clean
+        one = report_of([1, 1, 1, 1, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0])
+        other = report_of([1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1])
+        runs = [named("one", one), named("other", other)]
+        assert examples.pick(runs, 2) == [2, 1]
+        assert examples.pick(runs, 5) == [2, 1, 0, 3]
+        assert examples.pick(runs[:1], 1) == [0]
 
     def test_a_damaged_batch_is_named_and_its_images_are_made_anew(
         self, runs: tuple[Path, Path], tmp_path: Path
