@@ -246,7 +246,7 @@ def test_names_of_runs_are_text_in_legends_and_beside_panels() -> None:
     canvas.text(0, 0, side("one $a_1$ name"))
     canvas.draw_without_rendering()  # a formula that is none would raise
     drawn = [text.get_text() for text in [*canvas.legends[0].get_texts(), *canvas.texts]]
-    assert [text.replace(r"\$", "$") for text in drawn] == [*names, "one $a_1$ name"]
+    assert [text.replace(r"\$", "$") for text in drawn] == [*names, "best union of _base", "one $a_1$ name"]
     assert not any("$" in text.replace(r"\$", "") for text in drawn)
 
 
@@ -260,7 +260,7 @@ def test_a_run_without_validation_shows_training_accuracy_and_says_so() -> None:
     ]
     assert [(p["seconds"], p["value"]) for p in data["runs"][0]["points"]] == [(9, pytest.approx(0.4))]
     labels = [text.get_text() for text in TrainingTime().draw(data).legends[0].get_texts()]
-    assert labels == ["old (training accuracy)", "new"]
+    assert labels == ["old (dashed: training accuracy)", "new"]
     with pytest.raises(UserError, match="log of empty holds no epoch"):
         TrainingTime().measure([logged("empty")], Options())
 

@@ -24,6 +24,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
+    SerializationInfo,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -204,8 +205,13 @@ class Component(Settings):
         return handler(schema) if cls.kind else {FAMILY: cls.__name__}
 
     @model_serializer(mode="plain")
-    def _with_kind(self) -> dict[str, Any]:
-        return {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
+    def _with_kind(self, info: SerializationInfo) -> dict[str, Any]:
+        shown = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if not info.exclude_defaults or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return {"kind": self.kind, **shown}
 
     def dump(self) -> dict[str, Any]:
         """The settings as plain data, ``kind`` first: what a config file would say."""

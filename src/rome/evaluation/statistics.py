@@ -30,12 +30,30 @@ class Difference(NamedTuple):
         """Whether the exact test rejects that there is no difference."""
         return self.p < LEVEL
 
+    @property
+    def said(self) -> str:
+        """``p = 0.4``."""
+        return "p < 0.0001" if self.p < 0.0001 else f"p = {self.p:.2g}"
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+
+def wilson(correct: float, n: float) -> tuple[float, float]:
     """95% score interval of a share of n examples (Wilson 1927)."""
-    low, high = binomtest(correct, n).proportion_ci(1 - LEVEL, method="wilson")
+    z, share = NormalDist().inv_cdf(1 - LEVEL / 2), correct / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # the ends of none and all are 0 and 1, which rounding would miss by a hair
-    return float(low) if correct else 0.0, float(high) if correct < n else 1.0
+    return middle - half if correct else 0.0, middle + half if correct < n else 1.0
+
+
+def wilson_mean(shares: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean m of one share in [0, 1] for each example, (n,).
+
+    :func:`wilson` with the effective number of examples n m (1 - m) / variance (Korn and Graubard 1998): never wider
+    than that of n answers right or wrong, and equal to it where all shares are 0 or 1. Where all are alike, it is n.
+    """
+    mean, variance = float(shares.mean()), float(shares.var())
+    n = len(shares) * (mean * (1 - mean) / variance if variance else 1.0)
+    return wilson(mean * n, n)
 
 
 @functools.cache

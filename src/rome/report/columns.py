@@ -14,9 +14,9 @@ from rome.attacks.suites.base import LP
 from rome.core.console import print_table
 from rome.core.errors import some
 from rome.evaluation.evaluate import Report
-from rome.evaluation.result import CLEAN, UNION
+from rome.evaluation.result import AVERAGE, CLEAN, UNION
 
-AVERAGE, MEAN = "average", " mean"
+MEAN = " mean"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
@@ -49,18 +49,25 @@ class Column(NamedTuple):
     union: Sequence[str] | None = None
     """The cases whose union it is; None for one of the report's own numbers, which the title names."""
 
-    @property
-    def has_interval(self) -> bool:
-        return self.title != AVERAGE and not self.title.endswith(MEAN)
-
     def cell(self, report: Report) -> Cell:
+        """The number with its interval."""
+        means = {f"{group}{MEAN}": names for group, names in report.members.items()}
+        if self.title in means:
+            value = report.groups[self.title.removesuffix(MEAN)]
+            return Cell(value, None if math.isnan(value) else report.mean_interval(means[self.title]))
         if self.union is not None:
             known = set(self.union) <= set(report.cases)
             return Cell(report.union_of(self.union), report.union_interval(self.union)) if known else Cell(math.nan)
-        values = {f"{group}{MEAN}": mean for group, mean in report.groups.items()}
-        values |= {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+        values = {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
         value = values.get(self.title, math.nan)
-        return Cell(value, report.interval(self.title) if self.has_interval and not math.isnan(value) else None)
+        return Cell(value, None if math.isnan(value) else report.interval(self.title))
+
+    def right(self, report: Report) -> np.ndarray | None:
+        """bool (n,): the examples whose share it is; None for a mean and for what is missing."""
+        if self.title in report.cases:
+            return np.asarray(report.correct[:, report.cases.index(self.title)])
+        cases = report.attacks if self.title == UNION else self.union
+        return report.right(cases) if cases and set(cases) <= set(report.cases) else None
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:

@@ -17,12 +17,12 @@ from rome.attacks import AttackThreat
 from rome.core import trust
 from rome.core.console import print_table
 from rome.core.errors import UserError
-from rome.core.files import csv_text, make_folder, now, replace_file
+from rome.core.files import csv_text, flatten, make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.columns import by_class, covered, remarks, show, tabulate
-from rome.report.compared import config_differences, findings, gather
+from rome.report.columns import by_class, columns_of, covered, remarks, show, tabulate
+from rome.report.compared import config_differences, findings, gather, headline, outstanding
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
 from rome.report.figures import Options, registered
@@ -94,12 +94,18 @@ def write_report(
     if seeds is not None:
         print_table(seeds[1], seeds[0])
         print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the training seeds")
-    sentences = seed_findings(groups) if base is None else []
-    sentences = sentences or findings(compared, compared[0] if base is not None else None)
+    first = compared[0] if base is not None else None
+    over_seeds = seed_findings(groups) if base is None else []
+    sentences = over_seeds or findings(compared, first)
     for sentence in sentences:
         print(sentence)
 
     columns, cells = tabulate(rows, unions)
+    reports = [run.report for run in compared]
+    best = outstanding(reports, columns_of(reports, unions))
+    configs = [run.config for run in compared if run.config]
+    chosen = {key for config in configs for key in flatten(config.model_dump(mode="json", exclude_defaults=True))}
+    differences = config_differences(configs)
     pictures = _Pictures(compared)
     options = [("--suite", suite), *(("--union", ",".join(cases)) for cases in unions), ("--base", base)]
     said = [word for option, value in options if value for word in (option, str(value))]
@@ -107,18 +113,19 @@ def write_report(
     context: dict[str, Any] = {
         "runs": compared,
         "columns": columns,
-        "cells": cells,
+        "cells": [[cell._replace(best=(i, j) in best) for j, cell in enumerate(line)] for i, line in enumerate(cells)],
         "covered": covered(rows),
         "findings": sentences,
+        "headline": over_seeds[0] if over_seeds else headline(compared, first),
         "seeds": seeds,
-        "chart": charts.accuracies(rows, unions),
-        "classes": by_class([run.report for run in compared], pictures.classes()),
+        "classes": by_class(reports, pictures.classes()),
         "shots": pictures.attempt(pictures.examples, "examples"),
         "gates": pictures.attempt(pictures.gates, "gates"),
         "figures": pictures.attempt(pictures.figures, "figures"),
         "curves": charts.histories({run.name: run.run.log() if run.run else [] for run in compared}, natural=natural),
         "natural": natural,
-        "differences": config_differences([run.config for run in compared if run.config]),
+        "differences": {key: values for key, values in differences.items() if key in chosen},
+        "defaults": {key: values for key, values in differences.items() if key not in chosen},
         "command": shlex.join(
             ["rome", "report", *map(str, runs), "--out", str(out), *said, *["--robustbench"] * robustbench]
         ),

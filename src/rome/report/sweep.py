@@ -27,9 +27,8 @@ from rome.core.errors import Interrupted, UserError
 from rome.core.files import LONGEST_NAME, csv_text, make_folder, replace_file
 from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
-from rome.evaluation.result import CLEAN, UNION
+from rome.evaluation.result import AVERAGE, CLEAN, UNION
 from rome.evaluation.store import RESULT
-from rome.report.columns import AVERAGE
 from rome.report.seeds import mean_and_spread
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
