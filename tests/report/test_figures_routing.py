@@ -558,7 +558,8 @@ def test_beside_runs_a_given_model_is_left_out_of_what_asks_for_a_log(tmp_path: 
 def test_the_documented_figure_works(three: list[Fake]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "figures.md").read_text()
     names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    exec(next(block for block in blocks if "class Lengths" in block), names)
     assert registered()["lengths"] is names["Lengths"]
     data = figure("lengths", *three)
     assert data["rome"]["natural"] == 0

@@ -305,7 +305,7 @@ def test_each_refusal_is_one_line_and_sends_nothing(
     wrong: dict[str, tuple[Path, str, dict[str, Any]]] = {
         "give USER/NAME": (runs / "plain", "net", {}),
         "name a branch with --revision": (runs / "plain", "alice/net@v2", {}),
-        "is not the folder of a run": (tmp_path, "alice/net", {}),
+        "is a folder with neither run nor config": (tmp_path, "alice/net", {}),
         "is not an empty folder": (runs / "plain", "alice/net", {"dry_run": stale}),
         "evaluated other weights": (stale, "alice/net", {}),
         "has no evaluation, and": (bare, "alice/net", {}),
