@@ -14,7 +14,7 @@ from rome.core.errors import UserError
 
 EXPERIMENTS = ("digits/random.yaml", "digits/rome-random.yaml")
 SHORT = ("epochs=14", "natural_epochs=8", "attack.steps=3", "evaluation.suite.iterations=20")
-"""What makes the experiments so short that three seeds of each take less than three minutes on two cores."""
+"""What makes the experiments short enough to be trained with three seeds each."""
 SEEDS = "seed=0,1,2"
 
 
@@ -38,7 +38,7 @@ def demo(
     config, jobs = chosen[0].config, min(os.cpu_count() or 1, len(chosen))
     say(
         f"RANDOM and RoME+RANDOM on real digits: {len(chosen)} trainings of {config.epochs} epochs, {jobs} at a time, "
-        f"each then attacked under L1, L2 and Linf on {config.evaluation.n} test images; two cores take 3 minutes"
+        f"each then attacked under L1, L2 and Linf on {config.evaluation.n} test images; a few minutes on two cores"
     )
     if failed := grid.sweep(chosen, jobs=jobs):
         raise UserError("\n".join(f"{place}: {reason}" for place, reason in failed.items()))
