@@ -21,7 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["notebooks", "generated/state"]
+exclude_patterns = ["notebooks"]
 suppress_warnings = ["config.cache"]  # the order of the notebooks is a function
 
 smartquotes = False  # they would make one dash of --out

@@ -88,7 +88,8 @@ def commands(block: Block, folder: Path) -> list[list[str]]:
 
 def run_shell(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     places = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    text = block.text.replace("cifar10:PATH", "cifar10:CIFAR10")
+    text = re.sub(r"(--n |validation\.n=|apgd-|autoattack-)\d+", r"\g<1>4", block.text)  # few examples are there
+    text = text.replace("cifar10:PATH", "cifar10:CIFAR10")
     command = ["bash", "-euo", "pipefail", "-c", text]
     return subprocess.run(command, cwd=folder, env=os.environ | places, capture_output=True, text=True, check=False)
 
