@@ -9,6 +9,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 os.environ["ROME_STATE_HOME"] = str(HERE / "generated" / "state")  # what the notebooks train is not the user's
 
 import generate  # noqa: E402
+from sphinx.ext.napoleon import GoogleDocstring  # noqa: E402
 
 from rome.core.version import __version__  # noqa: E402
 
@@ -21,7 +22,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["notebooks", "generated/state"]
+exclude_patterns = ["notebooks"]
 suppress_warnings = ["config.cache"]  # the order of the notebooks is a function
 
 smartquotes = False  # they would make one dash of --out
@@ -60,8 +61,11 @@ sphinx_gallery_conf = {
 }
 
 
+# Napoleon takes what stands before a colon in an attribute's docstring for its type; here it is a sentence.
+GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))
+
+
 def setup(app: object) -> None:
     generate.write(HERE / "generated")
     app.connect("autodoc-process-signature", generate.signature)  # type: ignore[attr-defined]
-    app.connect("autodoc-process-docstring", generate.attribute, priority=400)  # type: ignore[attr-defined]  # before napoleon
     app.connect("source-read", generate.outside)  # type: ignore[attr-defined]

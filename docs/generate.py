@@ -257,7 +257,10 @@ def _api() -> dict[str, str]:
             done.add(id(value))
             public = f"rome.{value.__name__}" if value in own else f"{_home(package, value)}.{value.__name__}"
             kind = "class" if inspect.isclass(value) else "function"
-            blocks.append(f".. auto{kind}:: {public}\n" + ("   :members:\n" if kind == "class" else ""))
+            blocks.append(
+                f".. auto{kind}:: {public}\n"
+                + ("   :members:\n   :exclude-members: model_config\n" if kind == "class" else "")
+            )
         title = f"rome.{name}: {about[0].lower()}{about[1:]}"
         pages[f"api/{name}.rst"] = f"{_title(title, '=')}\n\n{_offers(package)}\n\n" + "\n".join(blocks)
     pages["api/index.md"] = _page(
@@ -289,12 +292,6 @@ def signature(app: Any, what: str, name: str, value: Any, options: Any, text: st
         keys = [key if field.is_required() else f"{key}={_value(field)}" for key, field in value.model_fields.items()]
         return f"({', '.join(['*', *keys]) if keys else ''})", None
     return None
-
-
-def attribute(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Napoleon takes what stands before a colon in an attribute's first line for its type; here it is a sentence."""
-    if what == "attribute":
-        lines.insert(0, "")
 
 
 # Text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ RUNS = {
     "docs/how-to/long-runs.md": ["runs/rome-random-pgd"],
 }
 """Runs that a page takes to be there."""
+ALL = ["runs/random-pgd", "runs/rome-random-pgd"]
 WITH_BLOCKS = [page for page in PAGES if any(block.language in ("sh", "python", "yaml") for block in blocks(page))]
 
 
@@ -87,22 +89,30 @@ def _copied(path: str | Path, beside: Path) -> Path:
     return located(f"experiments/{text.removeprefix('mine/')}" if text.startswith("mine/") else path, beside)
 
 
+def trains(text: str, run: str) -> bool:
+    return bool(re.search(rf"train \S*/{Path(run).name}\.yaml", text))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_commands_and_snippets_run(page: str, tmp_path: Path) -> None:
-    furnish(tmp_path, page, RUNS.get(page, []))
+    """Those of a page one after the other in one folder; README is no course, so there each block stands alone."""
     done = ""
-    for block in blocks(page):
+    for number, block in enumerate(blocks(page)):
+        folder = tmp_path / (str(number) if page == "README.md" else "page")
         if block.mark == "not run" or block.language not in ("sh", "python"):
             continue
+        if not folder.exists():
+            runs = RUNS.get(page, []) if page != "README.md" else [run for run in ALL if not trains(block.text, run)]
+            furnish(folder, page, runs)
         if block.mark == "file":
-            (tmp_path / block.about).write_text(block.text)
+            (folder / block.about).write_text(block.text)
         if block.language == "python":
             done += block.text
-            ended = run_python(done, tmp_path)
+            ended = run_python(done, folder)
         else:
-            ended = run_shell(block, tmp_path)
+            ended = run_shell(block, folder)
         said = f"{page}:{block.line}\n{block.text}\n{ended.stdout[-2000:]}{ended.stderr[-3000:]}"
         assert ended.returncode == (2 if block.mark == "fails" else 0), said
 

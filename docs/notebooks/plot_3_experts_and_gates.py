@@ -44,7 +44,9 @@ for name, batch in groups.items():
         model(batch)
     layer, gates = list(recorder.gates.items())[-1]
     means[name] = gates.weights.mean(dim=(0, 1)).numpy()
-print(layer, {name: mean.round(3).tolist() for name, mean in means.items()})
+print(layer)
+for name, mean in means.items():
+    print(f"{name:>8}", *(f"{weight:.3f}" for weight in mean))
 
 # %%
 # If the bars of a group do not differ between threats, the gates send every threat to the same experts:
@@ -56,6 +58,7 @@ for i, (name, mean) in enumerate(means.items()):
     plt.bar(np.arange(len(mean)) + 0.2 * i - 0.3, mean, width=0.18, label=name)
 plt.xticks(range(4), [f"expert {k + 1}" for k in range(4)])
 plt.ylabel("mean gate weight")
+plt.ylim(0, 1.2 * max(mean.max() for mean in means.values()))
 plt.legend(ncols=4, fontsize=8)
 plt.show()
 

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from helpers.tiny_runs import save_run
+from rome.evaluation.run import evaluate_saved
 from rome.runs.config import load
 from rome.runs.experiments import files, path_of
 
@@ -61,6 +62,27 @@ rome.add_experts(model.eval(), experts=2, rank=2)
 """What a snippet may use without making it: a model with experts, a batch, threats."""
 
 
+QUICK = "--suite '{kind: apgd, iterations: 5}'"
+SMALLER = {
+    r"--n \d+": "--n 4",
+    r"validation\.n=\d+": "validation.n=4",
+    r"-(apgd|autoattack)-\d+": r"-apgd-4",
+    r"--suite (apgd|autoattack)(?=\s|$)": QUICK,
+    r"--suite apgd,unseen": "--suite apgd,unseen --cases fog",
+    r"--suite (all|unseen)(?=\s|$)(?! --cases)": r"--suite \1 --cases fog",
+    r"--cases fog,L2": "--cases fog",
+    r"\{fog: \{steps: 200\}, patch: \{size: 4\}\}\}'": r"\g<0> --cases fog",
+    r"form: published\}'": r"\g<0> --cases fog",
+    r"cifar10:PATH": "cifar10:CIFAR10",
+    r"pretrained=True": "pretrained=False",
+    r"vit_small": "vit_tiny",
+    r"224, 224": "32, 32",
+    r"\.first\(20\)": ".first(4)",
+    r"suite=\"(apgd|autoattack)\"": 'suite="lp"',
+}
+"""What a page says -> what runs here: few examples, few iterations, one of many attacks, no download."""
+
+
 class Block(NamedTuple):
     language: str
     text: str
@@ -88,22 +110,29 @@ def commands(block: Block, folder: Path) -> list[list[str]]:
 
 def run_shell(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     places = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    text = block.text.replace("cifar10:PATH", "cifar10:CIFAR10")
+    text = _smaller(block.text)
     command = ["bash", "-euo", "pipefail", "-c", text]
     return subprocess.run(command, cwd=folder, env=os.environ | places, capture_output=True, text=True, check=False)
 
 
 def run_python(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    text = NAMES + text.replace("pretrained=True", "pretrained=False").replace("vit_small", "vit_tiny")
+    text = NAMES + _smaller(text)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     return subprocess.run(
         [sys.executable, "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
 
 
+def _smaller(text: str) -> str:
+    for large, small in SMALLER.items():
+        text = re.sub(large, small, text)
+    return text
+
+
 def furnish(folder: Path, page: str, runs: list[str]) -> None:
     """What a page takes to be there: commands, images (``PATH``, ``CIFAR10``), modules, runs; and the experiments of
     the folders that it names at a tiny size, which are found before those that come with rome."""
+    folder.mkdir()
     for name, script in SHIMS.items():
         command = folder / "bin" / name
         command.parent.mkdir(exist_ok=True)
@@ -135,7 +164,8 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         if f"{path_of(file.parent)}/" in text:
             _shrink(file, folder)
     for name in runs:
-        save_run(folder / name, name=Path(name).name, **({"experts": None} if name.endswith("/random-pgd") else {}))
+        plain = {"experts": None} if name.endswith("/random-pgd") else {}
+        evaluate_saved(save_run(folder / name, name=Path(name).name, **plain), suite="lp", n=4)
 
 
 def _shrink(file: Path, folder: Path) -> None:
