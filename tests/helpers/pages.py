@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ SHIMS = {
     "rome": f'exec {sys.executable} -m rome.cli "$@"',
     "torchrun": f'while [ "$1" != -m ]; do shift; done; exec {sys.executable} "$@"',
     "pip": "exit 0",
-    "make": f'exec /usr/bin/env make --silent --dry-run -C {ROOT} "$@" > /dev/null',
+    "make": f'exec {shutil.which('make')} --silent --dry-run -C {ROOT} "$@" > /dev/null',
     "python": f'cd {ROOT}; exec {sys.executable} "$1" --help > /dev/null',
 }
 """Commands that would install, or run for hours, only have to exist."""
