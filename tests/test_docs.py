@@ -22,7 +22,6 @@ RUNS = {
     "docs/figures.md": ["RUN"],
     "docs/explore.md": ["runs/rome-random-pgd"],
     "docs/own-models.md": ["runs/rome-random-pgd"],
-    "docs/how-to/long-runs.md": ["runs/rome-random-pgd"],
 }
 """Runs that a page takes to be there."""
 ALL = ["runs/random-pgd", "runs/rome-random-pgd"]

@@ -165,8 +165,10 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         if f"{path_of(file.parent)}/" in text:
             _shrink(file, folder)
     for name in runs:
-        plain = {"experts": None} if name.endswith("/random-pgd") else {}
-        evaluate_saved(save_run(folder / name, name=Path(name).name, **plain), suite="lp", n=4)
+        changes: dict[str, Any] = {"experts": None} if name.endswith("/random-pgd") else {}
+        changes |= {"data": {"kind": "cifar10", "path": str(folder / "CIFAR10")}, "threats": "cifar10"}
+        run = save_run(folder / name, name=Path(name).name, model__img_size=32, model__patch_size=8, **changes)
+        evaluate_saved(run, suite="lp", n=4)
 
 
 def _shrink(file: Path, folder: Path) -> None:
