@@ -13,7 +13,10 @@ from rome.core.console import say
 from rome.core.errors import UserError
 
 EXPERIMENTS = ("digits/random.yaml", "digits/rome-random.yaml")
-SHORT = ("epochs=14", "natural_epochs=8", "attack.steps=3", "evaluation.suite.iterations=20")
+SHORT = (
+    *("epochs=14", "natural_epochs=9", "batch_size=64", "optimizer.lr=3e-3", "attack.steps=3"),
+    "evaluation.suite.iterations=10",
+)
 """What makes the experiments short enough to be trained with three seeds each."""
 SEEDS = "seed=0,1,2"
 
