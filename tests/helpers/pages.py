@@ -45,7 +45,7 @@ SHIMS = {
     "rome": f'exec {sys.executable} -m rome.cli "$@"',
     "torchrun": f'while [ "$1" != -m ]; do shift; done; exec {sys.executable} "$@"',
     "pip": "exit 0",
-    "make": f'exec {shutil.which('make')} --silent --dry-run -C {ROOT} "$@" > /dev/null',
+    "make": f'exec {shutil.which("make")} --silent --dry-run -C {ROOT} "$@" > /dev/null',
     "python": f'cd {ROOT}; exec {sys.executable} "$1" --help > /dev/null',
 }
 """Commands that would install, or run for hours, only have to exist."""
@@ -65,9 +65,9 @@ rome.add_experts(model.eval(), experts=2, rank=2)
 
 QUICK = "--suite '{kind: apgd, iterations: 5}'"
 SMALLER = {
-    r"--n \d+": "--n 4",
-    r"validation\.n=\d+": "validation.n=4",
-    r"-(apgd|autoattack)-\d+": r"-apgd-4",
+    r"--n \d+": "--n 8",
+    r"validation\.n=\d+": "validation.n=8",
+    r"-(apgd|autoattack)-\d+": r"-apgd-8",
     r"--suite (apgd|autoattack)(?=\s|$)": QUICK,
     r"--suite apgd,unseen": "--suite apgd,unseen --cases fog",
     r"--suite (all|unseen)(?=\s|$)(?! --cases)": r"--suite \1 --cases fog",
@@ -168,15 +168,15 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         changes: dict[str, Any] = {"experts": None} if name.endswith("/random-pgd") else {}
         changes |= {"data": {"kind": "cifar10", "path": str(folder / "CIFAR10")}, "threats": "cifar10"}
         run = save_run(folder / name, name=Path(name).name, model__img_size=32, model__patch_size=8, **changes)
-        evaluate_saved(run, suite="lp", n=4)
+        evaluate_saved(run, suite="lp", n=8)
 
 
 def _shrink(file: Path, folder: Path) -> None:
     config = load(file)
     small: dict[str, Any] = {
         "extends": str(file), "name": config.name, "batch_size": 8, "accumulate": 1, "epochs": 1, "natural_epochs": 0,
-        "precision": "fp32", "device": "cpu", "workers": 0, "data": {"train_limit": 16, "test_limit": 6},
-        "evaluation": {"suite": {"kind": "apgd", "iterations": 5}, "n": 6}, "attack": {"steps": 1},
+        "precision": "fp32", "device": "cpu", "workers": 0, "data": {"train_limit": 16, "test_limit": 8},
+        "evaluation": {"suite": {"kind": "apgd", "iterations": 5}, "n": 8}, "attack": {"steps": 1},
     }  # fmt: skip
     if config.data.kind != "digits":
         args = {"embed_dim": 16, "depth": 2, "num_heads": 2}
