@@ -140,7 +140,7 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         command.write_text(f"#!/bin/bash\n{script}\n")
         command.chmod(0o755)
     for name in ("mine", "my", "my_models"):
-        body = "    import timm\n    return timm.create_model('resnet10t', num_classes=num_classes)\n"
+        body = "    import timm, torch\n    torch.manual_seed(0)\n    return timm.create_model('resnet10t', num_classes=num_classes)\n"
         (folder / f"{name}.py").write_text(
             "".join(f"def {function}(num_classes, **other):\n{body}" for function in ("net", "wide", "build"))
         )
@@ -165,7 +165,8 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         if f"{path_of(file.parent)}/" in text:
             _shrink(file, folder)
     for name in runs:
-        changes: dict[str, Any] = {"experts": None} if name.endswith("/random-pgd") else {}
+        experts = {"kind": "low-rank", "experts": 4, "rank": 16, "layers": ["qkv", "proj"]}  # of that row of Table 1
+        changes: dict[str, Any] = {"experts": None if name.endswith("/random-pgd") else experts}
         changes |= {"data": {"kind": "cifar10", "path": str(folder / "CIFAR10")}, "threats": "cifar10"}
         run = save_run(folder / name, name=Path(name).name, model__img_size=32, model__patch_size=8, **changes)
         evaluate_saved(run, suite="lp", n=8)
