@@ -334,7 +334,7 @@ def test_a_report_builds_given_models_again_and_says_what_they_are(two: list[Pat
         assert "mean 0.2, std 0.5" in text
         assert "none of ours" in text
         assert re.search(r"data(</dt><dd>| )digits", text)
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "examples", "provenance"]
     assert "<h3>Settings that differ" not in page
     assert "Full config" not in page
     x, y = Digits().open("test").first(N)
@@ -360,7 +360,7 @@ def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path]
         torch.jit.trace(net().eval(), torch.rand(3, 1, 8, 8)).save("traced.pt")
     page = write_report(two, tmp_path / "report").read_text()
     assert page.count("the model is not the one that was evaluated any more (model.sha256") == 2
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "provenance"]
     Path("traced.pt").unlink()
     page = write_report(two, tmp_path / "report").read_text()
     assert "No pictures of odd: there is no file traced.pt" in page
@@ -390,7 +390,7 @@ def test_one_evaluated_in_python_has_numbers_and_a_line_for_its_pictures(
     page = write_report([Path("mine"), two[0]], tmp_path / "report").read_text()
     assert "No pictures of mine: mine does not say how its model is built" in page
     assert str(hash_model(trained)) in page
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "examples", "provenance"]
     shown = page[page.index('<section id="examples"') : page.index('<section id="provenance"')]
     assert re.findall("<h3>(.*?)</h3>", shown) == ["traced.pt"]
 
