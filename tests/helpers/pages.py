@@ -140,7 +140,10 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         command.write_text(f"#!/bin/bash\n{script}\n")
         command.chmod(0o755)
     for name in ("mine", "my", "my_models"):
-        body = "    import timm, torch\n    torch.manual_seed(0)\n    return timm.create_model('resnet10t', num_classes=num_classes)\n"
+        body = (
+            "    import timm, torch\n    torch.manual_seed(0)\n"
+            "    return timm.create_model('resnet10t', num_classes=num_classes)\n"
+        )
         (folder / f"{name}.py").write_text(
             "".join(f"def {function}(num_classes, **other):\n{body}" for function in ("net", "wide", "build"))
         )
