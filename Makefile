@@ -1,9 +1,9 @@
-# make demo | test | check | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | clean
+# make demo | test | check | docs | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | test-oldest | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check gpu format test-kernels test-slow test-gpu test-browser test-originals clean
+.PHONY: demo test check docs gpu format test-kernels test-slow test-gpu test-browser test-originals test-oldest wheel clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -43,6 +43,24 @@ test-originals: $(VENV)/ready  # the unseen attacks beside the packages they wer
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/originals \
 		advex-uar==0.0.6.dev0 perceptual-advex==0.2.6 recoloradv==0.0.1 six==1.17.0 torchattacks==3.5.1
 	PYTHONPATH=$(VENV)/originals OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attacks/test_originals.py
+
+test-oldest:  # the suite with the oldest versions that pyproject.toml allows, in an environment of its own
+	@$(PYTHON) -m venv $(VENV)/oldest
+	@$(VENV)/oldest/bin/pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/oldest/bin/uv pip install --quiet --python $(VENV)/oldest/bin/python --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default -m "not slow and not gpu and not browser"
+
+docs: $(VENV)/docs  # the site, into the folder site: a page for each experiment, the API, notebooks that are run; no network
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs site
+	@echo "open site/index.html"
+
+$(VENV)/docs: $(VENV)/ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+wheel: $(VENV)/ready  # sdist and wheel into dist, and the wheel alone in an empty folder; WHEEL=full: with the whole demo
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine
+	VENV=$(VENV) .ci/wheel $(WHEEL)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rome needs Python >= 3.11; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }

@@ -18,6 +18,7 @@ from .models import load_experts as load_experts
 from .models import load_model as load_model
 from .models import save_experts as save_experts
 from .models import save_model as save_model
+from .report.push import push as push
 from .runs.config import Config as Config
 from .runs.config import load as load
 from .threats import CIFAR10 as CIFAR10

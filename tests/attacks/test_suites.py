@@ -28,7 +28,7 @@ from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_imag
 from rome.evaluation.memory import Halving, out_of_memory
 from rome.evaluation.statistics import wilson
 from rome.models import create_model, save_model
-from rome.report.columns import missing
+from rome.report.columns import remarks
 from rome.runs.config import parse
 from rome.threats import CIFAR10, DIGITS, AnyImage, LpBall, Perceptual
 
@@ -172,7 +172,7 @@ def test_a_network_that_is_not_there_costs_its_cases_alone_and_is_told_at_once(
     told = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in told] == ["ppgd", "lpa", "gma"]
     assert told[0].startswith("ppgd: failed: no network")
-    assert sum("no network" in sentence for sentence in missing(found)) == 1
+    assert sum("no network" in sentence for sentence in remarks(found)) == 1
 
 
 def test_attacks_without_meaning_on_the_images_are_left_out_and_the_union_is_of_the_others(capsys: Any) -> None:
@@ -190,7 +190,7 @@ def test_attacks_without_meaning_on_the_images_are_left_out_and_the_union_is_of_
         )
         assert (report.attacks, dict(report.failed)) == (("patch",), {})
         assert report.union == report.robust["patch"]
-        assert missing(report) == [f"recoloradv left out: it {why}"]
+        assert remarks(report)[1:] == [f"recoloradv left out: it {why}"]
         with pytest.raises(UserError, match="the suite has no case 'recoloradv'"):
             evaluate(model, x, y, suite=suite, threats=CIFAR10, cases=["recoloradv"])
         patch.setattr(unseen, "UNSEEN", tuple(row for row in few if row.kind == "recoloradv"))

@@ -27,7 +27,22 @@ from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
 from rome.training.setup import train
 
-COMMANDS = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+    "report",
+    "table",
+    "figures",
+    "explore",
+    "cost",
+    "check",
+    "schema",
+    "push",
+    "list",
+    "init",
+)
 
 
 @pytest.fixture
@@ -72,12 +87,28 @@ def plain(text: str) -> str:
 # Help and lists
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    asked = "import sys; from rome.cli.app import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False).stdout
-    assert "sweep" in told
-    assert "typer" in told.split()
-    assert not {"torch", "timm", "numpy"} & set(told.split())
+def modules_after(code: str) -> set[str]:
+    """What a fresh process has imported after these lines."""
+    lines = f"import sys\ntry:\n    {code}\nfinally:\n    print('modules:', *sys.modules)"
+    said = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False).stdout
+    before, _, names = said.rpartition("modules:")
+    assert before, "it answers"
+    return set(names.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "experiments"]], ids=" ".join)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    names = modules_after(f"from rome.cli.app import main; main({arguments})")
+    assert "typer" in names
+    assert not {"torch", "timm", "numpy"} & names
+
+
+def test_a_config_is_read_without_what_only_training_needs() -> None:
+    """Each of these takes as long as the rest together, or nearly so."""
+    file = Path(__file__).parents[2] / "experiments/digits/rome-random.yaml"
+    names = modules_after(f"from rome.runs.config import load; print(load({str(file)!r}).name)")
+    assert "torch" in names
+    assert not {"torch._dynamo", "timm", "torchvision", "scipy", "sklearn", "lightning_fabric", "matplotlib"} & names
 
 
 def test_every_public_name_can_be_had_from_the_package() -> None:
@@ -96,6 +127,14 @@ def test_help_names_every_command(rome: Any) -> None:
     assert all(command in ended.out for command in COMMANDS)
 
 
+def test_alone_it_says_what_to_do_first_and_which_version_it_is(rome: Any) -> None:
+    alone = rome()
+    assert "Start with rome demo" in plain(alone.out + alone.err)
+    ended = rome("--version")
+    assert (ended.code, ended.out) == (0, f"rome {importlib.import_module('rome').__version__}\n")
+    assert "--install-completion" in plain(alone.out + alone.err)
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -105,10 +144,25 @@ def test_help_names_every_command(rome: Any) -> None:
             "evaluate",
             ["target", "--suite", "--n", "--batch-size", "--device", "--json", "autoattack", "--cases", "--checks"],
         ),
-        ("evaluate", ["--model", "--data", "--weights", "--budgets", "--mean", "--std", "--num-classes", "torchrun"]),
+        (
+            "evaluate",
+            [
+                "--model",
+                "--data",
+                "--weights",
+                "--budgets",
+                "--mean",
+                "--std",
+                "--num-classes",
+                "torchrun",
+                "--loggers",
+            ],
+        ),
         ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
+        ("check", ["config", "key=value", "--json", "missing"]),
+        ("schema", ["--out", "--imports"]),
         ("list", ["family", "methods|attacks|models|", "pattern"]),
     ],
 )
@@ -126,6 +180,7 @@ def test_each_command_explains_itself(command: str, words: list[str], rome: Any)
         ("attacks", ["apgd", "pgd"]),
         ("data", ["cifar10", "digits", "folder"]),
         ("suites", ["all", "apgd", "autoattack", "corruptions", "lp", "unseen"]),
+        ("loggers", ["csv", "mlflow", "tensorboard", "trackio", "wandb"]),
         ("experiments", ["digits/rome-random.yaml", "table1/rome-max-apgd.yaml", "clean 82.5"]),
     ],
 )
@@ -161,9 +216,27 @@ def test_experiments_are_listed_with_the_papers_numbers(rome: Any) -> None:
     assert rome("list", "experiments", "table7").code == 2
 
 
-@pytest.mark.parametrize("arguments", [["list", "nothing"], ["trian"], ["train"], ["evaluate", "x", "--n", "0"], []])
-def test_wrong_usage_ends_with_2(arguments: list[str], rome: Any) -> None:
-    assert rome(*arguments).code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "experiment"], "family cannot be 'experiment'. Did you mean 'experiments'? Valid: attacks, data,"),
+        (["evaluate", "x", "--routing", "invers"], "--routing cannot be 'invers'. Did you mean 'inverse'?"),
+        (["trian"], "no such command 'trian'. Did you mean 'train'? (rome --help says more)"),
+        (["train"], "missing argument 'config' (rome train --help says more)"),
+        (["evaluate", "x", "--n", "0"], "invalid value for '--n'"),
+        (["table", "--formt", "html"], "there is no option --formt. Did you mean '--format'?"),
+    ],
+)
+def test_wrong_usage_is_answered_like_any_other_mistake(arguments: list[str], message: str, rome: Any) -> None:
+    ended = rome(*arguments)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert ended.err.startswith(f"error: {message}")
+
+
+def test_alone_it_helps(rome: Any) -> None:
+    ended = rome()
+    assert (ended.code, ended.err) == (2, "")
+    assert "Usage" in ended.out
 
 
 # Train
@@ -185,9 +258,23 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
     ("arguments", "message"),
     [
         (["nowhere.yaml"], "there is no config nowhere.yaml"),
-        (["."], "there is no config"),
+        (["."], "a config is a YAML file; . is a folder with the configs orphan.yaml, tiny.yaml"),
         (["tiny.yaml", "epoch=3"], "epoch: unknown key. Did you mean 'epochs'?"),
         (["tiny.yaml", "epochs"], "write key=value"),
+        (["tiny.yaml", "lr=3"], "lr: unknown key. Did you mean attack.lr or optimizer.lr?"),
+        (["tiny.yaml", "rank=3"], "rank: unknown key. Did you mean experts.rank?"),
+        (["tiny.yaml", "seed=0,1"], "several values make a sweep: rome sweep CONFIG seed=0,1"),
+        (["tiny.yaml", "natural_epochs=9"], "natural_epochs: 9 exceeds epochs 1; set both: natural_epochs=0"),
+        (["tiny.yaml", "method=rome"], "kind of experts, which is set beside it: experts=low-rank. Valid: avg, eat"),
+        (["tiny.yaml", "attack=random"], "kind of method, which is set beside it: method=random. Valid: apgd"),
+        (["tiny.yaml", "--epochs", "3"], "there is no option --epochs; settings of a config have no dashes: epochs=3"),
+        (["tiny.yaml", "--batch-size=3"], "settings of a config have no dashes: batch_size=3"),
+        (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
+        (["other.safetensors"], "other.safetensors is a file of weights: rome evaluate other.safetensors, or model.we"),
+        (["net.py"], "a config is a YAML file; net.py is a program: name its function, net.py:net"),
+        (["run"], "run is the folder of a run: rome train --resume run, or rome evaluate run"),
+        (["orphan.yaml"], "orphan.yaml:1: extends: there is no config absent.yaml."),
+        (["tiny.yaml", "model.name=net.py:nte"], "net.py has no function 'nte'. Did you mean 'net'? Valid: net."),
         (["tiny.yaml", "epochs=[1"], "is not a valid value"),
         (["tiny.yaml", "attack.steps=-1"], "attack.steps: input should be greater than or equal to 0"),
         (["tiny.yaml", "attack=fgsm"], "unknown attack kind 'fgsm'"),
@@ -226,6 +313,10 @@ def test_a_mistake_ends_train_with_2_and_a_reason(
 ) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     (tmp_path / "words.pt").write_text("words")
+    (tmp_path / "net.py").write_text("def net(num_classes): ...")
+    (tmp_path / "orphan.yaml").write_text("extends: absent.yaml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     before = config.read_bytes()
     ended = rome("train", *arguments)
     assert (ended.code, ended.out) == (2, "")
@@ -347,7 +438,7 @@ def test_what_the_checkpoint_was_started_from_is_not_needed(rome: Any, tmp_path:
         (["runs/tiny", "--n", "41"], "--n 41 exceeds the 40 test examples of digits"),
         (["runs/tiny", "--device", "tpu"], "unknown device 'tpu'"),
         (["other.safetensors"], "holds no config"),
-        (["runs/tiny/config.yaml"], "is not a readable safetensors file"),
+        (["runs/tiny/config.yaml"], "runs/tiny/config.yaml is a config: rome train runs/tiny/config.yaml"),
         (["runs/tiny", "--batch-size", "\N{SUPERSCRIPT TWO}"], "give a number from 1, or auto"),
         (["cut.safetensors"], "is not a readable safetensors file"),
     ],
@@ -548,7 +639,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
     monkeypatch.setattr("rome.report.page._Pictures.attempt", lambda *_: None)  # pictures take time
     ended = rome("report", evaluated, "--out", "out")
     assert ended.code == 2
-    assert ended.err.endswith("error: out/report.md: No space left on device: make room\n")
+    assert ended.err.endswith("error: out/report.csv: No space left on device: make room\n")
     assert [file.name for file in Path("out").iterdir()] == ["report.md"]
     assert (Path("out") / "report.md").read_text() == "before"
 

@@ -202,6 +202,11 @@ def test_a_dump_is_plain_data_that_reads_back(value: Component) -> None:
     assert type(value).model_validate_json(value.model_dump_json()) == value
 
 
+def test_a_dump_without_defaults_says_what_was_set() -> None:
+    assert PGD(steps=7).model_dump(mode="json", exclude_defaults=True) == {"kind": "pgd", "steps": 7}
+    assert PGD().model_dump(mode="json", exclude_defaults=True) == {"kind": "pgd"}
+
+
 def test_a_component_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Apple().weight = 3

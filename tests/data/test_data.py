@@ -1106,3 +1106,14 @@ def test_the_papers_imagenet_100_is_a_list_that_the_folders_must_have(folder: Pa
         Data.of_kind("folder")(path=str(folder), classes="imagenet100").open("train")
     with pytest.raises(UserError, match="neither imagenet100 nor a file"):
         Data.of_kind("folder")(path=str(folder), classes=str(tmp_path / "none.txt")).open("train")
+
+
+def test_what_stands_here_for_the_sake_of_a_quick_start_is_torchvisions_and_timms() -> None:
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision.datasets import folder
+
+    from rome.data.folder import IMG_EXTENSIONS
+    from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD
+
+    assert IMG_EXTENSIONS == folder.IMG_EXTENSIONS
+    assert (IMAGENET_MEAN, IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

@@ -200,7 +200,7 @@ def test_a_timm_model_with_weights_normalises_itself(call: Any, files: Path) -> 
     assert facts["normalisation"] == {"mean": [0.5], "std": [0.5]}
     assert (facts["weights"], len(facts["weights_sha256"])) == ("vit.safetensors", 64)
     assert "no normalisation" not in ended.err
-    assert "no better than chance for 10 classes" in ended.err, "it was never trained"
+    assert "no better than guessing among 10 classes" in ended.err, "it was never trained"
     model = rome.load_model(files / "vit.safetensors")
     x, y = Digits().open("test").first(N)
     assert result["clean"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
@@ -334,7 +334,7 @@ def test_a_report_builds_given_models_again_and_says_what_they_are(two: list[Pat
         assert "mean 0.2, std 0.5" in text
         assert "none of ours" in text
         assert re.search(r"data(</dt><dd>| )digits", text)
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "examples", "provenance"]
     assert "<h3>Settings that differ" not in page
     assert "Full config" not in page
     x, y = Digits().open("test").first(N)
@@ -360,7 +360,7 @@ def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path]
         torch.jit.trace(net().eval(), torch.rand(3, 1, 8, 8)).save("traced.pt")
     page = write_report(two, tmp_path / "report").read_text()
     assert page.count("the model is not the one that was evaluated any more (model.sha256") == 2
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "provenance"]
     Path("traced.pt").unlink()
     page = write_report(two, tmp_path / "report").read_text()
     assert "No pictures of odd: there is no file traced.pt" in page
@@ -390,7 +390,7 @@ def test_one_evaluated_in_python_has_numbers_and_a_line_for_its_pictures(
     page = write_report([Path("mine"), two[0]], tmp_path / "report").read_text()
     assert "No pictures of mine: mine does not say how its model is built" in page
     assert str(hash_model(trained)) in page
-    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "examples", "provenance"]
+    assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "examples", "provenance"]
     shown = page[page.index('<section id="examples"') : page.index('<section id="provenance"')]
     assert re.findall("<h3>(.*?)</h3>", shown) == ["traced.pt"]
 
@@ -404,7 +404,7 @@ def test_the_kept_command_evaluates_the_same_again(two: list[Path], call: Any) -
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"), [("result.json", "unfinished"), ("settings.json", "not the folder of")]
+    ("missing", "message"), [("result.json", "unfinished"), ("settings.json", "a folder with neither run nor config")]
 )
 def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: list[Path]) -> None:
     (two[1] / missing).unlink()
@@ -426,8 +426,8 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
         (["--model", "constant.pt2"], "has no gradient with respect to its images"),
         (["--model", "net.pth"], "is not a TorchScript module.*--weights"),
-        (["--model", "my_net.py"], "unknown model 'my_net.py'"),
-        (["--model", "my_net.py:nte"], "cannot be imported"),
+        (["--model", "my_net.py"], "my_net.py is a program: name its function, my_net.py:net"),
+        (["--model", "my_net.py:nte"], "my_net.py has no function 'nte'. Did you mean 'net'"),
         (["--model", "nowhere.pt2"], "there is no file nowhere.pt2"),
         (
             ["--model", "vit_tiny_patch16_224"],

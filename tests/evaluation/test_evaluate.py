@@ -94,6 +94,19 @@ def test_interval_is_wilsons() -> None:
         found.interval("Linff")
 
 
+def test_the_interval_of_an_average_is_that_of_its_mean_over_examples() -> None:
+    same = report(["1111"] * 5 + ["1000"] * 5)  # the attacks agree on every example: as one attack
+    assert same.interval("average") == pytest.approx(wilson(5, 10))
+    # two of three attacks fail on every example but the last, which none fools: variance p (1 - p) (2/3)^2
+    mean, variance = 2 / 3, (1 / 3) ** 2
+    apart = report(["1100", "1111"] * 5)
+    n = 10 * mean * (1 - mean) / variance
+    assert apart.average == pytest.approx(mean)
+    assert apart.interval("average") == pytest.approx(wilson(mean * n, n))
+    assert report(["1000"] * 9).interval("average") == wilson(0, 9)
+    assert apart.to_json()["intervals"]["average"] == list(apart.interval("average"))
+
+
 def test_union_is_unavailable_where_a_case_failed() -> None:
     found = report(["111", "110"], ("clean", "L1", "L2"), failed={"Linf": "RuntimeError: no"})
     assert math.isnan(found.union)

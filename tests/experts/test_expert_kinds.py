@@ -656,7 +656,7 @@ def build(num_classes):
 """
 RUNS: dict[str, dict[str, Any]] = {
     "convolutions": {"experts": {"experts": 2, "rank": 2}, "model": None},
-    "ffn": {"experts": {"kind": "ffn", "experts": 3, "top": 2, "regularizer": "load-balancing"}},
+    "ffn": {"experts": {"kind": "ffn", "experts": 3, "top": 3, "regularizer": "load-balancing"}},  # each is visited
     "adapter": {
         "experts": {"kind": "adapter", "experts": 3, "rank": 2, "regularizer": "classification"},
         "epochs": 2, "natural_epochs": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 import time
@@ -43,20 +44,18 @@ class Open(NamedTuple):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a page for two runs, one of them with experts, is served."""
-    import uvicorn
-
-    from rome.report.explore.page import application, build, listen
+    from rome.report.explore.page import application, build, listen, server
 
     folder = tmp_path_factory.mktemp("runs")
     runs = [save_run(folder / "rome"), save_run(folder / "plain", experts=None)]
     with listen("127.0.0.1", None) as listening:
         host, port = listening.getsockname()[:2]
         app = application(build(open_explorers(runs, "cpu")), host, port)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        serving = server(app)
+        thread = threading.Thread(target=serving.run, args=([listening],), daemon=True)
         thread.start()
         yield f"http://{host}:{port}"
-        server.should_exit = True
+        serving.should_exit = True
         thread.join(10)
 
 
@@ -90,9 +89,7 @@ def opened(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterat
 
 def picture(page: Any, which: str, card: int = 0) -> str:
     """The source of a picture: ``natural``, ``attacked``, ``delta``, or a ``map``."""
-    source: str = (
-        page.locator(".cards").nth(0 if which != "map" else 1).locator(f"img.{which}").nth(card).get_attribute("src")
-    )
+    source: str = page.locator(".cards").nth(int(which == "map")).locator(f"img.{which}").nth(card).get_attribute("src")
     return source
 
 
@@ -146,18 +143,79 @@ def test_the_radius_may_be_written_as_a_fraction(opened: Open) -> None:
     assert "of at most 0.0314" in facts.inner_text()
 
 
-def test_another_expert_or_layer_changes_the_map_and_attacks_nothing_again(opened: Open) -> None:
+def test_the_slider_and_the_text_of_the_radius_agree(opened: Open) -> None:
+    page = opened.page
+    eps, slide = page.locator("#eps input, #eps textarea"), page.locator("#slide input[type=range]")
+    facts = page.locator("#attack .facts").first
+    slide.focus()
+    changes(page, facts.inner_text, lambda: page.keyboard.press("ArrowRight"))
+    assert eps.input_value() == slide.input_value() == "0.101"
+    eps.fill("0.2")
+    changes(page, facts.inner_text, lambda: eps.press("Enter"))
+    assert slide.input_value() == "0.2"
+
+
+def test_a_typed_number_of_steps_counts(opened: Open) -> None:
+    page = opened.page
+    facts = page.locator("#attack .facts").first
+    page.locator("#steps input[type=number]").fill("3")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#attack .facts').innerText.includes(', 3 steps')", timeout=WAIT)
+    assert "APGD, 3 steps" in facts.inner_text()
+
+
+@pytest.mark.parametrize("opened", ["light", "dark"], indirect=True)
+def test_the_chosen_threat_can_be_read_under_the_pointer(opened: Open) -> None:
+    label = opened.page.locator("#threat label.selected")
+    label.hover()
+    opened.page.wait_for_timeout(300)
+    ink, back = (label.evaluate(f"each => getComputedStyle(each).{which}") for which in ("color", "backgroundColor"))
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, back)]
+    assert abs(brightness[0] - brightness[1]) > 300
+
+
+def test_gates_that_are_clicked_show_their_layer_and_attack_nothing_again(opened: Open) -> None:
     page = opened.page
     before = picture(page, "attacked")
-    for field, choice in (("#expert", "expert 2"), ("#layer", "blocks.0.attn.qkv")):
-
-        def choose(field: str = field, choice: str = choice) -> None:
-            page.locator(f"{field} input").click()
-            page.get_by_role("option", name=choice).click()
-
-        changes(page, lambda: picture(page, "map"), choose)
-    assert "expert 2 in blocks.0.attn.qkv" in page.locator("#experts").inner_text()
+    assert page.locator("#experts img.map").count() == 2 * 2, "each of two experts, natural and attacked"
+    panel = page.locator("#experts .gate").first
+    assert panel.get_attribute("aria-pressed") == "false"
+    changes(page, lambda: picture(page, "map"), panel.click)
+    assert "expert in blocks.0.attn.qkv" in page.locator("#experts").inner_text()
+    assert page.locator("#experts .gate").first.get_attribute("aria-pressed") == "true"
     assert picture(page, "attacked") == before
+
+
+def test_the_address_holds_the_question(opened: Open) -> None:
+    page = opened.page
+    page.get_by_role("radio", name="L2").check()
+    page.wait_for_selector("text=L2 size", timeout=WAIT)
+    eps = page.locator("#eps input, #eps textarea")
+    eps.fill("0.5")
+    eps.press("Enter")
+    changes(page, lambda: picture(page, "natural"), page.get_by_role("button", name="Next").click)
+    changes(page, lambda: picture(page, "map"), page.locator("#experts .gate").first.click)
+    page.wait_for_function("location.search.includes('blocks.0')", timeout=WAIT)
+    shown = [picture(page, which) for which in ("natural", "attacked", "map")]
+    page.goto(page.url)
+    page.wait_for_selector("#experts .card", timeout=WAIT)
+    assert [picture(page, which) for which in ("natural", "attacked", "map")] == shown
+    assert eps.input_value() == "0.5"
+    assert page.locator("#number input").input_value() == "1"
+    page.goto(page.url.partition("?")[0] + "?image=x&threat=L3&eps=none&steps=many&layer=nowhere")
+    page.wait_for_selector("#said .bad", timeout=WAIT)
+    assert "ε is 'none'" in page.locator("#said .message").inner_text()
+
+
+def test_colours_of_maps_are_those_of_their_scale_and_classes_have_one_order(opened: Open) -> None:
+    page = opened.page
+    order = page.locator("#attack .card").evaluate_all(
+        "cards => cards.map(card => [...card.querySelectorAll('tbody th')].map(th => th.innerText).join())"
+    )
+    assert len(order) == 2
+    assert len(set(order)) == 1
+    for part in ("#experts img.map", "#experts .scale div"):
+        assert page.locator(part).first.evaluate("each => getComputedStyle(each).opacity") == "1"
 
 
 def test_test_images_are_turned_over(opened: Open) -> None:
@@ -172,6 +230,9 @@ def test_test_images_are_turned_over(opened: Open) -> None:
     number.fill("3")
     changes(page, lambda: picture(page, "natural"), lambda: number.press("Enter"))
     assert "Test image 3 of 0 to 39" in page.locator("#said .message").inner_text()
+    number.fill("9999")
+    page.wait_for_selector("#said .bad", timeout=WAIT)
+    assert "no test image 9999: they are numbered from 0 to 39" in page.locator("#said .message").inner_text()
 
 
 def test_an_upload_is_attacked_and_a_bad_one_gets_a_message(opened: Open, tmp_path: Path) -> None:
@@ -181,7 +242,7 @@ def test_an_upload_is_attacked_and_a_bad_one_gets_a_message(opened: Open, tmp_pa
     before = changes(page, lambda: picture(page, "natural"), lambda: chooser.set_input_files(tmp_path / "photo.png"))
     said = page.locator("#said .message").inner_text()
     assert "photo.png: 60 x 40 RGBA, the centre 40 x 40 cropped, resized to 8 x 8, made gray." in said
-    assert "what the model itself sees is attacked" in said
+    assert "attacks are against what the model itself sees" in said
     (tmp_path / "text.png").write_text("hello")
     chooser.set_input_files(tmp_path / "text.png")
     page.wait_for_selector("#said .bad", timeout=WAIT)
@@ -227,6 +288,24 @@ def test_gates_stay_inside_the_card_of_a_run_without_the_chosen_layer(browser: A
     page.close()
     assert len(cards) == 2
     assert min(cards) >= 0
+
+
+def test_the_server_ends_while_a_page_is_open(browser: Any, tmp_path: Path) -> None:
+    from rome.report.explore.page import application, build, listen, server
+
+    with listen("127.0.0.1", None) as listening:
+        host, port = listening.getsockname()[:2]
+        explorers = open_explorers([save_run(tmp_path / "run", experts=None)], "cpu")
+        serving = server(application(build(explorers), host, port))
+        thread = threading.Thread(target=serving.run, args=([listening],), daemon=True)
+        thread.start()
+        page = browser.new_page()
+        page.goto(f"http://{host}:{port}")
+        page.wait_for_selector("#attack .card", timeout=WAIT)
+        serving.should_exit = True
+        thread.join(WAIT / 1000)
+        page.close()
+        assert not thread.is_alive()
 
 
 def test_a_port_that_is_taken_gets_one_line(address: str) -> None:

@@ -94,6 +94,8 @@ def batch(seed: int = 0, n: int = N) -> Tensor:
 class Fake:
     """A subject whose threats are noise: what figures ask of one, without a run and its attack."""
 
+    run = None
+
     def __init__(self, model: nn.Module, name: str = "a run", threats: tuple[str, ...] = THREATS) -> None:
         self.model, self.name, self.names = model, name, threats
 
@@ -365,9 +367,12 @@ def test_runs_without_experts_show_what_they_have(three: list[Fake]) -> None:
         assert [(panel["layer"], panel["part"]) for panel in drawn(run)] == [("backbone.blocks.1", "backbone")]
         registered()[name]().draw({"runs": [run]})
     assert [run["run"] for run in figure("fig3", *three)["runs"]] == ["rome", "ffn"]
-    for name in ("fig3", "figA1", "figA2", "routing"):
+    for name in ("fig3", "routing"):
         with pytest.raises(UserError, match="none of these runs has experts"):
             figure(name, plain)
+    for name, kind in (("figA1", "ffn"), ("figA2", "low-rank")):
+        with pytest.raises(UserError, match=f"trained {kind} experts with a load balancing loss.*fig3 is the same"):
+            figure(name, *three)
 
 
 def test_local_scores_are_mean_and_spread_over_tokens(three: list[Fake]) -> None:
@@ -412,9 +417,8 @@ def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_ro
     for axes in bars:  # on one scale, which shows all of them
         ends = [patch.get_y() + patch.get_height() for patch in axes.patches]
         assert (axes.get_ylim(), low <= min(ends) <= max(ends) <= high) == ((low, high), True)
-    rows = [axes.get_ylabel() for axes in canvas.axes if axes.get_ylabel()]
-    told = ["features as they are", "less the natural image's"]
-    assert [row.splitlines()[-1] for row in rows] == told * len(layers)
+    titles = [axes.get_title() for axes in canvas.axes if axes.get_title().startswith("global")]
+    assert [title.endswith("\ndifference from natural") for title in titles] == [False, True] * len(layers)
 
 
 def test_more_images_than_are_kept_have_the_same_gates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +452,7 @@ def test_separating_takes_two_threats() -> None:
 
 
 def test_figures_of_a_run(tmp_path: Path) -> None:
-    config = parse(changed(data__test_limit=12))
+    config = parse(changed(data__test_limit=12, experts__regularizer={"kind": "load-balancing"}))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config.dump()))
     model = build_model(config.model, config.experts, classes=10, shape=(1, 8, 8))
@@ -554,7 +558,8 @@ def test_beside_runs_a_given_model_is_left_out_of_what_asks_for_a_log(tmp_path: 
 def test_the_documented_figure_works(three: list[Fake]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "figures.md").read_text()
     names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    exec(next(block for block in blocks if "class Lengths" in block), names)
     assert registered()["lengths"] is names["Lengths"]
     data = figure("lengths", *three)
     assert data["rome"]["natural"] == 0

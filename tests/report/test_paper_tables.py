@@ -22,6 +22,8 @@ from rome.report.tables.table_formats import render, sources
 from rome.runs.config import load, parse
 from rome.runs.experiments import files, folder
 
+PAPERS = {"name": "vit_base_patch16_224", "img_size": 32, "patch_size": 4}
+"""The model of Table 1."""
 Robust = tuple[float, float, float]
 
 
@@ -34,18 +36,16 @@ def evaluated(
     suite: str = "apgd",
     n: int = 200,
     fog: float | None = None,
+    **stored: Any,
 ) -> Path:
     """A run's folder with a config and an evaluation of n examples with these robust accuracies."""
-    base = {
-        "data": {"kind": "cifar10", "path": str(place.parent / "data")},
-        "model": {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4},
-    }
+    base = {"data": {"kind": "cifar10", "path": str(place.parent / "data")}, "model": PAPERS}
     config = parse({**base, **settings})
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
     shares = {"clean": 1.0, **dict(zip(BALLS, robust, strict=True)), **({} if fog is None else {"fog": fog})}
     matrix = np.stack([np.arange(n) < round(n * share) for share in shares.values()], axis=1)
-    stored = {
+    stored |= {
         "suite": {"kind": suite},
         "data": {"sha256": f"first {n}"},
         "provenance": {"routing": routing, "config": config.dump()},
@@ -118,7 +118,7 @@ def given(place: Path, settings: dict[str, Any], sha256: str = "1", **shown: Any
     return source
 
 
-def test_a_given_model_has_a_row_of_its_own_that_is_best_of_its_like_alone(tmp_path: Path) -> None:
+def test_a_given_model_has_a_row_of_its_own(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {"method": "max", "attack": {"kind": "pgd"}}, (0.9, 0.9, 0.9))
     lines = fill("1", [run, given(tmp_path / "b", {})])
     assert lines[-1].section == "Given models"
@@ -126,9 +126,8 @@ def test_a_given_model_has_a_row_of_its_own_that_is_best_of_its_like_alone(tmp_p
     assert {column: cell.values for column, cell in lines[-1].cells.items()} == {
         "clean": (1.0,), "L1": (0.5,), "L2": (0.6,), "Linf": (0.4,), "average": (pytest.approx(0.5),), "union": (0.4,),
     }  # fmt: skip
-    assert lines[-1].cells["union"].best
     assert np.isnan(lines[-1].cells["union"].paper)
-    assert line_of([line for line in lines if line.section == "CIFAR-10"], "PGD MAX").cells["union"].best
+    assert not any(cell.best for line in lines for cell in line.cells.values()), "alone of its like"
     assert "net.pt on digits, 200 examples, suite apgd" in sources(lines)
     for form in ("text", "markdown", "latex", "html"):
         assert "Given models" in render("Table 1", lines, form)
@@ -217,10 +216,10 @@ def test_rome_with_e_at_is_compared_with_e_at_as_it_was_measured(tmp_path: Path)
     base = {"model": model, "attack": "apgd"}
     ours = evaluated(tmp_path / "o", {**base, "method": "eat", "experts": {"kind": "low-rank"}}, (0.5, 0.5, 0.4))
     runs = [ours, evaluated(tmp_path / "b", {**base, "method": "eat"}, (0.5, 0.5, 0.3))]
-    line = line_of(fill("3", runs), "ViT-B RoME+E-AT")
+    line = line_of([line for line in fill("3", runs) if line.measured], "ViT-B RoME+E-AT")
     assert (line.against, line.gain[0]) == ("ViT-B E-AT", pytest.approx(0.1))
     runs.append(evaluated(tmp_path / "e", {**base, "method": {"kind": "eat", "per": "example"}}, (0.5, 0.5, 0.35)))
-    line = line_of(fill("3", runs), "ViT-B RoME+E-AT")
+    line = line_of([line for line in fill("3", runs) if line.measured], "ViT-B RoME+E-AT")
     assert (line.against, line.gain[0]) == ("ViT-B E-AT per example", pytest.approx(0.05))
 
 
@@ -268,7 +267,7 @@ def test_table_5_reads_the_evaluations_with_other_gates(tmp_path: Path) -> None:
 
 
 def test_a_run_fills_the_rows_of_its_own_data_set_else_those_of_the_first(tmp_path: Path) -> None:
-    model = {"model": {"name": "vit_tiny_patch16_224"}}
+    model = {"model": {"name": "vit_base_patch16_224", "img_size": None}}
     imagenet100 = {"kind": "folder", "path": "x", "classes": "imagenet100"}
     runs = {
         "digits": evaluated(tmp_path / "a", {"method": "max", "data": {"kind": "digits"}}, (0.5, 0.6, 0.4)),
@@ -281,26 +280,33 @@ def test_a_run_fills_the_rows_of_its_own_data_set_else_those_of_the_first(tmp_pa
         if line.cells["union"].values
     }
     assert found == {
-        ("CIFAR-10: rows on digits (L1 1, L2 0.35, Linf 0.1), not the paper's", "PGD MAX"): (0.4,),
+        ("Own runs: vit_base_patch16_224 on digits (L1 1, L2 0.35, Linf 0.1)", "PGD MAX"): (0.4,),
         ("CIFAR-10", "PGD RANDOM"): (0.3,),
         ("ImageNet-100", "PGD RANDOM"): (0.2,),
     }
 
 
-def test_the_papers_numbers_stand_beside_its_data_and_budgets_alone(tmp_path: Path) -> None:
+def test_the_papers_numbers_stand_beside_its_model_data_and_budgets_alone(tmp_path: Path) -> None:
     small = [{"norm": "l1", "eps": 6}, {"norm": "l2", "eps": 0.25}, {"norm": "linf", "eps": "4/255"}]
     runs = [
         evaluated(tmp_path / "a", {}, (0.5, 0.6, 0.3)),
         evaluated(tmp_path / "b", {"threats": small}, (0.7, 0.7, 0.6)),
+        evaluated(tmp_path / "c", {"model": {**PAPERS, "patch_size": 8}}, (0.7, 0.7, 0.6)),
+        evaluated(tmp_path / "d", {"model": {**PAPERS, "name": f"{PAPERS['name']}.augreg_in1k"}}, (0.5, 0.6, 0.2)),
     ]
     lines = [line for line in fill("1", runs) if line.cells["union"].values]
-    assert [line.label for line in lines] == ["PGD RANDOM"] * 2
     assert [line.section for line in lines] == [
         "CIFAR-10",
-        "CIFAR-10: rows on cifar10 (L1 6, L2 0.25, Linf 0.01569), not the paper's",
+        "CIFAR-10",
+        "Own runs: vit_base_patch16_224 on cifar10 (L1 12, L2 0.5, Linf 0.03137)",
+        "Own runs: vit_base_patch16_224 on cifar10 (L1 6, L2 0.25, Linf 0.01569)",
     ]
-    assert [line.cells["union"].paper for line in lines] == [0.386, pytest.approx(np.nan, nan_ok=True)]
-    assert all(line.cells["union"].best for line in lines), "best of their sections"
+    papers = [line.cells["union"].paper for line in lines]
+    assert papers == pytest.approx([0.386, 0.386, np.nan, np.nan], nan_ok=True)
+    assert [line.cells["union"].best for line in lines] == [True, False, False, False]
+    assert re.search(r"^PGD RANDOM  .* 60\.0$", render("Table 1", lines, "text"), re.MULTILINE), (
+        "no dash for the paper's"
+    )
 
 
 def test_only_runs_that_differ_in_the_seed_and_were_evaluated_alike_are_averaged(tmp_path: Path) -> None:
@@ -401,10 +407,23 @@ def test_the_best_of_ours_is_marked_in_its_section_and_kind_of_attack(tmp_path: 
     lines = [line for line in fill("1", runs) if line.section == "CIFAR-10"]
     marked = {line.label: [c for c, cell in line.cells.items() if cell.best] for line in lines if line.reports}
     assert marked == {
-        "PGD RANDOM": ["clean", "L1", "L2", "average"],
-        "PGD MAX": ["clean", "L2", "Linf", "average", "union"],
-        "APGD RANDOM": ["clean", "L1", "L2", "Linf", "average", "union"],
+        "PGD RANDOM": ["L1"],
+        "PGD MAX": ["Linf", "union"],
+        "APGD RANDOM": [],
     }
+
+
+def test_what_guessing_reaches_is_best_of_nothing_and_named(tmp_path: Path) -> None:
+    """Ten classes: a model that always answers one of them has 10% under every attack."""
+    runs = [
+        evaluated(tmp_path / name, {"method": name}, (union, union, union), classes=10)
+        for name, union in (("random", 0.0), ("max", 0.1))
+    ]
+    lines = fill("1", runs)
+    assert not any(cell.best for line in lines for cell in line.cells.values())
+    assert "; clean or union no better than guessing: PGD RANDOM, PGD MAX; *" in render("Table 1", lines, "text")
+    lines = fill("1", [*runs, evaluated(tmp_path / "avg", {"method": "avg"}, (0.11, 0.11, 0.11), classes=10)])
+    assert [line.label for line in lines if line.cells["union"].best] == ["PGD AVG"]
 
 
 @pytest.mark.parametrize(
@@ -412,13 +431,13 @@ def test_the_best_of_ours_is_marked_in_its_section_and_kind_of_attack(tmp_path: 
     [("text", "*40.0"), ("markdown", "**40.0**"), ("latex", r"\textbf{40.0}"), ("html", "<b>40.0</b>")],
 )
 def test_every_format_shows_ours_the_papers_and_what_is_missing(tmp_path: Path, form: Any, bold: str) -> None:
-    run = evaluated(tmp_path / "a", {"method": "max"}, (0.5, 0.6, 0.4))
-    text = render("Table 1", fill("1", [run]), form)
+    runs = [evaluated(tmp_path / f"{u}", {"method": m}, (0.5, 0.6, u)) for m, u in (("max", 0.4), ("avg", 0.3))]
+    text = render("Table 1", fill("1", runs), form)
     assert f"{bold} / 38.5" in text
     missing = "-- / 38.6" if form == "latex" else "\N{EN DASH} / 38.6"
     assert missing in text
     assert "ImageNet-100" in text
-    assert re.search(r"runs: vit.tiny.patch16.224 on cifar10, 200 examples, suite apgd", text.replace("\\", ""))
+    assert re.search(r"runs: vit.base.patch16.224 on cifar10, 200 examples, suite apgd", text.replace("\\", ""))
     assert {"text": "CIFAR-10\n", "markdown": "| *CIFAR-10* |", "latex": r"\midrule", "html": "<caption>"}[form] in text
 
 
@@ -444,8 +463,8 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank", "rank": 3}}, (0.5, 0.5, 0.4))
     with pytest.raises(UserError, match="trains like no row of table 1"):
         fill("1", [run])
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        fill("1", [tmp_path])
+    with pytest.raises(UserError, match="there is no"):
+        fill("1", [tmp_path / "nothing"])
     with pytest.raises(UserError, match=r"a has no finished evaluation with a column of table 2: .*--suite unseen,"):
         fill("2", [evaluated(tmp_path / "b" / "a", {}, (0.5, 0.5, 0.4))])
 

@@ -28,8 +28,10 @@ from rome.evaluation.named import named_config
 from rome.evaluation.run import evaluate_saved
 from rome.experts import record_gates, set_routing
 from rome.models import build_model, load_model, save_model
-from rome.report.compared import findings, gather, paired
+from rome.report.columns import Column
+from rome.report.compared import findings, gather, headline, outstanding, paired
 from rome.report.cost import show_costs
+from rome.report.evaluated import Evaluated
 from rome.report.figures.densities import kernel_density
 from rome.report.figures.style import limits
 from rome.report.page import charts, examples, gates, show, tabulate, write_report
@@ -134,7 +136,7 @@ class TestTable:
         assert columns == ["clean", "L1", "L2", "Linf", "average", "union"]
         assert [cell.percent for cell in (clean, l1, l2, linf, union)] == ["100.0", "50.0", "50.0", "75.0", "25.0"]
         assert average.value == pytest.approx(175 / 300)
-        assert average.interval is None
+        assert average.interval == A.interval("average")
         assert union.interval == A.interval("union")
         assert l1.span == "–".join(f"{100 * end:.1f}" for end in A.interval("L1"))  # noqa: RUF001
 
@@ -217,9 +219,50 @@ class TestDifference:
         assert paired(report_of([1] * 100), report_of([1] * 50 + [0] * 50)).clear
 
 
+def named(name: str, report: Report) -> Evaluated:
+    return Evaluated(name=name, folder=Path(name), report=report)
+
+
+class TestWhatStandsOut:
+    HIGH = report_of([1] * 100, [1] * 90 + [0] * 10, [1] * 100)
+    SAME = report_of([1] * 100, [0] * 8 + [1] * 92, [1] * 100)
+    LOW = report_of([1] * 100, [1] * 50 + [0] * 50, [1] * 100)
+
+    @pytest.mark.parametrize(
+        ("runs", "base", "expected"),
+        [
+            ("a", None, "a: 90.0% right under every attack"),
+            ("ab", None, r"No significant difference: b 92.0, a 90.0 (union, %, p = 0.81)"),
+            ("ac", None, r"a 90.0 is significantly above c 50.0 (union, %, p < 0.0001)"),
+            ("abc", None, r"No significant difference: b 92.0, a 90.0; significantly below: c 50.0 (union, %)"),
+            ("cab", 0, r"c 50.0 is significantly below b 92.0, a 90.0 (union, %)"),
+            ("acb", 0, r"No significant difference: a 90.0, b 92.0; significantly below: c 50.0 (union, %)"),
+        ],
+    )
+    def test_the_title_is_the_answer(self, runs: str, base: int | None, expected: str) -> None:
+        every = [named(run, {"a": self.HIGH, "b": self.SAME, "c": self.LOW}[run]) for run in runs]
+        assert headline(every, None if base is None else every[base]) == expected
+
+    def test_without_a_union_the_title_is_the_names(self) -> None:
+        clean = report_of([1, 0])
+        assert headline([named("a", clean), named("b", clean)]) == "a, b"
+
+    def test_only_what_is_significantly_above_every_other_run_is_bold(self) -> None:
+        columns = [Column(title) for title in ("clean", "L1", "L2", "average", "union")]
+        assert outstanding([self.HIGH, self.LOW], columns) == {(0, 1), (0, 4)}
+        assert outstanding([self.LOW, self.HIGH, self.HIGH], columns) == set(), "two are equally good"
+        assert outstanding([self.HIGH], columns) == set()
+        # 5 of 100 differ: p = 0.0625 alone; 6: p = 0.031, which the two other columns and their three double and more
+        six = report_of([1] * 100, [0] * 6 + [1] * 94)
+        best = report_of([1] * 100, [1] * 100)
+        assert outstanding([best, six], [Column("L1")]) == {(0, 0)}
+        assert outstanding([best, six], [Column("clean"), Column("L1")]) == set()
+        assert outstanding([best, six], [Column("clean"), Column("union")]) == {(0, 1)}, "the union by itself"
+
+
 class TestWhatMayBeCompared:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"not the folder of a run"):
+        with pytest.raises(UserError, match=r"neither run nor config; name folders of runs"):
             write_report([tmp_path], tmp_path / "out")
 
     def test_a_run_without_an_evaluation_says_which_command(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -353,16 +396,24 @@ class Page(HTMLParser):
         self.addresses += [values[name] for name in ("src", "href", "xlink:href") if name in values]
 
 
+def headline_cells(reports: list[Report]) -> list[str]:
+    """The numbers of the first table in the order of its cells."""
+    every = [[each.clean, *each.robust.values(), each.average, each.union] for each in reports]
+    return [f"{100 * value:.1f}" for row in zip(*every, strict=True) for value in row]
+
+
 class TestPage:
     def test_is_well_formed_and_has_every_section(self, written: Written) -> None:
         page = Page(written.html)
         assert len(page.ids) == len(set(page.ids))
         assert {"accuracy", "examples", "gates", "training", "provenance"} <= set(page.ids)
-        assert page.tags.count("details") == 2
-        # accuracies; gates; cross-entropy and three accuracies; Fig. 7
-        assert page.tags.count("svg") == 1 + 1 + 4 + 1
-        # 2 runs x up to 4 examples x (clean + 3 threats x 2)
-        assert page.tags.count("img") == 2 * 4 * 7
+        assert {address[1:] for address in page.addresses if address.startswith("#")} >= {"accuracy", "gates"}
+        # the numbers of gates; settings at their defaults; two configs
+        assert page.tags.count("details") == 1 + 1 + 2
+        # gates; cross-entropy and three accuracies; Fig. 7
+        assert written.html.count('<svg role="img"') == 1 + 4 + 1
+        # up to 4 examples x (clean + 2 runs x 3 threats x 2)
+        assert page.tags.count("img") == 4 * (1 + 2 * 3 * 2)
 
     def test_says_how_the_gates_route_in_numbers(self, made: tuple[Path, Path], written: Written) -> None:
         run = gather([made[1]])[0]
@@ -382,7 +433,7 @@ class TestPage:
         assert not {"script", "link", "iframe", "metadata"} & set(page.tags)
         assert "@import" not in written.html
         assert not re.search(r"url\((?!#)", written.html)
-        assert written.files == ["report.html", "report.md"]
+        assert written.files == ["report.csv", "report.html", "report.md"]
 
     def test_hostile_names_are_text(self, written: Written) -> None:
         assert "<script" not in written.html
@@ -392,14 +443,18 @@ class TestPage:
         assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows[:4]} == {8}
 
     def test_its_numbers_are_those_of_the_matrix(self, written: Written, made: tuple[Path, Path]) -> None:
-        numbers = []
-        for run in made:
-            report = Report.load(run / "evaluation/apgd-24")
-            values = [report.clean, *report.robust.values(), report.average, report.union]
-            numbers += [f"{100 * value:.1f}" for value in values]
+        numbers = headline_cells([Report.load(run / "evaluation/apgd-24") for run in made])
         assert [cell.strip() for cell in Page(written.html).cells[: len(numbers)]] == numbers
         for number in numbers:
             assert number in written.markdown
+
+    def test_marks_stand_where_the_numbers_are(self, written: Written, made: tuple[Path, Path]) -> None:
+        reports = [Report.load(run / "evaluation/apgd-24") for run in made]
+        table = written.html[written.html.index("<tbody>") : written.html.index("</tbody>")]
+        marks = [float(each) for each in re.findall(r'<span style="left: ([\d.]+)%">\s*<svg', table)]
+        assert marks == pytest.approx([float(number) for number in headline_cells(reports)], abs=0.06)
+        low, high = reports[1].interval("union")
+        assert f"left: {100 * low:.2f}%; width: {100 * (high - low):.2f}%" in table
 
     def test_accuracy_by_class(self, written: Written, made: tuple[Path, Path]) -> None:
         table = re.search(r'<table class="plain classes">.*?</table>', written.html, flags=re.DOTALL)
@@ -407,16 +462,19 @@ class TestPage:
         found = [cell.strip() for cell in Page(table[0]).cells]
         reports = [Report.load(run / "evaluation/apgd-24") for run in made]
         labels = sorted(set(reports[0].labels.tolist()))
-        expected = [
-            f"{100 * right[report.labels == label].mean():.0f}"
-            for label in labels
-            for report in reports
-            for right in (report.correct[:, 0], report.right())
-        ]
+        expected = []
+        for label in labels:
+            pairs = [
+                (report.correct[report.labels == label, 0].mean(), report.right()[report.labels == label].mean())
+                for report in reports
+            ]
+            expected += [f"{100 * share:.0f}" for pair in pairs for share in pair]
+            difference = round(100 * (pairs[1][1] - pairs[0][1]))
+            expected.append(f"{difference:+}".replace("-", "\N{MINUS SIGN}") if difference else "0")
         assert found == expected
 
     def test_follows_the_reader_s_colours(self, written: Written) -> None:
-        assert "prefers-color-scheme: dark" in written.html
+        assert "color-scheme: light dark" in written.html
         figures = re.search(r'<section id="figures">.*?</section>', written.html, flags=re.DOTALL)
         assert figures is not None  # maps have colours of their own, their text has not
         assert set(re.findall(r"<text[^>]*style=\"[^\"]*fill: ([^;\"]*)", figures[0])) <= {"var(--ink)", "var(--muted)"}
@@ -511,8 +569,7 @@ class TestBesideARun:
 
     def test_all_have_a_row_and_their_pairs(self, made: tuple[Path, Path], mine: Path, page: str) -> None:
         reports = [Report.load(run / "evaluation/apgd-24") for run in made] + [Report.load(mine)]
-        values = [[each.clean, *each.robust.values(), each.average, each.union] for each in reports]
-        numbers = [f"{100 * value:.1f}" for each in values for value in each]
+        numbers = headline_cells(reports)
         assert [cell.strip() for cell in Page(page).cells[: len(numbers)]] == numbers
         compared = gather([*made, mine])
         told = findings(compared)
@@ -520,7 +577,7 @@ class TestBesideARun:
         assert all(str(escape(sentence)) in page for sentence in told)
 
     def test_only_the_runs_have_configs_and_curves(self, page: str) -> None:
-        assert Page(page).tags.count("details") == 2
+        assert page.count("<summary>Full config") == 2
         differing = page[page.index("Settings that differ") :]
         assert re.findall("<th", differing[: differing.index("</thead>")])[1:] == ["<th"] * 3, "thead, then 1 + 2"
         training = page[page.index('<section id="training">') : page.index('<section id="provenance">')]
@@ -532,7 +589,8 @@ class TestBesideARun:
         rows = examples.pick(gather([*made, mine]), 4)
         assert rows
         shown = page[page.index('<section id="examples">') : page.index('<section id="gates">')]
-        assert (shown.count("<h3>"), shown.count("<img")) == (3, 3 * len(rows) * 7)
+        assert shown.count("<img") == len(rows) * (1 + 3 * 3 * 2)
+        assert all(shown.count(f"{escape(each.name)}</div>") == len(rows) for each in gather([*made, mine]))
 
     def test_an_evaluation_of_a_run_is_no_given_model(self, made: tuple[Path, Path]) -> None:
         with pytest.raises(UserError, match="is an evaluation of a run: name the run's folder"):
@@ -582,6 +640,17 @@ class TestExamples:
                     assert torch.equal(found[case][place], saved[row])
                     assert int(subject.model(found[case][place : place + 1]).argmax()) != int(y[row])
 
+    def test_picks_what_breaks_in_one_run_and_not_in_another_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(examples, "pictured", lambda runs: ["L1", "L2"])
+        monkeypatch.setattr(examples, "_saved", lambda run, case: None)
+        # broken in both; in the second alone, by one and by both; in none; wrong when clean
+        one = report_of([1, 1, 1, 1, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0])
+        other = report_of([1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1])
+        runs = [named("one", one), named("other", other)]
+        assert examples.pick(runs, 2) == [2, 1]
+        assert examples.pick(runs, 5) == [2, 1, 0, 3]
+        assert examples.pick(runs[:1], 1) == [0]
+
     def test_a_damaged_batch_is_named_and_its_images_are_made_anew(
         self, runs: tuple[Path, Path], tmp_path: Path
     ) -> None:
@@ -610,7 +679,7 @@ class TestExamples:
         evaluate_saved(lacking, cases=["L1", "Linf"])
         text = write_report(list(runs), tmp_path / "out").read_text()
         assert examples.pictured(gather(runs)) == ["L1", "Linf"]
-        assert Page(text).tags.count("img") == 2 * 4 * (1 + 2 * 2)
+        assert Page(text).tags.count("img") == 4 * (1 + 2 * 2 * 2)
 
     @pytest.mark.parametrize("routing", ["random", "none"])
     def test_the_model_looked_at_is_routed_as_the_one_evaluated(
@@ -663,17 +732,21 @@ class TestGates:
         assert pair.top_differs == 1
 
     def test_the_summary_follows_from_the_numbers(self) -> None:
-        same = gates.summary(sample([0.9, 0.1], [0.5, 0.5], [0.501, 0.499]))
+        verdict, *numbers = gates.summary(sample([0.9, 0.1], [0.5, 0.5], [0.501, 0.499]))
+        assert verdict == (
+            "The threats are routed nearly identically, natural images differently; weight is spread unevenly over the "
+            "experts."
+        )
+        same = " ".join(numbers)
         assert "L1 and Linf lie at most 0.001 (local) and 0.001 (global) apart" in same
-        assert "the threats are routed nearly identically" in same
         assert "apart, in the one layer that has gates, where" in same
-        assert "Natural images are at most 0.566 away from a threat's, so differently routed" in same
-        apart = gates.summary(sample([0.5, 0.5], [1, 0], [0, 1]))
-        assert "1.414 (local)" in apart
-        assert "the threats are routed differently" in apart
-        assert "changes for at most 100.0% of images" in apart
-        assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))
-        assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))
+        assert "Natural images are at most 0.566 away from a threat's." in same
+        verdict, *numbers = gates.summary(sample([0.5, 0.5], [1, 0], [0, 1]))
+        assert "1.414 (local)" in numbers[0]
+        assert verdict.startswith("The threats are routed differently, natural images differently; ")
+        assert "changes for at most 100.0% of images" in numbers[1]
+        assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))[0]
+        assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))[0]
 
     def test_collects_token_averages_whatever_the_batch(
         self, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
@@ -718,8 +791,10 @@ class TestCharts:
         assert high - low >= 0.2 - 1e-9
 
     def test_labels_are_escaped_and_the_same_input_draws_the_same(self) -> None:
-        chart = charts.accuracies([(EVIL, A), ("b", B)])
-        assert chart == charts.accuracies([(EVIL, A), ("b", B)])
+        log = {EVIL: [{"epoch": 1, EVIL: 1.0}]}
+        (chart,) = charts.histories(log, natural=0)
+        assert [chart] == charts.histories(log, natural=0)
+        assert "<script" not in chart
         chart = charts.themed(Figure, '<&">')
         assert chart.startswith('<svg role="img"')
         Page(chart)

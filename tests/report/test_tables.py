@@ -22,7 +22,7 @@ from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Case, Report
 from rome.evaluation.statistics import holm
-from rome.report.columns import columns_of, missing, show, tabulate
+from rome.report.columns import columns_of, remarks, show, tabulate
 from rome.report.compared import findings, paired
 from rome.report.evaluated import Evaluated
 from rome.report.page import write_report
@@ -102,13 +102,13 @@ def test_a_union_of_ones_own_has_an_interval() -> None:
 def test_what_is_missing_is_told_with_what_it_costs() -> None:
     found = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "RuntimeError: no"}, pending=("Linf",))
     assert numbers(found) == {"clean": "100.0", "L1": "50.0", "L2": "–", "Linf": "–", "average": "–", "union": "–"}  # noqa: RUF001
-    assert missing(found) == [
+    assert remarks(found) == [
         "L2 failed: RuntimeError: no",
         "not run yet: Linf; the same command without --cases runs the rest",
         "without all attacks there is no average and no union",
     ]
     both = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "no memory", "Linf": "no memory"})
-    assert missing(both)[0] == "L2, Linf failed: no memory"
+    assert remarks(both)[0] == "L2, Linf failed: no memory"
     assert [math.isnan(column.cell(found).value) for column in columns_of([found])] == [
         False,
         False,
@@ -118,7 +118,7 @@ def test_what_is_missing_is_told_with_what_it_costs() -> None:
         True,
     ]
     many = report(CORRUPTIONS, [[1, 1]], pending=tuple(case.name for case in CORRUPTIONS))
-    assert "noise-5 and 70 more; the same command" in missing(many)[0]
+    assert "noise-5 and 70 more; the same command" in remarks(many)[0]
 
 
 def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +126,24 @@ def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["under", "first", "second"]
     assert [line.split()[0] for line in lines[1:7]] == ["clean", "L1", "L2", "Linf", "fog", "snow"]
-    assert all(len(line) <= 80 for line in lines[:-1])
-    assert "suite autoattack+unseen" in lines[-1]
+    *table, caption, warning = lines
+    assert all(len(line) <= 80 for line in table)
+    assert "suite autoattack+unseen" in caption
+    assert warning == "first: 0.0% right under every attack is no better than guessing among 10 classes (10.0%)"
+
+
+def test_what_guessing_reaches_is_said_and_best_of_nothing() -> None:
+    """Of 20 examples 2 are right under every attack, as for a model that always names one of ten classes."""
+    half, two = [1] * 10 + [0] * 10, [1] * 2 + [0] * 18
+    poor, none = report(LP, [half, two, two, two]), report(LP, [two, [0] * 20, [0] * 20, [0] * 20])
+    assert remarks(poor) == ["10.0% right under every attack is no better than guessing among 10 classes (10.0%)"]
+    assert remarks(none) == ["10.0% right without an attack is no better than guessing among 10 classes (10.0%)"]
+    columns, cells = tabulate([("poor", poor), ("none", none)])
+    assert [column for column, cell in zip(columns, cells[0], strict=True) if cell.best] == ["clean"]
+    three = [1] * 3 + [0] * 17
+    better = report(LP, [half, three, three, three])
+    assert not remarks(better)
+    assert all(cell.best for cell in tabulate([("a", better), ("b", poor)])[1][0][1:])
 
 
 def test_pairs_of_unions_over_some_cases() -> None:

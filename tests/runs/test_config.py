@@ -375,7 +375,7 @@ def test_a_missing_config_answers_with_the_nearest_file(folder: Path) -> None:
     (line,) = refused(folder / "nowhere" / "base.yaml")
     assert line == f"there is no config {folder / 'nowhere' / 'base.yaml'}."
     (line,) = refused(folder)
-    assert line.startswith("there is no config")
+    assert line == f"a config is a YAML file; {folder} is a folder with the configs base.yaml"
 
 
 # What must fit together

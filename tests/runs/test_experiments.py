@@ -23,7 +23,8 @@ from rome.threats import CIFAR10, DIGITS, IMAGENET
 
 FILES = {str(file.relative_to(folder()).with_suffix("")): file for file in files()}
 SETTINGS = functools.cache(load)
-FULL = [name for name in FILES if not name.startswith(("digits/", "table1/small/", "scratch/", "beyond/", "gpu/"))]
+_OTHERS = ("digits/", "table1/small/", "scratch/", "beyond/", "gpu/", "own-data")
+FULL = [name for name in FILES if not name.startswith(_OTHERS)]
 """The paper's own settings."""
 
 ARCHITECTURES = ("deit-b", "swin-b")

@@ -214,7 +214,7 @@ class Attack(Component):
 
         Args:
             groups: contiguous slices that cover the batch, the most steps first.
-            noise: U[0, 1) of the shape of ``x``, or (B, *noise_shape) if drawn by image, for random starts.
+            noise: U[0, 1) of the shape of ``x``, or ``(B, *noise_shape)`` if drawn by image, for random starts.
 
         Returns:
             What it found; ``loss=NOT_EVALUATED`` if it did not look at its result.

@@ -7,24 +7,58 @@ import io
 import os
 import pkgutil
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 import rome.cli
+from rome.cli._usage import UsageError, in_our_words
 from rome.core.console import exiting
+from rome.core.errors import UserError
+from rome.core.version import __version__
 
 app = typer.Typer(
     help="Train, evaluate and compare image classifiers that are robust to several perturbations at once.",
+    epilog="Start with [bold]rome demo[/bold], which needs no data, or with [bold]rome train "
+    "experiments/digits/rome-random.yaml[/bold]; [bold]rome list experiments[/bold] names the other experiments.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 
-ORDER = ("demo", "train", "evaluate", "sweep", "report", "table", "figures", "explore", "cost", "list")
+ORDER = (
+    "demo",
+    "train",
+    "evaluate",
+    "sweep",
+    "report",
+    "table",
+    "figures",
+    "explore",
+    "cost",
+    "check",
+    "schema",
+    "push",
+    "list",
+    "init",
+)
 """Of the commands in the help; those of further files follow."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rome {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def rome_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -36,8 +70,14 @@ def main(arguments: list[str] | None = None) -> Any:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # "?" where an encoding lacks a sign, and not the end of a report
             stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
+    given = list(map(_at_home, sys.argv[1:] if arguments is None else arguments))
     with exiting():
-        app(list(map(_at_home, sys.argv[1:] if arguments is None else arguments)), prog_name="rome")
+        try:
+            sys.exit(app(given, prog_name="rome", standalone_mode=False) or 0)
+        except UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # `rome` alone: it has printed its help
+                sys.exit(2)
+            raise UserError(in_our_words(error, given)) from None
 
 
 def _at_home(argument: str) -> str:

@@ -23,7 +23,9 @@ RoutingName = Literal["learned", "random", "inverse", "inverse-unscaled", "none"
 @opens_files
 def evaluate(
     named: dict[str, Any],
-    target: Annotated[Path | None, typer.Argument(help="A run's folder or a model.safetensors of ours.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A run's folder, a model.safetensors of ours, or hf://USER/NAME[@REVISION].")
+    ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -48,6 +50,10 @@ def evaluate(
         bool | None,
         typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
     ] = None,
+    loggers: Annotated[
+        str | None,
+        typer.Option(help="Log the result to these too: wandb,csv; the config's if not given. rome list loggers."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -71,7 +77,7 @@ def evaluate(
                 "(rome evaluate --model NAME --data DATA, without --routing)"
             )
         report, folder = evaluate_saved(
-            config or str(target),
+            config or target or "",
             data=data,
             suite=suite,
             features=features,
@@ -81,6 +87,7 @@ def evaluate(
             device=device,
             routing=routing,
             checks=checks,
+            loggers=None if loggers is None else names_in(loggers),
             out=out,
             overwrite=overwrite,
             team=team,

@@ -9,7 +9,7 @@ import typer
 from rome.cli.app import app
 from rome.core.errors import UserError
 
-Family = Literal["methods", "attacks", "models", "data", "suites", "experiments"]
+Family = Literal["methods", "attacks", "models", "data", "suites", "loggers", "experiments"]
 
 
 def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
@@ -38,11 +38,13 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         found, hint = listing(pattern), "'table4' or 'rome-*'"
     else:
         from rome.attacks import Attack
+        from rome.attacks.suites import Suite
         from rome.data import Data
-        from rome.evaluation.evaluate import Suite
         from rome.methods import Method
+        from rome.runs.loggers import Logger
 
-        members = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite}[family].members()
+        families = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite, "loggers": Logger}
+        members = families[family].members()
         return [(kind, member.summary()) for kind, member in members.items()]
     if not found:
         raise UserError(f"no {family[:-1]} matches {pattern!r}; try {hint}")
@@ -60,5 +62,5 @@ def list_(
     from rome.core.console import print_table
 
     print_table(
-        [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(0, 1)
+        [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(1,)
     )

@@ -22,13 +22,13 @@ def _naming(kind: Any, help: str, **more: Any) -> Any:
 
 
 _NAMED: dict[str, Any] = {
-    "model": _naming(str, "A timm name, path.py:function, TorchScript or torch.export file."),
+    "model": _naming(str, "A timm name, hf://USER/NAME, path.py:function, TorchScript or torch.export file."),
     "data": _naming(
         str,
         "digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With a run: where its "
         "data lies now.",
     ),
-    "weights": _naming(str, "A file of weights; timm's own if not given."),
+    "weights": _naming(str, "A file of weights or hf://USER/NAME; timm's own if not given."),
     "weights_key": _naming(str, "Where in --weights, if it holds several models: state_dict."),
     "budgets": _naming(str, "cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255."),
     "num_classes": _naming(int, "Its logits; the data's classes if not given.", min=2),

@@ -17,8 +17,10 @@ from rome.core.trust import opens_files
 @app.command()
 @opens_files
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, and folders of evaluations of other models.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.md and report.html.")] = Path("report"),
+    runs: Annotated[
+        list[Path], typer.Argument(help="Evaluated runs, evaluations of other models, and folders of these.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for report.md, report.html and report.csv.")] = Path("report"),
     suite: Annotated[
         str | None, typer.Option(help="Which evaluation, where there are several: unseen, or unseen-500.")
     ] = None,

@@ -10,6 +10,7 @@ import typer
 from rome.cli import options
 from rome.cli.app import app
 from rome.core.console import say
+from rome.core.errors import UserError
 from rome.core.trust import opens_files
 
 
@@ -26,6 +27,7 @@ def table(
     form: Annotated[
         Literal["text", "markdown", "latex", "html"], typer.Option("--format", help="Of what is printed.")
     ] = "text",
+    filled: Annotated[bool, typer.Option("--filled", help="Only the rows that have a number of ours.")] = False,
     timing: Annotated[bool, typer.Option(help="Table 6: measure seconds per update and latency too.")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Table 6: timed updates; the median counts.")] = 3,
     trust_code: options.TrustCode = False,
@@ -43,7 +45,11 @@ def table(
         lines, about = fill_costs(named_configs(runs or []), repeats=repeats, timing=timing)
     else:
         lines = fill(number, [Path(run) for run in runs or []])
+    if filled:
+        lines = [line for line in lines if line.measured]
     if not runs:
         what = "configs or runs to measure, such as experiments/table6/*.yaml" if number == "6" else "evaluated runs"
         say(f"these are the paper's numbers alone; name {what}: rome table {number} ...")
+    if not lines:
+        raise UserError("--filled leaves no row: name runs")
     print(render(f"Table {number.upper()}", lines, form, about=about), end="")

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import takewhile
@@ -21,7 +22,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
+    SerializationInfo,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -32,8 +35,10 @@ from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCu
 
 from rome.core.errors import UserError, did_you_mean, short
 
-UNKNOWN, PLAIN = "unknown_key", "plain"
-"""Types of errors whose message needs no further words."""
+FAMILY = "x-family"
+"""In a JSON schema, what stands for a member of a family of components."""
+UNKNOWN, PLAIN, UNKNOWN_KEY = "unknown_key", "plain", "unknown key."
+"""Types of errors whose message needs no further words, and how that of the first begins."""
 
 
 class Settings(BaseModel):
@@ -68,7 +73,7 @@ class Settings(BaseModel):
         given = value if isinstance(value, (list, tuple)) else (value,)
         if any(isinstance(each, bool) for each in given):
             annotation = cls.model_fields[str(info.field_name)].annotation
-            if not {bool, Any} & set(_types_in(annotation)):
+            if not {bool, Any} & set(types_in(annotation)):
                 raise ValueError("cannot be true or false (in YAML also yes, no, on and off; text stands in quotes)")
         return value
 
@@ -87,11 +92,16 @@ def _number(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+_Written = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Written)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+def _alone(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_alone, json_schema_input_type=str | tuple[str, ...])]
 """Names; one may be written alone."""
 
 
@@ -111,6 +121,8 @@ class Component(Settings):
     kind: ClassVar[str] = ""
     default_kind: ClassVar[str] = ""
     """The member meant where a config names none; empty: it must be named."""
+    also_called: ClassVar[tuple[str, ...]] = ()
+    """Words by which a person may look for it in another family."""
 
     @classmethod
     def family(cls) -> type[Component]:
@@ -140,12 +152,24 @@ class Component(Settings):
         """
         members = cls.members()
         if not isinstance(kind, str) or kind not in members:
+            hint = cls._elsewhere(str(kind)) + did_you_mean("" if cls._elsewhere(str(kind)) else kind, members)
             raise PydanticCustomError(
                 "unknown_kind",
                 "unknown {family} kind '{given}'.{hint}",
-                {"family": cls.family().__name__.lower(), "given": str(kind), "hint": did_you_mean(kind, members)},
+                {"family": cls.family().__name__.lower(), "given": str(kind), "hint": hint},
             )
         return members[kind]
+
+    @classmethod
+    def _elsewhere(cls, kind: str) -> str:
+        """That another family has a member of that name, or one that is called by a word of it."""
+        words = {kind, *re.split(r"[^a-z0-9]+", kind.lower())}
+        for family in Component.__subclasses__():
+            for name, member in family.members().items() if family is not cls.family() else ():
+                if words & {name, *member.also_called}:
+                    key = family.__name__.lower()
+                    return f" That is a kind of {key}, which is set beside it: {key}={name}."
+        return ""
 
     @classmethod
     def summary(cls) -> str:
@@ -175,9 +199,19 @@ class Component(Settings):
 
         return core_schema.no_info_wrap_validator_function(build, own)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """That of a member is its settings; a family is named, for :mod:`rome.runs.schema` to say what is in it."""
+        return handler(schema) if cls.kind else {FAMILY: cls.__name__}
+
     @model_serializer(mode="plain")
-    def _with_kind(self) -> dict[str, Any]:
-        return {"kind": self.kind, **{name: getattr(self, name) for name in type(self).model_fields}}
+    def _with_kind(self, info: SerializationInfo) -> dict[str, Any]:
+        shown = {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if not info.exclude_defaults or getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        return {"kind": self.kind, **shown}
 
     def dump(self) -> dict[str, Any]:
         """The settings as plain data, ``kind`` first: what a config file would say."""
@@ -200,7 +234,7 @@ def _in_plain_words(error: ErrorDetails, owner: type[Settings]) -> InitErrorDeta
     kind = error["type"]
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind == "extra_forbidden":
-        kind, message = UNKNOWN, f"unknown key.{did_you_mean(error['loc'][-1], owner.model_fields)}"
+        kind, message = UNKNOWN, f"{UNKNOWN_KEY}{did_you_mean(error['loc'][-1], owner.model_fields)}"
     elif kind == "missing":
         message = "is missing"
     elif kind not in (UNKNOWN, PLAIN, "unknown_kind", "missing_kind", "fraction", "value_error"):
@@ -224,7 +258,7 @@ def _is_key(part: str | int) -> bool:
     return isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "float", "str", "bool"))
 
 
-def _types_in(annotation: Any) -> Iterator[Any]:
+def types_in(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
-        yield from _types_in(part)
+        yield from types_in(part)

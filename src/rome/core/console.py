@@ -25,7 +25,7 @@ def print_table(
     gap: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print rows of cells, which are text and not markup. A pipe has no width, so nothing is cut or wrapped there.
+    """Print rows of cells, which are text and not markup. In a pipe nothing is cut, wrapped or padded.
 
     Args:
         titles: of the columns; without them the table has no head.
@@ -50,9 +50,14 @@ def print_table(
         )
     for row in rows:
         table.add_row(*row)
-    if not console.is_terminal:
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+    with console.capture() as printed:
+        console.print(table)
+    for line in printed.get().splitlines():
+        print(line.rstrip(), file=console.file)
 
 
 def say(text: str) -> None:

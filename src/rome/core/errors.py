@@ -32,9 +32,13 @@ class Incomplete(Exception):  # noqa: N818
 def did_you_mean(given: object, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid name, if one is near, and all of them."""
     names = sorted(valid)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Valid: {', '.join(names) or 'none'}."
+    near = nearest(given, names)
+    return f"{f' Did you mean {near!r}?' if near else ''} Valid: {', '.join(names) or 'none'}."
+
+
+def nearest(given: object, valid: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The valid name that is most like what was given; None where no one is (1: the same)."""
+    return next(iter(difflib.get_close_matches(str(given), list(valid), n=1, cutoff=cutoff)), None)
 
 
 def some(names: Sequence[str], shown: int = 3, between: str = ", ") -> str:

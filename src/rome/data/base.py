@@ -122,6 +122,7 @@ class Data(Component):
     """A data set for image classification."""
 
     path: str | None = None
+    """Where the files lie."""
     augment: bool = True
     """Whether training images are augmented."""
     train_limit: int | None = Field(None, ge=1)

@@ -32,6 +32,7 @@ class Cifar10(Data):
     kind = "cifar10"
     path: str = "data/cifar10"
     download: bool = False
+    """Fetch the files to ``path`` where they are missing."""
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
         return (3, 32, 32), len(CIFAR10_CLASSES)

@@ -12,13 +12,14 @@ from typing import IO, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from timm.utils import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
 from rome.data.pixels import Images
 from rome.data.resized import Resized
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's, whose import takes longer than the rest of a config."""
 
 
 class ImageFolder(Resized):
@@ -39,6 +40,7 @@ class ImageFolder(Resized):
     """How classes are numbered: by name with numbers by their value (2 before 10), as timm's reader does; by name as
     text (10 before 2), as torchvision's ImageFolder does; or as ``classes`` lists them, timm's ``class_map``."""
     size: int = Field(224, ge=1)
+    """Side in pixels that all images are brought to."""
 
     @model_validator(mode="after")
     def _listed_or_not(self) -> Self:
@@ -98,6 +100,8 @@ class ImageFolder(Resized):
 
     def _numbered(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
         """The classes by label, and a remark where the possible orders differ."""
+        from timm.utils import natural_key
+
         orders = {"torchvision": sorted(classes)}
         orders["timm"] = sorted(orders["torchvision"], key=natural_key)
         if self.classes is not None and (self.class_order == "list" or not _built_in(self.classes).is_file()):

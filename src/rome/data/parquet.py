@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 from pydantic import Field
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from rome.core.errors import UserError
 from rome.data.base import NAMES, Split, SplitName, chosen_split
 from rome.data.memory import MemorySplit
-from rome.data.resized import Resized
+from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD, Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, read_tables
 
 
@@ -33,6 +32,7 @@ class Parquet(Resized):
     label: str = "label"
     """The column of labels; ``fine_label`` of CIFAR-100."""
     size: int | None = Field(None, ge=1)
+    """Side in pixels that images are brought to; None takes them as they are, all of one size."""
 
     def open(self, split: SplitName) -> Split:
         files, remarks = self._files(split)
@@ -50,8 +50,7 @@ class Parquet(Resized):
             return self.resized(table, rows, labels, classes, self.size)
         images = table.decoded(rows)
         pad = max(images.shape[2:]) // 8
-        mean, std = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-        return MemorySplit(images, labels, classes, mean, std, augment=self.augment, pad=pad)
+        return MemorySplit(images, labels, classes, IMAGENET_MEAN, IMAGENET_STD, augment=self.augment, pad=pad)
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +19,9 @@ from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, unchanged_states
 from rome.data.base import Batches, Data, Split, TestSplit
 from rome.data.pixels import Images
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's training images, the field's normalisation."""
 
 
 class Resized(Data):
@@ -36,7 +38,9 @@ class Resized(Data):
     crop_pct: Number = Field(0.875, gt=0, le=1.25)
     """Above 1, as VOLO's 1.15, the resized image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
+    """Of an image that is not square: its middle, the whole squeezed, or the whole with gray borders."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    """Of the resizing."""
     scale: tuple[Number, Number] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
     ratio: tuple[Number, Number] = (3 / 4, 4 / 3)
@@ -76,7 +80,7 @@ class _ResizedSplit(Split):
     """Images read when they are wanted, as uint8, and turned into floats on the device."""
 
     def __init__(self, files: _Files, labels: Tensor, classes: tuple[str, ...], size: int, augmented: Any) -> None:
-        super().__init__(classes, (3, size, size), labels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        super().__init__(classes, (3, size, size), labels, IMAGENET_MEAN, IMAGENET_STD)
         self._files, self._augmented = files, augmented
 
     def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:

@@ -110,7 +110,7 @@ def evaluate(
         progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
             :data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows it.
         trust_code: let the file of a network that measures distances run the code that it names
-        (:mod:`rome.core.trust`).
+            (:mod:`rome.core.trust`).
 
     Raises:
         UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, answers

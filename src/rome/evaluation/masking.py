@@ -85,8 +85,11 @@ def run_checks(
     def found(check: str, values: dict[str, float], raised: bool, message: str) -> dict[str, Any]:
         return {"check": check, "examples": len(part), "values": values, "raised": raised, "message": message}
 
+    def counted(share: float) -> str:
+        return f"{round(share * len(part))} of {len(part)}"
+
     zero = float(every(lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
-    message = f"the input gradient of the loss is exactly zero or not finite for {zero:.0%} of them"
+    message = f"the input gradient of the loss is exactly zero or not finite for {counted(zero)}"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
     ball = _ball(cases)
     if ball is not None:
@@ -95,12 +98,14 @@ def run_checks(
         p = mcnemar(only_many, only_few)
         values = {str(STEPS[0]): float(few.mean()), str(STEPS[1]): float(many.mean()), "p": p}
         message = (
-            f"APGD under {ball.name} leaves {few.mean():.0%} right with {STEPS[0]} iterations "
-            f"and {many.mean():.0%} with {STEPS[1]}"
+            f"APGD under {ball.name} leaves {counted(few.mean())} right with {STEPS[0]} iterations "
+            f"and {counted(many.mean())} with {STEPS[1]}"
         )
         checks.append(found("more-steps", values, only_many > only_few and p < P, message))
     left = float(robust(WIDE, WIDE_STEPS).mean())
-    message = f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {left:.0%} right"
+    message = (
+        f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {counted(left)} right"
+    )
     checks.append(found("unbounded-attack", {"share": left}, left > LEFT, message))
     return checks
 

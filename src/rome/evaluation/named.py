@@ -27,9 +27,20 @@ from rome.data import CIFAR10_CLASSES, Cifar10, Data, ImageFolder, Parquet
 from rome.data.base import NAMES, Split
 from rome.data.resized import Resized
 from rome.data.tables import find_tables, labels_in
-from rome.models import Classifier, ModelSettings, create_model, file_hash, load_weights, weights_file
+from rome.models import (
+    Classifier,
+    ModelSettings,
+    create_model,
+    file_hash,
+    load_model,
+    load_weights,
+    read_tensors,
+    weights_file,
+)
 from rome.models.exported import SavedModule, is_saved_module
+from rome.models.hub import OnHub, on_hub
 from rome.runs.config import DATA_BUDGETS, Config, Places, parse
+from rome.runs.meant import what_is
 from rome.threats import NAMED_BUDGETS, LpBall
 
 TRIED = 3
@@ -110,11 +121,15 @@ def named_budgets(text: str | None) -> Any:
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
     """How a timm model wants files of images to be resized, as settings of an image folder: what
-    ``timm.data.resolve_data_config`` says of its weights, and at their test size what it says of that.
+    ``timm.data.resolve_data_config`` says of its weights, and at their test size what it says of that; a model of ours
+    from the Hub as it was trained.
 
     Raises:
         UserError: it wants images that are not square.
     """
+    if on_hub(name):  # what its own data was resized by
+        data = (read_tensors(name)[0].get("config") or {}).get("data") or {}
+        return {key: data[key] for key in ("size", "crop_pct", "crop_mode", "interpolation") if key in data}
     config = _pretrained(name)
     if config is None:
         return {} if img_size is None else {"size": img_size}
@@ -171,10 +186,12 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     name, side = said["model"], said.get("img_size")
     if "data" not in said:
         raise UserError(f"--model {name} needs --data: digits, cifar10:PATH, a folder or a .parquet file")
-    saved, weights = is_saved_module(name), said.get("weights")
+    saved, weights = is_saved_module(name) or on_hub(name), said.get("weights")
     function = names_code(name) and not saved
     if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
+    if not saved and os.path.isfile(name):
+        raise UserError(f"--model {name}: {what_is(Path(name))}")
     if saved and weights is not None:
         raise UserError(f"{name} holds its weights already: leave --weights out")
     if ("mean" in said) != ("std" in said):
@@ -185,12 +202,22 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     model |= {key: said[key].split(",") for key in ("mean", "std") if key in said}
     model |= {"name": name, "pretrained": not function and not saved and weights is None}
     plain = {
-        "name": re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(name).stem if saved else name.rpartition(":")[2]),
+        "name": named_after(name),
         "data": named_data(said["data"], img_size=side, **preprocessing(name, side)),
         "model": model,
         "threats": named_budgets(said.get("budgets")),
+        "loggers": [],
     }
     return parse(plain, places)
+
+
+def named_after(name: str) -> str:
+    """What results of a model are called by."""
+    if on_hub(name):
+        own = OnHub.parse(name).repository
+    else:
+        own = Path(name).stem if is_saved_module(name) else name.rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", own)
 
 
 def command(config: Config) -> str:
@@ -238,7 +265,10 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
     saved = is_saved_module(name)
     facts: dict[str, Any] = {"name": Path(name).name if saved else name, "normalisation": None}
     remarks: list[str] = []
-    if saved:
+    if on_hub(name):
+        model = _from_hub(name, mean, std)
+        facts["sha256"] = file_hash(weights_file(name))
+    elif saved:
         inner = SavedModule(Path(name))
         model = Classifier(inner, mean or (0.0,), std or (1.0,))
         facts["sha256"] = inner.digest
@@ -250,7 +280,7 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
     elif settings.img_size is None:
         remarks += filter(None, [_of_another_size(name, side)])
     bare = bool((model.mean == 0).all() and (model.std == 1).all())
-    if bare and mean is None and (saved or names_code(name)):
+    if bare and mean is None and (saved or names_code(name)) and not on_hub(name):
         remarks.append(
             f"no normalisation added: {name} gets images in [0, 1] (give --mean and --std if it expects others)"
         )
@@ -264,6 +294,15 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
             "are the data's, give --num-classes"
         )
     return model, facts, remarks
+
+
+def _from_hub(name: str, mean: object, std: object) -> Classifier:
+    """A model that rome pushed, which brings its normalisation."""
+    if mean is not None or std is not None:
+        raise UserError(f"{name} brings its normalisation: leave --mean and --std out")
+    model = load_model(name)
+    assert isinstance(model, Classifier)
+    return model
 
 
 def _architecture(settings: ModelSettings, outputs: int, channels: int, side: int, mean: Any, std: Any) -> Classifier:

@@ -19,11 +19,11 @@ from rome.attacks.corruptions.severities import constants_for
 from rome.attacks.suites.base import LP, suite_label
 from rome.core.component import mistakes
 from rome.core.errors import Incomplete, UserError, did_you_mean, first_line
-from rome.evaluation.statistics import wilson
+from rome.evaluation.statistics import wilson, wilson_mean
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.threats import LpBall
 
-CLEAN, UNION = "clean", "union"
+CLEAN, AVERAGE, UNION = "clean", "average", "union"
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
 """What of ``result.json`` is no settings and does not follow from the matrix."""
 
@@ -113,6 +113,23 @@ class Report:
     def attacks(self) -> tuple[str, ...]:
         """The cases that are attacks, also those that are missing."""
         return tuple(name for name, case in self._planned.items() if not case.get("on_all", False))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing among the classes; 0 where their number is unknown."""
+        classes = self.settings.get("classes", 0)
+        return 1 / classes if classes else 0.0
+
+    @property
+    def guesses(self) -> str:
+        """That guessing would reach its accuracy without an attack (the lower end of its interval), or else under all;
+        empty where it would not."""
+        clean, chance = self.interval(CLEAN)[0], self.chance
+        for value, least, when in ((self.clean, clean, "without an"), (self.union, self.union, "under every")):
+            if least <= chance > 0:
+                classes = f"{self.settings['classes']} classes ({chance:.1%})"
+                return f"{value:.1%} right {when} attack is no better than guessing among {classes}"
+        return ""
 
     @property
     def average(self) -> float:
@@ -208,7 +225,7 @@ class Report:
         return float(self.right(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95% interval of an accuracy: ``clean``, a case or ``union``; NaN for a union that is NaN.
+        """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN for one of these that is NaN.
 
         Wilson's score interval (:func:`rome.evaluation.statistics.wilson`). It covers the choice of the examples, not
         of the training seed.
@@ -216,8 +233,9 @@ class Report:
         Raises:
             UserError: no such column.
         """
-        if name == UNION:
-            return self.union_interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
+        if name in (AVERAGE, UNION):
+            of = self.union_interval if name == UNION else self.mean_interval
+            return of(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
         self.right((name,))  # is it there?
         return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
@@ -228,6 +246,11 @@ class Report:
             UserError: one of the cases is not in the report.
         """
         return wilson(int(self.right(cases).sum()), self.n)
+
+    def mean_interval(self, cases: Iterable[str]) -> tuple[float, float]:
+        """95% interval of the mean over some cases, which share their examples
+        (:func:`rome.evaluation.statistics.wilson_mean`)."""
+        return wilson_mean(self.correct[:, [self.cases.index(case) for case in cases]].mean(axis=1))
 
     @cached_property
     def _planned(self) -> dict[str, Mapping[str, Any]]:
@@ -247,7 +270,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrix, as plain data; what is unavailable is None."""
-        names = (*self.cases, *(() if math.isnan(self.union) else (UNION,)))
+        names = (*self.cases, *(() if math.isnan(self.union) else (AVERAGE, UNION)))
         numbers = {
             "clean": self.clean,
             "robust": self.robust,

@@ -13,15 +13,19 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import own_device
+from rome.core.distributed import ALONE, Team, own_device
 from rome.core.errors import UserError, first_line, some
+from rome.core.private import PATH
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
-from rome.evaluation.named import build_named
+from rome.evaluation.named import build_named, named_after
+from rome.evaluation.tracked import chosen_loggers, track
 from rome.experts import Routing, set_routing
-from rome.models import build_model, file_hash, load_model, read_tensors
+from rome.models import ModelSettings, build_model, file_hash, load_model, read_tensors
+from rome.models.hub import on_hub, pinned
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
+from rome.runs.meant import what_is
 
 
 @trust.opens_files
@@ -38,21 +42,25 @@ def evaluate_saved(
     routing: Routing | None = None,
     out: str | Path | None = None,
     settings: Evaluation | None = None,
+    loggers: Sequence[str] | None = None,
+    team: Team = ALONE,
     trust_code: bool = False,
     **others: Any,
 ) -> tuple[Report, Path]:
     """Evaluate a model on the test set of its config.
 
     Args:
-        target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, or the config of a
-            model that no run made (:func:`rome.evaluation.named.named_config`).
+        target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, a model of the Hub
+            (``hf://USER/NAME``; the result names its commit), or the config of a model that no run made
+            (:func:`rome.evaluation.named.named_config`).
         data: where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
         features: the network that measures perceptual distances in the suite; None takes the suite's.
         routing: replaces the gates (:func:`rome.experts.set_routing`).
         out: folder of the result; None: ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for a
             run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
-            a model that no run made.
+            a model that no run on this machine made.
         settings: what holds where an argument is None; without it the config's ``evaluation``.
+        loggers: kinds of loggers; None takes the config's, and leaves out results that were there already.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
         others: arguments of :func:`rome.evaluate`, as are those without a word here.
 
@@ -65,6 +73,7 @@ def evaluate_saved(
     opened = open_target(target, data)
     config, split = opened.config, opened.split
     settings = settings or config.evaluation
+    followed = chosen_loggers(config, loggers) if team.is_main else ()
     chosen = with_features(_suite(suite, settings.suite), features)
     for sentence in (*check_files(chosen, cases), *opened.remarks):
         say(sentence)
@@ -94,14 +103,17 @@ def evaluate_saved(
             **opened.facts,
         },
         cases=cases,
+        team=team,
         progress=True,
         **others,
     )
-    if "model" in opened.facts and report.interval("clean")[0] <= 1 / len(split.classes):
+    if followed and (loggers is not None or "result" not in report.reused):
+        label = f"{opened.folder.name}/{name}"
+        track(followed, opened.home or folder, config, report, x, folder, label, opened.updates)
+    if "model" in opened.facts and not on_hub(config.model.name) and report.interval("clean")[0] <= report.chance:
         say(
-            f"only {report.clean:.1%} are right without an attack, no better than chance for {len(split.classes)} "
-            "classes: are the normalisation (--mean, --std), the image size and the order of the classes those it was "
-            "trained with?",
+            f"{report.guesses}: are the normalisation (--mean, --std), the image size and the order of the classes "
+            "those it was trained with?"
         )
     return report, folder
 
@@ -119,22 +131,32 @@ class Opened(NamedTuple):
     remarks: Sequence[str] = ()
     prefix: str = ""
     suffix: str = ""
+    home: Path | None = None
+    """The run's folder, which its loggers go on in; None of a model that lies in no run."""
+    updates: int = 0
+    """That the weights were trained for, as far as the log says."""
 
 
 def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     """The model in evaluation mode, its config and its test set; arguments and errors are :func:`evaluate_saved`'s."""
+    if on_hub(target):
+        target = _from_hub(target, data)
     if isinstance(target, Config):
+        target = target.model_copy(update={"model": target.model.pinned()})
         split = target.data.open("test")
         model, facts, remarks = build_named(target, split)
         return Opened(model, target, split, Path("evaluations"), {"model": facts}, remarks, prefix=f"{target.name}-")
     file = Path(target)
+    if file.is_file() and file.suffix in (".yaml", ".yml", ".py"):
+        raise UserError(f"name a run's folder or its weights; {what_is(file)}")
     if file.is_dir():
         file = Run(file).model_file
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
     if file.suffix == ".pt":  # a folder of its own, or reports would take it for the finished model's
         model, config, split = _from_checkpoint(run, file, data)
-        return Opened(model, config, split, run.folder / "evaluation-unfinished", facts, suffix=f"-{digest[:8]}")
+        place, suffix = run.folder / "evaluation-unfinished", f"-{digest[:8]}"
+        return Opened(model, config, split, place, facts, suffix=suffix, home=run.folder, updates=_updates(run, file))
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
@@ -144,7 +166,14 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     config = parse(metadata["config"])  # first: it imports what the model may be built of
     config, split = _located(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
-    return Opened(load_model(file), config, split, place, facts)
+    home = run.folder if run.config_file.is_file() else None
+    return Opened(load_model(file), config, split, place, facts, home=home, updates=_updates(run, file))
+
+
+def _updates(run: Run, file: Path) -> int:
+    """The updates that a run's weights are the result of; 0 without its log."""
+    lines = [line for line in run.log() if line.get("best") or file != run.best_file]
+    return int(lines[-1]["update"]) if lines else 0
 
 
 def _suite(name: str | None, configured: Suite) -> Suite:
@@ -166,33 +195,65 @@ def _suite(name: str | None, configured: Suite) -> Suite:
 
 
 def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
-    """The config with the data where it lies now, and its test set.
+    """The config with the data where it lies now, and its test set; raises what :func:`_opened` does."""
+    run = Run(file.parent)
+    elsewhere = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
+    known = (run.origin.get("data") or {}).get("classes")
+    return _opened(config, data or run.data_path or config.data.path, str(run.folder), known, elsewhere)
+
+
+def _opened(
+    config: Config, path: str | None, owner: str, classes: list[str] | None, elsewhere: str
+) -> tuple[Config, Split]:
+    """A config with another path of its data, and its test set.
+
+    Args:
+        owner: the model, for messages.
+        classes: that it was trained on, where they are known.
+        elsewhere: how to say where the data lies.
 
     Raises:
-        UserError: it is not there, has no path, or has other classes than those that the run was trained on.
+        UserError: it is not there, has no path, or has other classes.
     """
-    run, kept = Run(file.parent), config.data.path
-    path = data or run.data_path or kept
-    if data is not None and kept is None and type(config.data).model_fields["path"].annotation is type(None):
-        raise UserError(f"--data {data}: the data of {run.folder} ({config.data.kind}) lies at no path; leave it out")
-    if path != kept:
+    if path != config.data.path:
+        if type(config.data).model_fields["path"].annotation is type(None):
+            raise UserError(f"--data {path}: the data of {owner} ({config.data.kind}) lies at no path; leave it out")
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     try:
         split = config.data.open("test")
     except UserError as error:
         if path is None or Path(path).expanduser().exists():
             raise
+        raise UserError(f"{error}. If it lies elsewhere now: {elsewhere}") from None
+    if classes not in (None, list(split.classes)):
         raise UserError(
-            f"{error}. If it lies elsewhere now: rome evaluate {file} --data PATH, or correct data.path in "
-            f"{run.config_file}"
-        ) from None
-    known = (run.origin.get("data") or {}).get("classes", list(split.classes))
-    if known != list(split.classes):
-        raise UserError(
-            f"{path} has other classes than {run.folder} was trained on: {_listed(split.classes)} instead of "
-            f"{_listed(known)}"
+            f"{path} has other classes than {owner} was trained on: {_listed(split.classes)} instead of "
+            f"{_listed(classes or ())}"
         )
     return config, split
+
+
+def _from_hub(source: str, data: str | None) -> Config:
+    """The config that evaluates a model of the Hub as the one it was trained with would, with the commit that the
+    source stands for now.
+
+    Raises:
+        UserError: no such model, or not one of ours, or what :func:`_opened` raises.
+    """
+    commit = pinned(source)
+    metadata, _ = read_tensors(commit, follow=True)
+    if not metadata.get("config"):
+        raise UserError(
+            f"{source} holds no config of rome's, so its data is unknown; name its architecture and the data: "
+            f"rome evaluate --model NAME --weights {source} --data DATA"
+        )
+    config = parse(metadata["config"])
+    elsewhere = f"rome evaluate {source} --data PATH"
+    if data is None and config.data.path == PATH:
+        raise UserError(f"where the data of {source} ({config.data.kind}) lies on this machine is unknown: {elsewhere}")
+    config, _ = _opened(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
+    kept = {name: getattr(config, name) for name in ("imports", "data", "threats", "device", "evaluation")}
+    return Config(name=named_after(source), model=ModelSettings(name=commit), **kept)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 LEVEL = 0.05
 """Of false claims in one table or report, whatever their number."""
@@ -29,12 +30,30 @@ class Difference(NamedTuple):
         """Whether the exact test rejects that there is no difference."""
         return self.p < LEVEL
 
+    @property
+    def said(self) -> str:
+        """``p = 0.4``."""
+        return "p < 0.0001" if self.p < 0.0001 else f"p = {self.p:.2g}"
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+
+def wilson(correct: float, n: float) -> tuple[float, float]:
     """95% score interval of a share of n examples (Wilson 1927)."""
-    low, high = binomtest(correct, n).proportion_ci(1 - LEVEL, method="wilson")
+    z, share = NormalDist().inv_cdf(1 - LEVEL / 2), correct / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     # the ends of none and all are 0 and 1, which rounding would miss by a hair
-    return float(low) if correct else 0.0, float(high) if correct < n else 1.0
+    return middle - half if correct else 0.0, middle + half if correct < n else 1.0
+
+
+def wilson_mean(shares: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean m of one share in [0, 1] for each example, (n,).
+
+    :func:`wilson` with the effective number of examples n m (1 - m) / variance (Korn and Graubard 1998): never wider
+    than that of n answers right or wrong, and equal to it where all shares are 0 or 1. Where all are alike, it is n.
+    """
+    mean, variance = float(shares.mean()), float(shares.var())
+    n = len(shares) * (mean * (1 - mean) / variance if variance else 1.0)
+    return wilson(mean * n, n)
 
 
 @functools.cache
@@ -65,6 +84,20 @@ def paired_differences(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[D
     found = [paired_difference(a, b, comparisons=len(pairs)) for a, b in pairs]
     adjusted = holm([each.p for each in found])
     return [each._replace(p=p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def welch(a: Sequence[float], b: Sequence[float], *, comparisons: int = 1) -> tuple[float, float, float]:
+    """Mean of ``a`` minus mean of ``b``, two values at least each, with Welch's 95% interval (1947); its ends are NaN
+    where all values of each are equal, which says nothing of how far others would not be.
+
+    Args:
+        comparisons: how many intervals hold together with 95%, this one among them.
+    """
+    difference = statistics.fmean(a) - statistics.fmean(b)
+    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
+        return difference, math.nan, math.nan
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL / comparisons)
+    return difference, float(interval.low), float(interval.high)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, comparisons: int = 1) -> Difference:

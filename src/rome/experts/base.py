@@ -79,11 +79,14 @@ class Layerwise(Experts):
     """Base of the kinds that put K experts and a gate at each of several layers."""
 
     experts: int = Field(default=4, ge=1)
+    """K, at each layer."""
     gate: Gate = Field(default_factory=DualScale)
+    """What mixes them."""
     projection: Literal["frozen", "trainable", "none"] = "frozen"
     """The layer K -> K' of Eq. 7: left at its random start, learned (the literal form, unbounded), or absent. A gate
     without global part has none."""
     projection_dim: int = Field(default=100, ge=1)
+    """K' of that layer."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
@@ -146,6 +149,7 @@ class Bottleneck(Layerwise):
     """Base of the kinds whose experts have a rank and stand beside single layers."""
 
     rank: int = Field(default=16, ge=1)
+    """r of each expert."""
     layers: Annotated[Names, Field(min_length=1)] | None = None
     """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
     (``blocks.*.mlp.fc?``): the Linear layers that match, or the convolutions where none does. null picks the paper's:

@@ -138,10 +138,6 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
     return output, Gates(weights, None if local_bias is None else u, None if global_bias is None else v)
 
 
-mixture_uncompiled: Any = torch.compiler.disable(mixture)  # type: ignore[no-untyped-call]
-"""For blocks that are to share one program: beta, which differs from block to block, would be part of it."""
-
-
 def _as_autocast(*tensors: Any) -> Any:
     """Tensors as a matrix product under autocast, where it is on, would take them."""
     kind = tensors[0].device.type

@@ -86,7 +86,9 @@ class DualScale(Gate):
 
     kind = "dual-scale"
     s: Number = 4.0
+    """How steeply beta falls with depth."""
     b: Number = 2.0
+    """Shifts beta down in all layers."""
     coefficient: Literal["adaptive", "inverted", "learned"] = "adaptive"
     """beta(l) as it stands, 1 - beta(l), or a parameter of each layer that starts at beta(l) (Table 4)."""
     pool: Literal["mean", "patches", "cls"] = "mean"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rome.core.component import Number
 from rome.experts.base import Bottleneck, Module
 from rome.experts.conv import MixtureConv2d
-from rome.experts.fused import closed_form, mixture, mixture_uncompiled
+from rome.experts.fused import closed_form, mixture
 from rome.experts.gated import MixtureLayer
 from rome.experts.gated_linear import GatedLinear, scale_groups
 from rome.experts.gates import DualScale, Gate, Uniform
@@ -28,8 +28,8 @@ class MixtureLinear(GatedLinear):
     layer's to the last bit.
     """
 
-    uncompiled = False
-    """Whether a compiled block calls the fused operation as it is."""
+    combine = staticmethod(mixture)
+    """The fused operation; in a compiled block one that is not compiled."""
 
     def make(self, experts: int, rank: int) -> None:
         self.A = nn.Parameter(torch.empty(experts * rank, self.in_features))
@@ -43,8 +43,7 @@ class MixtureLinear(GatedLinear):
         stacked = self.stack() if self.stacked is None else self.stacked
         gate = closed_form(self)
         if gate is not None:
-            combine = mixture_uncompiled if self.uncompiled else mixture
-            output, gates = combine(self, input, stacked, gate)
+            output, gates = self.combine(self, input, stacked, gate)
             if gates is not None:
                 self.record(gates, self.tokens(input))
             return output
@@ -60,6 +59,7 @@ class LowRank(Bottleneck):
     """K low-rank experts with a gate beside each chosen layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
 
     kind = "low-rank"
+    also_called = ("rome",)
     conv: Literal["loralib", "peft"] = "loralib"
     """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
     alpha: Number | None = Field(default=None, gt=0)

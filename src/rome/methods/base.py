@@ -94,6 +94,8 @@ class Method(Component):
     """How adversarial examples of several threats become one loss."""
 
     default_kind = "random"
+    papers: ClassVar[tuple[str, ...]] = ()
+    """Keys of what to cite, in ``papers.bib``."""
     own_attack: ClassVar[str] = ""
     """What it attacks with where that is not the config's ``attack``, which then has no effect."""
     own_experts: ClassVar[str] = ""

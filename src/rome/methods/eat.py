@@ -27,6 +27,7 @@ class EAT(MinMaxMethod):
     """
 
     kind = "eat"
+    papers = ("croce2022adversarial",)
     threats: tuple[str, ...] = Field(default=("Linf", "L1"), min_length=2)
     """Names of the threats to train on, among the config's. Linf and L1 are the extremes, between them lies L2."""
     per: Literal["example", "batch"] | None = None

@@ -24,7 +24,9 @@ class Random(MinMaxMethod):
     """
 
     kind = "random"
+    papers = ("madaan2021learning",)
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of the current update's batch."""
 
@@ -77,6 +79,7 @@ class Average(_Every):
     """AVG: the mean of the threats' losses, one step (Tramèr and Boneh 2019)."""
 
     kind = "avg"
+    papers = ("tramer2019adversarial",)
 
     def join(self, losses: Tensor) -> Tensor:
         return losses.mean()
@@ -91,7 +94,9 @@ class Maximum(_Every):
     """
 
     kind = "max"
+    papers = ("tramer2019adversarial",)
     per: Literal["example", "batch"] = "example"
+    """A threat for each example, or one for the whole batch."""
 
     def join(self, losses: Tensor) -> Tensor:
         if self.per == "batch":

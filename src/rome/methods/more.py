@@ -31,6 +31,7 @@ class MORE(Method):
     """
 
     kind = "more"
+    papers = ("cheng2021mixture",)
     own_experts = "more"
     own_natural = True
     partial_gradients = True

@@ -29,6 +29,7 @@ class MSD(MinMaxMethod):
     """
 
     kind = "msd"
+    papers = ("maini2020adversarial",)
     own_attack: ClassVar[str] = "multi steepest descent"
     steps: int = Field(default=20, ge=1)
     """Iterations; the paper's setting for ImageNet is 40."""

@@ -29,6 +29,7 @@ class PAT(MinMaxMethod):
     """
 
     kind = "pat"
+    papers: ClassVar[tuple[str, ...]] = ("laidlaw2021perceptual",)
     own_attack: ClassVar[str] = "fast-lpa"
     features: Names = Field(default=("self", "runs/alexnet"), min_length=1)
     """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
@@ -91,11 +92,13 @@ class VR(PAT):
     """PAT+VR: PAT plus the variation of the logits inside the threat (Dai et al. 2022, "Formulating robustness against
     unforeseen attacks").
 
-    loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2, where x' and x'' are found by a Fast-LPA that raises this
-    distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv alone.
+    ``loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2``, where x' and x'' are found by a Fast-LPA that raises
+    this distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv
+    alone.
     """
 
     kind = "vr"
+    papers = ("dai2022formulating", "laidlaw2021perceptual")
     weight: Number = Field(default=0.1, ge=0)
     """lambda."""
 

@@ -33,6 +33,7 @@ class RAMP(MinMaxMethod):
     """
 
     kind = "ramp"
+    papers = ("jiang2024ramp",)
     source: str = "Linf"
     target: str = "L1"
     """Names of two threats, among the config's."""

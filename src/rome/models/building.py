@@ -16,6 +16,7 @@ from rome.core.errors import Interrupted, UserError, first_line
 from rome.core.trial import ask, tried
 from rome.experts import Experts
 from rome.models.classifier import Classifier
+from rome.models.hub import on_hub, pinned
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
@@ -36,16 +37,22 @@ class ModelSettings(Settings):
     num_classes: int | None = Field(default=None, ge=2)
     """None takes the data set's."""
     img_size: int | None = Field(default=None, ge=1)
+    """Side of the images in pixels, for models that are built for one size."""
     patch_size: int | None = Field(default=None, ge=1)
+    """Of timm's transformers; None is the model's own."""
     in_chans: int | None = Field(default=None, ge=1)
+    """Channels of the images; None takes the data set's."""
     pretrained: bool = False
+    """Start from timm's weights."""
     mean: tuple[float, ...] | None = None
+    """Of the normalisation inside the model, by channel, for images in [0, 1]; None is that of the weights, or 0.5."""
     std: tuple[float, ...] | None = None
+    """Goes with ``mean``."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model or the function, such as ``depth: 6``."""
     weights: str | None = None
-    """What to start from: a run's folder, a safetensors file, a checkpoint of ``torch.save`` or ``pyautoattack``; see
-    :func:`rome.models.load_weights`."""
+    """What to start from: a run's folder, a safetensors file, ``hf://USER/NAME``, a checkpoint of ``torch.save`` or
+    ``pyautoattack``; see :func:`rome.models.load_weights`."""
     weights_key: str | None = None
     """Where in ``weights``, if it holds several models: ``state_dict``, ``teacher``."""
     drop_head: bool = False
@@ -66,6 +73,16 @@ class ModelSettings(Settings):
         """The same without weights to start from."""
         start = ("pretrained", "weights", *_OF_WEIGHTS)
         return self.model_copy(update={key: type(self).model_fields[key].default for key in start})
+
+    def pinned(self) -> Self:
+        """The same with the commits of what is loaded from the Hub, which a branch may leave behind.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        return self.model_copy(
+            update={key: pinned(at) for key in ("name", "weights") if on_hub(at := getattr(self, key))}
+        )
 
     def architecture_only(self) -> Self:
         """The same for counting parameters and operations: also without RobustBench's package where the architecture
@@ -124,7 +141,10 @@ def untrained(settings: ModelSettings) -> Classifier:
     except (UserError, Interrupted):
         raise
     except OSError as error:
-        raise UserError(f"the weights of {name} cannot be had: {first_line(error)}") from error
+        raise UserError(
+            f"the weights of {name} cannot be had: {first_line(error)}. Without network: model.pretrained=false with "
+            "model.weights=FILE, or the folder of another machine's cache in HF_HOME and HF_HUB_OFFLINE=1"
+        ) from error
     except Exception as error:  # whatever a function of yours does
         hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
         all_args = ", ".join(
@@ -173,9 +193,13 @@ def build_model(
     model = untrained(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
     if settings.weights is not None and not goes_on:
         _start(model, settings)
-    images, name = torch.zeros(2, *shape), f"model {settings.name}"
+    images, name, side = torch.zeros(2, *shape), f"model {settings.name}", settings.img_size
+    apart = (
+        f"images of {shape[-1]} pixels come from the data, model.img_size is {side}: make them equal (data.size={side})"
+    )
+    hint = "set model.img_size and model.patch_size" if side in (None, shape[-1]) else apart
     with tried(model):
-        outputs = ask(model, images, name=name, hint="set model.img_size and model.patch_size").shape[1]
+        outputs = ask(model, images, name=name, hint=hint).shape[1]
         ask(model.train(), images, name=f"{name} in training mode")  # where some give auxiliary logits too
     if outputs != classes:
         raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from rome.experts import MixtureLinear
+from rome.experts.fused import mixture
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -28,9 +32,11 @@ def compile_blocks(model: nn.Module) -> int:
     model without repeated blocks is compiled as a whole (0). Nothing that is saved changes.
     """
     blocks = repeated_blocks(model)
+    # or beta, which differs from block to block, would be part of the program that they share
+    uncompiled: Any = torch.compiler.disable(mixture)  # type: ignore[no-untyped-call]  # imports the compiler: not above
     for block in blocks or [model]:
         for layer in block.modules() if blocks else ():
             if isinstance(layer, MixtureLinear):
-                layer.uncompiled = True
+                layer.combine = uncompiled
         block.compile()
     return len(blocks)

@@ -16,6 +16,7 @@ from rome.core.errors import UserError
 from rome.core.files import file_hash
 from rome.core.trial import last_line
 from rome.core.trust import PROGRAMS
+from rome.models.hub import on_hub
 
 EXPORTED = ".pt2"
 HOW_TO_EXPORT = (
@@ -26,7 +27,7 @@ HOW_TO_EXPORT = (
 
 def is_saved_module(name: str) -> bool:
     """Whether a model's name is that of a saved module, and not of a timm model or a function."""
-    return Path(name).suffix in PROGRAMS  # never of a function: its name has no dot
+    return Path(name).suffix in PROGRAMS and not on_hub(name)  # never of a function: its name has no dot
 
 
 class SavedModule(nn.Module):

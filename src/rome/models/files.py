@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,9 +21,13 @@ from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import expert_state, fingerprint, moved, settings_of
 from rome.models.adapted import fill
 from rome.models.building import ModelSettings, untrained
+from rome.models.classifier import Classifier
 from rome.models.fitting import fit
 from rome.models.loading import other_layers, read_tensors
 from rome.models.module_tree import layer_counts
+
+BARE, INSIDE = "backbone", "backbone."
+"""Format of a file that holds a :class:`Classifier`'s backbone alone, and what stands before its names otherwise."""
 
 
 def save_model(model: nn.Module, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
@@ -85,12 +91,28 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
     return model
 
 
+def copy_with(change: Callable[[dict[str, Any]], dict[str, Any]], path: Path, target: Path, *, bare: bool) -> None:
+    """Write a file of :func:`save_model` again with other metadata.
+
+    Args:
+        change: makes the new metadata of the old.
+        bare: keep the backbone's tensors alone, under its own names, as timm reads them; the normalisation is in the
+            metadata too, so :func:`load_model` reads the file as before.
+    """
+    metadata, tensors = read_tensors(path)
+    if bare:
+        metadata["format"] = BARE
+        tensors = {name.removeprefix(INSIDE): each for name, each in tensors.items() if name.startswith(INSIDE)}
+    _write(tensors, target, change(metadata))
+
+
 @trust.opens_files
 def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """A model from a file saved by :func:`save_model`, in evaluation mode.
 
     Args:
-        path: the file, or a run's folder.
+        path: the file, a run's folder, or a model that was pushed to the Hub: ``hf://USER/NAME``, with ``@REVISION``
+            behind it for a commit, branch or tag (:mod:`rome.models.hub`).
         model: your own module to load into; None builds the model from the config in the file.
         trust_code: build it also if the file names code for that, and no training of yours wrote it here
             (:mod:`rome.core.trust`).
@@ -102,8 +124,17 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
     if metadata.get("format") == "experts":
         raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
     built = model is None
+    if not metadata and built:
+        raise UserError(
+            f"{path} was not saved by rome, so how its model is built is unknown: start from it as model.weights, or "
+            "pass the module to load it into"
+        )
     if model is None:
         model = _built(metadata.get("model") or {}, path)
+    if metadata.get("format") == BARE and isinstance(unwrapped(model), Classifier):
+        tensors = {INSIDE + name: each for name, each in tensors.items()} | _normalization(
+            metadata["model"] or {}, path
+        )
 
     def copy_into(target: nn.Module) -> None:
         fit(target, tensors, expected=set(bare_state(target)), path=path)
@@ -127,6 +158,14 @@ def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
         raise UserError(
             f"the model of {path} cannot be built from what it says ({error}); pass the module to load it into"
         ) from error
+
+
+def _normalization(recipe: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The buffers of a :class:`Classifier` that a file of its backbone alone has in its metadata."""
+    try:
+        return {name: torch.tensor(recipe[name], dtype=torch.float32).view(1, -1, 1, 1) for name in ("mean", "std")}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not say the normalisation of its model; train or copy it again") from error
 
 
 def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dict[str, Any]:

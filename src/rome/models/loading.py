@@ -23,6 +23,7 @@ from rome.experts.state import PART, expert_state
 from rome.models.adapted import fill, inject
 from rome.models.classifier import Classifier
 from rome.models.fitting import find, fit, head_names, numbers, within
+from rome.models.hub import local_file
 from rome.models.module_tree import layer_counts
 from rome.models.pickles import load_pickle
 
@@ -56,6 +57,7 @@ def load_weights(
               weights are taken (``state_dict_ema``, ``model_ema``); others are refused without a ``key``. Normalisation
               is the file's if it has one beside the model (``mean`` and ``std``, ``0.mean``, ``normalizer.new_mean``),
               or that of timm's ``config.json`` in its folder, otherwise the model's;
+            - ``hf://USER/NAME`` or ``hf://USER/NAME@REVISION``: the safetensors file of that repository on the Hub;
             - ``pyautoattack``: the ResNet-18 for CIFAR-10 that comes with that package.
         drop_head: leave the file's last layer out, and the model's as it is.
         drop_experts: leave the file's experts out.
@@ -175,7 +177,7 @@ def weights_file(source: str | Path) -> Path:
         if shipped is None or not shipped.is_file():
             raise UserError("pyautoattack is not installed with its example weights: pip install pyautoattack==0.2.0")
         return shipped
-    file = Path(source).expanduser()
+    file = local_file(source)
     if file.is_dir():
         index = file / "model.safetensors.index.json"
         return index if index.exists() else file / "model.safetensors"
@@ -230,11 +232,13 @@ class _Metadata(BaseModel):
     model: dict[str, Any] | None = None
     experts: list[dict[str, Any]] | None = None
     config: dict[str, Any] | None = None
+    classes: list[str] | None = None
     layers: dict[str, int] | None = None
 
 
 def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and tensors of a safetensors file; ``path`` may be a run's folder. Only ours have metadata.
+    """The metadata and tensors of a safetensors file; ``path`` may be a run's folder, or ``hf://USER/NAME``. Only ours
+    have metadata.
 
     Args:
         follow: what the metadata names will be built, so it must not name code (:mod:`rome.core.trust`).
@@ -242,7 +246,7 @@ def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, A
     Raises:
         UserError: no such file, not a safetensors file, or metadata that is not of ours.
     """
-    file = Path(path).expanduser()
+    file = local_file(path)
     if file.is_dir():
         file = file / "model.safetensors"
     if not file.is_file():

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timm
 from torch import nn
 
 from rome.core.errors import UserError, did_you_mean, first_line
 from rome.core.trust import import_own, names_code
 from rome.models.backbones import BACKBONES, IDENTITY, Normalization
+from rome.models.hub import on_hub
 
 ROBUSTBENCH = "robustbench:"
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -41,6 +41,11 @@ def make_backbone(
         UserError: an unknown name, or weights that cannot be had.
         Exception: whatever the builder raises on arguments it does not take.
     """
+    if on_hub(name):
+        raise UserError(
+            f"{name} is a model with its weights: rome.load_model({name!r}) loads it, rome evaluate {name} evaluates "
+            "it, and a training starts from it as model.weights, beside the name of its architecture"
+        )
     if name.startswith(ROBUSTBENCH):
         return robustbench_model(name.removeprefix(ROBUSTBENCH), num_classes=num_classes, **options)
     ours = names_code(name) or name in BACKBONES
@@ -53,6 +58,8 @@ def make_backbone(
             return module
     if ours:
         return BACKBONES[name](num_classes=num_classes, in_chans=in_chans, **options)
+    import timm  # a second of imports, which reading a config is not to wait for
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*BACKBONES, *timm.list_models()], n=8, cutoff=0.5)
         hint = did_you_mean(name, near) if near else " `rome list models` (timm.list_models()) names all."
@@ -127,7 +134,12 @@ def own_function(name: str) -> Any:
     place, _, function = name.rpartition(":")
     try:
         module = _executed(Path(place)) if place.endswith(".py") else import_own(place)
+        if not hasattr(module, function):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            raise UserError(f"{place} has no function {function!r}.{did_you_mean(function, own)}")
         return getattr(module, function)
+    except UserError:
+        raise
     except Exception as error:  # whatever the file does
         raise UserError(f"model {name!r} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 

@@ -1,7 +1,7 @@
 """Charts as inline SVG that takes its colours and typeface from the page, so that it follows light and dark.
 
-Matplotlib draws with stand-in colours, threats in those of the figures; each becomes a CSS variable: ``--ink``,
-``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
+Matplotlib draws with stand-in colours, runs and threats in those of the figures; each becomes a CSS variable of the
+page: ``--ink``, ``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import html
 import io
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,46 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rome.evaluation.evaluate import Report
-from rome.report.columns import columns_of
-from rome.report.figures.style import NOTE, THREATS
+from rome.report.figures.style import NOTE, RUNS, THREATS
 
 SERIES = 6
 """Colours before they repeat."""
-_VARIABLES = ["ink", "muted", "line", *(f"run-{i}" for i in range(SERIES))]
-_STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(_VARIABLES)}
+_STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(("ink", "muted", "line"))}
+_STAND_IN |= {f"run-{i}": colour.lower() for i, colour in enumerate(RUNS[:SERIES])}
 _STAND_IN |= {f"threat-{i}": colour.lower() for i, colour in enumerate(THREATS)}
 _MARKERS = "osD^vP"
 _NO_SERIES = {"event", "update", "epoch", "accuracy", "lr", "images_per_second", "seconds", "loss"}
 """Entries of an epoch event that are no part of the loss."""
-
-
-def accuracies(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> Markup:
-    """Every accuracy of every run as a dot with its 95% interval, where it has one."""
-    columns = [column for column in columns_of([report for _, report in rows], unions) if column.has_interval]
-    size, offset = (4.9, 0.6 + len(columns) * max(0.42, 0.24 * len(rows))), min(0.2, 0.7 / len(rows))
-    with _chart(size) as (figure, axes):
-        for i, (_, report) in enumerate(rows):
-            cells = [column.cell(report) for column in columns]
-            values = np.array([cell.value for cell in cells])
-            ends = np.array([cell.interval or (math.nan, math.nan) for cell in cells]).T
-            places = np.arange(len(columns)) + (i - (len(rows) - 1) / 2) * offset
-            errors, colour = 100 * np.maximum([values - ends[0], ends[1] - values], 0), _colour(i)
-            marker = _MARKERS[i % SERIES]
-            axes.errorbar(100 * values, places, xerr=errors, fmt=marker, ms=6, color=colour, elinewidth=1.8)
-        axes.set_yticks(range(len(columns)), [column.title for column in columns])
-        axes.set(xlim=(0, 100), ylim=(len(columns) - 0.5, -0.5), xlabel="examples classified right, %")
-        axes.tick_params(axis="y", length=0, labelsize=11.5, labelcolor=_STAND_IN["ink"])
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        return _svg(figure, "Accuracy of every run with its 95% interval; the numbers are in the table")
 
 
 def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) -> list[Markup]:

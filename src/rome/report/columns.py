@@ -14,9 +14,9 @@ from rome.attacks.suites.base import LP
 from rome.core.console import print_table
 from rome.core.errors import some
 from rome.evaluation.evaluate import Report
-from rome.evaluation.result import CLEAN, UNION
+from rome.evaluation.result import AVERAGE, CLEAN, UNION
 
-AVERAGE, MEAN = "average", " mean"
+MEAN = " mean"
 DASH = "\N{EN DASH}"
 WIDE = 9
 """Columns from which a table is printed with its rows and columns exchanged."""
@@ -49,18 +49,25 @@ class Column(NamedTuple):
     union: Sequence[str] | None = None
     """The cases whose union it is; None for one of the report's own numbers, which the title names."""
 
-    @property
-    def has_interval(self) -> bool:
-        return self.title != AVERAGE and not self.title.endswith(MEAN)
-
     def cell(self, report: Report) -> Cell:
+        """The number with its interval."""
+        means = {f"{group}{MEAN}": names for group, names in report.members.items()}
+        if self.title in means:
+            value = report.groups[self.title.removesuffix(MEAN)]
+            return Cell(value, None if math.isnan(value) else report.mean_interval(means[self.title]))
         if self.union is not None:
             known = set(self.union) <= set(report.cases)
             return Cell(report.union_of(self.union), report.union_interval(self.union)) if known else Cell(math.nan)
-        values = {f"{group}{MEAN}": mean for group, mean in report.groups.items()}
-        values |= {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
+        values = {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union}
         value = values.get(self.title, math.nan)
-        return Cell(value, report.interval(self.title) if self.has_interval and not math.isnan(value) else None)
+        return Cell(value, None if math.isnan(value) else report.interval(self.title))
+
+    def right(self, report: Report) -> np.ndarray | None:
+        """bool (n,): the examples whose share it is; None for a mean and for what is missing."""
+        if self.title in report.cases:
+            return np.asarray(report.correct[:, report.cases.index(self.title)])
+        cases = report.attacks if self.title == UNION else self.union
+        return report.right(cases) if cases and set(cases) <= set(report.cases) else None
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
@@ -90,15 +97,17 @@ def tabulate(
 ) -> tuple[list[str], list[list[Cell]]]:
     """Titles of the columns (:func:`columns_of`) and a row of cells for each report.
 
-    The largest number of a column, as printed, is its best; there is none where there is one row.
+    The largest number of a column, as printed, is its best; there is none where there is one row, or where guessing
+    reaches it.
     """
     columns = columns_of([report for _, report in rows], unions)
     marked = []
     for column in columns:
         cells = [column.cell(report) for _, report in rows]
         printed = [-1.0 if math.isnan(cell.value) else round(100 * cell.value, 1) for cell in cells]
-        best = max(printed) if len(rows) > 1 else math.inf
-        marked.append([cell._replace(best=number == best >= 0) for cell, number in zip(cells, printed, strict=True)])
+        guessed = max(100 * report.chance for _, report in rows)
+        best = max(printed) if len(rows) > 1 and max(printed) > guessed else math.inf
+        marked.append([cell._replace(best=number == best) for cell, number in zip(cells, printed, strict=True)])
     return [column.title for column in columns], [list(row) for row in zip(*marked, strict=True)]
 
 
@@ -123,16 +132,17 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     caption = f"{covered(rows)}; percent right {over} its 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
-        for sentence in (*report.corruptions, *missing(report)):
+        for sentence in (*report.corruptions, *remarks(report)):
             console.print(Text(f"{name}: {sentence}"), soft_wrap=True)
 
 
-def missing(report: Report) -> list[str]:
-    """What has no number, and why."""
+def remarks(report: Report) -> list[str]:
+    """What has no number, and why; and what guessing would reach."""
     alike: dict[str, list[str]] = {}
     for case, reason in report.failed.items():
         alike.setdefault(reason, []).append(case)
-    sentences = [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
+    sentences = [report.guesses] if report.guesses else []
+    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
         sentences.append(f"not run yet: {some(report.pending, 5)}; the same command without --cases runs the rest")

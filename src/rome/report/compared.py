@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -14,13 +16,16 @@ from rome.attacks.suites.base import LP
 from rome.core.errors import UserError
 from rome.core.files import flatten
 from rome.evaluation.evaluate import Report
+from rome.evaluation.result import UNION
 from rome.evaluation.statistics import Difference, paired_difference, paired_differences
 from rome.evaluation.store import RESULT, SETTINGS
+from rome.report.columns import Column
 from rome.report.evaluated import Evaluated, evaluations, is_evaluation, load_evaluation
 from rome.report.subject import distinct, names_of
 from rome.report.templating import sentences
 from rome.runs.config import Config
 from rome.runs.folder import FREE_KEYS, Run
+from rome.runs.meant import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
 _SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
@@ -86,6 +91,18 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
         return ["Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."]
     if not runs[0].report.attacks:
         return ["No attack was run, so there is no union to compare."]
+    return sentences("findings.txt", **_differences(runs, base))
+
+
+def headline(runs: Sequence[Evaluated], base: Evaluated | None = None) -> str:
+    """The first of :func:`findings` in a few words; the names where there is no union to compare."""
+    if any(math.isnan(run.report.union) for run in runs):
+        return ", ".join(run.name for run in runs)
+    return " ".join(sentences("headline.txt", **_differences(runs, base)))
+
+
+def _differences(runs: Sequence[Evaluated], base: Evaluated | None) -> dict[str, Any]:
+    """What the sentences on unions are made of."""
     ranked = sorted(runs, key=lambda run: -run.report.union)
     first = base or ranked[0]
     others = [run for run in runs if run is not first]
@@ -93,7 +110,31 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
     differences = paired_differences([(a.report.right(), b.report.right()) for a, b in pairs])
     found = dict(zip(pairs, differences, strict=True))
     compared = [(run, found[first, run]) for run in others]
-    return sentences("findings.txt", first=first, others=compared, comparisons=len(pairs), based=base is not None)
+    return {"first": first, "others": compared, "comparisons": len(pairs), "based": base is not None}
+
+
+def outstanding(reports: Sequence[Report], columns: Sequence[Column]) -> set[tuple[int, int]]:
+    """(report, column) of the numbers that are significantly above those of every other report.
+
+    By McNemar's exact test between every two reports, the union's p-values corrected among themselves
+    (:func:`findings`), those of the other columns together. Means over cases are not tested.
+    """
+    found = set()
+    for tested in ([c for c in columns if c.title == UNION], [c for c in columns if c.title != UNION]):
+        places, pairs = [], []
+        for column in tested:
+            right = [column.right(report) for report in reports]
+            for (i, one), (j, other) in combinations(enumerate(right), 2):
+                if one is not None and other is not None:
+                    places.append((i, j, columns.index(column)))
+                    pairs.append((one, other))
+        above = Counter(
+            (i if difference.value > 0 else j, column)
+            for (i, j, column), difference in zip(places, paired_differences(pairs), strict=True)
+            if difference.clear
+        )
+        found |= {place for place, count in above.items() if count == len(reports) - 1}
+    return found
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
@@ -140,10 +181,7 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
         return {(one.report.suite, one.report.n): one}
     run = Run(folder)
     if not run.config_file.is_file():
-        raise UserError(
-            f"{folder} is not the folder of a run (it has no {run.config_file.name}) nor of an evaluation (it has no "
-            f"{SETTINGS})"
-        )
+        raise UserError(f"{what_is(folder)}; name folders of runs (with a {run.config_file.name}) or of evaluations")
     routing = run.config.evaluation.routing
     found = {key[1:]: one for key, one in evaluations(run).items() if key[0] == routing}
     if not found:

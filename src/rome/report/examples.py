@@ -29,21 +29,25 @@ SMALLEST = 96
 
 
 def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
-    """Up to ``k`` examples that every run gets right when clean, those that broke most often first, classes differing.
+    """Up to ``k`` examples that every run gets right when clean, classes differing: first those that most attacks break
+    in one run and not in another, then those that broke most often.
 
     Where an attack fooled a run, its saved image is at hand.
     """
     reports = [run.report for run in runs]
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
-    broken = np.zeros(len(usable), dtype=int)
-    for run, report in zip(runs, reports, strict=True):
-        for case in pictured(runs):
-            fooled = report.correct[:, 0] & ~report.right((case,))
-            broken += fooled
+    broken, differing = np.zeros((2, len(usable)), dtype=int)
+    for case in pictured(runs):
+        fooled = np.array([report.correct[:, 0] & ~report.right((case,)) for report in reports])
+        broken += fooled.sum(axis=0)
+        differing += fooled.any(axis=0) & ~fooled.all(axis=0)
+        for run, own in zip(runs, fooled, strict=True):
             saved = _saved(run, case)
             if saved is not None:
-                usable &= ~fooled | np.isin(np.arange(len(fooled)), list(saved))
-    order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: -broken[row])
+                usable &= ~own | np.isin(np.arange(len(own)), list(saved))
+    order = sorted(np.flatnonzero(usable).tolist(), key=lambda row: (-differing[row], -broken[row]))
+    if differing[order].astype(bool).sum() >= k:
+        order = [row for row in order if differing[row]]
     labels = reports[0].labels[order]
     firsts = sorted(np.unique(labels, return_index=True)[1].tolist())
     distinct = [order[i] for i in firsts]
@@ -83,34 +87,33 @@ def describe(
 
     Returns:
         ``scale``: case -> largest change of any pixel, where the colours of the perturbations are full; ``gray``:
-        whether images have other than three channels; ``runs``: each run with its examples (``number``, ``label``,
-        ``image``, ``shots``), a shot for each case: ``threat``, ``image``, ``perturbation`` (magnified),
-        ``prediction``, ``fooled``, and the perturbation's ``size`` in the threat's own norm (None where only a network
-        can measure it). Images are data URIs.
+        whether images have other than three channels; ``examples``: each with ``number``, ``label``, ``image``, and a
+        row for each ``run`` with its ``shots``, one for each case: ``threat``, ``image``, ``perturbation``
+        (magnified), ``prediction``, ``fooled``, and the perturbation's ``size`` in the threat's own norm (None where
+        only a network can measure it). Images are data URIs.
     """
-    clean, labels, runs = x[rows], y[rows].tolist(), []
+    clean, labels = x[rows], y[rows].tolist()
+    classes = opened[0][1].split.classes
+    shown: list[dict[str, Any]] = [
+        {"number": row, "label": classes[label], "image": picture(image), "rows": []}
+        for row, label, image in zip(rows, labels, clean, strict=True)
+    ]
     found = [adversarial(run, subject, x, y, rows, cases) for run, subject in opened]
     scale = {case: max(float((images[case] - clean).abs().max()) for images in found) or 1.0 for case in cases}
     for (run, subject), images in zip(opened, found, strict=True):
-        classes, shots = subject.split.classes, []
+        for example in shown:
+            example["rows"].append({"run": run, "shots": []})
         for case, batch in images.items():
             with torch.no_grad():
                 predicted = subject.model(batch.to(subject.device)).argmax(1).tolist()
             threat = run.threats[case]
             sizes = [None] * len(rows) if isinstance(threat, Perceptual) else threat.size(batch, clean).tolist()
-            shots.append(
-                [
-                    {"threat": case, "prediction": classes[seen], "fooled": seen != label, "size": size}
-                    | {"image": picture(image), "perturbation": diverging(image - before, scale[case])}
-                    for seen, label, size, image, before in zip(predicted, labels, sizes, batch, clean, strict=True)
-                ]
-            )
-        examples = [
-            {"number": row, "label": classes[label], "image": picture(image), "shots": own}
-            for row, label, image, *own in zip(rows, labels, clean, *shots, strict=True)
-        ]
-        runs.append((run, examples))
-    return {"scale": scale, "gray": x.shape[1] != 3, "runs": runs}
+            every = zip(shown, predicted, labels, sizes, batch, clean, strict=True)
+            for example, seen, label, size, image, before in every:
+                shot = {"threat": case, "prediction": classes[seen], "fooled": seen != label, "size": size}
+                shot |= {"image": picture(image), "perturbation": diverging(image - before, scale[case])}
+                example["rows"][-1]["shots"].append(shot)
+    return {"scale": scale, "gray": x.shape[1] != 3, "examples": shown}
 
 
 def picture(image: Tensor) -> str:

@@ -140,17 +140,15 @@ def pairs(sample: GateSample) -> list[Pair]:
     return found
 
 
-def summary(sample: GateSample) -> str:
-    """What the numbers show, in words that follow from them."""
-    return " ".join(
-        sentences(
-            "gates.txt",
-            sample=sample,
-            pairs=pairs(sample),
-            called=_called,
-            entropy=sample.entropy.mean(),
-            largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
-        )
+def summary(sample: GateSample) -> list[str]:
+    """What the numbers show, in words that follow from them: first the verdict, then the numbers it rests on."""
+    return sentences(
+        "gates.txt",
+        sample=sample,
+        pairs=pairs(sample),
+        called=_called,
+        entropy=sample.entropy.mean(),
+        largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
     )
 
 

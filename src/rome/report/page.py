@@ -15,13 +15,14 @@ from torch import Tensor
 
 from rome.attacks import AttackThreat
 from rome.core import trust
+from rome.core.console import print_table
 from rome.core.errors import UserError
-from rome.core.files import make_folder, now, replace_file
+from rome.core.files import csv_text, flatten, make_folder, now, replace_file
 from rome.evaluation.identity import hash_data, other_model
 from rome.experts import expert_layers
 from rome.report import charts, examples, gates
-from rome.report.columns import by_class, covered, missing, show, tabulate
-from rome.report.compared import config_differences, findings, gather
+from rome.report.columns import by_class, columns_of, covered, remarks, show, tabulate
+from rome.report.compared import config_differences, findings, gather, headline, outstanding
 from rome.report.cost import macs
 from rome.report.evaluated import Evaluated
 from rome.report.figures import Options, registered
@@ -29,6 +30,7 @@ from rome.report.figures.densities import SHOWN, GateDensities
 from rome.report.figures.training import HELD_OUT
 from rome.report.robustbench import write_entries
 from rome.report.routing import routing_numbers
+from rome.report.seeds import by_seed, csv_rows, seed_findings, seed_table
 from rome.report.subject import STEPS, Subject
 from rome.report.templating import filled
 from rome.threats import LpBall
@@ -52,12 +54,13 @@ def write_report(
     trust_code: bool = False,
     base: Path | None = None,
 ) -> Path:
-    """Set what was evaluated side by side: the table on standard output, ``report.md`` and ``report.html`` in ``out``.
+    """Set what was evaluated side by side: the table on standard output, ``report.md``, ``report.html`` and
+    ``report.csv`` in ``out``; runs that differ in the seed alone also together (:mod:`rome.report.seeds`).
 
     Pictures that cannot be made (data or weights gone) are left out, and the page says why.
 
     Args:
-        runs: folders of evaluated runs, and of evaluations of models that no run made.
+        runs: folders of evaluated runs, of evaluations of models that no run made, and folders of these.
         suite: which evaluation to show where there are several, ``unseen`` or ``unseen-500``; chosen by
             :func:`rome.report.compared.gather` unless given.
         unions: further columns, each the union over these cases.
@@ -86,11 +89,23 @@ def write_report(
     show(rows, unions)
     for entry in entries:
         print(entry, file=sys.stderr)
-    sentences = findings(compared, compared[0] if base is not None else None)
+    groups = by_seed(compared)
+    seeds = seed_table(groups) if groups else None
+    if seeds is not None:
+        print_table(seeds[1], seeds[0])
+        print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the training seeds")
+    first = compared[0] if base is not None else None
+    over_seeds = seed_findings(groups) if base is None else []
+    sentences = over_seeds or findings(compared, first)
     for sentence in sentences:
         print(sentence)
 
     columns, cells = tabulate(rows, unions)
+    reports = [run.report for run in compared]
+    best = outstanding(reports, columns_of(reports, unions))
+    configs = [run.config for run in compared if run.config]
+    chosen = {key for config in configs for key in flatten(config.model_dump(mode="json", exclude_defaults=True))}
+    differences = config_differences(configs)
     pictures = _Pictures(compared)
     options = [("--suite", suite), *(("--union", ",".join(cases)) for cases in unions), ("--base", base)]
     said = [word for option, value in options if value for word in (option, str(value))]
@@ -98,25 +113,28 @@ def write_report(
     context: dict[str, Any] = {
         "runs": compared,
         "columns": columns,
-        "cells": cells,
+        "cells": [[cell._replace(best=(i, j) in best) for j, cell in enumerate(line)] for i, line in enumerate(cells)],
         "covered": covered(rows),
         "findings": sentences,
-        "chart": charts.accuracies(rows, unions),
-        "classes": by_class([run.report for run in compared], pictures.classes()),
+        "headline": over_seeds[0] if over_seeds else headline(compared, first),
+        "seeds": seeds,
+        "classes": by_class(reports, pictures.classes()),
         "shots": pictures.attempt(pictures.examples, "examples"),
         "gates": pictures.attempt(pictures.gates, "gates"),
         "figures": pictures.attempt(pictures.figures, "figures"),
         "curves": charts.histories({run.name: run.run.log() if run.run else [] for run in compared}, natural=natural),
         "natural": natural,
-        "differences": config_differences([run.config for run in compared if run.config]),
+        "differences": {key: values for key, values in differences.items() if key in chosen},
+        "defaults": {key: values for key, values in differences.items() if key not in chosen},
         "command": shlex.join(
             ["rome", "report", *map(str, runs), "--out", str(out), *said, *["--robustbench"] * robustbench]
         ),
         "date": now(),
         "notes": pictures.notes,
         "nearly": gates.NEARLY_IDENTICAL,
-        "missing": missing,
+        "remarks": remarks,
     }
+    replace_file(out / "report.csv", csv_text(csv_rows(compared)).encode())
     for name in ("report.md", "report.html"):
         replace_file(out / name, filled(name, **context).encode())
     return out / "report.html"

@@ -20,6 +20,7 @@ from rome.core.errors import UserError
 from rome.data.base import Split
 from rome.data.memory import TensorSplit
 from rome.evaluation.run import Opened, open_target
+from rome.evaluation.store import SETTINGS
 from rome.experts import Routing, set_routing
 from rome.models import load_model
 from rome.runs.config import Config
@@ -194,14 +195,23 @@ def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]
 
 
 def distinct(folders: Sequence[str | Path]) -> list[Path]:
-    """These folders, each once.
+    """These folders, each once; for a folder of runs and evaluations those inside.
 
     Raises:
         UserError: there is none.
     """
     if not folders:
         raise UserError("name at least one run's folder")
-    return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    places = [place for folder in folders for place in _inside(Path(folder)) or [Path(folder)]]
+    return list({place.resolve(): place for place in places}.values())
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The folder if it is that of a run or of an evaluation, else all such folders inside."""
+    if any((folder / name).is_file() for name in (Run(folder).config_file.name, SETTINGS)):
+        return [folder]
+    below = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else ()
+    return [place for each in below for place in _inside(each)]
 
 
 def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:

@@ -21,17 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from rome.core import trust
 from rome.core.console import exiting, print_table
 from rome.core.errors import Interrupted, UserError
 from rome.core.files import LONGEST_NAME, csv_text, make_folder, replace_file
 from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
-from rome.evaluation.result import CLEAN, UNION
+from rome.evaluation.result import AVERAGE, CLEAN, UNION
 from rome.evaluation.store import RESULT
-from rome.report.columns import AVERAGE, DASH
+from rome.report.seeds import mean_and_spread
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
 from rome.runs.origin import code_facts
@@ -46,12 +44,13 @@ class Point:
     """``key=value`` for every key of the sweep, those with one value too."""
     folder: Path
     config: Config
+    varied: tuple[str, ...] = ()
+    """Those of the keys that have several values in the sweep."""
 
     @property
     def row(self) -> str:
         """What the run is called apart from its seed."""
-        varied = [text for text in self.overrides if not text.startswith("seed=")]
-        return " ".join([self.config.name, *varied])
+        return " ".join([self.config.name, *(text for text in self.varied if not text.startswith("seed="))])
 
 
 class Result(NamedTuple):
@@ -78,11 +77,11 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     found: dict[Path, Point] = {}
     for file, overrides in itertools.product(configs, itertools.product(*grid)):
         config = load(file, overrides)
-        varied = [text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1]
+        varied = tuple(text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1)
         folder = out / _folder_name(config.name, varied)
         if folder in found:
             raise UserError(f"{folder} would be more than one run; give the configs different names (name=...)")
-        found[folder] = Point(Path(file), overrides, folder, config)
+        found[folder] = Point(Path(file), overrides, folder, config, varied)
     return list(found.values())
 
 
@@ -258,9 +257,7 @@ def show_results(results: Sequence[Result]) -> None:
         own = [result.values for result in results if result.point.row == name]
         cells = [name, str(len(own))]
         for column in columns:
-            values = np.array([100 * each.get(column, math.nan) for each in own])
-            spread = f" \N{PLUS-MINUS SIGN} {values.std(ddof=1):.1f}" if len(own) > 1 else ""
-            cells.append(DASH if np.isnan(values).any() else f"{values.mean():.1f}{spread}")
+            cells.append(mean_and_spread([each.get(column, math.nan) for each in own]))
         rows.append(cells)
     print_table(rows, ["run", "seeds", *columns])
     print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")

@@ -25,7 +25,10 @@ from rome.data import Data
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
+from rome.runs.loggers import Loggers, TensorBoard
+from rome.runs.meant import explained, what_is
 from rome.runs.optim import AdamW, Optimizer, Schedule
+from rome.runs.shipped import located
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
@@ -52,6 +55,15 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+Budgets = Literal["cifar10", "imagenet", "digits"]
+"""The names of :data:`NAMED_BUDGETS`."""
+Threats = Annotated[
+    tuple[Threat, ...],
+    BeforeValidator(_threats, json_schema_input_type=Budgets | tuple[Threat, ...]),
+    Field(min_length=1, validate_default=True),
+]
+
+
 class Evaluation(Settings):
     """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
@@ -62,6 +74,7 @@ class Evaluation(Settings):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
     """``auto``: 250, halved where memory does not suffice."""
     seed: Seed = 0
+    """Of the attacks' random starts."""
     routing: Routing = "learned"
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
@@ -84,8 +97,11 @@ class Paper(Settings):
     """Which result of the paper a config reproduces, and the paper's numbers in percent."""
 
     table: str
+    """Such as ``Table 1``."""
     row: str
+    """Its name in the paper."""
     numbers: dict[str, float] = Field(default_factory=dict)
+    """Column -> percent."""
 
 
 class Config(Settings):
@@ -94,8 +110,11 @@ class Config(Settings):
     name: Annotated[str, AfterValidator(check_name)] = ""
     """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
     about: str = ""
+    """A sentence for ``rome list experiments``."""
     seed: Seed = 0
+    """Of everything random in the training: start, order, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
+    """Passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
     """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
     that are not pretrained. All of them: standard training."""
@@ -104,8 +123,11 @@ class Config(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Forward and backward passes per update; must divide the batch."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """``auto``: the best there is."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of training alone; evaluation is fp32."""
     compile: bool = False
+    """Compile the model for training, block by block."""
     graphs: Literal["auto"] | bool = "auto"
     """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
     workers: int = Field(default=0, ge=0)
@@ -113,18 +135,29 @@ class Config(Settings):
     imports: tuple[str, ...] = ()
     """Python modules to import first: they register attacks, methods, data sets by subclassing."""
     data: Data
+    """The data set: ``rome list data``."""
     model: ModelSettings
+    """The classifier and the weights it starts from."""
     experts: Experts | None = None
+    """Experts beside the model's layers; null: none, the baseline."""
     method: Method = Field(default_factory=Random)
+    """How threats are combined in training: ``rome list methods``."""
     attack: Attack = Field(default_factory=PGD)
-    threats: Annotated[tuple[Threat, ...], BeforeValidator(_threats), Field(min_length=1, validate_default=True)] = ()
+    """What searches the threats in training: ``rome list attacks``."""
+    threats: Threats = ()
     """Those of :data:`DATA_BUDGETS` if none are named."""
     optimizer: Optimizer = Field(default_factory=AdamW)
+    """``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
+    """The learning rate over the training."""
     validation: Validation | None = None
     """Null: none, and nothing is held out."""
+    loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
+    """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    """The defaults of ``rome evaluate``."""
     paper: Paper | None = None
+    """The row of the paper that this reproduces."""
 
     def dump(self) -> dict[str, Any]:
         """Plain data that :func:`parse` turns into the same config."""
@@ -147,7 +180,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: every mistake, one line each, with file, line and nearest name.
     """
     places: Places = {}
-    data = _read(Path(path), places, ())
+    data = _read(located(path), places, ())
     for text in sorted(overrides, key=_depth):
         data = _merge(data, _override(text, places))
     if data.get("name") in (None, ""):
@@ -183,7 +216,11 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        lines = [f"{_place(places, path)}{'.'.join(map(str, path))}: {message}" for path, message in found.items()]
+        lines = []
+        for path, message in found.items():
+            place, key = _place(places, path), str(path[-1]) if path else ""
+            override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
+            lines.append(f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}")
         raise UserError("\n".join(lines))
     return config
 
@@ -193,7 +230,11 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.batch_size % config.accumulate:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
-        yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}"
+        share = f"natural_epochs={config.epochs // 2}"
+        yield ("natural_epochs",), f"{config.natural_epochs} exceeds epochs {config.epochs}; set both: {share}"
+    kinds = [logger.kind for logger in config.loggers]
+    if len(set(kinds)) < len(kinds):
+        yield ("loggers",), f"{', '.join(kinds)} are not distinct; name each once"
     names = [threat.name for threat in config.threats]
     bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
     if len(set(names)) < len(names):
@@ -220,10 +261,10 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("experts", "regularizer"), str(error)
 
 
-def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        near = [str(file) for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"there is no config {path}.{did_you_mean(path, near) if near else ''}")
+def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -> dict[str, Any]:
+    if not path.is_file() or path.suffix in (".safetensors", ".pt", ".py"):
+        found = what_is(path, "config ")
+        raise UserError(f"{place}a config is a YAML file; {found}" if path.exists() else f"{place}{found}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself: {' -> '.join(p.name for p in (*seen, path))}")
     own: Places = {}
@@ -242,7 +283,8 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
-    inherited = {} if parent is None else _read(path.parent / parent, places, (*seen, path.resolve()))
+    place = "" if parent is None else own[("extends",)] + "extends: "
+    inherited = {} if parent is None else _read(located(parent, path.parent), places, (*seen, path.resolve()), place)
     places.update(own)
     return _merge(inherited, data)
 

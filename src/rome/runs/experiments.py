@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+from collections.abc import Iterable
+from os.path import normpath
 from pathlib import Path
+from typing import Any
 
-from rome.core.errors import UserError
-from rome.runs.config import load
+from rome.core.errors import UserError, some
+from rome.core.files import replace_file
+from rome.core.plain_data import parse_yaml
+from rome.runs.shipped import folder
 
-
-def folder() -> Path:
-    """Where they lie: in the checkout, or in the installed package.
-
-    Raises:
-        UserError: nowhere.
-    """
-    package = Path(__file__).parents[1]
-    for place in (package.parents[1] / "experiments", package / "_experiments"):
-        if place.is_dir():
-            return place
-    raise UserError("the experiments folder is missing; reinstall rome-robust or work in a checkout")
+SCHEMA = "schema.json"
+"""Beside them: by which editors check them (:mod:`rome.runs.schema`)."""
 
 
 def files(pattern: str = "*") -> list[Path]:
@@ -30,18 +26,55 @@ def files(pattern: str = "*") -> list[Path]:
 
 
 def path_of(path: Path) -> str:
-    """``experiments/table1/max-pgd.yaml``."""
-    return str(path.relative_to(folder().parent))
+    """``experiments/table1/max-pgd.yaml``, wherever rome is installed."""
+    return str("experiments" / path.relative_to(folder()))
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
-    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above."""
+    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above.
+
+    Read as plain data: to validate them would take the import of torch.
+    """
     rows = []
     for path in files(pattern):
-        config = load(path)
-        text = config.about or f"{config.method.kind}{' with experts' if config.experts else ''} on {config.data.kind}"
-        if config.paper is not None:
-            numbers = ", ".join(f"{name} {value:g}" for name, value in config.paper.numbers.items())
-            text += f" [paper {config.paper.table}, {config.paper.row}: {numbers}]"
+        facts = _plain(path)
+        text = facts["about"]
+        if paper := facts.get("paper"):
+            numbers = ", ".join(f"{name} {value:g}" for name, value in paper.get("numbers", {}).items())
+            text += f" [paper {paper['table']}, {paper['row']}: {numbers}]"
         rows.append((path_of(path), text))
     return rows
+
+
+@functools.cache
+def _plain(path: Path) -> dict[str, Any]:
+    """A file and what it extends, joined at the top level only: enough for what is not nested."""
+    data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
+    parent = data.get("extends")
+    return {**_plain((path.parent / parent).resolve()), **data} if parent else data
+
+
+def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:
+    """Copy the experiments that any of the patterns matches, with the bases that they extend and the schema that they
+    name; returns the copies.
+
+    Raises:
+        UserError: a pattern matches none, or other files stand where the copies would.
+    """
+    chosen = {folder() / SCHEMA}
+    for pattern in patterns:
+        found = files(pattern)
+        if not found:
+            raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*' (rome list experiments)")
+        for file in found:
+            while file not in chosen:  # its bases, up to one that is there already
+                chosen.add(file)
+                parent = parse_yaml(file.read_text(encoding="utf-8")).get("extends")
+                file = file if parent is None else Path(normpath(file.parent / parent))
+    copies = {out / file.relative_to(folder()): file.read_bytes() for file in sorted(chosen)}
+    other = [str(copy) for copy, text in copies.items() if copy.exists() and copy.read_bytes() != text]
+    if other and not overwrite:
+        raise UserError(f"{some(other)} would be replaced; choose another folder or pass --overwrite")
+    for copy, text in copies.items():
+        replace_file(copy, text)
+    return list(copies)

@@ -1,13 +1,16 @@
 """A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
 
-config.yaml         the resolved config
-origin.json         what tells the data and the user's code that it was started with from others
-(:mod:`rome.runs.origin`) last.pt             checkpoint of an unfinished run (state of model, optimizer and method)
-model.safetensors   the finished model, config in its metadata best.safetensors    the weights that did best in
-validation, if there is one log.jsonl           one line an update, one an epoch, one a validation train.lock
-there while a process trains in the folder tensorboard/        the same for TensorBoard evaluation/SUITE/   what `rome
-evaluate` found; of the best weights in evaluation-best/, of last.pt in
-                    evaluation-unfinished/
+- ``config.yaml``: the resolved config
+- ``origin.json``: what distinguishes its data and the user's code from others (:mod:`rome.runs.origin`)
+- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method)
+- ``model.safetensors``: the finished model, config in its metadata
+- ``best.safetensors``: the weights that did best in validation, if there is one
+- ``log.jsonl``: one line an update, one an epoch, one a validation
+- ``tensorboard/``, ``metrics.csv``, ``wandb/``: what loggers write; ``loggers.json``: the ids by which trackers know
+  the run (:mod:`rome.runs.loggers`)
+- ``train.lock``: there while a process trains in the folder
+- ``evaluation/SUITE/``: what ``rome evaluate`` found; of the best weights in ``evaluation-best/``, of ``last.pt`` in
+  ``evaluation-unfinished/``
 """
 
 from __future__ import annotations
@@ -30,10 +33,13 @@ from rome.core.plain_data import parse_json, parse_yaml
 from rome.data import Split
 from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
+from rome.runs.loggers import base as loggers
+from rome.runs.loggers import csv, tensorboard
+from rome.runs.meant import what_is
 from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
-FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports"}
+FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 """Config keys that do not change what is computed, so a resumed run may change them."""
 
 
@@ -48,7 +54,7 @@ class Run:
         self.model_file = self.folder / "model.safetensors"
         self.best_file = self.folder / "best.safetensors"
         self.log_file = self.folder / "log.jsonl"
-        self.tensorboard = self.folder / "tensorboard"
+        self.tensorboard = self.folder / tensorboard.FOLDER
         self._lock = FileLock(self.folder / "train.lock", timeout=0)
 
     @property
@@ -71,7 +77,7 @@ class Run:
             UserError: the folder holds no run.
         """
         if not self.config_file.is_file():
-            raise UserError(f"{self.folder} is not the folder of a run: it has no config.yaml")
+            raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
         try:
             return parse_yaml(self.config_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -214,7 +220,8 @@ class Run:
         Args:
             data: all training examples; None opens them if their path is another.
         """
-        old, new = flatten(self.written()), flatten(config.dump())
+        pinned = config.model_copy(update={"model": config.model.pinned()})  # as a run's own config is
+        old, new = flatten(self.written()), flatten(pinned.dump())
         changed = {
             key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(old.keys() | new.keys())
@@ -236,8 +243,8 @@ class Run:
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
         evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
-        for folder in (self.tensorboard, *evaluations):
+        for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
             shutil.rmtree(folder, ignore_errors=True)
         files = (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.origin_file)
-        for file in (*files, self.config_file):
+        for file in (*files, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
             file.unlink(missing_ok=True)

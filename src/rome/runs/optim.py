@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, field_validator
-from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
 
 from rome.core.component import Component, Number, Settings
@@ -22,6 +21,7 @@ class Optimizer(Component):
     lr: Number = Field(gt=0)
     """Peak learning rate; the schedule multiplies it."""
     weight_decay: Number = Field(default=0.05, ge=0)
+    """Decoupled from the gradient in AdamW, added to it in SGD."""
     decay_all: bool = False
     """Decay biases and norms too. False leaves out 1-D parameters and those the model names (DeiT's recipe)."""
     experts_lr: Number = Field(default=1, gt=0)
@@ -39,6 +39,8 @@ class Optimizer(Component):
             every = [p for p in model.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [{"params": every, "weight_decay": self.weight_decay}]
         else:
+            from timm.optim._param_groups import param_groups_weight_decay
+
             backbone, prefix = (model.backbone, "backbone.") if hasattr(model, "backbone") else (model, "")
             skip = {prefix + name for name in getattr(backbone, "no_weight_decay", set)()}
             skip |= {f"{name}.{bias}" for name, layer in expert_layers(model).items() for bias in layer.biases}
@@ -73,6 +75,7 @@ class AdamW(Optimizer):
     kind = "adamw"
     lr: Number = Field(default=1e-3, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the running means of gradients and their squares."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = next(model.parameters()).is_cuda
@@ -86,7 +89,9 @@ class SGD(Optimizer):
     lr: Number = Field(default=0.05, gt=0)
     weight_decay: Number = Field(default=5e-4, ge=0)
     momentum: Number = Field(default=0.9, ge=0, lt=1)
+    """Share of the last step that is kept; 0 is none."""
     nesterov: bool = False
+    """Nesterov's form of it."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.groups(model), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
@@ -100,6 +105,7 @@ class Schedule(Settings):
     """
 
     points: tuple[tuple[Number, Number], ...] = ((0, 0), (0.2, 1), (0.8, 0.05), (1, 0.001))
+    """``[share, factor]`` each, from share 0 to share 1."""
 
     @field_validator("points")
     @classmethod

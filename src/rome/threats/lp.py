@@ -22,7 +22,8 @@ def _norm(value: Any) -> Any:
     return {"1": "L1", "1.0": "L1", "2": "L2", "2.0": "L2", "inf": "Linf", "infinity": "Linf"}.get(text, value)
 
 
-Norm = Annotated[Literal["L1", "L2", "Linf"], BeforeValidator(_norm)]
+Spelling = Literal["L1", "L2", "Linf", "l1", "l2", "linf", 1, 2, "1", "2", "inf"]
+Norm = Annotated[Literal["L1", "L2", "Linf"], BeforeValidator(_norm, json_schema_input_type=Spelling)]
 Value = TypeVar("Value")
 
 
@@ -31,7 +32,9 @@ class LpBall(Threat):
 
     kind = "lp"
     norm: Norm
+    """``L1``, ``L2`` or ``Linf``."""
     eps: Number = Field(ge=0)
+    """The radius, for images in [0, 1]: ``8/255``."""
 
     @model_validator(mode="after")
     def _smaller_than_the_box(self) -> Self:

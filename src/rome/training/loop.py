@@ -30,6 +30,7 @@ from rome.methods import Method, Random, TrainContext
 from rome.methods.base import set_lr
 from rome.runs.config import Config
 from rome.runs.folder import Run
+from rome.runs.loggers import Tracking, tracking
 from rome.threats import Unperturbed
 from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
 from rome.training.step import Step
@@ -94,7 +95,7 @@ class Loop:
         self.agreed = 0
         """The signal that every process knows of since the latest update."""
         self.log_file: Any = None
-        self.board: Any = None
+        self.tracked = Tracking()
 
     @property
     def updates(self) -> int:
@@ -257,23 +258,20 @@ class Loop:
             return
         self.log_file.write(json.dumps(line) + "\n")
         self.log_file.flush()
-        for key, value in scalars(line):
-            self.board.add_scalar(f"{line['event']}/{key}", value, line["update"])
+        self.tracked.numbers({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
 
     @contextmanager
     def _logs(self) -> Iterator[None]:
         if self.fabric.global_rank:
             yield
             return
-        from torch.utils.tensorboard import SummaryWriter
-
+        config, folder = self.config, self.run.folder
         self.run.rewind_log(self.updates)
-        self.board = SummaryWriter(str(self.run.tensorboard), purge_step=self.updates + 1)
-        with open(self.run.log_file, "a", encoding="utf-8") as self.log_file:
-            try:
-                yield
-            finally:
-                self.board.close()
+        with (
+            open(self.run.log_file, "a", encoding="utf-8") as self.log_file,
+            tracking(config.loggers, folder, config.name, config.dump(), after=self.updates) as self.tracked,
+        ):
+            yield
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

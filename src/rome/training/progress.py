@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
 
 from rome.runs.config import Config
+from rome.threats import Unperturbed
 from rome.training.log import Update
 from rome.training.loop import Progress
 
@@ -27,17 +31,25 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _Lines(config, total, done)
         return
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[facts]}", markup=False),
+        TextColumn("{task.description}", "bold", markup=False, table_column=Column(no_wrap=True, max_width=24)),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total} updates", table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("left", table_column=whole),
     )
-    with Bar(*columns, console=console) as bar:
+    with _TwoLines(*columns, console=console) as bar:
         yield _Bar(bar, config, total, done)
+
+
+class _TwoLines(Bar):
+    """How far a training is on one line, and on the next what it measures, so that both fit on a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
 
 
 class _Bar:
@@ -47,12 +59,15 @@ class _Bar:
         self.seen: dict[str, float] = {}
 
     def update(self, update: Update) -> None:
+        if Unperturbed().name not in update.accuracy:  # the natural epochs are over
+            self.seen.pop(Unperturbed().name, None)
         for name, value in {"loss": update.loss, **update.accuracy}.items():
             self.seen[name] = 0.9 * self.seen.get(name, value) + 0.1 * value
         facts = f"loss {self.seen['loss']:.3f} · " + accuracies(
             {name: value for name, value in self.seen.items() if name != "loss"}
         )
         facts += f" · {update.images_per_second:.0f} img/s"
+        facts = f"epoch {math.ceil(update.epoch)}/{self.config.epochs} · {facts}"
         self.bar.update(self.task, completed=update.number, facts=facts)
 
     def epoch(self, summary: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
-from rome.core.device import numerics, placed
+from rome.core.device import numerics, pick_device, placed
 from rome.core.distributed import launched_together
 from rome.core.errors import UserError, first_line
 from rome.core.graphs import Graphs
@@ -49,7 +50,7 @@ def train(
         overwrite: remove what an earlier run left there.
         progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
         trust_code: let the file of a network that measures distances run the code that it names
-        (:mod:`rome.core.trust`).
+            (:mod:`rome.core.trust`).
 
     Returns:
         The finished run.
@@ -69,36 +70,18 @@ def train(
 def _train(
     run: Run, config: Config, *, resume: bool, overwrite: bool, progress: Callable[[Config, int, int], Any] | None
 ) -> None:
-    config = config.model_copy(deep=True)  # the method's state belongs to this run alone
-    world, micro = launched_together(), config.batch_size // config.accumulate
-    if micro % world:
-        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    # the method's state belongs to this run alone
+    config = config.model_copy(update={"model": config.model.pinned()}, deep=True)
+    world = launched_together()
+    check_settings(config)
     fabric = _fabric(config)
     rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
     fabric.barrier()  # nobody ends over a mistake while others still look for the first process
-    split, held = config.data.open("train"), None
-    whole = split
-    if config.validation is not None:
-        split, held = hold_out(split, config.validation.n, config.seed)
-    check_channels(config.threats, config.attack, split.shape[0])
-    steps = len(split) // config.batch_size
-    if not steps:
-        raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")
-
-    torch.manual_seed(config.seed)
-    model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
-    model = placed(model, fabric.device)
-    with tried(model):
-        x = split.first(min(3, len(split)))[0].to(fabric.device)
-        check_attackable(model, x, name=f"model {config.model.name}")
-        if micro == world:
-            _check_one_image(model.train(), x[:1])
-    optimizer = config.optimizer.build(model)
-    context = train_context(config, model, fabric.device, rank=rank, world=world)
-    config.method.prepare(context)
-    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=whole)
+    start = assemble(config, fabric.device, rank=rank, world=world)
+    model, optimizer, context = start.model, start.optimizer, start.context
+    checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=start.whole)
     position = Position()
-    validator = None if held is None else Validator(config, held, run, fabric)
+    validator = None if start.held is None else Validator(config, start.held, run, fabric)
     if checkpoint is not None:
         try:
             model.load_state_dict(checkpoint["model"])
@@ -117,10 +100,10 @@ def _train(
         what = f"the model in {blocks} blocks" if blocks else "the model as a whole"
         say(f"{config.name}: compiling {what}; the first updates wait for it")
     context.model, optimizer = fabric.setup(model, optimizer)
-    loop = Loop(config, run, fabric, context, optimizer, split, steps, position, validator, graphs)
+    loop = Loop(config, run, fabric, context, optimizer, start.split, start.steps, position, validator, graphs)
     with numerics(config.precision):
         if progress is not None and rank == 0:
-            with progress(config, steps * config.epochs, loop.updates) as shown:
+            with progress(config, start.steps * config.epochs, loop.updates) as shown:
                 loop.run_all(shown)
         else:
             loop.run_all(None)
@@ -132,9 +115,74 @@ def _train(
 
 def _graphs(config: Config, device: torch.device) -> Graphs | None:
     """Where the model's captured functions are to be, if there are to be some."""
-    if config.graphs is True and device.type != "cuda":
-        raise UserError(f"graphs: true needs a CUDA device, and this run is on {device.type}; use graphs: auto")
     return Graphs() if config.graphs and device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    whole: Split
+    """All training examples."""
+    split: Split
+    """Those that are trained on."""
+    held: Split | None
+    """Those that are held out for validation."""
+    steps: int
+    """Updates in an epoch."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    context: TrainContext
+
+
+def assemble(config: Config, device: torch.device, *, rank: int = 0, world: int = 1) -> Start:
+    """Data, model, optimizer and method, tried on a few images; nothing is written.
+
+    Raises:
+        UserError: the training could not start.
+    """
+    micro = config.batch_size // config.accumulate
+    if micro % world:
+        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+    whole = split = config.data.open("train")
+    held = None
+    if config.validation is not None:
+        split, held = hold_out(split, config.validation.n, config.seed)
+    check_channels(config.threats, config.attack, split.shape[0])
+    steps = len(split) // config.batch_size
+    if not steps:
+        raise UserError(f"batch_size {config.batch_size} exceeds the {len(split)} training examples; make it smaller")
+
+    torch.manual_seed(config.seed)
+    model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
+    model = placed(model, device)
+    with tried(model):
+        x = split.first(min(3, len(split)))[0].to(device)
+        check_attackable(model, x, name=f"model {config.model.name}")
+        if micro == world:
+            _check_one_image(model.train(), x[:1])
+    optimizer = config.optimizer.build(model)
+    context = train_context(config, model, device, rank=rank, world=world)
+    config.method.prepare(context)
+    return Start(whole, split, held, steps, model, optimizer, context)
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError, every mistake a line, where this machine or its packages lack what the config names."""
+    found = []
+    for logger in config.loggers:
+        try:
+            logger.check()
+        except UserError as error:
+            found.append(str(error))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        found.append("device: cuda, but torch sees no CUDA device; use device=auto or device=cpu")
+    elif config.graphs is True and (kind := pick_device(config.device).type) != "cuda":
+        found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        found.append("device: mps, but torch sees none; use device=auto or device=cpu")
+    if found:
+        raise UserError("\n".join(found))
 
 
 def train_context(
@@ -191,10 +239,6 @@ def _fabric(config: Config) -> Any:
         from lightning_fabric.strategies.ddp import DDPStrategy
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
 
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but torch sees no CUDA device; use device=auto or device=cpu")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: mps, but torch sees none; use device=auto or device=cpu")
     world = launched_together()
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
     strategy: Any = "auto"

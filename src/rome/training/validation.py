@@ -62,7 +62,7 @@ class Validator:
         return epoch % self.every == 0 or epoch == self.config.epochs
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
-        """``clean``, ``robust`` under each threat and ``union``: shares of the held-out examples.
+        """``clean``, ``robust`` under each threat, their ``average`` and ``union``: shares of the held-out examples.
 
         Raises:
             FloatingPointError: the weights or gradients are not finite.
@@ -80,7 +80,8 @@ class Validator:
                 right += self._right(model, x, y).sum(dim=1)
         counts = self.fabric.all_reduce(right, reduce_op="sum") if world > 1 else right
         clean, *robust, union = (counts / len(self.held)).tolist()
-        return {"clean": clean, "robust": dict(zip(names, robust, strict=True)), "union": union}
+        average = sum(robust) / len(robust)
+        return {"clean": clean, "robust": dict(zip(names, robust, strict=True)), "average": average, "union": union}
 
     def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """bool (2 + threats, B): right as they are, under each threat, and under all."""
@@ -99,11 +100,11 @@ class Validator:
         """
         if self.fabric.global_rank:
             return False
-        average = sum(found["robust"].values()) / len(found["robust"])
-        if self.best is not None and (found["union"], average) <= (self.best["union"], self.best["average"]):
+        score = {key: found[key] for key in ("union", "average")}
+        if self.best is not None and tuple(score.values()) <= (self.best["union"], self.best["average"]):
             return False
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        self.best = {"epoch": epoch, "union": found["union"], "average": average, "model": tensors}
+        self.best = {"epoch": epoch, **score, "model": tensors}
         save_model(model, self.run.best_file, config=self.config.dump())
         return True
 

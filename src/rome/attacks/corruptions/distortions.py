@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from rome.attacks.transforms.plasma import diamond_square, to_unit
 
@@ -43,6 +42,8 @@ def impulse_noise(image: Bytes, c: float, rng: Rng) -> Array:
 
 def defocus_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
     """Convolution with a disk of radius c0, its edge smoothed by a Gaussian of sigma c1."""
+    from scipy import ndimage
+
     radius, sigma = c
     reach = max(8, int(radius))
     t = np.arange(-reach, reach + 1)
@@ -208,17 +209,23 @@ def _array(image: Image.Image) -> Array:
 
 def _gaussian(image: Array, sigma: float, mode: str = "nearest", truncate: float = 4) -> Array:
     """Over rows and columns only; by default with scikit-image's borders and reach."""
+    from scipy import ndimage
+
     return np.asarray(ndimage.gaussian_filter(image, sigma, axes=(0, 1), mode=mode, truncate=truncate))
 
 
 def _sampled(image: Array, rows: Array, columns: Array, mode: str) -> Array:
     """Bilinear, at these places (H, W) of every channel."""
+    from scipy import ndimage
+
     planes = [ndimage.map_coordinates(plane, (rows, columns), order=1, mode=mode) for plane in np.moveaxis(image, 2, 0)]
     return np.stack(planes, axis=2)
 
 
 def _zoomed(image: Array, factor: float) -> Array:
     """The middle of the image, enlarged to its size, bilinear."""
+    from scipy import ndimage
+
     crop = [int(np.ceil(side / factor)) for side in image.shape[:2]]
     top, left = ((side - part) // 2 for side, part in zip(image.shape, crop, strict=False))
     large = ndimage.zoom(image[top : top + crop[0], left : left + crop[1]], (factor, factor, 1), order=1)

@@ -37,6 +37,7 @@ class PGD(Attack):
     """L1: onto the ball, then clip to the box, as published; or exactly onto their intersection, which spends the
     whole budget and is stronger where many coordinates meet the box."""
     random_start: bool = True
+    """Start at a random place in the ball, not at the image."""
 
     def steps_for(self, threat: Threat) -> int:
         ball = self.accepted(threat)

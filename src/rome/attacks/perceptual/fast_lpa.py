@@ -27,8 +27,8 @@ class FastLPA(Attack):
 
     The i-th of N steps (i from 0) descends -margin + lambda_i relu(d - bound), lambda_i = 10 * 0.1^(1 - i/N), along the
     gradient scaled to length 1, g. How fast d changes along it is the finite difference
-    r = |phi(x') - phi(x' - h g)| / h; the step is g s_i / (r + 1e-4) with s_i = bound * 0.1^(i/N), a movement of s_i
-    in features. Images stay in the box, and in the bound only nearly: nothing projects.
+    ``r = |phi(x') - phi(x' - h g)| / h``; the step is g s_i / (r + 1e-4) with s_i = bound * 0.1^(i/N), a movement of
+    s_i in features. Images stay in the box, and in the bound only nearly: nothing projects.
 
     A step costs a forward and backward of the model over the batch, and a forward over the examples of ``self`` for r;
     the examples of another network cost a forward, a backward and a forward of that one.

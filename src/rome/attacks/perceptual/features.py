@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from rome.attacks.engine import Model, at_least_float32, frozen
@@ -66,7 +65,9 @@ def feature_layers(model: nn.Module) -> tuple[str, ...]:
     stages = tuple(f"layer{number}" for number in (1, 2, 3, 4))
     if all(isinstance(getattr(backbone, name, None), nn.Module) for name in stages):
         return stages
-    if isinstance(backbone, torchvision.models.AlexNet):
+    from torchvision.models import AlexNet
+
+    if isinstance(backbone, AlexNet):
         return tuple(f"features.{i}" for i, module in backbone.features.named_children() if isinstance(module, nn.ReLU))
     for name in ("stages", "layers", "layer"):
         found = getattr(backbone, name, None)

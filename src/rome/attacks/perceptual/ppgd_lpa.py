@@ -61,7 +61,7 @@ class PPGD(_Bounded):
     """Perceptual projected gradient descent: steps of steepest ascent of the margin in features, each projected.
 
     With J the Jacobian of phi, a step is v = (J^T J)^-1 grad margin by 5 conjugate-gradient iterations, scaled to
-    |J v| = 2 bound / steps, then Newton's projection. A step costs about 7 forward and 6 backward passes, and the
+    ``|J v| = 2 bound / steps``, then Newton's projection. A step costs about 7 forward and 6 backward passes, and the
     projection up to 11 forwards and 10 backwards, and 10 forwards where that does not arrive. Examples that are
     misclassified are done and leave the batch.
     """

@@ -121,7 +121,7 @@ def _listed(value: Any) -> Any:
     return value
 
 
-SuiteChoice = Annotated[Suite, BeforeValidator(_listed)]
+SuiteChoice = Annotated[Suite, BeforeValidator(_listed, json_schema_input_type=Suite | str | tuple[Suite, ...])]
 """A suite as a config or a caller may give it: ``apgd``, ``apgd,unseen``, ``[apgd, unseen]``, ``{kind: apgd,
 iterations: 50}``; on the command line in quotes."""
 

@@ -70,7 +70,7 @@ class TransformAttack(LastIterate):
 
         Args:
             x: images (B, C, H, W) in [0, 1].
-            noise: U[0, 1), (B, *noise_shape), in the images' dtype.
+            noise: U[0, 1), ``(B, *noise_shape)``, in the images' dtype.
         """
 
     def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
@@ -120,6 +120,7 @@ class SignAscent(TransformAttack):
     step_size: StepSize | None = None
     """In the units of the variables; None is :meth:`default_step`."""
     form: Form = "corrected"
+    """``published``: what the released code computes, its defects included."""
 
     @model_validator(mode="after")
     def _published_as_it_was(self) -> Self:

@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
 
+from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
 from rome.report.explore.explorer import Answer, Explorer
 from rome.report.explore.uploads import Shown, read_upload
@@ -24,16 +25,22 @@ class Desk:
         """The Lp balls of either run; where both have one, the budget is the first run's."""
         self.others = dict(ChainMap(*(explorer.others for explorer in explorers)))
         """Their threats that bring an attack, likewise."""
+        self.classes = explorers[0].classes
         self.tests = len(explorers[0].subject.split)
         self.layers = list(dict.fromkeys(layer for explorer in explorers for layer in explorer.layers))
         self.chance: Stream = stream(0, "explore")
 
     def test(self, number: float | None) -> Shown:
-        """That test image; numbers beyond an end mean the other one."""
-        n = int(number or 0) % self.tests
+        """That test image.
+
+        Raises:
+            UserError: there is none of that number.
+        """
+        n = int(number or 0)
+        if not 0 <= n < self.tests:
+            raise UserError(f"there is no test image {n}: they are numbered from 0 to {self.tests - 1}")
         image, label = self.explorers[0].test_image(n)
-        name = self.explorers[0].classes[label]
-        return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label, {name}, is attacked.", label)
+        return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label is {self.classes[label]}.", label)
 
     def random(self) -> int:
         """The number of some test image."""
@@ -46,20 +53,13 @@ class Desk:
             UserError: no image, or none that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        return read._replace(said=f"{read.said} Its label is unknown: what the model itself sees is attacked.")
+        return read._replace(said=f"{read.said} Its label is unknown: attacks are against what the model itself sees.")
 
-    def look(
-        self, shown: Shown, threat: str, eps: float | str, steps: float, layer: str | None, expert: int | None
-    ) -> list[Answer]:
+    def look(self, shown: Shown, threat: str, eps: float | str, steps: float | None, layer: str | None) -> list[Answer]:
         """Each run's answer to the question, attacked on itself.
 
         Raises:
-            UserError: a radius that is none.
+            UserError: a radius or a number of steps that is none.
         """
-        question = self.others.get(threat, threat), eps, int(steps), layer, expert or 0
+        question = self.others.get(threat, threat), eps, int(steps or 0), layer
         return [each.look(shown.image, *question, label=shown.label) for each in self.explorers]
-
-    def experts(self, layer: str | None) -> list[tuple[str, int]]:
-        """Choices of an expert in that layer."""
-        most = max(each.experts(layer or "") for each in self.explorers)
-        return [(f"expert {k + 1}", k) for k in range(most)]

@@ -25,19 +25,18 @@ from rome.threats import LpBall, Threat
 
 STEPS, MOST_STEPS = 15, 100
 KEPT = 16
-"""Attacked images in the cache, so that another layer or expert costs no attack."""
+"""Attacked images in the cache, so that another layer costs no attack."""
 
 
 @dataclass(frozen=True, eq=False)
 class PatchMap:
-    """The weight of one expert of one layer at every patch, h x w of them."""
+    """The weight of every expert of one layer at every patch, h x w of them."""
 
     layer: str
-    expert: int
     natural: Tensor
-    """(h, w), of the image as it is; (1, 1) where the gate does not tell patches apart."""
+    """(K, h, w), of the image as it is; (K, 1, 1) where the gate does not tell patches apart."""
     attacked: Tensor
-    """(h, w), under attack."""
+    """(K, h, w), under attack."""
     note: str
     """A sentence where the map is uniform; empty otherwise."""
 
@@ -77,20 +76,14 @@ class Answer:
         return {name: weights.mean(dim=1) for name, weights in self.tokens.items()}
 
     @property
-    def factor(self) -> float:
-        """How much the perturbation can be magnified without leaving [0, 1] around gray; 1 where there is none."""
-        largest = float((self.perturbed - self.image).abs().max())
-        return 0.5 / largest if largest > 0 else 1.0
+    def largest(self) -> float:
+        """The largest change of any pixel."""
+        return float((self.perturbed - self.image).abs().max())
 
     @property
     def tallest(self) -> float:
         """The largest gate weight."""
         return max(float(weights.max()) for weights in self.gates.values())
-
-    def magnified(self, factor: float | None = None) -> Tensor:
-        """The perturbation (C, H, W) in [0, 1]: gray is no change, ``factor`` (its own if not given) times enlarged."""
-        factor = self.factor if factor is None else factor
-        return (0.5 + factor * (self.perturbed - self.image)).clamp(0, 1)
 
 
 class Explorer:
@@ -103,20 +96,14 @@ class Explorer:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.name = subject, subject.name
         self.shape, self.classes = subject.split.shape, subject.split.classes
-        layers = expert_layers(subject.model)
-        self.layers = tuple(layers)
+        self.layers = tuple(expert_layers(subject.model))
         self.balls = {name: threat for name, threat in subject.threats.items() if isinstance(threat, LpBall)}
         """The Lp balls it was trained on, by name."""
         self.others = {name: threat for name, threat in subject.threats.items() if isinstance(threat, AttackThreat)}
         """The threats it was trained on that bring their own attack, by name."""
-        self._experts = {name: layer.experts for name, layer in layers.items()}
         self._trusted = trust.allowed()
         self._seen: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
         self._lock = threading.Lock()
-
-    def experts(self, layer: str) -> int:
-        """K of that layer; 0 where this run has no such layer."""
-        return self._experts.get(layer, 0)
 
     def test_image(self, number: int) -> tuple[Tensor, int]:
         """Image (C, H, W) and label of that test example, numbered from 0.
@@ -139,13 +126,12 @@ class Explorer:
         eps: float | str | None = None,
         steps: int = STEPS,
         layer: str | None = None,
-        expert: int = 0,
         *,
         label: int | None = None,
     ) -> Answer:
         """Attack an image with APGD, or the threat's own attack, and read predictions and gates, natural and attacked.
 
-        The attack is cached: the same question about another layer or expert is answered at once.
+        The attack is cached: the same question about another layer is answered at once.
 
         Args:
             image: (C, H, W) in [0, 1].
@@ -153,7 +139,6 @@ class Explorer:
             eps: radius in the threat's own units, a number or text such as ``8/255``; the run's budget if not given.
             steps: of APGD, 1..100.
             layer: for the map; the last if not given.
-            expert: for the map, counted from 0.
             label: the true class; None attacks the model's own prediction.
 
         Raises:
@@ -177,7 +162,7 @@ class Explorer:
             if len(self._seen) > KEPT:
                 self._seen.popitem(last=False)
             found = self._seen[key]
-        chosen, missing = self._map(found, layer, expert)
+        chosen, missing = self._map(found, layer)
         return replace(found, steps=steps, map=chosen, missing=missing, seconds=time.perf_counter() - started)
 
     def _attack(self, image: Tensor, label: int, ball: LpBall | AttackThreat | None, steps: int) -> Answer:
@@ -197,17 +182,15 @@ class Explorer:
             right = bool(self.subject.model(found.images).argmax(dim=1) == y)
         return found.adversarial if right else found.images
 
-    def _map(self, found: Answer, layer: str | None, expert: int) -> tuple[PatchMap | None, str]:
+    def _map(self, found: Answer, layer: str | None) -> tuple[PatchMap | None, str]:
         if not self.layers:
             return None, "This run has no experts, so no gates."
         layer = layer or self.layers[-1]
         if layer not in self.layers:
             return None, f"This run has no experts in {short(layer)}."
-        if not 0 <= expert < self.experts(layer):
-            return None, f"This layer has {self.experts(layer)} experts, none of number {expert + 1}."
         _, height, width = self.shape
         grid, note = on_grid(self.subject.model, layer, found.tokens[layer], (height, width))
-        return PatchMap(layer, expert, grid[0, ..., expert], grid[1, ..., expert], note), ""
+        return PatchMap(layer, grid[0].movedim(-1, 0), grid[1].movedim(-1, 0), note), ""
 
 
 def on_grid(model: nn.Module, name: str, weights: Tensor, size: tuple[int, int]) -> tuple[Tensor, str]:

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,38 +15,50 @@ from typing import Any
 from rome.core.errors import UserError, first_line
 from rome.report.explore import rendering
 from rome.report.explore.desk import Desk
-from rome.report.explore.explorer import MOST_STEPS, STEPS, Explorer
+from rome.report.explore.explorer import MOST_STEPS, STEPS, Explorer, ball_of
 from rome.report.explore.uploads import MOST_BYTES, Shown
 from rome.report.robustbench import eps_text
-from rome.report.subject import NATURAL, short
+from rome.report.subject import NATURAL
 from rome.threats import LpBall
 
+GRADIO = "gradio>=6.31"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 try:
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 except ImportError as error:
-    raise UserError(f"rome explore needs Gradio ({first_line(error)}): pip install rome-robust[explore]") from None
+    raise UserError(f"rome explore needs Gradio ({first_line(error)}): pip install '{GRADIO}'") from None
 
 REACH = 3
 """The slider ends at so many times the budget."""
 PORTS = 20
 """Ports that are tried by default."""
+PRESSED = """element.addEventListener("click", event => {
+  const pressed = event.target.closest("[data-layer]");
+  if (pressed) trigger("select", {layer: pressed.dataset.layer});
+});"""
+"""Gates that are clicked choose their layer."""
+KEEP = """(image, threat, eps, steps, layer) => {
+  const asked = Object.entries({image, threat, eps, steps, layer}).filter(([, value]) => value !== null);
+  history.replaceState(null, "", "?" + new URLSearchParams(asked));
+}"""
+"""The question into the page's address; an upload has no place there."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
-    """The page."""
+    """The page. Its address holds the question, so that it can be opened again."""
     desk = Desk(explorers)
     start = [NATURAL, *desk.balls][-1]
-    threats = [*desk.balls, *desk.others]
+    threats = [NATURAL, *desk.balls, *desk.others]
     ball = desk.balls.get(start)
     layer = desk.layers[-1] if desk.layers else None
     title = " and ".join(explorer.name for explorer in explorers)
     with gr.Blocks(title=f"{title} · rome explore", analytics_enabled=False, fill_width=True) as page:
         shown = gr.State(None)
+        place = gr.Textbox(layer, visible="hidden")  # no state: the address holds it
         gr.HTML(f'<header><p class="kicker">rome explore</p><h1>{escape(title)}</h1></header>')
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=0, min_width=290, elem_id="controls"):
@@ -57,7 +70,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                         random = gr.Button("Random", size="sm", min_width=60)
                     file = gr.UploadButton("Upload an image", size="sm", elem_id="upload")
                 said = gr.HTML(elem_id="said")
-                threat = gr.Radio([NATURAL, *threats], value=start, label="Threat", elem_id="threat")
+                threat = gr.Radio(threats, value=start, label="Threat", elem_id="threat")
                 with gr.Group(visible=ball is not None) as budget:
                     eps = gr.Textbox(
                         eps_text(ball) if ball else "", label="ε, such as 0.03 or 8/255", max_lines=1, elem_id="eps"
@@ -66,12 +79,8 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps of APGD", elem_id="steps", buttons=[])
             with gr.Column(scale=1, min_width=300, elem_id="answers"):
                 attack = gr.HTML(elem_id="attack")
-                with gr.Row(visible=bool(desk.layers), elem_id="where"):
-                    names = [(short(each), each) for each in desk.layers]
-                    place = gr.Dropdown(names, value=layer, label="Layer", elem_id="layer")
-                    expert = gr.Dropdown(desk.experts(layer), value=0, label="Expert", elem_id="expert")
-                gates = gr.HTML(elem_id="experts")
-        question, answered = [threat, eps, steps, place, expert], [said, attack, gates]
+                gates = gr.HTML(elem_id="experts", js_on_load=PRESSED)
+        question, answered = [threat, eps, steps, place], [said, attack, gates]
 
         def answer(shown: Shown, *question: Any) -> tuple[Any, Any, Any]:
             """The sentence on the image and both halves of the answer; after a mistake the last answer stays."""
@@ -83,8 +92,10 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
 
         def turned(way: Callable[[float], float]) -> Callable[..., Any]:
             def turn(now: float | None, *question: Any) -> tuple[Any, ...]:
-                number = way(now or 0) % desk.tests
-                image = desk.test(number)
+                try:
+                    image = desk.test(number := way(now or 0))
+                except UserError as error:
+                    return gr.skip(), gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
                 return number, image, *answer(image, *question)
 
             return turn
@@ -93,36 +104,49 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             try:
                 image = desk.upload(path)
             except UserError as error:
-                return gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
-            return image, *answer(image, *question)
+                return gr.skip(), gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
+            return None, image, *answer(image, *question)
 
-        def budgeted(name: str) -> tuple[Any, Any, Any]:
+        def budgeted(name: str, eps: str | None = None) -> tuple[Any, Any, Any]:
             chosen = desk.balls.get(name)
             if chosen is None:
                 return gr.update(visible=False), gr.skip(), gr.skip()
-            return gr.update(visible=True), eps_text(chosen), gr.update(**_range(chosen))
+            return gr.update(visible=True), eps or eps_text(chosen), gr.update(**_range(chosen, eps))
 
-        def elsewhere(name: str, now: int) -> Any:
-            choices = desk.experts(name)
-            return gr.update(choices=choices, value=min(now or 0, max(len(choices) - 1, 0)))
+        def opened(request: gr.Request) -> tuple[Any, ...]:
+            """The question that the address holds, as far as it is one."""
+            asked = {"image": "", "steps": ""} | dict(request.query_params)
+            image, count = (int(asked[key]) if asked[key].isdecimal() else None for key in ("image", "steps"))
+            name = asked["threat"] if asked.get("threat") in threats else start
+            where = asked["layer"] if asked.get("layer") in desk.layers else layer
+            return image or 0, name, *budgeted(name, asked.get("eps")), count or STEPS, where
 
+        first = _on(page.load, opened, [], [number, threat, budget, eps, slide, steps, place])
         for event, way in (
-            (page.load, lambda now: now),
+            (first.then, lambda now: now),
             (number.input, lambda now: now),
-            (previous.click, lambda now: now - 1),
-            (following.click, lambda now: now + 1),
+            (previous.click, lambda now: (now - 1) % desk.tests),
+            (following.click, lambda now: (now + 1) % desk.tests),
             (random.click, lambda now: desk.random()),
         ):
-            _on(event, turned(way), [number, *question], [number, shown, *answered], busy=said)
-        _on(file.upload, uploaded, [file, *question], [shown, *answered], busy=said)
+            turn = _on(event, turned(way), [number, *question], [number, shown, *answered], busy=said)
+            turn.then(None, [number, *question], None, js=KEEP)
+        _on(file.upload, uploaded, [file, *question], [number, shown, *answered], busy=said)
         for event in (
-            _on(threat.change, budgeted, [threat], [budget, eps, slide]).then,
-            _on(slide.release, rendering.number, [slide], [eps]).then,
-            _on(place.change, elsewhere, [place, expert], [expert]).then,
-            *(steps.release, eps.submit, eps.blur, expert.input),
+            _on(threat.input, budgeted, [threat], [budget, eps, slide]).then,
+            _on(slide.input, rendering.number, [slide], [eps]).then,
+            *(_on(typed, budgeted, [threat, eps], [budget, eps, slide]).then for typed in (eps.submit, eps.blur)),
+            _on(gates.select, _pressed, [], [place]).then,
+            steps.input,
         ):
-            _on(event, answer, [shown, *question], answered, busy=said)
+            found = _on(event, answer, [shown, *question], answered, busy=said)
+            found.then(None, [number, *question], None, js=KEEP)
     return page
+
+
+def _pressed(event: gr.EventData) -> str:
+    """The layer whose gates were chosen."""
+    return str(event.layer)
 
 
 def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Callable[[str], None]) -> None:
@@ -143,7 +167,12 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
         shown = f"[{address}]" if ":" in address else address
         app = application(page, address, number)
         say(f"explore at http://{shown}:{number} (Ctrl-C ends it)")
-        uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listening])
+        server(app).run(sockets=[listening])
+
+
+def server(app: FastAPI) -> uvicorn.Server:
+    """Serves the application, and ends when it shall, even while a page is open."""
+    return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
 
 
 def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
@@ -163,7 +192,7 @@ def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
         pwa=False,
         mcp_server=False,
         theme=gr.themes.Base(font=FONTS, font_mono=MONO),
-        css_paths=here / "page.css",
+        css_paths=[here.parent / "templates/colours.css", here / "page.css"],
     )
     return app
 
@@ -199,7 +228,13 @@ def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Seq
     return event(function, list(given), list(out), api_visibility="private", trigger_mode="always_last", **shown)
 
 
-def _range(ball: LpBall | None) -> dict[str, Any]:
+def _range(ball: LpBall | None, eps: str | None = None) -> dict[str, Any]:
+    """The slider of a ball's radius, at its budget or at ``eps`` where that is a radius."""
     budget = 1.0 if ball is None else ball.eps or 1.0
-    rounded = [float(f"{value:.3g}") for value in (REACH * budget, budget, budget / 100)]
+    value = budget
+    if ball is not None and eps is not None:
+        with suppress(UserError):
+            asked = ball_of(ball.norm, eps, {})
+            value = min(asked.eps if asked else 0.0, REACH * budget)
+    rounded = [float(f"{each:.3g}") for each in (REACH * budget, value, budget / 100)]
     return {"minimum": 0, **dict(zip(("maximum", "value", "step"), rounded, strict=True))}

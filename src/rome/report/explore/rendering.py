@@ -9,12 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from torch import Tensor
 
-from rome.report.examples import picture, png
+from rome.report.examples import diverging, picture, png
 from rome.report.explore.explorer import Answer
-from rome.report.figures.style import limits
-from rome.report.subject import short
+from rome.report.figures.style import THREATS, limits, looks
+from rome.report.subject import NATURAL, short
 from rome.report.templating import TEMPLATES
 
 SHOWN_CLASSES = 5
@@ -22,19 +23,21 @@ COLOURS = matplotlib.colormaps["viridis"]
 
 
 def attacks(answers: Sequence[Answer]) -> str:
-    """A card for each run: image, attacked image, magnified perturbation (alike for all), confidences."""
-    moved = [answer for answer in answers if not answer.perturbed.equal(answer.image)]
-    factor = min((answer.factor for answer in moved), default=1.0)
-    return str(_ANSWERS.cards(answers, partial(_ANSWERS.attack, factor=factor)))
+    """A card for each run: image, attacked image, perturbation (on one scale for all), confidences (in one order)."""
+    scale = max(answer.largest for answer in answers)
+    stops = _stops("RdBu_r", 0.1, 0.9) if len(answers[0].image) != 3 else ""
+    shown = partial(_ANSWERS.attack, scale=scale, stops=stops, order=_strongest(answers))
+    return str(_ANSWERS.cards(answers, shown, _threat(answers)))
 
 
 def experts(answers: Sequence[Answer]) -> str:
-    """A card for each run: the chosen expert over the image, natural and attacked, and the gates of every layer."""
+    """A card for each run: every expert of the chosen layer over the image, natural and attacked, and the gates of
+    every layer."""
     maps = [answer.map for answer in answers if answer.map is not None]
     values = [part.numpy().ravel() for each in maps for part in (each.natural, each.attacked)]
     span = limits(np.concatenate(values)) if values else (0.0, 1.0)
-    stops = ", ".join(matplotlib.colors.to_hex(COLOURS(i / 8)) for i in range(9))
-    return str(_ANSWERS.cards(answers, partial(_ANSWERS.experts, span=span, stops=stops)))
+    shown = partial(_ANSWERS.experts, span=span, stops=_stops(COLOURS.name, 0, 1))
+    return str(_ANSWERS.cards(answers, shown, _threat(answers)))
 
 
 def note(message: str) -> str:
@@ -52,11 +55,26 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _strongest(answer: Answer) -> list[int]:
-    """The classes that matter in either image, the most confident first."""
-    strongest = answer.natural.maximum(answer.attacked)
+def _strongest(answers: Sequence[Answer]) -> list[int]:
+    """The true class and those that any run finds likely in either image, in the order of the first run's natural
+    confidences."""
+    strongest = torch.stack([each for answer in answers for each in (answer.natural, answer.attacked)]).amax(dim=0)
+    strongest[answers[0].label] += 1
     chosen = strongest.argsort(descending=True, stable=True)[:SHOWN_CLASSES].tolist()
-    return sorted(chosen, key=lambda row: -float(answer.natural[row]))
+    return sorted(chosen, key=lambda row: -float(answers[0].natural[row]))
+
+
+def _threat(answers: Sequence[Answer]) -> int:
+    """Which of the page's colours of threats the attack has."""
+    threat = answers[0].threat
+    name = NATURAL if threat is None else getattr(threat, "norm", threat.kind)
+    return THREATS.index(looks([name])[name].colour)
+
+
+def _stops(name: str, low: float, high: float) -> str:
+    """Colours of a map for a CSS gradient."""
+    colours = matplotlib.colormaps[name](np.linspace(low, high, 9))
+    return ", ".join(map(matplotlib.colors.to_hex, colours))
 
 
 def _coloured(part: Tensor, span: tuple[float, float]) -> str:
@@ -70,6 +88,6 @@ TEMPLATES.filters |= {
     "coloured": _coloured,
     "number": number,
     "short": short,
-    "strongest": _strongest,
+    "diverging": diverging,
 }
 _ANSWERS: Any = TEMPLATES.get_template("answers.html").module

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from rome.core.errors import UserError
+from rome.experts import Experts, FeedForward, LoadBalancing, LowRank
 from rome.report import gates
 from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
 from rome.report.figures.style import NOTE, PAGE, legend, limits, looks, side
@@ -81,14 +84,28 @@ class LoadBalancedDensities(GateDensities):
     """The same of feed-forward experts with several coefficients of the load balancing loss, beside RoME."""
 
     name = "figA1"
-    title = "densities of gate weights, for runs with several load balancing coefficients"
+    title = "densities of gate weights, for feed-forward experts with load balancing and RoME"
+    experts: ClassVar[type[Experts]] = FeedForward
+
+    def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
+        if not any(
+            isinstance(each := subject.config.experts, self.experts) and isinstance(each.regularizer, LoadBalancing)
+            for subject in subjects
+            if subject.run
+        ):
+            raise UserError(
+                f"none of these runs trained {self.experts.kind} experts with a load balancing loss, which is what it "
+                "shows; fig3 is the same of any runs"
+            )
+        return super().measure(subjects, options)
 
 
-class BalancedAndRome(GateDensities):
+class BalancedAndRome(LoadBalancedDensities):
     """The same of low-rank experts with load balancing, beside RoME."""
 
     name = "figA2"
     title = "densities of gate weights, for low-rank experts with load balancing and RoME"
+    experts = LowRank
 
 
 def kernel_density(values: np.ndarray, grid: np.ndarray, *, least: float) -> np.ndarray:

@@ -31,8 +31,8 @@ BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"
 INSTEAD = {BACKBONE: "first expert of ", OUTPUT: "experts of "}
 """What is seen where experts stand in the place of a layer."""
 FEATURES, DIFFERENCE = "features", "difference"
-SPACES = {FEATURES: "features as they are", DIFFERENCE: "less the natural image's"}
-"""What is scored and drawn: what the paper says, and what tells threats apart; how a row of panels is called."""
+SPACES = {FEATURES: "", DIFFERENCE: "\ndifference from natural"}
+"""What is scored and drawn: what the paper says, and what tells threats apart; the end of the panels' titles."""
 POSITIONS = 64
 """Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
 LOCAL = "local"
@@ -78,13 +78,15 @@ class Embeddings(FigureOfRuns):
         width, around, height = self.room
         canvas = Canvas(figsize=(width, around + height * len(lines)), layout="constrained")
         grid = canvas.subplots(len(lines), len(lines[0][1]), squeeze=False)
+        above: list[str] = []
         for row, (beside, panels) in zip(grid, lines, strict=True):
             row[0].set_ylabel(beside, fontsize=8.5)
+            titles = [shown.title for shown in panels]
             for axes, shown in zip(row, panels, strict=True):
                 shown.draw(axes)
                 axes.set_xlabel(shown.note, **NOTE)
-        for axes, shown in zip(grid[0], lines[0][1], strict=True):
-            axes.set_title(shown.title)
+                axes.set_title(shown.title if titles != above else "")
+            above = titles
         bars = [axes for axes in canvas.axes if axes.containers]
         for axes in bars[1:]:
             axes.sharey(bars[0])
@@ -204,7 +206,7 @@ class Separability(Embeddings):
         for (layer, space), group in groupby(run["panels"], key=itemgetter("layer", "space")):
             panels, shown = {panel["place"]: panel for panel in group}, []
             for place, title in self.titles.items():
-                panel = panels[place]
+                panel, title = panels[place], title + SPACES[space]
                 if place == LOCAL:
                     draw = partial(_bars, local=panel["silhouettes"], whole=panels["global"]["silhouettes"])
                     shown.append(Shown(title, "filled: local, mean ± s.d. over tokens\nhatched: global", draw))
@@ -213,7 +215,7 @@ class Separability(Embeddings):
                     note = "silhouette {}\nin the picture {}".format(*scores)
                     shown.append(Shown(title, note, partial(scatter, groups=panel["points"])))
             if shown:
-                found.append((side(run["run"], short(layer), SPACES[space]), shown))
+                found.append((side(run["run"], short(layer)), shown))
         return found
 
 
@@ -221,14 +223,14 @@ class LocalAndGlobal(Separability):
     """One layer, the last or that of ``layer``: t-SNE at the middle token and of the mean, and silhouettes."""
 
     name = "fig5"
-    title = "separability of threats in local and global features, as they are and less the natural image's"
+    title = "separability of threats in local and global features, and in their differences from the natural image's"
     every_layer = False
     titles: ClassVar[Mapping[str, str]] = {
         "middle": "local: middle token",
         "global": "global: mean over tokens",
         LOCAL: "silhouette",
     }
-    room = (PAGE, 0.55, 2.15)
+    room = (PAGE, 0.55, 2.25)
 
 
 class OverLayers(Separability):
@@ -236,14 +238,14 @@ class OverLayers(Separability):
 
     name = "figA4"
     title = (
-        "separability of threats in the first and last layer, at three tokens and globally, in features as they are "
-        "and less the natural image's"
+        "separability of threats in the first and last layer, at three tokens and globally, in features and in their "
+        "differences from the natural image's"
     )
     every_layer = True
     titles: ClassVar[Mapping[str, str]] = {place: f"{place} token" for place in features.PLACES[:-1]} | {
         "global": "global"
     }
-    room = (PAGE, 0.35, 1.85)
+    room = (PAGE, 0.35, 2.2)
 
 
 def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:

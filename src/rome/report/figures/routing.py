@@ -17,7 +17,7 @@ from rome.report.features import image_means
 from rome.report.figures.base import FigureOfRuns, Options, require_experts
 from rome.report.figures.style import NOTE, PAGE, legend, look_of
 from rome.report.routing import routing_numbers
-from rome.report.subject import Subject
+from rome.report.subject import Subject, short
 
 NUMBERS = (
     ("information", "information_mean"),
@@ -26,6 +26,8 @@ NUMBERS = (
     ("between", "distance_mean"),
 )
 """Of every layer, and their mean over layers."""
+LAYERS = 12
+"""Names of layers that stand beside each other."""
 
 
 class RoutingNumbers(FigureOfRuns):
@@ -61,7 +63,7 @@ class RoutingNumbers(FigureOfRuns):
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = data["runs"]
-        canvas = Canvas(figsize=(PAGE, 2.35), layout="constrained")
+        canvas = Canvas(figsize=(PAGE, 2.9), layout="constrained")
         information, between, entropy, probes = canvas.subplots(1, 4)
         for i, run in enumerate(runs):
             known = [100 * value / (run["most_information"] or 1) for value in run["information"]]
@@ -69,12 +71,18 @@ class RoutingNumbers(FigureOfRuns):
             for axes, values, hollow in (*curves, (entropy, run["entropy"], False), (entropy, run["usage"], True)):
                 look = {"ls": "--", "mfc": "white"} if hollow else {}
                 axes.plot(range(1, len(values) + 1), values, **look_of(i), ms=3, lw=1.2, **look)
-        information.set(title="information about\nthe threat, % of most", ylim=(0, None))
+        information.set(title="information about\nthe threat, % of maximum", ylim=(0, None))
         between.set(title="Jensen-Shannon distance\nbetween threats", ylim=(0, None))
         entropy.set(title="entropy of a gate,\nof the load (hollow)", ylim=(0, 1.04))
+        layers = [short(layer) for layer in runs[0]["layers"]]
+        alike = all(run["layers"] == runs[0]["layers"] for run in runs)
+        shown = range(0, len(layers), -(-len(layers) // LAYERS))
         for axes in (information, between, entropy):
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-            axes.set_xlabel("adapted layer", **NOTE)
+            if alike:
+                axes.set_xticks([i + 1 for i in shown], [layers[i] for i in shown], rotation=90, fontsize=6.5)
+            else:
+                axes.set_xlabel("adapted layer", **NOTE)
         _probes(probes, runs)
         legend(canvas, [Line2D([], [], **look_of(i), ms=4, label=run["run"]) for i, run in enumerate(runs)])
         return canvas

@@ -1,7 +1,8 @@
 """What the figures share: widths of a paper's columns, and one look for each threat in all of them.
 
-Threats have the colours of Paul Tol's high-contrast and bright sets, runs those of Okabe and Ito, which people with any
-kind of colour vision tell apart; markers and line styles say the same again.
+Threats have the colours of Paul Tol's high-contrast and bright sets, the yellow and the cyan darker, so that a line of
+them shows on white; runs those of Okabe and Ito, which people with any kind of colour vision tell apart; markers and
+line styles say the same again.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Look(NamedTuple):
 
 _KNOWN = {
     NATURAL: Look("natural", "#8c8c8c", "o", "-"),
-    "L1": Look(r"$\ell_1$", "#DDAA33", "^", "-"),
+    "L1": Look(r"$\ell_1$", "#B07D00", "^", "-"),
     "L2": Look(r"$\ell_2$", "#BB5566", "s", (0, (4, 1.3))),
     "Linf": Look(r"$\ell_\infty$", "#004488", "D", (0, (4, 1.2, 1, 1.2))),
 }
-_OTHERS = [("#228833", "v", (0, (1, 1))), ("#AA3377", "P", (0, (6, 2))), ("#66CCEE", "X", (0, (2, 2)))]
+_OTHERS = [("#228833", "v", (0, (1, 1))), ("#AA3377", "P", (0, (6, 2))), ("#2B9EC4", "X", (0, (2, 2)))]
 THREATS = [*(look.colour for look in _KNOWN.values()), *(colour for colour, *_ in _OTHERS)]
 """Colours of natural images and threats."""
 

@@ -64,11 +64,12 @@ class TrainingTime(PaperFigure):
             x = [point["seconds"] / scale for point in run["points"]]
             y = [100 * point["value"] for point in run["points"]]
             fallback = run["quantity"] == TRAINING
-            label = plain(run["name"]) + (" (training accuracy)" if fallback and len(quantities) > 1 else "")
+            label = plain(run["name"]) + (" (dashed: training accuracy)" if fallback else "")
             look = look_of(i) | ({"marker": ""} if len(x) > 40 else {})
             curves += axes.plot(x, y, **look, ms=3, lw=1.4, ls="--" if fallback else "-", label=label)
         if reached:
-            axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":")
+            label = f"best union of {plain(reached['of'])}"
+            curves.append(axes.axhline(100 * reached["union"], color="gray", lw=0.7, ls=":", label=label))
         axes.set(xlabel=f"training time ({unit})", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, None))
         axes.set_title(quantities.pop() if len(quantities) == 1 else "robustness", loc="left", fontsize=8)
         axes.grid(axis="y", lw=0.4, alpha=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from pathlib import Path
 from rome.core import trust
 from rome.core.errors import UserError
 from rome.report.cost import RATIOS, compare
-from rome.report.tables.lines import Line, mark_best
-from rome.report.tables.paper_tables import fill, same_row
+from rome.report.tables.lines import Cell, Line, mark_best
+from rome.report.tables.paper_tables import fill, own_section, same_row
 from rome.runs.config import Config, files_and_changes, load
 from rome.runs.folder import Run
 
@@ -41,8 +42,9 @@ def named_configs(names: Sequence[str]) -> list[Config]:
 def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> tuple[list[Line], str]:
     """The rows of Table 6 with what these configs cost, and a sentence on how that was measured.
 
-    A config belongs to a row as runs do (:mod:`rome.report.tables.paper_tables`). Ratios are those to the first row,
-    RANDOM, of seconds and latency the medians of the ratios round by round.
+    A config belongs to a row as runs do (:mod:`rome.report.tables.paper_tables`), in a section of its own where its
+    model or data are not the paper's. Ratios are those to the first row, RANDOM, of seconds and latency the medians of
+    the ratios round by round.
 
     Args:
         repeats, timing: see :func:`rome.report.cost.compare`.
@@ -50,22 +52,30 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
     Raises:
         UserError: a config that belongs to no row, or configs that differ in more than what the table compares.
     """
-    lines = fill("6", [])
+    lines = ours = fill("6", [])
+    first_row = lines[0].config
+    assert first_row is not None
     rows = [_row_of(config, configs[0], lines) for config in configs]
+    if configs and (where := own_section(configs[0], first_row)):
+        ours = [Line(where, line.label, line.config, {each: Cell(math.nan) for each in line.cells}) for line in lines]
     order = sorted(range(len(configs)), key=rows.__getitem__)  # ratios are to the first
     costs = compare([configs[i] for i in order], repeats=repeats, timing=timing) if configs else []
     for facts in costs:
         facts |= {"parameters_M": facts["parameters"] / 1e6, "GMACs": facts["macs"] / 1e9}
-    first = lines[0].cells
-    for row, line in enumerate(lines):
+    for line in lines:
+        for column, cell in line.cells.items():
+            cell.paper_ratio = cell.paper / lines[0].cells[column].paper
+    first = ours[0].cells
+    for row, line in enumerate(ours):
         own = [facts for i, facts in zip(order, costs, strict=True) if rows[i] == row]
         for column, cell in line.cells.items():
             cell.values = tuple(facts[column] for facts in own if column in facts)
-            cell.paper_ratio = cell.paper / first[column].paper
             if cell.values and first[column].values:
                 ratios = [facts[RATIOS[column]][0] for facts in own] if column in RATIOS else []
                 cell.ratio = statistics.fmean(ratios) if ratios else cell.mean / first[column].mean
-    mark_best(lines)
+    mark_best(ours)
+    if ours is not lines:
+        lines = [*lines, *(line for line in ours if line.measured)]
     if not configs:
         return lines, ""
     about = f"ours: {configs[0].model.name} on {configs[0].data.kind}"

@@ -8,11 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import ttest_ind
-
 from rome.evaluation.evaluate import Report
-from rome.evaluation.result import UNION
-from rome.evaluation.statistics import LEVEL, paired_difference
+from rome.evaluation.result import CLEAN, UNION
+from rome.evaluation.statistics import paired_difference, welch
 from rome.methods import Method
 from rome.report.compared import same_examples
 from rome.report.tables.paper_rows import BALLS, CASES, COST, OURS, UNITS
@@ -72,6 +70,22 @@ class Line:
         return "" if self.config is None else self.config.method.own_attack or self.config.attack.kind
 
     @property
+    def measured(self) -> bool:
+        """Whether there is a number of ours."""
+        return any(cell.values for cell in self.cells.values())
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing, for whichever of its evaluations guessing is easiest."""
+        return max((report.chance for report in self.reports), default=0.0)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether guessing reaches its accuracy, without an attack or under all."""
+        cells = [self.cells[column] for column in (CLEAN, UNION) if column in self.cells]
+        return any(cell.values and round(cell.mean, 3) <= self.chance for cell in cells)
+
+    @property
     def unions(self) -> list[tuple[Report, float]]:
         """The evaluations that have a union, with it."""
         found = [(report, value_of(report, UNION)) for report in self.reports]
@@ -80,7 +94,7 @@ class Line:
 
 def value_of(report: Report, column: str) -> float:
     """A column of a table in percent, as a share; NaN where the report does not have it."""
-    if column == "clean":
+    if column == CLEAN:
         return report.clean
     if column in ("average", UNION):
         if not set(BALLS) <= set(report.cases):
@@ -92,18 +106,20 @@ def value_of(report: Report, column: str) -> float:
 
 def mark_best(lines: Sequence[Line]) -> None:
     """Mark the best of ours, as printed, in every column of a section: the largest accuracy of a kind of attack, the
-    least cost of all. Sizes beside accuracies are not compared."""
-    groups: dict[tuple[str, ...], list[tuple[float, Cell]]] = defaultdict(list)
+    least cost of all. None is best of its like, and nothing that guessing reaches. Sizes beside accuracies are not
+    compared."""
+    groups: dict[tuple[str, ...], list[tuple[float, Cell, bool]]] = defaultdict(list)
     for line in lines:
         costs = tuple(line.cells) == COST
         for column, cell in line.cells.items():
             if cell.values and (costs or column not in UNITS):
                 printed = -float(f"{cell.mean:.4g}") if costs else round(cell.mean, 3)
-                groups[line.section, column, "" if costs else line.attack].append((printed, cell))
+                beyond = costs or printed > line.chance
+                groups[line.section, column, "" if costs else line.attack].append((printed, cell, beyond))
     for cells in groups.values():
-        most = max(printed for printed, _ in cells)
-        for printed, cell in cells:
-            cell.best = printed == most
+        least, *_, most = sorted([printed for printed, *_ in cells] * 2)
+        for printed, cell, beyond in cells:
+            cell.best = beyond and least < printed == most
 
 
 def add_gains(lines: Sequence[Line]) -> None:
@@ -152,8 +168,4 @@ def _gain(line: Line, base: Line, *, comparisons: int) -> tuple[float, float, fl
     if len(ours) == 1:
         return paired_difference(ours[0][0].right(BALLS), theirs[0][0].right(BALLS), comparisons=comparisons)[:3]
     a, b = ([union for _, union in each] for each in (ours, theirs))
-    difference = statistics.fmean(a) - statistics.fmean(b)
-    if statistics.pstdev(a) == statistics.pstdev(b) == 0:
-        return difference, math.nan, math.nan  # runs that agree by chance say nothing of how far others would not
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(1 - LEVEL / comparisons)
-    return difference, float(interval.low), float(interval.high)
+    return welch(a, b, comparisons=comparisons)

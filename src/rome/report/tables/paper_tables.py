@@ -3,8 +3,8 @@
 A row of a table is an experiment that comes with rome. A run belongs to a row if it trains the same way: same method,
 kind of attack, experts and, where a table compares architectures, model. Where a table has the same training on several
 data sets, a run fills the rows of its own. Runs that differ in the seed alone, evaluated alike, are joined; others that
-train like one row get a line each. The paper's numbers stand beside runs on its data and budgets alone; the others get
-sections of their own. How models that no run made were trained is unknown: they get rows of their own, at the end.
+train like one row get a line each. The paper's numbers stand beside runs of its model on its data and budgets alone;
+others get sections of their own. How models that no run made were trained is unknown: their rows are the last.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from rome.core.errors import UserError, did_you_mean
-from rome.core.files import flatten
 from rome.evaluation.result import UNION
 from rome.report.compared import is_preferred
 from rome.report.cost import count
 from rome.report.evaluated import LEARNED, Evaluated, Key, evaluations, is_evaluation, load_evaluation
+from rome.report.seeds import apart_from_seed
 from rome.report.subject import distinct, names_of
 from rome.report.tables.lines import SAME, Cell, Line, add_gains, mark_best, value_of
 from rome.report.tables.paper_rows import BY_MODEL, SIZE, TABLES, UNITS
 from rome.runs.config import Config, load
 from rome.runs.experiments import folder
-from rome.runs.folder import FREE_KEYS, Run
+from rome.runs.folder import Run
 from rome.threats import LpBall
 
 GIVEN = "Given models"
@@ -88,7 +88,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     lines: dict[tuple[int, str], list[Line]] = defaultdict(list)
     for (section, row), alike in zip(rows, groups, strict=True):
         for where, line in _row(section, row, columns, [*alike.values()]):
-            lines[list(sections).index(section), where].append(line)
+            lines[len(sections) if where else list(sections).index(section), where].append(line)
     every = [line for key in sorted(lines) for line in lines[key]]
     firsts = [next(iter(each.values())) for each in models]
     names = names_of([one.architecture for one in firsts], [one.folder for one in firsts])
@@ -99,8 +99,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
 
 def _row(section: str, row: Config, columns: Sequence[str], groups: Sequence[list[Shown]]) -> list[tuple[str, Line]]:
-    """The lines of one row with the endings of their sections: a line for each group of runs that may be averaged, and
-    an empty one if none of them is on the paper's data and budgets.
+    """The lines of one row with :func:`own_section`: a line for each group of runs that may be averaged, and an empty
+    one if none of them stands beside the paper's numbers.
 
     Raises:
         UserError: two runs of a group have one seed.
@@ -115,29 +115,32 @@ def _row(section: str, row: Config, columns: Sequence[str], groups: Sequence[lis
                 )
     heads = [group[0][0] for group in groups]
     names = names_of([one.name for one in heads], [one.place for one in heads])
-    elsewhere = [_elsewhere(one.config, row) for one in heads if one.config]
+    elsewhere = [own_section(one.config, row) for one in heads if one.config]
     lines = [] if "" in elsewhere else [("", _line(section, row.paper.row, row, columns, []))]
     for name, where, group in zip(names, elsewhere, groups, strict=True):
         label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
-        lines.append((where, _line(section + where, label, row, columns, group, with_paper=not where)))
+        lines.append((where, _line(where or section, label, row, columns, group, with_paper=not where)))
     return lines
 
 
-def _elsewhere(config: Config, row: Config) -> str:
-    """Ending of a section's name for runs on data or budgets that are not the paper's; empty for the paper's."""
-    ours, papers = ((c.data.kind, getattr(c.data, "classes", None), c.threats) for c in (config, row))
-    if ours == papers:
+def own_section(config: Config, row: Config) -> str:
+    """The section of runs whose architecture, data or budgets are not those of the paper's row; empty for the paper's.
+    Which weights a model starts from makes no difference."""
+
+    def setting(of: Config) -> tuple[Any, ...]:
+        model = of.model.name.partition(".")[0], of.model.img_size, of.model.patch_size, of.model.args
+        return *model, of.data.kind, getattr(of.data, "classes", None), of.threats
+
+    if setting(config) == setting(row):
         return ""
     budgets = [f"{each.name} {each.eps:.4g}" if isinstance(each, LpBall) else each.name for each in config.threats]
-    return f": rows on {config.data.kind} ({', '.join(budgets)}), not the paper's"
+    return f"Own runs: {config.model.name} on {config.data.kind} ({', '.join(budgets)})"
 
 
 def _alike(config: Config, shown: Shown) -> str:
     """What runs have in common whose numbers may be averaged: all but the seed, and how they were evaluated."""
-    free = FREE_KEYS | {"seed", "data.path", "data.download"}
-    trained = {key: value for key, value in flatten(config.dump()).items() if not {key, key.split(".")[0]} & free}
     evaluated = [{key: one.report.settings.get(key) for key in SAME} | {"n": one.report.n} for one in shown]
-    return json.dumps([trained, evaluated], sort_keys=True, default=str)
+    return json.dumps([apart_from_seed(config), evaluated], sort_keys=True, default=str)
 
 
 def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> list[dict[Key, Evaluated]]:

@@ -56,6 +56,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         gains=len(gains),
         runs=sources(lines),
         about=about,
+        weak=[line.label for line in lines if line.guesses],
         differ=any(_differ(group) for _, group in sections),
     )
     template, *bold = _FORMS[form]
@@ -111,7 +112,8 @@ def _cell(cell: Cell, bold: Sequence[str], *, percent: bool) -> str:
     spread = "" if math.isnan(cell.deviation) else f" {PM} {number(cell.deviation)}"
     before, after = bold if cell.best else ("", "")
     ours = f"{before}{number(cell.mean)}{spread}{after}"
-    return f"{ours}{ratio(cell.ratio)} / {number(cell.paper)}{ratio(cell.paper_ratio)}"
+    papers = "" if math.isnan(cell.paper) else f" / {number(cell.paper)}{ratio(cell.paper_ratio)}"
+    return f"{ours}{ratio(cell.ratio)}{papers}"
 
 
 def _aligned(row: list[str], rows: Sequence[list[str]]) -> str:

@@ -1,0 +1,96 @@
+"""What an evaluation found, for the loggers of the run that it evaluated (:mod:`rome.runs.loggers`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rome.core.console import say
+from rome.core.errors import UserError
+from rome.evaluation.result import Report
+from rome.evaluation.store import example_images
+from rome.runs.config import Config
+from rome.runs.loggers import Logger, tracking
+
+PICTURED = 8
+"""Examples in a picture."""
+SIDE = 64
+"""Pixels; smaller images are enlarged by a whole factor."""
+
+
+def chosen_loggers(config: Config, names: Sequence[str] | None) -> tuple[Logger, ...]:
+    """The loggers of these names, or those of the config whose packages are here: the run may be somebody else's.
+
+    Raises:
+        UserError: no such logger, or the package of one of the names is not installed.
+    """
+    if names is not None:
+        try:
+            loggers = tuple(Logger.of_kind(name)() for name in dict.fromkeys(names))
+        except ValueError as error:  # pydantic's
+            raise UserError(f"--loggers: {error}") from None
+        for logger in loggers:
+            logger.check()
+        return loggers
+    usable = []
+    for logger in config.loggers:
+        try:
+            logger.check()
+            usable.append(logger)
+        except UserError as error:
+            say(f"{error}; the evaluation goes on without it")
+    return tuple(usable)
+
+
+def track(
+    loggers: Sequence[Logger],
+    folder: Path,
+    config: Config,
+    report: Report,
+    x: Tensor,
+    images: Path,
+    label: str,
+    step: int,
+) -> None:
+    """Log accuracies and pictures.
+
+    Args:
+        folder: of the run.
+        x: the images that were attacked, (n, C, H, W) in [0, 1].
+        images: the folder of the evaluation, with the adversarial images.
+        label: the group of the names: ``evaluation/apgd-1000``.
+        step: updates that the model was trained for.
+    """
+    with tracking(loggers, folder, config.name, config.dump()) as tracked:
+        found = {"clean": report.clean, **report.robust, "average": report.average, "union": report.union}
+        found |= {f"group/{group}": value for group, value in report.groups.items()}
+        tracked.numbers({f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step)
+        for case in report.attacks if tracked.writers else ():
+            if case in report.cases and (drawn := picture(x, images, case)) is not None:
+                tracked.picture(f"{label}/{case}", drawn, step)
+
+
+def picture(x: Tensor, images: Path, case: str) -> np.ndarray | None:
+    """Rows of originals, adversarial images, and their difference on a scale of its own around gray: uint8 (H, W, 3).
+    None where no images were kept or no example was fooled."""
+    from torchvision.utils import make_grid
+
+    try:
+        numbers, adversarial = example_images(images, case, PICTURED)
+    except UserError:
+        return None
+    if not len(numbers):
+        return None
+    original = x[torch.from_numpy(numbers)].cpu()
+    difference = adversarial - original
+    largest = difference.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    rows = torch.cat([original, adversarial, 0.5 + difference / largest / 2])
+    rows = rows.repeat_interleave(factor := max(SIDE // x.shape[-1], 1), 2).repeat_interleave(factor, 3)
+    grid: Any = make_grid(rows, nrow=len(numbers), padding=2, pad_value=1.0)
+    return np.asarray((grid.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,0 +1,227 @@
+"""Sharing a run on the Hugging Face Hub: weights, card, results, and nothing else of its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import yaml
+
+from rome.core import trust
+from rome.core.console import say
+from rome.core.errors import UserError
+from rome.core.files import file_hash, flatten, make_folder, replace_file
+from rome.core.private import cleaner
+from rome.data import Data
+from rome.data.resized import Resized
+from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
+from rome.models import Classifier, load_model, read_tensors
+from rome.models.files import copy_with
+from rome.models.hub import TIMM_CONFIG, WEIGHTS, OnHub, explained
+from rome.report.card import eval_results, model_card
+from rome.report.compared import is_preferred
+from rome.report.evaluated import LEARNED, Evaluated, evaluations
+from rome.runs.config import Config, parse
+from rome.runs.folder import Run
+
+CARD, CONFIG, EVALUATIONS, EVAL_RESULTS = "README.md", "config.yaml", "evaluation", ".eval_results/rome.yaml"
+OURS = (f"{EVALUATIONS}/", TIMM_CONFIG, EVAL_RESULTS)
+"""What an earlier push may have left in a repository and a later one does not have."""
+_OF_OTHER_WEIGHTS = ("tag", "license", "origin_url", "paper_", "notes", "url", "hf_hub", "file", "description")
+"""What timm knows of an architecture's pretrained weights and is not true of a run's."""
+_PLACES = {"path", "weights", "features", "name"}
+"""Settings that may hold a path."""
+
+
+@trust.opens_files
+def push(
+    run: str | Path,
+    repo: str,
+    *,
+    dry_run: str | Path | None = None,
+    public: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    license: str | None = None,
+    trust_code: bool = False,
+) -> str:
+    """Share an evaluated run on the Hub: what :func:`prepare` writes, in one commit.
+
+    Args:
+        run: the folder of a finished run with at least one evaluation.
+        repo: ``USER/NAME``; made if it is not there.
+        dry_run: write into this empty folder what would be sent, and send nothing.
+        public: everybody may see it; a new repository is private otherwise, and one that is public already is refused.
+        revision: the branch to commit to, made if it is not there; None: main.
+        tag: a name for the commit.
+        license: of the weights, by the Hub's identifier (``mit``, ``cc-by-4.0``).
+        trust_code: let the run's files name code (:mod:`rome.core.trust`).
+
+    Returns:
+        The address of the commit, or of the folder.
+
+    Raises:
+        UserError: what :func:`prepare` raises, or the Hub refuses.
+    """
+    where, folder = OnHub.parse(repo), Run(run)
+    if where.revision is not None:
+        raise UserError(f"{repo}: name a branch with --revision and a tag with --tag")
+    if dry_run is not None:
+        out = Path(dry_run).expanduser()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is not an empty folder; --dry-run writes into one that is empty or new")
+        make_folder(out)
+        prepare(folder, where, out, license=license)
+        return str(out)
+    _check_token(where)
+    with TemporaryDirectory() as temporary:
+        prepare(folder, where, Path(temporary), license=license)
+        return _send(where, Path(temporary), folder.config.name, public=public, revision=revision, tag=tag)
+
+
+def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> None:
+    """Write what is shared of a run: ``model.safetensors`` with the config inside, ``config.yaml``, ``README.md``, for
+    every evaluation its result, settings and matrix, for timm ``config.json`` where the model is one of its own without
+    experts, and ``.eval_results`` where the Hub has the data. Paths and the name of this machine are taken out.
+
+    Raises:
+        UserError: the run is not finished or not evaluated, or its evaluations are of other weights.
+    """
+    found, own = sorted(evaluations(run).values(), key=_rank), run.config
+    if not run.finished:
+        raise UserError(f"{run.folder} holds no finished model ({WEIGHTS}); train it to its end first")
+    if not found or found[0].key[0] != LEARNED:
+        of = " with its own gates" if found else ""
+        raise UserError(
+            f"{run.folder} has no evaluation{of}, and a model is shared with its numbers: rome evaluate {run.folder}"
+        )
+    for one in found:
+        one.check_fresh()
+    clean = cleaner([run.folder, *_paths(own)])
+    config = parse(clean(own.dump()))
+    plain = own.experts is None and timm.is_model(own.model.name)
+    classes, changed = (run.origin.get("data") or {}).get("classes"), clean(run.origin.get("changed", []))
+    if plain:
+        _write_timm_config(run, own.data, classes, out)
+
+    def described(metadata: dict[str, Any]) -> dict[str, Any]:
+        return {**clean(metadata), "classes": classes}
+
+    copy_with(described, run.model_file, out / WEIGHTS, bare=plain)
+    replace_file(out / CONFIG, yaml.safe_dump(config.dump(), sort_keys=False).encode())
+    trust.record(out / CONFIG, {"config": config.dump()})
+    for one in found:
+        _copy_evaluation(one, out, clean)
+    shared = sorted(evaluations(Run(out)).values(), key=_rank)
+    facts = {**read_tensors(out / WEIGHTS)[0], "changed": changed}
+    usage = _timm_usage(repo) if plain else ""
+    card = model_card(config, shared, repo, facts=facts, usage=usage, license=license)
+    replace_file(out / CARD, card.encode())
+    if entries := eval_results(config, shared[0], repo):
+        replace_file(out / EVAL_RESULTS, yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).encode())
+
+
+def _rank(one: Evaluated) -> tuple[Any, ...]:
+    """The evaluation that says most comes first: learned gates, AutoAttack, more examples."""
+    routing, suite, n = one.key
+    return routing != LEARNED, not is_preferred(suite), -n, suite, routing
+
+
+def _paths(config: Config) -> list[str]:
+    """What of a config may be a path: of data, of weights, of code."""
+    dumped = flatten(config.dump())
+    held = [value for key, value in dumped.items() if _PLACES & set(key.split("."))]
+    texts = [
+        text for value in held for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+    ]
+    return [text for text in texts if "://" not in text]
+
+
+def _copy_evaluation(one: Evaluated, out: Path, clean: Callable[[Any], Any]) -> None:
+    folder = out / EVALUATIONS / one.folder.name
+    settings, result = clean(read_json(one.folder / SETTINGS)), clean(read_json(one.folder / RESULT))
+    settings["provenance"] |= {"checkpoint": WEIGHTS, "checkpoint_sha256": file_hash(out / WEIGHTS)}
+    result["settings"] = settings
+    for name, contents in ((SETTINGS, settings), (RESULT, result)):
+        replace_file(folder / name, json.dumps(contents, indent=2).encode())
+    shutil.copyfile(one.folder / MATRIX, folder / MATRIX)
+
+
+def _write_timm_config(run: Run, data: Data, classes: list[str] | None, out: Path) -> None:
+    """timm's ``config.json``: architecture, arguments, normalisation, and how images are resized."""
+    model = load_model(run.model_file)
+    assert isinstance(model, Classifier)
+    recipe, backbone = dict(model.recipe or {}), model.backbone
+    arguments = {key: value for key, value in recipe.items() if key not in ("name", "num_classes", "mean", "std")}
+    side, channels = arguments.get("img_size"), recipe["in_chans"]
+    known: dict[str, Any] = dict(backbone.pretrained_cfg)  # type: ignore[arg-type]
+    known |= {
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+        "num_classes": recipe["num_classes"],
+    }
+    if isinstance(data, Resized):
+        side = data.size  # type: ignore[attr-defined]
+        known |= {"crop_pct": data.crop_pct, "crop_mode": data.crop_mode, "interpolation": data.interpolation}
+    known["input_size"] = (channels, *((side, side) if side else known["input_size"][1:]))
+    known = {key: value for key, value in known.items() if not key.startswith(("test_", *_OF_OTHER_WEIGHTS))}
+    backbone.pretrained_cfg = known  # type: ignore[assignment]
+    extra = {"label_names": classes} if classes else {}
+    timm.models.save_for_hf(backbone, str(out), model_config=extra, model_args=arguments, safe_serialization=True)
+
+
+def _timm_usage(repo: OnHub) -> str:
+    return (
+        f'import timm, torch\nmodel = timm.create_model("hf-hub:{repo.repository}", pretrained=True).eval()\n'
+        "config = timm.data.resolve_model_data_config(model)  # mean and std\n"
+        'mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))\n'
+        "logits = model((images - mean) / std)"
+    )
+
+
+def _check_token(repo: OnHub) -> None:
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UserError(
+            f"{repo.repository}: there is no token for the Hub; make one that may write "
+            "(https://huggingface.co/settings/tokens), then `hf auth login` or set HF_TOKEN; --dry-run needs none"
+        )
+
+
+def _send(repo: OnHub, folder: Path, name: str, *, public: bool, revision: str | None, tag: str | None) -> str:
+    """All files of a folder in one commit; its address."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api, at = HfApi(library_name="rome"), repo.repository
+    with explained(repo):
+        api.create_repo(at, private=not public, exist_ok=True)
+        info = api.model_info(at)
+        if public == bool(info.private):
+            if not public:
+                raise UserError(
+                    f"{at} is public, and without --public nothing is published: add it, or make {at} private"
+                )
+            say(f"{at} is private and stays so; its settings on the Hub change that")
+        if tag is not None and tag in {each.name for each in api.list_repo_refs(at).tags}:
+            raise UserError(f"{at} has a tag {tag} already; choose another --tag")
+        if revision is not None:
+            api.create_branch(at, branch=revision, exist_ok=True)
+        new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        there = api.list_repo_files(at, revision=revision)
+        old = [path for path in there if path.startswith(OURS) and path not in new]
+        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in new.items()]
+        commit = api.create_commit(
+            at,
+            [*operations, *map(CommitOperationDelete, old)],
+            commit_message=f"{name}: weights, card and evaluations",
+            revision=revision,
+        )
+        if tag is not None:
+            api.create_tag(at, tag=tag, revision=commit.oid)
+    return str(commit.commit_url)

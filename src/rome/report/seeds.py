@@ -1,0 +1,104 @@
+"""Runs that differ in the training seed alone, taken together: what another seed would change."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+from rome.core.files import flatten
+from rome.evaluation.statistics import paired_difference, welch
+from rome.report.columns import CLEAN, DASH, UNION, columns_of
+from rome.report.evaluated import Evaluated
+from rome.report.subject import names_of
+from rome.report.templating import sentences
+from rome.runs.config import Config
+from rome.runs.folder import FREE_KEYS
+
+Group = list[Evaluated]
+"""Runs that differ in the seed alone."""
+
+
+def apart_from_seed(config: Config) -> str:
+    """What determines a run's numbers but its seed, as text that is equal where that is."""
+    free = FREE_KEYS | {"seed", "data.path", "data.download"}
+    plain = flatten(config.dump())
+    kept = {key: value for key, value in plain.items() if not {key, key.split(".")[0]} & free}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def by_seed(runs: Sequence[Evaluated]) -> dict[str, Group]:
+    """The trained ones by name, those that differ in the seed alone together; empty where no two do."""
+    found: dict[str, dict[int, Evaluated]] = defaultdict(dict)
+    for run in runs:
+        if run.config is not None:
+            found[apart_from_seed(run.config)].setdefault(run.config.seed, run)
+    groups = [list(group.values()) for group in found.values()]
+    if all(len(group) < 2 for group in groups):
+        return {}
+    firsts = [group[0] for group in groups]
+    own = [one.config.name if one.config else one.name for one in firsts]
+    return dict(zip(names_of(own, [one.place for one in firsts]), groups, strict=True))
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Shares in percent, ``57.8 ± 3.1``: mean and sample standard deviation; a dash where one is missing."""
+    if not values or any(map(math.isnan, values)):
+        return DASH
+    spread = f" \N{PLUS-MINUS SIGN} {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
+
+
+def seed_table(groups: dict[str, Group]) -> tuple[list[str], list[list[str]]]:
+    """Titles of columns and a row for each group: its name, how many seeds, and each accuracy over them."""
+    columns = columns_of([run.report for group in groups.values() for run in group])
+    rows = [
+        [name, str(len(group)), *(mean_and_spread([each.cell(run.report).value for run in group]) for each in columns)]
+        for name, group in groups.items()
+    ]
+    return ["over seeds", "seeds", *(column.title for column in columns)], rows
+
+
+def seed_findings(groups: dict[str, Group]) -> list[str]:
+    """What the unions of the groups say of each other: Welch's interval over the seeds, those of all pairs together
+    95% (Bonferroni), and seed by seed the paired difference on the same examples."""
+    several = {
+        name: group
+        for name, group in groups.items()
+        if len(group) > 1 and not any(math.isnan(run.report.union) for run in group)
+    }
+    ranked = sorted(several, key=lambda name: -statistics.fmean(run.report.union for run in several[name]))
+    pairs = list(combinations(ranked, 2))
+    told = []
+    for a, b in pairs if len(ranked) < 4 else [(ranked[0], other) for other in ranked[1:]]:
+        ours, theirs = several[a], several[b]
+        value, low, high = welch(
+            [run.report.union for run in ours], [run.report.union for run in theirs], comparisons=len(pairs)
+        )
+        same = [
+            (run.config.seed, paired_difference(run.report.right(), other.report.right()))
+            for run in ours
+            for other in theirs
+            if run.config and other.config and run.config.seed == other.config.seed
+        ]
+        told.append({"a": a, "b": b, "value": value, "low": low, "high": high, "decided": low > 0, "same": same})
+    seeds = sorted({len(group) for group in several.values()})
+    return sentences("seed_findings.txt", told=told, seeds=seeds, pairs=len(pairs)) if told else []
+
+
+def csv_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
+    """Every run with every accuracy as a share, and the ends of its 95% interval over the examples."""
+    columns, rows = columns_of([run.report for run in runs]), []
+    for run in runs:
+        seed = "" if run.config is None else run.config.seed
+        row: dict[str, object] = {"run": run.name, "method": run.method, "seed": seed, "n": run.report.n}
+        for column in columns:
+            cell = column.cell(run.report)
+            row[column.title] = "" if math.isnan(cell.value) else cell.value
+            if cell.interval is not None and column.title in (CLEAN, UNION, *run.report.cases):
+                row |= {f"{column.title} low": cell.interval[0], f"{column.title} high": cell.interval[1]}
+        rows.append(row)
+    return rows

@@ -1,0 +1,41 @@
+"""One CSV file in the run's folder, a number a line: what any program reads."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+
+from rome.core.files import csv_text, replace_file
+from rome.runs.loggers.base import Logger, Status, Tracked, Writer
+
+FILE = "metrics.csv"
+
+
+class Csv(Logger):
+    """A file metrics.csv in the run's folder, with columns update, name and value."""
+
+    kind = "csv"
+
+    def open(self, run: Tracked) -> Writer:
+        return _CsvWriter(run)
+
+
+class _CsvWriter(Writer):
+    def __init__(self, run: Tracked) -> None:
+        path, columns = run.folder / FILE, ("update", "name", "value")
+        if not path.exists():
+            replace_file(path, (",".join(columns) + "\n").encode())
+        elif run.after is not None:
+            with path.open(newline="", encoding="utf-8") as file:
+                whole = (row for row in csv.DictReader(file) if row["value"])  # a kill may cut the last one short
+                rows = [row for row in whole if int(row["update"]) <= run.after]
+            replace_file(path, (csv_text(rows) if rows else ",".join(columns) + "\n").encode())
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self.rows = csv.writer(self.file, lineterminator="\n")
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self.rows.writerows((step, name, value) for name, value in values.items())
+        self.file.flush()
+
+    def close(self, status: Status) -> None:
+        self.file.close()

@@ -1,0 +1,72 @@
+"""MLflow, by its client alone: the active run of a program around rome stays what it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rome.core.files import flatten
+from rome.runs.loggers.base import Logger, Status, Tracked, Writer
+
+SECONDS = 5
+"""Between two writes: each is a request, or a transaction of a database."""
+MOST = 1000
+"""Values in a request, by MLflow's limit."""
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class MLflow(Logger):
+    """MLflow, in the store or on the server that MLFLOW_TRACKING_URI names; without it in a database in this folder."""
+
+    kind = "mlflow"
+    package = "mlflow"
+    experiment: str = "rome"
+    """What runs are collected in."""
+
+    def open(self, run: Tracked) -> Writer:
+        return _MLflowWriter(self, run)
+
+
+class _MLflowWriter(Writer):
+    def __init__(self, settings: MLflow, run: Tracked) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self.client, self.metric = MlflowClient(), Metric
+        self.waiting: list[Any] = []
+        self.written = time.monotonic()
+        if run.id:
+            self.id = run.id
+            self.client.update_run(self.id, status="RUNNING")
+            return
+        experiment = self.client.get_experiment_by_name(settings.experiment)
+        number = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
+        self.id = self.client.create_run(number, run_name=run.name).info.run_id
+        settled = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(run.config).items()
+        }
+        parameters = [Param(key, text) for key, text in settled.items()]
+        for first in range(0, len(parameters), 100):
+            self.client.log_batch(self.id, params=parameters[first : first + 100])
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self.waiting += [self.metric(name, value, now, step) for name, value in values.items()]
+        if time.monotonic() - self.written > SECONDS or len(self.waiting) > MOST:
+            self._write()
+
+    def _write(self) -> None:
+        for first in range(0, len(self.waiting), MOST):
+            self.client.log_batch(self.id, metrics=self.waiting[first : first + MOST])
+        self.waiting, self.written = [], time.monotonic()
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        self.client.log_image(self.id, image, artifact_file=f"{name}.png")
+
+    def close(self, status: Status) -> None:
+        self._write()
+        self.client.set_terminated(self.id, STATUS[status])

@@ -1,0 +1,39 @@
+"""TensorBoard's event files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rome.runs.loggers.base import Logger, Status, Tracked, Writer
+
+FOLDER = "tensorboard"
+
+
+class TensorBoard(Logger):
+    """Event files in the run's folder: tensorboard --logdir runs."""
+
+    kind = "tensorboard"
+
+    def open(self, run: Tracked) -> Writer:
+        return _TensorBoardWriter(run)
+
+
+class _TensorBoardWriter(Writer):
+    def __init__(self, run: Tracked) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purged = None if run.after is None else run.after + 1
+        self.board: Any = SummaryWriter(str(run.folder / FOLDER), purge_step=purged)
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        self.board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self, status: Status) -> None:
+        self.board.close()

@@ -1,0 +1,44 @@
+"""Trackio, the Hugging Face tracker that keeps runs on this machine or in a Space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rome.runs.loggers.base import Logger, Status, Tracked, Writer
+
+
+class Trackio(Logger):
+    """Trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names another; shown by trackio show."""
+
+    kind = "trackio"
+    package = "trackio"
+    project: str = "rome"
+    """What runs are collected in."""
+    group: str | None = None
+    """Shown together: the seeds of one setting, say."""
+
+    def open(self, run: Tracked) -> Writer:
+        return _TrackioWriter(self, run)
+
+
+class _TrackioWriter(Writer):
+    def __init__(self, settings: Trackio, run: Tracked) -> None:
+        import trackio
+
+        self.trackio: Any = trackio
+        self.id = run.id or run.unique_name
+        self.run: Any = trackio.init(
+            settings.project, self.id, group=settings.group, config=run.config, resume="allow", embed=False
+        )
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        self.run.log({name: self.trackio.Image(image)}, step=step)
+
+    def close(self, status: Status) -> None:
+        self.trackio.finish()  # unlike the run's own, this leaves nothing to be done when the process ends

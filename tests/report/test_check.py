@@ -1,0 +1,108 @@
+"""``rome check``: what a config amounts to, costs and lacks; what it passes can be trained, and it writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from helpers.problems import case
+from helpers.tiny_runs import STEPS, changed, tiny, write_yaml
+from rome.methods import Method
+from rome.report.check import check, forwards, least_memory
+from rome.runs.config import Config, parse
+
+
+@pytest.fixture
+def rome(rome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``rome ARGUMENTS`` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return rome
+
+
+def test_what_it_prints_is_the_resolved_config_and_its_cost(rome: Any, tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "some.yaml", changed())
+    ended = rome("check", file, "attack.steps=3")
+    assert (ended.code, ended.err) == (0, "")
+    config = parse(yaml.safe_load(ended.out))
+    assert config == tiny(name="some", attack={"kind": "pgd", "steps": 3})
+    assert f"# update: 12 examples, {3 + 1} forward passes each" in ended.out
+    assert f"# training: 64 examples, 2 epochs, {2 * STEPS:,} updates" in ended.out
+    facts = json.loads(rome("check", file, "--json").out)
+    assert facts["missing"] == facts["remarks"] == []
+    model = check(config).cost
+    assert {key: facts["cost"][key] for key in ("parameters", "macs")} == {k: model[k] for k in ("parameters", "macs")}
+    assert [path.name for path in tmp_path.iterdir()] == ["some.yaml"], "nothing is written"
+
+
+def test_everything_that_is_missing_is_said_at_once(rome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rome.runs.loggers.base.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    changes = {
+        "data": {"kind": "cifar10", "path": "nowhere"}, "device": "cuda", "loggers": ["wandb", "csv"],
+        "model": {**changed()["model"], "img_size": 32, "weights": "lost.safetensors"},
+    }  # fmt: skip
+    ended = rome("check", write_yaml(tmp_path / "some.yaml", {**changed(), **changes}))
+    assert ended.code == 2
+    first, *rest = ended.err.strip().splitlines()
+    assert first == "error: it cannot be trained here:"
+    for line, words in zip(rest, ["rome-robust[wandb]", "no CUDA device", "lost.safetensors", "nowhere"], strict=True):
+        assert words in line
+    assert "GMACs" in ended.out, "what can be counted without them is"
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"batch_size": 65}, "batch_size 65 exceeds the 64 training examples"),
+    ({"validation": {"n": 64}}, "validation.n=64 takes all 64 training examples"),
+    ({"model": {**changed()["model"], "name": "no_such_vit"}}, "unknown model 'no_such_vit'"),
+    ({"experts": {"kind": "low-rank", "layers": ["nothing"]}}, "nothing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_what_training_would_refuse_is_refused(changes: dict[str, Any], message: str) -> None:
+    (line,) = check(tiny(**changes)).missing
+    assert message in line
+
+
+def test_weights_that_do_not_fit_are_found(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"head.weight": torch.zeros(3, 5)}, tmp_path / "other.safetensors")
+    (line,) = check(tiny(model={**changed()["model"], "weights": str(tmp_path / "other.safetensors")})).missing
+    assert "other.safetensors" in line
+
+
+def test_what_training_would_download_is_a_remark_and_is_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = check(tiny(data={"kind": "cifar10", "download": True}, model={"name": "resnet18", "pretrained": True}))
+    assert found.missing == []
+    assert [("cifar10" in line, "fetches" in line) for line in found.remarks] == [(False, True), (True, True)]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in check(tiny(model={"name": "resnet18", "pretrained": True})).missing[0]
+
+
+def test_forward_passes_are_counted_for_every_method() -> None:
+    """PGD of s steps takes s forwards, and training one; AVG does both for each of three threats."""
+    assert forwards(tiny(attack={"kind": "pgd", "steps": 5})) == 6
+    assert forwards(tiny(attack={"kind": "apgd", "steps": 5})) == 7, "APGD looks at its start and at its end"
+    assert forwards(tiny(method="avg", attack={"kind": "pgd", "steps": 5})) == 18
+    for kind, method in Method.members().items():
+        if method.__module__.startswith("rome."):
+            with case(kind):
+                experts = {"kind": "more"} if method.own_experts else None
+                features = {"features": "self"} if "features" in method.model_fields else {}
+                settings = changed(experts=experts, method={"kind": kind, **features})
+                assert (forwards(Config.model_validate(settings)) or 0) > 1
+
+
+def test_the_least_memory_is_that_of_float32_weights_gradients_and_states() -> None:
+    counts = {"parameters": 10, "trainable": 6}
+    for optimizer, floats in [("adamw", 10 + 6 + 12), ("sgd", 10 + 6 + 6), ({"kind": "sgd", "momentum": 0}, 10 + 6)]:
+        assert least_memory(tiny(optimizer=optimizer), counts) == 4 * floats
