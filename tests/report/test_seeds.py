@@ -14,7 +14,7 @@ from report.test_tables import LP, evaluated, report
 from rome.core.errors import UserError
 from rome.evaluation.run import evaluate_saved
 from rome.evaluation.statistics import welch
-from rome.report.seeds import by_seed, mean_and_spread, seed_findings, seed_table
+from rome.report.seeds import by_seed, mean_and_spread, seed_findings, seed_headline, seed_table
 from rome.report.subject import distinct
 
 
@@ -51,8 +51,15 @@ def test_a_difference_within_the_seeds_is_no_finding(tmp_path: Path) -> None:
     )
     assert second.startswith("Seed by seed on the same examples that difference is +10.0 (")
     assert ", -5.0 (" in second, "the sign changes with the seed"
+    assert seed_headline(by_seed([*plain, *ours])) == (
+        "No difference beyond what the seed explains: rome 60.0, plain 50.0 (mean union of 3 training seeds, %)"
+    )
     far = [run(tmp_path, "far", seed, right, epochs=3) for seed, right in enumerate((19, 20, 19))]
     assert "more than the choice of the seed explains" in seed_findings(by_seed([*plain, *far]))[0]
+    over = "by more than the seed explains"
+    assert seed_headline(by_seed([*plain, *far])).startswith(f"far 96.7 is above plain 50.0 {over} (")
+    assert f"far 96.7 is above rome 60.0, plain 50.0 {over}" in seed_headline(by_seed([*plain, *ours, *far]))
+    assert seed_headline(by_seed([*plain, far[0]])) == ""
 
 
 def test_welchs_interval_by_hand() -> None:

@@ -30,7 +30,7 @@ from rome.report.figures.densities import SHOWN, GateDensities
 from rome.report.figures.training import HELD_OUT
 from rome.report.robustbench import write_entries
 from rome.report.routing import routing_numbers
-from rome.report.seeds import by_seed, csv_rows, seed_findings, seed_table
+from rome.report.seeds import by_seed, csv_rows, seed_findings, seed_headline, seed_table
 from rome.report.subject import STEPS, Subject
 from rome.report.templating import filled
 from rome.threats import LpBall
@@ -116,7 +116,7 @@ def write_report(
         "cells": [[cell._replace(best=(i, j) in best) for j, cell in enumerate(line)] for i, line in enumerate(cells)],
         "covered": covered(rows),
         "findings": sentences,
-        "headline": over_seeds[0] if over_seeds else headline(compared, first),
+        "headline": seed_headline(groups) if over_seeds else headline(compared, first),
         "seeds": seeds,
         "classes": by_class(reports, pictures.classes()),
         "shots": pictures.attempt(pictures.examples, "examples"),

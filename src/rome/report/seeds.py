@@ -8,6 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 from rome.core.files import flatten
 from rome.evaluation.statistics import paired_difference, welch
@@ -65,6 +66,30 @@ def seed_table(groups: dict[str, Group]) -> tuple[list[str], list[list[str]]]:
 def seed_findings(groups: dict[str, Group]) -> list[str]:
     """What the unions of the groups say of each other: Welch's interval over the seeds, those of all pairs together
     95% (Bonferroni), and seed by seed the paired difference on the same examples."""
+    told = _differences(groups)
+    seeds = sorted({count for each in told for count in each["seeds"]})
+    return sentences("seed_findings.txt", told=told, seeds=seeds) if told else []
+
+
+def seed_headline(groups: dict[str, Group]) -> str:
+    """The same in a few words: the group with the largest mean union, and whether the seeds explain that; empty where
+    no two groups can be compared."""
+    told = _differences(groups)
+    if not told:
+        return ""
+    best = [each for each in told if each["a"] == told[0]["a"]]
+    level, below = (
+        ", ".join(f"{each['b']} {100 * each['means'][1]:.1f}" for each in best if each["decided"] == decided)
+        for decided in (False, True)
+    )
+    first, seeds = f"{told[0]['a']} {100 * told[0]['means'][0]:.1f}", " or ".join(map(str, sorted({*told[0]["seeds"]})))
+    above = f"above {below} by more than the seed explains" if below else ""
+    text = f"No difference beyond what the seed explains: {first}, {level}" if level else f"{first} is {above}"
+    return f"{text}{f'; {above}' if level and above else ''} (mean union of {seeds} training seeds, %)"
+
+
+def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
+    """Every two groups of several seeds, of four and more the best with each other one."""
     several = {
         name: group
         for name, group in groups.items()
@@ -84,9 +109,21 @@ def seed_findings(groups: dict[str, Group]) -> list[str]:
             for other in theirs
             if run.config and other.config and run.config.seed == other.config.seed
         ]
-        told.append({"a": a, "b": b, "value": value, "low": low, "high": high, "decided": low > 0, "same": same})
-    seeds = sorted({len(group) for group in several.values()})
-    return sentences("seed_findings.txt", told=told, seeds=seeds, pairs=len(pairs)) if told else []
+        told.append(
+            {
+                "a": a,
+                "b": b,
+                "means": [statistics.fmean(run.report.union for run in group) for group in (ours, theirs)],
+                "seeds": (len(ours), len(theirs)),
+                "value": value,
+                "low": low,
+                "high": high,
+                "decided": low > 0,
+                "same": same,
+                "pairs": len(pairs),
+            }
+        )
+    return told
 
 
 def csv_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
