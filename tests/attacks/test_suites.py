@@ -474,6 +474,7 @@ def _killed(out: Path) -> Suite:
     return SeveralSuites(suites=(QuickSuite(steps=3), toys("noise", f"kill:{out / 'flag'}", "negative")))
 
 
+@pytest.mark.slow
 def test_a_composed_suite_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     (tmp_path / "flag").touch()
     context = multiprocessing.get_context("forkserver")

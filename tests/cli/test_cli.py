@@ -347,6 +347,7 @@ def test_evaluate_json_is_one_object_and_a_second_call_returns_it(run: Run, rome
     assert {**of_file, "reused": {}} == result, "the file stands for its run"
 
 
+@pytest.mark.slow
 def test_options_of_evaluate_replace_the_configs(run: Run, rome: Any, tmp_path: Path) -> None:
     ended = rome("evaluate", run.folder, "--n", 6, "--batch-size", 4, "--out", tmp_path / "result", "--json")
     result = json.loads(ended.out)
@@ -394,6 +395,7 @@ def test_a_failed_case_shows_in_the_exit_code_and_costs_no_result(run: Run, rome
         assert "1 of 2 cases failed: toy-1; the same command tries them again" in ended.err
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     stop = watched(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 7 else None)

@@ -188,6 +188,7 @@ def test_processes_attack_the_same_statistics(tmp_path: Path) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+@pytest.mark.slow
 def test_only_the_first_process_speaks(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(epochs=1, data__train_limit=12))
     first, second = both(two_processes("train", config, "--out", tmp_path / "run", logs=tmp_path / "logs"))
@@ -273,6 +274,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_pat
     assert_same_run(run, train(tiny(**EXACT), tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(**EXACT))
     run = Run(tmp_path / "run")

@@ -79,6 +79,7 @@ def facts(report: Report) -> dict[str, Any]:
     return {key: value for key, value in told.items() if key not in ("seconds", "date", "reused")}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(run: Run, one: Path, tmp_path: Path) -> None:
     alone = Report.load(one)
     ended = both(run.folder, "--out", tmp_path / "two", "--json", "--checks", logs=tmp_path / "logs")

@@ -271,6 +271,7 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     in_two_processes(one_of_two, str(tmp_path))
     for projection in ("frozen", "trainable"):

@@ -417,6 +417,7 @@ def test_the_log_tells_each_stages_threats(undisturbed: Run) -> None:
     assert (natural, experts, gate) == pytest.approx((1, 3, 1))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_from_its_file(run: Run, tmp_path: Path) -> None:
     report, _ = evaluate_saved(run.folder, n=12, out=tmp_path / "evaluation")
     model, (x, y) = load_model(run.folder), run.config.data.open("test").first(12)

@@ -325,6 +325,7 @@ def test_a_run_goes_on_with_the_same_bits(other: dict[str, Any], changes: dict[s
     assert set(updates(run.log())[-1]["accuracy"]) == {"LPIPS-self", "LPIPS-net"}
 
 
+@pytest.mark.slow
 def test_several_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
     config, run = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **changes)), Run(tmp_path / "two")
     ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs"))

@@ -363,6 +363,7 @@ def test_a_page_of_a_composed_suite(composed: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_part_of_the_configs_suite_keeps_its_settings(composed: Path, tmp_path: Path) -> None:
     from rome.evaluation.run import evaluate_saved
 

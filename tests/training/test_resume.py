@@ -109,6 +109,7 @@ def test_tensorboard_shows_every_update_once_after_a_kill(config: Path, tmp_path
     assert [point.step for point in events.Scalars("update/loss")] == list(range(1, 2 * STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_again_and_again(config: Path, tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path / "run")
     for number in (3, STEPS + 2, 4):

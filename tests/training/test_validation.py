@@ -153,6 +153,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert validator.best["model"]["weight"].item() == 7.0
 
 
+@pytest.mark.slow
 def test_the_best_weights_can_be_evaluated_beside_the_last(undisturbed: Run) -> None:
     best = max(validations(undisturbed), key=lambda line: (line["union"], sum(line["robust"].values()), -line["epoch"]))
     assert [line["epoch"] for line in validations(undisturbed) if line["best"]][-1] == best["epoch"]
@@ -194,6 +195,7 @@ def test_a_changed_validation_is_another_run(tmp_path: Path) -> None:
         train(tiny(validation={**HELD, "n": 11}), run.folder, resume=True)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     """Also where the held-out examples do not divide among them."""
     settings = changed(name="run", validation={"n": 7, "steps": 2}, natural_epochs=1, epochs=2)
