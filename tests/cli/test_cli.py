@@ -419,6 +419,7 @@ def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: P
     assert "there is no model at" in rome("evaluate", run.folder / "other.pt").err
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_was_started_from_is_not_needed(rome: Any, tmp_path: Path) -> None:
     """The weights to start from may be gone when a checkpoint is evaluated."""
     plain_run = train(tiny(experts=None, epochs=1, data__train_limit=12), tmp_path / "start")
@@ -534,6 +535,7 @@ def test_a_path_with_an_equals_sign_is_a_path(config: Path, rome: Any) -> None:
     assert "'seed=x': seed: input should be a valid integer" in rome("sweep", "a=b.yaml", "seed=x").err
 
 
+@pytest.mark.slow
 def test_a_tilde_in_an_option_is_the_home_folder(
     evaluated: Path, rome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

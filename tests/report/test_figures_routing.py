@@ -395,6 +395,7 @@ def test_local_scores_are_mean_and_spread_over_tokens(three: list[Fake]) -> None
 
 
 @pytest.mark.parametrize("name", ["fig5", "figA4"])
+@pytest.mark.slow
 def test_features_are_drawn_as_they_are_and_less_the_natural_images_and_every_row_says_which(
     name: str, three: list[Fake]
 ) -> None:

@@ -155,6 +155,7 @@ def test_every_kind_of_randomness_and_state_goes_on(changes: dict[str, Any], tmp
 
 
 @pytest.mark.parametrize("natural", rest_slow([1, 0], 1))
+@pytest.mark.slow
 def test_a_killed_run_of_ramp_goes_on_between_two_fusions(natural: int, tmp_path: Path) -> None:
     changes = {"method": "ramp", "natural_epochs": natural}
     run = Run(tmp_path / "run")

@@ -173,6 +173,7 @@ MOMENTS = (Moment("writing", 2), Moment("update", 6), Moment("model", 2))
     "moment",
     rest_slow({f"{each.place}-{each.number}": each for each in MOMENTS}, 1),
 )
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment: Moment, tmp_path: Path, undisturbed: Run) -> None:
     """Also where the kill hits the file of the best weights (``model``), or leaves them newer than the checkpoint."""
     settings = changed(name="run", validation=HELD, epochs=3)
