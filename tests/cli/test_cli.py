@@ -21,28 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_runs import changed, tiny, watched, write_yaml
 from helpers.toy_suites import ToySuite
+from rome import cli as rome_cli
 from rome.cli.app import main
 from rome.core.errors import Interrupted
 from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
 from rome.training.setup import train
 
-COMMANDS = (
-    "demo",
-    "train",
-    "evaluate",
-    "sweep",
-    "report",
-    "table",
-    "figures",
-    "explore",
-    "cost",
-    "check",
-    "schema",
-    "push",
-    "list",
-    "init",
-)
+COMMANDS = {file.stem for file in Path(rome_cli.__file__).parent.glob("[a-z]*.py")} - {"app", "options"}
+"""One file a command."""
 
 
 @pytest.fixture

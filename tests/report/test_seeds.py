@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from scipy.stats import t, ttest_ind
 
+from helpers.reports import LP, evaluated, report
 from helpers.tiny_runs import save_run
-from report.test_tables import LP, evaluated, report
 from rome.core.errors import UserError
 from rome.evaluation.run import evaluate_saved
 from rome.evaluation.statistics import welch

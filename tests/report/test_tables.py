@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from helpers.reports import LP, evaluated, report
 from helpers.tiny_runs import tiny
 from helpers.toy_suites import Toy
 from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
@@ -27,11 +28,9 @@ from rome.report.compared import findings, paired
 from rome.report.evaluated import Evaluated
 from rome.report.page import write_report
 from rome.report.robustbench import entries_of, eps_text, percent, write_entries
-from rome.runs.folder import Run
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
 from rome.training.setup import train
 
-LP = AutoAttackSuite().cases({threat.name: threat for threat in CIFAR10}, 10)
 WEATHER = [
     Case(name=name, threat=AnyImage(label=name), attacks=(Toy(),), group="perceptual") for name in ("fog", "snow")
 ]
@@ -46,22 +45,6 @@ CORRUPTIONS = [
     for type in COMMON_CORRUPTIONS
     for severity in (1, 2, 3, 4, 5)
 ]
-
-
-def report(cases: list[Case], columns: list[list[int]], **more: Any) -> Report:
-    """A report with these columns, clean first; ``more`` may name cases that are missing."""
-    matrix = np.array(columns, dtype=bool).T
-    absent = {*more.get("failed", {}), *more.get("pending", ())}
-    names = tuple(case.name for case in cases if case.name not in absent)
-    settings = {
-        "suite": {"kind": "several", "suites": [{"kind": "autoattack"}, {"kind": "unseen"}]},
-        "cases": [case.dump() for case in cases],
-        "classes": 10,
-        "seed": 0,
-        "n": len(matrix),
-    }
-    labels = np.zeros(len(matrix), np.int64)
-    return Report(matrix, ("clean", *names), labels, np.arange(len(matrix)), settings, **more)
 
 
 A = report([*LP, *WEATHER], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -150,10 +133,6 @@ def test_pairs_of_unions_over_some_cases() -> None:
     assert paired(A, B).value == A.union - B.union
     assert paired(A, B, ["L2"]).value == pytest.approx(0.5 - 0.75)
     assert paired(A, B, ["L2"]).p == 1.0
-
-
-def evaluated(found: Report, folder: Path, name: str = "My run:é", **changes: Any) -> Evaluated:
-    return Evaluated(name=name, run=Run(folder), config=tiny(name=name, **changes), folder=folder, report=found)
 
 
 def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:

@@ -142,9 +142,8 @@ def test_components_of_ones_own_are_in_a_schema_that_imports_them(
     made: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rooms_logger.py").write_text(
-        "from rome.runs.loggers import Logger\n\n\nclass Blackboard(Logger):\n"
-        '    """Chalk."""\n\n    kind = "toy-blackboard"\n    colour: str = "white"\n    """Of the chalk."""\n\n'
-        "    def open(self, run):\n        raise NotImplementedError\n"
+        "from rome.runs.loggers.csv import Csv\n\n\nclass Blackboard(Csv):\n"
+        '    """Chalk."""\n\n    kind = "toy-blackboard"\n    colour: str = "white"\n    """Of the chalk."""\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
     found = schema(["my_rooms_logger"])["definitions"]
