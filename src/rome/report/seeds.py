@@ -66,23 +66,26 @@ def seed_table(groups: dict[str, Group]) -> tuple[list[str], list[list[str]]]:
 def seed_findings(groups: dict[str, Group]) -> list[str]:
     """What the unions of the groups say of each other: Welch's interval over the seeds, those of all pairs together
     95% (Bonferroni), and seed by seed the paired difference on the same examples."""
-    told = _differences(groups)
-    seeds = sorted({count for each in told for count in each["seeds"]})
-    return sentences("seed_findings.txt", told=told, seeds=seeds) if told else []
+    found = _differences(groups)
+    seeds = sorted({count for each in found for count in each["seeds"]})
+    return sentences("seed_findings.txt", compared=found, seeds=seeds) if found else []
 
 
 def seed_headline(groups: dict[str, Group]) -> str:
     """The same in a few words: the group with the largest mean union, and whether the seeds explain that; empty where
     no two groups can be compared."""
-    told = _differences(groups)
-    if not told:
+    found = _differences(groups)
+    if not found:
         return ""
-    best = [each for each in told if each["a"] == told[0]["a"]]
+    best = [each for each in found if each["a"] == found[0]["a"]]
     level, below = (
         ", ".join(f"{each['b']} {100 * each['means'][1]:.1f}" for each in best if each["decided"] == decided)
         for decided in (False, True)
     )
-    first, seeds = f"{told[0]['a']} {100 * told[0]['means'][0]:.1f}", " or ".join(map(str, sorted({*told[0]["seeds"]})))
+    first, seeds = (
+        f"{found[0]['a']} {100 * found[0]['means'][0]:.1f}",
+        " or ".join(map(str, sorted({*found[0]["seeds"]}))),
+    )
     above = f"above {below} by more than the seed explains" if below else ""
     text = f"No difference beyond what the seed explains: {first}, {level}" if level else f"{first} is {above}"
     return f"{text}{f'; {above}' if level and above else ''} (mean union of {seeds} training seeds, %)"
@@ -97,7 +100,7 @@ def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
     }
     ranked = sorted(several, key=lambda name: -statistics.fmean(run.report.union for run in several[name]))
     pairs = list(combinations(ranked, 2))
-    told = []
+    found = []
     for a, b in pairs if len(ranked) < 4 else [(ranked[0], other) for other in ranked[1:]]:
         ours, theirs = several[a], several[b]
         value, low, high = welch(
@@ -109,7 +112,7 @@ def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
             for other in theirs
             if run.config and other.config and run.config.seed == other.config.seed
         ]
-        told.append(
+        found.append(
             {
                 "a": a,
                 "b": b,
@@ -123,7 +126,7 @@ def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
                 "pairs": len(pairs),
             }
         )
-    return told
+    return found
 
 
 def csv_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:

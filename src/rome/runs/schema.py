@@ -74,7 +74,7 @@ class _Builder:
             if name not in self.definitions and not issubclass(self.classes[name], Component):
                 self.definitions[name] = {}  # it may hold itself
                 self.definitions[name] = self._settings(self.classes[name])
-        told = _told(cls)
+        documented = _documented(cls)
         properties = {}
         for name, field in cls.model_fields.items():
             found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
@@ -82,8 +82,8 @@ class _Builder:
             for each in field.metadata:  # pydantic leaves limits out where a fraction may stand for the number
                 limits = {key: getattr(each, limit, None) for key, limit in _LIMITS.items()}
                 found |= {key: value for key, value in limits.items() if value is not None}
-            if name in told:
-                found["description"] = told[name]
+            if name in documented:
+                found["description"] = documented[name]
             default = None if field.is_required() else _plain(field.get_default(call_default_factory=True))
             if not field.is_required() and default not in ((), [], {}, ""):
                 found["default"] = default
@@ -128,8 +128,8 @@ class _Builder:
                 bare = {part: said for part, said in value.items() if part not in ("default", "description")}
                 if key != "kind" and bare not in every.setdefault(key, []):
                     every[key].append(bare)
-            told = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
-            cases.append({"if": told, "then": {"$ref": REFERENCE.format(model=definition)}})
+            this_kind = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+            cases.append({"if": this_kind, "then": {"$ref": REFERENCE.format(model=definition)}})
         any_kind = {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in every.items()}
         self.definitions[name] = {
             "title": cls.__name__.lower(),
@@ -172,17 +172,17 @@ def _plain(value: Any) -> Any:
     return to_jsonable_python(value)
 
 
-def _told(cls: type[Any]) -> dict[str, str]:
+def _documented(cls: type[Any]) -> dict[str, str]:
     """The settings of a class and its bases with the text that follows them in the source."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
-            found |= _told_in(base.__module__).get(base.__name__, {})
+            found |= _documented_in(base.__module__).get(base.__name__, {})
     return found
 
 
 @functools.cache
-def _told_in(module: str) -> dict[str, dict[str, str]]:
+def _documented_in(module: str) -> dict[str, dict[str, str]]:
     """Class -> setting -> text, of all classes in a module."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
