@@ -43,17 +43,17 @@ def measure(name: str, batch: int, suite: Any, options: Any, device: torch.devic
         clean, robust = torch.from_numpy(found.correct[:, 0]), torch.from_numpy(found.correct[:, 1])
         theirs = clean.clone()
         rows = [row(name, batch, threat, "rome", seconds, robust, robust)]
-        if not options.quick:
-            settings = {"norm": threat.norm, "eps": threat.eps, "seed": options.seed, "device": device}
-            attack = AutoAttack(model, **settings, version="standard", verbose=False)
-            started = time.perf_counter()
-            adversarial = attack.run_standard_evaluation(x[clean].to(device), y[clean].to(device), bs=batch)
-            common.synchronize(device)
-            seconds["pyautoattack"] = time.perf_counter() - started
-            with torch.no_grad():
-                right = [model(part).argmax(1).cpu() for part in adversarial.split(batch)]
-            theirs[clean] = torch.cat(right) == y[clean]
-            rows.append(row(name, batch, threat, "pyautoattack", seconds, theirs, robust))
+        attack = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=options.seed, device=device)
+        if options.quick:
+            attack.attacks_to_run = ["apgd-ce"]
+        started = time.perf_counter()
+        adversarial = attack.run_standard_evaluation(x[clean].to(device), y[clean].to(device), batch_size=batch)
+        common.synchronize(device)
+        seconds["pyautoattack"] = time.perf_counter() - started
+        with torch.no_grad():
+            right = [model(part).argmax(1).cpu() for part in adversarial.split(batch)]
+        theirs[clean] = torch.cat(right) == y[clean]
+        rows.append(row(name, batch, threat, "pyautoattack", seconds, theirs, robust))
         report.table(f"AutoAttack, {len(x)} images, fp32", [shown for shown, _ in rows], [data for _, data in rows])
         report.save()
 
