@@ -47,7 +47,7 @@ def measure(name: str, batch: int, suite: Any, options: Any, device: torch.devic
         if options.quick:
             attack.attacks_to_run = ["apgd-ce"]
         started = time.perf_counter()
-        adversarial = attack.run_standard_evaluation(x[clean].to(device), y[clean].to(device), batch_size=batch)
+        adversarial, _ = attack.run_standard_evaluation(x[clean].to(device), y[clean].to(device), batch_size=batch)
         common.synchronize(device)
         seconds["pyautoattack"] = time.perf_counter() - started
         with torch.no_grad():
