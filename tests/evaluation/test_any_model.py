@@ -683,5 +683,6 @@ def test_budgets() -> None:
 
     assert budgets("cifar10") == CIFAR10
     assert budgets("Linf=8/255, l2=0.5") == (LpBall(norm="Linf", eps=8 / 255), LpBall(norm="L2", eps=0.5))
-    with pytest.raises(UserError, match="L2, L2 are not distinct"):
-        budgets("L2=1,2=3")
+    assert [threat.name for threat in budgets("L2=1,2=3")] == ["L2-1", "L2-3"]
+    with pytest.raises(UserError, match="L2-1, L2-1 are not distinct"):
+        budgets("L2=1,2=1")

@@ -27,7 +27,7 @@ from rome.report.columns import columns_of, remarks, show, tabulate
 from rome.report.compared import findings, paired
 from rome.report.evaluated import Evaluated
 from rome.report.page import write_report
-from rome.report.robustbench import entries_of, eps_text, percent, write_entries
+from rome.report.robustbench import entries_of, percent, write_entries
 from rome.threats import CIFAR10, IMAGENET, AnyImage, LpBall
 from rome.training.setup import train
 
@@ -301,7 +301,7 @@ def test_corruptions_need_all_of_them(tmp_path: Path) -> None:
     ],
 )
 def test_radii_are_written_as_leaderboards_do(ball: LpBall, text: str) -> None:
-    assert eps_text(ball) == text
+    assert ball.radius == text
 
 
 # -------- on the page

@@ -385,7 +385,7 @@ def test_settings_that_contradict_each_other_are_all_told(folder: Path) -> None:
     for overrides, messages in [
         (["batch_size=10", "accumulate=3"], ["accumulate: 3 does not divide batch_size 10"]),
         (["epochs=4", "natural_epochs=5"], ["natural_epochs: 5 exceeds epochs 4"]),
-        (["threats=[{norm: L2, eps: 1}, {norm: L2, eps: 2}]"], ["threats: L2, L2 are not distinct"]),
+        (["threats=[{norm: L2, eps: 1}, {norm: L2, eps: 1}]"], ["threats: L2-1, L2-1 are not distinct"]),
         (["epochs=2", "natural_epochs=5", "accumulate=7"], ["accumulate: 7 does not", "natural_epochs: 5 exceeds"]),
     ]:
         with case(overrides, messages):

@@ -50,6 +50,10 @@ def evaluate(
         bool | None,
         typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
     ] = None,
+    save_images: Annotated[
+        Literal["none", "fooled", "all"] | None,
+        typer.Option(help="Keep nobody's adversarial images, those that fooled the model, or those of all examples."),
+    ] = None,
     loggers: Annotated[
         str | None,
         typer.Option(help="Log the result to these too: wandb,csv; the config's if not given. rome list loggers."),
@@ -69,7 +73,8 @@ def evaluate(
         from rome.evaluation.named import named_config
         from rome.evaluation.run import evaluate_saved
 
-        data = named.pop("data") if target is not None and named["model"] is None else None
+        # beside a run these replace what its config says
+        own = {key: named.pop(key) for key in ("data", "budgets")} if target and named["model"] is None else {}
         config = named_config(named, target)
         if (target is None) == (config is None) or (config is not None and routing is not None):
             raise UserError(
@@ -78,7 +83,7 @@ def evaluate(
             )
         report, folder = evaluate_saved(
             config or target or "",
-            data=data,
+            **own,
             suite=suite,
             features=features,
             cases=None if cases is None else names_in(cases),
@@ -86,6 +91,7 @@ def evaluate(
             batch_size=_batch_size(batch_size),
             device=device,
             routing=routing,
+            save_images=save_images,
             checks=checks,
             loggers=None if loggers is None else names_in(loggers),
             out=out,

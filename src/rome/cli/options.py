@@ -30,7 +30,9 @@ _NAMED: dict[str, Any] = {
     ),
     "weights": _naming(str, "A file of weights or hf://USER/NAME; timm's own if not given."),
     "weights_key": _naming(str, "Where in --weights, if it holds several models: state_dict."),
-    "budgets": _naming(str, "cifar10, imagenet, digits, or balls: L2=0.5,Linf=8/255."),
+    "budgets": _naming(
+        str, "cifar10, imagenet, digits, or balls: L2=0.5,Linf=4/255,Linf=8/255. With a run: instead of its own."
+    ),
     "num_classes": _naming(int, "Its logits; the data's classes if not given.", min=2),
     "img_size": _naming(int, "Side of the images, in pixels.", min=1),
     "patch_size": _naming(int, "Of timm's transformers.", min=1),

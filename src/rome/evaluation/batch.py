@@ -14,6 +14,7 @@ from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
+from rome.threats import LpBall
 
 NOT_FINITE = "non-finite-logits"
 
@@ -71,6 +72,14 @@ def recheck(
     }
     counts = {check: (int(which.sum()), message) for check, (which, message) in doubts.items()}
     return found, correct, [warning(check, case.name, attack, n, text) for check, (n, text) in counts.items() if n]
+
+
+def in_whole_levels(model: Model, x: Tensor, y: Tensor, images: Tensor, correct: Tensor, threat: LpBall) -> Tensor:
+    """Adversarial images (b, C, H, W), each rounded to whole grey levels k/255 where it then is inside its threat and
+    classified as before, that is ``correct`` or not (b,)."""
+    rounded = (images * 255).round() / 255
+    same = threat.contains(rounded, x) & ((model(rounded).argmax(1) == y) == correct)
+    return torch.where(same.view(-1, 1, 1, 1), rounded, images)
 
 
 def warning(check: str, case: str | None, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:

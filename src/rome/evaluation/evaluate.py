@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
-from rome.attacks.suites import BATCH_SIZE, Case, Suite, SuiteChoice, as_named, as_suite
+from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_named, as_suite
 from rome.core import trust
 from rome.core.console import say
 from rome.core.distributed import ALONE, Team
@@ -70,7 +70,7 @@ def evaluate(
     out: str | Path | None = None,
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
-    save_images: bool = True,
+    save_images: SaveImages = "fooled",
     checks: bool | None = None,
     team: Team = ALONE,
     progress: ProgressCallback | bool = False,
@@ -101,7 +101,10 @@ def evaluate(
             one: its evaluation is refused unless ``overwrite`` is set.
         overwrite: throw away what ``out`` holds.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
-        save_images: keep the adversarial images in ``out`` (float32, only of fooled examples, none of fixed changes).
+        save_images: whose adversarial images are kept in ``out``: ``none``, those of the examples that an attack
+            ``fooled``, or those of ``all`` that it attacked; none of fixed changes, which can be made again. In an Lp
+            ball an image is kept rounded to whole grey levels, in 8 bits, where that is inside the ball and classified
+            the same, and in float32 otherwise.
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
             examples on where they cost less than a tenth of the suite. True also looks where a finished result has
             none.

@@ -39,9 +39,9 @@ from rome.models import (
 )
 from rome.models.exported import SavedModule, is_saved_module
 from rome.models.hub import OnHub, on_hub
-from rome.runs.config import DATA_BUDGETS, Config, Places, parse
+from rome.runs.config import DATA_BUDGETS, Config, Places, parse, parse_threats
 from rome.runs.meant import what_is
-from rome.threats import NAMED_BUDGETS, LpBall
+from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 TRIED = 3
 """Images on which a model is tried before anything else."""
@@ -111,8 +111,18 @@ def _content(path: str) -> str:
     raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
 
 
-def named_budgets(text: str | None) -> Any:
-    """Balls such as ``L2=0.5,Linf=8/255`` as a config says them; a name, such as ``cifar10``, as it is."""
+def named_budgets(text: str) -> tuple[Threat, ...]:
+    """The threats that ``L2=0.5,Linf=8/255`` or a name, such as ``cifar10``, stand for. A norm may have several radii,
+    which are then in the names: ``Linf-4_255``.
+
+    Raises:
+        UserError: no such budgets.
+    """
+    return parse_threats(_balls(text), f"--budgets {text}: ")
+
+
+def _balls(text: str | None) -> Any:
+    """Balls as a config says them; a name as it is."""
     if text is None or "=" not in text:
         return text
     balls = [part.partition("=") for part in text.split(",")]
@@ -205,7 +215,7 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
         "name": named_after(name),
         "data": named_data(said["data"], img_size=side, **preprocessing(name, side)),
         "model": model,
-        "threats": named_budgets(said.get("budgets")),
+        "threats": _balls(said.get("budgets")),
         "loggers": [],
     }
     return parse(plain, places)

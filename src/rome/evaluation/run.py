@@ -8,17 +8,18 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from rome.attacks.suites import Suite
+from rome.attacks.suites import SaveImages, Suite
 from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, listed, with_features
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
 from rome.core.distributed import ALONE, Team, own_device
 from rome.core.errors import UserError, first_line, some
+from rome.core.files import file_name
 from rome.core.private import PATH
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
-from rome.evaluation.named import build_named, named_after
+from rome.evaluation.named import build_named, named_after, named_budgets
 from rome.evaluation.tracked import chosen_loggers, track
 from rome.experts import Routing, set_routing
 from rome.models import ModelSettings, build_model, file_hash, load_model, read_tensors
@@ -26,6 +27,7 @@ from rome.models.hub import on_hub, pinned
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
 from rome.runs.meant import what_is
+from rome.threats import LpBall
 
 
 @trust.opens_files
@@ -33,6 +35,7 @@ def evaluate_saved(
     target: str | Path | Config,
     *,
     data: str | None = None,
+    budgets: str | None = None,
     suite: str | None = None,
     features: str | None = None,
     n: int | None = None,
@@ -40,6 +43,7 @@ def evaluate_saved(
     batch_size: int | Literal["auto"] | None = None,
     device: str | None = None,
     routing: Routing | None = None,
+    save_images: SaveImages | None = None,
     out: str | Path | None = None,
     settings: Evaluation | None = None,
     loggers: Sequence[str] | None = None,
@@ -54,11 +58,13 @@ def evaluate_saved(
             (``hf://USER/NAME``; the result names its commit), or the config of a model that no run made
             (:func:`rome.evaluation.named.named_config`).
         data: where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
+        budgets: other threats than the config's: ``cifar10``, ``Linf=4/255,Linf=8/255``
+            (:func:`rome.evaluation.named.named_budgets`).
         features: the network that measures perceptual distances in the suite; None takes the suite's.
         routing: replaces the gates (:func:`rome.experts.set_routing`).
         out: folder of the result; None: ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for a
             run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
-            a model that no run on this machine made.
+            a model that no run on this machine made; under other budgets ``evaluation-budgets/SUITE-N-BUDGETS``.
         settings: what holds where an argument is None; without it the config's ``evaluation``.
         loggers: kinds of loggers; None takes the config's, and leaves out results that were there already.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
@@ -72,6 +78,12 @@ def evaluate_saved(
     """
     opened = open_target(target, data)
     config, split = opened.config, opened.split
+    if budgets is not None and (threats := named_budgets(budgets)) != config.threats:
+        config = config.model_copy(update={"threats": threats})
+        names = "+".join(f"{t.norm}-{t.radius}" if isinstance(t, LpBall) else t.name for t in threats)
+        if opened.home is not None:  # reports read one result of a suite there
+            opened = opened._replace(folder=opened.folder.with_name(f"{opened.folder.name}-budgets"))
+        opened = opened._replace(suffix=f"{opened.suffix}-{names.replace('/', '_')}")
     settings = settings or config.evaluation
     followed = chosen_loggers(config, loggers) if team.is_main else ()
     chosen = with_features(_suite(suite, settings.suite), features)
@@ -84,7 +96,7 @@ def evaluate_saved(
     set_routing(opened.model, routed, seed=settings.seed)
     place = own_device(pick_device(device or config.device))
     name = f"{opened.prefix}{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{opened.suffix}"
-    folder = Path(out) if out is not None else opened.folder / name
+    folder = Path(out) if out is not None else opened.folder / file_name(name)
     report = evaluate(
         placed(opened.model, place),
         x,
@@ -93,6 +105,7 @@ def evaluate_saved(
         suite=chosen,
         batch_size=batch_size or settings.batch_size,
         seed=settings.seed,
+        save_images=save_images or settings.save_images,
         device=place,
         out=folder,
         provenance={

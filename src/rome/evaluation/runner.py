@@ -15,19 +15,28 @@ from torch import Tensor
 from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
 from rome.attacks.engine import Model
 from rome.attacks.lp.autoattack import AttackWarning, Square, collected
-from rome.attacks.suites.base import Case
+from rome.attacks.suites.base import Case, SaveImages
 from rome.core.device import out_of_memory
 from rome.core.distributed import Team
 from rome.core.errors import Interrupted
 from rome.core.files import now
 from rome.core.randomness import Stream
-from rome.evaluation.batch import NOT_FINITE, Examples, FixedChange, format_error, recheck, summed, warning
+from rome.evaluation.batch import (
+    NOT_FINITE,
+    Examples,
+    FixedChange,
+    format_error,
+    in_whole_levels,
+    recheck,
+    summed,
+    warning,
+)
 from rome.evaluation.checks import refuse_not_finite
 from rome.evaluation.memory import Halving, free
 from rome.evaluation.progress import ProgressCallback
 from rome.evaluation.result import CLEAN, Report
 from rome.evaluation.store import BatchResult, StorageError, Store
-from rome.threats import AnyImage
+from rome.threats import AnyImage, LpBall
 
 SQUARE_MARGIN = 0.002
 """A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""
@@ -179,21 +188,21 @@ class CaseRunner:
     def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
         """One attack on one batch, from disk if it is there."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind or case.name}-{index:05d}"
-        keep = self.settings["save_images"] and not case.on_all  # a fixed change can be made again
+        keep = "none" if case.on_all else self.settings["save_images"]  # a fixed change can be made again
         unit, network = self.store.read(key, part), self.settings["networks"].get(case.name)
         if unit is not None and network and unit.facts.get("network", network) != network:
             unit = None
-        if unit is not None and (unit.images is not None or not keep):
+        if unit is not None and (unit.images is not None or keep == "none"):
             return unit
         if not run:
             return None
-        unit = self.attack(case, stage, part, keep_images=keep and self.store.directory is not None)
+        unit = self.attack(case, stage, part, keep="none" if self.store.directory is None else keep)
         if network:
             unit.facts["network"] = network
         self.store.write(key, unit)
         return unit
 
-    def attack(self, case: Case, stage: int, part: np.ndarray, *, keep_images: bool) -> BatchResult:
+    def attack(self, case: Case, stage: int, part: np.ndarray, *, keep: SaveImages) -> BatchResult:
         """Run a case's attack number ``stage`` on the examples ``part`` (b,).
 
         The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in
@@ -211,7 +220,10 @@ class CaseRunner:
             else:
                 found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
             images, correct, warnings = recheck(self.model, x, y, found, case, attack)
-            return correct.cpu().numpy(), images[~correct].cpu() if keep_images else NOT_EVALUATED, warnings
+            if keep != "none" and isinstance(case.threat, LpBall):
+                images = in_whole_levels(self.model, x, y, images, correct, case.threat)
+            kept = {"none": NOT_EVALUATED, "fooled": images[~correct], "all": images}[keep]
+            return correct.cpu().numpy(), kept.cpu(), warnings
 
         with collected(noticed):
             pieces = self.halving.run(f"{case.name}/{attack.kind}", part, work)
@@ -225,7 +237,7 @@ class CaseRunner:
             )
             warnings.append(warning("out-of-memory", case.name, attack, len(part), message))
         facts = {"seconds": time.perf_counter() - start, "warnings": warnings}
-        return BatchResult(part, np.concatenate(correct), torch.cat(images) if keep_images else None, facts)
+        return BatchResult(part, np.concatenate(correct), torch.cat(images) if keep != "none" else None, facts)
 
 
 def _reused(columns: dict[str, Column]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
     settings.json                        what determines the result, and where it came from
     batches/CASE/0-apgd-ce-00003.safetensors
-                                         one attack on one batch: indices, correct, images of those it fooled; the
-                                         case ``clean`` holds what is right without one
+                                         one attack on one batch: indices, correct, images of those it fooled or of
+                                         all (where all pixels are whole grey levels in uint8, else in float32;
+                                         ``whole_levels`` says which); the case ``clean`` holds what is right without
+                                         an attack
     matrix.npz, result.json              written last
 
 A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
@@ -34,6 +36,7 @@ from rome.models.module_tree import tensor_bytes
 from rome.runs.origin import NOT_COMPARED, differences
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
+WHOLE_LEVELS, _UINT8, _FLOAT32 = "whole_levels", "images_uint8", "images_float32"
 
 
 @dataclass
@@ -45,7 +48,7 @@ class BatchResult:
     correct: np.ndarray
     """bool (b,): which of them are still classified correctly."""
     images: Tensor | None = None
-    """float32 (fooled, C, H, W): the images of those that are not, in order; None if images are not kept."""
+    """float32 (k, C, H, W): the images of those that are not, or of all, in order; None if images are not kept."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON data: ``seconds`` and ``warnings``, and the ``date`` of one that was read."""
 
@@ -144,7 +147,8 @@ class Store:
             return None
         if digest != self._digest(tensors, facts) or not np.array_equal(tensors["indices"].numpy(), indices):
             return None
-        return BatchResult(indices, tensors["correct"].numpy(), tensors.get("images"), json.loads(facts))
+        images = _unpacked(tensors) if WHOLE_LEVELS in tensors else None
+        return BatchResult(indices, tensors["correct"].numpy(), images, json.loads(facts))
 
     def write(self, key: str, unit: BatchResult) -> None:
         path = self.path(key)
@@ -152,7 +156,7 @@ class Store:
             return
         tensors = {"indices": torch.from_numpy(unit.indices), "correct": torch.from_numpy(unit.correct)}
         if unit.images is not None:
-            tensors["images"] = unit.images.contiguous()
+            tensors |= _packed(unit.images)
         facts = json.dumps({**unit.facts, "date": now()})
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
         _keep(path, safetensors.torch.save(tensors, metadata))
@@ -197,7 +201,7 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
 
     Returns:
         The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU. Each one is
-        misclassified; examples that no attack fooled have none, so there may be fewer than ``k``.
+        misclassified; there may be fewer than ``k``.
 
     Raises:
         UserError: no such case, the images were not kept, or a file of them is damaged.
@@ -207,20 +211,43 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
     why = "" if files else f"no case {case!r} in {directory}"
     for path in files:
         with _opened(path) as file:
-            if "images" not in file.keys():  # noqa: SIM118
+            if WHOLE_LEVELS not in file.keys():  # noqa: SIM118
                 why = f"the images of {case!r} were not kept (save_images)"
-            fooled = file.get_tensor("indices")[~file.get_tensor("correct")].tolist()
-            places += [(index, path, row) for row, index in enumerate(fooled)]
+                continue
+            indices, fooled = file.get_tensor("indices"), (~file.get_tensor("correct")).nonzero().flatten()
+            alone = len(file.get_tensor(WHOLE_LEVELS)) == len(fooled)  # and not among those of all
+            rows = range(len(fooled)) if alone else fooled.tolist()
+            places += [(index, path, row) for row, index in zip(rows, indices[fooled].tolist(), strict=True)]
     if why:
-        raise UserError(f"{why}: evaluate into this folder with save_images=True")
+        raise UserError(f"{why}: evaluate into this folder with save_images='fooled' (--save-images fooled)")
     chosen = sorted(places)[:k]
-    images = [_images(path, row, row + 1) for _, path, row in chosen] or [_images(files[0], 0, 0)]
+    images = [_image(path, row) for _, path, row in chosen] or [_image(files[0], None)]
     return np.array([index for index, _, _ in chosen], dtype=np.int64), torch.cat(images)
 
 
-def _images(path: Path, start: int, stop: int) -> Tensor:
+def _image(path: Path, row: int | None) -> Tensor:
+    """One image (1, C, H, W) of a batch's file, or none (0, C, H, W)."""
     with _opened(path) as file:
-        images: Tensor = file.get_slice("images")[start:stop]
+        whole = file.get_tensor(WHOLE_LEVELS)
+        kind = _UINT8 if row is None or whole[row] else _FLOAT32
+        place = 0 if row is None else int((whole[:row] == whole[row]).sum())
+        images: Tensor = file.get_slice(kind)[place : place + (row is not None)]
+    return images.float() / 255 if kind == _UINT8 else images
+
+
+def _packed(images: Tensor) -> dict[str, Tensor]:
+    """Images (k, C, H, W) without loss: in uint8 those whose pixels are all whole grey levels, the others as they
+    are."""
+    levels = (images * 255).round()
+    whole = (levels / 255 == images).flatten(1).all(dim=1)
+    return {WHOLE_LEVELS: whole, _UINT8: levels[whole].to(torch.uint8), _FLOAT32: images[~whole].contiguous()}
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
+    whole = tensors[WHOLE_LEVELS]
+    images = torch.empty(len(whole), *tensors[_FLOAT32].shape[1:])
+    images[whole] = tensors[_UINT8].float() / 255
+    images[~whole] = tensors[_FLOAT32]
     return images
 
 

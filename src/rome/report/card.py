@@ -26,7 +26,6 @@ from rome.methods import Method
 from rome.models.hub import OnHub, on_hub
 from rome.report.columns import Cell, remarks, suite_text, tabulate
 from rome.report.evaluated import LEARNED, Evaluated
-from rome.report.robustbench import eps_text
 from rome.report.templating import filled
 from rome.runs.config import Config
 from rome.threats import LpBall
@@ -224,7 +223,7 @@ def _shown(one: Evaluated, repo: OnHub, needs_path: bool) -> Shown:
 
 def _ball(title: str, threat: object) -> str:
     """The name of a case or a threat, with its radius where it is a ball."""
-    return f"{title} (ε = {eps_text(threat)})" if isinstance(threat, LpBall) else title
+    return f"{title} (ε = {threat.radius})" if isinstance(threat, LpBall) else title
 
 
 def _usage(repo: OnHub, code: str) -> str:

@@ -85,7 +85,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
             "union": percent(report.union_of(balls)),
             "union_threats": list(balls),
             "threats": {
-                name: {"eps": eps_text(ball), "acc": percent(report.robust[name])} for name, ball in balls.items()
+                name: {"eps": ball.radius, "acc": percent(report.robust[name])} for name, ball in balls.items()
             },
             "n_examples": report.n,
             "seed": report.settings["seed"],
@@ -94,7 +94,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
         }
 
     entries: dict[str, dict[str, Any]] = {
-        ball.norm: entry(eps_text(ball), "autoattack_acc", report.robust[name], name) for name, ball in balls.items()
+        ball.norm: entry(ball.radius, "autoattack_acc", report.robust[name], name) for name, ball in balls.items()
     }
     changed = report.members.get(CORRUPTIONS, ())
     if len(changed) == len(CorruptionsSuite().types) * 5 and not math.isnan(report.groups[CORRUPTIONS]):
@@ -105,14 +105,6 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
 def percent(share: float) -> str:
     """``85.34`` for 0.85341."""
     return f"{100 * share:.2f}"
-
-
-def eps_text(ball: LpBall) -> str:
-    """``8/255`` where a radius is a whole number of grey levels below 1, otherwise the number."""
-    levels = round(255 * ball.eps)
-    if ball.norm == "Linf" and 0 < levels < 255 and math.isclose(levels / 255, ball.eps, rel_tol=1e-6):
-        return f"{levels}/255"
-    return f"{ball.eps:g}"
 
 
 def _standard_balls(run: Evaluated) -> dict[str, LpBall]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
-from rome.attacks.suites import BATCH_SIZE, Suite, SuiteChoice
+from rome.attacks.suites import BATCH_SIZE, SaveImages, Suite, SuiteChoice
 from rome.core.component import Seed, Settings, mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import check_name
@@ -29,7 +29,7 @@ from rome.runs.loggers import Loggers, TensorBoard
 from rome.runs.meant import explained, what_is
 from rome.runs.optim import AdamW, Optimizer, Schedule
 from rome.runs.shipped import located
-from rome.threats import NAMED_BUDGETS, LpBall, Threat
+from rome.threats import NAMED_BUDGETS, LpBall, Threat, labelled
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
 """The budgets a data set is attacked with unless the config says otherwise."""
@@ -55,12 +55,22 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _distinct(threats: tuple[Threat, ...]) -> tuple[Threat, ...]:
+    threats = labelled(threats)
+    names = [threat.name for threat in threats]
+    if len(set(names)) < len(names):
+        advice = "name each ball once, and give attacks of one kind a label each"
+        raise ValueError(f"{', '.join(names)} are not distinct; {advice}")
+    return threats
+
+
 Budgets = Literal["cifar10", "imagenet", "digits"]
 """The names of :data:`NAMED_BUDGETS`."""
 Threats = Annotated[
     tuple[Threat, ...],
     BeforeValidator(_threats, json_schema_input_type=Budgets | tuple[Threat, ...]),
     Field(min_length=1, validate_default=True),
+    AfterValidator(_distinct),
 ]
 
 
@@ -75,6 +85,8 @@ class Evaluation(Settings):
     """``auto``: 250, halved where memory does not suffice."""
     seed: Seed = 0
     """Of the attacks' random starts."""
+    save_images: SaveImages = "fooled"
+    """Whose adversarial images are kept: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
     routing: Routing = "learned"
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
@@ -216,13 +228,35 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        lines = []
-        for path, message in found.items():
-            place, key = _place(places, path), str(path[-1]) if path else ""
-            override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
-            lines.append(f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}")
-        raise UserError("\n".join(lines))
+        raise UserError("\n".join(_explained(places, path, message) for path, message in found.items()))
     return config
+
+
+class _Threats(Settings):
+    threats: Threats
+
+
+def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
+    """A config's threats alone.
+
+    Args:
+        place: where the value stands, for messages.
+
+    Raises:
+        UserError: every mistake, one line each.
+    """
+    try:
+        return _Threats.model_validate({"threats": value}).threats
+    except ValidationError as error:
+        lines = [_explained({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _explained(places: Places, path: tuple[str | int, ...], message: str) -> str:
+    """A mistake in a line: where, what, and what is valid."""
+    place, key = _place(places, path), str(path[-1]) if path else ""
+    override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
+    return f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -235,12 +269,8 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     kinds = [logger.kind for logger in config.loggers]
     if len(set(kinds)) < len(kinds):
         yield ("loggers",), f"{', '.join(kinds)} are not distinct; name each once"
-    names = [threat.name for threat in config.threats]
     bare = [threat.name for threat in config.threats if not isinstance(threat, (LpBall, AttackThreat))]
-    if len(set(names)) < len(names):
-        advice = "name each norm once, and give attacks of one kind a label each"
-        yield ("threats",), f"{', '.join(names)} are not distinct; {advice}"
-    elif bare:
+    if bare:
         yield (
             ("threats",),
             (
@@ -327,4 +357,4 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-__all__ = ["Config", "Evaluation", "Paper", "Validation", "load", "parse"]
+__all__ = ["Config", "Evaluation", "Paper", "Validation", "load", "parse", "parse_threats"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from rome.attacks.suites import SaveImages
 from rome.core.errors import short
 from rome.core.files import flatten
 from rome.data import Split
@@ -20,6 +21,7 @@ from rome.runs.config import Config
 LOOKED_AT, CLOSE = 16, 0.01
 """Images whose mean brightness is compared, on the scale [0, 1], and how far it may differ: libraries that read JPEG
 files agree to about 0.001."""
+_LEAST_FIRST = get_args(SaveImages)
 NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 """Settings of an evaluation that do not determine its result."""
 
@@ -65,8 +67,9 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in names
         if (there.get(name) or None) != (here.get(name) or None)
     ]
-    if now.get("save_images") and not stored.get("save_images"):
-        found.append("save_images: false there, true now")
+    kept, wanted = (settings.get("save_images", "none") for settings in (stored, now))
+    if _LEAST_FIRST.index(wanted) > _LEAST_FIRST.index(kept):
+        found.append(f"save_images: {kept} there, {wanted} now")
     return found
 
 

@@ -14,4 +14,5 @@ from rome.threats.lp import Budgets as Budgets
 from rome.threats.lp import LpBall as LpBall
 from rome.threats.lp import Unperturbed as Unperturbed
 from rome.threats.lp import budgets as budgets
+from rome.threats.lp import labelled as labelled
 from rome.threats.perceptual import Perceptual as Perceptual

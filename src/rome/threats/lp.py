@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
@@ -35,6 +37,8 @@ class LpBall(Threat):
     """``L1``, ``L2`` or ``Linf``."""
     eps: Number = Field(ge=0)
     """The radius, for images in [0, 1]: ``8/255``."""
+    label: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]*)?$")
+    """The name of the column; empty: the norm, and with it the radius where other balls have the same norm."""
 
     @model_validator(mode="after")
     def _smaller_than_the_box(self) -> Self:
@@ -47,7 +51,15 @@ class LpBall(Threat):
 
     @property
     def name(self) -> str:
-        return self.norm
+        return self.label or self.norm
+
+    @property
+    def radius(self) -> str:
+        """``8/255`` where a radius in Linf is a whole number of grey levels below 1, otherwise the number."""
+        levels = round(255 * self.eps)
+        if self.norm == "Linf" and 0 < levels < 255 and math.isclose(levels / 255, self.eps, rel_tol=1e-6):
+            return f"{levels}/255"
+        return f"{self.eps:g}"
 
     def setting(self, value: Value | dict[Norm, Value] | None, default: Value) -> Value:
         """A setting for this ball: the one value for all norms, that of its norm, or else the default."""
@@ -129,6 +141,18 @@ class Unperturbed(LpBall):
     @property
     def name(self) -> str:
         return "clean"
+
+
+def labelled(threats: Iterable[Threat]) -> tuple[Threat, ...]:
+    """The threats in their order; balls of one norm that have no label get their radius as one: ``Linf-8_255``."""
+    given = tuple(threats)
+    bare = Counter(threat.norm for threat in given if isinstance(threat, LpBall) and threat.name == threat.norm)
+    return tuple(
+        threat.model_copy(update={"label": f"{threat.norm}-{threat.radius.replace('/', '_')}"})
+        if isinstance(threat, LpBall) and threat.name == threat.norm and bare[threat.norm] > 1
+        else threat
+        for threat in given
+    )
 
 
 class Budgets(tuple[LpBall, ...]):

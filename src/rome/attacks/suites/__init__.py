@@ -1,6 +1,6 @@
 """Which attacks run against which threat: AutoAttack, APGD, PGD, the unseen threats, corruptions, lists of these."""
 
-from rome.attacks.suites.base import BATCH_SIZE, Case, Suite, as_named
+from rome.attacks.suites.base import BATCH_SIZE, Case, SaveImages, Suite, as_named
 from rome.attacks.suites.composed import SuiteChoice, as_suite
 
-__all__ = ["BATCH_SIZE", "Case", "Suite", "SuiteChoice", "as_named", "as_suite"]
+__all__ = ["BATCH_SIZE", "Case", "SaveImages", "Suite", "SuiteChoice", "as_named", "as_suite"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,10 +15,13 @@ from rome.attacks.lp.pgd import PGD
 from rome.attacks.threat import AttackThreat
 from rome.core.component import Component, Settings
 from rome.core.errors import UserError
-from rome.threats import LpBall, Threat
+from rome.threats import LpBall, Threat, labelled
 
 BATCH_SIZE = 250
 """AutoAttack's, and that of an evaluation unless another is set."""
+SaveImages = Literal["none", "fooled", "all"]
+"""Whose adversarial images an evaluation keeps: nobody's, those of the examples that an attack fooled, or those of all
+that it attacked."""
 LP = "lp"
 """The group of the cases under an Lp ball."""
 
@@ -154,7 +157,7 @@ def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[
     if isinstance(threats, Mapping):
         pairs = list(threats.items())
     else:
-        several = (threats,) if isinstance(threats, Threat) else threats
+        several = labelled((threats,) if isinstance(threats, Threat) else threats)
         pairs = [(getattr(threat, "name", ""), threat) for threat in several]
     for _, threat in pairs:
         if not isinstance(threat, Threat):

@@ -17,7 +17,6 @@ from rome.report.explore import rendering
 from rome.report.explore.desk import Desk
 from rome.report.explore.explorer import MOST_STEPS, STEPS, Explorer, ball_of
 from rome.report.explore.uploads import MOST_BYTES, Shown
-from rome.report.robustbench import eps_text
 from rome.report.subject import NATURAL
 from rome.threats import LpBall
 
@@ -73,7 +72,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 threat = gr.Radio(threats, value=start, label="Threat", elem_id="threat")
                 with gr.Group(visible=ball is not None) as budget:
                     eps = gr.Textbox(
-                        eps_text(ball) if ball else "", label="ε, such as 0.03 or 8/255", max_lines=1, elem_id="eps"
+                        ball.radius if ball else "", label="ε, such as 0.03 or 8/255", max_lines=1, elem_id="eps"
                     )
                     slide = gr.Slider(**_range(ball), show_label=False, container=False, elem_id="slide", buttons=[])
                 steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps of APGD", elem_id="steps", buttons=[])
@@ -111,7 +110,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             chosen = desk.balls.get(name)
             if chosen is None:
                 return gr.update(visible=False), gr.skip(), gr.skip()
-            return gr.update(visible=True), eps or eps_text(chosen), gr.update(**_range(chosen, eps))
+            return gr.update(visible=True), eps or chosen.radius, gr.update(**_range(chosen, eps))
 
         def opened(request: gr.Request) -> tuple[Any, ...]:
             """The question that the address holds, as far as it is one."""
