@@ -15,6 +15,21 @@ TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Let files that others made run the code that they name (SECURITY.md).")
 ]
 
+_WHERE = "Many jobs"
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        help="Where jobs run: local, submitit (SLURM), or settings: '{kind: submitit, partition: gpu}'. "
+        "rome list launchers.",
+        rich_help_panel=_WHERE,
+    ),
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="At a time; 1 if not given.", rich_help_panel=_WHERE)]
+GpusPerJob = Annotated[
+    int | None,
+    typer.Option(min=0, help="Of each job; 1 if not given, where there are any.", rich_help_panel=_WHERE),
+]
+
 
 def _naming(kind: Any, help: str, **more: Any) -> Any:
     panel = "A model that no run made"

@@ -127,6 +127,16 @@ def check_name(name: str) -> str:
     return name
 
 
+def as_file_name(text: str) -> str:
+    """A text as the name of a file or folder: what no name may hold is replaced, and one that would be too long ends
+    in a hash."""
+    name = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in text).replace(" ", "")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested data as dotted names; the entries of a list go by their ``name`` or number."""
     if isinstance(value, list):
