@@ -35,7 +35,9 @@ def work(job: Job, processes: int) -> int:
 
     def lose(compromise: object) -> None:
         """Another machine has taken the job over, so nothing more may be written; what is there is whole."""
-        print(f"error: {owner(lease)} took this job over: its lease was not renewed in time", file=sys.stderr, flush=True)
+        print(
+            f"error: {owner(lease)} took this job over: its lease was not renewed in time", file=sys.stderr, flush=True
+        )
         lost.append(compromise)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)

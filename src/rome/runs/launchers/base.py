@@ -78,7 +78,7 @@ class Job:
             lines = self.beside("log").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        lines = [line for line in lines if line.strip()]
+        lines = [line.strip() for line in lines if any(letter.isalnum() for letter in line)]
         errors = [line for line in lines if line.startswith("error: ")]
         return (errors or lines or [""])[-1].removeprefix("error: ")
 
@@ -229,7 +229,9 @@ class _Following:
             lease.release()
         except Timeout:
             if number not in self.elsewhere:
-                self.elsewhere[number] = lease  # the same one asks again: it remembers since when there was no sign of life
+                self.elsewhere[number] = (
+                    lease  # the same one asks again: it remembers since when there was no sign of life
+                )
                 self._say(number, f"{owner(lease)} works on it; waiting")
             return False
         except OSError as error:
@@ -256,6 +258,8 @@ class _Following:
         elif code == REQUEUE:
             self.waiting.append(number)
             self._say(number, "stopped and saved; it goes on")
+        elif code < 0:
+            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command goes on")
         elif code:
             self._fail(number, handle.reason or job.reason() or f"exit code {code}")
         else:

@@ -35,19 +35,13 @@ class Local(Launcher):
     def start(
         self, jobs: Sequence[Job], running: Sequence[Handle], *, at_once: int | None, gpus: int | None
     ) -> list[Handle]:
-        there, uses = visible_gpus(), Counter(gpu for handle in running for gpu in handle.gpus)
-        each = min(1, len(there)) if gpus is None else gpus
-        processes = max(1, each)
+        shares, processes = shared_gpus(len(jobs), running, gpus), gpus or 1
         environment = alone(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ((at_once or 1) * processes))))
-        started: list[Handle] = []
-        for job in jobs:
-            own = sorted(there, key=uses.__getitem__)[:each]  # the least used, in their order
-            uses.update(own)
-            if there or gpus == 0:
-                environment[GPUS] = ",".join(own)
-            started.append(_Process(start_process(job, processes, environment), own))
-        return started
+        return [
+            _Process(start_process(job, processes, environment | seeing(own)), own or ())
+            for job, own in zip(jobs, shares, strict=True)
+        ]
 
 
 class _Process(Handle):
@@ -61,6 +55,22 @@ class _Process(Handle):
         if number is not None:  # where a terminal sent the signal, the process has it too
             self.process.send_signal(number)
         self.process.wait()
+
+
+def shared_gpus(jobs: int, running: Sequence[Handle], gpus: int | None) -> list[list[str] | None]:
+    """GPUs for each of so many new jobs, the least used first; None where there are none and nobody said how many."""
+    there, uses = visible_gpus(), Counter(gpu for handle in running for gpu in handle.gpus)
+    shares: list[list[str] | None] = []
+    for _ in range(jobs):
+        own = sorted(there, key=uses.__getitem__)[: 1 if gpus is None else gpus]
+        uses.update(own)
+        shares.append(own if there or gpus is not None else None)
+    return shares
+
+
+def seeing(gpus: Sequence[str] | None) -> dict[str, str]:
+    """The variable that shows a process these GPUs only."""
+    return {} if gpus is None else {GPUS: ",".join(gpus)}
 
 
 def start_process(job: Job, processes: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
