@@ -233,8 +233,8 @@ def _check_agreed(fabric: Any, config: Config) -> None:
     own = config.dump()
     if total(torch.tensor(float(fabric.broadcast(own) != own), device=fabric.device)):
         raise UserError(
-            "the processes were given different settings, and they would train one model: give each task of srun its own "
-            "run with rome sweep, or start one run after the other"
+            "the processes were given different settings, but they train one model together: start different runs one "
+            "after the other, or with rome sweep"
         )
 
 

@@ -1,6 +1,7 @@
 """One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES CALL ARGUMENTS``.
 
-With one process the function is called here; with several, torchrun starts this module again for each, with PROCESSES 0.
+With one process the function is called here; with several, torchrun starts this module again for each, with
+PROCESSES 0.
 """
 
 from __future__ import annotations
@@ -30,15 +31,11 @@ def work(job: Job, processes: int) -> int:
     """Claim the job and do it; the exit code."""
     if processes == 0:
         return _called(job)
-    lost: list[object] = []
     children: list[subprocess.Popen[bytes]] = []
 
     def lose(compromise: object) -> None:
         """Another machine has taken the job over, so nothing more may be written; what is there is whole."""
-        print(
-            f"error: {owner(lease)} took this job over: its lease was not renewed in time", file=sys.stderr, flush=True
-        )
-        lost.append(compromise)
+        print(f"error: {owner(lease)} took {job.folder} over", file=sys.stderr, flush=True)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)
         os._exit(HELD)
