@@ -28,7 +28,7 @@ def sweep(
     stopped. Started on several machines that share OUT, each takes other runs."""
     from rome.report import sweep as grid
     from rome.runs.config import files_and_changes
-    from rome.runs.launchers import chosen_launcher
+    from rome.runs.launchers import chosen_launcher, require_done
 
     where = chosen_launcher(launcher)
     files, axes = files_and_changes(configs)
@@ -39,6 +39,4 @@ def sweep(
     if results := grid.gather_results(chosen):
         grid.show_results(results)
         say(f"saved in {grid.save_results(results, out)}")
-    if failed:
-        reasons = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{reasons}")
+    require_done(failed, len(chosen))

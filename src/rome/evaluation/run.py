@@ -13,7 +13,7 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import ALONE, Team, own_device
+from rome.core.distributed import ALONE, Team, launched, own_device
 from rome.core.errors import UserError, first_line, some
 from rome.core.private import PATH
 from rome.data.base import Split
@@ -116,6 +116,13 @@ def evaluate_saved(
             "those it was trained with?"
         )
     return report, folder
+
+
+@trust.opens_files
+def evaluate_job(target: str, *, trust_code: bool = False, **options: Any) -> str:
+    """:func:`evaluate_saved` as a launcher calls it, in as many processes as there are; returns the result's folder."""
+    with launched() as team:
+        return str(evaluate_saved(target, team=team, **options)[1])
 
 
 class Opened(NamedTuple):

@@ -126,8 +126,8 @@ def _job(point: Point) -> Job:
             "folder": str(point.folder),
             "trust_code": trust.allowed(),
         },
-        functools.partial(_done, point),
-        functools.partial(_summary, point),
+        done=functools.partial(_done, point),
+        summary=functools.partial(_summary, point),
     )
 
 

@@ -42,11 +42,11 @@ def work(job: Job, processes: int) -> int:
 
     lease = job.lease(on_compromise=lose, thread_local=False)
     try:
-        lease.acquire(timeout=PATIENCE)
+        held = lease.acquire(timeout=PATIENCE)
     except Timeout:
         say(f"{owner(lease)} works on {job.folder}")
         return HELD
-    with lease:
+    with held:
         return _called(job) if processes == 1 else _together(job, processes, children)
 
 

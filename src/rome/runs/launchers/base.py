@@ -50,6 +50,8 @@ class Job:
     as many processes, which torchrun started."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments, JSON data."""
+    name: str = ""
+    """What it is called in the lines on it; its folder where empty."""
     done: Callable[[], bool] = lambda: False
     """Whether there is nothing left to do; raises UserError where the folder holds something else."""
     summary: Callable[[], str] = lambda: "done"
@@ -200,6 +202,8 @@ class _Following:
                     chosen.append(number)
             if chosen:
                 jobs, running = [self.jobs[number] for number in chosen], list(self.running.values())
+                for job in jobs:
+                    job.beside("json").unlink(missing_ok=True)
                 handles = self.launcher.start(jobs, running, **resources)
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
@@ -270,13 +274,21 @@ class _Following:
         self._say(number, reason)
 
     def _say(self, number: int, text: str) -> None:
-        print(f"[{number}/{self.total}] {self.jobs[number].folder}: {text}", file=sys.stderr, flush=True)
+        job = self.jobs[number]
+        print(f"[{number}/{self.total}] {job.name or job.folder}: {text}", file=sys.stderr, flush=True)
 
 
 def owner(lease: SoftFileLease) -> str:
     """Who holds a lease."""
     known = lease.owner
     return "another process" if known is None else f"process {known.pid} on {known.hostname.partition('?')[0]}"
+
+
+def require_done(failed: Mapping[Any, str], jobs: int) -> None:
+    """Raise UserError, a line for each, if some of so many jobs failed."""
+    if failed:
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {jobs} failed; the same command tries them again\n{reasons}")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rome.core.distributed import alone
 from rome.core.errors import REQUEUE, UserError, first_line
 from rome.core.files import replace_file
 from rome.runs.launchers.base import Handle, Job, Launcher
@@ -146,6 +145,8 @@ class Work:
         self.command, self.log, self.environment = command, log.resolve(), environment
 
     def __call__(self) -> int:
+        from rome.core.distributed import alone
+
         code: int | None = REQUEUE
         while code == REQUEUE:
             with open(self.log, "wb") as log:
