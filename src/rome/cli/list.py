@@ -9,7 +9,7 @@ import typer
 from rome.cli.app import app
 from rome.core.errors import UserError
 
-Family = Literal["methods", "attacks", "models", "data", "suites", "loggers", "experiments"]
+Family = Literal["methods", "attacks", "models", "data", "suites", "loggers", "launchers", "experiments"]
 
 
 def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
@@ -41,9 +41,11 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         from rome.attacks.suites import Suite
         from rome.data import Data
         from rome.methods import Method
+        from rome.runs.launchers import Launcher
         from rome.runs.loggers import Logger
 
         families = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite, "loggers": Logger}
+        families["launchers"] = Launcher
         members = families[family].members()
         return [(kind, member.summary()) for kind, member in members.items()]
     if not found:

@@ -15,6 +15,21 @@ TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Let files that others made run the code that they name (SECURITY.md).")
 ]
 
+_WHERE = "Many jobs"
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        help="Where jobs run: local, submitit (SLURM), or settings: '{kind: submitit, partition: gpu}'. "
+        "rome list launchers.",
+        rich_help_panel=_WHERE,
+    ),
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="At a time; 1 if not given.", rich_help_panel=_WHERE)]
+GpusPerJob = Annotated[
+    int | None,
+    typer.Option(min=0, help="Of each job; 1 if not given, where there are any.", rich_help_panel=_WHERE),
+]
+
 
 def _naming(kind: Any, help: str, **more: Any) -> Any:
     panel = "A model that no run made"
@@ -31,7 +46,9 @@ _NAMED: dict[str, Any] = {
     "weights": _naming(str, "A file of weights or hf://USER/NAME; timm's own if not given."),
     "weights_key": _naming(str, "Where in --weights, if it holds several models: state_dict."),
     "budgets": _naming(
-        str, "cifar10, imagenet, digits, or balls: L2=0.5,Linf=4/255,Linf=8/255. With a run: instead of its own."
+        str,
+        str,
+        "cifar10, imagenet, digits, or balls: L2=0.5,Linf=4/255,Linf=8/255. With a run: instead of its config's.",
     ),
     "num_classes": _naming(int, "Its logits; the data's classes if not given.", min=2),
     "img_size": _naming(int, "Side of the images, in pixels.", min=1),

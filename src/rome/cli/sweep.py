@@ -19,21 +19,24 @@ from rome.core.trust import opens_files
 def sweep(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=a,b,c]...", help="YAML files, then axes.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs and sweep.csv.")] = Path("runs/sweep"),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: options.Jobs = None,
+    gpus_per_job: options.GpusPerJob = None,
+    launcher: options.Launcher = None,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Train and evaluate every combination of configs and values, one after the other; goes on where it was stopped."""
+    """Train and evaluate every combination of configs and values, each in a process of its own; goes on where it was
+    stopped. Started on several machines that share OUT, each takes other runs."""
     from rome.report import sweep as grid
     from rome.runs.config import files_and_changes
+    from rome.runs.launchers import chosen_launcher, require_done
 
+    where = chosen_launcher(launcher)
     files, axes = files_and_changes(configs)
     if not files:
         raise UserError("name at least one config, such as experiments/digits/random.yaml seed=0,1,2")
     chosen = grid.points(files, axes, out)
-    failed = grid.sweep(chosen, jobs=jobs)
+    failed = grid.sweep(chosen, launcher=where, jobs=jobs, gpus=gpus_per_job)
     if results := grid.gather_results(chosen):
         grid.show_results(results)
         say(f"saved in {grid.save_results(results, out)}")
-    if failed:
-        reasons = "\n".join(f"{folder}: {reason}" for folder, reason in failed.items())
-        raise UserError(f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again\n{reasons}")
+    require_done(failed, len(chosen))

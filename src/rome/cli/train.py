@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +31,7 @@ def train(
     overwrite: options.Overwrite = False,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Train a model as a config says. Under torchrun, on as many processes as it starts."""
+    """Train a model as a config says. Under torchrun or srun, on as many processes as they start."""
     from rome.runs.config import load
     from rome.runs.folder import Run
     from rome.training.progress import show_training
@@ -46,5 +45,4 @@ def train(
     run = run_training(
         spec, out or Path("runs") / spec.name, resume=resume, overwrite=overwrite, progress=show_training
     )
-    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
-        say(f"{run.model_file}\nnext: rome evaluate {run.folder}")
+    say(f"{run.model_file}\nnext: rome evaluate {run.folder}")

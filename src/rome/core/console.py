@@ -62,8 +62,13 @@ def print_table(
 
 def say(text: str) -> None:
     """To standard error, so that standard output holds results only; of several processes the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":  # torchrun numbers its processes
+    if is_first():
         print(text, file=sys.stderr, flush=True)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun or srun started, or the only one."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How the processes that torchrun starts work together: sums and means while they train, and teams that evaluate.
+"""How the processes that torchrun or srun starts work together: sums and means while they train, teams that evaluate.
 
 In a single process every call is free. Processes that evaluate share no random numbers and no gradients, only verdicts
 in the host's memory, so they talk through gloo, on GPUs too: it needs no device, waits as long as it must, and says at
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,14 +24,24 @@ from rome.core.errors import Interrupted, UserError
 T = TypeVar("T")
 LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun says to each process beside their number."""
+_STEP = {"SLURM_NTASKS": "NUM_TASKS", "SLURM_NNODES": "NUM_NODES", "SLURM_NODELIST": "NODELIST"}
+"""Variables of SLURM's job that Fabric reads -> what the step that srun started says instead (SLURM_STEP_...)."""
+_OURS = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+|SLURM_(NTASKS\w*|NPROCS|PROCID|LOCALID|STEP\w+)"
+)
+"""Variables by which torchrun and srun say to a process that it is one of several."""
 
 
 def launched_together() -> int:
-    """How many processes torchrun started; 1 where it did not.
+    """How many processes torchrun or srun started; 1 where none of them did. What srun says is put into torchrun's
+    variables, which everything else reads.
 
     Raises:
-        UserError: the environment says that there are several, and not how they find each other.
+        UserError: the environment says that there are several, and not how they find each other; or this process would
+            work alone on one of several tasks of SLURM.
     """
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ and _number("SLURM_NTASKS") > 1:
+        _adopt_srun()
     world = os.environ.get("WORLD_SIZE", "1")
     missing = [name for name in LAUNCHED if name not in os.environ]
     if not world.isdecimal() or int(world) < 1 or (int(world) > 1 and missing):
@@ -39,6 +50,55 @@ def launched_together() -> int:
             f"the environment says WORLD_SIZE={world}{lacks}: start several processes with torchrun, or unset it"
         )
     return int(world)
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _adopt_srun() -> None:
+    """Put what SLURM says to this task of a step into torchrun's variables, as Fabric's plugin reads it."""
+    import warnings
+
+    tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
+    # a batch script and the shell of salloc are steps, too, with numbers from 2^32 - 16 on
+    in_step = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_ID") < 2**32 - 16
+    if not in_step or _number("SLURM_STEP_NUM_TASKS") != tasks:
+        raise UserError(
+            f"this job of SLURM has {tasks} tasks, and this process would work alone: start it with srun "
+            "(srun rome ...) or torchrun, or ask for one task (srun --ntasks=1 rome ...)"
+        )
+    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
+    if spread not in (str(tasks // nodes), f"{tasks // nodes}(x{nodes})"):
+        raise UserError(
+            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): give srun --ntasks-per-node instead "
+            "of --ntasks"
+        )
+    for name, of_step in _STEP.items():
+        os.environ[name] = os.environ.get(f"SLURM_STEP_{of_step}", os.environ.get(name, "127.0.0.1"))
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+        slurm = SLURMEnvironment(auto_requeue=False)
+    if "MASTER_PORT" not in os.environ:  # Fabric's is the job's, so that two steps of one job would share it
+        port = slurm.main_port + 101 * _number("SLURM_STEP_ID")
+        os.environ["MASTER_PORT"] = str(15000 + (port - 15000) % 10000)
+    os.environ |= {
+        "MASTER_ADDR": slurm.main_address,
+        "RANK": str(slurm.global_rank()),
+        "WORLD_SIZE": str(slurm.world_size()),
+        "LOCAL_RANK": str(slurm.local_rank()),
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "GROUP_RANK": str(slurm.node_rank()),
+    }
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that this one starts and that is not one of several, whatever this one is."""
+    return {name: value for name, value in environment.items() if not _OURS.fullmatch(name)}
 
 
 def world_size() -> int:
@@ -191,31 +251,45 @@ class ElsewhereError(RuntimeError):
 
 @contextmanager
 def launched() -> Iterator[Team]:
-    """The team that torchrun started, this process alone where it did not."""
+    """The team that torchrun or srun started, this process alone where they did not."""
     world = launched_together()
     if world == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo")
+    trained = dist.is_initialized()  # together, in these processes
+    if not trained:
+        dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
-        dist.destroy_process_group()
+        if not trained:
+            dist.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: with several on CUDA, each takes the GPU of its local number.
+    """The device of this process: with several on CUDA, each takes the GPU of its local number, or the one that SLURM
+    bound it to.
 
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    local = int(os.environ["LOCAL_RANK"]) if launched_together() > 1 else None
-    if local is None or device.type != "cuda" or device.index is not None:
+    if launched_together() == 1 or device.type != "cuda" or device.index is not None:
         return device
-    if local >= torch.cuda.device_count():
+    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if there < int(os.environ["LOCAL_WORLD_SIZE"]) and _bound(there):
+        local = 0  # it sees its own only, and each counts them from 0
+    if local >= there:
         raise UserError(
-            f"process {local} has no GPU of its own: there are {torch.cuda.device_count()} here; "
-            "start at most that many (torchrun --nproc-per-node)"
+            f"process {local} has no GPU of its own: there are {there} here; start at most that many "
+            "(torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _bound(there: int) -> bool:
+    """Whether SLURM gave this task GPUs of its own (srun --gpus-per-task, --gpu-bind) beside other tasks here."""
+    step = [number for number in os.environ.get("SLURM_STEP_GPUS", "").split(",") if number]
+    return "SLURM_PROCID" in os.environ and (
+        bool(os.environ.get("SLURM_GPUS_PER_TASK")) or len(step) >= int(os.environ["LOCAL_WORLD_SIZE"]) > there
+    )

@@ -7,6 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+REQUEUE = 75
+"""Exit code (EX_TEMPFAIL) of work that was stopped, is saved, and goes on when the same command runs again."""
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: config, data, checkpoint, shapes or an existing run.

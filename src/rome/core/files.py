@@ -72,17 +72,6 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
-def file_name(text: str) -> str:
-    """A text as the name of a file or folder: what no name may hold is replaced, and what would be too long ends in a
-    hash."""
-    plain = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in text)
-    plain = plain.replace(" ", "")
-    if len(plain.encode()) <= LONGEST_NAME:
-        return plain
-    start = plain.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
 def remove_partials(folder: Path, age: float = 600) -> None:
     """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds."""
     for partial in folder.glob(".*.[0-9]*.partial"):
@@ -136,6 +125,16 @@ def check_name(name: str) -> str:
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{name[:40]!r}... is {len(name.encode())} bytes long; at most {LONGEST_NAME}")
     return name
+
+
+def as_file_name(text: str) -> str:
+    """A text as the name of a file or folder: what no name may hold is replaced, and one that would be too long ends
+    in a hash."""
+    name = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in text).replace(" ", "")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,9 +13,9 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import ALONE, Team, own_device
+from rome.core.distributed import ALONE, Team, launched, own_device
 from rome.core.errors import UserError, first_line, some
-from rome.core.files import file_name
+from rome.core.files import as_file_name
 from rome.core.private import PATH
 from rome.data.base import Split
 from rome.evaluation.evaluate import Report, evaluate
@@ -96,7 +96,7 @@ def evaluate_saved(
     set_routing(opened.model, routed, seed=settings.seed)
     place = own_device(pick_device(device or config.device))
     name = f"{opened.prefix}{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{opened.suffix}"
-    folder = Path(out) if out is not None else opened.folder / file_name(name)
+    folder = Path(out) if out is not None else opened.folder / as_file_name(name)
     report = evaluate(
         placed(opened.model, place),
         x,
@@ -129,6 +129,13 @@ def evaluate_saved(
             "those it was trained with?"
         )
     return report, folder
+
+
+@trust.opens_files
+def evaluate_job(target: str, *, trust_code: bool = False, **options: Any) -> str:
+    """:func:`evaluate_saved` as a launcher calls it, in as many processes as there are; returns the result's folder."""
+    with launched() as team:
+        return str(evaluate_saved(target, team=team, **options)[1])
 
 
 class Opened(NamedTuple):

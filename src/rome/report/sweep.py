@@ -1,30 +1,26 @@
 """Many runs from one command: configs x the values of some keys, trained and evaluated, resumable, set side by side.
 
-Each point is a run of its own in ``OUT/NAME-key=value``, made by ``rome train --resume`` and ``rome evaluate`` in
-processes of their own, so that a crash of one leaves the others alone. Calling the same sweep again goes on with what
-is unfinished. Points that differ in the seed alone are one row of the table: mean and standard deviation.
+Each point is a run of its own in ``OUT/NAME-key=value``, trained and evaluated in a process of its own
+(:mod:`rome.runs.launchers`), so that a crash of one leaves the others alone. Calling the same sweep again goes on with
+what is unfinished. Points that differ in the seed alone are one row of the table: mean and standard deviation.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from rome.core import trust
-from rome.core.console import exiting, print_table
-from rome.core.errors import Interrupted, UserError
-from rome.core.files import LONGEST_NAME, csv_text, make_folder, replace_file
+from rome.core.console import print_table
+from rome.core.distributed import launched
+from rome.core.errors import UserError
+from rome.core.files import as_file_name, csv_text, replace_file
 from rome.core.plain_data import parse_yaml
 from rome.evaluation.evaluate import Report
 from rome.evaluation.result import AVERAGE, CLEAN, UNION
@@ -32,6 +28,7 @@ from rome.evaluation.store import RESULT
 from rome.report.seeds import mean_and_spread
 from rome.runs.config import Config, load
 from rome.runs.folder import Run
+from rome.runs.launchers import Job, Launcher, Local
 from rome.runs.origin import code_facts
 
 
@@ -78,22 +75,11 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     for file, overrides in itertools.product(configs, itertools.product(*grid)):
         config = load(file, overrides)
         varied = tuple(text for text, choices in zip(overrides, grid, strict=True) if len(choices) > 1)
-        folder = out / _folder_name(config.name, varied)
+        folder = out / as_file_name("-".join([config.name, *varied]))
         if folder in found:
             raise UserError(f"{folder} would be more than one run; give the configs different names (name=...)")
         found[folder] = Point(Path(file), overrides, folder, config, varied)
     return list(found.values())
-
-
-def _folder_name(name: str, varied: Sequence[str]) -> str:
-    """``NAME-key=value``; what no file name may hold is replaced, and what would be too long ends in a hash."""
-    whole = "-".join([name, *varied])
-    text = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in whole)
-    text = text.replace(" ", "")
-    if len(text.encode()) <= LONGEST_NAME:
-        return text
-    start = text.encode()[: LONGEST_NAME - 13].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
@@ -110,51 +96,39 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return key, [part.strip() for part in parts]
 
 
-def sweep(chosen: Sequence[Point], *, jobs: int = 1) -> dict[Path, str]:
-    """Train and evaluate every point that is not finished, ``jobs`` at a time.
+def sweep(
+    chosen: Sequence[Point], *, launcher: Launcher | None = None, jobs: int | None = None, gpus: int | None = None
+) -> dict[Path, str]:
+    """Train and evaluate every point that is not finished.
+
+    Args:
+        launcher: where; None: in processes on this machine.
+        jobs: how many at a time (:meth:`rome.runs.launchers.Launcher.run`).
+        gpus: for each.
 
     Returns:
         Folder -> what went wrong, for the points that failed.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; the runs under way wrote their checkpoints.
+        UserError: the launcher cannot work so, or a finished point has other settings.
+        Interrupted: a signal; the runs under way wrote their checkpoints.
     """
-    for folder in {point.folder.parent for point in chosen}:
-        make_folder(folder)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    waiting = [(number, point) for number, point in enumerate(chosen, 1) if not _done(point)]
-    if len(waiting) < len(chosen):
-        print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already", file=sys.stderr)
-    working: list[tuple[subprocess.Popen[bytes], int, Point, float]] = []
-    failed: dict[Path, str] = {}
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        while waiting or working:
-            while waiting and len(working) < jobs:
-                number, point = waiting.pop(0)
-                working.append((_start(point, environment), number, point, time.monotonic()))
-            time.sleep(0.05)
-            for entry in [entry for entry in working if entry[0].poll() is not None]:
-                working.remove(entry)
-                process, number, point, started = entry
-                if process.returncode:
-                    failed[point.folder] = _last_line(_log(point)) or f"exit code {process.returncode}"
-                state = f"{failed.get(point.folder) or _summary(point)} ({time.monotonic() - started:.0f} s)"
-                print(f"[{number}/{len(chosen)}] {point.folder}: {state}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt as stop:
-        for process, *_ in working if stop.args else ():  # where a terminal sent the signal, they have it too
-            process.terminate()
-        for process, *_ in working:
-            process.wait()
-        raise Interrupted(143 if stop.args else 130, "stopped; the same command goes on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return failed
+    return (launcher or Local()).run([_job(point) for point in chosen], at_once=jobs, gpus=gpus)
 
 
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
+def _job(point: Point) -> Job:
+    return Job(
+        point.folder,
+        "rome.report.sweep:run_point",
+        {
+            "file": str(point.file),
+            "overrides": point.overrides,
+            "folder": str(point.folder),
+            "trust_code": trust.allowed(),
+        },
+        done=functools.partial(_done, point),
+        summary=functools.partial(_summary, point),
+    )
 
 
 def _done(point: Point) -> bool:
@@ -178,38 +152,22 @@ def _check_same(run: Run, config: Config) -> None:
         raise UserError(f"{run.folder} was trained with other code ({'; '.join(found)}); use another --out")
 
 
-def _log(point: Point) -> Path:
-    """Standard error of its process."""
-    return point.folder.with_name(f"{point.folder.name}.log")
-
-
-def _start(point: Point, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Train, then evaluate, in a process of its own."""
-    source = (
-        "import sys, json; from rome.report.sweep import run_point;"
-        "run_point(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], trust_code=len(sys.argv) > 4)"
-    )
-    arguments = [str(point.file), json.dumps(point.overrides), str(point.folder)]
-    command = [sys.executable, "-c", source, *arguments, *(["trusting"] if trust.allowed() else [])]
-    with open(_log(point), "wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-
-
 @trust.opens_files
 def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
-    """Train and evaluate one point; finished work is not repeated. Exits like the command line."""
+    """Train and evaluate one point; finished work is not repeated."""
     from rome.evaluation.run import evaluate_saved
     from rome.training.setup import train
 
-    with exiting():
-        config = load(file, tuple(overrides))
-        run = Run(folder)
-        if run.finished:
-            _check_same(run, config)
-        else:
-            train(config, run.folder, resume=True)
+    config = load(file, tuple(overrides))
+    run = Run(folder)
+    if run.finished:
+        _check_same(run, config)
+    else:
+        train(config, run.folder, resume=True)
+    with launched() as team:
         # whose own config has the evaluation settings that it was started with
-        evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation)[0].require_complete()
+        report, _ = evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation, team=team)
+    report.require_complete()
 
 
 def gather_results(chosen: Sequence[Point]) -> list[Result]:
@@ -243,11 +201,6 @@ def _report(point: Point) -> Report | None:
 def _summary(point: Point) -> str:
     report = _report(point)
     return "no evaluation" if report is None else f"clean {report.clean:.1%}, union {report.union:.1%}"
-
-
-def _last_line(file: Path) -> str:
-    lines = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def show_results(results: Sequence[Result]) -> None:

@@ -16,7 +16,7 @@ from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import numerics, pick_device, placed
-from rome.core.distributed import launched_together
+from rome.core.distributed import launched_together, own_device, total
 from rome.core.errors import UserError, first_line
 from rome.core.graphs import Graphs
 from rome.core.randomness import stream
@@ -76,7 +76,7 @@ def _train(
     check_settings(config)
     fabric = _fabric(config)
     rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
-    fabric.barrier()  # nobody ends over a mistake while others still look for the first process
+    _check_agreed(fabric, config)  # nobody ends over a mistake while others still look for the first process
     start = assemble(config, fabric.device, rank=rank, world=world)
     model, optimizer, context = start.model, start.optimizer, start.context
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=start.whole)
@@ -228,6 +228,16 @@ def _prepare(
     return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
 
 
+def _check_agreed(fabric: Any, config: Config) -> None:
+    """Raise UserError in every process if one has other settings than the first, such as the seed of its own task."""
+    own = config.dump()
+    if total(torch.tensor(float(fabric.broadcast(own) != own), device=fabric.device)):
+        raise UserError(
+            "the processes were given different settings, but they train one model together: start different runs one "
+            "after the other, or with rome sweep"
+        )
+
+
 def _fabric(config: Config) -> Any:
     import warnings
 
@@ -242,11 +252,14 @@ def _fabric(config: Config) -> Any:
     world = launched_together()
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
     strategy: Any = "auto"
+    devices: Any = 1
     if world > 1:
-        strategy = DDPStrategy(find_unused_parameters=config.method.partial_gradients)
+        own = own_device(pick_device(config.device))  # Fabric takes the one at the local number
+        strategy = DDPStrategy(parallel_devices=[own] * local, find_unused_parameters=config.method.partial_gradients)
+        devices = "auto"  # which are the strategy's
     fabric = Fabric(
         accelerator=config.device,
-        devices=local,
+        devices=devices,
         num_nodes=world // local,
         strategy=strategy,
         # not what Lightning takes for one: a shell of SLURM has the variables of a job of several processes

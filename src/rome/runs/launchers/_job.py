@@ -1,0 +1,87 @@
+"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES CALL ARGUMENTS``.
+
+With one process the function is called here; with several, torchrun starts this module again for each, with
+PROCESSES 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from rome.core.console import exiting, is_first, say
+from rome.core.errors import REQUEUE
+from rome.core.files import replace_file
+from rome.runs.launchers.base import HELD, Job, owner
+
+PATIENCE = 5
+"""Seconds in which a process that only looks whether the job is free gives it back."""
+
+
+def work(job: Job, processes: int) -> int:
+    """Claim the job and do it; the exit code."""
+    if processes == 0:
+        return _called(job)
+    children: list[subprocess.Popen[bytes]] = []
+
+    def lose(compromise: object) -> None:
+        """Another machine has taken the job over, so nothing more may be written; what is there is whole."""
+        print(f"error: {owner(lease)} took {job.folder} over", file=sys.stderr, flush=True)
+        for child in children:
+            os.killpg(child.pid, signal.SIGKILL)
+        os._exit(HELD)
+
+    lease = job.lease(on_compromise=lose, thread_local=False)
+    try:
+        held = lease.acquire(timeout=PATIENCE)
+    except Timeout:
+        say(f"{owner(lease)} works on {job.folder}")
+        return HELD
+    with held:
+        return _called(job) if processes == 1 else _together(job, processes, children)
+
+
+def _called(job: Job) -> int:
+    module, _, name = job.call.partition(":")
+    result = getattr(importlib.import_module(module), name)(**job.arguments)
+    if result is not None and is_first():
+        replace_file(job.beside("json"), json.dumps(result).encode())
+    return 0
+
+
+def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]]) -> int:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    stopped: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        stopped.append(number)
+        for child in children:
+            child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, forward)
+    children.append(subprocess.Popen([*torchrun, *job.command(0)[1:]], start_new_session=True))
+    while (code := children[0].poll()) is None:
+        time.sleep(0.05)
+    return REQUEUE if code and stopped else int(code != 0)
+
+
+def main(arguments: list[str]) -> Any:
+    folder, processes, call, settings = arguments
+    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one, and sent to all of a job
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    with exiting():
+        sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
