@@ -32,6 +32,7 @@ ORDER = (
     "train",
     "evaluate",
     "sweep",
+    "bench",
     "report",
     "table",
     "figures",

@@ -47,7 +47,6 @@ _NAMED: dict[str, Any] = {
     "weights_key": _naming(str, "Where in --weights, if it holds several models: state_dict."),
     "budgets": _naming(
         str,
-        str,
         "cifar10, imagenet, digits, or balls: L2=0.5,Linf=4/255,Linf=8/255. With a run: instead of its config's.",
     ),
     "num_classes": _naming(int, "Its logits; the data's classes if not given.", min=2),

@@ -188,7 +188,7 @@ class CaseRunner:
     def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
         """One attack on one batch, from disk if it is there."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind or case.name}-{index:05d}"
-        keep = "none" if case.on_all else self.settings["save_images"]  # a fixed change can be made again
+        keep: SaveImages = "none" if case.on_all else self.settings["save_images"]  # a fixed change can be made again
         unit, network = self.store.read(key, part), self.settings["networks"].get(case.name)
         if unit is not None and network and unit.facts.get("network", network) != network:
             unit = None

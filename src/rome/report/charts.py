@@ -64,6 +64,26 @@ def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) 
     return charts
 
 
+def accuracy_over_radii(
+    norm: str, curves: Sequence[tuple[Sequence[float], Sequence[float], Sequence[tuple[float, float]]]]
+) -> Markup:
+    """Accuracy over the radii of one norm, a curve with its 95% band for each model.
+
+    Args:
+        curves: radii, shares and the shares' intervals of each model.
+    """
+    with _chart((3.4, 2.5)) as (figure, axes):
+        for i, (radii, shares, intervals) in enumerate(curves):
+            axes.plot(radii, [100 * share for share in shares], marker=_MARKERS[i % SERIES], ms=3.5, color=_colour(i))
+            low, high = zip(*([100 * end for end in each] for each in intervals), strict=True)
+            axes.fill_between(radii, low, high, color=_colour(i), alpha=0.15, lw=0)
+        axes.set(xlabel=f"radius in {norm}", ylim=(0, 100), yticks=range(0, 101, 25), xlim=(0, max(curves[0][0])))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.set_title("right, %", loc="left")
+        axes.grid(axis="y")
+        return _svg(figure, f"accuracy over the radius in {norm}")
+
+
 def themed(draw: Callable[[], Figure], label: str) -> Markup:
     """A figure of the paper in its own size, its text and axes in the page's colours."""
     with _styled(), rc_context({"font.size": 9, "axes.labelsize": 9, "lines.linewidth": 1.4}):

@@ -194,6 +194,12 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
 
 
 def _check_comparable(first: Evaluated, other: Evaluated) -> None:
+    if reason := unlike(first, other):
+        raise UserError(reason)
+
+
+def unlike(first: Evaluated, other: Evaluated) -> str:
+    """Why the numbers of two evaluations cannot be compared; empty where they can."""
     a, b = (flatten({key: run.report.settings.get(key) for key in _SAME}) for run in (first, other))
     for key in {**a, **b}:
         if a.get(key) == b.get(key):
@@ -201,22 +207,23 @@ def _check_comparable(first: Evaluated, other: Evaluated) -> None:
         values = "" if key == "cases" else f" {_short(a.get(key))} and {_short(b.get(key))}"
         if key.startswith("data.") and None not in (first.data, other.data):
             values += f": {first.source} and {other.source}"
-        raise UserError(
+        return (
             f"{first.name} and {other.name} were evaluated differently ({key}{values}), so their numbers cannot be "
             "compared: evaluate both on the same examples with the same threats, suite and seed"
         )
     if case := other_network(first.report, other.report):
         one, two = (_short(each.report.settings["networks"][case]) for each in (first, other))
-        raise UserError(
+        return (
             f"{first.name} and {other.name} were evaluated differently (networks.{case} {one} and {two}: the files of "
             "weights that measured it differ), so their numbers cannot be compared: evaluate both again with "
             "the same file (--features); only what it measures is done again"
         )
     if not same_examples(first.report, other.report):
-        raise UserError(
+        return (
             f"{first.name} and {other.name} name the same data, but the rows of their matrices are other examples: one "
             "of them is damaged; evaluate it again"
         )
+    return ""
 
 
 def _label(key: tuple[str, int]) -> str:
