@@ -107,7 +107,10 @@ def group_of(models: list[Evaluated]) -> Group:
         places = list(combinations(range(len(models)), 2))
         right = [report.right() for report in reports]
         pairs = dict(zip(places, paired_differences([(right[i], right[j]) for i, j in places]), strict=True))
-    title = f"{models[0].source}: {covered([(one.name, one.report) for one in models])}"
+    balls = [threat for threat in models[0].threats.values() if isinstance(threat, LpBall)]
+    radii = {norm: ", ".join(ball.radius for ball in balls if ball.norm == norm) for norm in (b.norm for b in balls)}
+    budgets = "".join(f", {norm} {text}" for norm, text in radii.items())
+    title = f"{models[0].source}{budgets}: {covered([(one.name, one.report) for one in models])}"
     return Group(title, models, [each.title for each in columns], cells, findings(models), pairs, _curves(models))
 
 
