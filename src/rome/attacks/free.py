@@ -28,6 +28,7 @@ class FreeAttack(Attack):
         "so its threat is AnyImage(label='{kind}')",
     )
     steps: Steps
+    """Iterations of the search."""
     draws_by_image: ClassVar[bool] = True
 
     def check(self, size: Tensor, bound: float) -> None:

@@ -23,6 +23,7 @@ class AttackThreat(Threat):
 
     kind = "attack"
     attack: Attack
+    """What searches this threat wherever it is met."""
     inside: Threat | None = None
     """Where to search: a perceptual threat of features ``self``, or an Lp ball. None: the attack has its own bound."""
     label: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]*)?$")

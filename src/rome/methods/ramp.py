@@ -35,6 +35,7 @@ class RAMP(MinMaxMethod):
     kind = "ramp"
     papers = ("jiang2024ramp",)
     source: str = "Linf"
+    """The threat whose logits the other's are paired with."""
     target: str = "L1"
     """Names of two threats, among the config's."""
     weight: Number = Field(default=5, ge=0)

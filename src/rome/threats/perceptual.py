@@ -23,6 +23,7 @@ class Perceptual(Threat):
 
     kind = "perceptual"
     bound: Number = Field(ge=0)
+    """Largest distance."""
     features: str = Field(default="self", min_length=1)
     """The network: ``self`` for the attacked model, or the folder of a run or a safetensors file of ours."""
     layers: tuple[str, ...] = ()

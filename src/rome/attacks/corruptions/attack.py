@@ -32,7 +32,9 @@ class Corruption(Attack):
     untrained: ClassVar[str] = "is a fixed change that searches nothing"
 
     type: CorruptionType
+    """Such as ``fog`` or ``gaussian_noise``, as CIFAR-10-C names them."""
     severity: int = Field(ge=1, le=5)
+    """From 1, the weakest, to 5."""
     path: str | None = None
     """The unpacked folder of CIFAR-10-C; None makes the images."""
     constants: Constants | None = None

@@ -33,6 +33,7 @@ class APGD(Attack):
     kind = "apgd"
     starts_at_random: ClassVar[bool] = False
     steps: Steps | dict[Norm, Steps] = 15
+    """One number for all norms or one for each."""
     l1_share: Number | None = Field(default=None, gt=0, le=1)
     """L1: share of the coordinates the first step moves. None is the published 0.05 of training, but at least 12
     coordinates, which only tiny images notice; AutoAttack's evaluation starts with 0.2."""

@@ -107,6 +107,7 @@ class APGDCE(AutoAttackPart):
 
     kind = "apgd-ce"
     iterations: int = Field(default=100, ge=5)
+    """AutoAttack's is 100."""
     restarts: int | None = Field(default=None, ge=1)
     """None is AutoAttack's: 1, in L1 5."""
 
@@ -122,6 +123,7 @@ class APGDT(AutoAttackPart):
 
     kind = "apgd-t"
     iterations: int = Field(default=100, ge=5)
+    """For each target; AutoAttack's is 100."""
     targets: int | None = Field(default=None, ge=1)
     """At most one less than the model's classes; None is AutoAttack's: 9, in L1 5."""
 
@@ -141,6 +143,7 @@ class FABT(AutoAttackPart):
 
     kind = "fab-t"
     iterations: int = Field(default=100, ge=1)
+    """For each target; AutoAttack's is 100."""
     targets: int | None = Field(default=None, ge=1)
     """At most one less than the model's classes; None is AutoAttack's 9."""
 
@@ -158,6 +161,7 @@ class Square(AutoAttackPart):
     kind = "square"
     differentiates: ClassVar[bool] = False
     queries: int = Field(default=5000, ge=1)
+    """Forward passes for each image; AutoAttack's is 5000."""
 
     def searcher(self, suite: AutoAttack, classes: int) -> Any:
         suite.square.n_queries = self.queries

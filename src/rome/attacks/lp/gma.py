@@ -33,12 +33,15 @@ class GMA(Attack):
     searches = (LpBall, "searches inside Linf balls such as LpBall(norm='Linf', eps=8/255)")
     draws_by_image: ClassVar[bool] = True
     steps: Steps = 20
+    """Iterations of the search."""
     step_size: StepSize = 2 / 255
+    """How far a pixel moves in a step, on the scale [0, 1]."""
     weight: Number = Field(default=1, ge=0)
     """Of the misrouting beside the cross-entropy."""
     mean_over: MeanOver = "layers"
     """What L counts: layers with gates, or blocks (literal), in which the terms of ``qkv`` and ``proj`` add up."""
     random_start: bool = True
+    """Start at a random place in the ball, not at the image."""
 
     def accepted(self, threat: Threat) -> LpBall:
         ball: LpBall = super().accepted(threat)

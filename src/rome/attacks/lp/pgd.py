@@ -27,6 +27,7 @@ class PGD(Attack):
 
     kind = "pgd"
     preset: Literal["tramer", "madaan"] = "tramer"
+    """Whose steps and step sizes hold where they are not set: Tramèr and Boneh's, or Madaan et al.'s."""
     steps: Steps | dict[Norm, Steps] | None = None
     """One number for all norms or one for each; None takes the preset's."""
     step_size: StepSize | dict[Norm, StepSize] | None = None

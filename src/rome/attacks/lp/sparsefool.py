@@ -46,9 +46,13 @@ class SparseFool(FreeAttack):
     steps: Steps = 10
     """Rounds."""
     lam: Number = Field(default=3, gt=0)
+    """How far beyond DeepFool's point the boundary is linearised; the authors' 3."""
     overshoot: Number = Field(default=0.02, ge=0)
+    """How much further than the boundary a round goes, as a share of the way."""
     deepfool_steps: Steps = 50
+    """Of DeepFool in each round, at most."""
     deepfool_overshoot: Number = Field(default=0.02, ge=0)
+    """How much further than the boundary DeepFool goes, as a share of the way."""
     candidates: int | None = Field(default=10, ge=2)
     """How many classes DeepFool looks at: those with the highest logits, y among them (the authors' 10). None: all."""
     spread: Number | None = Field(default=3, ge=1)

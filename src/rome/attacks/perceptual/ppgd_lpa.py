@@ -36,7 +36,9 @@ class _Bounded(Attack):
     draws_by_image: ClassVar[bool] = True
     full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)
+    """Iterations of the search; of LPA in each round."""
     form: Form = "corrected"
+    """``corrected`` searches each image by itself and inside of the bound; ``published`` repeats the authors' code."""
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         start = x + START * gaussian(noise)
@@ -137,6 +139,7 @@ class LPA(_Bounded):
 
     kind = "lpa"
     rounds: int = Field(default=5, ge=1)
+    """Weights of the penalty that are tried."""
     h: Number = Field(default=0.1, gt=0)
     """Length of the finite difference."""
 

@@ -102,6 +102,7 @@ class QuickSuite(_BallSuite):
 
     kind = "lp"
     steps: int = Field(default=20, ge=1)
+    """Of APGD, and of PGD after it."""
 
     def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
         note = "a quick look: stronger attacks (suite apgd or autoattack) will find less robustness"
@@ -142,6 +143,7 @@ class AutoAttackSuite(APGDSuite):
 
     kind = "autoattack"
     square_queries: int = Field(default=5000, ge=1)
+    """Forward passes of Square for each image; AutoAttack's is 5000."""
 
     @property
     def more(self) -> list[Attack]:

@@ -21,6 +21,7 @@ class SeveralSuites(Suite):
 
     kind = "several"
     suites: tuple[Suite, ...] = Field(min_length=1)
+    """By name or with settings; their cases stand in one matrix."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         found: dict[str, tuple[Suite, Case]] = {}
@@ -42,6 +43,7 @@ class AllSuites(SeveralSuites):
     suites: tuple[Suite, ...] = Field(
         default_factory=lambda: (AutoAttackSuite(), UnseenSuite(), CorruptionsSuite()), min_length=1
     )
+    """Lp balls, unseen attacks and corruptions, each by name or with settings."""
 
 
 def parts(suite: Suite) -> list[Suite]:

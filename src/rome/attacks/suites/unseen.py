@@ -102,6 +102,7 @@ class CorruptionsSuite(Suite):
     types: tuple[CorruptionType, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
     """The 15 of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
     severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    """From 1, the weakest, to 5."""
     path: str | None = None
     """The folder of CIFAR-10-C to read them from; None makes them."""
 

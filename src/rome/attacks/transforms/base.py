@@ -63,6 +63,7 @@ class TransformAttack(LastIterate):
     """
 
     steps: Steps = 100
+    """Iterations of the search."""
 
     @abstractmethod
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
@@ -117,6 +118,7 @@ class SignAscent(TransformAttack):
     """
 
     bound: Number = Field(ge=0)
+    """Largest change of a variable of the transform, in that variable's own unit."""
     step_size: StepSize | None = None
     """In the units of the variables; None is :meth:`default_step`."""
     form: Form = "corrected"

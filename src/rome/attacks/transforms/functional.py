@@ -31,8 +31,11 @@ class FunctionalAttack(TransformAttack):
 
     starts_at_random: ClassVar[bool] = False
     steps: Steps = 20
+    """Iterations of the search."""
     bound: Number = Field(ge=0)
+    """Largest change of a variable of the function, in that variable's own unit."""
     lr: Number = Field(gt=0)
+    """Adam's learning rate."""
     tau: Number = Field(ge=0)
     """Weight of the roughness."""
 

@@ -25,8 +25,11 @@ class Patch(LastIterate):
 
     kind = "patch"
     size: int = Field(default=8, ge=0)
+    """Side of the patch in pixels."""
     steps: Steps = 50
+    """Iterations of the search."""
     step_size: StepSize = 2 / 255
+    """How far a pixel of the patch moves in a step, on the scale [0, 1]."""
     start: Literal["random", "image"] = "random"
     """Pixels from U(0, 1), or those of the image."""
 

@@ -28,7 +28,9 @@ class ReColorAdv(FunctionalAttack):
     kind = "recoloradv"
     channels = (3,)
     bound: Number = Field(default=0.06, ge=0)
+    """Largest change of a colour, in each channel of the colour space scaled to [0, 1]."""
     lr: Number = Field(default=0.001, gt=0)
+    """Adam's learning rate on the colour grid."""
     tau: Number = Field(default=0.06, ge=0)
 
     def unsuited(self, channels: int) -> str:

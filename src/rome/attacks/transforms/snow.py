@@ -41,6 +41,7 @@ class Snow(SignAscent):
     kind = "snow"
     channels = (1, 3)
     bound: Number = Field(default=0.5, ge=0)
+    """How bright a full flake is, on the scale [0, 1]."""
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         _, height, width = image

@@ -24,7 +24,9 @@ class StAdv(FunctionalAttack):
 
     kind = "stadv"
     bound: Number = Field(default=0.05, ge=0)
+    """Longest move of a pixel along an axis, as a share of half the side."""
     lr: Number = Field(default=0.01, gt=0)
+    """Adam's learning rate on the flow."""
     tau: Number = Field(default=0.05, ge=0)
 
     def identity(self, x: Tensor) -> Tensor:
