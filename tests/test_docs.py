@@ -70,7 +70,7 @@ def test_commands_and_snippets_are_valid(page: str, tmp_path: Path, monkeypatch:
             load("snippet.yaml")
         elif block.language == "sh":
             if "rome init" in block.text:  # copies what the next lines use
-                monkeypatch.setattr("rome.runs.config.located", lambda path, beside=Path(): _copied(path, beside))
+                monkeypatch.setattr("rome.runs.reading.located", lambda path, beside=Path(): _copied(path, beside))
             for arguments in commands(block, tmp_path):
                 try:
                     check(arguments, files)
