@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from rome.attacks.base import Steps, StepSize
 from rome.attacks.checks import check_bound
-from rome.attacks.engine import Model, log_odds, logits_of
+from rome.attacks.engine import Model, at_least_float32, log_odds, logits_of
 from rome.attacks.free import Form, LastIterate
 from rome.core.component import Number
 from rome.threats.projections import signs
@@ -129,6 +130,13 @@ class SignAscent(TransformAttack):
         if self.form == "published" and self.stop:
             raise ValueError("the published form returns its last iterate: leave stop out, or form")
         return self
+
+    def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
+        """The published form ascends the cross-entropy itself: where it lets images of a batch depend on each other
+        (fog), their weights in the sum matter."""
+        if self.form == "published":
+            return F.cross_entropy(at_least_float32(logits), y, reduction="none")
+        return super().gain(logits, y, variables)
 
     def default_step(self) -> float:
         """bound / sqrt(steps), as published."""
