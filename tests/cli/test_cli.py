@@ -559,8 +559,14 @@ def test_half_an_environment_of_several_processes_is_refused(
 
 
 def test_a_shell_of_slurm_is_one_process(config: Path, rome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NTASKS": "4", "JOB_NAME": "job", "JOB_ID": "1", "NODELIST": "n1", "PROCID": "3"}.items():
+    for name, value in {"NTASKS": "4", "JOB_NAME": "job", "JOB_ID": "1", "NODELIST": "n1", "PROCID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    for command in (("train", config), ("evaluate", "runs/tiny")):
+        ended = rome(*command)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "this job of SLURM has 4 tasks, and this process would work alone: start it with srun" in ended.err
+    assert not Path("runs/tiny").exists()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
     assert rome("train", config).code == 0
 
 
@@ -598,7 +604,11 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
 
     if out == "locked":
         monkeypatch.setattr("rome.core.files.TemporaryFile", nothing_here)
-    for work in ("rome.report.sweep._start", "rome.report.page._Pictures", "rome.report.figures.embeddings.embed"):
+    for work in (
+        "rome.runs.launchers.local.start_process",
+        "rome.report.page._Pictures",
+        "rome.report.figures.embeddings.embed",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
     before = sorted(Path().rglob("*"))
     ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)

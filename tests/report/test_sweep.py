@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +21,12 @@ import torch
 from helpers.small_models import THREADS
 from helpers.tiny_runs import rome, started, wait_for
 from rome.cli.app import main
-from rome.core.errors import UserError
+from rome.core.errors import REQUEUE, UserError
 from rome.evaluation.evaluate import Report
-from rome.report.sweep import Point, Result, gather_results, points, run_point, save_results, show_results, sweep
+from rome.report.sweep import Result, gather_results, points, save_results, show_results, sweep
 from rome.runs.folder import Run
+from rome.runs.launchers import Job
+from rome.runs.launchers._job import main as main_of_job
 
 CONFIG = """
 data: {kind: digits, train_limit: 64, test_limit: 40}
@@ -48,9 +49,8 @@ def config(tmp_path: Path) -> Path:
 class Forked:
     """A point's process, from the fork server: to start one anew costs 7 seconds."""
 
-    def __init__(self, point: Point, environment: Mapping[str, str]) -> None:
-        log = point.folder.with_name(f"{point.folder.name}.log")
-        self.process = started(run_quietly, log, str(point.file), point.overrides, str(point.folder))
+    def __init__(self, job: Job, processes: int, environment: Mapping[str, str]) -> None:
+        self.process = started(run_quietly, job.beside("log"), job.command(processes)[3:])
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -60,18 +60,18 @@ class Forked:
         return self.process.exitcode
 
 
-def run_quietly(log: Path, *point: Any) -> None:
+def run_quietly(log: Path, job: list[str]) -> None:
     torch.set_num_threads(THREADS)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     try:
-        run_point(*point)
+        main_of_job(job)
     finally:
         sys.stderr.flush()
 
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rome.report.sweep._start", Forked)
+    monkeypatch.setattr("rome.runs.launchers.local.start_process", Forked)
 
 
 def code(arguments: list[str]) -> object:
@@ -152,7 +152,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
     assert len(before) == 2
     assert code(arguments) == 0
-    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert "2 of 2 are finished already" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
     for other in ("apgd-9", "apgd-10-inverse"):  # what is shown is what the config asks for, whatever else there is
         copy = out / "tiny-seed=0" / "evaluation" / other
@@ -184,7 +184,7 @@ def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp
     wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 3)
     os.kill(child.process.pid, signal.SIGTERM)
     ended = child.wait()
-    assert (ended.code, ended.err) == (143, "stopped; the same command goes on\n")
+    assert (ended.code, ended.err) == (REQUEUE, "stopped; the same command goes on\n")
     assert run.checkpoint_file.exists()
     assert "stopped by SIGTERM" in run.folder.with_name("tiny-seed=0.log").read_text()
     assert not (tmp_path / "out" / "tiny-seed=1").exists()
@@ -228,7 +228,7 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(
     axis = "model.name=nope,vit_tiny_patch16_224"
     assert code(["sweep", str(config), axis, "--out", str(out), "--jobs", "2"]) == 2
     told = capsys.readouterr()
-    assert "1 of 2 runs failed" in told.err
+    assert "1 of 2 failed" in told.err
     assert "unknown model 'nope'" in told.err
     rows = gather_results(points([config], [axis], out))
     assert [row.point.row for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]

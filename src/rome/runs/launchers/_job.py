@@ -18,12 +18,13 @@ from typing import Any
 
 from filelock import Timeout
 
-from rome.core.console import exiting, is_first, say
+from rome.core.console import exiting, say
 from rome.core.errors import REQUEUE
 from rome.core.files import replace_file
+from rome.core.launched import is_first
 from rome.runs.launchers.base import HELD, Job, owner
 
-PATIENCE = 5
+PATIENCE = 0.5
 """Seconds in which a process that only looks whether the job is free gives it back."""
 
 

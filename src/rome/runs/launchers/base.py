@@ -46,7 +46,8 @@ class Job:
     """What the job is called. ``FOLDER.log`` (standard error), ``FOLDER.lock`` and ``FOLDER.json`` (what the function
     returned, unless None) lie beside it; the folder itself belongs to the function."""
     call: str
-    """``package.module:function``. Called again, it must go on where it was stopped. With several GPUs it is called in
+    """``package.module:function``. Called again, it must go on where it was stopped and repeat nothing that is
+    finished, for machines that start at one moment may call it one after the other. With several GPUs it is called in
     as many processes, which torchrun started."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments, JSON data."""
@@ -242,9 +243,8 @@ class _Following:
             self.elsewhere.pop(number, None)
             self._fail(number, explain(error) or str(error))
             return False
-        if self.elsewhere.pop(number, None) is None:
-            return True
-        if job.done():
+        theirs = self.elsewhere.pop(number, None) is not None or number in self.began
+        if theirs and job.done():
             self._say(number, f"{job.summary()} (by another process)")
             return False
         return True

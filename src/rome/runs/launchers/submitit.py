@@ -15,6 +15,7 @@ from pydantic import Field
 
 from rome.core.errors import REQUEUE, UserError, first_line
 from rome.core.files import replace_file
+from rome.core.launched import alone
 from rome.runs.launchers.base import Handle, Job, Launcher
 from rome.runs.launchers.local import seeing, shared_gpus
 
@@ -105,7 +106,7 @@ class Submitit(Launcher):
             **{f"slurm_{name}": getattr(self, name) for name in own},
             "slurm_array_parallelism": at_once,
             "slurm_setup": list(self.setup) or None,
-            "slurm_additional_parameters": self.additional_parameters or None,
+            "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},  # also if a node fails
         }
 
     def found(self, job: Job) -> Handle | None:
@@ -145,8 +146,6 @@ class Work:
         self.command, self.log, self.environment = command, log.resolve(), environment
 
     def __call__(self) -> int:
-        from rome.core.distributed import alone
-
         code: int | None = REQUEUE
         while code == REQUEUE:
             with open(self.log, "wb") as log:
