@@ -49,8 +49,8 @@ class Fake:
         self.looks -= 1
         return self.code if self.looks < 0 else None
 
-    def send_signal(self, number: int) -> None:
-        self.signals.append(number)
+    def terminate(self) -> None:
+        self.signals.append(signal.SIGTERM)
 
     def wait(self) -> int:
         return self.code
@@ -205,7 +205,7 @@ def test_a_signal_stops_the_jobs_in_order(
     with pytest.raises(Interrupted, match="the same command goes on") as ended:
         Local().run(jobs(tmp_path, 3), at_once=2)
     assert ended.value.code == code
-    assert [fake.signals for fake in machine.fakes] == [[] if number == signal.SIGINT else [number]] * 2
+    assert [fake.signals for fake in machine.fakes] == [[] if number == signal.SIGINT else [signal.SIGTERM]] * 2
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -287,13 +287,12 @@ def test_a_lock_that_cannot_be_made_is_one_line_and_the_others_run(
     assert Local().run([first]) == {}
 
 
-def test_a_claimed_job_is_left_to_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_job, "PATIENCE", 0.1)
+def test_a_claimed_job_is_left_to_its_owner(tmp_path: Path) -> None:
     (job,) = jobs(tmp_path, 1)
     with job.lease():
-        assert _job.work(job, 1) == base.HELD
+        assert _job.work(job, 1, 0.1) == base.HELD
     assert not Path(job.arguments["place"]).exists()
-    assert _job.work(job, 1) == 0
+    assert _job.work(job, 1, 0.1) == 0
     assert not job.beside("lock").exists()
 
 
@@ -301,7 +300,7 @@ def test_whoever_loses_its_lease_writes_no_more(tmp_path: Path) -> None:
     (job,) = jobs(tmp_path, 1, "wait_for_sigterm")
     source = (
         "import sys; from pathlib import Path; from rome.runs.launchers import Job, _job, base; base.LEASE = 0.3;"
-        "sys.exit(_job.work(Job(Path(sys.argv[1]), sys.argv[2], {'place': sys.argv[3]}), 1))"
+        "sys.exit(_job.work(Job(Path(sys.argv[1]), sys.argv[2], {'place': sys.argv[3]}), 1, 1))"
     )
     command = [sys.executable, "-c", source, str(job.folder), job.call, job.arguments["place"]]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -311,6 +310,25 @@ def test_whoever_loses_its_lease_writes_no_more(tmp_path: Path) -> None:
     _, told = process.communicate(timeout=20)
     assert process.returncode == base.HELD
     assert told == f"error: process 4711 on node7 took {job.folder} over\n"
+
+
+def test_a_rename_that_fails_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,) = jobs(tmp_path, 1)
+
+    def fails(*arguments: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    for broken, code in ((True, 2), (False, 0)):
+        if broken:
+            monkeypatch.setattr("os.replace", fails)
+        with pytest.raises(SystemExit) as ended:
+            _job.main(job.command(1)[3:])
+        monkeypatch.undo()
+        assert ended.value.code == code
+    assert capsys.readouterr().err == f"error: {job.beside('json')}: Input/output error: check the path\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"0.txt", "job0.json"}, "no lock, nothing half written"
 
 
 # Real processes
@@ -445,15 +463,20 @@ def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(
 def test_what_slurm_ended_is_named_and_submitted_again(slurm_home: Path, tmp_path: Path) -> None:
     (job,) = jobs(tmp_path, 1, "wait_for_sigterm")
 
+    note = Path(job.arguments["place"])
+
     def cancel() -> None:
-        wait_for((slurm_home / "100.pid").exists)
-        os.kill(int((slurm_home / "100.pid").read_text()), signal.SIGKILL)
+        wait_for(lambda: note.exists() and bool(note.read_text()))
+        for process in ((slurm_home / "100.pid").read_text(), note.read_text()):
+            os.kill(int(process), signal.SIGKILL)
 
     thread = threading.Thread(target=cancel)
     thread.start()
     failed = chosen_launcher("submitit").run([job])
     thread.join()
     assert "has not produced any output (state: FAILED)" in failed[job.folder]
+    assert chosen_launcher("submitit").run([job]) == {}
+    assert len(list(slurm_home.glob("*.sbatch"))) == 2
 
 
 def test_slurm_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

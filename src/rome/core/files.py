@@ -8,7 +8,7 @@ import errno
 import hashlib
 import io
 import os
-import time
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +51,8 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         OSError: it cannot be written; ``filename`` is the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes of two machines may have one number
+    partial = path.with_name(f".{path.name}.{own}.partial")
     try:
         write(partial)
         partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
@@ -73,11 +74,14 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_partials(folder: Path, age: float = 600) -> None:
-    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds."""
-    for partial in folder.glob(".*.[0-9]*.partial"):
-        with suppress(OSError):  # it has its name by now, or the folder is only read
-            if time.time() - partial.stat().st_mtime >= age:
-                partial.unlink()
+    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds by the clock
+    of the file system, which may not be this machine's."""
+    with suppress(OSError), TemporaryFile(dir=folder, prefix=".", suffix=f".{os.getpid()}.partial") as file:
+        present = os.fstat(file.fileno()).st_mtime
+        for partial in folder.glob(".*.[0-9]*.partial"):
+            with suppress(OSError):  # it has its name by now, or the folder is only read
+                if present - partial.stat().st_mtime >= age:
+                    partial.unlink()
 
 
 def file_hash(path: str | Path) -> str:

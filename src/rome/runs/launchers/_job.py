@@ -1,4 +1,4 @@
-"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES CALL ARGUMENTS``.
+"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
 
 With one process the function is called here; with several, torchrun starts this module again for each, with
 PROCESSES 0.
@@ -24,11 +24,8 @@ from rome.core.files import replace_file
 from rome.core.launched import is_first
 from rome.runs.launchers.base import HELD, Job, owner
 
-PATIENCE = 0.5
-"""Seconds in which a process that only looks whether the job is free gives it back."""
 
-
-def work(job: Job, processes: int) -> int:
+def work(job: Job, processes: int, patience: float) -> int:
     """Claim the job and do it; the exit code."""
     if processes == 0:
         return _called(job)
@@ -43,7 +40,7 @@ def work(job: Job, processes: int) -> int:
 
     lease = job.lease(on_compromise=lose, thread_local=False)
     try:
-        held = lease.acquire(timeout=PATIENCE)
+        held = lease.acquire(timeout=patience)
     except Timeout:
         say(f"{owner(lease)} works on {job.folder}")
         return HELD
@@ -77,11 +74,11 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
 
 
 def main(arguments: list[str]) -> Any:
-    folder, processes, call, settings = arguments
+    folder, processes, patience, call, settings = arguments
     if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one, and sent to all of a job
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
-        sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes)))
+        sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))
 
 
 if __name__ == "__main__":

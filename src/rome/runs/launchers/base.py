@@ -61,9 +61,13 @@ class Job:
     def beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
-    def command(self, processes: int) -> list[str]:
-        """The command line that works on it, with ``processes`` processes."""
-        words = [str(self.folder), str(processes), self.call, json.dumps(dict(self.arguments))]
+    def command(self, processes: int, patience: float = 0.5) -> list[str]:
+        """The command line that works on it, with ``processes`` processes.
+
+        Args:
+            patience: seconds to wait for a claim of somebody else, who may only be looking whether it is free.
+        """
+        words = [str(self.folder), str(processes), str(patience), self.call, json.dumps(dict(self.arguments))]
         return [sys.executable, "-m", "rome.runs.launchers._job", *words]
 
     def lease(self, **options: Any) -> SoftFileLease:

@@ -53,7 +53,7 @@ class _Process(Handle):
 
     def stop(self, number: int | None) -> None:
         if number is not None:  # where a terminal sent the signal, the process has it too
-            self.process.send_signal(number)
+            self.process.terminate()
         self.process.wait()
 
 

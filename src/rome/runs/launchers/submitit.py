@@ -16,7 +16,7 @@ from pydantic import Field
 from rome.core.errors import REQUEUE, UserError, first_line
 from rome.core.files import replace_file
 from rome.core.launched import alone
-from rome.runs.launchers.base import Handle, Job, Launcher
+from rome.runs.launchers.base import LEASE, Handle, Job, Launcher
 from rome.runs.launchers.local import seeing, shared_gpus
 
 FOLDER = "submitit"
@@ -69,7 +69,7 @@ class Submitit(Launcher):
         queued = self.cluster == "slurm"  # which gives GPUs itself, and says so in the same variable
         shares = [None] * len(jobs) if queued else shared_gpus(len(jobs), running, gpus)
         work = {
-            job.folder: Work(job.command(gpus or 1), job.beside("log"), seeing(own))
+            job.folder: Work(job.command(gpus or 1, 2 * LEASE), job.beside("log"), seeing(own))
             for job, own in zip(jobs, shares, strict=True)
         }
         each = (1 if gpus is None else gpus) or None
