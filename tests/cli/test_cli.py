@@ -570,6 +570,40 @@ def test_a_shell_of_slurm_is_one_process(config: Path, rome: Any, monkeypatch: p
     assert rome("train", config).code == 0
 
 
+# Several runs
+
+
+@pytest.mark.slow
+def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
+    run: Run, evaluated: Path, rome: Any, forked: None
+) -> None:
+    """One of them anew, one from what is there, one that is none."""
+    ended = rome("evaluate", run.folder, evaluated, "nowhere", "--n", "20", "--jobs", "2")
+    assert ended.code == 2
+    names = [line.split()[0] for line in ended.out.splitlines()]
+    assert [name for name in names if "/" in name and not name.endswith(":")] == [str(run.folder), str(evaluated)]
+    assert "error: 1 of 3 failed; the same command tries them again\nnowhere: there is no model at nowhere" in ended.err
+    single = rome("evaluate", run.folder, "--n", "20", "--json")
+    several = rome("evaluate", run.folder, evaluated, "--n", "20", "--json")
+    assert [json.loads(line)["union"] for line in several.out.splitlines()] == [json.loads(single.out)["union"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b", "--out", "x"], "several runs are evaluated without --out and --model"),
+        (["a", "b", "--model", "resnet_18"], "several runs are evaluated without --out and --model"),
+        (["a", "b", "--launcher", "slurm"], "--launcher: unknown launcher kind 'slurm'"),
+        (["a", "--jobs", "0"], "--jobs"),
+    ],
+)
+def test_mistakes_with_several_runs(words: list[str], message: str, rome: Any) -> None:
+    ended = rome("evaluate", *words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert message in ended.err
+    assert not Path("evaluations").exists()
+
+
 # Paths that cannot be written or read
 
 LONG = "n" * 300

@@ -252,6 +252,16 @@ def test_two_steps_of_one_job_meet_at_other_ports(slurm: Callable[..., None]) ->
     assert os.environ["MASTER_PORT"] == str(15000 + 4711 + 101)
 
 
+def test_what_a_batch_script_exports_is_overruled_but_for_the_address(
+    slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(STEP)
+    for name, value in {"WORLD_SIZE": "8", "MASTER_ADDR": "gpu2-ib", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_together() == 4
+    assert [os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")] == ["3", "gpu2-ib", "29500"]
+
+
 def test_torchrun_in_a_job_of_slurm_is_torchrun(slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(STEP)
     for name in LAUNCHED:

@@ -9,24 +9,18 @@ import re
 import shutil
 import signal
 import statistics
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from helpers.small_models import THREADS
-from helpers.tiny_runs import rome, started, wait_for
+from helpers.tiny_runs import rome, wait_for
 from rome.cli.app import main
 from rome.core.errors import REQUEUE, UserError
 from rome.evaluation.evaluate import Report
 from rome.report.sweep import Result, gather_results, points, save_results, show_results, sweep
 from rome.runs.folder import Run
-from rome.runs.launchers import Job
-from rome.runs.launchers._job import main as main_of_job
 
 CONFIG = """
 data: {kind: digits, train_limit: 64, test_limit: 40}
@@ -44,34 +38,6 @@ def config(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(CONFIG)
     return file
-
-
-class Forked:
-    """A point's process, from the fork server: to start one anew costs 7 seconds."""
-
-    def __init__(self, job: Job, processes: int, environment: Mapping[str, str]) -> None:
-        self.process = started(run_quietly, job.beside("log"), job.command(processes)[3:])
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-
-def run_quietly(log: Path, job: list[str]) -> None:
-    torch.set_num_threads(THREADS)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    try:
-        main_of_job(job)
-    finally:
-        sys.stderr.flush()
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rome.runs.launchers.local.start_process", Forked)
 
 
 def code(arguments: list[str]) -> object:
@@ -174,6 +140,18 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert "evaluation with other settings (seed: 0 there, 1 now)" in sweep(other)[more.folder]
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_is_trained_and_evaluated(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    chosen = points([config], ["device=cpu"], tmp_path / "out")
+    assert sweep(chosen, gpus=2) == {}
+    (result,) = gather_results(chosen)
+    assert set(result.values) == {"clean", "L1", "L2", "Linf", "average", "union"}
+    assert len(Run(chosen[0].folder).log()) == 3, "one of them writes"
 
 
 @pytest.mark.slow

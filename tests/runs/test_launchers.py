@@ -126,7 +126,7 @@ def test_more_jobs_than_gpus_share_them_and_it_is_said(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     machine.looks = dict.fromkeys(("job0", "job1", "job2", "job3"), 3)
-    Local().run(jobs(tmp_path, 4), at_once=4)
+    Local().run(jobs(tmp_path, 4), at_once=8)
     assert machine.gpus() == ["0", "1", "0", "1"]
     assert "4 jobs at a time share 2 GPUs (--jobs)" in capsys.readouterr().err
 
@@ -438,7 +438,7 @@ def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(
 ) -> None:
     chosen = jobs(tmp_path, 2, "wait_for_sigterm")
     assert chosen_launcher("{kind: submitit, wait: false}").run(chosen) == {}
-    assert "2 submitted; the same command shows how far they are" in capsys.readouterr().err
+    assert "2 run or wait in the queue; the same command shows how far they are" in capsys.readouterr().err
     notes = [Path(job.arguments["place"]) for job in chosen]
     wait_for(lambda: all(note.exists() and note.read_text() for note in notes))
 

@@ -26,7 +26,7 @@ def launched_together() -> int:
         UserError: the environment says that there are several, and not how they find each other; or this process would
             work alone on one of several tasks of SLURM.
     """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ and _number("SLURM_NTASKS") > 1:
+    if "RANK" not in os.environ and _number("SLURM_NTASKS") > 1:
         _adopt_srun()
     world = os.environ.get("WORLD_SIZE", "1")
     missing = [name for name in LAUNCHED if name not in os.environ]

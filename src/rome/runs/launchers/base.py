@@ -160,6 +160,7 @@ class Launcher(Component):
             UserError: the launcher cannot work so, or a finished job is another one than asked for.
             Interrupted: SIGINT, SIGTERM or SIGUSR1.
         """
+        at_once = at_once and min(at_once, max(1, len(jobs)))
         limit = self.check(at_once=at_once, gpus=gpus)
         if len({job.folder for job in jobs}) < len(jobs):
             raise UserError("two jobs have the same folder; name each once")
@@ -174,9 +175,11 @@ class Launcher(Component):
                 following.all(limit, at_once=at_once, gpus=gpus)
             except KeyboardInterrupt as stop:
                 number = stop.args[0] if stop.args else None
-                for handle in following.running.values():
-                    handle.stop(number)
+                following.stop(number)
                 raise Interrupted(130 if number is None else REQUEUE, self.stopped) from None
+            except BaseException:
+                following.stop(signal.SIGTERM)
+                raise
         return following.failed
 
 
@@ -195,7 +198,7 @@ class _Following:
         for number in list(self.waiting):
             if handle := self.launcher.found(self.jobs[number]):
                 self._begin(number, handle)
-        if self.running:
+        if self.running and self.launcher.waits():
             print(f"{len(self.running)} run already or wait in the queue", file=sys.stderr, flush=True)
         looks = 0
         while self.waiting or self.running or self.elsewhere:
@@ -213,7 +216,8 @@ class _Following:
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
             if not self.launcher.waits():
-                print(f"{len(self.running)} submitted; the same command shows how far they are", file=sys.stderr)
+                there = f"{len(self.running)} run or wait in the queue"
+                print(f"{there}; the same command shows how far they are", file=sys.stderr)
                 return
             time.sleep(POLL)
             for number, handle in list(self.running.items()):
@@ -222,6 +226,10 @@ class _Following:
             looks += 1
             if looks % 40 == 0:
                 self._look_elsewhere()
+
+    def stop(self, number: int | None) -> None:
+        for handle in self.running.values():
+            handle.stop(number)
 
     def _begin(self, number: int, handle: Handle) -> None:
         if number in self.waiting:
@@ -236,20 +244,19 @@ class _Following:
         try:
             lease.acquire(blocking=False)
             lease.release()
+            theirs = self.elsewhere.pop(number, None) is not None or number in self.began
+            if theirs and job.done():
+                self._say(number, f"{job.summary()} (by another process)")
+                return False
         except Timeout:
             if number not in self.elsewhere:
-                self.elsewhere[number] = (
-                    lease  # the same one asks again: it remembers since when there was no sign of life
-                )
+                # this very one asks again, for it remembers since when there was no sign of life
+                self.elsewhere[number] = lease
                 self._say(number, f"{owner(lease)} works on it; waiting")
             return False
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.elsewhere.pop(number, None)
-            self._fail(number, explain(error) or str(error))
-            return False
-        theirs = self.elsewhere.pop(number, None) is not None or number in self.began
-        if theirs and job.done():
-            self._say(number, f"{job.summary()} (by another process)")
+            self._fail(number, (explain(error) if isinstance(error, OSError) else None) or str(error))
             return False
         return True
 
