@@ -20,6 +20,7 @@ from helpers import slurm
 from helpers.problems import case
 from helpers.tiny_runs import wait_for
 from rome.core.errors import REQUEUE, Interrupted, UserError
+from rome.core.files import replace_file, replace_with
 from rome.runs.launchers import Job, Local, _job, base, chosen_launcher
 from rome.runs.launchers.local import visible_gpus
 
@@ -193,9 +194,7 @@ def test_a_job_that_was_stopped_and_saved_goes_on(
     assert capsys.readouterr().err.count("[1/2]") == 3
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)])
 def test_a_signal_stops_the_jobs_in_order(
     number: int, code: int, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +328,19 @@ def test_a_rename_that_fails_is_one_line_and_the_same_command_goes_on(
         assert ended.value.code == code
     assert capsys.readouterr().err == f"error: {job.beside('json')}: Input/output error: check the path\n"
     assert {file.name for file in tmp_path.iterdir()} == {"0.txt", "job0.json"}, "no lock, nothing half written"
+
+
+def test_processes_of_one_number_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first processes of two containers."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(b"mine")
+        replace_file(tmp_path / "file", b"theirs")
+
+    replace_with(tmp_path / "file", write)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 # Real processes

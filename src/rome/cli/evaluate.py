@@ -31,8 +31,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[TARGET]...",
-            help="A run's folder, a model.safetensors of ours, or hf://USER/NAME[@REVISION]; each of several "
-            "is evaluated in a process of its own.",
+            help="A run's folder, a model.safetensors of ours, or hf://USER/NAME[@REVISION]; several are evaluated "
+            "each in a process of its own.",
         ),
     ] = None,
     suite: Annotated[

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -74,14 +75,11 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_partials(folder: Path, age: float = 600) -> None:
-    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds by the clock
-    of the file system, which may not be this machine's."""
-    with suppress(OSError), TemporaryFile(dir=folder, prefix=".", suffix=f".{os.getpid()}.partial") as file:
-        present = os.fstat(file.fileno()).st_mtime
-        for partial in folder.glob(".*.[0-9]*.partial"):
-            with suppress(OSError):  # it has its name by now, or the folder is only read
-                if present - partial.stat().st_mtime >= age:
-                    partial.unlink()
+    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds."""
+    for partial in folder.glob(".*.[0-9]*.partial"):
+        with suppress(OSError):  # it has its name by now, or the folder is only read
+            if time.time() - partial.stat().st_mtime >= age:
+                partial.unlink()
 
 
 def file_hash(path: str | Path) -> str:

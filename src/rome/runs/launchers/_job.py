@@ -19,10 +19,9 @@ from typing import Any
 from filelock import Timeout
 
 from rome.core.console import exiting, say
-from rome.core.errors import REQUEUE
 from rome.core.files import replace_file
 from rome.core.launched import is_first
-from rome.runs.launchers.base import HELD, Job, owner
+from rome.runs.launchers.base import ANNOUNCED, HELD, Job, exit_code, owner
 
 
 def work(job: Job, processes: int, patience: float) -> int:
@@ -65,18 +64,20 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
         for child in children:
             child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *ANNOUNCED):
         signal.signal(number, forward)
     children.append(subprocess.Popen([*torchrun, *job.command(0)[1:]], start_new_session=True))
     while (code := children[0].poll()) is None:
         time.sleep(0.05)
-    return REQUEUE if code and stopped else int(code != 0)
+    return exit_code(stopped[-1]) if code and stopped else int(code != 0)
 
 
 def main(arguments: list[str]) -> Any:
     folder, processes, patience, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one, and sent to all of a job
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR2"):
+        signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN
+        )  # of submitit, for the process around this one; all of a job get it
     with exiting():
         sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))
 

@@ -32,6 +32,8 @@ from rome.core.plain_data import Unreadable, parse_yaml
 
 HELD = 76
 """Exit code of a job that another process works on."""
+ANNOUNCED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals by which a queue says that the time of a job is over: it is to go on in another one."""
 LEASE = 60.0
 """Seconds without a sign of life after which another machine may take a job over. All machines must agree."""
 POLL = 0.05
@@ -158,7 +160,7 @@ class Launcher(Component):
 
         Raises:
             UserError: the launcher cannot work so, or a finished job is another one than asked for.
-            Interrupted: SIGINT, SIGTERM or SIGUSR1.
+            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2.
         """
         at_once = at_once and min(at_once, max(1, len(jobs)))
         limit = self.check(at_once=at_once, gpus=gpus)
@@ -176,7 +178,7 @@ class Launcher(Component):
             except KeyboardInterrupt as stop:
                 number = stop.args[0] if stop.args else None
                 following.stop(number)
-                raise Interrupted(130 if number is None else REQUEUE, self.stopped) from None
+                raise Interrupted(exit_code(number or signal.SIGINT), self.stopped) from None
             except BaseException:
                 following.stop(signal.SIGTERM)
                 raise
@@ -289,6 +291,11 @@ class _Following:
         print(f"[{number}/{self.total}] {job.name or job.folder}: {text}", file=sys.stderr, flush=True)
 
 
+def exit_code(number: int) -> int:
+    """Of work that a signal stopped."""
+    return REQUEUE if number in ANNOUNCED else 128 + number
+
+
 def owner(lease: SoftFileLease) -> str:
     """Who holds a lease."""
     known = lease.owner
@@ -304,12 +311,12 @@ def require_done(failed: Mapping[Any, str], jobs: int) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise KeyboardInterrupt with their number, SIGINT without."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 raise KeyboardInterrupt with their number, SIGINT without."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *ANNOUNCED)}
     try:
         yield
     finally:

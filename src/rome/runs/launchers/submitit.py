@@ -19,6 +19,8 @@ from rome.core.launched import alone
 from rome.runs.launchers.base import LEASE, Handle, Job, Launcher
 from rome.runs.launchers.local import seeing, shared_gpus
 
+GOES_ON = (REQUEUE, 128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes with which a job is called again. SLURM sends SIGTERM before the signal that it preempts by."""
 FOLDER = "submitit"
 """Beside the jobs' folders: submitit's scripts, pickles and logs, and by which id it knows each job."""
 
@@ -147,7 +149,7 @@ class Work:
 
     def __call__(self) -> int:
         code: int | None = REQUEUE
-        while code == REQUEUE:
+        while code in GOES_ON:
             with open(self.log, "wb") as log:
                 environment = alone(os.environ) | self.environment
                 self.process = subprocess.Popen(self.command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
