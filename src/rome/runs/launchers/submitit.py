@@ -37,6 +37,13 @@ class Submitit(Launcher):
     wait: bool = True
     """Stay until the jobs have ended and show their results; false: return when they are submitted."""
     partition: str | None = None
+    """SLURM's partition; None: the cluster's default, as for the next three."""
+    account: str | None = None
+    """Whom the jobs are charged to."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that a node must have: ``a100&nvlink``."""
     timeout_min: int = Field(default=24 * 60, ge=1)
     """Minutes that a job may take until it is requeued."""
     max_num_timeout: int = Field(default=100, ge=0)
@@ -46,9 +53,7 @@ class Submitit(Launcher):
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores of a job; None: SLURM's default."""
     mem_gb: float | None = Field(default=None, gt=0)
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    """Memory of a job in GB; None: SLURM's default."""
     setup: tuple[str, ...] = ()
     """Shell commands to run before a job: ``module load cuda``."""
     additional_parameters: dict[str, Any] = Field(default_factory=dict)
