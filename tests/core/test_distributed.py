@@ -242,7 +242,7 @@ def test_a_task_of_srun_is_one_of_several(slurm: Callable[..., None]) -> None:
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
         "MASTER_ADDR": "gpu2", "MASTER_PORT": str(15000 + 4711),
     }  # fmt: skip
-    assert alone(os.environ | {"PATH": "here"})["PATH"] == "here"
+    assert alone({"PATH": "here", "LOCAL_SCRATCH": "there"}) == {"PATH": "here", "LOCAL_SCRATCH": "there"}
     assert not {name for name in alone(os.environ) if name in told or name.startswith("SLURM_STEP")}
 
 

@@ -13,7 +13,8 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 _STEP = {"SLURM_NTASKS": "NUM_TASKS", "SLURM_NNODES": "NUM_NODES", "SLURM_NODELIST": "NODELIST"}
 """Variables of SLURM's job that Fabric reads -> what the step that srun started says instead (SLURM_STEP_...)."""
 _OURS = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+|SLURM_(NTASKS\w*|NPROCS|PROCID|LOCALID|STEP\w+)"
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+    r"|SLURM_(NTASKS\w*|NPROCS|PROCID|LOCALID|STEP\w+))"
 )
 """Variables by which torchrun and srun say to a process that it is one of several."""
 

@@ -74,10 +74,8 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
 
 def main(arguments: list[str]) -> Any:
     folder, processes, patience, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):
-        signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # of submitit, for the process around this one; all of a job get it
+    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one and sent to all of a job
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
         sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))
 
