@@ -1,9 +1,9 @@
-# make demo | test | check | docs | gpu | test-kernels | test-slow | test-gpu | test-browser | test-originals | test-oldest | wheel | clean
+# make demo | test | check | docs | gpu | test-kernels | test-slow | test-gpu | test-browser | test-slurm | test-originals | test-oldest | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs gpu format test-kernels test-slow test-gpu test-browser test-originals test-oldest wheel clean
+.PHONY: demo test check docs gpu format test-kernels test-slow test-gpu test-browser test-slurm test-originals test-oldest wheel clean
 demo: $(VENV)/ready
 	$(BIN)/rome demo
 
@@ -38,6 +38,10 @@ test-browser: $(VENV)/ready  # needs chromium (apt install chromium, or its path
 	@test -n "$(CHROMIUM)" || command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { echo "the page's tests need chromium: apt install chromium, or make test-browser CHROMIUM=/path/to/it"; exit 2; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[browser]"
 	CHROMIUM="$(CHROMIUM)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report/test_explore_browser.py
+
+test-slurm: $(VENV)/ready  # launchers, also submitit's, on a SLURM that pretends; adds submitit to the environment
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[slurm]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runs/test_launchers.py
 
 test-originals: $(VENV)/ready  # the unseen attacks beside the packages they were published in
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/originals \

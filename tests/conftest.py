@@ -45,6 +45,14 @@ def rome(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     return call
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of the local launcher come from the fork server."""
+    from helpers.forked_jobs import Forked
+
+    monkeypatch.setattr("rome.runs.launchers.local.start_process", Forked)
+
+
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     """1,437 training and 360 test images, in the order of the file."""

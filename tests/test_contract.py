@@ -27,6 +27,7 @@ from rome.experts import Experts, Gate, Regularizer, add_experts, expert_layers,
 from rome.methods import Method
 from rome.models import create_model
 from rome.runs.config import parse
+from rome.runs.launchers import Launcher
 from rome.runs.loggers import Logger
 from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
 
@@ -71,7 +72,10 @@ def x() -> Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("family", [Attack, Method, Experts, Gate, Regularizer, Data, Suite, Threat, Logger], ids=str)
+FAMILIES = [Attack, Method, Experts, Gate, Regularizer, Data, Suite, Threat, Logger, Launcher]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_settings_go_into_a_config_and_come_back(family: type[Component]) -> None:
     for kind, member in family.members().items():
         if not member.__module__.startswith("rome."):

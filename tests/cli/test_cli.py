@@ -559,9 +559,49 @@ def test_half_an_environment_of_several_processes_is_refused(
 
 
 def test_a_shell_of_slurm_is_one_process(config: Path, rome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NTASKS": "4", "JOB_NAME": "job", "JOB_ID": "1", "NODELIST": "n1", "PROCID": "3"}.items():
+    for name, value in {"NTASKS": "4", "JOB_NAME": "job", "JOB_ID": "1", "NODELIST": "n1", "PROCID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    for command in (("train", config), ("evaluate", "runs/tiny")):
+        ended = rome(*command)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "this job of SLURM has 4 tasks, and this process would work alone: start it with srun" in ended.err
+    assert not Path("runs/tiny").exists()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
     assert rome("train", config).code == 0
+
+
+# Several runs
+
+
+@pytest.mark.slow
+def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
+    run: Run, evaluated: Path, rome: Any, forked: None
+) -> None:
+    """One of them anew, one from what is there, one that is none."""
+    ended = rome("evaluate", run.folder, evaluated, "nowhere", "--n", "20", "--jobs", "2")
+    assert ended.code == 2
+    names = [line.split()[0] for line in ended.out.splitlines()]
+    assert [name for name in names if "/" in name and not name.endswith(":")] == [str(run.folder), str(evaluated)]
+    assert "error: 1 of 3 failed; the same command tries them again\nnowhere: there is no model at nowhere" in ended.err
+    single = rome("evaluate", run.folder, "--n", "20", "--json")
+    several = rome("evaluate", run.folder, evaluated, "--n", "20", "--json")
+    assert [json.loads(line)["union"] for line in several.out.splitlines()] == [json.loads(single.out)["union"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b", "--out", "x"], "several runs are evaluated without --out and --model"),
+        (["a", "b", "--model", "resnet_18"], "several runs are evaluated without --out and --model"),
+        (["a", "b", "--launcher", "slurm"], "--launcher: unknown launcher kind 'slurm'"),
+        (["a", "--jobs", "0"], "--jobs"),
+    ],
+)
+def test_mistakes_with_several_runs(words: list[str], message: str, rome: Any) -> None:
+    ended = rome("evaluate", *words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert message in ended.err
+    assert not Path("evaluations").exists()
 
 
 # Paths that cannot be written or read
@@ -598,7 +638,11 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
 
     if out == "locked":
         monkeypatch.setattr("rome.core.files.TemporaryFile", nothing_here)
-    for work in ("rome.report.sweep._start", "rome.report.page._Pictures", "rome.report.figures.embeddings.embed"):
+    for work in (
+        "rome.runs.launchers.local.start_process",
+        "rome.report.page._Pictures",
+        "rome.report.figures.embeddings.embed",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
     before = sorted(Path().rglob("*"))
     ended = rome(*(str(evaluated) if word == "RUN" else word for word in command), "--out", out)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,26 @@ from helpers.problems import rest_slow
 from helpers.tiny_runs import (
     EXACT,
     STEPS,
+    Child,
     Moment,
     assert_same_run,
     both,
     changed,
     no_traceback,
+    rome,
+    same,
     tiny,
     two_processes,
     updates,
     wait_for,
     watched,
+    weights,
     write_yaml,
 )
-from rome.core.errors import Interrupted
+from rome.core.distributed import own_device
+from rome.core.errors import Interrupted, UserError
+from rome.core.launched import LAUNCHED, alone, launched_together
+from rome.evaluation.evaluate import Report
 from rome.runs.folder import Run
 from rome.training.setup import train
 
@@ -197,6 +206,174 @@ def test_only_the_first_process_speaks(tmp_path: Path) -> None:
     assert "Warning" not in first.err
     assert (second.out, second.err) == ("", "")
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+# srun
+
+
+STEP = {
+    "JOB_ID": "4711", "STEP_ID": "0", "NTASKS": "4", "STEP_NUM_TASKS": "4", "NNODES": "3", "STEP_NUM_NODES": "2",
+    "NODELIST": "gpu[1-3]", "STEP_NODELIST": "gpu[2,3]", "STEP_TASKS_PER_NODE": "2(x2)", "PROCID": "3", "LOCALID": "1",
+    "NODEID": "1", "JOB_NAME": "train",
+}  # fmt: skip
+"""What a task of ``srun --nodes 2 --ntasks-per-node 2`` reads in a job of three nodes, after SLURM_."""
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set variables of SLURM; what is made of them is forgotten afterwards."""
+    made = [*LAUNCHED, "WORLD_SIZE", "GROUP_RANK", "SLURM_NTASKS_PER_NODE"]
+    for name in [*made, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def put(variables: dict[str, str], **others: str) -> None:
+        for name, value in (variables | others).items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+
+    return put
+
+
+def test_a_task_of_srun_is_one_of_several(slurm: Callable[..., None]) -> None:
+    slurm(STEP)
+    assert launched_together() == 4
+    told = {name: os.environ[name] for name in [*LAUNCHED, "WORLD_SIZE", "GROUP_RANK"]}
+    assert told == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+        "MASTER_ADDR": "gpu2", "MASTER_PORT": str(15000 + 4711),
+    }  # fmt: skip
+    assert alone({"PATH": "here", "LOCAL_SCRATCH": "there"}) == {"PATH": "here", "LOCAL_SCRATCH": "there"}
+    assert not {name for name in alone(os.environ) if name in told or name.startswith("SLURM_STEP")}
+
+
+def test_two_steps_of_one_job_meet_at_other_ports(slurm: Callable[..., None]) -> None:
+    slurm(STEP, STEP_ID="1")
+    launched_together()
+    assert os.environ["MASTER_PORT"] == str(15000 + 4711 + 101)
+
+
+def test_what_a_batch_script_exports_is_overruled_but_for_the_address(
+    slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(STEP)
+    for name, value in {"WORLD_SIZE": "8", "MASTER_ADDR": "gpu2-ib", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_together() == 4
+    assert [os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")] == ["3", "gpu2-ib", "29500"]
+
+
+def test_torchrun_in_a_job_of_slurm_is_torchrun(slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(STEP)
+    for name in LAUNCHED:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert launched_together() == 8
+    assert os.environ["RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"STEP_NUM_TASKS": "1"},  # a batch script that was submitted from a step's shell
+        {"STEP_ID": str(2**32 - 6)},  # the shell of salloc
+        {"STEP_ID": ""},
+    ],
+)
+def test_one_task_that_would_work_alone_beside_others_is_refused(
+    changes: dict[str, str], slurm: Callable[..., None]
+) -> None:
+    slurm(STEP, **changes)
+    with pytest.raises(UserError, match=r"this job of SLURM has 4 tasks, and this process would work alone: start it "):
+        launched_together()
+    assert "RANK" not in os.environ
+
+
+def test_a_batch_script_of_several_tasks_is_refused_and_one_of_one_is_alone(slurm: Callable[..., None]) -> None:
+    batch = {name: STEP[name] for name in ("JOB_ID", "NTASKS", "NNODES", "NODELIST", "PROCID", "LOCALID", "NODEID")}
+    slurm(batch)
+    with pytest.raises(UserError, match="4 tasks"):
+        launched_together()
+    slurm(batch, NTASKS="1")
+    assert launched_together() == 1
+
+
+def test_tasks_spread_unevenly_are_refused(slurm: Callable[..., None]) -> None:
+    slurm(STEP, STEP_TASKS_PER_NODE="3,1")
+    with pytest.raises(UserError, match=r"unevenly over 2 nodes \(3,1\): give srun --ntasks-per-node instead"):
+        launched_together()
+
+
+@pytest.mark.parametrize(
+    ("variables", "there", "own"),
+    [
+        ({}, 2, 1),  # every task sees all GPUs of its node
+        ({"GPUS_PER_TASK": "1"}, 1, 0),  # its own only
+        ({"STEP_GPUS": "0,1"}, 1, 0),
+        ({}, 1, None),  # one GPU for two tasks
+        ({"STEP_GPUS": "0"}, 1, None),
+    ],
+)
+def test_the_gpu_of_a_task(
+    variables: dict[str, str],
+    there: int,
+    own: int | None,
+    slurm: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    slurm(STEP, **variables)
+    if own is None:
+        with pytest.raises(UserError, match="process 1 has no GPU of its own: there are 1 here"):
+            own_device(torch.device("cuda"))
+    else:
+        assert own_device(torch.device("cuda")) == torch.device("cuda", own)
+        assert chosen == [own]
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def of_srun(*arguments: object, logs: Path, options: tuple[str, ...] = ("", "")) -> list[Child]:
+    """``rome ARGUMENTS`` in two processes, in the environment that srun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"JOB_ID": "4711", "STEP_ID": "0", "NTASKS": "2", "STEP_NUM_TASKS": "2", "NNODES": "1", "NODEID": "0"}
+    common |= {"NODELIST": "127.0.0.1", "STEP_NODELIST": "127.0.0.1", "STEP_NUM_NODES": "1", "STEP_TASKS_PER_NODE": "2"}
+    return [
+        rome(
+            *arguments,
+            *filter(None, [option]),
+            logs=logs / str(rank),
+            env={
+                f"SLURM_{name}": value for name, value in {**common, "PROCID": str(rank), "LOCALID": str(rank)}.items()
+            }
+            | {"MASTER_PORT": str(port)},
+        )
+        for rank, option in enumerate(options)
+    ]
+
+
+@pytest.mark.slow
+def test_srun_trains_and_evaluates_what_torchrun_does_to_the_last_bit(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny"))
+    for start, out in ((two_processes, "torchrun"), (of_srun, "srun")):
+        for command in (("train", config, "--out", tmp_path / out), ("evaluate", tmp_path / out)):
+            first, second = both(start(*command, logs=tmp_path / "logs" / out / command[0]))
+            assert (first.code, second.code, second.err) == (0, 0, "")
+    assert same(weights(tmp_path / "srun"), weights(tmp_path / "torchrun"))
+    reports = [Report.load(next((tmp_path / out / "evaluation").iterdir())) for out in ("srun", "torchrun")]
+    assert (reports[0].correct == reports[1].correct).all()
+
+
+def test_tasks_of_srun_with_different_settings_are_refused(tmp_path: Path) -> None:
+    """Eight seeds in eight tasks would train one model."""
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny"))
+    out = tmp_path / "run"
+    ended = both(of_srun("train", config, "--out", out, logs=tmp_path / "logs", options=("seed=0", "seed=1")))
+    assert [process.code for process in ended] == [2, 2]
+    assert all("the processes were given different settings" in process.err for process in ended)
+    assert not out.exists()
 
 
 # Mistakes

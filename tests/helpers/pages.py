@@ -38,6 +38,7 @@ BLOCK = re.compile(r"^(?:<!-- (\S[^:]*): (.*?) -->\n)?```(\w*)\n(.*?)^```$", re.
 DRY = r"""
 rome() { printf '%q ' "$@"; echo; }
 torchrun() { while [ "$1" != -m ]; do shift; done; shift 2; rome "$@"; }
+srun() { while [ "$1" != rome ]; do shift; done; "$@"; }
 pip() { :; }; make() { :; }; python() { :; }; pre-commit() { :; }
 """
 """``rome`` says its arguments, as the shell gives them, and does nothing."""

@@ -9,22 +9,17 @@ import re
 import shutil
 import signal
 import statistics
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from helpers.small_models import THREADS
-from helpers.tiny_runs import rome, started, wait_for
+from helpers.tiny_runs import rome, wait_for
 from rome.cli.app import main
 from rome.core.errors import UserError
 from rome.evaluation.evaluate import Report
-from rome.report.sweep import Point, Result, gather_results, points, run_point, save_results, show_results, sweep
+from rome.report.sweep import Result, gather_results, points, save_results, show_results, sweep
 from rome.runs.folder import Run
 
 CONFIG = """
@@ -43,35 +38,6 @@ def config(tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(CONFIG)
     return file
-
-
-class Forked:
-    """A point's process, from the fork server: to start one anew costs 7 seconds."""
-
-    def __init__(self, point: Point, environment: Mapping[str, str]) -> None:
-        log = point.folder.with_name(f"{point.folder.name}.log")
-        self.process = started(run_quietly, log, str(point.file), point.overrides, str(point.folder))
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-
-def run_quietly(log: Path, *point: Any) -> None:
-    torch.set_num_threads(THREADS)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    try:
-        run_point(*point)
-    finally:
-        sys.stderr.flush()
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rome.report.sweep._start", Forked)
 
 
 def code(arguments: list[str]) -> object:
@@ -152,7 +118,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
     assert len(before) == 2
     assert code(arguments) == 0
-    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert "2 of 2 are finished already" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
     for other in ("apgd-9", "apgd-10-inverse"):  # what is shown is what the config asks for, whatever else there is
         copy = out / "tiny-seed=0" / "evaluation" / other
@@ -174,6 +140,18 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     assert "evaluation with other settings (seed: 0 there, 1 now)" in sweep(other)[more.folder]
     with pytest.raises(UserError, match="was started with other settings: epochs was 1, now 2"):
         sweep(points([config], ["seed=0,1", "epochs=2"], out))
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_is_trained_and_evaluated(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    chosen = points([config], ["device=cpu"], tmp_path / "out")
+    assert sweep(chosen, gpus=2) == {}
+    (result,) = gather_results(chosen)
+    assert set(result.values) == {"clean", "L1", "L2", "Linf", "average", "union"}
+    assert len(Run(chosen[0].folder).log()) == 3, "one of them writes"
 
 
 @pytest.mark.slow
@@ -228,7 +206,7 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_alone(
     axis = "model.name=nope,vit_tiny_patch16_224"
     assert code(["sweep", str(config), axis, "--out", str(out), "--jobs", "2"]) == 2
     told = capsys.readouterr()
-    assert "1 of 2 runs failed" in told.err
+    assert "1 of 2 failed" in told.err
     assert "unknown model 'nope'" in told.err
     rows = gather_results(points([config], [axis], out))
     assert [row.point.row for row in rows] == ["tiny model.name=vit_tiny_patch16_224"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rome.core.errors import Incomplete, Interrupted, UserError, first_line, printable
 from rome.core.files import explain
+from rome.core.launched import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,11 +64,6 @@ def say(text: str) -> None:
     """To standard error, so that standard output holds results only; of several processes the first one speaks."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun or srun started, or the only one."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,85 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rome.core.errors import Interrupted, UserError
+from rome.core.launched import launched_together
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun says to each process beside their number."""
-_STEP = {"SLURM_NTASKS": "NUM_TASKS", "SLURM_NNODES": "NUM_NODES", "SLURM_NODELIST": "NODELIST"}
-"""Variables of SLURM's job that Fabric reads -> what the step that srun started says instead (SLURM_STEP_...)."""
-_OURS = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_\w+|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+|SLURM_(NTASKS\w*|NPROCS|PROCID|LOCALID|STEP\w+)"
-)
-"""Variables by which torchrun and srun say to a process that it is one of several."""
-
-
-def launched_together() -> int:
-    """How many processes torchrun or srun started; 1 where none of them did. What srun says is put into torchrun's
-    variables, which everything else reads.
-
-    Raises:
-        UserError: the environment says that there are several, and not how they find each other; or this process would
-            work alone on one of several tasks of SLURM.
-    """
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ and _number("SLURM_NTASKS") > 1:
-        _adopt_srun()
-    world = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in LAUNCHED if name not in os.environ]
-    if not world.isdecimal() or int(world) < 1 or (int(world) > 1 and missing):
-        lacks = f" without {', '.join(missing)}" if missing else ""
-        raise UserError(
-            f"the environment says WORLD_SIZE={world}{lacks}: start several processes with torchrun, or unset it"
-        )
-    return int(world)
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else 0
-
-
-def _adopt_srun() -> None:
-    """Put what SLURM says to this task of a step into torchrun's variables, as Fabric's plugin reads it."""
-    import warnings
-
-    tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
-    # a batch script and the shell of salloc are steps, too, with numbers from 2^32 - 16 on
-    in_step = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_ID") < 2**32 - 16
-    if not in_step or _number("SLURM_STEP_NUM_TASKS") != tasks:
-        raise UserError(
-            f"this job of SLURM has {tasks} tasks, and this process would work alone: start it with srun "
-            "(srun rome ...) or torchrun, or ask for one task (srun --ntasks=1 rome ...)"
-        )
-    spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
-    if spread not in (str(tasks // nodes), f"{tasks // nodes}(x{nodes})"):
-        raise UserError(
-            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): give srun --ntasks-per-node instead "
-            "of --ntasks"
-        )
-    for name, of_step in _STEP.items():
-        os.environ[name] = os.environ.get(f"SLURM_STEP_{of_step}", os.environ.get(name, "127.0.0.1"))
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-
-        slurm = SLURMEnvironment(auto_requeue=False)
-    if "MASTER_PORT" not in os.environ:  # Fabric's is the job's, so that two steps of one job would share it
-        port = slurm.main_port + 101 * _number("SLURM_STEP_ID")
-        os.environ["MASTER_PORT"] = str(15000 + (port - 15000) % 10000)
-    os.environ |= {
-        "MASTER_ADDR": slurm.main_address,
-        "RANK": str(slurm.global_rank()),
-        "WORLD_SIZE": str(slurm.world_size()),
-        "LOCAL_RANK": str(slurm.local_rank()),
-        "LOCAL_WORLD_SIZE": str(tasks // nodes),
-        "GROUP_RANK": str(slurm.node_rank()),
-    }
-
-
-def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that this one starts and that is not one of several, whatever this one is."""
-    return {name: value for name, value in environment.items() if not _OURS.fullmatch(name)}
 
 
 def world_size() -> int:

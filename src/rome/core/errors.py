@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 REQUEUE = 75
-"""Exit code (EX_TEMPFAIL) of work that was stopped, is saved, and goes on when the same command runs again."""
+"""The exit code of work that saved what it did and wants to be started again: EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -51,7 +52,8 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         OSError: it cannot be written; ``filename`` is the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes of two machines may have one number
+    partial = path.with_name(f".{path.name}.{own}.partial")
     try:
         write(partial)
         partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read

@@ -16,9 +16,10 @@ from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import numerics, pick_device, placed
-from rome.core.distributed import launched_together, own_device, total
+from rome.core.distributed import own_device, total
 from rome.core.errors import UserError, first_line
 from rome.core.graphs import Graphs
+from rome.core.launched import launched_together
 from rome.core.randomness import stream
 from rome.core.trial import check_attackable, tried
 from rome.data import Split

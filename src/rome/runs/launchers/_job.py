@@ -1,4 +1,4 @@
-"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES CALL ARGUMENTS``.
+"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
 
 With one process the function is called here; with several, torchrun starts this module again for each, with
 PROCESSES 0.
@@ -18,16 +18,13 @@ from typing import Any
 
 from filelock import Timeout
 
-from rome.core.console import exiting, is_first, say
-from rome.core.errors import REQUEUE
+from rome.core.console import exiting, say
 from rome.core.files import replace_file
-from rome.runs.launchers.base import HELD, Job, owner
-
-PATIENCE = 5
-"""Seconds in which a process that only looks whether the job is free gives it back."""
+from rome.core.launched import is_first
+from rome.runs.launchers.base import ANNOUNCED, HELD, Job, exit_code, owner
 
 
-def work(job: Job, processes: int) -> int:
+def work(job: Job, processes: int, patience: float) -> int:
     """Claim the job and do it; the exit code."""
     if processes == 0:
         return _called(job)
@@ -42,7 +39,7 @@ def work(job: Job, processes: int) -> int:
 
     lease = job.lease(on_compromise=lose, thread_local=False)
     try:
-        held = lease.acquire(timeout=PATIENCE)
+        held = lease.acquire(timeout=patience)
     except Timeout:
         say(f"{owner(lease)} works on {job.folder}")
         return HELD
@@ -67,20 +64,20 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
         for child in children:
             child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *ANNOUNCED):
         signal.signal(number, forward)
     children.append(subprocess.Popen([*torchrun, *job.command(0)[1:]], start_new_session=True))
     while (code := children[0].poll()) is None:
         time.sleep(0.05)
-    return REQUEUE if code and stopped else int(code != 0)
+    return exit_code(stopped[-1]) if code and stopped else int(code != 0)
 
 
 def main(arguments: list[str]) -> Any:
-    folder, processes, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one, and sent to all of a job
+    folder, processes, patience, call, settings = arguments
+    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one and sent to all of a job
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
-        sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes)))
+        sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from rome.core.plain_data import Unreadable, parse_yaml
 
 HELD = 76
 """Exit code of a job that another process works on."""
+ANNOUNCED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals by which a queue says that the time of a job is over: it is to go on in another one."""
 LEASE = 60.0
 """Seconds without a sign of life after which another machine may take a job over. All machines must agree."""
 POLL = 0.05
@@ -46,7 +48,8 @@ class Job:
     """What the job is called. ``FOLDER.log`` (standard error), ``FOLDER.lock`` and ``FOLDER.json`` (what the function
     returned, unless None) lie beside it; the folder itself belongs to the function."""
     call: str
-    """``package.module:function``. Called again, it must go on where it was stopped. With several GPUs it is called in
+    """``package.module:function``. Called again, it must go on where it was stopped and repeat nothing that is
+    finished, for machines that start at one moment may call it one after the other. With several GPUs it is called in
     as many processes, which torchrun started."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments, JSON data."""
@@ -60,9 +63,13 @@ class Job:
     def beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
-    def command(self, processes: int) -> list[str]:
-        """The command line that works on it, with ``processes`` processes."""
-        words = [str(self.folder), str(processes), self.call, json.dumps(dict(self.arguments))]
+    def command(self, processes: int, patience: float = 0.5) -> list[str]:
+        """The command line that works on it, with ``processes`` processes.
+
+        Args:
+            patience: seconds to wait for a claim of somebody else, who may only be looking whether it is free.
+        """
+        words = [str(self.folder), str(processes), str(patience), self.call, json.dumps(dict(self.arguments))]
         return [sys.executable, "-m", "rome.runs.launchers._job", *words]
 
     def lease(self, **options: Any) -> SoftFileLease:
@@ -153,8 +160,9 @@ class Launcher(Component):
 
         Raises:
             UserError: the launcher cannot work so, or a finished job is another one than asked for.
-            Interrupted: SIGINT, SIGTERM or SIGUSR1.
+            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2.
         """
+        at_once = at_once and min(at_once, max(1, len(jobs)))
         limit = self.check(at_once=at_once, gpus=gpus)
         if len({job.folder for job in jobs}) < len(jobs):
             raise UserError("two jobs have the same folder; name each once")
@@ -169,9 +177,11 @@ class Launcher(Component):
                 following.all(limit, at_once=at_once, gpus=gpus)
             except KeyboardInterrupt as stop:
                 number = stop.args[0] if stop.args else None
-                for handle in following.running.values():
-                    handle.stop(number)
-                raise Interrupted(130 if number is None else REQUEUE, self.stopped) from None
+                following.stop(number)
+                raise Interrupted(exit_code(number or signal.SIGINT), self.stopped) from None
+            except BaseException:
+                following.stop(signal.SIGTERM)
+                raise
         return following.failed
 
 
@@ -190,7 +200,7 @@ class _Following:
         for number in list(self.waiting):
             if handle := self.launcher.found(self.jobs[number]):
                 self._begin(number, handle)
-        if self.running:
+        if self.running and self.launcher.waits():
             print(f"{len(self.running)} run already or wait in the queue", file=sys.stderr, flush=True)
         looks = 0
         while self.waiting or self.running or self.elsewhere:
@@ -208,7 +218,8 @@ class _Following:
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
             if not self.launcher.waits():
-                print(f"{len(self.running)} submitted; the same command shows how far they are", file=sys.stderr)
+                there = f"{len(self.running)} run or wait in the queue"
+                print(f"{there}; the same command shows how far they are", file=sys.stderr)
                 return
             time.sleep(POLL)
             for number, handle in list(self.running.items()):
@@ -217,6 +228,10 @@ class _Following:
             looks += 1
             if looks % 40 == 0:
                 self._look_elsewhere()
+
+    def stop(self, number: int | None) -> None:
+        for handle in self.running.values():
+            handle.stop(number)
 
     def _begin(self, number: int, handle: Handle) -> None:
         if number in self.waiting:
@@ -231,21 +246,19 @@ class _Following:
         try:
             lease.acquire(blocking=False)
             lease.release()
+            theirs = self.elsewhere.pop(number, None) is not None or number in self.began
+            if theirs and job.done():
+                self._say(number, f"{job.summary()} (by another process)")
+                return False
         except Timeout:
             if number not in self.elsewhere:
-                self.elsewhere[number] = (
-                    lease  # the same one asks again: it remembers since when there was no sign of life
-                )
+                # this very one asks again, for it remembers since when there was no sign of life
+                self.elsewhere[number] = lease
                 self._say(number, f"{owner(lease)} works on it; waiting")
             return False
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.elsewhere.pop(number, None)
-            self._fail(number, explain(error) or str(error))
-            return False
-        if self.elsewhere.pop(number, None) is None:
-            return True
-        if job.done():
-            self._say(number, f"{job.summary()} (by another process)")
+            self._fail(number, (explain(error) if isinstance(error, OSError) else None) or str(error))
             return False
         return True
 
@@ -278,6 +291,11 @@ class _Following:
         print(f"[{number}/{self.total}] {job.name or job.folder}: {text}", file=sys.stderr, flush=True)
 
 
+def exit_code(number: int) -> int:
+    """Of work that a signal stopped."""
+    return REQUEUE if number in ANNOUNCED else 128 + number
+
+
 def owner(lease: SoftFileLease) -> str:
     """Who holds a lease."""
     known = lease.owner
@@ -293,12 +311,12 @@ def require_done(failed: Mapping[Any, str], jobs: int) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise KeyboardInterrupt with their number, SIGINT without."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 raise KeyboardInterrupt with their number, SIGINT without."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *ANNOUNCED)}
     try:
         yield
     finally:

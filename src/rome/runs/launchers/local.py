@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rome.core.errors import UserError
+from rome.core.launched import alone
 from rome.runs.launchers.base import Handle, Job, Launcher
 
 GPUS = "CUDA_VISIBLE_DEVICES"
@@ -34,8 +35,6 @@ class Local(Launcher):
     def start(
         self, jobs: Sequence[Job], running: Sequence[Handle], *, at_once: int | None, gpus: int | None
     ) -> list[Handle]:
-        from rome.core.distributed import alone  # imports torch, which a job that only starts torchrun does not need
-
         shares, processes = shared_gpus(len(jobs), running, gpus), gpus or 1
         environment = alone(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ((at_once or 1) * processes))))
@@ -54,7 +53,7 @@ class _Process(Handle):
 
     def stop(self, number: int | None) -> None:
         if number is not None:  # where a terminal sent the signal, the process has it too
-            self.process.send_signal(number)
+            self.process.terminate()
         self.process.wait()
 
 

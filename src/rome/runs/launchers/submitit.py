@@ -15,9 +15,12 @@ from pydantic import Field
 
 from rome.core.errors import REQUEUE, UserError, first_line
 from rome.core.files import replace_file
-from rome.runs.launchers.base import Handle, Job, Launcher
+from rome.core.launched import alone
+from rome.runs.launchers.base import LEASE, Handle, Job, Launcher
 from rome.runs.launchers.local import seeing, shared_gpus
 
+GOES_ON = (REQUEUE, 128 + signal.SIGTERM, -signal.SIGTERM)
+"""Exit codes with which a job is called again. SLURM sends SIGTERM before the signal that it preempts by."""
 FOLDER = "submitit"
 """Beside the jobs' folders: submitit's scripts, pickles and logs, and by which id it knows each job."""
 
@@ -34,6 +37,13 @@ class Submitit(Launcher):
     wait: bool = True
     """Stay until the jobs have ended and show their results; false: return when they are submitted."""
     partition: str | None = None
+    """SLURM's partition; None: the cluster's default, as for the next three."""
+    account: str | None = None
+    """Whom the jobs are charged to."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that a node must have: ``a100&nvlink``."""
     timeout_min: int = Field(default=24 * 60, ge=1)
     """Minutes that a job may take until it is requeued."""
     max_num_timeout: int = Field(default=100, ge=0)
@@ -43,9 +53,7 @@ class Submitit(Launcher):
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPU cores of a job; None: SLURM's default."""
     mem_gb: float | None = Field(default=None, gt=0)
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
+    """Memory of a job in GB; None: SLURM's default."""
     setup: tuple[str, ...] = ()
     """Shell commands to run before a job: ``module load cuda``."""
     additional_parameters: dict[str, Any] = Field(default_factory=dict)
@@ -68,7 +76,7 @@ class Submitit(Launcher):
         queued = self.cluster == "slurm"  # which gives GPUs itself, and says so in the same variable
         shares = [None] * len(jobs) if queued else shared_gpus(len(jobs), running, gpus)
         work = {
-            job.folder: Work(job.command(gpus or 1), job.beside("log"), seeing(own))
+            job.folder: Work(job.command(gpus or 1, 2 * LEASE), job.beside("log"), seeing(own))
             for job, own in zip(jobs, shares, strict=True)
         }
         each = (1 if gpus is None else gpus) or None
@@ -105,7 +113,7 @@ class Submitit(Launcher):
             **{f"slurm_{name}": getattr(self, name) for name in own},
             "slurm_array_parallelism": at_once,
             "slurm_setup": list(self.setup) or None,
-            "slurm_additional_parameters": self.additional_parameters or None,
+            "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},  # also if a node fails
         }
 
     def found(self, job: Job) -> Handle | None:
@@ -145,10 +153,8 @@ class Work:
         self.command, self.log, self.environment = command, log.resolve(), environment
 
     def __call__(self) -> int:
-        from rome.core.distributed import alone
-
         code: int | None = REQUEUE
-        while code == REQUEUE:
+        while code in GOES_ON:
             with open(self.log, "wb") as log:
                 environment = alone(os.environ) | self.environment
                 self.process = subprocess.Popen(self.command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
