@@ -7,6 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+REQUEUE = 75
+"""The exit code of work that saved what it did and wants to be started again: EX_TEMPFAIL of sysexits.h."""
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: config, data, checkpoint, shapes or an existing run.
