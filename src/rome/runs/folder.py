@@ -326,5 +326,7 @@ def _damage(checkpoint: Path) -> str:
             return "" if wrong is None else f"the checksum of {wrong} is wrong"
     except FileNotFoundError:
         return "it is missing"
+    except zipfile.BadZipFile:
+        return "it is cut short or overwritten"
     except Exception as error:  # a damaged file raises almost any kind
         return first_line(error)
