@@ -77,7 +77,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     moment: Moment, config: Path, tmp_path: Path, undisturbed: Run
 ) -> None:
     run = Run(tmp_path / "run")
-    ended = rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=moment).wait()
+    arguments = config, "checkpoint.minutes=1e-6", "--out", run.folder  # a checkpoint whenever none is being written
+    ended = rome("train", *arguments, logs=tmp_path / "logs", at=moment).wait()
     assert ended.code == -signal.SIGKILL
     assert not run.finished
     if moment.place == "writing":

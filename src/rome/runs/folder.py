@@ -9,7 +9,7 @@
 - ``log.jsonl``: one line an update, one an epoch, one a validation
 - ``tensorboard/``, ``metrics.csv``, ``wandb/``: what loggers write; ``loggers.json``: the ids by which trackers know
   the run (:mod:`rome.runs.loggers`)
-- ``train.lock``: there while a process trains in the folder
+- ``train.lock``: there while a process trains in the folder; ``train.soft.lock`` where the file system has no locks
 - ``evaluation/SUITE/``: what ``rome evaluate`` found; of the best weights in ``evaluation-best/``, of ``last.pt`` in
   ``evaluation-unfinished/``
 """
@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,7 @@ CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 FREE_KEYS |= {"checkpoint"}
 """Config keys that do not change what is computed, so a resumed run may change them."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What a file system without locks answers."""
 
 
@@ -126,6 +127,7 @@ class Run:
         except Timeout:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
+                + (f" (if none is: remove {self._lock.lock_file})" if isinstance(self._lock, SoftFileLock) else "")
             ) from None
         except OSError as error:
             raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
@@ -145,12 +147,12 @@ class Run:
         """Take the lock: the system's, which ends with the process; where the file system has none, a file's existence,
         which a process that is killed on another machine leaves behind."""
         try:
-            self._lock.acquire()
+            with warnings.catch_warnings(action="ignore"):  # filelock does the same by itself for one of the answers
+                self._lock.acquire()
         except OSError as error:
-            if isinstance(error, Timeout) or error.errno not in _NO_LOCKS:
+            if error.errno not in _NO_LOCKS:
                 raise
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock = SoftFileLock(self._lock.lock_file, timeout=0)
+            self._lock = SoftFileLock(self.folder / "train.soft.lock", timeout=0)
             self._lock.acquire()
 
     def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
