@@ -162,7 +162,9 @@ def test_two_processes_checkpoint_at_the_same_update_by_the_first_ones_clock(tmp
 def test_the_announced_end_of_a_job_ends_in_the_code_that_requeues(name: str, tmp_path: Path) -> None:
     number, run = getattr(signal, name), Run(tmp_path / "run")
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=f"^stopped by {name}; go on with: rome train --resume {run.folder}$") as ended:
+    with pytest.raises(
+        Interrupted, match=f"^stopped by {name}; go on with: rome train --resume {run.folder}$"
+    ) as ended:
         train(tiny(), run.folder, progress=watched(lambda now: os.kill(os.getpid(), number) if now == 3 else None))
     assert ended.value.code == REQUEUE == os.EX_TEMPFAIL
     assert run.load_checkpoint()["update"] == 3

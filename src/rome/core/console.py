@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rome.core.errors import Incomplete, Interrupted, UserError, first_line, printable
 from rome.core.files import explain
-from rome.core.signals import handled, stopped_by
+from rome.core.signals import Stopped, handled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,7 +71,7 @@ def say(text: str) -> None:
 def exiting() -> Iterator[None]:
     """Turn what ends a command, signals included, into one line and its exit code."""
     try:
-        with handled(_stop):
+        with handled(Stopped.at_once):
             yield
     except (UserError, OSError) as error:
         line = explain(error) if isinstance(error, OSError) else printable(str(error))
@@ -82,8 +82,10 @@ def exiting() -> Iterator[None]:
         _end(f"error: {failed}", 1)
     except Interrupted as stopped:
         _end(str(stopped), stopped.code)
-    except KeyboardInterrupt as stop:
-        _end(*stopped_by(*stop.args))
+    except Stopped as stop:
+        _end(str(stop), stop.code)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
     except Exception as error:
         from rome.core.device import out_of_memory  # imports torch
 
@@ -91,11 +93,6 @@ def exiting() -> Iterator[None]:
             raise
         advice = "give a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
         _end(f"error: memory does not suffice ({first_line(error)}): {advice}", 2)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    """Ends like Ctrl-C, which nothing on the way takes for an error of the work."""
-    raise KeyboardInterrupt(number)
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rome.core.errors import REQUEUE
 
@@ -24,10 +24,17 @@ def exit_code(number: int) -> int:
     return REQUEUE if number in ANNOUNCED else 128 + number
 
 
-def stopped_by(number: int = signal.SIGINT) -> tuple[str, int]:
-    """The line and the exit code of a command that a signal ended at once."""
-    why = "stopped" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    return f"{why}; what is finished is kept", exit_code(number)
+class Stopped(BaseException):
+    """A signal ended the work at once. Nothing on the way takes it for an error of the work, as with Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; what is finished is kept")
+        self.code = exit_code(number)
+
+    @classmethod
+    def at_once(cls, number: int, frame: object) -> NoReturn:
+        """For :func:`handled`."""
+        raise cls(number)
 
 
 @contextmanager
