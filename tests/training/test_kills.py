@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from helpers.tiny_runs import changed, rome, same, updates, weights, without_times, write_yaml
+from helpers.tiny_runs import STEPS, changed, rome, same, tiny, updates, watched, weights, without_times, write_yaml
+from rome.runs.config import load
 from rome.runs.folder import Run, _damage
 from rome.runs.saving import Saver
 from rome.training.setup import train
@@ -35,7 +36,7 @@ LONG: dict[str, Any] = {
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "run.yaml", changed(name="run", **LONG))
-    undisturbed = train_alone(config, tmp_path / "undisturbed")
+    undisturbed = train(load(config), tmp_path / "undisturbed")
     chance, kills, finished, lost, number = random.Random(), 0, 0, list[int](), 0
     run = Run(tmp_path / "run-0")
     while kills < KILLS or number:
@@ -68,16 +69,8 @@ def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
     print(f"{kills} kills, {finished} runs of {whole} updates; updates lost: {sum(lost)}, at most {max(lost)} at once")
 
 
-def train_alone(config: Path, folder: Path) -> Run:
-    from rome.runs.config import load
-
-    return train(load(config), folder)
-
-
 def test_what_a_kill_loses_is_at_most_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that goes on by a minute an update, and no time for writing."""
-    from helpers.tiny_runs import STEPS, tiny, watched
-
     run, lost = Run(tmp_path / "run"), list[int]()
     due = Saver.due
 
