@@ -123,6 +123,8 @@ class Loop:
 
     def _epoch(self, shown: Progress | None) -> None:
         config, epoch = self.config, self.position.epoch
+        if config.workers:
+            self._settle()  # they are forked, and the thread that writes could hold a lock then
         batches = self.split.batches(
             self._order(epoch, self.position.step),
             augment_seed=derive_seed(config.seed, "augment", epoch) if config.data.augment else None,
@@ -286,7 +288,7 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Replace the checkpoint, unless the weights are not finite: nothing could go on from those."""
-        if not all(bool(p.isfinite().all()) for p in self.context.attacked.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.context.attacked.parameters()]).all():
             raise self._diverged("weights became infinite or NaN", self.optimizer.param_groups[0]["lr"])
         if self.fabric.global_rank or self.problem is not None:
             return
