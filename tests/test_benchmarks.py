@@ -219,6 +219,15 @@ def test_what_gpu_runs_is_there_and_its_files_are_few(
     assert len(started) == len(files) == 5
 
 
+@pytest.mark.slow
+def test_checkpoints_compares_updates_with_and_without_a_write(run: Run) -> None:
+    (rows,) = run("checkpoints").values()
+    update, *others = rows
+    assert (update["case"], update["ratio"]) == ("update", [1, 1, 1])
+    assert len(others) == 3
+    assert all(row["bytes"] > 1e6 and min(row["seconds"]) > 0 for row in rows)
+
+
 def test_accuracy_at_equal_time_is_that_of_the_updates_made_by_then(common: ModuleType) -> None:
     comparison = importlib.import_module("comparison")
     log = [{"event": "update", "update": i, "accuracy": {"L1": i / 100, "L2": i / 100}} for i in range(1, 41)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from rome.experts.operations import mix, mix_backward
 from rome.models import create_model
 from rome.runs.config import load
 from rome.runs.experiments import folder
+from rome.runs.folder import Run
+from rome.runs.saving import Saver
 from rome.threats import CIFAR10, PerExample
 from rome.threats.projections import project_l1
 from rome.training.setup import train
@@ -54,6 +56,19 @@ def test_the_search_never_waits_for_the_device(attack: Attack) -> None:
         attack.search(model, x, y, groups, noise)  # libraries may wait the first time they are used
         with no_waiting():
             attack.search(model, x, y, groups, noise)
+
+
+def test_a_checkpoint_is_copied_without_waiting_before_anything_overwrites_it(tmp_path: Path) -> None:
+    weight = torch.arange(2.0**26, device="cuda")  # 256 MiB: it is still on its way when the next kernel starts
+    expected = weight.cpu()
+    with closing(Saver(Run(tmp_path), None)) as saver:
+        saver.save({"weight": weight})  # the first call allocates pinned memory, which waits
+        saver.wait()
+        with no_waiting():
+            saver.save({"weight": weight})
+            weight.zero_()
+        saver.wait()
+    assert torch.equal(Run(tmp_path).load_checkpoint()["weight"], expected)
 
 
 def test_the_projection_agrees_with_the_cpu() -> None:

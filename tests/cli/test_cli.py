@@ -19,12 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.problems import rest_slow
 from helpers.tiny_runs import changed, tiny, watched, write_yaml
 from helpers.toy_suites import ToySuite
 from rome import cli as rome_cli
 from rome.cli.app import main
 from rome.core.errors import Interrupted
 from rome.evaluation.run import evaluate_saved
+from rome.evaluation.store import Store
 from rome.runs.folder import Run
 from rome.training.setup import train
 
@@ -677,6 +679,32 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_what_was_there(
     assert ended.err.endswith("error: out/report.csv: No space left on device: make room\n")
     assert [file.name for file in Path("out").iterdir()] == ["report.md"]
     assert (Path("out") / "report.md").read_text() == "before"
+
+
+@pytest.mark.parametrize(("name", "code"), rest_slow([("SIGUSR1", 75), ("SIGTERM", 143)], 1))
+def test_an_evaluation_leaves_at_once_on_a_signal_and_goes_on(
+    name: str, code: int, run: Run, evaluated: Path, rome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, written, write = getattr(signal, name), list[str](), Store.write
+    before = signal.getsignal(number)
+
+    def struck(store: Store, key: str, unit: Any) -> None:
+        write(store, key, unit)
+        written.append(key)
+        if len(written) == 2:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", struck)
+        ended = rome("evaluate", run.folder)
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.splitlines()[-1] == f"stopped by {name}; what is finished is kept"
+    assert len(written) == 2
+    assert signal.getsignal(number) is before
+    report = json.loads(rome("evaluate", run.folder, "--json").out)
+    whole = json.loads(rome("evaluate", evaluated, "--json").out)
+    assert report["reused"]["batches"] == 2
+    assert (report["robust"], report["union"]) == (whole["robust"], whole["union"])
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a\\b", "..", "a\0b", "a\nb", "n" * 151])

@@ -16,6 +16,7 @@ import pytest
 
 from helpers.problems import rest_slow
 from helpers.tiny_runs import Child, Ended, no_traceback, tiny, two_processes
+from rome.core.errors import REQUEUE
 from rome.evaluation.evaluate import Report
 from rome.evaluation.run import evaluate_saved
 from rome.runs.folder import Run
@@ -144,7 +145,7 @@ def test_a_process_that_is_killed_ends_the_other_and_nothing_is_lost(run: Run, t
     first, second = both(broken.folder, "--out", out, logs=tmp_path / "logs")
     assert second.code == -signal.SIGKILL
     assert first.code == 1
-    assert "another process of this evaluation ended; what is finished is kept" in first.err
+    assert "another process ended; what is finished is kept" in first.err
     assert no_traceback(first.err)
     assert not (out / "result.json").exists()
     done = {file.parent.name for file in out.rglob("*.safetensors")}
@@ -152,6 +153,16 @@ def test_a_process_that_is_killed_ends_the_other_and_nothing_is_lost(run: Run, t
     alone, _ = evaluate_saved(broken.folder, out=out)
     assert alone.failed == {}
     assert alone.robust["more-0"] == alone.clean
+
+
+@pytest.mark.slow
+def test_a_process_whose_time_is_over_ends_both_and_the_larger_code_requeues(run: Run, tmp_path: Path) -> None:
+    broken = with_toys(run, tmp_path / "run", "usr1-1")
+    first, second = both(broken.folder, "--out", tmp_path / "out", logs=tmp_path / "logs")
+    assert (first.code, second.code) == (1, REQUEUE)
+    assert "another process ended; what is finished is kept" in first.err
+    assert second.err.endswith("stopped by SIGUSR1; what is finished is kept\n")
+    assert no_traceback(first.err + second.err)
 
 
 @pytest.mark.parametrize("wrong", rest_slow(["--n", "--cases", "--suite"], 1))

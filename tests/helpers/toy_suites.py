@@ -24,8 +24,8 @@ class Toy(Attack):
     kind = "toy"
     how: str = "negative"
     """``negative``: 1 - x; ``same``: nothing; ``noise``: what was drawn; ``raise``; ``raise-1``: in process 1;
-    ``full-1``: its disk is full; ``kill-1``: ends process 1; ``kill:FILE``: ends the process and removes the file, if
-    there is one."""
+    ``full-1``: its disk is full; ``kill-1``: ends process 1; ``usr1-1``: tells it that its time is over;
+    ``kill:FILE``: ends the process and removes the file, if there is one."""
     type: str = ""
     severity: int = 0
 
@@ -40,6 +40,8 @@ class Toy(Attack):
             raise StorageError("it cannot be written")
         if self.how == "kill-1" and not first:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "usr1-1" and not first:
+            os.kill(os.getpid(), signal.SIGUSR1)
         if self.how.startswith("kill:") and (flag := Path(self.how.removeprefix("kill:"))).exists():
             flag.unlink()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rome.core.errors import Incomplete, Interrupted, UserError, first_line, printable
 from rome.core.files import explain
 from rome.core.launched import is_first
+from rome.core.signals import Stopped, handled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,9 +69,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Turn what ends a command into one line and its exit code."""
+    """Turn what ends a command, signals included, into one line and its exit code."""
     try:
-        yield
+        with handled(Stopped.at_once):
+            yield
     except (UserError, OSError) as error:
         line = explain(error) if isinstance(error, OSError) else printable(str(error))
         if line is None:
@@ -80,6 +82,8 @@ def exiting() -> Iterator[None]:
         _end(f"error: {failed}", 1)
     except Interrupted as stopped:
         _end(str(stopped), stopped.code)
+    except Stopped as stop:
+        _end(str(stop), stop.code)
     except KeyboardInterrupt:
         _end("stopped", 130)
     except Exception as error:

@@ -95,6 +95,21 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
     return sums[:, :-1] / counts.clamp(min=1), counts.squeeze(1)
 
 
+@contextmanager
+def noticing(message: str) -> Iterator[None]:
+    """A process that is gone is noticed by the others when they talk to each other; they end with this message.
+
+    The exit code is 1, less than any of the process that ended first: of several codes a launcher (srun) gives on the
+    largest.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise Interrupted(1, message) from error
+
+
 PATIENCE = datetime.timedelta(days=30)
 """How long one process waits for another; the slowest unit of a large model may take hours. Lost ones are noticed."""
 
@@ -131,13 +146,8 @@ class Team:
             of_user = type(error) if isinstance(error, UserError) else None
             own, sent = error, (of_user, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
-        try:
+        with noticing("another process ended; what is finished is kept: the same command goes on with it"):
             dist.all_gather_object(everything, (result, sent), group=self.group)
-        except RuntimeError as error:
-            raise Interrupted(
-                1,
-                "another process of this evaluation ended; what is finished is kept: the same command goes on with it",
-            ) from error
         if own is not None:
             raise own
         for rank, (_, sent) in enumerate(everything):

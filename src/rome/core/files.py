@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -23,6 +23,10 @@ ROOM = 2**20
 LONGEST_NAME = 150
 """Bytes of a name that folders and files are called by; file systems allow 255, and endings come on top."""
 _FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on file sizes"}
+_PASSING = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT}
+"""What a rename on NFS fails with that succeeds a moment later."""
+PAUSES = (0.1, 0.5, 2.0)
+"""Seconds before a rename is tried again."""
 _ADVICE = {
     **_FULL,
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -38,13 +42,6 @@ def replace_file(path: Path, content: bytes) -> None:
     replace_with(path, lambda partial: partial.write_bytes(content))
 
 
-def _umask() -> int:
-    """The permissions that this user takes from new files."""
-    found = os.umask(0)
-    os.umask(found)
-    return found
-
-
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     """The same for what ``write`` writes into its argument. If it fails, what was there stays.
 
@@ -55,11 +52,13 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     own = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes of two machines may have one number
     partial = path.with_name(f".{path.name}.{own}.partial")
     try:
+        partial.touch()
+        usual = partial.stat().st_mode
         write(partial)
-        partial.chmod(0o666 & ~_umask())  # safetensors writes files that nobody else may read
+        partial.chmod(usual)  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        _rename(partial, path)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -67,19 +66,38 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
             error.filename = str(path)  # a full disk comes without, the rest with the partial file's
         raise
     if os.name == "posix":  # make the new name itself durable
-        folder = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # some network and user-space file systems cannot, and the file is there
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Again where a network file system fails for a moment, and done where it did it and its answer was lost."""
+    own = source.stat().st_ino
+    for pause in (*PAUSES, None):
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            return os.replace(source, target)
+        except OSError as error:
+            if not source.exists() and target.exists() and target.stat().st_ino == own:
+                return
+            if pause is None or error.errno not in _PASSING:
+                raise
+            time.sleep(pause)
 
 
 def remove_partials(folder: Path, age: float = 600) -> None:
-    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds."""
-    for partial in folder.glob(".*.[0-9]*.partial"):
-        with suppress(OSError):  # it has its name by now, or the folder is only read
-            if time.time() - partial.stat().st_mtime >= age:
-                partial.unlink()
+    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds, by the
+    clock of the file system, which may be another machine's."""
+    partials = list(folder.glob(".*.[0-9]*.partial"))
+    with suppress(OSError), TemporaryFile(dir=folder) if partials and age else nullcontext() as probe:
+        present = os.fstat(probe.fileno()).st_mtime if probe else 0.0
+        for partial in partials:
+            with suppress(OSError):  # it has its name by now, or the folder is only read
+                if not age or present - partial.stat().st_mtime >= age:
+                    partial.unlink()
 
 
 def file_hash(path: str | Path) -> str:

@@ -281,12 +281,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
-    if file != run.checkpoint_file or not file.is_file():
+    if file not in (run.checkpoint_file, run.before_file) or not file.is_file():
         raise UserError(
             f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours; "
             "models of others go by --model and --data"
         )
-    state: dict[str, Any] = run.load_checkpoint()
+    state: dict[str, Any] = run.load_checkpoint(file)
     config, split = _located(run.config, file, data)
     untrained = config.model.without_weights()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)

@@ -84,6 +84,17 @@ class Evaluation(Settings):
     """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
 
 
+class Checkpoint(Settings):
+    """The ``checkpoint`` part of a config: from where a run goes on that was stopped or killed.
+
+    Each epoch ends in a checkpoint, and a signal in another one; these are the ones between, for long epochs.
+    """
+
+    minutes: float | None = Field(default=15, gt=0)
+    """From one checkpoint to the next within an epoch, which is what a kill costs at most; null: at the end of epochs
+    alone."""
+
+
 class Validation(Settings):
     """The ``validation`` part of a config: training examples held out, attacked while training goes on.
 
@@ -157,6 +168,8 @@ class Config(Settings):
     """The learning rate over the training."""
     validation: Validation | None = None
     """Null: none, and nothing is held out."""
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """When the state of the run is saved, beside the end of each epoch."""
     loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
     """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)

@@ -2,33 +2,38 @@
 
 - ``config.yaml``: the resolved config
 - ``origin.json``: what distinguishes its data and the user's code from others (:mod:`rome.runs.origin`)
-- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method)
+- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the one before it,
+  which counts where ``last.pt`` is damaged
 - ``model.safetensors``: the finished model, config in its metadata
 - ``best.safetensors``: the weights that did best in validation, if there is one
 - ``log.jsonl``: one line an update, one an epoch, one a validation
 - ``tensorboard/``, ``metrics.csv``, ``wandb/``: what loggers write; ``loggers.json``: the ids by which trackers know
   the run (:mod:`rome.runs.loggers`)
-- ``train.lock``: there while a process trains in the folder
+- ``train.lock``: there while a process trains in the folder; ``train.soft.lock`` where the file system has no locks
 - ``evaluation/SUITE/``: what ``rome evaluate`` found; of the best weights in ``evaluation-best/``, of ``last.pt`` in
   ``evaluation-unfinished/``
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import warnings
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from rome.core import trust
 from rome.core.console import say
 from rome.core.errors import UserError, first_line, some
-from rome.core.files import flatten, make_folder, now, remove_partials, replace_file, replace_with
+from rome.core.files import explain, flatten, make_folder, now, remove_partials, replace_file, replace_with
 from rome.core.plain_data import parse_json, parse_yaml
 from rome.data import Split
 from rome.models.pickles import load_pickle
@@ -40,7 +45,10 @@ from rome.runs.origin import code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
+FREE_KEYS |= {"checkpoint"}
 """Config keys that do not change what is computed, so a resumed run may change them."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What a file system without locks answers."""
 
 
 class Run:
@@ -51,11 +59,12 @@ class Run:
         self.config_file = self.folder / "config.yaml"
         self.origin_file = self.folder / "origin.json"
         self.checkpoint_file = self.folder / "last.pt"
+        self.before_file = self.folder / "before.pt"
         self.model_file = self.folder / "model.safetensors"
         self.best_file = self.folder / "best.safetensors"
         self.log_file = self.folder / "log.jsonl"
         self.tensorboard = self.folder / tensorboard.FOLDER
-        self._lock = FileLock(self.folder / "train.lock", timeout=0)
+        self._lock: BaseFileLock = FileLock(self.folder / "train.lock", timeout=0)
 
     @property
     def finished(self) -> bool:
@@ -113,22 +122,38 @@ class Run:
                 read.
         """
         try:
-            others = self.folder.iterdir() if self.folder.is_dir() and not self.config_file.exists() else ()
-            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
-                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            make_folder(self.folder)
-            self._lock.acquire()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
         except Timeout:
             raise UserError(
                 f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
+                + (f" (if none is: remove {self._lock.lock_file})" if isinstance(self._lock, SoftFileLock) else "")
             ) from None
         except OSError as error:
             raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
         try:
+            others = () if self.config_file.exists() else self.folder.iterdir()
+            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
+                raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
+            make_folder(self.folder)
             return self._ready(config, resume=resume, overwrite=overwrite, data=data)
-        except UserError:
+        except BaseException as error:
             self.release()
+            if isinstance(error, OSError) and (line := explain(error)):
+                raise UserError(line) from error
             raise
+
+    def _claim(self) -> None:
+        """Take the lock: the system's, which ends with the process; where the file system has none, a file's existence,
+        which a process that is killed on another machine leaves behind."""
+        try:
+            with warnings.catch_warnings(action="ignore"):  # filelock does the same by itself for one of the answers
+                self._lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._lock = SoftFileLock(self.folder / "train.soft.lock", timeout=0)
+            self._lock.acquire()
 
     def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
         if overwrite and not resume:
@@ -142,7 +167,7 @@ class Run:
         if resume and self.config_file.exists():
             self.check_same(config, data)
         code, changed = code_facts(config), list[str]()
-        if resume and self.checkpoint_file.exists() and (found := self.other_code(code)):
+        if resume and self.has_checkpoint and (found := self.other_code(code)):
             # Said and not refused: a fault may have been mended, but the weights come from both.
             say(f"{self.folder} goes on with other code: {'; '.join(found)}")
             changed = [f"{text} ({now()})" for text in found]
@@ -156,7 +181,7 @@ class Run:
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
-        return self.load_checkpoint() if self.checkpoint_file.exists() else None
+        return self._latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
         """In what the user's code is another than the one that this run was started with."""
@@ -169,30 +194,66 @@ class Run:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoint_file.exists() or self.before_file.exists()
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one step; a kill leaves the old or the new one, never a part."""
+        """Replace the checkpoint in one step, and keep the one before; a kill leaves the old or the new one, never a
+        part.
+
+        Raises:
+            UserError: it cannot be written; the others stay.
+        """
+
+        def write(partial: Path) -> None:
+            torch.save({**state, "format": CHECKPOINT_FORMAT}, partial)
+            if self.checkpoint_file.exists():
+                self.before_file.unlink(missing_ok=True)
+                try:
+                    os.link(self.checkpoint_file, self.before_file)
+                except OSError:  # a file system without hard links: for a moment there is no last.pt
+                    os.replace(self.checkpoint_file, self.before_file)
+
         try:
-            replace_with(
-                self.checkpoint_file, lambda partial: torch.save({**state, "format": CHECKPOINT_FORMAT}, partial)
-            )
+            replace_with(self.checkpoint_file, write)
         except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
-            kept = "The checkpoint before it is kept" if self.checkpoint_file.exists() else "There is none before it"
+            kept = "The checkpoint before it is kept" if self.has_checkpoint else "There is none before it"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
                 "and go on with --resume"
             ) from error
 
-    def load_checkpoint(self) -> dict[str, Any]:
-        """The checkpoint, on the CPU.
+    def _latest(self) -> dict[str, Any]:
+        """The checkpoint to go on from: where the last one is damaged the one before, which takes its place.
 
         Raises:
-            UserError: it cannot be read, or another version wrote it.
+            UserError: as :meth:`load_checkpoint`, where both are damaged.
         """
-        state = load_pickle(self.checkpoint_file, "restore it, or pass --overwrite to start anew")
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-            raise UserError(
-                f"{self.checkpoint_file} is not a checkpoint of this version; pass --overwrite to start anew"
+        damage = _damage(self.checkpoint_file)
+        if damage and not _damage(self.before_file):
+            os.replace(self.before_file, self.checkpoint_file)
+            state = self.load_checkpoint()
+            done = max((line["update"] for line in self.log()), default=state["update"])
+            say(
+                f"{self.checkpoint_file} cannot be used ({damage}): going on from the one before it, of update "
+                f"{state['update']}; {done - state['update']} updates are done again"
             )
+            return state
+        return self.load_checkpoint()
+
+    def load_checkpoint(self, file: Path | None = None) -> dict[str, Any]:
+        """The last checkpoint, or the one in ``file``, on the CPU.
+
+        Raises:
+            UserError: it cannot be read, its checksums are wrong, or another version wrote it.
+        """
+        file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
+        state = load_pickle(file, f"restore it, or {advice}")
+        if damage := _damage(file):
+            raise UserError(f"{file} cannot be read ({damage}); restore it, or {advice}")
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+            raise UserError(f"{file} is not a checkpoint of this version; {advice}")
         return state
 
     def rewind_log(self, updates: int) -> None:
@@ -245,6 +306,29 @@ class Run:
         evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
         for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
             shutil.rmtree(folder, ignore_errors=True)
-        files = (self.checkpoint_file, self.model_file, self.best_file, self.log_file, self.origin_file)
+        files = (
+            self.checkpoint_file,
+            self.before_file,
+            self.model_file,
+            self.best_file,
+            self.log_file,
+            self.origin_file,
+        )
         for file in (*files, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
             file.unlink(missing_ok=True)
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with a file of ``torch.save``, which is a zip with a CRC-32 of each part; empty: nothing."""
+    try:
+        with zipfile.ZipFile(checkpoint) as parts:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                return "it is compressed, as no file of torch.save is"
+            wrong = parts.testzip()
+            return "" if wrong is None else f"the checksum of {wrong} is wrong"
+    except FileNotFoundError:
+        return "it is missing"
+    except zipfile.BadZipFile:
+        return "it is cut short or overwritten"
+    except Exception as error:  # a damaged file raises almost any kind
+        return first_line(error)

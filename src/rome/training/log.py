@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,19 +46,23 @@ class Tally:
         self.correct[0].index_add_(0, labels, outcome.correct.to(ones.dtype))
         self.correct[1].index_add_(0, labels, ones)
 
-    def read(self, fabric: Any, accumulate: int, stop: int) -> tuple[float, dict[str, float], dict[int, float], int]:
-        """Mean loss and parts, accuracy by threat, and the largest stop signal of any process."""
+    def read(
+        self, fabric: Any, accumulate: int, news: Sequence[int]
+    ) -> tuple[float, dict[str, float], dict[int, float], list[int]]:
+        """Mean loss and parts, accuracy by threat, and the largest of each of the news of any process."""
         means = torch.stack([self.loss, *self.parts.values()]) / accumulate
-        row = torch.cat([means, self.correct.flatten(), torch.tensor([float(stop)], device=self.device)])
+        told = len(means) + self.correct.numel()
+        row = torch.cat([means, self.correct.flatten(), torch.tensor([float(each) for each in news]).to(self.device)])
         if fabric.world_size > 1:
             gathered = [torch.empty_like(row) for _ in range(fabric.world_size)]
             torch.distributed.all_gather(gathered, row)
             rows = torch.stack(gathered)
-            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : -1].sum(0), rows[:, -1:].amax(0)])
+            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : told].sum(0), rows[:, told:].amax(0)])
         values = row.tolist()
-        right, seen = values[len(means) : -1][: self.threats], values[len(means) : -1][self.threats :]
+        right, seen = values[len(means) : told][: self.threats], values[len(means) : told][self.threats :]
         accuracy = {i: right[i] / seen[i] for i in range(self.threats) if seen[i]}
-        return values[0], dict(zip(self.parts, values[1 : len(means)], strict=True)), accuracy, int(values[-1])
+        parts = dict(zip(self.parts, values[1 : len(means)], strict=True))
+        return values[0], parts, accuracy, [int(each) for each in values[told:]]
 
 
 def finite(value: float) -> bool:

@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,16 +21,18 @@ from rome.attacks import PGD
 from rome.attacks.checks import checked_later
 from rome.attacks.engine import graphed
 from rome.core.console import say
-from rome.core.distributed import follow_first
+from rome.core.distributed import Team, follow_first
 from rome.core.errors import Interrupted, UserError
 from rome.core.graphs import Graphs
 from rome.core.randomness import derive_seed, stream
+from rome.core.signals import HANDLED, exit_code, handled
 from rome.data import Split
 from rome.methods import Method, Random, TrainContext
 from rome.methods.base import set_lr
 from rome.runs.config import Config
 from rome.runs.folder import Run
 from rome.runs.loggers import Tracking, tracking
+from rome.runs.saving import Saver
 from rome.threats import Unperturbed
 from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
 from rome.training.step import Step
@@ -90,10 +92,16 @@ class Loop:
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
         self.validator, self.graphs = validator, graphs
         self.differentiate = Step(config, fabric)
+        self.team = Team(fabric.global_rank, fabric.world_size)
+        self.saver = Saver(run, config.checkpoint.minutes)
         self.signal = 0
         """The signal this process got."""
         self.agreed = 0
         """The signal that every process knows of since the latest update."""
+        self.due = False
+        """Whether every process knows since then that a checkpoint is due, by the first one's clock."""
+        self.problem: UserError | None = None
+        """Why the first process cannot write any more; nothing is saved from then on."""
         self.log_file: Any = None
         self.tracked = Tracking()
 
@@ -102,7 +110,8 @@ class Loop:
         return self.position.epoch * self.steps + self.position.step
 
     def run_all(self, shown: Progress | None) -> None:
-        with self._logs(), self._signals(), graphed(self.context.attacked, self.graphs):
+        graphs = graphed(self.context.attacked, self.graphs)
+        with self._logs(), closing(self.saver), self._signals(), graphs:
             while self.position.epoch < self.config.epochs:
                 self._epoch(shown)
                 self.position = Position(self.position.epoch + 1, 0, self.position.seconds)
@@ -110,9 +119,12 @@ class Loop:
                 self._checkpoint()
                 if self._stop and self.position.epoch < self.config.epochs:
                     raise self._interrupted()
+            self._settle()
 
     def _epoch(self, shown: Progress | None) -> None:
         config, epoch = self.config, self.position.epoch
+        if config.workers:
+            self._settle()  # they are forked, and the thread that writes could hold a lock then
         batches = self.split.batches(
             self._order(epoch, self.position.step),
             augment_seed=derive_seed(config.seed, "augment", epoch) if config.data.augment else None,
@@ -134,9 +146,10 @@ class Loop:
             self._write(done[-1])
             if shown is not None:
                 shown.update(update)
-            if self._stop and self.position.step < self.steps:
+            if (self._stop or self.due) and self.position.step < self.steps:
                 self._checkpoint()
-                raise self._interrupted()
+                if self._stop:
+                    raise self._interrupted()
         method.epoch_end(context, epoch)
         summary = {"event": "epoch", "update": self.updates, "epoch": epoch + 1, **epoch_means(done)}
         summary["seconds"] = round(self.position.seconds, 3)
@@ -151,11 +164,13 @@ class Loop:
         epoch = self.position.epoch
         if self.validator is None or not self.validator.due(epoch):
             return
+        validator, model = self.validator, self.context.attacked
+        self._settle()
         try:
-            found = self.validator.measure(self.context.attacked)
+            found = validator.measure(model)
         except FloatingPointError as error:
             raise self._diverged(str(error), self.context.lr) from error
-        best = self.validator.keep(self.context.attacked, epoch, found)
+        best = self.team.first(lambda: validator.keep(model, epoch, found))
         line = {"event": "validation", "update": self.updates, "epoch": epoch, **found, "best": best}
         line["seconds"] = round(self.position.seconds, 3)
         self._write(line)
@@ -175,9 +190,42 @@ class Loop:
         return self.agreed if self.fabric.world_size > 1 else self.signal
 
     def _interrupted(self) -> Interrupted:
-        self.fabric.barrier()  # the first process has written the checkpoint; whoever ended before would have it killed
+        self._settle()  # whoever ended before would have the first process killed
         name = signal.Signals(self._stop).name
-        return Interrupted(128 + self._stop, f"stopped by {name}; go on with: rome train --resume {self.run.folder}")
+        return Interrupted(
+            exit_code(self._stop), f"stopped by {name}; go on with: rome train --resume {self.run.folder}"
+        )
+
+    def _settle(self) -> None:
+        """Wait until what the first process saves is on the disk.
+
+        Raises:
+            UserError: it cannot be, in every process.
+        """
+
+        def settled() -> None:
+            if self.problem is not None:
+                raise self.problem
+            self.saver.wait()
+
+        self.team.first(settled)
+
+    def _news(self) -> tuple[int, int, int]:
+        """What this process has to tell the others at the end of an update: its signal, whether a checkpoint is due,
+        and whether something could not be written."""
+        if self.fabric.global_rank:
+            return self.signal, 0, 0
+        with self._noted():
+            self.saver.check()
+        return self.signal, self.saver.due(), self.problem is not None
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """What the first process cannot write ends all of them after the next update, and not itself alone."""
+        try:
+            yield
+        except UserError as error:
+            self.problem = self.problem or error
 
     def _update(self, method: Method, context: TrainContext, batches: Iterator[tuple[Tensor, Tensor]]) -> Update:
         config, number = self.config, self.updates
@@ -203,7 +251,10 @@ class Loop:
                 settle()
         except FloatingPointError as error:  # the attack met gradients that are not finite
             raise self._diverged(str(error), lr) from error
-        loss, parts, accuracy, self.agreed = tally.read(self.fabric, config.accumulate, self.signal)
+        loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._news())
+        self.due = bool(due)
+        if failed:
+            self._settle()
         if not all(map(finite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         method.update_end(context)
@@ -237,27 +288,34 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Replace the checkpoint, unless the weights are not finite: nothing could go on from those."""
-        if not all(bool(p.isfinite().all()) for p in self.context.attacked.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.context.attacked.parameters()]).all():
             raise self._diverged("weights became infinite or NaN", self.optimizer.param_groups[0]["lr"])
-        if self.fabric.global_rank:
+        if self.fabric.global_rank or self.problem is not None:
             return
-        self.run.save_checkpoint(
-            {
-                "epoch": self.position.epoch,
-                "step": self.position.step,
-                "seconds": self.position.seconds,
-                "model": self.context.attacked.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "method": self.config.method.state(),
-                **({} if self.validator is None else {"best": self.validator.best}),
-            }
-        )
+        state = {
+            "update": self.updates,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "seconds": self.position.seconds,
+            "model": self.context.attacked.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.config.method.state(),
+        }
+        best = {} if self.validator is None else {"best": self.validator.best}
+        with self._noted():
+            self.saver.save(state, constant=best, log=self.log_file.fileno())
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.log_file is None:
+        if self.log_file is None or self.problem is not None:
             return
-        self.log_file.write(json.dumps(line) + "\n")
-        self.log_file.flush()
+        text = json.dumps(line).encode() + b"\n"
+        try:
+            while text:  # a disk that fills up takes a part at first
+                text = text[self.log_file.write(text) :]
+        except OSError as error:
+            self.problem = UserError(
+                f"{self.run.log_file} cannot be written ({error.strerror}): make room and go on with --resume"
+            )
         self.tracked.numbers({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
 
     @contextmanager
@@ -268,27 +326,19 @@ class Loop:
         config, folder = self.config, self.run.folder
         self.run.rewind_log(self.updates)
         with (
-            open(self.run.log_file, "a", encoding="utf-8") as self.log_file,
+            open(self.run.log_file, "ab", buffering=0) as self.log_file,
             tracking(config.loggers, folder, config.name, config.dump(), after=self.updates) as self.tracked,
         ):
             yield
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends after the current update with a checkpoint; a second SIGINT at once."""
+        """The first signal ends after the current update with a checkpoint; a second SIGINT at once."""
 
         def ask(number: int, frame: Any) -> None:
             if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread
+        with handled(ask, (signal.SIGINT, *HANDLED)):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

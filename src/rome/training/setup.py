@@ -16,7 +16,7 @@ from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import numerics, pick_device, placed
-from rome.core.distributed import own_device, total
+from rome.core.distributed import Team, noticing, own_device, total
 from rome.core.errors import UserError, first_line
 from rome.core.graphs import Graphs
 from rome.core.launched import launched_together
@@ -58,11 +58,12 @@ def train(
 
     Raises:
         UserError: bad settings, data or folder, or a non-finite loss.
-        Interrupted: SIGINT or SIGTERM; resume with ``resume=True``.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, or another process is gone; resume with ``resume=True``.
     """
     run = Run(out)
     try:
-        _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
+        with noticing(f"another process of this training ended; go on with: rome train --resume {out}"):
+            _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
     finally:
         run.release()
     return run
@@ -108,10 +109,13 @@ def _train(
                 loop.run_all(shown)
         else:
             loop.run_all(None)
-    if fabric.global_rank == 0:
+
+    def finish() -> None:
         save_model(model, run.model_file, config=config.dump())
-        run.checkpoint_file.unlink(missing_ok=True)
-    fabric.barrier()
+        for checkpoint in (run.checkpoint_file, run.before_file):
+            checkpoint.unlink(missing_ok=True)
+
+    Team(rank, world).first(finish)
 
 
 def _graphs(config: Config, device: torch.device) -> Graphs | None:
@@ -217,15 +221,14 @@ def _prepare(
     fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool, data: Split
 ) -> dict[str, Any] | None:
     """The first process makes the folder ready; what it finds wrong is raised in every process, so that none waits."""
-    checkpoint, problem = None, ""
-    if fabric.global_rank == 0:
-        try:
-            checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
-        except UserError as error:
-            problem = str(error)
-    problem, goes_on = fabric.broadcast((problem, checkpoint is not None))
-    if problem:
-        raise UserError(problem)
+    checkpoint = None
+
+    def ready() -> bool:
+        nonlocal checkpoint
+        checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
+        return checkpoint is not None
+
+    goes_on = Team(fabric.global_rank, fabric.world_size).first(ready)
     return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
 
 
