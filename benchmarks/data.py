@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import common
 from rome.data import Data, ImageFolder, Parquet
 
 CLASSES, DIFFERENT, GROUP, SHARD = 1000, 500, 100, 40_000
@@ -84,9 +83,7 @@ def memory(pid: int | str) -> dict[str, int]:
 def read(data: Data, number: int, options: argparse.Namespace, barrier: Any, results: Any) -> None:
     """One rank: opens the training images and reads some of them."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # as torchrun's processes have it, and not this one
+    multiprocessing.set_start_method("fork", force=True)  # as torchrun's processes have it, and not this one
     begun = memory("self")
     barrier.wait()
     started = time.perf_counter()
@@ -158,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kinds", nargs="+", choices=["folder", "parquet"], default=["folder", "parquet"])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="of each rank")
-    parser.add_argument("--read", type=int, default=10_000, help="images that each rank reads")
+    parser.add_argument("--read", type=int, default=2000, help="images that each rank reads")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--where", help="folder for the images, kept; a temporary one unless given")
     parser.add_argument("--device", default="cpu", help="the CPU, whatever is given")
@@ -167,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", metavar="FILE", help="write settings, hardware and all numbers there")
     parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
     options = parser.parse_args(argv)
+    import common  # here, or every rank would import all that models need
+
     if options.quick:
         options.images, options.ranks, options.workers, options.read = 2 * CLASSES, 2, 1, 64
     device = common.start(options)
@@ -183,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if not path.exists():
                 makers[kind](path, jpegs(options.side, options.seed), options.images)
             data = kinds[kind](path=str(path), size=options.size)  # type: ignore[call-arg]
-            rows.append(measure(f"{kind}, first time", data, options, 1))
-            rows.append(measure(kind, data, options, 1))
-            rows.append(measure(kind, data, options, options.ranks))
+            for what, ranks in ((f"{kind}, first time", 1), (kind, 1), (kind, options.ranks)):
+                rows.append(measure(what, data, options, ranks))
+                report.note(", ".join(f"{name} {value}" for name, value in shown(rows[-1]).items()))
     finally:
         shutil.rmtree(cache)
         if not options.where:

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from rome.core.errors import UserError
@@ -47,7 +48,7 @@ class Parquet(Resized):
     def _opened(self, table: ImageTable, rows: list[int], classes: tuple[str, ...]) -> Split:
         labels = table.labels[rows]
         if self.size is not None:
-            return self.resized(table, rows, labels, classes, self.size)
+            return self.resized(table, np.array(rows), labels, classes, self.size)
         images = table.decoded(rows)
         pad = max(images.shape[2:]) // 8
         return MemorySplit(images, labels, classes, IMAGENET_MEAN, IMAGENET_STD, augment=self.augment, pad=pad)

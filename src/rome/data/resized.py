@@ -55,11 +55,11 @@ class Resized(Data):
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
         return ends
 
-    def resized(self, images: Images, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
+    def resized(self, images: Images, rows: np.ndarray, labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
         """The split of some images.
 
         Args:
-            rows: their numbers there, in the order of the examples.
+            rows: their numbers there, int64 (N,), in the order of the examples.
             labels: int64 (N,) of these rows.
             size: side of what they become, in pixels.
         """
@@ -131,7 +131,7 @@ class _Files(Dataset["Tensor | str"]):
     """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
 
     images: Images
-    rows: list[int]
+    rows: np.ndarray
     transform: Any
     seed: int | None = None
 
