@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from rome.core.errors import UserError
 from rome.core.files import file_hash
-from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
+from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split, one_line
 from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, listed
 from rome.data.pixels import Images
 from rome.data.resized import Resized
@@ -43,6 +43,9 @@ class ImageFolder(Resized):
     class_order: Literal["timm", "torchvision", "list"] = "timm"
     """How classes are numbered: by name with numbers by their value (2 before 10), as timm's reader does; by name as
     text (10 before 2), as torchvision's ImageFolder does; or as ``classes`` lists them, timm's ``class_map``."""
+    test_split: TestSplit | None = None
+    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
+    labels."""
     files: str | None = None
     """Test on these images alone, in this order: a text file with one CLASS/FILE a line, or ``robustbench`` for the
     5,000 of ImageNet's validation set that its leaderboard uses, whose list the package robustbench brings."""

@@ -7,13 +7,12 @@ processes of a machine share; the first of them makes it, the others wait for it
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from filelock import FileLock
 
 from rome.core.console import say
 from rome.core.files import replace_file, user_folder
+from rome.data.base import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,31 +70,45 @@ class Listing:
 
 
 def listed(folder: Path) -> Listing:
-    """The images in a folder of class folders: from the user's cache where nothing changed since, which the times of
-    all its folders tell."""
-    home = user_folder("cache")
+    """The images in a folder of class folders, from the user's cache where no folder in it changed since."""
+    table, facts = remembered(str(folder), lambda: _scan(folder))
+    names, places = table.column("name").combine_chunks(), table.column("place").to_numpy()
+    return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
+
+
+Found = tuple["pa.Table", dict[str, Any]]
+"""A table, and facts (JSON) about it; ``times`` has the time (ns) of the last change of each file or folder that it was
+made of, by its path."""
+
+
+def remembered(source: str, make: Callable[[], Found]) -> Found:
+    """What ``make`` finds in some folders or files, from the user's cache where these are as they were.
+
+    Args:
+        source: path of what is looked through, with whatever else tells one such table from another.
+    """
+    home, key = user_folder("cache"), os.path.abspath(source)
     if home is None:
-        return _scan(folder)[0]
-    place = os.path.realpath(folder)
-    file = home / "images" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.arrow"
+        return make()
+    file = home / "data" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.arrow"
     with _locked(file):
-        found = _remembered(file, place)
+        found = _read(file, source)
         if found is not None:
             return found
         started = time.time()
-        found, times = _scan(folder)
-        if max(times.values()) > (started - FRESH) * 1e9:
-            return found
+        table, facts = make()
+        if max(facts["times"].values()) > (started - FRESH) * 1e9:
+            return table, facts
         try:
-            _remember(file, found, {"folder": place, "times": times})
+            _write(file, table, facts)
         except OSError as error:
-            if len(found.places) >= MANY:
+            if len(table) >= MANY:
                 say(
-                    f"the list of {folder} cannot be kept in {file.parent} ({error.strerror or error}), so each "
+                    f"the list of {source} cannot be kept in {file.parent} ({error.strerror or error}), so each "
                     "process makes its own: set ROME_CACHE_HOME to a folder that can be written"
                 )
-            return found
-    return _remembered(file, place) or found
+            return table, facts
+    return _read(file, source) or (table, facts)
 
 
 @contextmanager
@@ -112,15 +126,15 @@ def _locked(file: Path) -> Iterator[None]:
             lock.release()
 
 
-def _scan(folder: Path) -> tuple[Listing, dict[str, int]]:
-    """The images in a folder, and the times (ns) at which each folder in it changed."""
+def _scan(folder: Path) -> Found:
+    """The fields of a :class:`Listing`."""
     import pyarrow as pa
 
     names, counts, digests = list[Any](), dict[str, int](), bytearray()
     rest, total, misplaced, times = Counter[str](), 0, "", dict[str, int]()
     for place, folders, files in os.walk(folder, followlinks=True):
         inside = Path(place).relative_to(folder).parts
-        times["/".join(inside)] = os.stat(place).st_mtime_ns
+        times[os.path.abspath(place)] = os.stat(place).st_mtime_ns
         below = any(map(hidden, inside))
         images = []
         for name in files:
@@ -147,7 +161,8 @@ def _scan(folder: Path) -> tuple[Listing, dict[str, int]]:
     endings = ", ".join(f"{count} {ending}" for ending, count in rest.most_common())
     summary = f"; {rest.total()} of {total} files are not read: {endings}" if rest else ""
     joined = pa.concat_arrays(names) if names else pa.array([], pa.large_binary())
-    return Listing(joined.take(pa.array(order)), places[order], tuple(known), summary, misplaced), times
+    table = pa.table({"name": joined.take(pa.array(order)), "place": places[order]})
+    return table, {"times": times, "folders": known, "rest": summary, "misplaced": misplaced}
 
 
 def by_hash(digests: bytes | bytearray) -> np.ndarray:
@@ -156,45 +171,53 @@ def by_hash(digests: bytes | bytearray) -> np.ndarray:
     return np.lexsort(words.T[::-1])
 
 
-def _remember(file: Path, found: Listing, facts: dict[str, Any]) -> None:
+def mixed(labels: np.ndarray) -> np.ndarray:
+    """Rows in their order, or, where classes stand together, in that of a hash of their numbers: where no more than
+    half as many neighbours differ in their labels as would in a random order, as in pieces sorted each.
+
+    Args:
+        labels: int64 (N,) of the rows.
+    """
+    n, counts = len(labels), np.bincount(labels).astype(float)
+    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
+    if not expected > 0 or (labels[1:] != labels[:-1]).sum() > expected / 2:
+        return np.arange(n)
+    return by_hash(b"".join(hashlib.sha256(str(row).encode()).digest() for row in range(n)))
+
+
+def _write(file: Path, table: pa.Table, facts: dict[str, Any]) -> None:
     import pyarrow as pa
 
-    facts |= {"folders": found.folders, "rest": found.rest, "misplaced": found.misplaced}
-    table = pa.table({"name": found.names, "place": pa.array(found.places)})
-    table = table.replace_schema_metadata({"rome": json.dumps(facts)})
-    sink = pa.BufferOutputStream()
+    table, sink = table.combine_chunks().replace_schema_metadata({"rome": json.dumps(facts)}), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     content = sink.getvalue().to_pybytes()
     replace_file(file, hashlib.sha256(content).hexdigest().encode() + content)
 
 
-def _remembered(file: Path, place: str) -> Listing | None:
-    """The list in a file, None where there is none or it is damaged or no longer true."""
+def _read(file: Path, source: str) -> Found | None:
+    """What a file keeps; None where there is none or it is damaged or no longer true."""
     import pyarrow as pa
 
     try:
         content = pa.memory_map(str(file)).read_buffer()
         body = content.slice(DIGEST)
         if hashlib.sha256(body).hexdigest().encode() != content.slice(0, DIGEST).to_pybytes():
-            raise ValueError
-        batch = pa.ipc.open_stream(pa.BufferReader(body)).read_next_batch()
-        facts = json.loads(batch.schema.metadata[b"rome"])
+            raise ValueError("checksum")
+        table = pa.ipc.open_stream(pa.BufferReader(body)).read_all()
+        facts = json.loads(table.schema.metadata[b"rome"])
     except FileNotFoundError:
         return None
-    except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration) as error:
-        if getattr(error, "errno", None) != errno.EACCES:
-            say(f"{file} is damaged: {place} is listed anew")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        say(f"{file} cannot be used ({one_line(error)}): {source} is looked through again")
         return None
     try:
-        same = all(os.stat(os.path.join(place, inside)).st_mtime_ns == at for inside, at in facts["times"].items())
+        same = all(os.stat(place).st_mtime_ns == at for place, at in facts["times"].items())
     except OSError:
         same = False
-    if not same or facts["folder"] != place:
-        say(f"{place} changed since its images were listed: it is listed anew")
-        return None
-    names, places = batch.column("name"), batch.column("place").to_numpy()
-    return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
+    if not same:
+        say(f"{source} changed since its images were listed: it is looked through again")
+    return (table, facts) if same else None
 
 
 def hidden(name: str) -> bool:

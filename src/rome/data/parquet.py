@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from pydantic import Field
 
 from rome.core.errors import UserError
-from rome.data.base import NAMES, Split, SplitName, chosen_split
-from rome.data.listing import by_hash
+from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split
+from rome.data.listing import mixed
 from rome.data.memory import MemorySplit
 from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD, Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, read_tables
@@ -35,6 +34,9 @@ class Parquet(Resized):
     path: str = Field(min_length=1)
     label: str = "label"
     """The column of labels; ``fine_label`` of CIFAR-100."""
+    test_split: TestSplit | None = None
+    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
+    labels."""
     size: int | None = Field(None, ge=1)
     """Side in pixels that images are brought to; None takes them as they are, all of one size."""
 
@@ -42,7 +44,7 @@ class Parquet(Resized):
         files, remarks = self._files(split)
         others, _ = self._files("test" if split == "train" else "train", needed=False)
         table = read_tables(files, self.label)
-        rows = _mixed(table)
+        rows = mixed(table.labels.numpy())
         rows = rows[: self._count(split, len(rows), files[0].parent)]
         if split == "train" and self.size is not None and not table.small:
             remarks.append(
@@ -102,14 +104,3 @@ class Parquet(Resized):
                     f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
                 )
         return table.names or tuple(map(str, range(largest + 1)))
-
-
-def _mixed(table: ImageTable) -> np.ndarray:
-    """Rows in their order, or, of a table where classes stand together, in that of a hash of their numbers: where no
-    more than half as many neighbours differ in their labels as would in a random order, as in pieces sorted each."""
-    labels, n = table.labels, len(table)
-    counts = labels.bincount()
-    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
-    if not expected > 0 or int((labels[1:] != labels[:-1]).sum()) > expected / 2:
-        return np.arange(n)
-    return by_hash(b"".join(hashlib.sha256(str(row).encode()).digest() for row in range(n)))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, unchanged_states
-from rome.data.base import Batches, Data, Pixels, Split, TestSplit
+from rome.data.base import Batches, Data, Pixels, Split
 from rome.data.pixels import Images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,9 +34,6 @@ class Resized(Data):
     instead, ``border`` the longer one, and pads with gray. What pixels are is said in :mod:`rome.data.pixels`.
     """
 
-    test_split: TestSplit | None = None
-    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
-    labels."""
     crop_pct: Number = Field(0.875, gt=0, le=1.25)
     """Above 1, as VOLO's 1.15, the resized image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
