@@ -210,6 +210,7 @@ def _in_both(here: _Images, rows: np.ndarray, there: _Images) -> str:
 
     shared = pc.is_in(here.listing.keys().take(pa.array(rows)), value_set=there.listing.keys())
     alike = rows[shared.to_numpy(zero_copy_only=False)]
+    pa.default_memory_pool().release_unused()
     compared = [here.filename(row) for row in alike[:COMPARED]]
     same = [name for name in compared if _equal(name, there.folder / Path(name).relative_to(here.folder))]
     of = f"{len(rows)} images" if len(compared) == len(alike) else f"{len(compared)} compared images"

@@ -72,7 +72,8 @@ class Listing:
 def listed(folder: Path) -> Listing:
     """The images in a folder of class folders, from the user's cache where no folder in it changed since."""
     table, facts = remembered(str(folder), lambda: _scan(folder))
-    names, places = table.column("name").combine_chunks(), table.column("place").to_numpy()
+    names, places = table.column("name"), table.column("place").to_numpy()
+    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # which copies
     return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
 
 
