@@ -26,6 +26,7 @@ def _own_record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests write is not remembered as the user's; embeddings, whose quality no test judges, take few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROME_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("ROME_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("rome.report.separability.TSNE", partial(TSNE, max_iter=250))  # the least; it makes 1000 steps
         yield
 

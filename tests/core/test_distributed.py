@@ -34,12 +34,25 @@ from helpers.tiny_runs import (
     weights,
     write_yaml,
 )
-from rome.core.distributed import own_device
+from rome.core.distributed import local_share, own_device
 from rome.core.errors import Interrupted, UserError
 from rome.core.launched import LAUNCHED, alone, launched_together
 from rome.evaluation.evaluate import Report
 from rome.runs.folder import Run
 from rome.training.setup import train
+
+
+@pytest.mark.parametrize(("count", "local", "share"), [(0, 4, 0), (1, 4, 1), (8, 4, 2), (9, 4, 2), (5, 1, 5)])
+def test_a_machines_workers_are_shared_out_among_its_processes(
+    count: int, local: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_share(count) == count, "of one process"
+    for name in LAUNCHED:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert local_share(count) == share
+
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "RANDOM+experts": {},

@@ -31,7 +31,8 @@ from torchvision import datasets as torchvision_datasets
 
 from rome.core.component import Settings
 from rome.core.errors import UserError
-from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split
+from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parquet, Split, tables
+from rome.data.base import Pixels
 from rome.data.pixels import eight_bits
 from rome.data.resized import Resized
 from rome.evaluation.named import named_data, preprocessing
@@ -192,6 +193,19 @@ def test_first_refuses_more_than_there_are(data: Data) -> None:
         split.first(len(split) + 1)
     assert split.first(0)[0].shape == (0, *split.shape)
     assert list(split.batches([])) == []
+
+
+def test_stored_images_are_bytes_that_give_the_same_floats(data: Data) -> None:
+    split = data.open("test")
+    x, y = split.first(len(split))
+    for n, workers in ((3, 0), (10**6, 0), (3, 2 if isinstance(data, Resized) else 0)):
+        images, labels = split.stored(n, workers=workers)
+        assert isinstance(images, Pixels)
+        assert images.values.dtype == torch.uint8
+        assert images.shape == x[:n].shape
+        assert torch.equal(images[torch.tensor([2, 0])], x[[2, 0]])
+        assert torch.equal(images[:], x[:n])
+        assert torch.equal(labels, y[:n])
 
 
 @pytest.mark.gpu
@@ -568,6 +582,28 @@ def test_a_resized_parquet_image_equals_that_of_a_folder(folder: Path, tmp_path:
     files_too = ImageFolder(path=str(folder), size=8).open("train")
     ours, theirs = tables.first(12)[0], files_too.first(12)[0]
     assert {image.numpy().tobytes() for image in ours} == {image.numpy().tobytes() for image in theirs}
+
+
+def test_a_large_table_is_read_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, n in (("train", 7), ("test", 3)):
+        rows = [{"bytes": png(pixels), "path": None} for pixels in noise(n, seed=n)]
+        table = pa.table({"img": pa.array(rows), "label": [i % 3 for i in range(n)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    held = Parquet(path=str(tmp_path)).open("train").first(7)[0]
+    resized = Parquet(path=str(tmp_path), size=32, crop_pct=1)
+    assert not resized.open("train").remarks
+    monkeypatch.setattr(tables, "HELD", 0)
+    table = tables.read_tables([tmp_path / "train.parquet", tmp_path / "test.parquet"])
+    for row in (4, 0, 6, 1, 5):
+        assert torch.equal(torch.from_numpy(np.array(table.picture(row))).permute(2, 0, 1) / 255, held[row])
+        assert len(table.held) == 1
+    assert (table.filename(6), table.filename(9)) == tuple(
+        f"{tmp_path}/{name}.parquet: row {row}" for name, row in (("train", 6), ("test", 2))
+    )
+    split = resized.open("train")
+    assert torch.equal(split.first(7)[0], held)
+    assert any("row groups of up to 2" in remark for remark in split.remarks)
+    assert torch.equal(Parquet(path=str(tmp_path)).open("train").first(7)[0], held)
 
 
 def test_broken_images_are_named_by_file_and_row(tmp_path: Path) -> None:

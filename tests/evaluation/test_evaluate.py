@@ -32,6 +32,7 @@ from rome.attacks.lp.pgd import PGD
 from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
 from rome.core.errors import UserError
 from rome.core.files import replace_file
+from rome.data.base import Pixels
 from rome.evaluation import store
 from rome.evaluation.checks import check_outputs
 from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
@@ -443,6 +444,19 @@ def test_finished_result_comes_from_disk(model: nn.Module, tmp_path: Path) -> No
     assert first.settings["provenance"] == {"config": "a.yaml"}
     assert (np.load(tmp_path / "matrix.npz")["labels"] == y.numpy()).all()
     assert json.loads((tmp_path / "result.json").read_text())["intervals"]["union"] == list(first.interval("union"))
+
+
+def test_images_held_as_bytes_are_the_evaluation_of_their_floats(model: nn.Module, tmp_path: Path) -> None:
+    values = torch.tensor(load_digits().images[:12], dtype=torch.uint8)[:, None]
+    x, y = digits(12)
+    settings = {"threats": LINF, "suite": QUICK}
+    held = evaluate(model, Pixels(values, 16), y, **settings, out=tmp_path)
+    whole = evaluate(model, x, y, **settings)
+    assert (held.correct == whole.correct).all()
+    assert held.settings["data"] == whole.settings["data"]
+    assert evaluate(model, x, y, **settings, out=tmp_path).reused == {"result": held.date}
+    with pytest.raises(UserError, match=r"must lie in \[0, 1\], these lie in \[0, 2\]"):
+        evaluate(model, Pixels(values, 8), y, **settings)
 
 
 def test_other_settings_are_refused_by_name(model: nn.Module, tmp_path: Path) -> None:

@@ -24,6 +24,12 @@ from rome.core.launched import launched_together
 T = TypeVar("T")
 
 
+def local_share(count: int) -> int:
+    """This process's part of so many that its machine has, shared out among its processes: of any at least 1."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if launched_together() > 1 else 1
+    return max(count // local, min(count, 1))
+
+
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

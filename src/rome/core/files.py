@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Literal
 
 from rome.core.errors import UserError
 
@@ -104,6 +104,18 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_folder(kind: Literal["state", "cache"]) -> Path | None:
+    """Where this user's rome keeps what it may need again: in ``ROME_STATE_HOME`` or ``ROME_CACHE_HOME``, or where the
+    XDG directories say. Not in a relative folder, which would be inside whatever folder a person works in."""
+    for variable, inside in ((f"ROME_{kind.upper()}_HOME", ""), (f"XDG_{kind.upper()}_HOME", "rome")):
+        if (folder := Path(os.environ.get(variable, ""))).is_absolute():
+            return folder / inside
+    try:
+        return Path.home() / {"state": ".local/state", "cache": ".cache"}[kind] / "rome"
+    except RuntimeError:
+        return None
 
 
 def make_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from rome.core.errors import UserError, printable, some
-from rome.core.files import file_hash
+from rome.core.files import file_hash, user_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,11 +153,6 @@ def _records() -> set[str]:
 
 
 def _record_file() -> Path | None:
-    """Outside all files it speaks of; a relative folder would be inside whatever folder a person works in."""
-    for variable, inside in (("ROME_STATE_HOME", ""), ("XDG_STATE_HOME", "rome")):
-        if (folder := Path(os.environ.get(variable, ""))).is_absolute():
-            return folder / inside / "written"
-    try:
-        return Path.home() / ".local" / "state" / "rome" / "written"
-    except RuntimeError:
-        return None
+    """Outside all files it speaks of."""
+    folder = user_folder("state")
+    return None if folder is None else folder / "written"

@@ -12,3 +12,4 @@ from rome.data.folder import ImageFolder as ImageFolder
 from rome.data.memory import Digits as Digits
 from rome.data.memory import MemorySplit as MemorySplit
 from rome.data.parquet import Parquet as Parquet
+from rome.data.timm import Timm as Timm

@@ -32,6 +32,27 @@ NAMES: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "test": ("test",
 """What folders and files call the splits; of several that are there the first one with labels is used."""
 
 
+class Pixels:
+    """Images in the memory that they were decoded in, a quarter of that of floats. Indexed like a tensor, it gives
+    those images alone as float32 in [0, 1], with the values that batches of them have.
+
+    Args:
+        values: uint8 (n, C, H, W).
+        levels: the value that is white.
+    """
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, values: Tensor, levels: int) -> None:
+        self.values, self.levels, self.shape = values, levels, values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return self.values[rows].float().div_(self.levels)
+
+
 class Split(ABC):
     """The training or the test examples of a data set, numbered 0..N-1.
 
@@ -97,6 +118,15 @@ class Split(ABC):
         """The first ``n`` examples as they are: x float32 (n, C, H, W) in [0, 1], y int64 (n,), on the CPU."""
         ((x, y),) = self.batches([torch.arange(n)])
         return x, y
+
+    def stored(self, n: int, *, workers: int = 0) -> tuple[Tensor | Pixels, Tensor]:
+        """The first ``n`` examples, all where there are fewer, with the images as :class:`Pixels` where they were
+        decoded as bytes.
+
+        Args:
+            workers: processes that read them, as in :meth:`batches`.
+        """
+        return self.first(min(n, len(self)))
 
     @abstractmethod
     def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
 from rome.core.errors import UserError
-from rome.data.base import NAMES, Split, SplitName, chosen_split, one_line
+from rome.core.files import file_hash
+from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split, one_line
+from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, listed
 from rome.data.pixels import Images
 from rome.data.resized import Resized
 
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's, whose import takes longer than the rest of a config."""
+ROBUSTBENCH = "robustbench"
+COMPARED = 10_000
+"""Images of the same names in train and test whose contents are compared."""
 
 
 class ImageFolder(Resized):
@@ -39,6 +43,12 @@ class ImageFolder(Resized):
     class_order: Literal["timm", "torchvision", "list"] = "timm"
     """How classes are numbered: by name with numbers by their value (2 before 10), as timm's reader does; by name as
     text (10 before 2), as torchvision's ImageFolder does; or as ``classes`` lists them, timm's ``class_map``."""
+    test_split: TestSplit | None = None
+    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
+    labels."""
+    files: str | None = None
+    """Test on these images alone, in this order: a text file with one CLASS/FILE a line, or ``robustbench`` for the
+    5,000 of ImageNet's validation set that its leaderboard uses, whose list the package robustbench brings."""
     size: int = Field(224, ge=1)
     """Side in pixels that all images are brought to."""
 
@@ -62,11 +72,14 @@ class ImageFolder(Resized):
                 f"{root} {state}: data.path must contain train/CLASS/*.jpg and test/CLASS/*.jpg (or validation, valid, "
                 "or val)"
             )
-        images, rest = _files(folder)
-        if not images:
+        listing = listed(folder)
+        images, rest = _Images(folder, listing), listing.rest
+        if listing.misplaced:
+            raise UserError(f"{listing.misplaced} is not in {folder}/CLASS/: move or remove it")
+        if not listing.folders:
             raise UserError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of classes{rest}")
         classes = self._wanted(folder)
-        if empty := sorted(classes - {place for place, _ in images}):
+        if empty := sorted(classes - {*listing.folders}):
             raise UserError(f"class folder {folder / empty[0]} has no images{rest}: fill or remove it")
         if other is not None and (differing := classes ^ self._wanted(other)):
             name = min(differing)
@@ -75,20 +88,52 @@ class ImageFolder(Resized):
                 f"the classes of {folder} and {other} differ in {len(differing)}: {name} is in {here} and not in "
                 f"{there}; both need the same class folders"
             )
-        images = [image for image in images if image[0] in classes]
-        images.sort(key=lambda image: hashlib.sha256(b"/".join(map(os.fsencode, image))).digest())
-        if rest:
-            remarks.append(f"{folder}: {rest.removeprefix('; ')}")
-        if other is not None and (same := _in_both(images, folder, other)):
-            remarks.append(f"{len(same)} of {len(images)} images in {folder} are in {other} too, such as {same[0]}")
         names, remark = self._numbered(classes)
         number = {name: label for label, name in enumerate(names)}
-        images = images[: self._count(split, len(images), folder)]
-        labels = torch.tensor([number[place] for place, _ in images])
+        labels = np.array([number.get(name, -1) for name in listing.folders])[listing.places]
+        rows = np.flatnonzero(labels >= 0)
+        if self.files is not None and split == "test":
+            rows, chosen = self._chosen(images, labels)
+            remarks.append(chosen)
+        if rest:
+            remarks.append(f"{folder}: {rest.removeprefix('; ')}")
+        if other is not None and (same := _in_both(images, rows, _Images(other, listed(other)))):
+            remarks.append(same)
+        rows = rows[: self._count(split, len(rows), folder)]
         if remark:
             remarks.append(f"{folder}: {remark}")
-        opened = self.resized(_Images(folder, images), list(range(len(images))), labels, names, self.size)
+        opened = self.resized(images, rows, torch.from_numpy(labels[rows]), names, self.size)
         return opened.described(str(folder), remarks)
+
+    def _chosen(self, images: _Images, labels: np.ndarray) -> tuple[np.ndarray, str]:
+        """The rows of the images that ``files`` lists, in its order, and a remark that says which these are.
+
+        Args:
+            labels: of all images, negative where their class is not used.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        file = _robustbench() if self.files == ROBUSTBENCH else Path(os.path.expanduser(self.files or ""))
+        lines = _lines(file, f"data.files: {self.files}", "path")
+        keys = [Path(line).as_posix().removeprefix(f"{images.folder.name}/") for line in lines]
+        wanted = pa.array(map(os.fsencode, keys), pa.large_binary())
+        found = pc.index_in(wanted, value_set=images.listing.keys())
+        if found.null_count:
+            first = keys[found.is_null().index(True).as_py()]
+            raise UserError(
+                f"data.files: {self.files} lists {len(keys)} images, one CLASS/FILE a line; {images.folder} lacks "
+                f"{found.null_count} of them, such as {first}"
+            )
+        rows = found.to_numpy().astype(np.int64)
+        used = rows[labels[rows] >= 0]
+        if not len(used):
+            raise UserError(f"data.files: {self.files} lists no image of the classes that are used")
+        what = f"{len(used)} images" if len(used) == len(rows) else f"{len(used)} of {len(rows)} images (other classes)"
+        return (
+            used,
+            f"{images.folder}: only the {what} that {self.files} lists, in its order (sha256 {file_hash(file)})",
+        )
 
     def _split_folder(self, root: Path, split: SplitName) -> tuple[Path | None, list[str]]:
         """The folder of a split, None where there is none, and remarks about the choice."""
@@ -136,16 +181,7 @@ class ImageFolder(Resized):
         file = built_in if built_in.is_file() else Path(os.path.expanduser(classes))
         if not os.path.isfile(file):
             raise UserError(f"data.classes: {classes} is neither imagenet100 nor a file of class folder names")
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"data.classes: {classes} cannot be read as text in UTF-8: {one_line(error)}") from None
-        names = [name for line in lines if (name := line.strip())]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or not names:
-            what = f"names {twice[0]} twice" if twice else "needs at least one name"
-            raise UserError(f"data.classes: {classes} {what}")
-        return names
+        return _lines(file, f"data.classes: {classes}", "name")
 
 
 @dataclass(frozen=True)
@@ -153,61 +189,70 @@ class _Images(Images):
     """Files to read, by their number."""
 
     folder: Path
-    images: list[tuple[str, str]]
-    """Class folder and file name of each."""
+    listing: Listing
 
     def __getitem__(self, row: int) -> IO[bytes]:
         return open(self.filename(row), "rb")
 
     def filename(self, row: int) -> str:
-        return str(self.folder.joinpath(*self.images[row]))
-
-
-def _files(folder: Path) -> tuple[list[tuple[str, str]], str]:
-    """The images in a folder of class folders, by class folder and file name, and how many files are not read, of which
-    endings; empty where there are none.
-
-    Raises:
-        UserError: an image is elsewhere, where timm and torchvision would give it different labels.
-    """
-    images, rest, total = [], Counter[str](), 0
-    for place, folders, names in os.walk(folder, followlinks=True):
-        inside = Path(place).relative_to(folder).parts
-        hidden = any(map(_hidden, inside))
-        for name in names:
-            total += 1
-            ending = os.path.splitext(name)[1].lower()
-            if hidden or _hidden(name):
-                rest["hidden"] += 1
-            elif ending not in IMG_EXTENSIONS:
-                rest[ending or "without an ending"] += 1
-            elif len(inside) != 1:
-                raise UserError(f"{Path(place, name)} is not in {folder}/CLASS/: move or remove it")
-            else:
-                images.append((inside[0], name))
-        folders[:] = [name for name in folders if not (hidden and os.path.islink(os.path.join(place, name)))]
-    endings = ", ".join(f"{count} {ending}" for ending, count in rest.most_common())
-    return images, f"; {rest.total()} of {total} files are not read: {endings}" if rest else ""
+        return str(self.folder.joinpath(*self.listing[row]))
 
 
 def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not _hidden(entry.name)}
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)}
 
 
-def _hidden(name: str) -> bool:
-    """What systems and archives leave beside images."""
-    return name.startswith(".") or name == "__MACOSX"
+def _in_both(here: _Images, rows: np.ndarray, there: _Images) -> str:
+    """How many images are in another split too, of the same class, name and content; empty where none is. Of very many
+    with the same names the first ones are compared."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shared = pc.is_in(here.listing.keys().take(pa.array(rows)), value_set=there.listing.keys())
+    alike = rows[shared.to_numpy(zero_copy_only=False)]
+    pa.default_memory_pool().release_unused()
+    compared = [here.filename(row) for row in alike[:COMPARED]]
+    same = [name for name in compared if _equal(name, there.folder / Path(name).relative_to(here.folder))]
+    of = f"{len(rows)} images" if len(compared) == len(alike) else f"{len(compared)} compared images"
+    return f"{len(same)} of {of} in {here.folder} are in {there.folder} too, such as {same[0]}" if same else ""
 
 
-def _in_both(images: list[tuple[str, str]], folder: Path, other: Path) -> list[str]:
-    """The images that are in another split too: of the same class, name and content."""
-    classes: dict[str, list[str]] = {}
-    for place, name in images:
-        classes.setdefault(place, []).append(name)
-    same = {
-        place: filecmp.cmpfiles(folder / place, other / place, classes[place], shallow=False)[0] for place in classes
-    }
-    return [str(folder / place / name) for place, names in same.items() for name in names]
+def _equal(file: str, other: Path) -> bool:
+    try:
+        return filecmp.cmp(file, other, shallow=False)
+    except OSError:
+        return False
+
+
+def _lines(file: Path, setting: str, what: str) -> list[str]:
+    """The lines of a list, without empty ones.
+
+    Args:
+        setting: its key and value, for messages.
+        what: stands in a line.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting} cannot be read as text in UTF-8: {one_line(error)}") from None
+    found = [name for line in lines if (name := line.strip())]
+    twice = [name for name, count in Counter(found).items() if count > 1]
+    if twice or not found:
+        raise UserError(f"{setting} {f'names {twice[0]} twice' if twice else f'needs at least one {what}'}")
+    return found
+
+
+def _robustbench() -> Path:
+    """RobustBench's list of 5,000 validation images, in its package."""
+    package = find_spec("robustbench")
+    places = [Path(place) for place in package.submodule_search_locations or ()] if package else []
+    for place in places:
+        if (file := place / "helper_files" / "imagenet_test_image_ids.txt").is_file():
+            return file
+    raise UserError(
+        "data.files: robustbench: its list comes with the package robustbench (1.1 or later), which is not installed "
+        "here: pip install --no-deps robustbench, or give a text file with one CLASS/FILE a line"
+    )
 
 
 def _built_in(classes: str) -> Path:

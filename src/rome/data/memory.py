@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rome.core.randomness import stream
-from rome.data.base import Batches, Data, Floats, Split, SplitName
+from rome.data.base import Batches, Data, Floats, Pixels, Split, SplitName
 
 
 class MemorySplit(Split):
@@ -36,6 +36,12 @@ class MemorySplit(Split):
         super().__init__(classes, (images.shape[1], images.shape[2], images.shape[3]), labels, mean, std)
         self._levels, self._augment, self._pad, self._flip = levels, augment, pad, flip
         self._held = {torch.device("cpu"): (images.contiguous(), labels)}
+
+    def stored(self, n: int, *, workers: int = 0) -> tuple[Tensor | Pixels, Tensor]:
+        images, labels = self._held[torch.device("cpu")]
+        if images.dtype != torch.uint8:
+            return super().stored(n)
+        return Pixels(images[:n], self._levels), labels[:n]
 
     def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
         home = device if device.type == "cuda" else torch.device("cpu")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
+import torch
 from pydantic import Field
 
 from rome.core.errors import UserError
-from rome.data.base import NAMES, Split, SplitName, chosen_split
+from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split
+from rome.data.listing import mixed
 from rome.data.memory import MemorySplit
 from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD, Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, read_tables
@@ -22,15 +24,19 @@ class Parquet(Resized):
 
     Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
     is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
-    they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; the encoded
-    ones are held in memory. Files in which classes stand together are read in an order that mixes the classes and
-    is the same everywhere, so that the first n are a fair sample; others in their own. Gray images become RGB.
+    they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; up to 512 MiB
+    of encoded ones are held in memory, more are read by row groups. Files in which classes stand together are read in
+    an order that mixes the classes and is the same everywhere, so that the first n are a fair sample; others in their
+    own. Gray images become RGB.
     """
 
     kind = "parquet"
     path: str = Field(min_length=1)
     label: str = "label"
     """The column of labels; ``fine_label`` of CIFAR-100."""
+    test_split: TestSplit | None = None
+    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
+    labels."""
     size: int | None = Field(None, ge=1)
     """Side in pixels that images are brought to; None takes them as they are, all of one size."""
 
@@ -38,14 +44,19 @@ class Parquet(Resized):
         files, remarks = self._files(split)
         others, _ = self._files("test" if split == "train" else "train", needed=False)
         table = read_tables(files, self.label)
-        rows = _mixed(table)
+        rows = mixed(table.labels.numpy())
         rows = rows[: self._count(split, len(rows), files[0].parent)]
+        if split == "train" and self.size is not None and not table.small:
+            remarks.append(
+                f"{files[0].parent}: images are read by row groups of up to {np.diff(table.starts).max()}, a whole one "
+                "for each image of a random order; data.kind=timm data.name=hfds/NAME reads single images"
+            )
         opened = self._opened(table, rows, self._classes(table, [file for file in others if file not in files]))
         same = [f"{mine} and {theirs} are the same file" for mine, theirs in equal_files(files, others)]
         return opened.described(table.source, [*remarks, *table.remarks(), *same])
 
-    def _opened(self, table: ImageTable, rows: list[int], classes: tuple[str, ...]) -> Split:
-        labels = table.labels[rows]
+    def _opened(self, table: ImageTable, rows: np.ndarray, classes: tuple[str, ...]) -> Split:
+        labels = table.labels[torch.from_numpy(rows)]
         if self.size is not None:
             return self.resized(table, rows, labels, classes, self.size)
         images = table.decoded(rows)
@@ -54,8 +65,8 @@ class Parquet(Resized):
 
     def one_size(self) -> bool:
         """Whether the first test images are all of one size."""
-        table = read_tables(self._files("test")[0], self.label, first=64)
-        return len({table.picture(row).size for row in range(len(table))}) == 1
+        table = read_tables(self._files("test")[0], self.label)
+        return len({table.picture(row).size for row in range(min(len(table), 64))}) == 1
 
     def _files(self, split: SplitName, *, needed: bool = True) -> tuple[list[Path], list[str]]:
         """The files of a split, and remarks about the choice."""
@@ -93,14 +104,3 @@ class Parquet(Resized):
                     f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
                 )
         return table.names or tuple(map(str, range(largest + 1)))
-
-
-def _mixed(table: ImageTable) -> list[int]:
-    """Rows in their order, or, of a table where classes stand together, in that of a hash of their numbers: where no
-    more than half as many neighbours differ in their labels as would in a random order, as in pieces sorted each."""
-    labels, n = table.labels, len(table)
-    rows, counts = list(range(n)), labels.bincount()
-    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
-    if not expected > 0 or int((labels[1:] != labels[:-1]).sum()) > expected / 2:
-        return rows
-    return sorted(rows, key=lambda row: hashlib.sha256(str(row).encode()).digest())

@@ -42,12 +42,14 @@ class Images(ABC):
         try:
             with self[row] as file, Image.open(file) as opened:
                 return eight_bits(opened).convert("RGB")
+        except UserError:
+            raise
         except Exception as error:  # Pillow raises almost any kind for a broken file
             problem = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
             where = self.filename(row)
             raise UserError(f"{where}: cannot be read as an image ({problem}); replace or remove it") from None
 
-    def decoded(self, rows: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+    def decoded(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None) -> Tensor:
         """Images as uint8 (N, 3, H, W).
 
         Args:
@@ -58,7 +60,8 @@ class Images(ABC):
         """
         wanted = size or self.picture(rows[0]).size
         pixels = np.empty((len(rows), wanted[1], wanted[0], 3), dtype=np.uint8)
-        for place, row in enumerate(rows):
+        for place in np.argsort(rows):  # neighbours may be read together
+            row = rows[place]
             image = self.picture(row)
             if image.size != wanted:
                 raise UserError(

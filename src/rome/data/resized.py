@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.core.randomness import derive_seed, unchanged_states
-from rome.data.base import Batches, Data, Split, TestSplit
+from rome.data.base import Batches, Data, Pixels, Split
 from rome.data.pixels import Images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training images, the field's normalisation."""
+AT_A_TIME = 64
+"""Images that one worker reads for a set that is held in memory."""
 
 
 class Resized(Data):
@@ -32,9 +34,6 @@ class Resized(Data):
     instead, ``border`` the longer one, and pads with gray. What pixels are is said in :mod:`rome.data.pixels`.
     """
 
-    test_split: TestSplit | None = None
-    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
-    labels."""
     crop_pct: Number = Field(0.875, gt=0, le=1.25)
     """Above 1, as VOLO's 1.15, the resized image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
@@ -53,11 +52,11 @@ class Resized(Data):
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
         return ends
 
-    def resized(self, images: Images, rows: list[int], labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
+    def resized(self, images: Images, rows: np.ndarray, labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
         """The split of some images.
 
         Args:
-            rows: their numbers there, in the order of the examples.
+            rows: their numbers there, int64 (N,), in the order of the examples.
             labels: int64 (N,) of these rows.
             size: side of what they become, in pixels.
         """
@@ -87,9 +86,22 @@ class _ResizedSplit(Split):
         files = self._files
         if augment_seed is not None:
             files = replace(files, transform=self._augmented, seed=augment_seed)
+        for indices, images in zip(order, self._read(files, order, device, workers), strict=True):
+            x = images.to(device, non_blocking=True).float().div_(255)
+            yield x, self.labels[indices].to(device, non_blocking=True)
+
+    def stored(self, n: int, *, workers: int = 0) -> tuple[Tensor | Pixels, Tensor]:
+        parts = torch.split(torch.arange(min(n, len(self))), AT_A_TIME)
+        values = torch.empty(min(n, len(self)), *self.shape, dtype=torch.uint8)
+        for part, images in zip(parts, self._read(self._files, parts, values.device, workers), strict=True):
+            values[part] = images
+        return Pixels(values, 255), self.labels[:n]
+
+    def _read(self, files: _Files, order: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Tensor]:
+        """The images of each part of the order, uint8 (B, C, H, W) on the CPU, for that device."""
         loader: DataLoader[Tensor | str] = DataLoader(
             files,
-            batch_sampler=[indices.tolist() for indices in order],
+            batch_sampler=_Numbers(order),
             collate_fn=_stack,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -98,8 +110,17 @@ class _ResizedSplit(Split):
         for indices, images in zip(order, loader, strict=True):
             if isinstance(images, str):
                 raise UserError(images)
-            x = images.view(len(indices), *self.shape).to(device, non_blocking=True).float().div_(255)
-            yield x, self.labels[indices].to(device, non_blocking=True)
+            yield images.view(len(indices), *self.shape)
+
+
+class _Numbers(Sampler[list[int]]):
+    """Index tensors as lists, made one at a time: those of an epoch would be ten times as large as the tensors."""
+
+    def __init__(self, order: Sequence[Tensor]) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(Tensor.tolist, self.order)
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ class _Files(Dataset["Tensor | str"]):
     """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
 
     images: Images
-    rows: list[int]
+    rows: np.ndarray
     transform: Any
     seed: int | None = None
 

@@ -7,11 +7,11 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,32 +27,72 @@ _COLUMNS = ("img", "image")
 _PIECE = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 
 
+HELD = 2**29
+"""Bytes of encoded images that a table may have in all to be held in memory; of larger ones it is one row group."""
+
+
 @dataclass(frozen=True)
 class ImageTable(Images):
-    """The images of some files as they are encoded, one after the other, and their labels."""
+    """The images of some files as they are encoded, one after the other, and their labels. Row groups are read when an
+    image of theirs is, from files in the memory map that all processes of a machine share."""
 
     files: tuple[Path, ...]
-    counts: tuple[int, ...]
-    """Images of each file."""
-    encoded: pa.ChunkedArray
-    """The bytes of all."""
+    columns: tuple[str, ...]
+    """Where each file has the bytes."""
+    groups: np.ndarray
+    """int32 (groups, 2): of each row group its file and its number there."""
+    starts: np.ndarray
+    """int64 (groups + 1): the first row of each, and the number of all."""
+    size: int
+    """Bytes of all images."""
     labels: Tensor
     """int64 (N,), none of them negative."""
     names: tuple[str, ...]
     """Of the classes, as the files say; empty if they do not."""
+    held: dict[int, pa.ChunkedArray] = field(default_factory=dict)
+    """Row groups that were read."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, row: int) -> IO[bytes]:
-        return io.BytesIO(self.encoded[row].as_py() or b"")
+        group = self._group_of(row)
+        return io.BytesIO(self._read(group)[int(row - self.starts[group])].as_py() or b"")
+
+    def _group_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        """The encoded images of a row group."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        if group not in self.held:
+            if not self.small:
+                self.held.clear()
+            file, number = self.groups[group]
+            try:
+                with pq.ParquetFile(self.files[file], memory_map=True) as parquet:
+                    table = parquet.read_row_group(number, [self.columns[file]], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                problem = f"row group {number} cannot be read ({one_line(error)})"
+                raise UserError(f"{self.files[file]}: {problem}: download the file again") from None
+            images = table.column(0)
+            images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+            self.held[group] = images.cast(pa.large_binary())
+        return self.held[group]
+
+    @property
+    def small(self) -> bool:
+        """Whether all images are held in memory once they were read."""
+        return self.size <= HELD
 
     def filename(self, row: int) -> str:
         """Its file and its number there."""
-        file = 0
-        while row >= self.counts[file]:
-            row, file = row - self.counts[file], file + 1
-        return f"{self.files[file]}: row {row}"
+        file = self.groups[self._group_of(row), 0]
+        first = self.starts[np.flatnonzero(self.groups[:, 0] == file)[0]]
+        return f"{self.files[file]}: row {row - first}"
 
     @property
     def source(self) -> str:
@@ -61,11 +101,16 @@ class ImageTable(Images):
 
     def remarks(self) -> list[str]:
         """That more than one of a hundred images is there twice, as where a piece is: by their last bytes (which depend
-        on all pixels in most formats), and then by all."""
+        on all pixels in most formats), and then by all. Of a table that is not held in memory nothing is known."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
+        if not self.small:
+            return []
+        groups = (self._read(group).chunks for group in range(len(self.groups)))
+        encoded = pa.chunked_array([chunk for chunks in groups for chunk in chunks], pa.large_binary())
         again = 0
-        for images in (pc.binary_slice(self.encoded, -64, None), self.encoded):
+        for images in (pc.binary_slice(encoded, -64, None), encoded):
             again = len(self) - pc.count_distinct(images, mode="all").as_py()
             if again <= len(self) // 100:
                 return []
@@ -104,27 +149,30 @@ def equal_files(some: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[
                 yield first, second
 
 
-def read_tables(
-    files: list[Path], label: str = "label", *, classes: int | None = None, first: int | None = None
-) -> ImageTable:
+def read_tables(files: list[Path], label: str = "label", *, classes: int | None = None) -> ImageTable:
     """The images, still encoded, and labels of Parquet files with a column ``img`` or ``image``, of bytes or a struct
-    with bytes.
+    with bytes. Images are not read yet.
 
     Args:
         label: the column of labels, integers from 0.
         classes: their number; None: that of the names in the files, or any.
-        first: read no more than so many rows of each file.
 
     Raises:
         UserError: they are not such files, or disagree about the names of the classes.
     """
-    import pyarrow as pa
-
-    images, labels, names = zip(*(_read(file, label, classes, first) for file in files), strict=True)
-    if len(set(names)) > 1:
+    read = [_read(file, label, classes) for file in files]
+    if len({each.names for each in read}) > 1:
         raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
-    encoded = pa.chunked_array([chunk for each in images for chunk in each.chunks], pa.large_binary())
-    return ImageTable(tuple(files), tuple(map(len, labels)), encoded, torch.cat(labels), names[0])
+    groups = [(file, group) for file, each in enumerate(read) for group in range(len(each.rows))]
+    return ImageTable(
+        files=tuple(files),
+        columns=tuple(each.column for each in read),
+        groups=np.array(groups, dtype=np.int32),
+        starts=np.cumsum([0, *(rows for each in read for rows in each.rows)]),
+        size=sum(each.size for each in read),
+        labels=torch.from_numpy(np.concatenate([each.labels for each in read])),
+        names=read[0].names,
+    )
 
 
 def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[Any]]:
@@ -142,12 +190,21 @@ def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[A
         return (), [0]
 
 
-def _read(
-    file: Path, label: str, classes: int | None, first: int | None
-) -> tuple[pa.ChunkedArray, Tensor, tuple[str, ...]]:
-    """The encoded images of one file, their labels, and the names of the classes."""
+class _File(NamedTuple):
+    """What a file says without its images."""
+
+    column: str
+    """The one of the images' bytes."""
+    rows: list[int]
+    """Of each row group."""
+    size: int
+    """Bytes of all images."""
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+
+def _read(file: Path, label: str, classes: int | None) -> _File:
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     def refuse(problem: str) -> NoReturn:
@@ -157,8 +214,8 @@ def _read(
         ) from None
 
     try:
-        with pq.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            schema, metadata = parquet.schema_arrow, parquet.metadata
             column = next((name for name in _COLUMNS if name in schema.names), "")
             if not column or label not in schema.names:
                 refuse(f"has the columns {', '.join(schema.names)}")
@@ -169,31 +226,32 @@ def _read(
                 refuse(f"column {column} is {kind}")
             if not pa.types.is_integer(schema.field(label).type):
                 refuse(f"column {label} is {schema.field(label).type}")
-            if first is None:
-                table = parquet.read([column, label])
-            else:
-                some = list(islice(parquet.iter_batches(first, columns=[column, label]), 1))
-                table = pa.Table.from_batches(some) if some else schema.empty_table()
-            encoded = table.column(column)
-            encoded = (pc.struct_field(encoded, "bytes") if struct else encoded).cast(pa.large_binary())
+            given = parquet.read([label]).column(label)
+            labels = given.cast(pa.int64()).fill_null(-2).to_numpy()
     except (pa.ArrowException, OSError) as error:
         refuse(f"not a readable Parquet file ({one_line(error)})")
-    labels = table.column(label).to_pylist()
     names = _names(schema.metadata, label)
-    classes = classes or len(names) or 2**31
-    wrong = [(row, value) for row, value in enumerate(labels) if value is None or not 0 <= value < classes]
-    if wrong and all(value == -1 for value in labels):
+    wrong = np.flatnonzero((labels < 0) | (labels >= (classes or len(names) or 2**31)))
+    if len(wrong) and (labels == -1).all():
         raise UserError(
             f"{file}: its labels are secret (all are -1), as of some test sets on the Hub; put "
             "validation-*.parquet beside it, which is read instead"
         )
-    if wrong:
-        refuse(f"row {wrong[0][0]} has the label {wrong[0][1]}")
-    if not labels:
+    if len(wrong):
+        refuse(f"row {wrong[0]} has the label {given[int(wrong[0])].as_py()}")
+    if not len(labels):
         refuse("has no rows")
-    if encoded.null_count == len(encoded):
+    path = f"{column}.bytes" if struct else column
+    place = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == path)
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    images = [group.column(place) for group in groups]
+    if all(
+        each.statistics is not None and each.statistics.null_count == group.num_rows
+        for each, group in zip(images, groups, strict=True)
+    ):
         refuse(f"column {column} has no bytes in any row: the images are in other files")
-    return encoded, torch.tensor(labels, dtype=torch.int64), names
+    size = sum(each.total_uncompressed_size for each in images)
+    return _File(path, [group.num_rows for group in groups], size, labels, names)
 
 
 def _names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:

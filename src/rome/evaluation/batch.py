@@ -14,6 +14,7 @@ from rome.attacks.suites.base import Case
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
+from rome.data.base import Pixels
 from rome.threats import LpBall
 
 NOT_FINITE = "non-finite-logits"
@@ -31,7 +32,7 @@ class FixedChange(Protocol):
 class Examples(NamedTuple):
     """All images and labels, and where to compute."""
 
-    x: Tensor
+    x: Tensor | Pixels
     y: Tensor
     device: torch.device
 

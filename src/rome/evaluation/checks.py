@@ -11,22 +11,24 @@ from torch import Tensor, nn
 
 from rome.core.errors import UserError
 from rome.core.trial import REPEATABLE, Model, ask, check_company, check_labels, outside_box, steady, unusable
+from rome.data.base import Pixels
 
 
-def check_data(x: Tensor, y: Tensor) -> None:
+def check_data(x: Tensor | Pixels, y: Tensor) -> None:
     """Images float32 (n, C, H, W) in [0, 1], labels int64 (n,) from 0, n > 0.
 
     Raises:
         UserError: they are not.
     """
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype != torch.float32:
+    values = x.values if isinstance(x, Pixels) else x
+    if not isinstance(values, Tensor) or values.ndim != 4 or x.dtype != torch.float32:
         raise UserError(f"images must be a float32 tensor (n, C, H, W) in [0, 1], not {_describe(x)}")
     if not isinstance(y, Tensor) or y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise UserError(f"labels must be an int64 tensor ({len(x)},) for {len(x)} images, not {_describe(y)}")
     if len(x) == 0:
         raise UserError("there are no images to evaluate on")
-    if not (x.min().item() >= 0 and x.max().item() <= 1):  # also refuses NaN
-        raise UserError(outside_box(x))
+    if not (values.min().item() >= 0 and values.max().item() <= (x.levels if isinstance(x, Pixels) else 1)):  # or NaN
+        raise UserError(outside_box(x[:]))
     check_labels(y)
 
 
@@ -65,7 +67,7 @@ def _networks(model: object) -> Iterator[nn.Module]:
         )
 
 
-def device_of(model: Model, x: Tensor, wanted: str | torch.device | None) -> torch.device:
+def device_of(model: Model, x: Tensor | Pixels, wanted: str | torch.device | None) -> torch.device:
     """Where to run: on the model's device.
 
     Raises:

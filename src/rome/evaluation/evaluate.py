@@ -29,6 +29,7 @@ from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
 from rome.core.graphs import Graphs
 from rome.core.randomness import unchanged_states
+from rome.data.base import Pixels
 from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.identity import (
@@ -58,7 +59,7 @@ AUTO = "auto"
 @trust.opens_files
 def evaluate(
     model: Model,
-    x: Tensor,
+    x: Tensor | Pixels,
     y: Tensor,
     *,
     threats: Threat | Iterable[Threat] | Mapping[str, Threat] = CIFAR10,
@@ -84,7 +85,8 @@ def evaluate(
 
     Args:
         model: logits (B, classes) from images in [0, 1], in evaluation mode, deterministic, normalisation inside.
-        x: images, float32 (n, C, H, W) in [0, 1]; they may lie on the CPU.
+        x: images, float32 (n, C, H, W) in [0, 1], or as they were decoded (:class:`rome.data.base.Pixels`), a quarter
+            of that; they may lie on the CPU.
         y: labels, int64 (n,).
         threats: one, several, or a mapping from column names; their own names (``L1``, ``L2``, ``Linf``) otherwise.
         suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),

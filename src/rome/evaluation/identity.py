@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rome.attacks.engine import Model
 from rome.core.wrappers import bare_name, unwrapped
+from rome.data.base import Pixels
 from rome.experts.gate_override import LEARNED, routing_of
 from rome.experts.recording import expert_layers
 from rome.models.inspection import Inspection
@@ -76,8 +77,8 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 
-def hash_data(x: Tensor, y: Tensor) -> str:
-    """SHA-256 of images and labels: shapes, types and values."""
+def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
+    """SHA-256 of images, as floats, and labels: shapes, types and values."""
     digest = hashlib.sha256()
     for tensor in (x, y):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -13,7 +13,7 @@ from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, l
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
-from rome.core.distributed import ALONE, Team, launched, own_device
+from rome.core.distributed import ALONE, Team, launched, local_share, own_device
 from rome.core.errors import UserError, first_line, some
 from rome.core.files import as_file_name
 from rome.core.private import PATH
@@ -91,7 +91,7 @@ def evaluate_saved(
         say(sentence)
     if n is not None and n > len(split):
         raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
-    x, y = split.first(min(n or settings.n or len(split), len(split)))
+    x, y = split.stored(n or settings.n or len(split), workers=local_share(config.workers))
     routed = routing or settings.routing
     set_routing(opened.model, routed, seed=settings.seed)
     place = own_device(pick_device(device or config.device))

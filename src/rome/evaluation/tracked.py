@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rome.core.console import say
 from rome.core.errors import UserError
+from rome.data.base import Pixels
 from rome.evaluation.result import Report
 from rome.evaluation.store import example_images
 from rome.runs.config import Config
@@ -53,7 +54,7 @@ def track(
     folder: Path,
     config: Config,
     report: Report,
-    x: Tensor,
+    x: Tensor | Pixels,
     images: Path,
     label: str,
     step: int,
@@ -76,7 +77,7 @@ def track(
                 tracked.picture(f"{label}/{case}", drawn, step)
 
 
-def picture(x: Tensor, images: Path, case: str) -> np.ndarray | None:
+def picture(x: Tensor | Pixels, images: Path, case: str) -> np.ndarray | None:
     """Rows of originals, adversarial images, and their difference on a scale of its own around gray: uint8 (H, W, 3).
     None where no images were kept or no example was fooled."""
     from torchvision.utils import make_grid

@@ -147,7 +147,8 @@ class Config(Settings):
     graphs: Literal["auto"] | bool = "auto"
     """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
     workers: int = Field(default=0, ge=0)
-    """Processes that read images, where these are read while they are used: folders, and Parquet files with a size."""
+    """Processes that read images on each machine, shared out among those that train there (of any, each has at least
+    one), where images are read while they are used: folders, timm's readers, and Parquet files with a size."""
     imports: tuple[str, ...] = ()
     """Python modules to import first: they register attacks, methods, data sets by subclassing."""
     data: Data

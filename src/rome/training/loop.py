@@ -21,7 +21,7 @@ from rome.attacks import PGD
 from rome.attacks.checks import checked_later
 from rome.attacks.engine import graphed
 from rome.core.console import say
-from rome.core.distributed import Team, follow_first
+from rome.core.distributed import Team, follow_first, local_share
 from rome.core.errors import Interrupted, UserError
 from rome.core.graphs import Graphs
 from rome.core.randomness import derive_seed, stream
@@ -129,7 +129,7 @@ class Loop:
             self._order(epoch, self.position.step),
             augment_seed=derive_seed(config.seed, "augment", epoch) if config.data.augment else None,
             device=self.fabric.device,
-            workers=config.workers,
+            workers=local_share(config.workers),
         )
         method, context = config.method, self.context
         context.epoch = epoch

@@ -1,0 +1,226 @@
+"""The images of a folder of class folders: looked for once, remembered, and held in arrays.
+
+A Python list of a million names takes 300 MB, and every process that reads it copies it, for reading counts references.
+Arrow's arrays take a tenth of that. A list that is remembered lies in a file of the user's cache, whose pages all
+processes of a machine share; the first of them makes it, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+
+from rome.core.console import say
+from rome.core.files import replace_file, user_folder
+from rome.data.base import one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's, whose import takes longer than the rest of a config."""
+FRESH = 60.0
+"""Seconds. A list of a folder that changed since so little before is not remembered: a further change might leave the
+folder's time as it is, where clocks are coarse or differ."""
+MANY = 100_000
+"""Images from which on it matters that their list cannot be remembered."""
+DIGEST = 64
+"""Bytes of the checksum before a remembered list."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images by number, in the order of a hash of CLASS/FILE: one that mixes the classes and is the same everywhere."""
+
+    names: pa.Array
+    """Their files' names, as bytes (large_binary)."""
+    places: np.ndarray
+    """int32 (N,): the class folder of each, by its number in ``folders``."""
+    folders: tuple[str, ...]
+    """Class folders with images, by name."""
+    rest: str
+    """How many files are not read, of which endings, after a semicolon; empty where there are none."""
+    misplaced: str
+    """An image that is not in CLASS/FILE, where timm and torchvision would give it different labels; or empty."""
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        """Class folder and file name of an image."""
+        return self.folders[self.places[row]], os.fsdecode(self.names[row].as_py())
+
+    def keys(self) -> pa.Array:
+        """CLASS/FILE of all, as bytes."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        folders = pa.array([os.fsencode(name) for name in self.folders], pa.large_binary())
+        return pc.binary_join_element_wise(
+            folders.take(pa.array(self.places)), self.names, pa.scalar(b"/", pa.large_binary())
+        )
+
+
+def listed(folder: Path) -> Listing:
+    """The images in a folder of class folders, from the user's cache where no folder in it changed since."""
+    table, facts = remembered(str(folder), lambda: _scan(folder))
+    names, places = table.column("name"), table.column("place").to_numpy()
+    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # which copies
+    return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
+
+
+Found = tuple["pa.Table", dict[str, Any]]
+"""A table, and facts (JSON) about it; ``times`` has the time (ns) of the last change of each file or folder that it was
+made of, by its path."""
+
+
+def remembered(source: str, make: Callable[[], Found]) -> Found:
+    """What ``make`` finds in some folders or files, from the user's cache where these are as they were.
+
+    Args:
+        source: path of what is looked through, with whatever else tells one such table from another.
+    """
+    home, key = user_folder("cache"), os.path.abspath(source)
+    if home is None:
+        return make()
+    file = home / "data" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.arrow"
+    with _locked(file):
+        found = _read(file, source)
+        if found is not None:
+            return found
+        started = time.time()
+        table, facts = make()
+        if max(facts["times"].values()) > (started - FRESH) * 1e9:
+            return table, facts
+        try:
+            _write(file, table, facts)
+        except OSError as error:
+            if len(table) >= MANY:
+                say(
+                    f"the list of {source} cannot be kept in {file.parent} ({error.strerror or error}), so each "
+                    "process makes its own: set ROME_CACHE_HOME to a folder that can be written"
+                )
+            return table, facts
+    return _read(file, source) or (table, facts)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks and lets this user have them."""
+    lock = None
+    with suppress(OSError, NotImplementedError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{file}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _scan(folder: Path) -> Found:
+    """The fields of a :class:`Listing`."""
+    import pyarrow as pa
+
+    names, counts, digests = list[Any](), dict[str, int](), bytearray()
+    rest, total, misplaced, times = Counter[str](), 0, "", dict[str, int]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        inside = Path(place).relative_to(folder).parts
+        times[os.path.abspath(place)] = os.stat(place).st_mtime_ns
+        below = any(map(hidden, inside))
+        images = []
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if below or hidden(name):
+                rest["hidden"] += 1
+            elif ending not in IMG_EXTENSIONS:
+                rest[ending or "without an ending"] += 1
+            else:
+                images.append(os.fsencode(name))
+        total += len(files)
+        folders[:] = [name for name in folders if not (below and os.path.islink(os.path.join(place, name)))]
+        if images and len(inside) != 1:
+            misplaced = misplaced or os.path.join(place, os.fsdecode(images[0]))
+        elif images:
+            label = os.fsencode(inside[0]) + b"/"
+            digests += b"".join(hashlib.sha256(label + name).digest() for name in images)
+            names.append(pa.array(images, pa.large_binary()))
+            counts[inside[0]] = len(images)
+    order = by_hash(digests)
+    known = sorted(counts)
+    number = {name: place for place, name in enumerate(known)}
+    places = np.repeat(np.array([number[name] for name in counts], dtype=np.int32), list(counts.values()))
+    endings = ", ".join(f"{count} {ending}" for ending, count in rest.most_common())
+    summary = f"; {rest.total()} of {total} files are not read: {endings}" if rest else ""
+    joined = pa.concat_arrays(names) if names else pa.array([], pa.large_binary())
+    table = pa.table({"name": joined.take(pa.array(order)), "place": places[order]})
+    return table, {"times": times, "folders": known, "rest": summary, "misplaced": misplaced}
+
+
+def by_hash(digests: bytes | bytearray) -> np.ndarray:
+    """The order of SHA-256 digests that stand one after the other: int64 (N,)."""
+    words = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
+    return np.lexsort(words.T[::-1])
+
+
+def mixed(labels: np.ndarray) -> np.ndarray:
+    """Rows in their order, or, where classes stand together, in that of a hash of their numbers: where no more than
+    half as many neighbours differ in their labels as would in a random order, as in pieces sorted each.
+
+    Args:
+        labels: int64 (N,) of the rows.
+    """
+    n, counts = len(labels), np.bincount(labels).astype(float)
+    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
+    if not expected > 0 or (labels[1:] != labels[:-1]).sum() > expected / 2:
+        return np.arange(n)
+    return by_hash(b"".join(hashlib.sha256(str(row).encode()).digest() for row in range(n)))
+
+
+def _write(file: Path, table: pa.Table, facts: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    table, sink = table.combine_chunks().replace_schema_metadata({"rome": json.dumps(facts)}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    replace_file(file, hashlib.sha256(content).hexdigest().encode() + content)
+
+
+def _read(file: Path, source: str) -> Found | None:
+    """What a file keeps; None where there is none or it is damaged or no longer true."""
+    import pyarrow as pa
+
+    try:
+        content = pa.memory_map(str(file)).read_buffer()
+        body = content.slice(DIGEST)
+        if hashlib.sha256(body).hexdigest().encode() != content.slice(0, DIGEST).to_pybytes():
+            raise ValueError("checksum")
+        table = pa.ipc.open_stream(pa.BufferReader(body)).read_all()
+        facts = json.loads(table.schema.metadata[b"rome"])
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        say(f"{file} cannot be used ({one_line(error)}): {source} is looked through again")
+        return None
+    try:
+        same = all(os.stat(place).st_mtime_ns == at for place, at in facts["times"].items())
+    except OSError:
+        same = False
+    if not same:
+        say(f"{source} changed since its images were listed: it is looked through again")
+    return (table, facts) if same else None
+
+
+def hidden(name: str) -> bool:
+    """What systems and archives leave beside images."""
+    return name.startswith(".") or name == "__MACOSX"
