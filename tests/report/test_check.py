@@ -13,8 +13,16 @@ import yaml
 from helpers.problems import case
 from helpers.tiny_runs import STEPS, changed, tiny, write_yaml
 from rome.methods import Method
-from rome.report.check import check, forwards, least_memory
+from rome.report.check import check, forwards
 from rome.runs.config import Config, parse
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory takes a second to count, and has tests of its own."""
+    if "memory" not in request.node.name:
+        sizes = dict.fromkeys(("state", "attack", "update", "training", "evaluation"), 10**6)
+        monkeypatch.setattr("rome.report.check.peak_memory", lambda config: sizes)
 
 
 @pytest.fixture
@@ -102,7 +110,23 @@ def test_forward_passes_are_counted_for_every_method() -> None:
                 assert (forwards(Config.model_validate(settings)) or 0) > 1
 
 
-def test_the_least_memory_is_that_of_float32_weights_gradients_and_states() -> None:
-    counts = {"parameters": 10, "trainable": 6}
-    for optimizer, floats in [("adamw", 10 + 6 + 12), ("sgd", 10 + 6 + 6), ({"kind": "sgd", "momentum": 0}, 10 + 6)]:
-        assert least_memory(tiny(optimizer=optimizer), counts) == 4 * floats
+def test_what_does_not_fit_the_memory_of_a_gpu_is_said_with_what_to_change(rome: Any, tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "some.yaml", changed(method="max"))
+    memory = json.loads(rome("check", file, "--json").out)["cost"]["memory"]
+    ended = rome("check", file, "--memory", memory["evaluation"] / 2e9)
+    assert ended.code == 2
+    for what in ("set attack_batch_size, such as 6", "activation_checkpointing=true", "accumulate=2"):
+        assert what in ended.err
+    assert "lower evaluation.batch_size (20)" in ended.out
+    assert rome("check", file, "--memory", 1).code == 0
+
+
+def test_memory_that_cannot_be_counted_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(self: Method, context: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return float(x.sum())
+
+    monkeypatch.setattr(type(tiny().method), "loss", looks)
+    found = check(tiny())
+    assert "memory" not in found.cost
+    assert found.missing == []
+    assert "memory: not counted" in found.remarks[0]

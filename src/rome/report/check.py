@@ -17,9 +17,9 @@ from rome.experts import LowRank
 from rome.experts.base import Layerwise
 from rome.models import create_model, weights_file
 from rome.models.sources import ROBUSTBENCH
-from rome.report.cost import architecture, macs, parameters, updates
+from rome.report.cost import macs, parameters, updates
+from rome.report.memory import architecture, gigabytes, peak_memory, too_large
 from rome.runs.config import Config
-from rome.runs.optim import AdamW
 from rome.training.setup import assemble, check_settings
 
 SIDE = 32
@@ -33,15 +33,20 @@ class Checked:
     config: Config
     cost: dict[str, Any] = field(default_factory=dict)
     """As far as it is known: ``parameters``, ``trainable``, ``experts``, ``macs`` of a forward pass of one image,
-    ``forwards`` an example and update, ``examples``, ``updates`` in all, ``memory`` in bytes (:func:`least_memory`)."""
+    ``forwards`` an example and update, ``examples``, ``updates`` in all, ``memory`` in bytes
+    (:func:`rome.report.memory.peak_memory`)."""
     missing: list[str] = field(default_factory=list)
     """Why it cannot be trained here, a line each."""
     remarks: list[str] = field(default_factory=list)
     """What else there is to know."""
 
 
-def check(config: Config) -> Checked:
-    """Look for everything that a training of the config needs, and count what it costs."""
+def check(config: Config, memory: float | None = None) -> Checked:
+    """Look for everything that a training of the config needs, and count what it costs.
+
+    Args:
+        memory: bytes of the GPU that it is to fit; None: those of the GPU that the config would use here.
+    """
     found = Checked(config)
     try:
         check_settings(config)
@@ -60,7 +65,8 @@ def check(config: Config) -> Checked:
         try:
             model, shape, _ = architecture(config)
             counts = parameters(model)
-            found.cost |= {**counts, "macs": macs(model.eval(), shape), "memory": least_memory(config, counts)}
+            found.cost |= {**counts, "macs": macs(model.eval(), shape)}
+            _memory(config, memory, found)
         except UserError as error:
             if not found.missing:  # or it says the same again
                 found.missing.append(str(error))
@@ -123,11 +129,23 @@ def _fetched(config: Config, found: Checked) -> bool:
     return True
 
 
-def least_memory(config: Config, counts: dict[str, int]) -> int:
-    """Bytes for weights, gradients and the optimizer's state, all float32. Activations, which depend on batch, attack
-    and kernels, come on top and are not estimated."""
-    states = 2 if isinstance(config.optimizer, AdamW) else 1 if getattr(config.optimizer, "momentum", 0) else 0
-    return 4 * (counts["parameters"] + counts["trainable"] * (1 + states))
+def _memory(config: Config, limit: float | None, found: Checked) -> None:
+    """Count the memory, and say where it does not suffice."""
+    try:
+        counted = peak_memory(config)
+    except UserError:  # a network that the method measures with; said already
+        return
+    except Exception:
+        found.remarks.append("memory: not counted, because the method or the attack decides by what it computes")
+        return
+    found.cost["memory"] = counted
+    if limit is None and torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        limit = torch.cuda.get_device_properties(0).total_memory
+    if limit is None:
+        return
+    for what, why in too_large(config, counted, limit).items():
+        said = found.remarks if what == "evaluation" else found.missing
+        said.append(f"memory: {why} (the GPU has {gigabytes(limit)})")
 
 
 def forwards(config: Config) -> float | None:
@@ -174,7 +192,11 @@ def lines(found: Checked) -> list[str]:
         )
     if "updates" in cost:
         said.append(f"training: {cost['examples']:,} examples, {config.epochs} epochs, {cost['updates']:,} updates")
-    if "memory" in cost:
-        size = f"{cost['memory'] / 1e9:.3g} GB" if cost["memory"] >= 1e9 else f"{cost['memory'] / 1e6:.3g} MB"
-        said.append(f"memory: {size} for weights, gradients and optimizer; activations on top")
+    if (memory := cost.get("memory")) is not None:
+        sizes = {what: gigabytes(size) for what, size in memory.items()}
+        said.append(
+            f"memory: {sizes['training']} at the peak of training ({sizes['state']} between updates, {sizes['attack']} "
+            f"in the attack, {sizes['update']} in the rest of an update), {sizes['evaluation']} in an evaluation; what "
+            "CUDA and its allocator take beside is not counted"
+        )
     return [*said, *found.remarks]
