@@ -20,9 +20,8 @@ from rome.runs.experiments import files, path_of
 WIDE = {"name": "wide_resnet", "args": {"depth": 10, "width": 2}}
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "states"), rest_slow([("adamw", 2), ("sgd", 1), ({"kind": "sgd", "momentum": 0}, 0)], 1)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("sgd", 1), ({"kind": "sgd", "momentum": 0}, 0)])
 def test_between_updates_weights_buffers_states_and_the_batch_are_there(optimizer: Any, states: int) -> None:
     config = tiny(optimizer=optimizer, accumulate=2)
     model, shape, _ = architecture(config)
