@@ -101,12 +101,12 @@ def images(count: int = 3, size: tuple[int, int] = (32, 32)) -> Tensor:
 class SmallCNN(nn.Module):
     """Stem, a residual block with a 1x1 shortcut, a depthwise convolution, a head: 8x8 images of one channel."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
         self.block = nn.ModuleList([nn.ModuleDict(self._block())])
         self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.head = nn.Linear(6, classes)
+        self.head = nn.Linear(6, num_classes)
 
     @staticmethod
     def _block() -> dict[str, nn.Module]:

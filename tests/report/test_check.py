@@ -10,11 +10,18 @@ import pytest
 import torch
 import yaml
 
-from helpers.problems import case
 from helpers.tiny_runs import STEPS, changed, tiny, write_yaml
 from rome.methods import Method
-from rome.report.check import check, forwards, least_memory
-from rome.runs.config import Config, parse
+from rome.report.check import check
+from rome.runs.config import parse
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory takes a second to count, and has tests of its own."""
+    if "memory" not in request.node.name:
+        sizes = dict.fromkeys(("state", "attack", "update", "training", "evaluation"), 10**6)
+        monkeypatch.setattr("rome.report.check.peak_memory", lambda config: sizes)
 
 
 @pytest.fixture
@@ -30,7 +37,9 @@ def test_what_it_prints_is_the_resolved_config_and_its_cost(rome: Any, tmp_path:
     assert (ended.code, ended.err) == (0, "")
     config = parse(yaml.safe_load(ended.out))
     assert config == tiny(name="some", attack={"kind": "pgd", "steps": 3})
-    assert f"# update: 12 examples, {3 + 1} forward passes each" in ended.out
+    assert f"# update: 12 examples, {3 + 1} forward and {3 + 1} backward passes each" in ended.out
+    assert "# evaluation: 20 images, up to " in ended.out
+    assert "no rate was measured" in ended.out
     assert f"# training: 64 examples, 2 epochs, {2 * STEPS:,} updates" in ended.out
     facts = json.loads(rome("check", file, "--json").out)
     assert facts["missing"] == facts["remarks"] == []
@@ -88,21 +97,22 @@ def test_what_training_would_download_is_a_remark_and_is_not_downloaded(
     assert "HF_HUB_OFFLINE" in check(tiny(model={"name": "resnet18", "pretrained": True})).missing[0]
 
 
-def test_forward_passes_are_counted_for_every_method() -> None:
-    """PGD of s steps takes s forwards, and training one; AVG does both for each of three threats."""
-    assert forwards(tiny(attack={"kind": "pgd", "steps": 5})) == 6
-    assert forwards(tiny(attack={"kind": "apgd", "steps": 5})) == 7, "APGD looks at its start and at its end"
-    assert forwards(tiny(method="avg", attack={"kind": "pgd", "steps": 5})) == 18
-    for kind, method in Method.members().items():
-        if method.__module__.startswith("rome."):
-            with case(kind):
-                experts = {"kind": "more"} if method.own_experts else None
-                features = {"features": "self"} if "features" in method.model_fields else {}
-                settings = changed(experts=experts, method={"kind": kind, **features})
-                assert (forwards(Config.model_validate(settings)) or 0) > 1
+def test_what_does_not_fit_a_gpu_is_said_with_what_to_change(rome: Any, tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "some.yaml", changed(method="max"))
+    ended = rome("check", file, "--memory", 0.0005)
+    assert ended.code == 2
+    for what in ("set attack_batch_size, such as 6", "activation_checkpointing=true", "accumulate=2"):
+        assert what in ended.err
+    assert "an evaluation takes 1 MB: lower evaluation.batch_size (20)" in ended.out
+    assert rome("check", file, "--memory", 1).code == 0
 
 
-def test_the_least_memory_is_that_of_float32_weights_gradients_and_states() -> None:
-    counts = {"parameters": 10, "trainable": 6}
-    for optimizer, floats in [("adamw", 10 + 6 + 12), ("sgd", 10 + 6 + 6), ({"kind": "sgd", "momentum": 0}, 10 + 6)]:
-        assert least_memory(tiny(optimizer=optimizer), counts) == 4 * floats
+def test_memory_that_cannot_be_counted_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(self: Method, context: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return float(x.sum())
+
+    monkeypatch.setattr(type(tiny().method), "loss", looks)
+    found = check(tiny())
+    assert "memory" not in found.cost
+    assert found.missing == []
+    assert "memory: not counted" in found.remarks[0]

@@ -22,14 +22,16 @@ from rome.runs.experiments import folder
     rest_slow([("rome-random-pgd", 88_850_602, "5.84"), ("random-pgd", 85_152_010, "5.60")], 1),
 )
 def test_vit_b_costs_what_the_paper_says(
-    name: str, expected: int, gmacs: str, capsys: pytest.CaptureFixture[str]
+    name: str, expected: int, gmacs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Table 6: 85.15 and 88.85 million parameters, 5.61 and 5.84 G (the paper's 5.61 counts norms too)."""
+    monkeypatch.setattr("rome.report.cost.peak_memory", lambda config: {"training": 1})
     with pytest.raises(SystemExit) as ended:
         main(["cost", str(folder() / "table1" / f"{name}.yaml"), "--no-timing", "--json"])
     assert ended.value.code == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == expected
+    assert facts["memory"] == {"training": 1}
     assert facts["parameters"] - facts["experts"] == 85_152_010
     assert f"{facts['macs'] / 1e9:.2f}" == gmacs
     # each of the 24 frozen projections is a Linear(4, 100)

@@ -40,8 +40,13 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
     They are summed, so that an example's gradient does not depend on its batch mates.
     """
+    at_once = _AT_ONCE.get(model, len(x)) if isinstance(model, nn.Module) else len(x)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(x) > at_once:
+            parts = zip(*map(step, torch.split(x, at_once), torch.split(y, at_once)), strict=True)
+            loss, correct, gradient = map(torch.cat, parts)
+            return loss, correct, gradient
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(x)
@@ -54,6 +59,15 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     found = graphs.call("loss and gradient", step, padded(x, graphs.rows), padded(y, graphs.rows))
     loss, correct, gradient = (part[: len(x)] for part in found)
     return loss, correct, gradient
+
+
+_AT_ONCE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def differentiate_in_parts(model: nn.Module, at_once: int) -> None:
+    """From now on :func:`loss_and_gradient` of this model takes that many images at once: less memory, and the same
+    numbers."""
+    _AT_ONCE[model] = at_once
 
 
 def logits_of(model: Model, x: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ def check(
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", min=0, help="Of the GPU to fit; else the one here, if there is one.")
+    ] = None,
     as_json: options.Json = False,
     trust_code: options.TrustCode = False,
 ) -> None:
@@ -35,7 +38,7 @@ def check(
     from rome.report.check import lines
     from rome.runs.config import load
 
-    found = checked(load(config, overrides or ()))
+    found = checked(load(config, overrides or ()), None if memory is None else memory * 1e9)
     if as_json:
         facts = {"config": found.config.dump(), "cost": found.cost, "missing": found.missing, "remarks": found.remarks}
         print(json.dumps(facts))

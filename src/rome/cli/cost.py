@@ -23,7 +23,7 @@ def cost(
     as_json: options.Json = False,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Parameters, multiply-accumulates, seconds per update and latency of configs (paper Table 6), timed in turn."""
+    """Parameters, multiply-accumulates, memory, seconds per update and latency of configs (Table 6), timed in turn."""
     from rome.report.cost import compare, plan, show_costs, show_plan
     from rome.runs.config import files_and_changes, load
 
@@ -35,7 +35,7 @@ def cost(
         found = plan(loaded[0])
         print(json.dumps(found)) if as_json else show_plan(found)
         return
-    facts = compare(loaded, repeats=repeats, timing=timing)
+    facts = compare(loaded, repeats=repeats, timing=timing, memory=True)
     if as_json:
         print(json.dumps(facts if len(facts) > 1 else facts[0]))
     else:

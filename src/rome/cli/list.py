@@ -57,11 +57,25 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Of experiments: what they cost; some seconds for each.")
+    ] = False,
 ) -> None:
     """List what configs can name."""
     from rich.text import Text
 
     from rome.core.console import print_table
+
+    if cost:
+        if family != "experiments":
+            raise UserError(f"--cost is for experiments, not {family}")
+        choices(family, pattern)
+        from rome.report.passes import RATES_ARE_FOR, priced
+
+        titles = ("experiment", "parameters", "an update", "of an H200", "evaluation, at most")
+        print_table(list(priced(pattern)), titles, left=range(1), wrapped=(), gap=2)
+        print(RATES_ARE_FOR)
+        return
 
     print_table(
         [(Text(name, style="bold"), text) for name, text in choices(family, pattern)], left=(0, 1), wrapped=(1,)

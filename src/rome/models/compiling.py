@@ -11,11 +11,15 @@ from rome.experts import MixtureLinear
 from rome.experts.fused import mixture
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of every list of modules of one class that have modules inside; of nested lists the inner ones."""
+def repeated_blocks(model: nn.Module, whole: type[nn.Module] | tuple[()] = ()) -> list[nn.Module]:
+    """The members of every list of modules of one class that have modules inside; of nested lists the inner ones.
+
+    Args:
+        whole: a class of modules whose own lists do not count.
+    """
     found: list[nn.Module] = []
     for child in model.children():
-        inner = repeated_blocks(child)
+        inner = [] if isinstance(child, whole) else repeated_blocks(child, whole)
         alike = isinstance(child, (nn.ModuleList, nn.Sequential)) and len(
             {type(block) for block in child.children()}
         ) == 1 < len(child)

@@ -8,22 +8,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
 
 from rome.core.errors import UserError
 from rome.core.randomness import unchanged_states
 from rome.data import Data
-from rome.experts import LowRank
-from rome.experts.base import Layerwise
-from rome.models import create_model, weights_file
+from rome.models import weights_file
 from rome.models.sources import ROBUSTBENCH
-from rome.report.cost import architecture, macs, parameters, updates
+from rome.report.cost import macs, parameters
+from rome.report.memory import architecture, gigabytes, peak_memory, too_large
+from rome.report.passes import Passes, hours, of_evaluation, of_update
 from rome.runs.config import Config
-from rome.runs.optim import AdamW
 from rome.training.setup import assemble, check_settings
-
-SIDE = 32
-"""Pixels of the images on which forward passes are counted: their number depends on no size."""
 
 
 @dataclass
@@ -33,15 +28,21 @@ class Checked:
     config: Config
     cost: dict[str, Any] = field(default_factory=dict)
     """As far as it is known: ``parameters``, ``trainable``, ``experts``, ``macs`` of a forward pass of one image,
-    ``forwards`` an example and update, ``examples``, ``updates`` in all, ``memory`` in bytes (:func:`least_memory`)."""
+    ``examples``, ``tested`` images, ``updates`` in all, ``memory`` in bytes (:func:`rome.report.memory.peak_memory`),
+    ``update`` and ``evaluation``: passes of an image (:class:`rome.report.passes.Passes`), ``training_flops``,
+    ``evaluation_flops`` and ``training_hours``: floating-point operations, and hours where a rate was measured."""
     missing: list[str] = field(default_factory=list)
     """Why it cannot be trained here, a line each."""
     remarks: list[str] = field(default_factory=list)
     """What else there is to know."""
 
 
-def check(config: Config) -> Checked:
-    """Look for everything that a training of the config needs, and count what it costs."""
+def check(config: Config, memory: float | None = None) -> Checked:
+    """Look for everything that a training of the config needs, and count what it costs.
+
+    Args:
+        memory: bytes of the GPU that it is to fit; None: those of the GPU that the config would use here.
+    """
     found = Checked(config)
     try:
         check_settings(config)
@@ -58,13 +59,15 @@ def check(config: Config) -> Checked:
             except UserError as error:
                 found.missing.append(str(error))
         try:
-            model, shape, _ = architecture(config)
+            model, shape, classes = architecture(config)
+            found.cost["classes"] = classes
             counts = parameters(model)
-            found.cost |= {**counts, "macs": macs(model.eval(), shape), "memory": least_memory(config, counts)}
+            found.cost |= {**counts, "macs": macs(model.eval(), shape)}
+            _memory(config, memory, found)
         except UserError as error:
             if not found.missing:  # or it says the same again
                 found.missing.append(str(error))
-        found.cost["forwards"] = forwards(config)
+        _passes(config, found)
     return found
 
 
@@ -74,7 +77,7 @@ def _data(config: Config, found: Checked) -> Data | None:
     data = config.data.model_copy(update={"download": False}) if fetches else config.data
     try:
         data.open("train")
-        data.open("test")
+        found.cost["tested"] = len(data.open("test"))
     except UserError as error:
         if fetches:
             found.remarks.append(f"{config.data.kind} is not in {config.data.path}; training fetches it first")
@@ -123,40 +126,39 @@ def _fetched(config: Config, found: Checked) -> bool:
     return True
 
 
-def least_memory(config: Config, counts: dict[str, int]) -> int:
-    """Bytes for weights, gradients and the optimizer's state, all float32. Activations, which depend on batch, attack
-    and kernels, come on top and are not estimated."""
-    states = 2 if isinstance(config.optimizer, AdamW) else 1 if getattr(config.optimizer, "momentum", 0) else 0
-    return 4 * (counts["parameters"] + counts["trainable"] * (1 + states))
-
-
-def forwards(config: Config) -> float | None:
-    """Forward passes for each example of an update, attack and training, the mean over a method's stages: counted on a
-    small transformer in the model's place. None where the method does not run on it."""
-    seen = 0
-
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal seen
-        seen += len(inputs[0])
-
+def _memory(config: Config, limit: float | None, found: Checked) -> None:
+    """Count the memory, and say where it does not suffice."""
     try:
-        batch = 2 * len(config.method.trained(config.threats, config.attack))
-        few = config.model_copy(update={"batch_size": batch, "accumulate": 1, "device": "cpu", "precision": "fp32"})
-        args: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2}
-        model: nn.Module = create_model("vit_tiny_patch16_224", num_classes=10, img_size=SIDE, patch_size=8, **args)
-        if isinstance(config.experts, Layerwise):
-            model = LowRank(experts=config.experts.experts, rank=1, gate=config.experts.gate).inject(model)
-        elif config.experts is not None:
-            model = config.experts.inject(model)
-        total = 0.0
-        with model.register_forward_pre_hook(count):
-            for work, share in updates(few, model, (3, SIDE, SIDE), 10, torch.device("cpu")):
-                seen = 0
-                work()
-                total += share * seen / batch
-        return total
-    except Exception:  # a method, an attack or experts of the user's own that want another model
-        return None
+        counted = peak_memory(config)
+    except UserError:  # a network that the method measures with; said already
+        return
+    except Exception:
+        found.remarks.append("memory: not counted, because the method or the attack decides by what it computes")
+        return
+    found.cost["memory"] = counted
+    if limit is None and torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        limit = torch.cuda.get_device_properties(0).total_memory
+    if limit is None:
+        return
+    for what, why in too_large(config, counted, limit).items():
+        said = found.remarks if what == "evaluation" else found.missing
+        said.append(f"memory: {why} (the GPU has {gigabytes(limit)})")
+
+
+def _passes(config: Config, found: Checked) -> None:
+    """Count passes and arithmetic."""
+    cost = found.cost
+    update, evaluation = of_update(config), of_evaluation(config, cost.get("classes", 10))
+    cost |= {name: vars(passes) for name, passes in (("update", update), ("evaluation", evaluation)) if passes}
+    each = 2 * cost.get("macs", 0)
+    if each and update and "updates" in cost:
+        share = config.natural_epochs / config.epochs
+        work = (1 - share) * update.work + share * Passes(forward=1, whole=1).work
+        cost["training_flops"] = each * work * config.batch_size * cost["updates"]
+        cost["training_hours"] = hours(config, cost["training_flops"])
+    images = [n for n in (config.evaluation.n, cost.get("tested")) if n is not None]
+    if each and evaluation and images:
+        cost["evaluation_flops"] = each * evaluation.work * min(images)
 
 
 def lines(found: Checked) -> list[str]:
@@ -168,13 +170,36 @@ def lines(found: Checked) -> list[str]:
             f"model: {cost['parameters']:,} parameters, {cost['trainable']:,} of them trained, {cost['experts']:,} of "
             f"experts; {cost['macs'] / 1e9:.4g} GMACs a forward pass of one image"
         )
-    if cost.get("forwards") is not None:
-        said.append(
-            f"update: {config.batch_size} examples, {cost['forwards']:.3g} forward passes each, attacks included"
-        )
+    if "update" in cost:
+        said.append(f"update: {config.batch_size} examples, {_said(cost['update'])} each, attacks included")
     if "updates" in cost:
-        said.append(f"training: {cost['examples']:,} examples, {config.epochs} epochs, {cost['updates']:,} updates")
-    if "memory" in cost:
-        size = f"{cost['memory'] / 1e9:.3g} GB" if cost["memory"] >= 1e9 else f"{cost['memory'] / 1e6:.3g} MB"
-        said.append(f"memory: {size} for weights, gradients and optimizer; activations on top")
+        line = f"training: {cost['examples']:,} examples, {config.epochs} epochs, {cost['updates']:,} updates"
+        if flops := cost.get("training_flops"):
+            known, line = cost["training_hours"], f"{line}, {flops:.3g} floating-point operations"
+            line += (
+                ": no rate was measured for this model and precision"
+                if known is None
+                else f": {known[0]:.3g} to {known[1]:.3g} hours of one H200 at the rates measured for attack steps, without "
+                "what lies between steps"
+            )
+        said.append(line)
+    if "evaluation" in cost:
+        line = f"evaluation: {config.evaluation.n or 'all'} images, up to {_said(cost['evaluation'])} each, in fp32"
+        if flops := cost.get("evaluation_flops"):
+            line += f", {flops:.3g} floating-point operations: no rate was measured in fp32"
+        said.append(line)
+    else:
+        said.append("evaluation: passes are not counted, for an attack wants what is not here")
+    if (memory := cost.get("memory")) is not None:
+        sizes = {what: gigabytes(size) for what, size in memory.items()}
+        said.append(
+            f"memory: {sizes['training']} at the peak of training ({sizes['state']} between updates, {sizes['attack']} "
+            f"in the attack, {sizes['update']} in the rest of an update), {sizes['evaluation']} in an evaluation; what "
+            "CUDA and its allocator take beside is not counted"
+        )
     return [*said, *found.remarks]
+
+
+def _said(passes: dict[str, float]) -> str:
+    backward = passes["backward"] + passes["whole"]
+    return f"{passes['forward']:,.3g} forward and {backward:,.3g} backward passes"

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
 from rome.experts import MixtureLayer, block_numbers, expert_layers
-from rome.models import build_model, trains_on, weights_file
+from rome.models import trains_on, weights_file
 from rome.models.compiling import compile_blocks
+from rome.report.memory import architecture, gigabytes, peak_memory
 from rome.runs.config import Config
 from rome.training.setup import train_context
 
@@ -46,12 +47,6 @@ def count(config: Config) -> dict[str, int]:
     """
     with torch.device("meta"):
         return parameters(architecture(config)[0])
-
-
-def architecture(config: Config) -> tuple[nn.Module, tuple[int, int, int], int]:
-    """A config's model with random weights, the shape of its images and the number of its classes."""
-    shape, classes = config.data.form(config.model.num_classes)
-    return build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape), shape, classes
 
 
 def added(layer: MixtureLayer) -> int:
@@ -82,7 +77,9 @@ def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[st
     return compare([config], repeats=repeats, timing=timing)[0]
 
 
-def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> list[dict[str, Any]]:
+def compare(
+    configs: Sequence[Config], *, repeats: int = 3, timing: bool = True, memory: bool = False
+) -> list[dict[str, Any]]:
     """All costs of some configs on this machine, timed in turn so that its load affects all of them alike.
 
     Args:
@@ -91,9 +88,11 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         repeats: timed updates and forward passes of a batch (of one image five times as many), after one warm-up;
             medians are reported.
         timing: False leaves out everything that takes time.
+        memory: also count the memory of training and evaluation.
 
     Returns:
-        For each config ``parameters``, ``trainable``, ``experts``, ``macs``, and with timing ``seconds_per_update``
+        For each config ``parameters``, ``trainable``, ``experts``, ``macs``, with memory ``memory``
+        (:func:`rome.report.memory.peak_memory`; None where that cannot tell), and with timing ``seconds_per_update``
         (attack, forward, backward, optimizer on one batch; the mean over the epochs of a method with stages),
         ``latency_ms`` (forward of a batch as it is trained, by its images, as in the paper's Table 6),
         ``latency_one_ms`` (forward of one image alone), and their ratios to the first config: ``update_ratio``,
@@ -108,6 +107,11 @@ def compare(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True)
         torch.manual_seed(config.seed)
         model, shape, classes = architecture(config)
         costs.append({"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)})
+        if memory:
+            try:
+                costs[-1]["memory"] = peak_memory(config)
+            except Exception:  # a method or an attack that decides by what it computes
+                costs[-1]["memory"] = None
         if timing:
             device, batch = pick_device(config.device), config.batch_size // config.accumulate
             placed(model, device)
@@ -193,12 +197,16 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
     times = {"latency_one_ms": "ms, one image", "latency_ms": "ms/image", "seconds_per_update": "s/update"}
     timed, several = "device" in facts[0], len(facts) > 1
     titles = ["config", "params (M)", "trainable (M)", "experts (M)", "GMACs"]
+    titles += ["training", "evaluation"] if "memory" in facts[0] else []
     for title in times.values() if timed else ():
         titles += [title, "x first"] if several else [title]
     rows = []
     for each in facts:
         counts = (f"{each[what] / 1e6:.3f}" for what in ("parameters", "trainable", "experts"))
         cells = [str(each["name"]), *counts, f"{each['macs'] / 1e9:.4g}"]
+        if "memory" in each:
+            found = each["memory"]
+            cells += ["not known" if found is None else gigabytes(found[what]) for what in ("training", "evaluation")]
         for what in times if timed else ():
             middle, low, high = each[RATIOS[what]]
             ratio = f"{middle:.2f} ({low:.2f}\N{EN DASH}{high:.2f})"

@@ -142,6 +142,12 @@ class Config(Settings):
     """``auto``: the best there is."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of training alone; evaluation is fp32."""
+    activation_checkpointing: bool = False
+    """Store only the input of each block in the training forward and recompute the rest in the backward pass: the same
+    results with less memory, for one more forward pass an update. Attacks have ``attack_batch_size``."""
+    attack_batch_size: int | None = Field(default=None, ge=1)
+    """Images that PGD, APGD and MSD differentiate at once in training, with the same results but for rounding: less
+    memory where a method attacks more images than fit. null: all that a method attacks."""
     compile: bool = False
     """Compile the model for training, block by block."""
     graphs: Literal["auto"] | bool = "auto"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rome.attacks.engine import differentiate_in_parts
 from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
@@ -25,6 +26,7 @@ from rome.core.trial import check_attackable, tried
 from rome.data import Split
 from rome.methods import TrainContext
 from rome.models import build_model, save_model
+from rome.models.checkpointing import checkpoint_blocks
 from rome.models.compiling import compile_blocks
 from rome.runs.config import Config
 from rome.runs.folder import Run
@@ -193,7 +195,16 @@ def check_settings(config: Config) -> None:
 def train_context(
     config: Config, model: nn.Module, device: torch.device, *, rank: int = 0, world: int = 1
 ) -> TrainContext:
-    """What the config's method works with, for this one of ``world`` processes."""
+    """What the config's method works with, for this one of ``world`` processes; the model then saves memory as the
+    config says.
+
+    Raises:
+        UserError: the model cannot.
+    """
+    if config.activation_checkpointing:
+        checkpoint_blocks(model)
+    if config.attack_batch_size is not None:
+        differentiate_in_parts(model, config.attack_batch_size)
     return TrainContext(
         model=model,
         threats=config.method.trained(config.threats, config.attack),

@@ -1,0 +1,130 @@
+"""Activation checkpointing of the repeated blocks of a model: memory for time."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from rome.core.errors import UserError
+from rome.experts.ffn import MixtureFFN
+from rome.experts.gated import MixtureLayer, Sink
+from rome.models.compiling import repeated_blocks
+
+
+def checkpoint_blocks(model: nn.Module) -> int:
+    """Make the repeated blocks of a model store only their inputs in a training forward, and compute the rest again in
+    the backward pass; returns the number of blocks.
+
+    Values and gradients stay the same: the recomputation draws the same random numbers, records no gates, and leaves
+    buffers such as BatchNorm's statistics alone. In evaluation mode, and so in attacks, nothing is computed twice.
+
+    Raises:
+        UserError: the model has no repeated blocks.
+    """
+    blocks = repeated_blocks(model, whole=MixtureFFN)
+    if not blocks:
+        raise UserError(
+            "activation_checkpointing recomputes the blocks that a model repeats, and this one has none: leave it out; "
+            "a larger accumulate saves memory too"
+        )
+    for block in blocks:
+        if not isinstance(block, _Checkpointed):
+            block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]  # a class can be hashed
+    return len(blocks)
+
+
+class _Checkpointed(nn.Module):
+    """Mixed into the class of a block: copies of the model recompute too, and ``block.compile()`` compiles what is
+    recomputed."""
+
+    draws = True
+    """Whether the latest forward drew random numbers."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not (self.training and torch.is_grad_enabled() and inputs):
+            return super().__call__(*args, **kwargs)
+        again, versions = _Again(self, inputs[0]), [tensor._version for tensor in inputs]
+        # random states are kept here: torch's own way reads them always, which no capture of a graph allows. A block
+        # that draws fails there, and the engine of graphs goes on without one
+        capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        before = None if capturing and not self.draws else _random_state(inputs[0])
+        results = checkpoint(
+            super().__call__,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), again),
+            **kwargs,
+        )
+        if versions != [tensor._version for tensor in inputs]:
+            raise UserError(
+                f"activation_checkpointing: {type(self).__name__} changes its input in place, so that it "
+                "cannot be recomputed; leave activation_checkpointing out, or let it make a new tensor"
+            )
+        if before is not None:
+            self.draws = _bytes(before) != _bytes(_random_state(inputs[0]))
+            again.random = before if self.draws else None
+        return results
+
+
+@cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Checkpointed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _random_state(like: Tensor) -> Tensor:
+    """Of the generator that draws on a tensor's device."""
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def _bytes(state: Tensor) -> bytes:
+    """Read on the host without an operation of torch's, which whoever records operations would take for the model's."""
+    return ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def _set_random_state(like: Tensor, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, like.device) if like.is_cuda else torch.set_rng_state(state)
+
+
+class _Again:
+    """Inside, a block is as it was when this was made; afterwards it is as it was before."""
+
+    def __init__(self, block: nn.Module, like: Tensor) -> None:
+        self.like = like
+        self.random: Tensor | None = None
+        """The state that its forward drew random numbers from."""
+        modules = list(block.modules())
+        self.buffers = [
+            (module._buffers, name, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self.sinks = [(module, module.sink) for module in modules if isinstance(module, MixtureLayer)]
+
+    def __enter__(self) -> None:
+        self.now = [buffers[name] for buffers, name, _ in self.buffers], [layer.sink for layer, _ in self.sinks]
+        for buffers, name, before in self.buffers:
+            buffers[name] = before.clone()
+        for layer, sink in self.sinks:  # the same operations as in the forward, whose gates are recorded already
+            layer.sink = None if sink is None else Sink(detached=sink.detached)
+        if self.random is not None:
+            self.later = _random_state(self.like)
+            _set_random_state(self.like, self.random)
+
+    def __exit__(self, *error: object) -> None:
+        now, sinks = self.now
+        for (buffers, name, _), buffer in zip(self.buffers, now, strict=True):
+            buffers[name] = buffer
+        for (layer, _), sink in zip(self.sinks, sinks, strict=True):
+            layer.sink = sink
+        if self.random is not None:
+            _set_random_state(self.like, self.later)

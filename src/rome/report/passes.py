@@ -1,0 +1,189 @@
+"""Forward and backward passes of a training and of an evaluation, and the hours of these where a rate was measured."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from rome.attacks import Attack
+from rome.core.randomness import unchanged_states
+from rome.experts import LowRank
+from rome.experts.base import Layerwise
+from rome.models import create_model
+from rome.report.cost import macs, updates
+from rome.report.memory import architecture
+from rome.runs.config import Config, load
+from rome.runs.experiments import files, path_of
+from rome.threats import Threat
+
+SIDE = 32
+"""Pixels of the images on which passes are counted: their number depends on no size."""
+FEW = 10
+"""Steps with which passes are counted."""
+RATES = {"base": (211, 250), "small": (99, 138), "tiny": (39, 62)}
+"""TFLOP/s of attack steps (forward and input gradient) in bf16 as CUDA graphs on one NVIDIA H200, least and largest of
+batches of 64 and 192 with and without low-rank experts, for ViTs of 65 tokens (docs/results.md)."""
+
+RATES_ARE_FOR = (
+    "seconds of one H200: at the rates measured in bf16 for attack steps of ViTs at 32 pixels with patches of 4, "
+    "without what lies between steps; nothing was measured for other models, for fp32 or for evaluations"
+)
+
+
+@dataclass
+class Passes:
+    """Passes of one image."""
+
+    forward: float = 0
+    backward: float = 0
+    """Of these, with the gradient of the image alone, as attacks take it: as much arithmetic as a forward pass."""
+    whole: float = 0
+    """With that of the weights, as training takes it: twice as much."""
+
+    @property
+    def work(self) -> float:
+        """All of them in forward passes."""
+        return self.forward + self.backward + 2 * self.whole
+
+    def add(self, other: Passes, times: float = 1) -> None:
+        for name in ("forward", "backward", "whole"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[Passes]:
+    """Passes of all images together, inside."""
+    total = Passes()
+
+    def forward(module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        images, training = len(inputs[0]), module.training
+        total.forward += images
+
+        def backward(_: Tensor) -> None:
+            total.add(Passes(whole=1) if training else Passes(backward=1), images)
+
+        if answer.requires_grad:
+            answer.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    with model.register_forward_hook(forward):
+        yield total
+
+
+def of_update(config: Config) -> Passes | None:
+    """Passes for each example of an update, attack and training, the mean over a method's stages: counted on a small
+    transformer in the model's place. None where the method does not run on it."""
+    try:
+        batch = 2 * len(config.method.trained(config.threats, config.attack))
+        same = {"accumulate": 1, "device": "cpu", "precision": "fp32", "attack_batch_size": None}
+        few = config.model_copy(update={"batch_size": batch, "activation_checkpointing": False, **same})
+        args: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+        model: nn.Module = create_model("vit_tiny_patch16_224", num_classes=10, img_size=SIDE, patch_size=8, **args)
+        if isinstance(config.experts, Layerwise):
+            model = LowRank(experts=config.experts.experts, rank=1, gate=config.experts.gate).inject(model)
+        elif config.experts is not None:
+            model = config.experts.inject(model)
+        found = Passes()
+        for work, share in updates(few, model, (3, SIDE, SIDE), 10, torch.device("cpu")):
+            with _counted(model) as seen:
+                work()
+            found.add(seen, share / batch)
+    except Exception:  # a method, an attack or experts of the user's own that want another model
+        return None
+    if config.activation_checkpointing:
+        found.forward += found.whole
+    return found
+
+
+def of_evaluation(config: Config, classes: int) -> Passes | None:
+    """Passes for an image that withstands every attack of the evaluation's suite: no image takes more, and one that is
+    misclassified from the start takes one. None where an attack wants a network that is not here."""
+    found = Passes(forward=1)
+    try:
+        threats = {threat.name: threat for threat in config.threats}
+        for case in config.evaluation.suite.cases(threats, classes):
+            for attack in case.attacks:
+                found.add(_of_attack(attack.model_dump_json(), case.threat.model_dump_json(), classes))
+    except Exception:  # files that are not here, attacks of the user's own that want another model
+        return None
+    return found
+
+
+class _Certain(nn.Module):
+    """Always class 0, with a gradient too small to change that."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = 1e-4 * torch.rand(3 * SIDE * SIDE, classes)
+        self.lead = 5 * torch.eye(classes)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight + self.lead
+
+
+@functools.cache
+def _of_attack(attack: str, threat: str, classes: int) -> Passes:
+    """Passes of one attack, both as JSON: counted with few steps, of which one takes as many passes as another."""
+    searcher = TypeAdapter(Attack).validate_json(attack)
+    space = TypeAdapter(Threat).validate_json(threat)
+    name = next((each for each in ("iterations", "queries", "steps") if hasattr(searcher, each)), "")
+    steps = getattr(searcher, name, 0)
+    if not isinstance(steps, int) or steps <= 2 * FEW:
+        return _run(searcher, space, classes)
+    total, twice = (_run(searcher.model_copy(update={name: n}), space, classes) for n in (FEW, 2 * FEW))
+    twice.add(total, -1)
+    total.add(twice, (steps - FEW) / FEW)
+    return total
+
+
+def _run(attack: Attack, threat: Threat, classes: int) -> Passes:
+    with unchanged_states(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pyautoattack's
+        torch.manual_seed(0)
+        model = _Certain(classes).eval()
+        with _counted(model) as seen:
+            attack(model, torch.rand(1, 3, SIDE, SIDE), torch.zeros(1, dtype=torch.int64), threat)
+    return seen
+
+
+def hours(config: Config, operations: float) -> tuple[float, float] | None:
+    """Least and most hours of so many floating-point operations of training on one H200, where rates were measured
+    (:data:`RATES`); None for all other models and precisions."""
+    size = re.match(r"(?:vit|deit)_(base|small|tiny)_patch\d+_", config.model.name)
+    tokens = (config.model.img_size or 0) / (config.model.patch_size or 1) == 8
+    if size is None or not tokens or config.precision != "bf16" or config.model.args:
+        return None
+    if config.experts is not None and config.experts.kind != "low-rank":
+        return None
+    low, high = RATES[size[1]]
+    return operations / (high * 1e12 * 3600), operations / (low * 1e12 * 3600)
+
+
+def priced(pattern: str = "*") -> Iterator[tuple[str, ...]]:
+    """What the experiments of a pattern cost, one after the other: path, parameters, arithmetic of an update and of the
+    whole evaluation, and seconds of an update where rates were measured. Neither data nor weights are needed."""
+    for file in files(pattern):
+        config = load(file)
+        with torch.device("meta"):
+            model, shape, classes = architecture(config)
+        each, size = 2 * macs(model.eval(), shape), sum(parameter.numel() for parameter in model.parameters())
+        update, evaluation, images = of_update(config), of_evaluation(config, classes), config.evaluation.n
+        operations = None if update is None else each * update.work * config.batch_size
+        known = None if operations is None else hours(config, operations)
+        yield (
+            path_of(file),
+            f"{size / 1e6:.4g} M",
+            "not counted" if operations is None else f"{operations / 1e12:.3g} TFLOP",
+            "" if known is None else f"{known[0] * 3600:.2g}\N{EN DASH}{known[1] * 3600:.2g} s",
+            "not counted"
+            if evaluation is None
+            else f"{each * evaluation.work / 1e12 * (images or 1):.3g} TFLOP" + ("" if images else " an image"),
+        )
