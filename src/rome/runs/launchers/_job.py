@@ -21,7 +21,8 @@ from filelock import Timeout
 from rome.core.console import exiting, say
 from rome.core.files import replace_file
 from rome.core.launched import is_first
-from rome.runs.launchers.base import ANNOUNCED, HELD, Job, exit_code, owner
+from rome.core.signals import HANDLED, exit_code
+from rome.runs.launchers.base import HELD, Job, owner
 
 
 def work(job: Job, processes: int, patience: float) -> int:
@@ -64,7 +65,7 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
         for child in children:
             child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
 
-    for number in (signal.SIGTERM, signal.SIGINT, *ANNOUNCED):
+    for number in (signal.SIGINT, *HANDLED):
         signal.signal(number, forward)
     children.append(subprocess.Popen([*torchrun, *job.command(0)[1:]], start_new_session=True))
     while (code := children[0].poll()) is None:

@@ -16,8 +16,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,11 +28,10 @@ from rome.core.component import Component, mistakes
 from rome.core.errors import REQUEUE, Interrupted, UserError
 from rome.core.files import explain, make_folder
 from rome.core.plain_data import Unreadable, parse_yaml
+from rome.core.signals import exit_code, handled
 
 HELD = 76
 """Exit code of a job that another process works on."""
-ANNOUNCED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-"""Signals by which a queue says that the time of a job is over: it is to go on in another one."""
 LEASE = 60.0
 """Seconds without a sign of life after which another machine may take a job over. All machines must agree."""
 POLL = 0.05
@@ -172,7 +170,7 @@ class Launcher(Component):
         if len(left) < len(jobs):
             print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already", file=sys.stderr)
         following = _Following(self, len(jobs), left)
-        with _signals():
+        with handled(_stop):
             try:
                 following.all(limit, at_once=at_once, gpus=gpus)
             except KeyboardInterrupt as stop:
@@ -291,11 +289,6 @@ class _Following:
         print(f"[{number}/{self.total}] {job.name or job.folder}: {text}", file=sys.stderr, flush=True)
 
 
-def exit_code(number: int) -> int:
-    """Of work that a signal stopped."""
-    return REQUEUE if number in ANNOUNCED else 128 + number
-
-
 def owner(lease: SoftFileLease) -> str:
     """Who holds a lease."""
     known = lease.owner
@@ -309,19 +302,8 @@ def require_done(failed: Mapping[Any, str], jobs: int) -> None:
         raise UserError(f"{len(failed)} of {jobs} failed; the same command tries them again\n{reasons}")
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 raise KeyboardInterrupt with their number, SIGINT without."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *ANNOUNCED)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def chosen_launcher(text: str | None) -> Launcher:
