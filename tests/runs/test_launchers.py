@@ -200,9 +200,11 @@ def test_a_signal_stops_the_jobs_in_order(
 ) -> None:
     machine.looks = {"job0": 99, "job1": 99}
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
     monkeypatch.setattr("rome.runs.launchers.base.time.sleep", lambda _: signal.raise_signal(number))
     with pytest.raises(Interrupted, match="the same command goes on") as ended:
         Local().run(jobs(tmp_path, 3), at_once=2)
+    signal.signal(signal.SIGINT, interrupt)
     assert ended.value.code == code
     assert [fake.signals for fake in machine.fakes] == [[] if number == signal.SIGINT else [signal.SIGTERM]] * 2
     assert signal.getsignal(signal.SIGTERM) == before
