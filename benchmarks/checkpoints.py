@@ -5,8 +5,9 @@
 
 An update is forward, backward and a step of AdamW on plain images; one of adversarial training takes about ten times as
 long, so the same seconds are a tenth of the share. ``x update`` is the median over rounds of (time / that of an update
-alone in the same round), with the least and largest round in brackets. ``CPU ms`` is what the processor worked for it, all
-threads together, which is less where other programs take the cores. The write goes to ``--folder``, fsync included.
+alone in the same round), with the least and largest round in brackets. ``CPU ms`` is what the processor worked for it,
+all threads together, which is less where other programs take the cores. The write, fsync included, goes to
+``--folder``.
 """
 
 from __future__ import annotations
