@@ -5,7 +5,9 @@
 
 An update is forward, backward and a step of AdamW on plain images; one of adversarial training takes about ten times as
 long, so the same seconds are a tenth of the share. ``x update`` is the median over rounds of (time / that of an update
-alone in the same round), with the least and largest round in brackets. The write goes to ``--folder``, fsync included.
+alone in the same round), with the least and largest round in brackets. ``CPU ms`` is what the processor worked for it,
+all threads together, which is less where other programs take the cores. The write, fsync included, goes to
+``--folder``.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         training(model, partial(common.cast, device, "fp32"), x, y)
         optimizer.step()
 
-    def timed(work: Callable[[], object]) -> float:
+    def timed(work: Callable[[], object]) -> tuple[float, float]:
         common.synchronize(device)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         work()
         common.synchronize(device)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - worked
 
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, closing(Saver(Run(folder), None)) as saver:
 
         def save() -> None:
@@ -55,8 +57,8 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
             found["update beside the write"] = timed(update)
             saver.wait()
             found["stop, waiting for the write"] = timed(lambda: (save(), saver.wait()))
-            for case, seconds in found.items() if turn else ():
-                times.setdefault(case, []).append(seconds)
+            for case, both in found.items() if turn else ():
+                times.setdefault(case, []).append(both)
         size = (Path(folder) / "last.pt").stat().st_size
     return [
         {
@@ -64,10 +66,11 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
             "batch": batch,
             "bytes": size,
             "case": case,
-            "seconds": seconds,
-            "ratio": common.ratio(seconds, times["update"]),
+            "seconds": [seconds for seconds, _ in both],
+            "processor": [seconds for _, seconds in both],
+            "ratio": common.ratio([seconds for seconds, _ in both], [seconds for seconds, _ in times["update"]]),
         }
-        for case, seconds in times.items()
+        for case, both in times.items()
     ]
 
 
@@ -77,6 +80,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         **{key: str(row[key]) for key in ("model", "batch", "case")},
         "MB": f"{row['bytes'] / 1e6:.0f}",
         "ms": common.milliseconds(row["seconds"]),
+        "CPU ms": common.milliseconds(row["processor"]),
         "x update": str(row["ratio"]),
     }
 

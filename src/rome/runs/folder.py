@@ -122,7 +122,7 @@ class Run:
                 read.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._claim()
         except Timeout:
             raise UserError(
@@ -135,7 +135,6 @@ class Run:
             others = () if self.config_file.exists() else self.folder.iterdir()
             if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            make_folder(self.folder)
             return self._ready(config, resume=resume, overwrite=overwrite, data=data)
         except BaseException as error:
             self.release()
