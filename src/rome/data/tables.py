@@ -39,6 +39,8 @@ class ImageTable(Images):
     files: tuple[Path, ...]
     columns: tuple[str, ...]
     """Where each file has the bytes."""
+    metadata: tuple[Any, ...]
+    """pyarrow's of each file, which takes longer to read than a row group."""
     groups: np.ndarray
     """int32 (groups, 2): of each row group its file and its number there."""
     starts: np.ndarray
@@ -73,7 +75,7 @@ class ImageTable(Images):
                 self.held.clear()
             file, number = self.groups[group]
             try:
-                with pq.ParquetFile(self.files[file], memory_map=True) as parquet:
+                with pq.ParquetFile(self.files[file], metadata=self.metadata[file], memory_map=True) as parquet:
                     table = parquet.read_row_group(number, [self.columns[file]], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 problem = f"row group {number} cannot be read ({one_line(error)})"
@@ -167,6 +169,7 @@ def read_tables(files: list[Path], label: str = "label", *, classes: int | None 
     return ImageTable(
         files=tuple(files),
         columns=tuple(each.column for each in read),
+        metadata=tuple(each.metadata for each in read),
         groups=np.array(groups, dtype=np.int32),
         starts=np.cumsum([0, *(rows for each in read for rows in each.rows)]),
         size=sum(each.size for each in read),
@@ -195,6 +198,8 @@ class _File(NamedTuple):
 
     column: str
     """The one of the images' bytes."""
+    metadata: Any
+    """pyarrow's."""
     rows: list[int]
     """Of each row group."""
     size: int
@@ -251,7 +256,7 @@ def _read(file: Path, label: str, classes: int | None) -> _File:
     ):
         refuse(f"column {column} has no bytes in any row: the images are in other files")
     size = sum(each.total_uncompressed_size for each in images)
-    return _File(path, [group.num_rows for group in groups], size, labels, names)
+    return _File(path, metadata, [group.num_rows for group in groups], size, labels, names)
 
 
 def _names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:

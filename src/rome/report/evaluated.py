@@ -151,7 +151,8 @@ class Evaluated:
                 "normalisation": numbers or ("none of ours" if model else "unknown"),
                 "folder": str(self.folder),
             }
-        found |= {"evaluated": self.report.date, "reused": self.report.reuse}
+        said = "; ".join(map(str, self.provenance.get("remarks") or ()))  # such as which images were chosen
+        found |= {"evaluated": self.report.date, "reused": self.report.reuse, "remarks": said}
         return {what: value for what, value in found.items() if value}
 
     @property
