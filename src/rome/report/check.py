@@ -179,8 +179,8 @@ def lines(found: Checked) -> list[str]:
             line += (
                 ": no rate was measured for this model and precision"
                 if known is None
-                else f": {known[0]:.3g} to {known[1]:.3g} hours of one H200 at the rates measured for attack steps, without "
-                "what lies between steps"
+                else f": {known[0]:.3g} to {known[1]:.3g} hours of one H200 at the rates measured for attack steps, "
+                "without what lies between steps"
             )
         said.append(line)
     if "evaluation" in cost:
@@ -201,5 +201,8 @@ def lines(found: Checked) -> list[str]:
 
 
 def _said(passes: dict[str, float]) -> str:
-    backward = passes["backward"] + passes["whole"]
-    return f"{passes['forward']:,.3g} forward and {backward:,.3g} backward passes"
+    forward, backward = passes["forward"], passes["backward"] + passes["whole"]
+    return " and ".join(
+        f"{count:,.0f} {name}" if count >= 100 else f"{count:.3g} {name}"
+        for count, name in ((forward, "forward"), (backward, "backward passes"))
+    )
