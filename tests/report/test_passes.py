@@ -96,6 +96,6 @@ def test_a_list_of_experiments_names_their_costs(rome: Any) -> None:
     assert ended.code == 0
     row = next(line for line in ended.out.splitlines() if line.startswith("experiments/digits/rome-random.yaml"))
     assert "0.2321 M" in row or "0.232 M" in row
-    assert row.count("TFLOP") == 2
+    assert row.count("FLOP") == 2
     assert "nothing was measured for other models" in " ".join(ended.out.split())
     assert rome("list", "models", "--cost").code == 2

@@ -130,10 +130,8 @@ def _memory(config: Config, limit: float | None, found: Checked) -> None:
     """Count the memory, and say where it does not suffice."""
     try:
         counted = peak_memory(config)
-    except UserError:  # a network that the method measures with; said already
-        return
-    except Exception:
-        found.remarks.append("memory: not counted, because the method or the attack decides by what it computes")
+    except Exception:  # of tensors without content, or of a network that is not here
+        found.remarks.append("memory: not counted, because method, attack or experts decide by what they compute")
         return
     found.cost["memory"] = counted
     if limit is None and torch.cuda.is_available() and config.device in ("auto", "cuda"):

@@ -47,8 +47,8 @@ def peak_memory(config: Config) -> dict[str, int]:
         attack on ``evaluation.batch_size`` images.
 
     Raises:
-        UserError: the model cannot be built.
-        Exception: a method or an attack decides by what tensors hold, and so cannot run on tensors without.
+        Exception: a method, an attack or experts (feed-forward ones that sort tokens) decide by what tensors hold, and
+            so cannot run on tensors without; or the model cannot be built.
     """
     with torch.device("meta"):
         model, shape, _ = architecture(config)

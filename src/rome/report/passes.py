@@ -172,7 +172,10 @@ def priced(pattern: str = "*") -> Iterator[tuple[str, ...]]:
     whole evaluation, and seconds of an update where rates were measured. Neither data nor weights are needed."""
     for file in files(pattern):
         config = load(file)
-        with torch.device("meta"):
+        sorting = (
+            getattr(config.experts, "top", None) is not None
+        )  # of tokens by expert, for which they have to be there
+        with torch.device("cpu" if sorting else "meta"):
             model, shape, classes = architecture(config)
         each, size = 2 * macs(model.eval(), shape), sum(parameter.numel() for parameter in model.parameters())
         update, evaluation, images = of_update(config), of_evaluation(config, classes), config.evaluation.n
@@ -181,9 +184,15 @@ def priced(pattern: str = "*") -> Iterator[tuple[str, ...]]:
         yield (
             path_of(file),
             f"{size / 1e6:.4g} M",
-            "not counted" if operations is None else f"{operations / 1e12:.3g} TFLOP",
+            "not counted" if operations is None else _flop(operations),
             "" if known is None else f"{known[0] * 3600:.2g}\N{EN DASH}{known[1] * 3600:.2g} s",
             "not counted"
             if evaluation is None
-            else f"{each * evaluation.work / 1e12 * (images or 1):.3g} TFLOP" + ("" if images else " an image"),
+            else _flop(each * evaluation.work * (images or 1)) + ("" if images else " an image"),
         )
+
+
+def _flop(operations: float) -> str:
+    """``43.2 TFLOP``."""
+    unit = next((unit for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12)) if operations >= size), "G")
+    return f"{operations / {'E': 1e18, 'P': 1e15, 'T': 1e12, 'G': 1e9}[unit]:.3g} {unit}FLOP"
