@@ -55,6 +55,14 @@ def test_experts_compares_plain_rome_and_a_loop_that_computes_the_same(run: Run)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is what Linux says of it")
+def test_data_measures_one_and_several_ranks_of_folders_and_tables(run: Run) -> None:
+    (rows,) = run("data").values()
+    assert [row["ranks"] for row in rows] == [1, 1, 2] * 2
+    assert all(row["images_per_second_and_core"] > 0 and row["together"] > row["rank"] for row in rows)
+
+
+@pytest.mark.slow
 def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
     (rows,) = run("layout").values()
     assert {row["model"] for row in rows} == {"resnet18, plain", "resnet18, rome"}
