@@ -40,6 +40,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "corruption": {"type": "fog", "severity": 1}, "corruptions": {"types": ("fog",), "severities": (1,)},
     "several": {"suites": ["lp", "corruptions"]},
     "cifar10": {"path": "data"}, "folder": {"path": "data"}, "parquet": {"path": "data"},
+    "timm": {"path": "data"},
     "attack": {"attack": {"kind": "stadv"}}, "lp": {"norm": "L2", "eps": 0.5}, "perceptual": {"bound": 0.5},
     "pat": {"features": "self"}, "vr": {"features": "self"},
     "unseen": {"features": "self"}, "all": {"features": "self"},

@@ -221,7 +221,7 @@ def test_names_of_columns(model: nn.Module) -> None:
     found = evaluate(model, x, y, threats=threats, suite=QUICK)
     assert found.robust["Linf-weak"] >= found.robust["Linf-strong"]
     with pytest.raises(UserError, match="two threats have one name"):
-        evaluate(model, x, y, threats=threats.values(), suite=QUICK)
+        evaluate(model, x, y, threats=[LINF[0], LINF[0]], suite=QUICK)
 
 
 def test_everything_is_as_it_was() -> None:

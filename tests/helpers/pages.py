@@ -179,7 +179,8 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
 def _shrink(file: Path, folder: Path) -> None:
     config = load(file)
     small: dict[str, Any] = {
-        "extends": str(file), "name": config.name, "batch_size": 8, "accumulate": 1, "epochs": 1, "natural_epochs": 0,
+        "extends": str(file), "name": config.name, "batch_size": 8, "accumulate": 1,
+        "epochs": 2 if config.method.kind == "more" else 1, "natural_epochs": 0,
         "precision": "fp32", "device": "cpu", "workers": 0, "data": {"train_limit": 16, "test_limit": 8},
         "evaluation": {"suite": {"kind": "apgd", "iterations": 5}, "n": 8}, "attack": {"steps": 1},
     }  # fmt: skip
