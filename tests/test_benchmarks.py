@@ -145,6 +145,7 @@ def test_apgd_l1_compares_with_the_known_optimum(run: Run) -> None:
     assert all(row["least"] <= row["mean"] <= 1 + 1e-5 for row in rows)
 
 
+@pytest.mark.slow
 def test_gpu_steps_compares_both_forms_and_writes_as_it_goes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     tables = run("gpu_steps")
     (parity,) = (rows for title, rows in tables.items() if title.startswith("RoME from"))
@@ -181,6 +182,7 @@ def test_autoattack_is_timed_under_every_norm(run: Run) -> None:
     assert all(row["same"] == row["images"] for row in rows if row["case"] == "rome")
 
 
+@pytest.mark.slow
 def test_gpu_runs_its_parts_in_turn_and_survives_what_fails_or_takes_too_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

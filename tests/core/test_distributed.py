@@ -88,7 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 3))
+@pytest.mark.parametrize("changes", rest_slow(CONFIGS, 1))
 def test_two_processes_compute_what_one_computes(changes: dict[str, Any], tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", **(EXACT | changes)))
     run = Run(tmp_path / "two")
@@ -200,6 +200,7 @@ def build(num_classes):
 """A model with BatchNorm that writes down what the fourth attack of each process meets."""
 
 
+@pytest.mark.slow
 def test_processes_attack_the_same_statistics(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(ATTACKED)
     config = write_yaml(tmp_path / "tiny.yaml", changed(experts=None, model={"name": f"{tmp_path / 'own.py'}:build"}))
@@ -379,6 +380,7 @@ def test_srun_trains_and_evaluates_what_torchrun_does_to_the_last_bit(tmp_path: 
     assert (reports[0].correct == reports[1].correct).all()
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_with_different_settings_are_refused(tmp_path: Path) -> None:
     """Eight seeds in eight tasks would train one model."""
     config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny"))
@@ -394,11 +396,14 @@ def test_tasks_of_srun_with_different_settings_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [
-        (["batch_size=13"], "2 processes do not divide batch_size/accumulate = 13"),
-        (["batch_size=12", "accumulate=4"], "2 processes do not divide batch_size/accumulate = 3"),
-        (["batch_size=66"], "batch_size 66 exceeds the 64 training examples"),
-    ],
+    rest_slow(
+        [
+            (["batch_size=13"], "2 processes do not divide batch_size/accumulate = 13"),
+            (["batch_size=12", "accumulate=4"], "2 processes do not divide batch_size/accumulate = 3"),
+            (["batch_size=66"], "batch_size 66 exceeds the 64 training examples"),
+        ],
+        1,
+    ),
 )
 def test_settings_that_do_not_suit_several_processes_end_every_process(
     overrides: list[str], message: str, tmp_path: Path
@@ -409,7 +414,7 @@ def test_settings_that_do_not_suit_several_processes_end_every_process(
     assert all(message in process.err and no_traceback(process.err) for process in ended)
 
 
-@pytest.mark.parametrize("case", rest_slow(["finished", "unfinished", "foreign", "corrupt", "other settings"], 2))
+@pytest.mark.parametrize("case", rest_slow(["finished", "unfinished", "foreign", "corrupt", "other settings"], 1))
 def test_a_folder_that_cannot_be_used_ends_every_process_at_once(case: str, tmp_path: Path) -> None:
     """The first process finds it; the others must not wait for it."""
     config = write_yaml(tmp_path / "tiny.yaml", changed())

@@ -182,6 +182,7 @@ def test_a_folder_that_cannot_be_used_ends_every_process(run: Run, tmp_path: Pat
     assert all("holds an evaluation with other settings (n: 6 there, 7 now" in process.err for process in ended)
 
 
+@pytest.mark.slow
 def test_processes_with_different_models_are_refused(tmp_path: Path) -> None:
     """A function of the user's whose weights differ from process to process."""
     (tmp_path / "net.py").write_text(
@@ -197,6 +198,7 @@ def test_processes_with_different_models_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_begin_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "import os\nfrom torch import nn\n"

@@ -660,6 +660,7 @@ class TestExamples:
             example_images(runs[0] / "evaluation/apgd-24", "L1")
         assert Page(write_report([runs[0]], tmp_path / "out").read_text()).tags.count("img") == 4 * 7
 
+    @pytest.mark.slow
     def test_a_threat_that_a_network_measures_has_pictures_without_a_size(
         self, runs: tuple[Path, Path], tmp_path: Path
     ) -> None:
@@ -681,7 +682,7 @@ class TestExamples:
         assert examples.pictured(gather(runs)) == ["L1", "Linf"]
         assert Page(text).tags.count("img") == 4 * (1 + 2 * 2 * 2)
 
-    @pytest.mark.parametrize("routing", ["random", "none"])
+    @pytest.mark.parametrize("routing", rest_slow(["random", "none"], 1))
     def test_the_model_looked_at_is_routed_as_the_one_evaluated(
         self, runs: tuple[Path, Path], routing: Literal["random", "none"]
     ) -> None:

@@ -71,6 +71,7 @@ def test_welchs_interval_by_hand() -> None:
     assert (mean_and_spread([0.5]), mean_and_spread([0.5, float("nan")])) == ("50.0", "–")  # noqa: RUF001
 
 
+@pytest.mark.slow
 def test_a_folder_of_runs_is_those_inside(tmp_path: Path, rome: Any) -> None:
     for seed in (0, 1):
         evaluate_saved(save_run(tmp_path / "sweep" / "deep" / f"tiny-{seed}", seed=seed, experts=None))

@@ -313,6 +313,7 @@ def test_whoever_loses_its_lease_writes_no_more(tmp_path: Path) -> None:
     assert told == f"error: process 4711 on node7 took {job.folder} over\n"
 
 
+@pytest.mark.slow
 def test_a_rename_that_fails_is_one_line_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,7 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("moment", rest_slow({f"{moment.place}-{moment.number}": moment for moment in MOMENTS}, 3))
+@pytest.mark.parametrize("moment", rest_slow({f"{moment.place}-{moment.number}": moment for moment in MOMENTS}, 2))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     moment: Moment, config: Path, tmp_path: Path, undisturbed: Run
 ) -> None:

@@ -220,7 +220,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", rest_slow(METHODS.keys(), 2))
+@pytest.mark.parametrize("kind", rest_slow(METHODS.keys(), 1))
 def test_every_method_can_be_validated_and_resumed(kind: str, tmp_path: Path) -> None:
     """Stages, second models and counts: a stop after the first epoch leads to the same best and last weights."""
     config: Config = tiny(validation={"n": 6, "steps": 1}, **METHODS[kind])
