@@ -172,7 +172,14 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         experts = {"kind": "low-rank", "experts": 4, "rank": 16, "layers": ["qkv", "proj"]}  # of that row of Table 1
         changes: dict[str, Any] = {"experts": None if name.endswith("/random-pgd") else experts}
         changes |= {"data": {"kind": "cifar10", "path": str(folder / "CIFAR10")}, "threats": "cifar10"}
-        run = save_run(folder / name, name=Path(name).name, model__img_size=32, model__patch_size=8, **changes)
+        run = save_run(
+            folder / name,
+            name=Path(name).name,
+            model__img_size=32,
+            model__patch_size=8,
+            evaluation__batch_size=250,
+            **changes,
+        )
         evaluate_saved(run, suite="lp", n=8)
 
 
