@@ -25,6 +25,7 @@ RUNS = {
 }
 """Runs that a page takes to be there."""
 ALL = ["runs/random-pgd", "runs/rome-random-pgd"]
+SWEPT = [f"runs/sweep/rome-experts.rank={rank}" for rank in (2, 4)]
 WITH_BLOCKS = [page for page in PAGES if any(block.language in ("sh", "python", "yaml") for block in blocks(page))]
 
 
@@ -104,6 +105,7 @@ def test_commands_and_snippets_run(page: str, tmp_path: Path) -> None:
             continue
         if not folder.exists():
             runs = RUNS.get(page, []) if page != "README.md" else [run for run in ALL if not trains(block.text, run)]
+            runs = [*runs, *SWEPT] if page == "README.md" and "runs/sweep/*" in block.text else runs
             furnish(folder, page, runs)
         if block.mark == "file":
             (folder / block.about).write_text(block.text)

@@ -77,6 +77,7 @@ SMALLER = {
     r"form: published\}'": r"\g<0> --cases fog",
     r"cifar10:PATH": "cifar10:CIFAR10",
     r"pretrained=True": "pretrained=False",
+    r"--layer blocks\.5": "--layer blocks.1",
     r"vit_small": "vit_tiny",
     r"224, 224": "32, 32",
     r"\.first\(20\)": ".first(4)",
@@ -169,7 +170,8 @@ def furnish(folder: Path, page: str, runs: list[str]) -> None:
         if f"{path_of(file.parent)}/" in text:
             _shrink(file, folder)
     for name in runs:
-        experts = {"kind": "low-rank", "experts": 4, "rank": 16, "layers": ["qkv", "proj"]}  # of that row of Table 1
+        rank = int(name.partition("rank=")[2] or 16)  # that of Table 1
+        experts = {"kind": "low-rank", "experts": 4, "rank": rank, "layers": ["qkv", "proj"]}
         changes: dict[str, Any] = {"experts": None if name.endswith("/random-pgd") else experts}
         changes |= {"data": {"kind": "cifar10", "path": str(folder / "CIFAR10")}, "threats": "cifar10"}
         run = save_run(
