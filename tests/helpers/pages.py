@@ -55,6 +55,7 @@ import torch
 from pathlib import Path
 import rome, rome.report.gates, rome.report.routing
 from rome import *
+torch.manual_seed(0)
 x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
 threats, labels = tuple(rome.CIFAR10), torch.tensor([0, 1, 2, 0])
 size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import Attack
+from rome.attacks.suites import as_named
 from rome.core.errors import UserError
 from rome.experts import record_gates
 from rome.report.subject import NATURAL, attack_all, over_groups
@@ -60,17 +61,21 @@ class Pair(NamedTuple):
 
 
 def collect(
-    model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, Threat], attack: Attack | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threats: Iterable[Threat] | Mapping[str, Threat],
+    attack: Attack | None = None,
 ) -> GateSample:
     """Attack the images under every threat and record the gates of all of them.
 
     Args:
         model: with experts, in evaluation mode.
         x, y: images (n, C, H, W) in [0, 1] and labels (n,), on the model's device.
-        threats: by the names to use.
+        threats: as they are named, or by other names.
         attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
     """
-    return read(model, {NATURAL: x, **attack_all(model, x, y, threats, attack)})
+    return read(model, {NATURAL: x, **attack_all(model, x, y, as_named(threats), attack)})
 
 
 def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:
