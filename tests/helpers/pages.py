@@ -71,7 +71,7 @@ SMALLER = {
     r"validation\.n=\d+": "validation.n=8",
     r"-(apgd|autoattack)-\d+": r"-apgd-8",
     r"--suite (apgd|autoattack)(?=\s|$)": QUICK,
-    r"--suite apgd,unseen": "--suite apgd,unseen --cases fog",
+    r"--suite apgd,unseen": "--suite '[{kind: apgd, iterations: 5}, unseen]' --cases fog",
     r"--suite (all|unseen)(?=\s|$)(?! --cases)": r"--suite \1 --cases fog",
     r"--cases fog,L2": "--cases fog",
     r"\{fog: \{steps: 200\}, patch: \{size: 4\}\}\}'": r"\g<0> --cases fog",
