@@ -68,6 +68,7 @@ rome.add_experts(model.eval(), experts=2, rank=2)
 QUICK = "--suite '{kind: apgd, iterations: 5}'"
 SMALLER = {
     r"--n \d+": "--n 8",
+    r"\bn: \d+(?=\nmodels:)": "n: 8",
     r"validation\.n=\d+": "validation.n=8",
     r"-(apgd|autoattack)-\d+": r"-apgd-8",
     r"--suite (apgd|autoattack)(?=\s|$)": QUICK,
