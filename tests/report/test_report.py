@@ -19,6 +19,7 @@ import yaml
 from markupsafe import escape
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.integrate import trapezoid
 
 from helpers.problems import rest_slow
 from helpers.small_models import grow, knowing
@@ -783,7 +784,7 @@ class TestCharts:
     @pytest.mark.parametrize("values", [np.full(9, 0.5), np.linspace(0, 1, 50), np.zeros(3)])
     def test_densities_integrate_to_one(self, values: np.ndarray) -> None:
         grid = np.linspace(0, 1, 4001)
-        assert np.trapezoid(kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
+        assert trapezoid(kernel_density(values, grid, least=0.01), grid) == pytest.approx(1, abs=1e-3)
 
     @pytest.mark.parametrize("values", [np.array([0.25]), np.array([0.0, 0.01]), np.array([1.0]), np.array([0.0, 1.0])])
     def test_limits_hold_the_values_and_do_not_zoom_into_noise(self, values: np.ndarray) -> None:
