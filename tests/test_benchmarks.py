@@ -90,6 +90,7 @@ def test_host_times_the_replay_of_an_update(run: Run) -> None:
     assert all(row["milliseconds"].keys() == {"update", "freeze"} for row in rows)
 
 
+@pytest.mark.slow
 def test_mixed_computes_the_same_images_with_fewer_forwards(run: Run) -> None:
     (rows,) = run("mixed").values()
     for workload in ("RANDOM", "MAX"):
@@ -162,6 +163,7 @@ def test_gpu_steps_compares_both_forms_and_writes_as_it_goes(run: Run, capsys: p
     assert "mix backward" in told
 
 
+@pytest.mark.slow
 def test_gpu_steps_goes_on_after_a_row_that_fails_and_ends_in_time(
     common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

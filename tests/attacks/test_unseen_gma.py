@@ -256,6 +256,7 @@ def test_a_model_that_is_being_recorded_is_refused_and_left_as_it_was() -> None:
     assert all(layer.sink is None for layer in expert_layers(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", rest_slow([True, False], 1))
 def test_a_compiled_model_is_attacked_like_the_plain_one(wrap: bool) -> None:
     torch.manual_seed(0)

@@ -502,6 +502,7 @@ def one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_every_loss_and_gradient_of_one(tmp_path: Path) -> None:
     in_two_processes(one_of_two, str(tmp_path))
     for number, regularizer in enumerate(CASES):

@@ -672,7 +672,7 @@ class TestExamples:
         assert Page(text).tags.count("img") == 4 * (1 + 2 * 2)
         assert len(re.findall("<p>size ", text)) == 4
 
-    @pytest.mark.parametrize("complete", rest_slow([0, 1], 1))
+    @pytest.mark.parametrize("complete", rest_slow([0, 1], 0))
     def test_a_case_that_some_run_lacks_is_in_no_picture(
         self, runs: tuple[Path, Path], tmp_path: Path, complete: int
     ) -> None:
