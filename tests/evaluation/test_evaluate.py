@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from pyautoattack import AutoAttack
 from sklearn.datasets import load_digits
@@ -29,7 +30,7 @@ from helpers.tiny_runs import started
 from rome.attacks.base import Attack, AttackResult
 from rome.attacks.lp.autoattack import AttackWarning, Square, set_iterations
 from rome.attacks.lp.pgd import PGD
-from rome.attacks.suites.base import APGDSuite, AutoAttackSuite
+from rome.attacks.suites.base import APGDSuite, AutoAttackSuite, SaveImages
 from rome.core.errors import UserError
 from rome.core.files import replace_file
 from rome.data.base import Pixels
@@ -525,6 +526,32 @@ def test_a_function_does_not_go_on_with_another_ones_work(
     found = evaluate(second, x, y, **settings, out=tmp_path, overwrite="settings.json" not in lost)
     assert (found.correct == fresh.correct).all()
     assert (found.clean, Report.load(tmp_path).clean) == (fresh.clean, fresh.clean)
+
+
+@pytest.mark.parametrize("save", ["fooled", "all"])
+def test_saved_images_are_whole_grey_levels_where_the_ball_allows(
+    save: SaveImages, model: nn.Module, tmp_path: Path
+) -> None:
+    x, y = digits(30)
+    x, ball = (x * 255).round() / 255, LpBall(norm="Linf", eps=26 / 255)
+    evaluate(model, x, y, threats=ball, suite=QUICK, batch_size=30, out=tmp_path, save_images=save)
+    (file,) = (tmp_path / "batches" / "Linf").glob("0-*.safetensors")
+    stored = safetensors.torch.load_file(file)
+    rows, correct, whole = stored["indices"], stored["correct"], stored["whole_levels"]
+    assert 0 < correct.sum() < len(correct)
+    if save == "fooled":
+        rows, correct = rows[~correct], correct[~correct]
+    assert len(whole) == len(rows)
+    assert whole.any()
+    images = torch.empty(len(rows), *x.shape[1:])
+    images[whole], images[~whole] = stored["images_uint8"].float() / 255, stored["images_float32"]
+    assert ball.contains(images, x[rows]).all()
+    assert ((model(images).argmax(1) == y[rows]) == correct).all()
+    numbers, read = example_images(tmp_path, "Linf")
+    where = {int(row): place for place, row in enumerate(rows)}
+    first = [number for number in numbers.tolist() if number in set(rows[~correct].tolist())]
+    assert first
+    assert torch.equal(read[[numbers.tolist().index(each) for each in first]], images[[where[each] for each in first]])
 
 
 def test_example_images(model: nn.Module, tmp_path: Path) -> None:

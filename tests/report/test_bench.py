@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,8 +14,6 @@ from torch import nn
 from helpers.small_models import knowing
 from helpers.tiny_runs import tiny
 from rome.core.errors import UserError
-from rome.evaluation.result import Report
-from rome.evaluation.store import example_images
 from rome.models import build_model, save_model
 from rome.report.bench import Entry, comparable, evaluate_entry, gather_models, jobs_of, read_models
 from rome.report.leaderboard import group_of, write_leaderboard
@@ -58,7 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made_run(root / name, seed)
     (root / "net.py").write_text(NET)
     (root / "models.yaml").write_text(
-        f"suite: '{SUITE}'\nn: 20\nbudgets: {RADII}\ndata: digits\nsave_images: all\nmodels:\n- {root / 'one'}\n"
+        f"suite: '{SUITE}'\nn: 20\nbudgets: {RADII}\ndata: digits\nmodels:\n- {root / 'one'}\n"
         f"- {root / 'two'}\n- {{name: linear, model: '{root / 'net.py'}:build', budgets: digits}}\n"
     )
     for job in jobs_of(read_models(root / "models.yaml"), root / "out").values():
@@ -117,17 +114,6 @@ def test_what_is_done_is_known_by_entry_and_weights(bench: Path) -> None:
     assert not jobs["two"].done()
     (bench / "two" / "model.safetensors").write_bytes(kept)
     assert jobs["two"].done()
-
-
-def test_images_of_all_that_were_attacked(bench: Path) -> None:
-    """Whole grey levels in 8 bits, and what of the images is asked for afterwards is the fooled ones'."""
-    folder = bench / "out" / "one"
-    report = Report.load(folder)
-    numbers, images = example_images(folder, "Linf-0.1")
-    attacked = np.flatnonzero(report.correct[:, 0] & ~report.correct[:, 3])
-    assert numbers.tolist() == attacked.tolist()
-    x, _ = Run(bench / "one").config.data.open("test").first(20)
-    assert LpBall(norm="Linf", eps=0.1).contains(images, x[numbers]).all()
 
 
 @pytest.mark.parametrize(
