@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,10 +106,19 @@ def _counted(config: Config) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-@pytest.mark.slow
-def test_every_experiment_fits_a_gpu_of_80_gb() -> None:
-    found: dict[str, dict[str, int]] = {}
+def _groups() -> dict[str, list[Path]]:
+    """The experiments of each folder, by its path."""
+    found: dict[str, list[Path]] = {}
     for file in files():
+        found.setdefault(path_of(file).removeprefix("experiments/").rpartition("/")[0], []).append(file)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", _groups())
+def test_every_experiment_fits_a_gpu_of_80_gb(group: str) -> None:
+    found: dict[str, dict[str, int]] = {}
+    for file in _groups()[group]:
         config = load(file)
         if config.method.kind in ("pat", "vr") or getattr(config.experts, "top", None) is not None:
             continue  # they decide by what they compute
