@@ -35,7 +35,7 @@ from helpers.tiny_runs import (
     write_yaml,
 )
 from rome.core.distributed import local_share, own_device
-from rome.core.errors import Interrupted, UserError
+from rome.core.errors import REQUEUE, Interrupted, UserError
 from rome.core.launched import LAUNCHED, alone, launched_together
 from rome.evaluation.evaluate import Report
 from rome.runs.folder import Run
@@ -459,7 +459,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_pat
     # ``update`` counts log lines, which every process passes
     struck = Moment("update", STEPS + 2, signal.SIGTERM, rank=rank)
     ended = both(two_processes(*arguments, logs=tmp_path / "logs", at=struck))
-    assert [process.code for process in ended] == [143, 143]
+    assert [process.code for process in ended] == [REQUEUE, REQUEUE]
     assert all("stopped by SIGTERM; go on with: rome train --resume" in process.err for process in ended)
     assert all(no_traceback(process.err) for process in ended)
     state = run.load_checkpoint()

@@ -115,6 +115,7 @@ def _groups() -> dict[str, list[Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("group", _groups())
 def test_every_experiment_fits_a_gpu_of_80_gb(group: str) -> None:
     found: dict[str, dict[str, int]] = {}

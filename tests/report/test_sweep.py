@@ -17,7 +17,7 @@ import pytest
 
 from helpers.tiny_runs import rome, wait_for
 from rome.cli.app import main
-from rome.core.errors import UserError
+from rome.core.errors import REQUEUE, UserError
 from rome.evaluation.evaluate import Report
 from rome.report.sweep import Result, gather_results, points, save_results, show_results, sweep
 from rome.runs.folder import Run
@@ -162,7 +162,7 @@ def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp
     wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 3)
     os.kill(child.process.pid, signal.SIGTERM)
     ended = child.wait()
-    assert (ended.code, ended.err) == (143, "stopped; the same command goes on\n")
+    assert (ended.code, ended.err) == (REQUEUE, "stopped; the same command goes on\n")
     assert run.checkpoint_file.exists()
     assert "stopped by SIGTERM" in run.folder.with_name("tiny-seed=0.log").read_text()
     assert not (tmp_path / "out" / "tiny-seed=1").exists()

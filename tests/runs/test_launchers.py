@@ -194,7 +194,9 @@ def test_a_job_that_was_stopped_and_saved_goes_on(
     assert capsys.readouterr().err.count("[1/2]") == 3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)]
+)
 def test_a_signal_stops_the_jobs_in_order(
     number: int, code: int, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

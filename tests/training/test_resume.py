@@ -30,7 +30,7 @@ from helpers.tiny_runs import (
     write_yaml,
 )
 from rome.cli.app import main
-from rome.core.errors import Interrupted, UserError
+from rome.core.errors import REQUEUE, Interrupted, UserError
 from rome.core.files import make_folder
 from rome.runs.folder import Run
 from rome.training.setup import train
@@ -194,11 +194,11 @@ def interrupted(run: Run, update: int, number: int = signal.SIGTERM, **changes: 
     return stopped.value.code
 
 
-def test_sigterm_ends_the_process_with_143_and_one_line(config: Path, tmp_path: Path, undisturbed: Run) -> None:
+def test_sigterm_ends_the_process_in_one_line_and_asks_to_go_on(config: Path, tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path / "run")
     at = Moment("update", STEPS + 2, signal.SIGTERM)
     ended = rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait()
-    assert (ended.code, ended.out) == (143, "")
+    assert (ended.code, ended.out) == (REQUEUE, "")
     assert [line for line in ended.err.splitlines() if not line.startswith("run: epoch")] == [
         f"stopped by SIGTERM; go on with: rome train --resume {run.folder}"
     ]
@@ -236,7 +236,7 @@ def test_a_signal_at_the_last_update_of_an_epoch_stops_there(update: int, tmp_pa
     """Also where an epoch is a single update."""
     run = Run(tmp_path / "run")
     limit = 12 * update
-    assert interrupted(run, update, data__train_limit=limit) == 143
+    assert interrupted(run, update, data__train_limit=limit) == REQUEUE
     assert (run.load_checkpoint()["epoch"], run.load_checkpoint()["step"]) == (1, 0)
     assert len(updates(run.log())) == update
     whole = train(tiny(data__train_limit=limit), tmp_path / "whole")

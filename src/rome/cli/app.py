@@ -64,7 +64,7 @@ def rome_(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point. Exit codes: 0 done, 1 done but for cases that failed, or another process ended, 2 a mistake the
-    message explains, 75 stopped by SIGUSR1 or SIGUSR2, to be started again, 130 or 143 stopped by another signal."""
+    message explains, 75 stopped by SIGTERM, SIGUSR1 or SIGUSR2, to be started again, 130 stopped by Ctrl-C."""
     files = [each.name for each in pkgutil.iter_modules(rome.cli.__path__) if not each.name.startswith("_")]
     for name in (*ORDER, *files):
         importlib.import_module(f"rome.cli.{name}")

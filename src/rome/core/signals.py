@@ -1,8 +1,8 @@
 """The signals that ask a command to stop, and the exit code that each ends in.
 
-SIGINT and SIGTERM end in 128 + their number, as a shell has it: whoever sent them wants the work gone. SIGUSR1 and
-SIGUSR2 announce the end of a job's time (``sbatch --signal=USR1@120``; submitit sends the latter) and end in
-:data:`rome.core.errors.REQUEUE`: the work is to go on in another job.
+SIGINT ends in 130, as a shell has it: somebody at a terminal wants the work gone. SIGTERM, SIGUSR1 and SIGUSR2 come
+from what runs the job, at the end of its time (``sbatch --signal=USR1@120``; submitit sends SIGUSR2), before it is
+preempted or when a machine shuts down. They end in :data:`rome.core.errors.REQUEUE`: the work can go on in another job.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Any, NoReturn
 
 from rome.core.errors import REQUEUE
 
-ANNOUNCED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-"""Windows has none of them."""
-HANDLED = (signal.SIGTERM, *ANNOUNCED)
-"""Beside SIGINT, which Python handles by itself."""
+HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Beside SIGINT, which Python handles by itself. Windows lacks SIGUSR1 and SIGUSR2."""
 
 
 def exit_code(number: int) -> int:
-    return REQUEUE if number in ANNOUNCED else 128 + number
+    return REQUEUE if number in HANDLED else 128 + number
 
 
 class Stopped(BaseException):

@@ -19,8 +19,9 @@ from rome.core.launched import alone
 from rome.runs.launchers.base import LEASE, Handle, Job, Launcher
 from rome.runs.launchers.local import seeing, shared_gpus
 
-GOES_ON = (REQUEUE, 128 + signal.SIGTERM, -signal.SIGTERM)
-"""Exit codes with which a job is called again. SLURM sends SIGTERM before the signal that it preempts by."""
+GOES_ON = (REQUEUE, -signal.SIGTERM)
+"""Exit codes with which a job is called again. SLURM sends SIGTERM before the signal that it preempts by; the second is
+that of a job that has not begun to listen."""
 FOLDER = "submitit"
 """Beside the jobs' folders: submitit's scripts, pickles and logs, and by which id it knows each job."""
 
