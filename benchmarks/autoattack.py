@@ -2,6 +2,7 @@
 
     python benchmarks/autoattack.py --data PATH --device cuda --json autoattack.json
     python benchmarks/autoattack.py --models resnet18-16 --images 16 --batch 16         # on a CPU
+    python benchmarks/autoattack.py --models resnet18 --images 32 --batch 32 --shorter 20
 
 ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights. Radii are CIFAR-10's times ``--scale``
 (default 1/8), because models that were not trained to be robust lose every image at full radius. rome runs the suite
@@ -23,6 +24,7 @@ from pyautoattack import AutoAttack
 
 import common
 from rome import evaluate
+from rome.attacks.lp.autoattack import set_iterations
 from rome.attacks.suites import Suite
 from rome.threats import CIFAR10, LpBall
 
@@ -44,6 +46,9 @@ def measure(name: str, batch: int, suite: Any, options: Any, device: torch.devic
         theirs = clean.clone()
         rows = [row(name, batch, threat, "rome", seconds, robust, robust)]
         attack = AutoAttack(model, norm=threat.norm, eps=threat.eps, seed=options.seed, device=device)
+        set_iterations(attack.apgd, suite.iterations)
+        set_iterations(attack.apgd_targeted, suite.iterations)
+        attack.fab.n_iter, attack.square.n_queries = suite.iterations, getattr(suite, "square_queries", 0)
         if options.quick:
             attack.attacks_to_run = ["apgd-ce"]
         started = time.perf_counter()
@@ -91,9 +96,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--scale", type=float, default=1 / 8, help="times CIFAR-10's radii")
+    parser.add_argument("--shorter", type=int, default=1, help="only 1/N of AutoAttack's iterations and queries")
     options = parser.parse_args(argv)
-    suite: Any = Suite.of_kind("apgd")(iterations=5) if options.quick else "autoattack"
+    shorter = {"iterations": max(5, 100 // options.shorter), "square_queries": max(1, 5000 // options.shorter)}
+    suite: Any = Suite.of_kind("autoattack")(**shorter)
     if options.quick:
+        suite = Suite.of_kind("apgd")(iterations=5)
         options.models, options.batch, options.images = ["vit-micro"], [4], 4
     device = common.start(options)
     report = common.Report(options, device, argv)

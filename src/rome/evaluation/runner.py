@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from rome.evaluation.memory import Halving, free
 from rome.evaluation.progress import ProgressCallback
 from rome.evaluation.result import CLEAN, Report
 from rome.evaluation.store import BatchResult, StorageError, Store
+from rome.models.folding import Fold, foldable, folded
 from rome.threats import AnyImage, LpBall
 
 SQUARE_MARGIN = 0.002
@@ -202,6 +204,11 @@ class CaseRunner:
         self.store.write(key, unit)
         return unit
 
+    @cached_property
+    def folds(self) -> list[Fold]:
+        """What the model's convolutions compute for its normalisations during attacks; images are judged without."""
+        return foldable(self.model, self.examples.batch(np.arange(min(2, len(self.examples.x))))[0])
+
     def attack(self, case: Case, stage: int, part: np.ndarray, *, keep: SaveImages) -> BatchResult:
         """Run a case's attack number ``stage`` on the examples ``part`` (b,).
 
@@ -218,7 +225,8 @@ class CaseRunner:
             if case.on_all and isinstance(attack, FixedChange):
                 found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
             else:
-                found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
+                with folded(self.folds):
+                    found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
             images, correct, warnings = recheck(self.model, x, y, found, case, attack)
             if keep != "none" and isinstance(case.threat, LpBall):
                 images = in_whole_levels(self.model, x, y, images, correct, case.threat)
