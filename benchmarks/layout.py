@@ -1,12 +1,13 @@
-"""What the order of a convolution's weights in memory costs: channels last over channels first.
+"""What the order of a convolution's weights in memory costs, and a BatchNorm that it could compute itself.
 
     python benchmarks/layout.py --threads 1                                     # ResNet-18, without and with experts
     python benchmarks/layout.py --device cuda --batch 256 --precision bf16      # whether a GPU should have it too
 
-Shows input gradient (an attack step) and training step (forward and backward to all parameters, no optimizer). Only
-the weights are changed: the activations follow. ``x first`` is the median over rounds of (time / that of channels
-first in the same round), with the least and largest round in brackets. rome uses channels last on CPUs
-(rome.core.device.placed).
+Shows forward, input gradient (an attack step) and training step (forward and backward to all parameters, no
+optimizer). Only the weights are changed: the activations follow. ``folded`` has channels last and BatchNorm folded into
+the convolutions. ``x first`` is the median over rounds of (time / that of channels first in the same round), with the
+least and largest round in brackets. rome uses channels last on CPUs (rome.core.device.placed), and folds in evaluations
+there (rome.models.folding).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 
 import common
-from experts import gradient, training
+from experts import forward, gradient, training
 from rome.experts import add_experts
+from rome.models.folding import foldable, folded
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
@@ -35,8 +37,13 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         found = {}
         for model in models.values():
             model.eval().requires_grad_(False)
-        cases = {key: partial(gradient, model, context, x, y) for key, model in models.items()}
-        found["input gradient"] = common.interleave(cases, device, rounds=options.repeats)
+        joined = copy.deepcopy(last)
+        with folded(foldable(joined, x[:2])):
+            frozen = {**models, "folded": joined}
+            cases = {key: partial(forward, model, context, x) for key, model in frozen.items()}
+            found["forward"] = common.interleave(cases, device, rounds=options.repeats)
+            cases = {key: partial(gradient, model, context, x, y) for key, model in frozen.items()}
+            found["input gradient"] = common.interleave(cases, device, rounds=options.repeats)
         for model in models.values():
             model.train().requires_grad_(True)
         cases = {key: partial(training, model, context, x, y) for key, model in models.items()}
