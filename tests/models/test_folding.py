@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers.problems import rest_slow
 from rome import evaluate
+from rome.experts import MixtureConv2d, add_experts
 from rome.models.backbones.resnet import preact_resnet_18, resnet_18
 from rome.models.backbones.wide_resnet import wide_resnet
 from rome.models.folding import foldable, folded
@@ -46,6 +47,14 @@ class Block(nn.Module):
         return self.head(self.behind(self, read, self.norm(read)).mean((2, 3)))
 
 
+def with_experts(form: str) -> nn.Module:
+    model = add_experts(resnet_18(width=8), rank=2, conv=form)
+    for layer in model.modules():
+        if isinstance(layer, MixtureConv2d):
+            nn.init.normal_(layer.B, std=0.1)
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "convolution with a bias": (Block, 1),
     "resnet_18": (lambda: resnet_18(width=8), 20),
@@ -54,6 +63,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm's resnet18": (lambda: timm.create_model("resnet18", num_classes=10), 20),
     "activation behind the norm": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=10), 34),
     "before the convolution": (lambda: timm.create_model("densenet121", num_classes=10, block_config=(1, 1, 1, 1)), 5),
+    "experts": (lambda: with_experts("loralib"), 20),
+    "experts as in peft": (lambda: with_experts("peft"), 20),
     "no BatchNorm": (lambda: timm.create_model("convnext_atto", num_classes=10), 0),
 }
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rome.core.trial import REPEATABLE, Model
+from rome.experts.conv import MixtureConv2d
 
 
 class Fold(NamedTuple):
@@ -36,7 +37,7 @@ def foldable(model: Model, x: Tensor) -> list[Fold]:
     modules = list(model.modules())
     if any(module._compiled_call_impl is not None for module in modules):
         return []
-    convolutions = [module for module in modules if type(module) is nn.Conv2d and not _hooked(module)]
+    convolutions = [module for module in modules if type(module) in (nn.Conv2d, MixtureConv2d) and not _hooked(module)]
     norms = [module for module in modules if isinstance(module, nn.BatchNorm2d) and _fixed(module)]
     if not convolutions or not norms:
         return []
@@ -69,21 +70,31 @@ def foldable(model: Model, x: Tensor) -> list[Fold]:
 
 @contextmanager
 def folded(folds: list[Fold]) -> Iterator[None]:
-    """Inside, these convolutions have the weights and biases with which they compute the normalisation too, which hands
-    on what it reads: the same function, rounded otherwise, for fewer passes through memory. Afterwards every tensor is
-    in its place again."""
-    before = [(convolution._parameters["weight"], convolution._parameters["bias"]) for convolution, _ in folds]
+    """Inside, these convolutions, and the experts beside them, have the weights and biases with which they compute the
+    normalisation too, which hands on what it reads: the same function, rounded otherwise, for fewer passes through
+    memory. Afterwards every tensor is in its place again."""
+    before = [dict(convolution._parameters) for convolution, _ in folds]
     try:
-        for (convolution, norm), (weight, bias) in zip(folds, before, strict=True):
-            tensors: Any = (weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            both: Any = fuse_conv_bn_weights(*tensors)
-            convolution._parameters.update(weight=both[0].requires_grad_(False), bias=both[1].requires_grad_(False))
+        for convolution, norm in folds:
+            convolution._parameters.update(_joint(convolution, norm))
             norm.__dict__["forward"] = _rest(norm)
         yield
     finally:
-        for (convolution, norm), (weight, bias) in zip(folds, before, strict=True):
-            convolution._parameters.update(weight=weight, bias=bias)
+        for (convolution, norm), parameters in zip(folds, before, strict=True):
+            convolution._parameters.update(parameters)
             norm.__dict__.pop("forward", None)
+
+
+def _joint(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> dict[str, nn.Parameter]:
+    """The parameters of both as one convolution."""
+    statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weight, bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+    found: dict[str, Any] = {"weight": weight, "bias": bias}
+    if isinstance(convolution, MixtureConv2d):  # B_k, seen as a matrix with a row for each output
+        rows = convolution.B.view(convolution.out_channels, -1, 1, 1)
+        scaled, _ = fuse_conv_bn_weights(rows, None, *statistics)
+        found["B"] = nn.Parameter(scaled.view_as(convolution.B))
+    return {name: parameter.requires_grad_(False) for name, parameter in found.items()}
 
 
 def _rest(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
