@@ -23,8 +23,8 @@ format: $(VENV)/ready
 test-kernels: $(VENV)/ready  # the suite with the kernels of other CPUs and with 2 threads; half an hour
 	VENV=$(VENV) .ci/kernels
 
-test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/ready  # the commands of every page, every experiment's memory, runs that are killed: about 40 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
