@@ -38,8 +38,9 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         for model in models.values():
             model.eval().requires_grad_(False)
         joined = copy.deepcopy(last)
-        with folded(foldable(joined, x[:2])):
-            frozen = {**models, "folded": joined}
+        folds = foldable(joined, x[:2])  # none on a GPU
+        with folded(folds):
+            frozen = {**models, "folded": joined} if folds else models
             cases = {key: partial(forward, model, context, x) for key, model in frozen.items()}
             found["forward"] = common.interleave(cases, device, rounds=options.repeats)
             cases = {key: partial(gradient, model, context, x, y) for key, model in frozen.items()}

@@ -207,7 +207,8 @@ class CaseRunner:
     @cached_property
     def folds(self) -> list[Fold]:
         """What the model's convolutions compute for its normalisations during attacks; images are judged without."""
-        return foldable(self.model, self.examples.batch(np.arange(min(2, len(self.examples.x))))[0])
+        few = min(2, len(self.examples.x), self.settings["batch_size"])  # no more than the model is known to take
+        return foldable(self.model, self.examples.batch(np.arange(few))[0])
 
     def attack(self, case: Case, stage: int, part: np.ndarray, *, keep: SaveImages) -> BatchResult:
         """Run a case's attack number ``stage`` on the examples ``part`` (b,).
