@@ -1,4 +1,4 @@
-"""Pages that are made of the program when the site is built: experiments, the paper's tables, settings, the API."""
+"""Generate pages from the program when the site is built: experiments, the paper's tables, settings, the API."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ ROOT = Path(__file__).parents[1]
 _load = functools.cache(load)
 PACKAGES = {
     "data": "Images and labels",
-    "threats": "What a perturbation may do",
+    "threats": "Allowed perturbations",
     "attacks": "Searches inside a threat",
-    "attacks.suites": "What an evaluation runs",
+    "attacks.suites": "Suites of an evaluation",
     "experts": "Experts, gates and their losses",
     "models": "Building, saving and loading models",
     "methods": "Training objectives",
@@ -42,7 +42,7 @@ PACKAGES = {
     "report": "Figures and the explorer",
     "core": "Errors and versions",
 }
-"""Package -> the title of its page."""
+"""Title of each package's page."""
 ALSO = {
     "runs": [
         "runs.folder.Run",
@@ -60,16 +60,16 @@ ALSO = {
         *("report.figures.PaperFigure", "report.explore.open_explorers", "report.explore.Explorer"),
     ],
 }
-"""What no package's ``__init__`` offers and the pages name."""
+"""Further names that the pages document, which no package's ``__init__`` exports."""
 
 
 MISSING = "\N{EN DASH} / "
-"""What stands before the paper's number where no run has one."""
+"""Text before the paper's number in cells without a run."""
 AT_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 
 
 def write(out: Path) -> None:
-    """Write all pages below ``out``; those that did not change keep their date, so that they are not built again."""
+    """Write all pages below ``out``; unchanged ones are not rewritten, so that they are not built again."""
     pages = {**_experiments(), **_api(), **_of_the_project(), "settings.rst": _settings()}
     for name, text in pages.items():
         page = out / name
@@ -82,7 +82,7 @@ def write(out: Path) -> None:
 
 
 def _of_the_project() -> dict[str, str]:
-    """Files of the repository's root that are pages too; their links start from there."""
+    """Pages made from files in the repository's root, with their relative links adjusted."""
     return {
         page: (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](../").replace("](docs)", "](../index.md)")
         for file, page in AT_ROOT.items()
@@ -105,18 +105,18 @@ def _experiments() -> dict[str, str]:
     )
     pages["experiments/index.md"] = _page(
         "Experiments",
-        "Every row of the paper's tables is a config that rides inside the package; so are versions for a CPU.\n"
+        "Every row of the paper's tables is a config included in the package; so are versions for a CPU.\n"
         "`rome train experiments/...` finds them from any folder, `rome init` copies them, `rome list experiments`\n"
-        "lists them. This page and those below it are made of the configs themselves.\n\n"
+        "lists them. This page and those below it are generated from the configs themselves.\n\n"
         "| folder | configs | |\n| --- | --- | --- |\n" + "\n".join(rows),
         _tree(f"{_slug(name)}" for name in groups),
     )
     pages["experiments/paper.md"] = _page(
         "The paper's tables",
-        "The numbers that the paper prints (percent), as the configs hold them. `rome table 1 RUN...` sets yours\n"
+        "The numbers in the paper (percent), as stored in the configs. `rome table 1 RUN...` shows yours\n"
         "beside them; the differences between the paper's text and these configs are\n"
-        "[listed](../../decisions/paper-differences.md). Table 6, which is measured and not trained, stands with its\n"
-        "[experiments](table6.md).",
+        "[listed](../../decisions/paper-differences.md). Table 6, which is measured rather than trained, is on the page\n"
+        "of its [experiments](table6.md).",
         tables,
     )
     return pages
@@ -134,7 +134,7 @@ def _experiment(file: Path) -> str:
         parts.append(f"The paper, {config.paper.table}, row {config.paper.row}:")
         parts += [_numbers(list(numbers.items())[start : start + 8]) for start in range(0, len(numbers), 8)]
     text = file.read_text(encoding="utf-8").strip()
-    parts.append(f"What the file says{_parent(file)}:\n\n```yaml\n{text}\n```")
+    parts.append(f"Contents of the file{_parent(file)}:\n\n```yaml\n{text}\n```")
     whole = yaml.safe_dump(config.dump() | {"paper": None}, sort_keys=False, width=100)
     folded = whole.replace("&", "&amp;").replace("<", "&lt;")
     parts.append(f"<details><summary>All settings</summary><pre>{folded.replace(chr(10) * 2, chr(10))}</pre></details>")
@@ -182,7 +182,7 @@ def _families() -> dict[str, type[Component]]:
 
 
 def _parts(top: type[Settings]) -> list[type[Settings]]:
-    """A config and the groups of settings in it that are no components."""
+    """A config and the groups of settings in it that are not components."""
     found = [top]
     for field in top.model_fields.values():
         for kind in (field.annotation, *typing.get_args(field.annotation)):
@@ -265,15 +265,15 @@ def _api() -> dict[str, str]:
         pages[f"api/{name}.rst"] = f"{_title(title, '=')}\n\n{_offers(package)}\n\n" + "\n".join(blocks)
     pages["api/index.md"] = _page(
         "Python API",
-        "What `import rome` offers stands on these pages as `rome.NAME`; what a package offers beyond it, under the\n"
-        "package. Keys of configs have a page of their own: [settings](../settings.rst).",
+        "These pages show everything that `import rome` provides as `rome.NAME`, and further classes and functions\n"
+        "under their package. Keys of configs have a page of their own: [settings](../settings.rst).",
         _tree(PACKAGES),
     )
     return pages
 
 
 def _offers(package: Any) -> str:
-    """A package's docstring without what it may import, which concerns who changes it."""
+    """A package's docstring without the sentence on allowed imports, which is for contributors."""
     return "\n\n".join(part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith("May "))
 
 
@@ -287,7 +287,7 @@ def _home(package: Any, value: Any) -> str:
 
 
 def signature(app: Any, what: str, name: str, value: Any, options: Any, text: str | None, returns: str | None) -> Any:
-    """Settings are called with their keys and defaults; pydantic's signature holds validators too."""
+    """Signature of settings: their keys and defaults; pydantic's own would include validators."""
     if inspect.isclass(value) and issubclass(value, Settings):
         keys = [key if field.is_required() else f"{key}={_value(field)}" for key, field in value.model_fields.items()]
         return f"({', '.join(['*', *keys]) if keys else ''})", None
@@ -298,7 +298,7 @@ def signature(app: Any, what: str, name: str, value: Any, options: Any, text: st
 
 
 def outside(app: Any, page: str, source: list[str]) -> None:
-    """Links from pages to files of the repository that are no pages lead nowhere on the site: their text stays."""
+    """Replace links to files of the repository that are not pages by their text; they lead nowhere on the site."""
     here = posixpath.dirname(f"docs/{page}")
 
     def kept(link: re.Match[str]) -> str:

@@ -15,7 +15,7 @@ import rome
 
 # %%
 # A run is determined by a config. The ones that come with rome are found under ``experiments/``; any key can be
-# changed. This one is shorter than the original, which trains for 26 epochs: six on unperturbed images, then four
+# changed. This training is shorter than the original's 26 epochs: six epochs on unperturbed images, then four
 # under attack.
 
 config = rome.load("experiments/digits/random.yaml", ["epochs=10", "natural_epochs=6", "attack.steps=2"])
@@ -30,7 +30,7 @@ run = rome.train(config, folder)
 print(sorted(file.name for file in folder.iterdir()))
 
 # %%
-# The accuracy on the training batches drops when perturbations begin, because the task gets harder.
+# The accuracy on the training batches drops when the attacks begin, because the task gets harder.
 
 epochs = [line for line in run.log() if line["event"] == "epoch"]
 plt.figure(figsize=(5, 2.8), layout="constrained")
@@ -41,12 +41,12 @@ plt.plot(
 )
 plt.axvline(config.natural_epochs + 0.5, color="gray", linestyle="--")
 plt.xlabel("epoch (perturbed right of the line)")
-plt.ylabel("right in training, %")
+plt.ylabel("training accuracy, %")
 plt.show()
 
 # %%
-# Now 60 test images are attacked by APGD-CE and then APGD-T in each ball. ``correct`` is a matrix of examples and
-# cases; everything else follows from it.
+# Now 60 test images are attacked by APGD-CE and then APGD-T in each ball. ``correct`` is a matrix of examples x
+# cases, from which all other numbers are computed.
 
 model = rome.load_model(folder).eval()
 split = config.data.open("test")
@@ -59,7 +59,7 @@ for name in ("clean", *report.robust, "union"):
     print(f"{name:>6} {100 * value:5.1f}%   95% interval {100 * low:.1f} to {100 * high:.1f}")
 
 # %%
-# The union is the share of rows that are true in every column. It cannot exceed the smallest column; how far below
-# it lies says how differently the threats fail.
+# The union is the share of rows that are true in every column. It cannot exceed the smallest column; the further
+# below it is, the more the threats differ in the examples that they break.
 
 print(report.correct.all(axis=1).mean() == report.union, report.union <= min(report.robust.values()))

@@ -2,7 +2,7 @@
 What attacks do to an image
 ===========================
 
-One model, three balls, one batch: L1, L2 and Linf perturbations side by side, and what stronger searching changes.
+One model, three balls, one batch: L1, L2 and Linf perturbations side by side, and the effect of a stronger search.
 """
 
 import tempfile
@@ -30,12 +30,12 @@ for name, x_adv in images.items():
     change = (x_adv - x).flatten(1)
     right = (model(x_adv).argmax(1) == y).float().mean()
     print(
-        f"{name:>4}: {right:4.0%} right; mean size in L1 {change.norm(1, 1).mean():.2f}, "
+        f"{name:>4}: {right:4.0%} correct; mean size in L1 {change.norm(1, 1).mean():.2f}, "
         f"L2 {change.norm(2, 1).mean():.2f}, Linf {change.abs().amax(1).mean():.2f}"
     )
 
 # %%
-# L1 changes few pixels a lot, Linf all of them a little.
+# L1 changes a few pixels a lot, Linf all of them a little.
 
 figure, axes = plt.subplots(3, 4, figsize=(6, 4.6), layout="constrained")
 for row, (name, x_adv) in zip(axes, images.items(), strict=True):
@@ -55,18 +55,18 @@ for row, (name, x_adv) in zip(axes, images.items(), strict=True):
 plt.show()
 
 # %%
-# A batch may mix threats: example i meets the threat of its label. One forward and one backward pass serve all of
-# them.
+# A batch may mix threats: example i is attacked under threat ``labels[i]``. One forward and one backward pass per
+# step serve all of them.
 
 labels = torch.arange(len(x)) % 3
 mixture = rome.PerExample(tuple(rome.DIGITS), labels)
 mixed = attack(model, x, y, mixture)
 for i, name in enumerate(images):
-    print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} right")
+    print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} correct")
 
 # %%
-# More steps find more, up to a point. A model is as robust as the strongest attack says, so a number without its
-# attack means little.
+# More steps find more adversarial images, up to a point. A model is only as robust as the strongest attack shows, so
+# a number without its attack means little.
 
 steps = [1, 2, 5, 10, 20, 50]
 plt.figure(figsize=(5, 2.8), layout="constrained")
@@ -75,6 +75,6 @@ for kind in (rome.PGD, rome.APGD):
     plt.plot(steps, right, marker="o", label=kind.kind)
 plt.xscale("log")
 plt.xlabel("steps")
-plt.ylabel("right under L2, %")
+plt.ylabel("accuracy under L2, %")
 plt.legend()
 plt.show()

@@ -1,9 +1,9 @@
 """
-Experts, and where gates send a threat
-======================================
+Experts, and how gates route threats
+====================================
 
-Low-rank experts are put beside the layers of a model, trained, and their gates looked at: do they tell the threats
-apart?
+Low-rank experts are added beside the layers of a model and trained; then we look at their gates: do they tell the
+threats apart?
 """
 
 import tempfile
@@ -16,8 +16,8 @@ import torch
 import rome
 
 # %%
-# Experts beside the layers of any model with Linear or square convolutional layers leave its function as it is,
-# because the second factor of each update starts at zero.
+# Experts can be added to any model with Linear or square convolutional layers. They do not change its outputs at
+# first, because the second factor of each update starts at zero.
 
 size = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
 plain = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **size).eval()
@@ -33,11 +33,11 @@ config = rome.load("experiments/digits/rome-random.yaml", ["epochs=10", "natural
 model = rome.load_model(rome.train(config, Path(tempfile.mkdtemp()) / "rome").folder).eval()
 
 # %%
-# ``record_gates`` keeps the gates of the forward passes inside it: weights of shape (images, tokens, experts) for
-# each layer.
+# ``record_gates`` records the gates of the forward passes inside its context: weights of shape (images, tokens,
+# experts) for each layer.
 
 x, y = config.data.open("test").first(64)
-groups = {"natural": x} | {threat.name: rome.APGD(steps=10)(model, x, y, threat) for threat in rome.DIGITS}
+groups = {"clean": x} | {threat.name: rome.APGD(steps=10)(model, x, y, threat) for threat in rome.DIGITS}
 means = {}
 for name, batch in groups.items():
     with rome.record_gates(model) as recorder, torch.no_grad():
@@ -50,7 +50,7 @@ for name, mean in means.items():
 
 # %%
 # If the bars of a group do not differ between threats, the gates send every threat to the same experts:
-# *threat-agnostic routing*. After so short a training that is what to expect; the study in the results shows when
+# *threat-agnostic routing*. That is to be expected after such a short training; the study in the results shows when
 # it changes.
 
 plt.figure(figsize=(5.5, 2.8), layout="constrained")
@@ -63,12 +63,12 @@ plt.legend(ncols=4, fontsize=8)
 plt.show()
 
 # %%
-# The same in numbers. The distance between mean gates goes from 0 (the same experts) to 1 (other ones).
+# The same in numbers. The distance between mean gates ranges from 0 (the same experts) to 1 (disjoint ones).
 
 from rome.report.gates import collect
 from rome.report.routing import routing_numbers
 
 numbers = routing_numbers(collect(model, x, y, {threat.name: threat for threat in rome.DIGITS}))
 print(f"distance between two threats, last layer: {numbers.between[-1]:.4f}")
-print(f"what the expert says of the threat: {numbers.information[-1]:.4f} bits")
+print(f"information of the expert about the threat: {numbers.information[-1]:.4f} bits")
 print(f"entropy of a gate: {numbers.entropy[-1]:.3f} of its maximum")

@@ -2,8 +2,8 @@
 Is one model more robust than another?
 ======================================
 
-Two models of one's own, plain torch modules, evaluated on the same examples; intervals, a paired test, and a model
-whose robustness is not to be believed.
+Two models of your own, plain torch modules, evaluated on the same examples; intervals, a paired test, and a model
+whose apparent robustness is false.
 """
 
 import torch
@@ -14,7 +14,7 @@ from rome.data import Digits
 from rome.evaluation.statistics import paired_difference
 
 # %%
-# Any module counts that takes images in [0, 1] and returns logits. These are two CNNs; one sees noise in training.
+# Any module will do that takes images in [0, 1] and returns logits. Here are two CNNs; one is trained with noise.
 
 data = Digits()
 x, y = data.open("train").first(1200)
@@ -49,7 +49,7 @@ for name, report in reports.items():
     print(f"{name:>5}: clean {report.clean:.1%}, union {report.union:.1%} ({low:.1%} to {high:.1%})")
 
 # %%
-# Whether one is better is a question about the same examples: how many does one alone get right?
+# To see whether one is better, compare them on the same examples: how many does only one of them get right?
 
 difference = paired_difference(reports["noise"].right(), reports["plain"].right())
 print(
@@ -58,8 +58,8 @@ print(
 )
 
 # %%
-# A model with huge logits: its classes are those of the plain one, but the gradient of the cross-entropy vanishes
-# in float32 wherever it is confident. An attack that follows this gradient alone is blind.
+# A model with huge logits: it predicts the same classes as the plain one, but the gradient of the cross-entropy
+# vanishes in float32 wherever it is confident. An attack that follows only this gradient is blind.
 
 
 class Loud(nn.Module):
@@ -77,7 +77,7 @@ probe = test_x.clone().requires_grad_()
 print(f"zero gradients: {(gradient.flatten(1).abs().amax(1) == 0).float().mean():.0%} of the images")
 
 blind = (test_x + threats["Linf"].eps * gradient.sign()).clamp(0, 1)
-print(f"right under FGSM on it: {(loud(blind).argmax(1) == test_y).float().mean():.0%}")
+print(f"accuracy under FGSM on it: {(loud(blind).argmax(1) == test_y).float().mean():.0%}")
 report = rome.evaluate(loud, test_x, test_y, threats=threats, checks=False)
-print(f"right under rome's attacks: {report.robust['Linf']:.0%}")
-print(f"the plain model, which it is: {reports['plain'].robust['Linf']:.0%}")
+print(f"accuracy under rome's attacks: {report.robust['Linf']:.0%}")
+print(f"accuracy of the plain model, the same function: {reports['plain'].robust['Linf']:.0%}")
