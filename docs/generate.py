@@ -115,8 +115,8 @@ def _experiments() -> dict[str, str]:
         "The paper's tables",
         "The numbers in the paper (percent), as stored in the configs. `rome table 1 RUN...` shows yours\n"
         "beside them; the differences between the paper's text and these configs are\n"
-        "[listed](../../decisions/paper-differences.md). Table 6, which is measured rather than trained, is on the page\n"
-        "of its [experiments](table6.md).",
+        "[listed](../../decisions/paper-differences.md). Table 6, which is measured rather than trained, is on the\n"
+        "page of its [experiments](table6.md).",
         tables,
     )
     return pages
