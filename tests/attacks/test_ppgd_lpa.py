@@ -94,7 +94,7 @@ class Broken(Net):
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
 def test_gradients_that_are_not_finite_are_said_to_be(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(FloatingPointError, match=f"{attack.kind} met gradients of the model that are not finite"):
+    with pytest.raises(FloatingPointError, match=f"{attack.kind}: the gradients of the model are not finite"):
         attack(Broken().double().eval(), *batch, Perceptual(bound=0.3))
 
 

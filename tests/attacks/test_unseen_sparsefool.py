@@ -254,7 +254,7 @@ def test_a_gradient_that_was_needed_before_is_known_to_be_about_as_long(length: 
     """The first boundary is 1/4 away, the second 2.4/4: nearer only if its gradient were 9.6 = 1.5 * 6.4 long."""
     model, x = Planes((4.0, 4.0), 2.4), torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
     now = _Searches(x, torch.tensor([0]))
-    now.make_room(3)
+    now.allocate(3)
     now.lengths[0, 2] = length + 1e-6
     if not length:
         now.lengths[0, 2] = 0
