@@ -237,8 +237,14 @@ def test_e_at_counts_what_the_threats_own_attack_fools(batch: tuple[Tensor, Tens
     ("settings", "message"),
     [
         ({"attack": "sparsefool"}, "sparsefool cannot define a threat to train on: it has no budget"),
-        ({"attack": {"kind": "corruption", "type": "fog", "severity": 1}}, "corruption makes no threat.* fixed change"),
-        ({"attack": "square", "inside": {"norm": "l2", "eps": 1}}, "square makes no threat.* made for evaluation"),
+        (
+            {"attack": {"kind": "corruption", "type": "fog", "severity": 1}},
+            "corruption cannot define a threat.* fixed change",
+        ),
+        (
+            {"attack": "square", "inside": {"norm": "l2", "eps": 1}},
+            "square cannot define a threat.* made for evaluation",
+        ),
         ({"attack": "fast-lpa"}, "fast-lpa searches inside perceptual threats, not AnyImage; give it a threat"),
         ({"attack": "stadv", "inside": {"norm": "l2", "eps": 1}}, "stadv bounds its perturbation itself"),
         ({"attack": "fast-lpa", "inside": {"kind": "perceptual", "bound": 1, "features": "x"}}, "or train with method"),

@@ -91,7 +91,7 @@ class Attack(Component):
         Args:
             model: maps images in [0, 1] to logits. Its train/eval flags, ``requires_grad`` and BatchNorm statistics
                 are left unchanged, and so is the global random state.
-            x: images (B, C, H, W), floating point, in [0, 1].
+            x: images (B, C, H, W), float32 or float64, in [0, 1].
             y: labels (B,), int64.
             threat: one threat for all examples, or one for each. Examples whose threat brings its own attack are
                 searched by that attack, all others together by this one.
@@ -119,14 +119,13 @@ class Attack(Component):
         may then be uninformative (all True, NaN).
         """
         check_batch(x, y, threat)
-        if generator is None:
-            generator = stream(0, "attack")
-        source = generator if isinstance(generator, Stream) else Stream(generator)
+        if not isinstance(generator, Stream):
+            generator = stream(0, "attack") if generator is None else Stream(generator)
         if not isinstance(threat, PerExample):
             threat = PerExample((threat,), torch.zeros(len(x), dtype=torch.int64))
         with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
             x, y = ((each.clone() if each.is_inference() else each).detach() for each in (x, y))
-            return self._run(model, x, y, split_by_attack(self, x, threat, source), verdict)
+            return self._run(model, x, y, split_by_attack(self, x, threat, generator), verdict)
 
     def _run(self, model: Model, x: Tensor, y: Tensor, shares: list[Share], verdict: bool) -> AttackResult:
         if not shares:

@@ -178,21 +178,18 @@ def frozen(model: Model) -> Iterator[None]:
     if reason := unusable([*model.parameters(), *model.buffers()]):
         raise UserError(f"{THE_MODEL} {reason}")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter, dict[str, Any]]] = []
     with evaluating(model), graphs_on(model) as graphs:
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            weights = list(_weights_to_copy(model))
-            replaced = [(module, name, module.get_parameter(name)) for module, name, _ in weights]
-            own = [parameter.detach() for _, _, parameter in replaced]
-            forms = [form for _, _, form in weights]
-            if graphs is None:
-                faster = [weight.to(**form) for weight, form in zip(own, forms, strict=True)]
-            else:
-                faster = [graphs.buffer(weight, **form) for weight, form in zip(own, forms, strict=True)]
+            replaced = list(_weights_to_copy(model))
+            own = [parameter.detach() for _, _, parameter, _ in replaced]
+            copy: Callable[..., Tensor] = Tensor.to if graphs is None else graphs.buffer
+            faster = [copy(weight, **form) for weight, (*_, form) in zip(own, replaced, strict=True)]
+            if graphs is not None:
                 _recompute(faster, own)
-            for (module, name, _), weight in zip(weights, faster, strict=True):
+            for (module, name, *_), weight in zip(replaced, faster, strict=True):
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
             with joined(layers, None if graphs is None else graphs.fixed) as join:
@@ -200,7 +197,7 @@ def frozen(model: Model) -> Iterator[None]:
                     graphs.refresh = partial(_recompute, faster, own, join)
                 yield
         finally:
-            for module, name, parameter in replaced:
+            for module, name, parameter, _ in replaced:
                 module._parameters[name] = parameter
             for parameter in wanted:
                 parameter.requires_grad_(True)
@@ -259,9 +256,9 @@ def _with_recomputed_weights(graphs: Graphs, function: Callable[..., Any]) -> Ca
     return run
 
 
-def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
-    """The float32 weights that are faster in a different form: module, name and the arguments of ``Tensor.to``, which
-    are ``dtype`` if autocast would cast them at every use and ``memory_format`` for convolutions on a CPU."""
+def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, dict[str, Any]]]:
+    """The float32 weights that are faster in a different form: module, name, parameter and the arguments of
+    ``Tensor.to``: ``dtype`` if autocast would cast them at every use, ``memory_format`` for convolutions on a CPU."""
     first = next(model.parameters(), None)
     if first is None:
         return
@@ -277,4 +274,4 @@ def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[st
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
                     reorder = last and parameter.ndim == 4 and not parameter.is_contiguous(memory_format=LAST)
                     if form := {**cast, **({"memory_format": LAST} if reorder else {})}:
-                        yield module, name, form
+                        yield module, name, parameter, form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -54,17 +55,14 @@ class PGD(Attack):
         if self.random_start:
             for threat, rows, _ in groups:
                 x_adv[rows] = random_start(threat, x[rows], noise[rows])
+        move = partial(ascend, percentile=self.percentile, exact=self.l1_projection == "ball-and-box")
         for step in range(groups[0].steps):
             alive = [group for group in groups if group.steps > step]
             end = alive[-1].rows.stop
             _, _, gradient = loss_and_gradient(model, x_adv[:end], y[:end])
-            for threat, rows, _ in alive:
-                x_adv[rows] = self._step(threat, x_adv[rows], x[rows], gradient[rows])
+            for ball, rows, _ in alive:
+                x_adv[rows] = move(ball, x_adv[rows], x[rows], gradient[rows], size=self.step_size_for(ball))
         return AttackResult(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
-
-    def _step(self, ball: LpBall, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        exact = self.l1_projection == "ball-and-box"
-        return ascend(ball, x_adv, x, gradient, size=self.step_size_for(ball), percentile=self.percentile, exact=exact)
 
 
 def ascend(

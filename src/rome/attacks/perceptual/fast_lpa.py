@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -53,10 +54,10 @@ class FastLPA(Attack):
         return margin(logits, y)
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
-        images, graphs = x.clone(), graphs_of(model)
         if not self.only_correct:
-            images = self._climb(model, x, y, groups, noise)
+            images = self._climb(model, groups, x, y, noise)
         else:
+            images, graphs = x.clone(), graphs_of(model)
             correct = model(x[:: self.copies]).argmax(dim=1) == y[:: self.copies]
             correct = correct.repeat_interleave(self.copies)
             chosen = correct.cpu()  # waits for the device once
@@ -64,10 +65,7 @@ class FastLPA(Attack):
                 chosen = rounded_up(chosen, groups, ROUND * self.copies)
             if chosen.any():
                 rows, groups = chosen.nonzero().flatten().to(x.device), among(groups, chosen)
-
-                def climb(x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-                    return self._climb(model, x, y, groups, noise)
-
+                climb = partial(self._climb, model, groups)
                 if graphs is None:
                     images[rows] = climb(x[rows], y[rows], noise[rows])
                 else:
@@ -80,7 +78,7 @@ class FastLPA(Attack):
     def replayable(self) -> bool:
         return not self.only_correct
 
-    def _climb(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> Tensor:
+    def _climb(self, model: Model, groups: list[Group], x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         seen = Perception(model, groups, x.device)
         bound = seen.bounds(x)
         with seen.still():
