@@ -285,7 +285,7 @@ def test_motion_is_a_half_gaussian_to_one_side(angle: float, step: tuple[int, in
     """A point leaves a trail of 2 radius + 1 taps, against the direction the taps are read in."""
     image = np.zeros((41, 41, 1))
     image[20, 20] = 10_000
-    found = distortions._moved(image, (6, 2.0), angle)[:, :, 0]
+    found = distortions._motion_blurred(image, (6, 2.0), angle)[:, :, 0]
     taps = np.ceil(np.arange(13) * (np.sqrt(0.5) if angle == 45 else 1) - 0.5).astype(int)
     kernel = np.exp(-0.5 * (np.arange(13) / 2.0) ** 2)
     literal = np.zeros((41, 41))
@@ -344,7 +344,7 @@ def test_ice_falls_off_like_the_photographs() -> None:
     edges = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
     exponents = []
     for seed in range(6):
-        power = np.abs(np.fft.fft2(window * distortions.ice(224, 224, np.random.default_rng(seed)))) ** 2
+        power = np.abs(np.fft.fft2(window * distortions.frost_texture(224, 224, np.random.default_rng(seed)))) ** 2
         bands = [(frequency >= low) & (frequency < high) for low, high in itertools.pairwise(edges)]
         means = [power[band].mean() for band in bands]
         centres = np.sqrt(np.array(edges[:-1]) * np.array(edges[1:]))

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, searched
+from rome.attacks.engine import Model, Search, run_searches
 from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
@@ -148,7 +148,7 @@ class Attack(Component):
         ]
         with torch.autocast(x.device.type, enabled=autocast):
             gradient = any(share.attack.differentiates for share in shares)
-            parts = searched(model, searches, x, y, gradient=gradient)
+            parts = run_searches(model, searches, x, y, gradient=gradient)
         if x._version != before:
             raise UserError(f"{THE_MODEL} {IN_PLACE}")
         found = parts[0][0]

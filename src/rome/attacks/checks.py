@@ -16,7 +16,7 @@ from rome.threats import PerExample, Threat
 
 
 @contextmanager
-def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
+def explain_failure(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
     """If the search inside the context fails, find out whether the model or the labels are the cause.
 
     Raises:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.checks import explained
+from rome.attacks.checks import explain_failure
 from rome.core.device import channels_last_pays
 from rome.core.errors import UserError
 from rome.core.graphs import Graphs, copies
@@ -220,14 +220,14 @@ class Search(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def searched(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
+def run_searches(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
     """Return the results of searches with a frozen model on images x (B, C, H, W) with labels y (B,).
 
     If every search has been captured as a graph, only the graphs run: they also recompute everything that is derived
     from weights.
 
     Raises:
-        UserError: a search failed because of the model or the labels (:func:`explained`).
+        UserError: a search failed because of the model or the labels (:func:`explain_failure`).
     """
     with torch.no_grad():
         attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
@@ -236,7 +236,7 @@ def searched(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, grad
                 found = [graphs.captured(search.key, *search.tensors) for search in searches] if graphs else []
                 if (entries := [entry for entry in found if entry]) and len(entries) == len(searches):
                     return [copies(entry(*search.tensors)) for entry, search in zip(entries, searches, strict=True)]
-        with frozen(model), explained(model, x, y, gradient=gradient):
+        with frozen(model), explain_failure(model, x, y, gradient=gradient):
             graphs = graphs_of(model)
             if graphs is None or not graphs.whole:
                 return [search.function(*search.tensors) for search in searches]

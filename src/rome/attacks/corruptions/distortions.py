@@ -77,7 +77,7 @@ def glass_blur(image: Bytes, c: tuple[float, int, int], rng: Rng) -> Array:
 
 
 def motion_blur(image: Bytes, c: tuple[int, float], rng: Rng) -> Array:
-    return _moved(image.astype(float), c, rng.uniform(-45, 45))
+    return _motion_blurred(image.astype(float), c, rng.uniform(-45, 45))
 
 
 def zoom_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
@@ -93,7 +93,7 @@ def snow(image: Bytes, c: tuple[float, float, float, float, int, float, float], 
     mean, deviation, zoom, threshold, radius, sigma, keep = c
     layer = _zoomed(rng.normal(mean, deviation, size=(*image.shape[:2], 1)), zoom)
     layer = np.floor(255 * np.where(layer < threshold, 0, layer).clip(0, 1))
-    layer = _moved(layer, (radius, sigma), rng.uniform(-135, -45))
+    layer = _motion_blurred(layer, (radius, sigma), rng.uniform(-135, -45))
     weights = (0.299, 0.587, 0.114) if image.shape[2] == 3 else (1.0,)
     gray = (image * np.array(weights)).sum(axis=2, keepdims=True)
     pale = keep * image + (1 - keep) * np.maximum(image, 1.5 * gray + 127.5)
@@ -118,11 +118,11 @@ def frost(image: Bytes, c: tuple[float, float, float], rng: Rng) -> Array:
     height, width, channels = image.shape
     colour = np.array(tone if channels == 3 else [np.mean(tone)])
     # resized to a fifth, 32 x 32 crops of the photographs have 0.65 times the contrast
-    texture = (colour + contrast * scale**0.27 * ice(height, width, rng)[:, :, None]).clip(0, 1)
+    texture = (colour + contrast * scale**0.27 * frost_texture(height, width, rng)[:, :, None]).clip(0, 1)
     return keep * image + weight * 255 * texture
 
 
-def ice(height: int, width: int, rng: Rng) -> Array:
+def frost_texture(height: int, width: int, rng: Rng) -> Array:
     """Texture of crossing needles with mean 0 and standard deviation 1: bright along the zeros of three random fields,
     each stretched fourfold along its own direction. Its power falls about as frequency^-1.5 (exponents of the
     photographs: -0.8 to -1.7)."""
@@ -234,7 +234,7 @@ def _zoomed(image: Array, factor: float) -> Array:
     return np.asarray(large[top : top + image.shape[0], left : left + image.shape[1]])
 
 
-def _moved(image: Array, c: tuple[int, float], angle: float) -> Array:
+def _motion_blurred(image: Array, c: tuple[int, float], angle: float) -> Array:
     """ImageMagick's motion blur, in whole grey levels: a one-sided Gaussian of sigma c1 with 2 c0 + 1 taps, one pixel
     apart in the direction of the angle (degrees, 0 to the right, 90 down), with edge pixels repeated."""
     radius, sigma = c

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, searched
+from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, run_searches
 from rome.attacks.lp.pgd import ascend
 from rome.threats import LpBall
 
@@ -85,6 +85,6 @@ def steepest_descent(
         return best, inside[best.chosen, rows]
 
     whole = Search(("msd", repr(members), steps, percentile), search, (x, y))
-    ((best, allowed),) = searched(model, [whole], x, y)
+    ((best, allowed),) = run_searches(model, [whole], x, y)
     check_results(x, y, (best.images,), allowed)
     return best._replace(loss=F.softplus(best.loss).float())

@@ -67,46 +67,46 @@ class SparseFool(FreeAttack):
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         images = x.clone()
-        now = _Searches(x, y)
+        state = _Searches(x, y)
         with torch.compiler.set_stance("force_eager"):  # compiled graphs allow one backward each
-            while self.steps and self.deepfool_steps and len(now.rows):
-                done = self._advance(model, now)
-                images[now.rows] = now.image
-                now = now.without(done)
+            while self.steps and self.deepfool_steps and len(state.rows):
+                done = self._advance(model, state)
+                images[state.rows] = state.image
+                state = state.without(done)
         return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
-    def _advance(self, model: Model, now: _Searches) -> Tensor:
+    def _advance(self, model: Model, state: _Searches) -> Tensor:
         """Run one forward for all searches and move on those that know enough about their current points; return which
         are done: bool (b,)."""
-        predicted, ready = self._look(model, now)
-        right, solving, at = predicted == now.y, now.beyond, now.point
+        predicted, ready = self._evaluate(model, state)
+        right, solving, at = predicted == state.y, state.at_boundary, state.point
         walking = right & ~solving & ready
-        fooled = ~right & ~solving & (now.walked == 0)
+        fooled = ~right & ~solving & (state.walk_steps == 0)
 
         # DeepFool ends when the class has changed, after its last step, or when a step (and so every later one) is lost
         # in rounding; x_B is next
-        there = (at + (1 + self.deepfool_overshoot) * (_wide(now.distance) * now.normal)).clamp_(0, 1)
+        there = (at + (1 + self.deepfool_overshoot) * (_wide(state.distance) * state.normal)).clamp_(0, 1)
         there = torch.where(_wide(walking), there, at)
-        now.walked = now.walked + walking.long()
+        state.walk_steps = state.walk_steps + walking.long()
         still = (there - at).abs().flatten(1).amax(dim=1) <= torch.finfo(at.dtype).eps
-        arrived = ready & ~solving & ~fooled & (~right | still | (now.walked == self.deepfool_steps))
-        now.target = torch.where(solving, now.target, torch.where(right, now.nearest, predicted))
-        now.point = torch.where(_wide(arrived), now.origin + self.lam * (there - now.origin), there)
-        now.beyond = arrived | (solving & ~ready)
+        arrived = ready & ~solving & ~fooled & (~right | still | (state.walk_steps == self.deepfool_steps))
+        state.target = torch.where(solving, state.target, torch.where(right, state.nearest, predicted))
+        state.point = torch.where(_wide(arrived), state.origin + self.lam * (there - state.origin), there)
+        state.at_boundary = arrived | (solving & ~ready)
 
         rows = (solving & ready).nonzero().flatten()
-        origin = now.origin[rows]
-        crossed = cross_plane(origin.flatten(1), now.normal[rows].flatten(1), at[rows].flatten(1)).view_as(origin)
-        now.point[rows] = (origin + (1 + self.overshoot) * (crossed - origin)).clamp_(0, 1)
-        now.image[rows] = now.point[rows]
-        now.walked[rows] = 0
-        now.rounds[rows] += 1
+        origin = state.origin[rows]
+        crossed = cross_plane(origin.flatten(1), state.normal[rows].flatten(1), at[rows].flatten(1)).view_as(origin)
+        state.point[rows] = (origin + (1 + self.overshoot) * (crossed - origin)).clamp_(0, 1)
+        state.image[rows] = state.point[rows]
+        state.walk_steps[rows] = 0
+        state.rounds[rows] += 1
         if self.solve_from == "previous":
-            now.origin = now.image
-        now.forget(ready)
-        return fooled | (now.rounds == self.steps)
+            state.origin = state.image
+        state.forget(ready)
+        return fooled | (state.rounds == self.steps)
 
-    def _look(self, model: Model, now: _Searches) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, model: Model, state: _Searches) -> tuple[Tensor, Tensor]:
         """Evaluate the current points; return the predicted classes (b,) and which searches are ready (b,): their
         nearest linearised boundary is known or not needed.
 
@@ -115,26 +115,26 @@ class SparseFool(FreeAttack):
         one. Once at most half of them do, these wait for the next forward, because that costs less than running
         backwards through the others too.
         """
-        leaf = now.point.detach().requires_grad_()
+        leaf = state.point.detach().requires_grad_()
         with torch.enable_grad():
             logits = at_least_float32(logits_of(model, leaf))
-        z, own = logits.detach(), now.y.unsqueeze(1)
+        z, own = logits.detach(), state.y.unsqueeze(1)
         predicted = z.argmax(dim=1)
-        right = predicted == now.y
+        right = predicted == state.y
         count = z.shape[1] if self.candidates is None else min(self.candidates, z.shape[1])
         classes = z.scatter(1, own, torch.inf).topk(count, dim=1).indices[:, 1:]
-        classes[:, 0] = torch.where(now.beyond, torch.where(right, now.target, predicted), classes[:, 0])
+        classes[:, 0] = torch.where(state.at_boundary, torch.where(right, state.target, predicted), classes[:, 0])
         gaps = (z.gather(1, classes) - z.gather(1, own)).abs()
         first = torch.arange(count - 1, device=z.device) == 0
-        needed = _tall(right & ~now.beyond) | (_tall(now.beyond) & first)
-        now.allocate(z.shape[1])
+        needed = _tall(right & ~state.at_boundary) | (_tall(state.at_boundary) & first)
+        state.allocate(z.shape[1])
         while True:
-            wanted = needed & ~now.taken.gather(1, classes)
+            wanted = needed & ~state.known.gather(1, classes)
             if self.spread is not None:
-                before = now.lengths.gather(1, classes)
-                most = torch.where(before > 0, self.drift * before, self.spread * _tall(now.longest))
-                near = gaps < most * _tall(now.distance)
-                wanted = wanted & torch.where(_tall(now.distance.isinf()), first, near)
+                before = state.lengths.gather(1, classes)
+                most = torch.where(before > 0, self.drift * before, self.spread * _tall(state.longest))
+                near = gaps < most * _tall(state.distance)
+                wanted = wanted & torch.where(_tall(state.distance.isinf()), first, near)
             wants = wanted.any(dim=1)
             if 2 * int(wants.sum()) <= len(wants):  # waits for the device
                 return predicted, ~wants
@@ -142,7 +142,7 @@ class SparseFool(FreeAttack):
             with torch.enable_grad():
                 gap = logits.gather(1, chosen) - logits.gather(1, own)
             (w,) = torch.autograd.grad(gap, leaf, torch.ones_like(gap), retain_graph=True)
-            now.learn(wants, chosen, gap.detach().abs().squeeze(1), w)
+            state.record(wants, chosen, gap.detach().abs().squeeze(1), w)
 
 
 class _Searches:
@@ -158,7 +158,7 @@ class _Searches:
         """(b, C, H, W): the result of the latest round."""
         self.rounds = torch.zeros_like(y)
         """Number of completed rounds."""
-        self.walked = torch.zeros_like(y)
+        self.walk_steps = torch.zeros_like(y)
         """Number of DeepFool's steps in this round."""
         self.target = y
         """The class that DeepFool reached or last aimed at."""
@@ -166,9 +166,9 @@ class _Searches:
         """(b, classes): largest length of the gradient of z_k - z_y in DeepFool's steps; 0 if it was never needed."""
         self.point = x
         """(b, C, H, W): the point that the next forward evaluates."""
-        self.beyond = torch.zeros_like(y, dtype=torch.bool)
+        self.at_boundary = torch.zeros_like(y, dtype=torch.bool)
         """Whether that point is x_B instead of a point of DeepFool."""
-        self.taken = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.known = torch.zeros_like(self.lengths, dtype=torch.bool)
         """(b, classes): whether the gradient is known at this point."""
         self.longest = x.new_zeros(len(x))
         """Length of the longest of these gradients."""
@@ -181,10 +181,10 @@ class _Searches:
 
     def allocate(self, classes: int) -> None:
         """Allocate the tensors with a column for each class once the number of classes is known."""
-        if not self.taken.shape[1]:
-            self.taken, self.lengths = (part.new_zeros(len(part), classes) for part in (self.taken, self.lengths))
+        if not self.known.shape[1]:
+            self.known, self.lengths = (part.new_zeros(len(part), classes) for part in (self.known, self.lengths))
 
-    def learn(self, which: Tensor, chosen: Tensor, gap: Tensor, w: Tensor) -> None:
+    def record(self, which: Tensor, chosen: Tensor, gap: Tensor, w: Tensor) -> None:
         """Record a boundary for the searches ``which`` (b,): its class (b, 1), |f| (b,) and gradient (b, C, H, W)."""
         length = torch.linalg.vector_norm(w.flatten(1), dim=1).clamp(min=TINY)
         distance = gap.to(length.dtype) / length
@@ -193,12 +193,12 @@ class _Searches:
         self.distance = torch.where(nearer, distance, self.distance)
         self.normal = torch.where(_wide(nearer), w / _wide(length), self.normal)
         self.longest = torch.maximum(self.longest, length.masked_fill(~which, 0))
-        self.lengths.scatter_reduce_(1, chosen, _tall(length.masked_fill(~which | self.beyond, 0)), "amax")
-        self.taken.scatter_(1, chosen, self.taken.gather(1, chosen) | _tall(which))
+        self.lengths.scatter_reduce_(1, chosen, _tall(length.masked_fill(~which | self.at_boundary, 0)), "amax")
+        self.known.scatter_(1, chosen, self.known.gather(1, chosen) | _tall(which))
 
     def forget(self, which: Tensor) -> None:
         """Forget the boundaries of the searches ``which`` (b,), whose points have changed."""
-        self.taken = self.taken & ~_tall(which)
+        self.known = self.known & ~_tall(which)
         self.longest = self.longest.masked_fill(which, 0)
         self.distance = self.distance.masked_fill(which, torch.inf)
 

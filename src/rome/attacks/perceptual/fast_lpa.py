@@ -79,27 +79,27 @@ class FastLPA(Attack):
         return not self.only_correct
 
     def _climb(self, model: Model, groups: list[Group], x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        seen = Perception(model, groups, x.device)
-        bound = seen.bounds(x)
-        with seen.still():
-            origin = seen.features(x)
+        perception = Perception(model, groups, x.device)
+        bound = perception.bounds(x)
+        with perception.frozen():
+            origin = perception.features(x)
             point = x + START * gaussian(noise)
             for i in range(self.steps):
                 weight = self.penalty * 0.1 ** (1 - i / self.steps)
-                phi, gradient = self._gradient(seen, point, y, origin, bound, weight)
+                phi, gradient = self._gradient(perception, point, y, origin, bound, weight)
                 gradient = gradient / (length(gradient) + 1e-8)
-                rate = distances(phi, seen.features(point - self.h * gradient)) / self.h
+                rate = distances(phi, perception.features(point - self.h * gradient)) / self.h
                 step = bound * 0.1 ** (i / self.steps) / (rate + 1e-4)
                 point = (point - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
         return point
 
     def _gradient(
-        self, seen: Perception, point: Tensor, y: Tensor, origin: list[Tensor], bound: Tensor, weight: float
+        self, perception: Perception, point: Tensor, y: Tensor, origin: list[Tensor], bound: Tensor, weight: float
     ) -> tuple[list[Tensor], Tensor]:
         """Return features at ``point`` and the gradient of the penalised loss, summed to keep examples independent."""
         point = point.detach().requires_grad_()
         with torch.enable_grad():
-            logits, phi = seen(point)
+            logits, phi = perception(point)
             excess = (distances(phi, origin) - bound).relu()
             (gradient,) = torch.autograd.grad(weight * excess.sum() - self.gain(logits, y).sum(), point)
         return [part.detach() for part in phi], gradient

@@ -38,9 +38,9 @@ def distance(phi: Tensor, other: Tensor) -> Tensor:
 def measure(threat: Perceptual, model: Model, x_adv: Tensor, x: Tensor) -> Tensor:
     """Distance d of each pair of images, measured by the threat's network in evaluation mode (``model`` if the network
     is ``self``): (B,)."""
-    seen = Perception(model, [(threat, ALL)], x.device)
-    with frozen(model), seen.still(), torch.no_grad():
-        return distances(seen.features(x_adv), seen.features(x))
+    perception = Perception(model, [(threat, ALL)], x.device)
+    with frozen(model), perception.frozen(), torch.no_grad():
+        return distances(perception.features(x_adv), perception.features(x))
 
 
 def feature_layers(model: nn.Module) -> tuple[str, ...]:
@@ -185,7 +185,7 @@ class Perception:
             self._parts.append(_Part(threat, rows, Features(network, threat.layers)))
 
     @contextmanager
-    def still(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         """Freeze all networks except the attacked model inside the context."""
         with ExitStack() as stack:
             for network in dict.fromkeys(part.features.model for part in self._parts if not part.own):

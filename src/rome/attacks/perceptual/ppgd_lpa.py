@@ -44,12 +44,12 @@ class _Bounded(Attack):
         start = x + START * gaussian(noise)
         published = self.form == "published"
         space = (_PublishedSpace if published else _Space)(model, x, groups)
-        with space.seen.still():
+        with space.perception.frozen():
             point, found = self.climb(space, start if published else start.clamp_(0, 1), y)
-            logits, phi = space.seen(point)
-            apart = distances(phi, space.origin)
+            logits, phi = space.perception(point)
+            dist = distances(phi, space.origin)
             if not published:  # the published bisection may end beyond the bound
-                check_bound(self.kind, apart <= space.bound * (1 + TOLERANCE), apart)
+                check_bound(self.kind, dist <= space.bound * (1 + TOLERANCE), dist)
             robust = (logits.argmax(dim=1) == y) & ~found
             loss = torch.nn.functional.cross_entropy(logits, y, reduction="none")
         return AttackResult(point, point, robust, loss)
@@ -83,10 +83,10 @@ class PPGD(_Bounded):
         for _ in range(self.steps):
             leaf = point[live].requires_grad_()
             with torch.enable_grad():
-                logits, phi = part.seen(leaf)
-                gained = margin(logits, y[live])
-                (gradient,) = torch.autograd.grad(gained.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
-            found[live] = done = torch.zeros_like(live, dtype=torch.bool) if published else gained.detach() > 0
+                logits, phi = part.perception(leaf)
+                margins = margin(logits, y[live])
+                (gradient,) = torch.autograd.grad(margins.clamp(max=KAPPA).sum(), leaf, retain_graph=True)
+            found[live] = done = torch.zeros_like(live, dtype=torch.bool) if published else margins.detach() > 0
             if bool(done.all()):
                 break
             moved = leaf.detach()
@@ -106,7 +106,7 @@ class PPGD(_Bounded):
         def along(v: Tensor) -> list[Tensor]:
             """J v by a finite difference, along the unit vector of v; in the published form, along v itself."""
             norm = torch.ones_like(v[:, :1, :1, :1]) if published else length(v).clamp(min=1e-30)
-            ahead = space.seen.features(point + self.h * v / norm)
+            ahead = space.perception.features(point + self.h * v / norm)
             scale = [norm.flatten()[rows].unsqueeze(1) / self.h for rows in space.rows]
             return [(a - f) * s for a, f, s in zip(ahead, fixed, scale, strict=True)]
 
@@ -120,10 +120,10 @@ class PPGD(_Bounded):
         for i in range(self.iterations):
             if published and i and bool(power.max() < 0.1):
                 break
-            pushed = squared(search)
-            curved = _dot(search, pushed)  # not positive if the finite difference is lost in rounding: then no step
-            share = power / curved if published else torch.where(curved > 0, power / curved.clamp(min=1e-20), 0)
-            v, residual = v + share * search, residual - share * pushed
+            product = squared(search)
+            curve = _dot(search, product)  # not positive if the finite difference is lost in rounding: then no step
+            alpha = power / curve if published else torch.where(curve > 0, power / curve.clamp(min=1e-20), 0)
+            v, residual = v + alpha * search, residual - alpha * product
             before, power = power, _dot(residual, residual)
             search = residual + power / before.clamp(min=1e-30) * search
         speed = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in along(v)]).view(-1, 1, 1, 1)
@@ -158,23 +158,23 @@ class LPA(_Bounded):
                 here, labels = point[live], y[live]
                 leaf = here.detach().requires_grad_()
                 with torch.enable_grad():
-                    logits, phi = part.seen(leaf)
-                    gained, apart = margin(logits, labels), distances(phi, part.origin)
-                    loss = weight[live] * (apart - part.bound).relu() - gained.clamp(max=KAPPA)
+                    logits, phi = part.perception(leaf)
+                    margins, dist = margin(logits, labels), distances(phi, part.origin)
+                    loss = weight[live] * (dist - part.bound).relu() - margins.clamp(max=KAPPA)
                     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-                done = (gained > 0) & (apart <= part.bound)
+                done = (margins > 0) & (dist <= part.bound)
                 gradient = gradient / (length(gradient) + 1e-8)
-                ahead = part.seen.features(here - self.h * gradient)
+                ahead = part.perception.features(here - self.h * gradient)
                 rate = distances([one.detach() for one in phi], ahead) / self.h
                 step = part.bound * 0.1 ** (i / self.steps) / (rate + 1e-8)
                 moved = (here - step.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
-                before = torch.zeros_like(before).index_copy(0, live, apart.detach())
+                before = torch.zeros_like(before).index_copy(0, live, dist.detach())
                 point[live] = moved if published else torch.where(done.view(-1, 1, 1, 1), here, moved)
                 found[live] = done
                 if bool(done.any()):
                     part, live = part.among(~done), live[~done]
-            apart = before if published else space._apart(point)
-            weight = torch.where(apart >= space.bound, 10 * weight, weight)
+            dist = before if published else space._distances(point)
+            weight = torch.where(dist >= space.bound, 10 * weight, weight)
         if published:  # the result of the projection is not checked
             return space.project(point), torch.zeros_like(found)
         return torch.where(found.view(-1, 1, 1, 1), point, space.project(point)), found
@@ -187,27 +187,27 @@ class _Space:
         self.model, self.x = model, x
         self.groups = [group._replace(threat=loaded(group.threat, x.device)) for group in groups]
         self.rows = [group.rows for group in groups]
-        self.seen = Perception(model, self.groups, x.device)
-        self.bound = self.seen.bounds(x)
-        with self.seen.still():
-            self.origin = self.seen.features(x) if origin is None else origin
+        self.perception = Perception(model, self.groups, x.device)
+        self.bound = self.perception.bounds(x)
+        with self.perception.frozen():
+            self.origin = self.perception.features(x) if origin is None else origin
 
     def among(self, chosen: Tensor) -> _Space:
         """The same for the chosen examples (bool (B,))."""
         parts = [part[chosen[rows]] for part, rows in zip(self.origin, self.rows, strict=True)]
         return _Space(self.model, self.x[chosen], among(self.groups, chosen.cpu()), [p for p in parts if len(p)])
 
-    def _apart(self, point: Tensor) -> Tensor:
+    def _distances(self, point: Tensor) -> Tensor:
         """Distances of points (B, C, H, W) from the originals: (B,)."""
-        return distances(self.seen.features(point), self.origin)
+        return distances(self.perception.features(point), self.origin)
 
     def slope(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Return :meth:`_apart` (B,) and its gradient (B, C, H, W)."""
+        """Return :meth:`_distances` (B,) and its gradient (B, C, H, W)."""
         leaf = point.detach().requires_grad_()
         with torch.enable_grad():
-            apart = self._apart(leaf)
-            (gradient,) = torch.autograd.grad(apart, leaf, torch.ones_like(apart))
-        return apart.detach(), gradient
+            dist = self._distances(leaf)
+            (gradient,) = torch.autograd.grad(dist, leaf, torch.ones_like(dist))
+        return dist.detach(), gradient
 
     def project(self, point: Tensor, *, rounds: int = 10, halvings: int = 10) -> Tensor:
         """Project points (B, C, H, W) into the bound; points inside it stay unchanged.
@@ -218,12 +218,12 @@ class _Space:
         start, point = point, point.clone()
         part, live = self, torch.arange(len(point), device=point.device)  # points outside
         for left in reversed(range(rounds + 1)):
-            apart, gradient = part.slope(point[live]) if left else (part._apart(point[live]), point[live])
-            outside = apart > part.bound
+            dist, gradient = part.slope(point[live]) if left else (part._distances(point[live]), point[live])
+            outside = dist > part.bound
             if not bool(outside.any()):
                 return point
             if left:
-                scale = 1.1 * (apart - part.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
+                scale = 1.1 * (dist - part.bound + 0.1) / _dot(gradient, gradient).flatten().clamp(min=1e-12)
                 moved = (point[live] - scale.view(-1, 1, 1, 1) * gradient).clamp_(0, 1)
                 point[live[outside]] = moved[outside]
             if not bool(outside.all()):
@@ -239,7 +239,7 @@ class _Space:
         for _ in range(halvings):
             middle = (low + high) / 2
             tried = self.x + middle.view(-1, 1, 1, 1) * (point - self.x)
-            inside = self._apart(tried) <= self.bound
+            inside = self._distances(tried) <= self.bound
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         return low, tried
 
@@ -253,9 +253,9 @@ class _PublishedSpace(_Space):
         part: _Space = self
         live = torch.arange(len(point), device=point.device)
         for _ in range(rounds):
-            apart, gradient = part.slope(point[live])
+            dist, gradient = part.slope(point[live])
             total[live] += gradient
-            excess = apart - part.bound
+            excess = dist - part.bound
             outside = excess > 0
             push = torch.where(outside, 1.1 * (excess + 0.1), 0).view(-1, 1, 1, 1)
             point[live] = (point[live] - push * (total[live] / length(total[live]) ** 2)).clamp_(0, 1)
