@@ -356,6 +356,7 @@ def test_the_unseen_suite_in_its_published_form() -> None:
     assert published(UnseenSuite(form="published")) == ["fog", "snow", "gabor", "elastic", "jpeg", "ppgd", "lpa"]
     assert UnseenSuite(form="published").label == "unseen-published"
     assert as_suite(["apgd", UnseenSuite(form="published")]).label == "apgd+unseen-published"
+    assert AllSuites(suites=(APGDSuite(), UnseenSuite(form="published"))).label == "all-published"
     with pytest.raises(UserError, match="returns its last iterate: leave out stop"):
         UnseenSuite(form="published", stop=True).cases({}, 10)
 

@@ -67,11 +67,13 @@ class Suite(Component):
 
 
 def suite_label(settings: Mapping[str, Any]) -> str:
-    """:attr:`Suite.label` of a dumped suite: its kind, or the kinds of its parts as in ``apgd+unseen``; ``-published``
+    """:attr:`Suite.label` of a dumped suite: its kind, or the labels of its parts as in ``apgd+unseen``; ``-published``
     is added if it runs attacks in that form."""
-    kind = str(settings.get("kind") or "own")
-    published = "-published" if settings.get("form") == "published" else ""
-    return "+".join(map(suite_label, settings.get("suites", ()))) if kind == "several" else kind + published
+    kind, parts = str(settings.get("kind") or "own"), [suite_label(part) for part in settings.get("suites", ())]
+    if kind == "several":
+        return "+".join(parts)
+    published = settings.get("form") == "published" or any(part.endswith("-published") for part in parts)
+    return f"{kind}-published" if published else kind
 
 
 class _BallSuite(Suite):
