@@ -17,7 +17,7 @@ from rome.threats import AnyImage
 
 
 class Corruption(Attack):
-    """A common corruption: a fixed transform of every image, not an attack, without steps and independent of the model.
+    """A common corruption: a fixed transform of every image, independent of the model, and so not an attack.
 
     All images count towards its accuracy, because a misclassified image may become correctly classified. Without
     ``path`` the corrupted images are generated here; with it they are read from CIFAR-10-C by their number in the test

@@ -21,12 +21,13 @@ from rome.threats.projections import signs
 
 
 class GMA(Attack):
-    """PGD in an Linf ball on CE(f(x'), y) - weight * (1/L) sum_l (1/T) sum_i -log g_i^(l)(x')[k*_i].
+    """Gating misrouting attack: PGD in an Linf ball that also steers tokens to the experts that they use least.
 
-    k*_i is the expert with the least weight at token i of layer l on the clean image; it is chosen once. g are the
-    gates' weights (Eq. 5), which are probabilities already. Every module with gates counts, whatever its experts;
-    without any the attack is PGD on the cross-entropy. Steps, weight and radius (8/255, in the threat) are the paper's;
-    the step size, the uniform start and returning the last iterate are ours.
+    It ascends CE(f(x'), y) - weight * (1/L) sum_l (1/T) sum_i -log g_i^(l)(x')[k*_i], where k*_i is the expert with the
+    least weight at token i of layer l on the clean image; it is chosen once. g are the gates' weights (Eq. 5), which
+    are probabilities already. Every module with gates counts, whatever its experts; without any the attack is PGD on
+    the cross-entropy. Steps, weight and radius (8/255, in the threat) are the paper's; the step size, the uniform start
+    and returning the last iterate are ours.
     """
 
     kind = "gma"

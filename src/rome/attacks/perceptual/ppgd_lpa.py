@@ -131,11 +131,11 @@ class PPGD(_Bounded):
 
 
 class LPA(_Bounded):
-    """Lagrangian perceptual attack: raises the margin under a penalty on d beyond the bound, whose weight adapts.
+    """Lagrangian perceptual attack: raises the margin under a penalty on the perceptual distance, whose weight adapts.
 
-    It takes ``rounds`` x ``steps`` steps as in Fast-LPA; after each round an example's lambda, initially 0.01, grows
-    tenfold if d is not inside the bound. Examples that are misclassified inside the bound are done and leave the batch;
-    the others are projected at the end.
+    It takes ``rounds`` x ``steps`` steps as in Fast-LPA, with a penalty on d beyond the bound; after each round an
+    example's lambda, initially 0.01, grows tenfold if d is not inside the bound. Examples that are misclassified inside
+    the bound are done and leave the batch; the others are projected at the end.
     """
 
     kind = "lpa"

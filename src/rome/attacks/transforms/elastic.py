@@ -18,7 +18,7 @@ from rome.core.component import Number
 
 
 class Elastic(SignAscent):
-    """Adversarial elastic deformation: a smoothed flow.
+    """Adversarial elastic deformation, by search over a flow that is smoothed.
 
     x'(p) = x(p + 2/side G*v(p)) with coordinates p in [-1, 1], bilinear, black outside. Variables v: a flow
     (2, H, W) in pixels, right and down, in [-bound, bound]. G is a Gaussian of sigma = 3/224 side, cut off at

@@ -21,7 +21,7 @@ WIBBLE = 100.0
 
 
 class Fog(SignAscent):
-    """Adversarial fog: the offsets of a diamond-square map.
+    """Adversarial fog, by search over the offsets of a diamond-square map.
 
     x' = (x + b fog(v)) / (max_c x + b), where b = bound/255, fog in [0, 1] is the same in all channels and max_c is the
     largest value of a channel, so that even zero fog stretches the contrast of every channel. Variables v: the M^2 - 1

@@ -24,7 +24,7 @@ DRAWS = 4
 
 
 class Gabor(SignAscent):
-    """Adversarial Gabor noise: the values of a sparse map, convolved with a random Gabor kernel.
+    """Adversarial Gabor noise, by search over a sparse map that is convolved with a random Gabor kernel.
 
     x' = x + bound/255 noise(v), where noise in [0, 1] is the same in all channels. Variables v: a map (H, W) in [-1, 1]
     that is zero except at one in 14 pixels, which are drawn once.

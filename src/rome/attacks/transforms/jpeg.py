@@ -38,7 +38,7 @@ TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 class JPEG(SignAscent):
-    """Adversarial JPEG: an offset for every quantised coefficient.
+    """Adversarial JPEG, by search over an offset for every quantised coefficient.
 
     The image is converted to YCbCr, its chroma is subsampled by means (4:2:0), and the cosine transforms of 8 x 8
     blocks are divided by the quantisation tables of quality 50. Instead of rounding, v/2 is added, with variables v in

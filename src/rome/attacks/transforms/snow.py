@@ -31,7 +31,7 @@ DRAWS = 4 * len(OFFSETS) + 1
 
 
 class Snow(SignAscent):
-    """Adversarial snow: the intensities of flakes.
+    """Adversarial snow, by search over the intensities of flakes.
 
     x' = 0.75 x + 0.25 max(x, 1.5 gray(x) + 0.5) + bound snow(v). Variables v: 7 grids of side/4 x side/4 intensities in
     [1e-9, 1], started at exp(-5 U) and scaled down where a grid's mean over 8 x 8 cells exceeds 0.2. Flakes of

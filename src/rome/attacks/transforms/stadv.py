@@ -12,7 +12,7 @@ from rome.core.component import Number
 
 
 class StAdv(FunctionalAttack):
-    """Moves pixels along a smooth flow: each pixel of the result samples the image bilinearly at a position of its own.
+    """Moves pixels along a smooth flow: each pixel of the result samples the image bilinearly at its own position.
 
     Positions are in [-1, 1] from border to border of the image and stay there; they move by at most .05, which is 0.8
     pixels at 32 and 5.6 at 224. tau = .05 is the paper's (A1); the other numbers are from mister_ed and its wrapper by
