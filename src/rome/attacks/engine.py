@@ -97,8 +97,8 @@ def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
 
     Plain functions, TorchScript programs and models on several devices are called without graphs.
     """
-    apart = (nn.DataParallel, torch.jit.ScriptModule)
-    if graphs is None or not isinstance(model, nn.Module) or any(isinstance(each, apart) for each in model.modules()):
+    plain = (nn.DataParallel, torch.jit.ScriptModule)
+    if graphs is None or not isinstance(model, nn.Module) or any(isinstance(each, plain) for each in model.modules()):
         yield
         return
     before = _GRAPHS.get(model)
