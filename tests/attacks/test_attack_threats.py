@@ -236,9 +236,15 @@ def test_e_at_counts_what_the_threats_own_attack_fools(batch: tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attack": "sparsefool"}, "sparsefool makes no threat to train on: it has no budget"),
-        ({"attack": {"kind": "corruption", "type": "fog", "severity": 1}}, "corruption makes no threat.* fixed change"),
-        ({"attack": "square", "inside": {"norm": "l2", "eps": 1}}, "square makes no threat.* made for evaluation"),
+        ({"attack": "sparsefool"}, "sparsefool cannot define a threat to train on: it has no budget"),
+        (
+            {"attack": {"kind": "corruption", "type": "fog", "severity": 1}},
+            "corruption cannot define a threat.* fixed change",
+        ),
+        (
+            {"attack": "square", "inside": {"norm": "l2", "eps": 1}},
+            "square cannot define a threat.* made for evaluation",
+        ),
         ({"attack": "fast-lpa"}, "fast-lpa searches inside perceptual threats, not AnyImage; give it a threat"),
         ({"attack": "stadv", "inside": {"norm": "l2", "eps": 1}}, "stadv bounds its perturbation itself"),
         ({"attack": "fast-lpa", "inside": {"kind": "perceptual", "bound": 1, "features": "x"}}, "or train with method"),
@@ -337,7 +343,7 @@ def test_a_suite_gives_such_a_threat_its_own_column(suite: Any, digits: Digits) 
     assert 0 < column.mean() < 1
     assert report.union == pytest.approx((report.correct[:, 1] & column).mean())
     (told,) = (warning for warning in report.warnings if warning["case"] == "stadv-3")
-    assert "searched by stadv alone" in told["message"]
+    assert "searched only by stadv" in told["message"]
 
 
 def test_a_finished_run_is_evaluated_drawn_and_explored_under_its_threats(undisturbed: Run) -> None:

@@ -285,7 +285,7 @@ def test_motion_is_a_half_gaussian_to_one_side(angle: float, step: tuple[int, in
     """A point leaves a trail of 2 radius + 1 taps, against the direction the taps are read in."""
     image = np.zeros((41, 41, 1))
     image[20, 20] = 10_000
-    found = distortions._moved(image, (6, 2.0), angle)[:, :, 0]
+    found = distortions._motion_blurred(image, (6, 2.0), angle)[:, :, 0]
     taps = np.ceil(np.arange(13) * (np.sqrt(0.5) if angle == 45 else 1) - 0.5).astype(int)
     kernel = np.exp(-0.5 * (np.arange(13) / 2.0) ** 2)
     literal = np.zeros((41, 41))
@@ -344,7 +344,7 @@ def test_ice_falls_off_like_the_photographs() -> None:
     edges = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
     exponents = []
     for seed in range(6):
-        power = np.abs(np.fft.fft2(window * distortions.ice(224, 224, np.random.default_rng(seed)))) ** 2
+        power = np.abs(np.fft.fft2(window * distortions.frost_texture(224, 224, np.random.default_rng(seed)))) ** 2
         bands = [(frequency >= low) & (frequency < high) for low, high in itertools.pairwise(edges)]
         means = [power[band].mean() for band in bands]
         centres = np.sqrt(np.array(edges[:-1]) * np.array(edges[1:]))
@@ -455,7 +455,7 @@ def test_files_that_are_not_cifar10c_are_refused(folder: Path, tmp_path: Path) -
         read_cifar10c(folder, "snow", 1, first)
     with pytest.raises(UserError, match=r"labels.npy is missing"):
         read_cifar10c(tmp_path, "fog", 1, first)
-    with pytest.raises(UserError, match=r"1 of 2 labels differ .* in their own order"):
+    with pytest.raises(UserError, match=r"1 of 2 labels differ .* in their original order"):
         read_cifar10c(folder, "fog", 1, torch.tensor([0, 7]), torch.tensor([0, 8]))
     with pytest.raises(UserError, match="has no image 10000: they are numbered 0 to 9999"):
         read_cifar10c(folder, "fog", 1, torch.tensor([0, 10_000]))
@@ -575,5 +575,5 @@ def stream_of(seed: int) -> Any:
 
 
 def test_constants_are_of_images_that_are_made() -> None:
-    with pytest.raises(UserError, match="with path they are read: leave one out"):
+    with pytest.raises(UserError, match=r"constants apply to generated images .* leave one out"):
         Corruption(type="fog", severity=1, path="x", constants="cifar10-c")

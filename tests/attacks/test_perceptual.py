@@ -173,7 +173,7 @@ def test_torchvisions_alexnet_is_seen_at_its_relus_although_they_work_in_place()
 
 def test_layers_that_cannot_be_told_are_asked_for() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten())
-    with pytest.raises(UserError, match=r"Sequential sees are unknown; name them .* It has 0, 1, 2"):
+    with pytest.raises(UserError, match=r"Sequential are unknown; name them .* Its modules are 0, 1, 2"):
         Features(plain)
     assert Features(plain, ("1",)).layers == ("1",)
 

@@ -94,7 +94,7 @@ class Broken(Net):
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.kind)
 def test_gradients_that_are_not_finite_are_said_to_be(attack: Attack, batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(FloatingPointError, match=f"{attack.kind} met gradients of the model that are not finite"):
+    with pytest.raises(FloatingPointError, match=f"{attack.kind}: the gradients of the model are not finite"):
         attack(Broken().double().eval(), *batch, Perceptual(bound=0.3))
 
 
@@ -143,10 +143,10 @@ def test_a_step_of_ppgd_is_the_steepest_in_features(model: nn.Module, batch: tup
     x = batch[0][:1]
     space = _Space(model, x, [Group(Perceptual(bound=0.3), slice(0, 1), 1)])
     leaf = x.clone().requires_grad_()
-    logits, phi = space.seen(leaf)
+    logits, phi = space.perception(leaf)
     (gradient,) = torch.autograd.grad(logits[0, 0] - logits[0, 1], leaf, retain_graph=True)
     direction = PPGD(iterations=400, h=1e-5)._direction(space, leaf, phi, gradient).flatten()
-    J = torch.func.jacrev(lambda image: space.seen.features(image.view_as(x))[0][0])(x.flatten())
+    J = torch.func.jacrev(lambda image: space.perception.features(image.view_as(x))[0][0])(x.flatten())
     dense = torch.linalg.lstsq(J.t() @ J, gradient.flatten().unsqueeze(1), driver="gelsd").solution.flatten()
     dense = dense / torch.linalg.vector_norm(J @ dense)
     assert float(torch.linalg.vector_norm(J @ direction)) == pytest.approx(1, rel=1e-3)
@@ -162,9 +162,9 @@ def test_projection_leaves_what_is_inside_and_reaches_the_bound_otherwise(
     point[:5] = x[:5] + 1e-4
     projected = space.project(point)
     assert torch.equal(projected[:5], point[:5])
-    assert bool((space._apart(projected) <= 0.2).all())
+    assert bool((space._distances(projected) <= 0.2).all())
     bisected = space.project(point, rounds=0, halvings=30)
-    assert space._apart(bisected)[5:].tolist() == pytest.approx([0.2] * 5, abs=1e-6)
+    assert space._distances(bisected)[5:].tolist() == pytest.approx([0.2] * 5, abs=1e-6)
 
 
 def test_where_newton_arrives_the_projection_is_newtons(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
@@ -192,7 +192,7 @@ def literal_ppgd(
     point = space.project(point)
     for _ in range(attack.steps):
         leaf = point.clone().requires_grad_()
-        logits, phi = space.seen(leaf)
+        logits, phi = space.perception(leaf)
         if wrong is None and margin(logits, y) > 0:
             wrong = point
         (gradient,) = torch.autograd.grad(margin(logits, y).clamp(max=1).sum(), leaf, retain_graph=True)

@@ -88,8 +88,8 @@ def test_labels_name_folders_and_tables() -> None:
         ("apgd,unsen", r"Did you mean 'unseen'"),
         ([], "at least 1 item"),
         ({"kind": "lp", "stps": 3}, "unknown key. Did you mean .steps."),
-        ("", r"^suite: none is named\. Valid: all, apgd"),
-        (" , ", r"^suite: none is named"),
+        ("", r"^suite: name at least one\. Valid: all, apgd"),
+        (" , ", r"^suite: name at least one"),
         ("{kind: apgd", r"^suite: '{kind: apgd': not valid YAML"),
         ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
         ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog': Fog: stpes: unknown key"),
@@ -153,7 +153,7 @@ def test_the_network_that_measures_reaches_the_unseen_threats_of_any_suite() -> 
     for name in ("ppgd", "lpa"):
         assert by_case[name].threat == Perceptual(bound=0.25, features="net")
     for suite in ("apgd", "apgd,corruptions"):
-        with pytest.raises(UserError, match=r"measures no perceptual distances, so --features has no meaning"):
+        with pytest.raises(UserError, match=r"measures no perceptual distances: leave --features out"):
             with_features(as_suite(suite), "net")
 
 
@@ -356,7 +356,8 @@ def test_the_unseen_suite_in_its_published_form() -> None:
     assert published(UnseenSuite(form="published")) == ["fog", "snow", "gabor", "elastic", "jpeg", "ppgd", "lpa"]
     assert UnseenSuite(form="published").label == "unseen-published"
     assert as_suite(["apgd", UnseenSuite(form="published")]).label == "apgd+unseen-published"
-    with pytest.raises(UserError, match="returns its last iterate: leave stop out"):
+    assert AllSuites(suites=(APGDSuite(), UnseenSuite(form="published"))).label == "all-published"
+    with pytest.raises(UserError, match="returns its last iterate: leave out stop"):
         UnseenSuite(form="published", stop=True).cases({}, 10)
 
 

@@ -124,7 +124,7 @@ def test_gradients_that_are_not_finite_are_said_to_be(attack: FunctionalAttack) 
             return (x - x).flatten(1).sum(1, keepdim=True).sqrt() * torch.ones(3)
 
     x = torch.rand(2, 3, 8, 8)
-    with pytest.raises(FloatingPointError, match=rf"{attack.kind} met gradients .* not finite"):
+    with pytest.raises(FloatingPointError, match=rf"{attack.kind}: the gradients .* not finite"):
         attack(Broken(), x, torch.tensor([0, 1]), ANY)
 
 

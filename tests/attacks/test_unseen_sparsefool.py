@@ -207,7 +207,7 @@ def test_candidates_are_the_classes_with_the_highest_logits(digits64: tuple[nn.M
     every, ten = (SparseFool(steps=2, candidates=n)(model, x, y, L0) for n in (None, 10))
     assert torch.equal(every, ten)
     now = _Searches(x, model(x).argmax(1))
-    _, ready = SparseFool(candidates=2)._look(model, now)
+    _, ready = SparseFool(candidates=2)._evaluate(model, now)
     assert ready.all()
     assert torch.equal(now.nearest, model(x).topk(2, dim=1).indices[:, 1])
 
@@ -241,7 +241,7 @@ def test_only_gradients_of_classes_that_could_be_nearest_are_computed(
     model, x = Planes(slopes, lead), torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
     now = _Searches(x, torch.tensor([0]))
     with recorded(model) as calls:
-        SparseFool(spread=spread)._look(model, now)
+        SparseFool(spread=spread)._evaluate(model, now)
     assert len(calls.backwards) == backwards
     assert now.nearest.tolist() == [nearest]
     expected = torch.zeros(2, dtype=torch.float64)
@@ -254,12 +254,12 @@ def test_a_gradient_that_was_needed_before_is_known_to_be_about_as_long(length: 
     """The first boundary is 1/4 away, the second 2.4/4: nearer only if its gradient were 9.6 = 1.5 * 6.4 long."""
     model, x = Planes((4.0, 4.0), 2.4), torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
     now = _Searches(x, torch.tensor([0]))
-    now.make_room(3)
+    now.allocate(3)
     now.lengths[0, 2] = length + 1e-6
     if not length:
         now.lengths[0, 2] = 0
     with recorded(model) as calls:
-        SparseFool(spread=3, drift=1.5)._look(model, now)
+        SparseFool(spread=3, drift=1.5)._evaluate(model, now)
     assert len(calls.backwards) == backwards
     longest = [0, 4, max(length + 1e-6, 4) if length else 4]
     assert now.lengths[0].tolist() == pytest.approx(longest if backwards == 2 else [0, 4, length + 1e-6])

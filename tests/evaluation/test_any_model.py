@@ -457,7 +457,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "traced.pt", "--budgets", "cifra10"], "unknown budgets 'cifra10'. Did you mean 'cifar10'"),
         (["--model", "traced.pt", "--budgets", "L3=1"], "--budgets L3=1: threats.0.norm: .*L1.*L2.*Linf"),
         (["--model", "traced.pt", "--suite", "apdg"], "Did you mean 'apgd'"),
-        (["--model", "traced.pt", "--suite", ""], "suite: none is named. Valid: all, apgd"),
+        (["--model", "traced.pt", "--suite", ""], "suite: name at least one. Valid: all, apgd"),
         (["--model", "traced.pt", "--suite", "{kind: lp, steps: x}"], "suite: input should be a valid integer"),
         (["--model", "traced.pt", "--suite", "unseen", "--features", "gone"], "there is no model at gone;.*Train it"),
         (

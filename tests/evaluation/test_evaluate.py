@@ -221,7 +221,7 @@ def test_names_of_columns(model: nn.Module) -> None:
     threats = {"Linf-weak": LpBall(norm="Linf", eps=0.01), "Linf-strong": LpBall(norm="Linf", eps=0.2)}
     found = evaluate(model, x, y, threats=threats, suite=QUICK)
     assert found.robust["Linf-weak"] >= found.robust["Linf-strong"]
-    with pytest.raises(UserError, match="two threats have one name"):
+    with pytest.raises(UserError, match="two threats have the same name"):
         evaluate(model, x, y, threats=[LINF[0], LINF[0]], suite=QUICK)
 
 

@@ -1,6 +1,6 @@
-"""Attacks: they search inside a threat for images that raise the model's loss.
+"""Attacks search inside a threat for images that raise the model's loss.
 
-May import models and what stands below.
+This package may import models and the packages below it.
 """
 
 from rome.attacks.base import Attack as Attack

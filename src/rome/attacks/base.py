@@ -1,9 +1,9 @@
 """The contract of every attack.
 
-An attack is a value: settings, no state. :meth:`Attack.run` checks, freezes the model, sorts the batch so that the
-examples of a threat are one slice, lets the subclass search, and checks what came back. The subclass writes only the
-search, on slices of one tensor: one forward and one input-gradient backward per step serve the whole batch, whatever
-mixture of threats it holds.
+An attack is a value: it has settings and no state. :meth:`Attack.run` checks the input, freezes the model, sorts the
+batch so that the examples of each threat form one slice, calls the subclass's search, and checks the results. A
+subclass implements only the search, on slices of one tensor: each step takes one forward and one input-gradient
+backward for the whole batch, whatever mixture of threats it holds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, searched
+from rome.attacks.engine import Model, Search, run_searches
 from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
@@ -31,20 +31,21 @@ StepSize = Annotated[Number, Field(ge=0)]
 
 
 class AttackResult(NamedTuple):
-    """What an attack found for each example of a batch."""
+    """The result of an attack for each example of a batch."""
 
     images: Tensor
-    """(B, C, H, W): what a method trains on (PGD: the last iterate; APGD: the one with the highest loss)."""
+    """(B, C, H, W): images to train on (PGD: the last iterate; APGD: the iterate with the highest loss)."""
     adversarial: Tensor
     """(B, C, H, W): misclassified wherever ``robust`` is False; otherwise ``images``."""
     robust: Tensor
-    """bool (B,): nothing the attack answers for was misclassified (PGD: its last iterate; APGD: every iterate)."""
+    """bool (B,): whether every image that the attack checked is classified correctly (PGD checks its last iterate, APGD
+    every iterate)."""
     loss: Tensor
-    """(B,): cross-entropy at ``images``; NaN where an attack of another loss did not compute it."""
+    """(B,): cross-entropy at ``images``; NaN if the attack uses a different loss and did not compute it."""
 
 
 NOT_EVALUATED = torch.empty(0)
-"""Stands for the loss of images that a search did not look at."""
+"""Placeholder for the loss of a search that did not evaluate its final images."""
 
 
 class Group(NamedTuple):
@@ -57,23 +58,24 @@ class Group(NamedTuple):
 
 
 class Attack(Component):
-    """Searches inside a threat for images that raise the model's loss."""
+    """A search inside a threat for images that raise the model's loss."""
 
     default_kind = "pgd"
     searches: ClassVar[tuple[type[Threat], str]] = (LpBall, "searches inside Lp balls")
-    """The kind of threats that it accepts, and what a message says where it is another; there ``{kind}`` is its own."""
+    """The class of threats that the attack accepts, and the requirement to state when it is given any other; ``{kind}``
+    in this text is replaced by the attack's kind."""
     channels: ClassVar[tuple[int, ...]] = ()
-    """How many channels an image may have; empty: any number."""
+    """The numbers of channels that images may have; empty: any."""
     draws_by_image: ClassVar[bool] = False
-    """Whether an example's random numbers depend on the image and the seed alone, not on its place in the batch."""
+    """Whether an example's random numbers depend only on its image and the seed, not on its position in the batch."""
     full_precision: ClassVar[bool] = False
-    """Whether it computes in the model's own precision under autocast too: finite differences drown in bfloat16."""
+    """Whether autocast is switched off during the attack: finite differences would be lost in bfloat16's rounding."""
     starts_at_random: ClassVar[bool] = True
-    """Whether it draws random numbers at all."""
+    """Whether the attack draws random numbers at all."""
     differentiates: ClassVar[bool] = True
-    """Whether it needs gradients of the model."""
+    """Whether the attack needs gradients of the model."""
     untrained: ClassVar[str] = ""
-    """Why it makes no threat to train on (:class:`rome.attacks.AttackThreat`); empty where it does."""
+    """Why the attack cannot define a threat to train on (:class:`rome.attacks.AttackThreat`); empty if it can."""
 
     def __call__(
         self,
@@ -84,20 +86,20 @@ class Attack(Component):
         *,
         generator: torch.Generator | Stream | None = None,
     ) -> Tensor:
-        """Adversarial images for ``x``: (B, C, H, W), same dtype and device, inside threat and box.
+        """Return adversarial images for ``x``: (B, C, H, W), same dtype and device, inside the threat and [0, 1].
 
         Args:
-            model: logits from images in [0, 1]. Its train/eval flags, ``requires_grad``, BatchNorm statistics and the
-                global random state are as before afterwards.
-            x: images (B, C, H, W), floating point, in [0, 1].
+            model: maps images in [0, 1] to logits. Its train/eval flags, ``requires_grad`` and BatchNorm statistics
+                are left unchanged, and so is the global random state.
+            x: images (B, C, H, W), float32 or float64, in [0, 1].
             y: labels (B,), int64.
-            threat: one threat for all, or one for each example. Examples of a threat that brings its own attack are
-                searched by that one, the others together by this.
-            generator: random numbers for the start. None uses seed 0 at every call: right for a repeatable
-                evaluation; a training loop passes its own.
+            threat: one threat for all examples, or one for each. Examples whose threat brings its own attack are
+                searched by that attack, all others together by this one.
+            generator: source of random numbers for the start. None uses seed 0 at every call, which makes evaluations
+                repeatable; a training loop passes its own.
 
         Raises:
-            UserError: shapes, dtypes or ranges that cannot be right, or a threat this attack does not know.
+            UserError: a shape, dtype or range is invalid, or the attack does not support the threat.
         """
         return self.run(model, x, y, threat, generator=generator, verdict=False).images
 
@@ -111,20 +113,19 @@ class Attack(Component):
         generator: torch.Generator | Stream | None = None,
         verdict: bool = True,
     ) -> AttackResult:
-        """Like calling the attack, with all it found (see :class:`AttackResult`).
+        """Like calling the attack, but return the complete :class:`AttackResult`.
 
-        ``verdict=False`` spares a forward pass if the search did not see its own result: ``robust`` and ``loss`` may
-        then be missing (all True, NaN).
+        ``verdict=False`` saves a forward pass if the search did not evaluate its final images: ``robust`` and ``loss``
+        may then be uninformative (all True, NaN).
         """
         check_batch(x, y, threat)
-        if generator is None:
-            generator = stream(0, "attack")
-        source = generator if isinstance(generator, Stream) else Stream(generator)
+        if not isinstance(generator, Stream):
+            generator = stream(0, "attack") if generator is None else Stream(generator)
         if not isinstance(threat, PerExample):
             threat = PerExample((threat,), torch.zeros(len(x), dtype=torch.int64))
         with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
             x, y = ((each.clone() if each.is_inference() else each).detach() for each in (x, y))
-            return self._run(model, x, y, split_by_attack(self, x, threat, source), verdict)
+            return self._run(model, x, y, split_by_attack(self, x, threat, generator), verdict)
 
     def _run(self, model: Model, x: Tensor, y: Tensor, shares: list[Share], verdict: bool) -> AttackResult:
         if not shares:
@@ -138,16 +139,16 @@ class Attack(Component):
             sort = order.to(x.device, non_blocking=True)
             x, y = x[sort], y[sort]
         sizes = [len(share.rows) for share in shares]
-        lower = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
+        autocast = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
         x = x.contiguous()
         before = x._version
         searches = [
-            Search(share.key(verdict), partial(_search, model, share, verdict), (own, labels, share.noise))
-            for share, own, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
+            Search(share.key(verdict), partial(_search, model, share, verdict), (images, labels, share.noise))
+            for share, images, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
         ]
-        with torch.autocast(x.device.type, enabled=lower):
+        with torch.autocast(x.device.type, enabled=autocast):
             gradient = any(share.attack.differentiates for share in shares)
-            parts = searched(model, searches, x, y, gradient=gradient)
+            parts = run_searches(model, searches, x, y, gradient=gradient)
         if x._version != before:
             raise UserError(f"{THE_MODEL} {IN_PLACE}")
         found = parts[0][0]
@@ -161,18 +162,18 @@ class Attack(Component):
 
     @property
     def replayable(self) -> bool:
-        """Whether its search may be replayed as a whole, because it never waits for a result."""
+        """Whether the whole search may be replayed as a CUDA graph, because it never waits for a result."""
         return True
 
     def unsuited(self, channels: int) -> str:
-        """Why this attack has no meaning on images of so many channels; empty where it has."""
+        """Return why the attack is undefined for images with this many channels; empty if it is defined."""
         if not self.channels or channels in self.channels:
             return ""
         return f"needs images of {' or '.join(map(str, self.channels))} channels, not {channels}"
 
     def noise(self, x: Tensor, source: Stream, *, by_image: bool = False) -> Tensor:
-        """The random numbers of a batch, if the search needs some: by image (:meth:`Stream.by_image`), or all in one
-        draw."""
+        """Draw the random numbers of a batch, for each image separately (:meth:`Stream.by_image`) or all at once;
+        return ``x`` itself if the search needs none."""
         if not self.uses_noise:
             return x
         if by_image or self.draws_by_image:
@@ -180,19 +181,19 @@ class Attack(Component):
         return source.uniform(x.shape, x.device)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
-        """Shape of the random numbers of one example, for attacks that draw by image."""
+        """Shape of the random numbers for one example, in attacks that draw by image."""
         return tuple(image)
 
     @property
     def uses_noise(self) -> bool:
-        """Whether the search starts at random; if not, nothing is drawn. A setting ``random_start`` decides."""
+        """Whether to draw random numbers: the setting ``random_start`` if there is one, else ``starts_at_random``."""
         return bool(getattr(self, "random_start", self.starts_at_random))
 
     def accepted(self, threat: Threat) -> Any:
-        """The threat.
+        """Return the threat if this attack can search inside it.
 
         Raises:
-            UserError: this attack cannot search inside it.
+            UserError: it cannot.
         """
         kind, described = self.searches
         if not isinstance(threat, kind):
@@ -203,21 +204,21 @@ class Attack(Component):
         """Number of steps under this threat: the setting ``steps``.
 
         Raises:
-            UserError: this attack cannot search inside that threat.
+            UserError: the attack cannot search inside this threat.
         """
         self.accepted(threat)
         return int(getattr(self, "steps", 0))
 
     @abstractmethod
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
-        """The attack itself, on a sorted batch, without gradient tracking and with the model frozen.
+        """Run the attack itself on a sorted batch, with gradient tracking off and the model frozen.
 
         Args:
-            groups: contiguous slices that cover the batch, the most steps first.
-            noise: U[0, 1) of the shape of ``x``, or ``(B, *noise_shape)`` if drawn by image, for random starts.
+            groups: contiguous slices that cover the batch, those with the most steps first.
+            noise: U[0, 1) for random starts, shaped like ``x``, or ``(B, *noise_shape)`` if drawn by image.
 
         Returns:
-            What it found; ``loss=NOT_EVALUATED`` if it did not look at its result.
+            The images found, with ``loss=NOT_EVALUATED`` if the search did not evaluate them.
         """
 
 
@@ -226,14 +227,14 @@ class Share(NamedTuple):
 
     attack: Attack
     rows: Tensor
-    """Their positions in the batch (int64, CPU), group by group."""
+    """Positions of the examples in the batch (int64, CPU), group by group."""
     groups: list[Group]
-    """Slices of ``rows``, the most steps first."""
+    """Slices of ``rows``, those with the most steps first."""
     noise: Tensor
-    """The random numbers of these rows, in this order."""
+    """Random numbers of these examples, in the same order."""
 
     def key(self, verdict: bool) -> Hashable:
-        """What its search depends on beside model and tensors; None where it waits for results."""
+        """Everything that the search depends on besides the model and tensors; None if it waits for results."""
         if not self.attack.replayable:
             return None
         groups = tuple((repr(group.threat), group.rows.start, group.rows.stop, group.steps) for group in self.groups)
@@ -241,10 +242,11 @@ class Share(NamedTuple):
 
 
 def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stream) -> list[Share]:
-    """Who searches what: ``attack`` all threats that bring no attack of their own, in one mixed batch; then the others.
+    """Split a batch by the attack that searches each example: first ``attack``, for all threats without an attack of
+    their own, then the attacks that threats bring.
 
-    The random numbers of ``attack`` are drawn wherever the mixture has a threat for it, also if no example of this
-    process meets one. Attacks that threats bring draw by image, so that they move nobody else's numbers.
+    The random numbers of ``attack`` are drawn whenever the mixture contains a threat for it, even if no example of this
+    process has such a threat. Attacks brought by threats draw by image and so leave the numbers of others unchanged.
 
     Args:
         x: the whole batch (B, C, H, W).
@@ -255,15 +257,15 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
     searches: list[tuple[Attack, bool, list[tuple[Threat, Tensor]]]] = []
     for number, threat in enumerate(mixture.threats):
         searcher, inside = threat.searched_by(attack)
-        own = inside is not threat
-        known = next((members for other, its, members in searches if (other, its) == (searcher, own)), None)
+        brought = inside is not threat
+        known = next((members for *key, members in searches if key == [searcher, brought]), None)
         if known is None:
-            searches.append((searcher, own, known := []))
+            searches.append((searcher, brought, known := []))
         known.append((inside, (mixture.labels == number).nonzero().flatten()))
     shares = []
-    for searcher, own, members in sorted(searches, key=lambda search: search[1]):
-        noise = x if own else searcher.noise(x, source)
-        # the groups that finish first stand last, so that they leave as a slice
+    for searcher, brought, members in sorted(searches, key=lambda search: search[1]):
+        noise = x if brought else searcher.noise(x, source)
+        # groups that finish first come last, so that the active examples always form one leading slice
         members = sorted((part for part in members if len(part[1])), key=lambda part: -searcher.steps_for(part[0]))
         if not members:
             continue
@@ -273,14 +275,16 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
             groups.append(Group(member, slice(start, start + len(where)), searcher.steps_for(member)))
         if len(groups) > 1 or len(rows) < len(x):
             noise = noise[rows.to(x.device, non_blocking=True)]
-        shares.append(Share(searcher, rows, groups, searcher.noise(noise, source, by_image=True) if own else noise))
+        if brought:
+            noise = searcher.noise(noise, source, by_image=True)
+        shares.append(Share(searcher, rows, groups, noise))
     return shares
 
 
 def _search(
     model: Model, share: Share, verdict: bool, x: Tensor, y: Tensor, noise: Tensor
 ) -> tuple[AttackResult, Tensor]:
-    """What an attack found for its share of a batch, and which of it is allowed: bool (b,)."""
+    """Run an attack on its share of a batch; also return which of its results the threats allow: bool (b,)."""
     found = share.attack.search(model, x, y, share.groups, noise)
     if found.loss is NOT_EVALUATED:
         found = found._replace(loss=torch.full_like(y, torch.nan, dtype=torch.float32))

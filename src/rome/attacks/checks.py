@@ -1,4 +1,4 @@
-"""Checks of what attacks get and of what they find."""
+"""Checks of the inputs and results of attacks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rome.threats import PerExample, Threat
 
 
 @contextmanager
-def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
-    """Where the search inside breaks off, see whether the model or the labels are why.
+def explain_failure(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> Iterator[None]:
+    """If the search inside the context fails, find out whether the model or the labels are the cause.
 
     Raises:
-        UserError: they are, and what to do.
+        UserError: they are; the message says what to do.
     """
     try:
         yield
@@ -37,14 +37,14 @@ def explained(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True) -> I
 
 
 def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
-    """Shapes, dtypes and devices of a batch and its threats.
+    """Check the shapes, dtypes and devices of a batch and its threats.
 
     Raises:
-        UserError: they cannot be right.
+        UserError: one of them is invalid.
     """
     for what, value in (("images", x), ("labels", y)):
         if not isinstance(value, Tensor):
-            raise UserError(f"{what} must be a torch tensor, not {type(value).__name__}: torch.as_tensor({what})")
+            raise UserError(f"{what} must be a torch tensor, not {type(value).__name__}: use torch.as_tensor({what})")
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"images must be float32 (B, C, H, W) in [0, 1], not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
@@ -54,20 +54,20 @@ def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
     if isinstance(threat, PerExample) and threat.labels.shape != y.shape:
         raise UserError(f"{len(x)} images need {len(x)} threat labels, not {tuple(threat.labels.shape)}")
     if isinstance(threat, PerExample) and (wrong := set(threat.labels.tolist()) - set(range(len(threat.threats)))):
-        raise UserError(f"threat labels must lie in 0..{len(threat.threats) - 1}, not {sorted(wrong)}")
+        raise UserError(f"threat labels must be in 0..{len(threat.threats) - 1}, not {sorted(wrong)}")
     if not isinstance(threat, (Threat, PerExample)):
         raise UserError(f"the threat must be a Threat such as LpBall(norm='Linf', eps=8/255), not {threat!r}")
 
 
 def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
-    """One wait for the device per attack, none inside :func:`checked_later`: input in the box, results inside their
-    threats and finite, labels from 0 (-100 has no loss in torch).
+    """Check that inputs are in [0, 1], results finite and inside their threats, and labels at least 0 (torch ignores
+    label -100 in its loss). Waits for the device once, or not at all inside :func:`checked_later`.
 
     Args:
-        x: the originals (B, C, H, W).
+        x: the original images (B, C, H, W).
         y: their labels (B,).
-        results: what the attack made of them, each (B, C, H, W).
-        allowed: bool (B,): whose results are all inside their threat.
+        results: the attack's images, each (B, C, H, W).
+        allowed: bool (B,): whether all results for an example are inside its threat.
     """
     inside = ((x >= 0) & (x <= 1)).all()
     passed = allowed.all() & inside & (y >= 0).all()
@@ -97,10 +97,12 @@ _LATER: ContextVar[list[Callable[[], None]] | None] = ContextVar("later", defaul
 
 @contextmanager
 def checked_later() -> Iterator[Callable[[], None]]:
-    """Inside, no attack waits for its checks, so that what comes after it is queued on the device meanwhile.
+    """Postpone the checks of attacks inside the context, so that the work after an attack is queued on the device
+    without waiting.
 
-    Gives the function that makes the checks since its last call, and raises what they find. What breaks off inside is
-    raised only if they find nothing: they come before it.
+    Yields a function that runs the checks postponed since its last call and raises the first error they find. An
+    exception raised inside the context propagates only if the postponed checks, which belong to earlier work, find
+    nothing.
     """
     pending: list[Callable[[], None]] = []
 
@@ -120,18 +122,18 @@ def checked_later() -> Iterator[Callable[[], None]]:
 
 
 def check_bound(kind: str, inside: Tensor, measured: Tensor) -> None:
-    """Refuse results outside of a bound that an attack checks itself.
+    """Refuse results outside a bound that an attack enforces itself.
 
     Args:
-        inside: bool (B,), whose result is allowed.
-        measured: (B, ...), what that was decided from.
+        inside: bool (B,), whether each result is allowed.
+        measured: (B, ...), the values that ``inside`` was computed from.
 
     Raises:
-        FloatingPointError: it is not finite, as the model's gradients were not.
-        AssertionError: it is, and a result is outside: a bug in the attack.
+        FloatingPointError: a value is not finite, because the model's gradients were not.
+        AssertionError: all values are finite and a result is outside: a bug in the attack.
     """
     if bool(inside.all()):
         return
     if not bool(measured.isfinite().all()):
-        raise FloatingPointError(f"{kind} met gradients of the model that are not finite")
+        raise FloatingPointError(f"{kind}: the gradients of the model are not finite")
     raise AssertionError(f"{kind} left its bound on {int((~inside).sum())} of {len(inside)} examples: a bug")

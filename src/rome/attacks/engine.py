@@ -1,4 +1,4 @@
-"""What attacks need of a model: loss, input gradient and verdict, with the model frozen."""
+"""What attacks need from a model: loss, input gradient and correctness, computed while the model is frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.checks import explained
+from rome.attacks.checks import explain_failure
 from rome.core.device import channels_last_pays
 from rome.core.errors import UserError
 from rome.core.graphs import Graphs, copies
@@ -24,11 +24,11 @@ LAST = torch.channels_last
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
-    """log of the odds against each label, log sum_{j != y} exp(z_j) - z_y, in float32 at least: (B,).
+    """Log odds against each label, log sum_{j != y} exp(z_j) - z_y, in float32 or wider: (B,).
 
-    The cross-entropy is its softplus, so both rise in the same direction. But where a model is confident the
-    cross-entropy and its gradient vanish in float32, from a lead of 17 of the label's logit on in parts, from 104 on
-    altogether, and an attack on it would stand still.
+    The cross-entropy is the softplus of the log odds, so both rise in the same direction. But where a model is
+    confident, the cross-entropy and its gradient vanish in float32 (partly once the label's logit leads by 17, entirely
+    from 104 on), and an attack on the cross-entropy would make no progress.
     """
     logits = at_least_float32(logits)
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
@@ -36,9 +36,9 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`log_odds` per example (B,), correctness (B,) and input gradient (B, C, H, W), in one forward and backward.
+    """Return :func:`log_odds` (B,), correctness (B,) and input gradient (B, C, H, W) from one forward and backward.
 
-    They are summed, so that an example's gradient does not depend on its batch mates.
+    The losses are summed, not averaged, so that an example's gradient does not depend on the size of the batch.
     """
     at_once = _AT_ONCE.get(model, len(x)) if isinstance(model, nn.Module) else len(x)
 
@@ -65,13 +65,13 @@ _AT_ONCE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def differentiate_in_parts(model: nn.Module, at_once: int) -> None:
-    """From now on :func:`loss_and_gradient` of this model takes that many images at once: less memory, and the same
-    numbers."""
+    """Make :func:`loss_and_gradient` process this model's batches in parts of ``at_once`` images from now on: it needs
+    less memory and gives the same numbers."""
     _AT_ONCE[model] = at_once
 
 
 def logits_of(model: Model, x: Tensor) -> Tensor:
-    """The model's logits (B, classes), to be differentiated with respect to ``x`` before its next call."""
+    """The model's logits (B, classes); their gradient with respect to ``x`` must be taken before the next call."""
     if (graphs := graphs_of(model)) is None:
         return model(x)
     call = graphs.differentiable if x.requires_grad and torch.is_grad_enabled() else graphs.call
@@ -80,7 +80,7 @@ def logits_of(model: Model, x: Tensor) -> Tensor:
 
 
 class _Attached(NamedTuple):
-    """The graphs of a model, and where it holds its tensors: to walk through its modules takes long."""
+    """The graphs of a model and the places of its tensors, stored because traversing its modules takes long."""
 
     graphs: Graphs
     parameters: list[dict[str, Any]]
@@ -93,12 +93,12 @@ _GRAPHS: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
 
 @contextmanager
 def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
-    """Inside, attacks on this module use these graphs (None: none), which are released afterwards.
+    """Let attacks on this model use these CUDA graphs inside the context (None: no graphs); release them afterwards.
 
-    Functions, programs of TorchScript and models on several devices are called as they are.
+    Plain functions, TorchScript programs and models on several devices are called without graphs.
     """
-    apart = (nn.DataParallel, torch.jit.ScriptModule)
-    if graphs is None or not isinstance(model, nn.Module) or any(isinstance(each, apart) for each in model.modules()):
+    plain = (nn.DataParallel, torch.jit.ScriptModule)
+    if graphs is None or not isinstance(model, nn.Module) or any(isinstance(each, plain) for each in model.modules()):
         yield
         return
     before = _GRAPHS.get(model)
@@ -120,21 +120,24 @@ def graphed(model: Model, graphs: Graphs | None) -> Iterator[None]:
 
 
 def graphs_of(model: Model) -> Graphs | None:
-    """The graphs that calls of a model use whose weights do not change; None where it is called as it is."""
+    """The graphs that calls of a model use while its weights do not change; None if it is called without graphs."""
     attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
     return attached.graphs if attached is not None and attached.graphs.ready else None
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
-    """A batch with rows of zeros added to the next multiple of ``rows``."""
+    """Pad a batch with rows of zeros to the next multiple of ``rows``."""
     missing = -len(x) % rows
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 @contextmanager
 def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
-    """The graphs of a model whose weights do not change inside, made ready for it; None if it has none, inside another
-    such context, and where gates are recorded, since a graph that is replayed records nothing."""
+    """Make the graphs of a model ready for use while its weights do not change.
+
+    Yields None if the model has no graphs, if they are already in use, or while gates are recorded, since a replayed
+    graph records nothing.
+    """
     attached = _GRAPHS.get(model)
     if attached is None or attached.graphs.ready or any(layer.sink is not None for layer in attached.layers):
         yield None
@@ -148,26 +151,26 @@ def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} z_j - z_y of each example: (B,), positive where it is misclassified."""
+    """Margin max_{j != y} z_j - z_y of each example: (B,), positive where it is misclassified."""
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf)
     return others.amax(dim=1) - logits.gather(1, y.unsqueeze(1)).squeeze(1)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits of autocast in float32, others as they are."""
+    """Convert half-precision logits to float32; return all others unchanged."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; every flag and weight as it was afterwards.
+    """Put the model in evaluation mode without parameter gradients; restore every flag and weight afterwards.
 
     BatchNorm statistics do not move, dropout is off, and the backward computes input gradients only. Under autocast the
-    weights of matrix products are cast once instead of at every step, with results that are the same to the last bit:
-    autocast's own cache skips frozen weights. On a CPU the weights of convolutions are put in the order channels last.
-    Such copies stand in the parameters' places and leave these untouched: another type of data inside one would cut
-    DistributedDataParallel's hooks off, which hang on its gradient's accumulator. Where the model has graphs, what is
-    computed of weights lies where these read it.
+    weights of matrix products are cast once instead of at every step, with bitwise identical results: autocast's own
+    cache skips frozen weights. On a CPU the weights of convolutions are stored channels last. These copies temporarily
+    replace the parameters instead of changing their data: a parameter with data of a different dtype would lose
+    DistributedDataParallel's hooks, which are attached to its gradient accumulator. If the model has graphs, everything
+    computed from weights is in the buffers that the graphs read.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -175,58 +178,56 @@ def frozen(model: Model) -> Iterator[None]:
     if reason := unusable([*model.parameters(), *model.buffers()]):
         raise UserError(f"{THE_MODEL} {reason}")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, nn.Parameter, dict[str, Any]]] = []
     with evaluating(model), graphs_on(model) as graphs:
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
-            weights = list(_weights_to_copy(model))
-            replaced = [(module, name, module.get_parameter(name)) for module, name, _ in weights]
-            own = [parameter.detach() for _, _, parameter in replaced]
-            forms = [form for _, _, form in weights]
-            if graphs is None:
-                faster = [weight.to(**form) for weight, form in zip(own, forms, strict=True)]
-            else:
-                faster = [graphs.buffer(weight, **form) for weight, form in zip(own, forms, strict=True)]
-                _anew(faster, own)
-            for (module, name, _), weight in zip(weights, faster, strict=True):
+            replaced = list(_weights_to_copy(model))
+            own = [parameter.detach() for _, _, parameter, _ in replaced]
+            copy: Callable[..., Tensor] = Tensor.to if graphs is None else graphs.buffer
+            faster = [copy(weight, **form) for weight, (*_, form) in zip(own, replaced, strict=True)]
+            if graphs is not None:
+                _recompute(faster, own)
+            for (module, name, *_), weight in zip(replaced, faster, strict=True):
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
             with joined(layers, None if graphs is None else graphs.fixed) as join:
                 if graphs is not None:
-                    graphs.refresh = partial(_anew, faster, own, join)
+                    graphs.refresh = partial(_recompute, faster, own, join)
                 yield
         finally:
-            for module, name, parameter in replaced:
+            for module, name, parameter, _ in replaced:
                 module._parameters[name] = parameter
             for parameter in wanted:
                 parameter.requires_grad_(True)
 
 
-def _anew(copies: list[Tensor], weights: list[Tensor], join: Callable[[], None] = lambda: None) -> None:
-    """Make anew what is made of weights."""
+def _recompute(copies: list[Tensor], weights: list[Tensor], join: Callable[[], None] = lambda: None) -> None:
+    """Recompute everything that is derived from weights."""
     if copies:
         torch._foreach_copy_(copies, weights)
     join()
 
 
 class Search(NamedTuple):
-    """A search of a batch, as a function of tensors."""
+    """A search over a batch, as a function of tensors."""
 
     key: Hashable
-    """With the tensors' shapes, whatever it depends on beside them and the model. None: no graph can hold it, because
-    it waits for results."""
+    """Together with the tensors' shapes, everything that the search depends on besides the tensors and the model.
+    None: it cannot be a graph, because it waits for results."""
     function: Callable[..., Any]
     tensors: tuple[Tensor, ...]
 
 
-def searched(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
-    """What searches with a frozen model find in images x (B, C, H, W) with labels y (B,).
+def run_searches(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
+    """Return the results of searches with a frozen model on images x (B, C, H, W) with labels y (B,).
 
-    Where graphs hold all of them, these are all that runs: whatever is made of weights is made inside of them.
+    If every search has been captured as a graph, only the graphs run: they also recompute everything that is derived
+    from weights.
 
     Raises:
-        UserError: a search broke off because of the model or the labels (:func:`explained`).
+        UserError: a search failed because of the model or the labels (:func:`explain_failure`).
     """
     with torch.no_grad():
         attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
@@ -235,19 +236,19 @@ def searched(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, grad
                 found = [graphs.captured(search.key, *search.tensors) for search in searches] if graphs else []
                 if (entries := [entry for entry in found if entry]) and len(entries) == len(searches):
                     return [copies(entry(*search.tensors)) for entry, search in zip(entries, searches, strict=True)]
-        with frozen(model), explained(model, x, y, gradient=gradient):
+        with frozen(model), explain_failure(model, x, y, gradient=gradient):
             graphs = graphs_of(model)
             if graphs is None or not graphs.whole:
                 return [search.function(*search.tensors) for search in searches]
             return [
                 search.function(*search.tensors)
                 if search.key is None
-                else graphs.call(search.key, _with_weights_anew(graphs, search.function), *search.tensors)
+                else graphs.call(search.key, _with_recomputed_weights(graphs, search.function), *search.tensors)
                 for search in searches
             ]
 
 
-def _with_weights_anew(graphs: Graphs, function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_recomputed_weights(graphs: Graphs, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*tensors: Tensor) -> Any:
         graphs.refresh()
         return function(*tensors)
@@ -255,9 +256,9 @@ def _with_weights_anew(graphs: Graphs, function: Callable[..., Any]) -> Callable
     return run
 
 
-def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any]]]:
-    """The float32 weights of products that are faster in another form: module, name, and ``dtype`` where autocast casts
-    them before every product, ``memory_format`` for convolutions on a CPU."""
+def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, dict[str, Any]]]:
+    """The float32 weights that are faster in a different form: module, name, parameter and the arguments of
+    ``Tensor.to``: ``dtype`` if autocast would cast them at every use, ``memory_format`` for convolutions on a CPU."""
     first = next(model.parameters(), None)
     if first is None:
         return
@@ -265,12 +266,12 @@ def _weights_to_copy(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[st
     cast = {"dtype": torch.get_autocast_dtype(kind)} if torch.is_autocast_enabled(kind) else {}
     products = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for module in model.modules():
-        # with the experts' A and B, which belong to a Linear; other subclasses may change their weight before using it,
-        # as the hooks of weight_norm and spectral_norm do
+        # including layers with experts and their A and B; other subclasses, and hooks such as those of weight_norm and
+        # spectral_norm, may change the weight before it is used
         plain = type(module) in products and not module._forward_pre_hooks
         if plain or (isinstance(module, MixtureLayer) and isinstance(module, products)):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
                     reorder = last and parameter.ndim == 4 and not parameter.is_contiguous(memory_format=LAST)
                     if form := {**cast, **({"memory_format": LAST} if reorder else {})}:
-                        yield module, name, form
+                        yield module, name, parameter, form

@@ -1,4 +1,4 @@
-"""Attacks that bound their perturbation by a measure of their own, and so search among all images."""
+"""Attacks that bound their perturbation by a measure of their own and so run under a threat that allows any image."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rome.threats import AnyImage
 from rome.threats.lp import RTOL
 
 Form = Literal["corrected", "published"]
-"""``published``: what the released code computes, its defects included, to compare with numbers that came from it;
-docs/decisions/unseen-transforms.md and perceptual.md list them."""
+"""``published`` computes what the released code computes, including its defects, for comparison with published numbers;
+docs/decisions/unseen-transforms.md and perceptual.md list the defects."""
 
 
 class FreeAttack(Attack):
-    """Base of attacks that run under :class:`AnyImage` and check their own bound after the search."""
+    """Base of the attacks that run under :class:`AnyImage` and enforce a bound of their own."""
 
     searches = (
         AnyImage,
@@ -32,66 +32,68 @@ class FreeAttack(Attack):
     draws_by_image: ClassVar[bool] = True
 
     def check(self, size: Tensor, bound: float) -> None:
-        """Refuse a result outside of the attack's own bound (:func:`rome.attacks.checks.check_bound`).
+        """Refuse a result outside the attack's own bound (:func:`rome.attacks.checks.check_bound`).
 
         Args:
-            size: (B,), how much of the bound each example used.
+            size: (B,), size of each perturbation, in the units of ``bound``.
         """
         check_bound(self.kind, size <= bound * (1 + RTOL), size)
 
 
 class LastIterate(FreeAttack):
-    """Base of the free attacks that return their last iterate, as published, or with ``stop`` the first wrong one."""
+    """Base of the free attacks that return their last iterate, as published, or the first misclassified (``stop``)."""
 
     stop: bool = False
-    """An example is done with its first image that is misclassified, and costs no passes of the model any more. At
-    least as strong as the last image, which may be classified correctly again; not the published protocol."""
+    """Stop searching for an example at its first misclassified image, which saves the remaining forward and backward
+    passes. At least as strong as returning the last image, which may be classified correctly again, but not the
+    published protocol."""
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         if not self.stop:
             images = self.last(model, x, y, noise)
         else:
-            leaving = _Leaving(model, x, y)
+            stopping = _StoppingModel(model, x, y)
             try:
-                images = self.last(leaving, x, y, noise)
-            except _NobodyLeftError:
+                images = self.last(stopping, x, y, noise)
+            except _AllDoneError:
                 images = x
-            images = torch.where(leaving.gone.view(-1, 1, 1, 1), leaving.images.clamp(0, 1), images)
+            images = torch.where(stopping.done.view(-1, 1, 1, 1), stopping.images.clamp(0, 1), images)
         return AttackResult(images, images, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
 
     @abstractmethod
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        """The last iterate (B, C, H, W) of a search whose every forward is at images that are allowed.
+        """Return the last iterate (B, C, H, W) of a search that evaluates the model only at allowed images.
 
-        Nobody's steps may depend on the logits of others: of examples that are done these are zero, with no gradient.
+        The steps of an example must not depend on the logits of other examples: once an example is done, its logits are
+        zero and have no gradient.
         """
 
 
-class _Leaving:
-    """A model that computes only the examples not misclassified before, and records the others' first wrong images.
+class _StoppingModel:
+    """A model that evaluates only examples not misclassified so far and records the first misclassified image of each.
 
     Waits for the device at every forward.
     """
 
     def __init__(self, model: Model, x: Tensor, y: Tensor) -> None:
         self.model, self.y = model, y
-        self.images, self.gone = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+        self.images, self.done = x.clone(), torch.zeros_like(y, dtype=torch.bool)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = (~self.gone).nonzero().flatten()
+        rows = (~self.done).nonzero().flatten()
         if not len(rows):
-            raise _NobodyLeftError
+            raise _AllDoneError
         logits = self.model(x[rows])
         wrong = rows[logits.detach().argmax(dim=1) != self.y[rows]]
         self.images[wrong] = x.detach()[wrong]
-        self.gone[wrong] = True
+        self.done[wrong] = True
         return logits.new_zeros(len(x), logits.shape[1]).index_copy(0, rows, logits)
 
 
-class _NobodyLeftError(Exception):
+class _AllDoneError(Exception):
     """Every example is done."""
 
 
 def changed_pixels(x_adv: Tensor, x: Tensor) -> Tensor:
-    """How many pixels differ in any channel: int64 (B,)."""
+    """Number of pixels that differ in any channel: int64 (B,)."""
     return (x_adv != x).any(dim=1).flatten(1).sum(dim=1)

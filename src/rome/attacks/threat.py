@@ -1,7 +1,8 @@
-"""Threats that an attack defines: what StAdv, ReColorAdv, fog and their like may do to an image, to be trained on.
+"""Threats defined by an attack, such as StAdv, ReColorAdv or fog, so that models can be trained on them.
 
 Laidlaw et al., "Perceptual adversarial robustness" (ICLR 2021, Table 2), train on StAdv and ReColorAdv, each alone and
-joined with Linf and L2 by chance, mean or maximum (github.com/cassidylaidlaw/perceptual-advex, ``adv_train.py``).
+combined with Linf and L2 at random, by their mean or by their maximum (github.com/cassidylaidlaw/perceptual-advex,
+``adv_train.py``).
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from rome.threats import AnyImage, Perceptual, Threat
 
 
 class AttackThreat(Threat):
-    """All images that one attack may make: wherever this threat is met, that attack searches it.
+    """All images that a given attack can produce: only that attack searches this threat.
 
-    The attack that a config names searches all other threats. Most attacks here bound their perturbation themselves and
-    check it; what :meth:`contains` checks is then the box alone. One that needs a threat to search gets ``inside``.
+    The attack named in a config searches all other threats. Most attacks here bound their perturbation themselves and
+    check it; :meth:`contains` then only checks that images are in [0, 1]. An attack that needs a threat to search in
+    takes it from ``inside``.
     """
 
     kind = "attack"
     attack: Attack
-    """What searches this threat wherever it is met."""
+    """The attack that searches this threat wherever it occurs."""
     inside: Threat | None = None
-    """Where to search: a perceptual threat of features ``self``, or an Lp ball. None: the attack has its own bound."""
+    """The threat to search in: a perceptual one with features ``self``, or an Lp ball. None: the attack has its own
+    bound."""
     label: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]*)?$")
-    """The name of the column; empty: the attack's kind and number of steps, such as ``stadv-10``."""
+    """Name of the column; empty: the attack's kind and number of steps, such as ``stadv-10``."""
 
     @model_validator(mode="after")
     def _can_be_trained_on(self) -> AttackThreat:
@@ -37,7 +40,7 @@ class AttackThreat(Threat):
             hint = "" if self.inside is not None else "; give it a threat to search (inside: ...)"
             raise ValueError(f"{error}{hint}") from None
         if self.attack.untrained:
-            raise ValueError(f"{self.attack.kind} makes no threat to train on: it {self.attack.untrained}")
+            raise ValueError(f"{self.attack.kind} cannot define a threat to train on: it {self.attack.untrained}")
         if isinstance(self.inside, Perceptual) and self.inside.features != "self":
             raise ValueError(
                 f"the network {self.inside.features!r} would be read at every update; measure with features: self, or "
@@ -47,7 +50,7 @@ class AttackThreat(Threat):
 
     @property
     def place(self) -> Threat:
-        """Where the attack searches."""
+        """The threat in which the attack searches."""
         return AnyImage(label=self.attack.kind) if self.inside is None else self.inside
 
     @property
@@ -61,19 +64,19 @@ class AttackThreat(Threat):
         return self.place.project(x_adv, x)
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """In the measure of ``inside``; without one the largest change of a pixel: (B,)."""
+        """Size in the measure of ``inside``, or the largest change of a pixel without one: (B,)."""
         return self.place.size(x_adv, x)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """According to ``inside``; without one, which examples are in the box."""
+        """Which examples are allowed by ``inside``, or in [0, 1] without one: bool (B,)."""
         return self.place.contains(x_adv, x)
 
 
 def check_channels(threats: tuple[Threat, ...], attack: Attack, channels: int) -> None:
-    """See before a run starts whether the attacks have a meaning on such images.
+    """Check before a run starts that every attack is defined for images with this many channels.
 
     Raises:
-        UserError: one has none.
+        UserError: one is not.
     """
     for threat in threats:
         searcher, _ = threat.searched_by(attack)

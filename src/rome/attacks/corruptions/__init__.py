@@ -1,1 +1,1 @@
-"""Common corruptions: fixed changes of the images, in five severities."""
+"""Common corruptions: fixed changes of images at five severities."""

@@ -17,11 +17,11 @@ from rome.threats import AnyImage
 
 
 class Corruption(Attack):
-    """A common corruption: not an attack but a fixed transform of every image, without steps and blind to the model.
+    """A common corruption: a fixed transform of every image, independent of the model, and so not an attack.
 
-    Its accuracy counts all images: one that the model gets wrong may become right. Without ``path`` the images are made
-    here; with it they are read from CIFAR-10-C, where they are found by their number, so that :meth:`images` must be
-    called.
+    All images count towards its accuracy, because a misclassified image may become correctly classified. Without
+    ``path`` the corrupted images are generated here; with it they are read from CIFAR-10-C by their number in the test
+    set, which only :meth:`images` is given.
     """
 
     kind = "corruption"
@@ -32,18 +32,18 @@ class Corruption(Attack):
     untrained: ClassVar[str] = "is a fixed change that searches nothing"
 
     type: CorruptionType
-    """Such as ``fog`` or ``gaussian_noise``, as CIFAR-10-C names them."""
+    """Name of the corruption in CIFAR-10-C, such as ``fog`` or ``gaussian_noise``."""
     severity: int = Field(ge=1, le=5)
     """From 1, the weakest, to 5."""
     path: str | None = None
-    """The unpacked folder of CIFAR-10-C; None makes the images."""
+    """The unpacked folder of CIFAR-10-C; None: the images are generated."""
     constants: Constants | None = None
-    """Whose severities to make; None is CIFAR-10-C's up to 32 pixels and ImageNet-C's above."""
+    """Which benchmark's severities to generate; None: CIFAR-10-C's up to 32 pixels and ImageNet-C's above."""
 
     @model_validator(mode="after")
     def _made_or_read(self) -> Self:
         if self.path is not None and self.constants is not None:
-            raise ValueError("constants are of images that are made; with path they are read: leave one out")
+            raise ValueError("constants apply to generated images and path to images that are read: leave one out")
         return self
 
     def unsuited(self, channels: int) -> str:
@@ -55,16 +55,16 @@ class Corruption(Attack):
         return (SEEDS,)
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
-        """The corrupted images, like ``x``.
+        """Return the corrupted images, with shape, dtype and device of ``x``.
 
         Args:
             x: clean images (B, C, H, W) in [0, 1].
             y: their labels, int64 (B,).
-            numbers: their places in the test set, int64 (B,); for CIFAR-10-C.
-            source: for images made here.
+            numbers: their positions in the test set, int64 (B,); used for CIFAR-10-C.
+            source: random numbers for generated images.
 
         Raises:
-            UserError: CIFAR-10-C is not there, or has other labels or images of another size.
+            UserError: CIFAR-10-C is missing, or its labels or the size of its images differ.
         """
         if self.path is None:
             return corrupt(x, self.type, self.severity, source.by_image(x, (SEEDS,)), self.constants)
@@ -75,8 +75,8 @@ class Corruption(Attack):
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         if self.path is not None:
             raise UserError(
-                "a corruption read from CIFAR-10-C needs the numbers of the images: call Corruption.images, "
-                "or leave path out to make the images"
+                "a corruption that is read from CIFAR-10-C needs the numbers of the images: call Corruption.images, "
+                "or leave path out to generate the images"
             )
         found = corrupt(x, self.type, self.severity, noise, self.constants)
         return AttackResult(found, found, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)

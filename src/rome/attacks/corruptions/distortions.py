@@ -1,12 +1,12 @@
-"""The 15 common corruptions of Hendrycks and Dietterich (ICLR 2019), each a function of one image.
+"""The 15 common corruptions of Hendrycks and Dietterich (ICLR 2019), each as a function of one image.
 
-``f(image, c, rng)``: image uint8 (H, W, C) with C = 1 or 3, constants c of a severity (``severities.json``), result
-float (H, W, C) on the scale 0..255, to be clipped and cut to whole numbers. Definitions as in
-github.com/hendrycks/robustness (``make_cifar_c.py``, ``make_imagenet_c.py``), without OpenCV, scikit-image and
-ImageMagick: their filters, borders and angles are stated where they matter.
+``f(image, c, rng)`` takes an image uint8 (H, W, C) with C = 1 or 3 and the constants c of a severity
+(``severities.json``); it returns float (H, W, C) on the scale 0..255, which the caller clips and truncates to whole
+numbers. Definitions follow github.com/hendrycks/robustness (``make_cifar_c.py``, ``make_imagenet_c.py``), without
+OpenCV, scikit-image and ImageMagick: their filters, borders and angles are stated where they matter.
 
-One is not the original's: frost. It adds crops of photographs, which cannot be shipped; here a texture is drawn with
-their colours, contrasts and spectrum.
+Only frost differs from the original, which adds crops of photographs that cannot be shipped; here a texture with their
+colours, contrasts and spectrum is generated instead.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def gaussian_noise(image: Bytes, c: float, rng: Rng) -> Array:
 
 
 def shot_noise(image: Bytes, c: float, rng: Rng) -> Array:
-    """Poisson counts of c photons at white."""
+    """Poisson counts, with c photons for white."""
     return 255 * rng.poisson(image / 255 * c) / c
 
 
 def impulse_noise(image: Bytes, c: float, rng: Rng) -> Array:
-    """A share c of the values (of every channel by itself) becomes 0 or 255."""
+    """A share c of the values, in each channel independently, becomes 0 or 255."""
     hit = rng.random(image.shape) <= c
     return np.where(hit, 255.0 * (rng.random(image.shape) <= 0.5), image)
 
 
 def defocus_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
-    """Convolution with a disk of radius c0, its edge smoothed by a Gaussian of sigma c1."""
+    """Convolution with a disk of radius c0 whose edge is smoothed by a Gaussian of sigma c1."""
     from scipy import ndimage
 
     radius, sigma = c
@@ -57,10 +57,10 @@ def defocus_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
 
 
 def glass_blur(image: Bytes, c: tuple[float, int, int], rng: Rng) -> Array:
-    """Blur of sigma c0; c2 times every pixel, from the last to the first, takes the colour of one at most c1 away;
-    blur again.
+    """Blur with sigma c0; c2 times, from the last pixel to the first, give each the colour of a random pixel at most c1
+    away; blur again.
 
-    The original means to swap the two pixels, but its assignment through views copies one over the other.
+    The original is meant to swap the two pixels, but its assignment through views copies one over the other.
     """
     sigma, reach, times = c
     height, width, channels = image.shape
@@ -77,23 +77,23 @@ def glass_blur(image: Bytes, c: tuple[float, int, int], rng: Rng) -> Array:
 
 
 def motion_blur(image: Bytes, c: tuple[int, float], rng: Rng) -> Array:
-    return _moved(image.astype(float), c, rng.uniform(-45, 45))
+    return _motion_blurred(image.astype(float), c, rng.uniform(-45, 45))
 
 
 def zoom_blur(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
-    """The mean of the image and its enlargements by 1, 1 + c1 .. up to c0."""
+    """The mean of the image and its enlargements by 1, 1 + c1, 1 + 2 c1 .. up to c0."""
     factors = np.arange(1, *c)
     enlarged = [_zoomed(image.astype(float), factor) for factor in factors]
     return np.asarray((image + np.sum(enlarged, axis=0)) / (len(factors) + 1))
 
 
 def snow(image: Bytes, c: tuple[float, float, float, float, int, float, float], rng: Rng) -> Array:
-    """Gaussian flakes (mean c0, deviation c1), enlarged by c2, only those above c3, drawn out by a motion blur (c4,
-    c5); the layer and itself turned upside down are added to the image, paled by 1 - c6."""
+    """Gaussian flakes (mean c0, standard deviation c1), enlarged by c2, kept above c3 and stretched by a motion blur
+    (c4, c5); this layer and its rotation by 180 degrees are added to the image, which is made paler by 1 - c6."""
     mean, deviation, zoom, threshold, radius, sigma, keep = c
     layer = _zoomed(rng.normal(mean, deviation, size=(*image.shape[:2], 1)), zoom)
     layer = np.floor(255 * np.where(layer < threshold, 0, layer).clip(0, 1))
-    layer = _moved(layer, (radius, sigma), rng.uniform(-135, -45))
+    layer = _motion_blurred(layer, (radius, sigma), rng.uniform(-135, -45))
     weights = (0.299, 0.587, 0.114) if image.shape[2] == 3 else (1.0,)
     gray = (image * np.array(weights)).sum(axis=2, keepdims=True)
     pale = keep * image + (1 - keep) * np.maximum(image, 1.5 * gray + 127.5)
@@ -107,25 +107,26 @@ FROSTS = (
     ((0.54, 0.60, 0.65), 0.12),
     ((0.44, 0.48, 0.53), 0.13),
 )
-"""Mean colour of the five photographs the original draws from, and the contrast (standard deviation) of their 224 x 224
-crops; two are nearly the same."""
+"""Mean colours of the five photographs used by the original, and contrasts (standard deviations) of their 224 x 224
+crops; two of the photographs are nearly the same."""
 
 
 def frost(image: Bytes, c: tuple[float, float, float], rng: Rng) -> Array:
-    """c0 times the image and c1 times a frost texture at c2 of a photograph's size."""
+    """c0 times the image plus c1 times a frost texture, scaled as a photograph resized by c2."""
     keep, weight, scale = c
     tone, contrast = FROSTS[rng.integers(len(FROSTS))]
     height, width, channels = image.shape
     colour = np.array(tone if channels == 3 else [np.mean(tone)])
-    # at a fifth of the size, 32 x 32 crops of the photographs have 0.65 of the contrast
-    texture = (colour + contrast * scale**0.27 * ice(height, width, rng)[:, :, None]).clip(0, 1)
+    # resized to a fifth, 32 x 32 crops of the photographs have 0.65 times the contrast
+    texture = (colour + contrast * scale**0.27 * frost_texture(height, width, rng)[:, :, None]).clip(0, 1)
     return keep * image + weight * 255 * texture
 
 
-def ice(height: int, width: int, rng: Rng) -> Array:
-    """Crossing needles, mean 0, deviation 1, whose power falls about as frequency^-1.5 (the photographs': between -0.8
-    and -1.7): bright along the zeros of three random fields, each drawn out fourfold along its own direction."""
-    shape = (2 * height, 2 * width)  # the FFT's fields are periodic: only a quarter is used
+def frost_texture(height: int, width: int, rng: Rng) -> Array:
+    """Texture of crossing needles with mean 0 and standard deviation 1: bright along the zeros of three random fields,
+    each stretched fourfold along its own direction. Its power falls about as frequency^-1.5 (exponents of the
+    photographs: -0.8 to -1.7)."""
+    shape = (2 * height, 2 * width)  # fields from an FFT are periodic, so only a quarter is used
     down, right = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
     nearest = np.full((height, width), np.inf)
     for angle in rng.uniform(0, np.pi, size=3):
@@ -139,7 +140,7 @@ def ice(height: int, width: int, rng: Rng) -> Array:
 
 
 def fog(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
-    """c0 times a plasma map in [0, 1] is added, and the range brought back to the image's; offsets of the map within
+    """Add c0 times a plasma map in [0, 1], then rescale to the maximum of the image; the map's offsets are within
     +-w^2, w = 100 / c1^level."""
     amount, decay = c
     height, width, _ = image.shape
@@ -154,28 +155,28 @@ def fog(image: Bytes, c: tuple[float, float], rng: Rng) -> Array:
 
 
 def brightness(image: Bytes, c: float, rng: Rng) -> Array:
-    """V + c in HSV, which scales all channels alike; black becomes gray."""
+    """Add c to V in HSV, which scales all channels equally; black becomes gray."""
     value = image.max(axis=2, keepdims=True) / 255
     brighter = (value + c).clip(0, 1)
     return 255 * np.where(value > 0, image / 255 * brighter / np.where(value > 0, value, 1), brighter)
 
 
 def contrast(image: Bytes, c: float, rng: Rng) -> Array:
-    """c times the distance from the mean of each channel."""
+    """Multiply the distance from each channel's mean by c."""
     x = image / 255
     mean = x.mean(axis=(0, 1), keepdims=True)
     return np.asarray(255 * ((x - mean) * c + mean))
 
 
 def elastic_transform(image: Bytes, c: tuple[float, float, float], rng: Rng) -> Array:
-    """A random affine map, then a random flow. Lengths in sides of the image: the flow is c0 times noise in [-1, 1]
-    smoothed by c1, and three points of a square move by up to c2 in each direction."""
+    """A random affine map, then a random flow. Lengths are shares of the image's side: the flow is c0 times noise in
+    [-1, 1] smoothed with sigma c1, and three corners of a square move by up to c2 in each direction."""
     height, width, _ = image.shape
     strength, sigma, jitter = (min(height, width) * value for value in c)
     middle, arm = np.array((width, height)) // 2, min(height, width) // 3
     corners = middle + arm * np.array(((1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)))  # (x, y)
     moved = corners + rng.uniform(-jitter, jitter, size=corners.shape)
-    back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # (x, y, 1) -> where it came from
+    back = np.linalg.solve(np.column_stack((moved, np.ones(3))), corners)  # (x, y, 1) -> source (x, y)
     y, x = np.mgrid[:height, :width].astype(float)
     right, down = np.moveaxis(np.stack((x, y, np.ones_like(x)), axis=2) @ back, 2, 0)
     mapped = _sampled(image / 255, down, right, "mirror")
@@ -208,14 +209,14 @@ def _array(image: Image.Image) -> Array:
 
 
 def _gaussian(image: Array, sigma: float, mode: str = "nearest", truncate: float = 4) -> Array:
-    """Over rows and columns only; by default with scikit-image's borders and reach."""
+    """Gaussian filter over rows and columns only, by default with scikit-image's border mode and truncation."""
     from scipy import ndimage
 
     return np.asarray(ndimage.gaussian_filter(image, sigma, axes=(0, 1), mode=mode, truncate=truncate))
 
 
 def _sampled(image: Array, rows: Array, columns: Array, mode: str) -> Array:
-    """Bilinear, at these places (H, W) of every channel."""
+    """Sample every channel bilinearly at the positions ``rows`` and ``columns`` (H, W)."""
     from scipy import ndimage
 
     planes = [ndimage.map_coordinates(plane, (rows, columns), order=1, mode=mode) for plane in np.moveaxis(image, 2, 0)]
@@ -223,7 +224,7 @@ def _sampled(image: Array, rows: Array, columns: Array, mode: str) -> Array:
 
 
 def _zoomed(image: Array, factor: float) -> Array:
-    """The middle of the image, enlarged to its size, bilinear."""
+    """Enlarge the middle of the image to the size of the image, bilinearly."""
     from scipy import ndimage
 
     crop = [int(np.ceil(side / factor)) for side in image.shape[:2]]
@@ -233,9 +234,9 @@ def _zoomed(image: Array, factor: float) -> Array:
     return np.asarray(large[top : top + image.shape[0], left : left + image.shape[1]])
 
 
-def _moved(image: Array, c: tuple[int, float], angle: float) -> Array:
-    """ImageMagick's motion blur, in whole grey levels: a half Gaussian of sigma c1 and 2 c0 + 1 taps, one pixel apart
-    in the direction of the angle (degrees, 0 to the right, 90 down), edge pixels repeated."""
+def _motion_blurred(image: Array, c: tuple[int, float], angle: float) -> Array:
+    """ImageMagick's motion blur, in whole grey levels: a one-sided Gaussian of sigma c1 with 2 c0 + 1 taps, one pixel
+    apart in the direction of the angle (degrees, 0 to the right, 90 down), with edge pixels repeated."""
     radius, sigma = c
     taps = np.arange(2 * radius + 1)
     kernel = np.exp(-0.5 * (taps / sigma) ** 2)

@@ -1,4 +1,4 @@
-"""Auto-PGD as used for training (E-AT, RAMP): no random start, step sizes that adapt to each example.
+"""Auto-PGD as used in training (E-AT, RAMP): no random start, and step sizes that adapt to each example.
 
 Croce and Hein, "Reliable evaluation of adversarial robustness" (ICML 2020) for L2 and Linf, "Mind the box" (ICML 2021)
 for L1; the training variant is that of github.com/fra31/robust-finetuning.
@@ -24,19 +24,18 @@ from rome.threats.projections import signs, unit
 
 
 class APGD(Attack):
-    """APGD on the cross-entropy: returns the iterate with the highest loss, the clean image counted as the first.
+    """APGD on the cross-entropy; returns the iterate with the highest loss, the clean image included.
 
-    ``steps`` is one number for all norms or one for each (the paper: 15 from scratch). Costs steps+1 forwards and
-    ``steps`` backwards.
+    The paper trains from scratch with 15 steps. The attack costs ``steps`` + 1 forwards and ``steps`` backwards.
     """
 
     kind = "apgd"
     starts_at_random: ClassVar[bool] = False
     steps: Steps | dict[Norm, Steps] = 15
-    """One number for all norms or one for each."""
+    """Iterations: one number for all norms, or one for each norm."""
     l1_share: Number | None = Field(default=None, gt=0, le=1)
-    """L1: share of the coordinates the first step moves. None is the published 0.05 of training, but at least 12
-    coordinates, which only tiny images notice; AutoAttack's evaluation starts with 0.2."""
+    """L1: share of the coordinates that the first step moves. None: 0.05, as published for training, but at least 12
+    coordinates, which matters only for tiny images. AutoAttack's evaluation starts with 0.2."""
 
     def steps_for(self, threat: Threat) -> int:
         return int(self.accepted(threat).setting(self.steps, 15))
@@ -50,8 +49,8 @@ class APGD(Attack):
                 walker.move(state, step)
             end = alive[-1].rows.stop
             more = any(walker.steps > step + 1 for walker in alive)
-            state.see(model, end, gradient=more)
-            state.remember(end)
+            state.evaluate(model, end, gradient=more)
+            state.record(end)
             for walker in alive:
                 if walker.steps > step + 1:
                     walker.adapt(state)
@@ -66,7 +65,7 @@ class APGD(Attack):
 
 
 class _State:
-    """What every walker reads and writes, for the whole sorted batch."""
+    """State of the search for the whole sorted batch, read and written by all walkers."""
 
     def __init__(self, model: Model, x: Tensor, y: Tensor, *, gradient: bool) -> None:
         self.y = y
@@ -75,23 +74,24 @@ class _State:
         self.gradient = torch.zeros_like(x)
         self.loss = torch.zeros_like(y, dtype=x.dtype)
         self.correct = torch.ones_like(y, dtype=torch.bool)
-        self.see(model, len(x), gradient=gradient)
+        self.evaluate(model, len(x), gradient=gradient)
         self.best, self.best_gradient, self.best_loss = x.clone(), self.gradient.clone(), self.loss.clone()
         self.robust, self.last_wrong = self.correct.clone(), x.clone()
 
-    def see(self, model: Model, end: int, *, gradient: bool) -> None:
-        """Log odds against the label, correctness and gradient at the current points [:end]."""
+    def evaluate(self, model: Model, end: int, *, gradient: bool) -> None:
+        """Evaluate log odds against the label, correctness and gradient at the current points [:end]."""
         if gradient:
             self.loss[:end], self.correct[:end], self.gradient[:end] = loss_and_gradient(
                 model, self.point[:end], self.y[:end]
             )
-        else:  # nobody moves again: the last backward is not needed
+        else:  # no example moves again, so the last backward is not needed
             logits = logits_of(model, self.point[:end])
             self.loss[:end] = log_odds(logits, self.y[:end])
             self.correct[:end] = logits.argmax(1) == self.y[:end]
 
-    def remember(self, end: int) -> None:
-        better = ~(self.loss[:end] <= self.best_loss[:end])  # NaN counts as better, so that the final check meets it
+    def record(self, end: int) -> None:
+        """Update the best points, verdicts and last misclassified points of examples [:end]."""
+        better = ~(self.loss[:end] <= self.best_loss[:end])  # NaN counts as better, so that the final check finds it
         wide = better.view(-1, 1, 1, 1)
         self.best[:end] = torch.where(wide, self.point[:end], self.best[:end])
         self.best_gradient[:end] = torch.where(wide, self.gradient[:end], self.best_gradient[:end])
@@ -101,41 +101,41 @@ class _State:
         self.last_wrong[:end] = torch.where(wide, self.last_wrong[:end], self.point[:end])
 
     def restart(self, rows: slice, which: Tensor) -> None:
-        """Back to the best point, with its gradient, where ``which`` (B,) says so."""
+        """Go back to the best point and its gradient where ``which`` (B,) is True."""
         wide = which.view(-1, 1, 1, 1)
         self.point[rows] = torch.where(wide, self.best[rows], self.point[rows])
         self.gradient[rows] = torch.where(wide, self.best_gradient[rows], self.gradient[rows])
 
 
 class _Walker(ABC):
-    """Moves the examples of one threat, and every ``period`` steps adapts their step sizes."""
+    """Moves the examples of one threat and adapts their step sizes every ``period`` steps."""
 
     period: int
 
     def __init__(self, group: Group, x: Tensor) -> None:
         self.threat, self.rows, self.steps = group
         self.x = x
-        self.waited = 0
+        self.steps_since_check = 0
 
     def due(self) -> bool:
-        """Whether a period is over with this step."""
-        self.waited = (self.waited + 1) % self.period
-        return self.waited == 0
+        """Count a step; return whether it completes a period."""
+        self.steps_since_check = (self.steps_since_check + 1) % self.period
+        return self.steps_since_check == 0
 
     @abstractmethod
     def move(self, state: _State, step: int) -> None:
-        """Take step number ``step`` (from 0): writes ``state.point`` and ``state.before``."""
+        """Take step number ``step`` (from 0) by updating ``state.point`` and ``state.before``."""
 
     @abstractmethod
     def adapt(self, state: _State) -> None:
-        """Look at the losses since the last check; perhaps change the step size and go back to the best point."""
+        """At the end of a period, adapt the step size to the progress made and perhaps go back to the best point."""
 
     def full(self, value: float) -> Tensor:
         return torch.full((len(self.x),), value, dtype=self.x.dtype, device=self.x.device)
 
 
 class _Momentum(_Walker):
-    """L2 and Linf: a projected step, then momentum; the step is halved where the loss oscillates or stalls."""
+    """L2 and Linf: projected steps with momentum; the step size is halved where the loss oscillates or stalls."""
 
     def __init__(self, group: Group, x: Tensor, start_loss: Tensor) -> None:
         super().__init__(group, x)
@@ -143,7 +143,7 @@ class _Momentum(_Walker):
         self.period = max(int(0.22 * self.steps), 1)
         self.shorter, self.shortest = max(int(0.03 * self.steps), 1), max(int(0.06 * self.steps), 1)
         self.rises = torch.zeros_like(self.size)
-        # The published code compares the first loss with an unfilled zero row, which counts as a rise.
+        # the published code compares the first loss with a row of zeros, which counts as a rise
         self.previous_loss = torch.full_like(self.size, -torch.inf)
         self.halved = torch.ones_like(self.size, dtype=torch.bool)
         self.checked_loss = start_loss
@@ -173,11 +173,12 @@ class _Momentum(_Walker):
 
 
 class _Sparse(_Walker):
-    """L1: sign steps on the coordinates with the largest gradients; how many follows the sparsity of the best point.
+    """L1: sign steps on the coordinates with the largest gradients, whose number follows the best point's sparsity.
 
     Three things differ from the published code, each so that the search ends at fewer coordinates where fewer are
-    better (docs/decisions/l1-projection.md): what rounding left of a coordinate does not count as moved, a coordinate
-    that the box does not let move gets no share of a step, and the search goes on from two coordinates to one.
+    better (docs/decisions/l1-projection.md): a change of the size of rounding errors does not count as moved, a
+    coordinate that is already at the border of the box gets no share of a step, and the search can go from two
+    coordinates down to one.
     """
 
     def __init__(self, group: Group, x: Tensor, share: float) -> None:
@@ -187,7 +188,7 @@ class _Sparse(_Walker):
         self.dimensions = x[0].numel()
         self.moving = self.full(math.ceil(round(share * self.dimensions, 6)))
         self.previous_count = self.full(float(self.dimensions))
-        # coordinates leave the ball's face at a tie, where rounding decides between 0 and a few units of it
+        # at ties in the projection onto the ball, rounding decides between 0 and a change of this size
         self.residue = 1e-6 * self.threat.eps + 4 * torch.finfo(x.dtype).eps
 
     def move(self, state: _State, step: int) -> None:

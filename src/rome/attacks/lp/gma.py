@@ -1,4 +1,4 @@
-"""The gating misrouting attack: fools the classifier and its gates together (paper 5.2, A1)."""
+"""The gating misrouting attack, which attacks the classifier and its gates together (paper 5.2, A1)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from rome.threats.projections import signs
 
 
 class GMA(Attack):
-    """PGD in an Linf ball on CE(f(x'), y) - weight * (1/L) sum_l (1/T) sum_i -log g_i^(l)(x')[k*_i].
+    """Gating misrouting attack: PGD in an Linf ball that also steers tokens to the experts that they use least.
 
-    k*_i is the expert that the clean image gives the least weight at token i of layer l, chosen once. g is what the
-    gates say (Eq. 5), a probability already. Every module with gates counts, whatever its experts are; without any
-    the attack is PGD on the cross-entropy. Steps, weight and radius (8/255 in the threat) are the paper's; step size,
-    uniform start and the last iterate as the result are ours.
+    It ascends CE(f(x'), y) - weight * (1/L) sum_l (1/T) sum_i -log g_i^(l)(x')[k*_i], where k*_i is the expert with the
+    least weight at token i of layer l on the clean image; it is chosen once. g are the gates' weights (Eq. 5), which
+    are probabilities already. Every module with gates counts, whatever its experts; without any the attack is PGD on
+    the cross-entropy. Steps, weight and radius (8/255, in the threat) are the paper's; the step size, the uniform start
+    and returning the last iterate are ours.
     """
 
     kind = "gma"
@@ -37,11 +38,11 @@ class GMA(Attack):
     step_size: StepSize = 2 / 255
     """How far a pixel moves in a step, on the scale [0, 1]."""
     weight: Number = Field(default=1, ge=0)
-    """Of the misrouting beside the cross-entropy."""
+    """Weight of the misrouting term relative to the cross-entropy."""
     mean_over: MeanOver = "layers"
-    """What L counts: layers with gates, or blocks (literal), in which the terms of ``qkv`` and ``proj`` add up."""
+    """What L counts: layers with gates, or blocks (literal), which sum the terms of their ``qkv`` and ``proj``."""
     random_start: bool = True
-    """Start at a random place in the ball, not at the image."""
+    """Start at a random point of the ball instead of the image."""
 
     def accepted(self, threat: Threat) -> LpBall:
         ball: LpBall = super().accepted(threat)
@@ -69,10 +70,10 @@ class GMA(Attack):
 
 
 def answer(model: Model, x: Tensor) -> tuple[Tensor, list[Gates]]:
-    """Logits and the gates of every adapted layer; no gates if the model has none.
+    """Return the logits and the gates of every layer with experts (none if the model has no experts).
 
     Raises:
-        UserError: the model's gates are being recorded already, or a layer did not run.
+        UserError: the model's gates are already being recorded, or a layer did not run.
     """
     if not isinstance(model, nn.Module) or not expert_layers(model):
         logits, gates = model(x), []
@@ -87,9 +88,9 @@ def misrouting(gates: list[Gates], targets: list[Tensor], like: Tensor) -> Tenso
     """(1/L) sum_l (1/T) sum_i -log g_i[k*_i] over L layers: (B,), zero without gates.
 
     Args:
-        gates: of the layers, weights (B, T, K).
-        targets: k* for each, int64 (B, T, 1).
-        like: a tensor (B, ...).
+        gates: one for each layer, weights (B, T, K).
+        targets: k* for each layer, int64 (B, T, 1).
+        like: a tensor (B, ...) with the result's device and dtype.
     """
     total = like.new_zeros(len(like))
     for layer, target in zip(gates, targets, strict=True):

@@ -1,7 +1,7 @@
 """Multi steepest descent: one path through the union of several Lp balls (Maini et al., ICML 2020).
 
-It stands beside the attacks, not among them: an attack searches for each example inside one threat, this inside all of
-them at once, and besides the images it returns the threat that each of them belongs to.
+It is not an :class:`~rome.attacks.Attack`: an attack searches inside one threat for each example, whereas this searches
+inside all of them at once and also returns which threat each image belongs to.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, searched
+from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, run_searches
 from rome.attacks.lp.pgd import ascend
 from rome.threats import LpBall
 
 
 class InUnion(NamedTuple):
-    """What was found for each example of a batch, somewhere in the union of the threats."""
+    """The images found in the union of several threats, one for each example of a batch."""
 
     images: Tensor
     """(B, C, H, W): the point of the path with the highest loss."""
     chosen: Tensor
-    """(B,) int64: whose step led there, as a position in the threats; the image lies in that threat's ball."""
+    """(B,) int64: index of the threat whose step led there; the image is in that threat's ball."""
     loss: Tensor
     """(B,): cross-entropy at ``images``."""
 
@@ -40,11 +40,12 @@ def steepest_descent(
     steps: int,
     percentile: float,
 ) -> InUnion:
-    """Steps of the steepest ascent of the cross-entropy, for each example in the norm that raises it most.
+    """Ascend the cross-entropy by steepest steps, for each example in the norm that raises it most.
 
-    It starts at the image. An iteration takes one gradient and makes from the same point one candidate for each threat:
-    a steepest step in its norm (PGD's), projected onto its own ball, then the box. The candidate with the largest
-    cross-entropy is the next point. Returned is the best candidate of all iterations; the image itself is none.
+    The search starts at the image. Each iteration takes one gradient and, from the same point, makes one candidate for
+    each threat: a steepest step in its norm (as in PGD), projected onto its ball and then the box. The candidate with
+    the largest cross-entropy is the next point. The result is the best candidate of all iterations, never the image
+    itself.
 
     An iteration costs a forward and a backward of the batch and one forward of all K candidates. The model is frozen
     and the results are checked as in every attack. Nothing is random.
@@ -53,12 +54,12 @@ def steepest_descent(
         model, x, y: as for :class:`rome.attacks.Attack`.
         threats: K Lp balls.
         sizes: length of each threat's step in its norm (L1: mass).
-        steps: iterations, at least 1.
+        steps: number of iterations, at least 1.
         percentile: L1: only coordinates whose gradient reaches this percentile of its absolute values move.
 
     Raises:
-        UserError: shapes, dtypes or ranges that cannot be right.
-        FloatingPointError: it came to images that are not finite.
+        UserError: a shape, dtype or range is invalid.
+        FloatingPointError: the search reached images that are not finite.
     """
     check_batch(x, y, threats[0])
     x, members = x.detach(), list(zip(threats, sizes, strict=True))
@@ -74,7 +75,7 @@ def steepest_descent(
             losses = log_odds(model(candidates), labels).view(len(threats), -1)
             loss, chosen = losses.max(dim=0)
             point = candidates.view(len(threats), *x.shape)[chosen, rows]
-            better = ~(loss <= best.loss)  # NaN counts as better, so that the check below meets it
+            better = ~(loss <= best.loss)  # NaN counts as better, so that the check below finds it
             best = InUnion(
                 torch.where(better.view(-1, 1, 1, 1), point, best.images),
                 torch.where(better, chosen, best.chosen),
@@ -84,6 +85,6 @@ def steepest_descent(
         return best, inside[best.chosen, rows]
 
     whole = Search(("msd", repr(members), steps, percentile), search, (x, y))
-    ((best, allowed),) = searched(model, [whole], x, y)
+    ((best, allowed),) = run_searches(model, [whole], x, y)
     check_results(x, y, (best.images,), allowed)
     return best._replace(loss=F.softplus(best.loss).float())

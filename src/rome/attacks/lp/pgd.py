@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,26 +20,27 @@ _MADAAN_STEP_SIZE = {"L1": 1.0, "L2": 30 / 255, "Linf": 1 / 255}
 
 
 class PGD(Attack):
-    """PGD on the cross-entropy, returning the last iterate; L1 by sparse steps (SLIDE).
+    """PGD on the cross-entropy; returns the last iterate and takes sparse steps in L1 (SLIDE).
 
-    Presets give steps and step sizes for L1, L2, Linf: ``tramer`` takes the paper's 20, 20, 10 steps of 2.5 eps/steps
-    (Tramèr and Boneh); ``madaan`` takes 20, 10, 10 steps of 1.0, 30/255, 1/255 (Madaan et al., for CIFAR-10).
+    A preset gives the steps and step sizes for L1, L2, Linf: ``tramer`` is the paper's choice of 20, 20, 10 steps of
+    2.5 eps/steps (Tramèr and Boneh); ``madaan`` is 20, 10, 10 steps of 1.0, 30/255, 1/255 (Madaan et al., for
+    CIFAR-10).
     """
 
     kind = "pgd"
     preset: Literal["tramer", "madaan"] = "tramer"
-    """Whose steps and step sizes hold where they are not set: Tramèr and Boneh's, or Madaan et al.'s."""
+    """Source of the steps and step sizes that are not set: Tramèr and Boneh, or Madaan et al."""
     steps: Steps | dict[Norm, Steps] | None = None
-    """One number for all norms or one for each; None takes the preset's."""
+    """Iterations: one number for all norms, or one for each norm; None: the preset's."""
     step_size: StepSize | dict[Norm, StepSize] | None = None
-    """In the units of the norm (L1: mass per step); None takes the preset's."""
+    """Length of a step in the norm (L1: total change per step); None: the preset's."""
     percentile: Number = Field(default=99, ge=0, lt=100)
     """L1: only coordinates whose gradient reaches this percentile of its absolute values move."""
     l1_projection: Literal["ball", "ball-and-box"] = "ball"
-    """L1: onto the ball, then clip to the box, as published; or exactly onto their intersection, which spends the
-    whole budget and is stronger where many coordinates meet the box."""
+    """L1: project onto the ball, then clip to the box, as published; or project exactly onto their intersection, which
+    uses the whole budget and is stronger if many coordinates are at the border of the box."""
     random_start: bool = True
-    """Start at a random place in the ball, not at the image."""
+    """Start at a random point of the ball instead of the image."""
 
     def steps_for(self, threat: Threat) -> int:
         ball = self.accepted(threat)
@@ -53,30 +55,27 @@ class PGD(Attack):
         if self.random_start:
             for threat, rows, _ in groups:
                 x_adv[rows] = random_start(threat, x[rows], noise[rows])
+        move = partial(ascend, percentile=self.percentile, exact=self.l1_projection == "ball-and-box")
         for step in range(groups[0].steps):
             alive = [group for group in groups if group.steps > step]
             end = alive[-1].rows.stop
             _, _, gradient = loss_and_gradient(model, x_adv[:end], y[:end])
-            for threat, rows, _ in alive:
-                x_adv[rows] = self._step(threat, x_adv[rows], x[rows], gradient[rows])
+            for ball, rows, _ in alive:
+                x_adv[rows] = move(ball, x_adv[rows], x[rows], gradient[rows], size=self.step_size_for(ball))
         return AttackResult(x_adv, x_adv, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)
-
-    def _step(self, ball: LpBall, x_adv: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
-        exact = self.l1_projection == "ball-and-box"
-        return ascend(ball, x_adv, x, gradient, size=self.step_size_for(ball), percentile=self.percentile, exact=exact)
 
 
 def ascend(
     threat: LpBall, x_adv: Tensor, x: Tensor, gradient: Tensor, *, size: float, percentile: float, exact: bool = False
 ) -> Tensor:
-    """One step of steepest ascent in the threat's norm, projected onto its ball, then clipped to the box.
+    """Take one step of steepest ascent in the threat's norm, project onto its ball, then clip to the box.
 
     Args:
         threat: the ball around ``x``.
-        x_adv, x, gradient: where to step from, the originals, and the loss's gradient there, all (B, C, H, W).
+        x_adv, x, gradient: the current images, the originals, and the loss's gradient at ``x_adv``, all (B, C, H, W).
         size: length of the step in the norm.
-        percentile: L1: only coordinates whose gradient reaches it move.
-        exact: L1: project onto the intersection of ball and box instead.
+        percentile: L1: only coordinates whose gradient reaches this percentile of its absolute values move.
+        exact: L1: project exactly onto the intersection of ball and box instead.
     """
     origin, point = x.flatten(1), x_adv.flatten(1)
     moved = point + size * threat.steepest(gradient.flatten(1), point, percentile)
@@ -86,5 +85,5 @@ def ascend(
 
 
 def random_start(threat: LpBall, x: Tensor, noise: Tensor) -> Tensor:
-    """A start inside threat and box (:meth:`LpBall.random`): images (B, C, H, W), from U[0, 1) of the same shape."""
+    """Random start (B, C, H, W) inside threat and box (:meth:`LpBall.random`), from U[0, 1) of the same shape."""
     return threat.shifted(x, threat.random(noise.flatten(1)).view_as(x))

@@ -2,9 +2,9 @@
 
     phi(x) = concatenation over layers of a_l(x) / (|a_l(x)|_2 sqrt(H_l W_l)),   d(x, x') = |phi(x) - phi(x')|_2
 
-a_l are a layer's activations, |.|_2 is taken over channels at each position. d is neither weighted nor squared, so it
-is not the distance of the ``lpips`` package; one layer contributes at most 2 to it. Facts from the paper and from the
-repository cassidylaidlaw/perceptual-advex.
+a_l are a layer's activations; |a_l|_2 is taken over channels at each position. d is neither weighted nor squared, so it
+is not the distance of the ``lpips`` package; one layer contributes at most 2 to it. The details follow the paper and
+the repository cassidylaidlaw/perceptual-advex.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from rome.models import file_hash, load_model, weights_file
 from rome.threats import Perceptual, Threat
 
 EPS = 1e-10
-"""Added to the length over channels."""
+"""Added to the norm over channels."""
 ALL = slice(None)
 
 
 def distance(phi: Tensor, other: Tensor) -> Tensor:
-    """d between features (B, D): (B,)."""
+    """Distance d between features (B, D): (B,)."""
     return torch.linalg.vector_norm(phi - other, dim=1)
 
 
 def measure(threat: Perceptual, model: Model, x_adv: Tensor, x: Tensor) -> Tensor:
-    """d of each pair of images, by the threat's network (``model`` itself where that is ``self``), in evaluation mode:
-    (B,)."""
-    seen = Perception(model, [(threat, ALL)], x.device)
-    with frozen(model), seen.still(), torch.no_grad():
-        return distances(seen.features(x_adv), seen.features(x))
+    """Distance d of each pair of images, measured by the threat's network in evaluation mode (``model`` if the network
+    is ``self``): (B,)."""
+    perception = Perception(model, [(threat, ALL)], x.device)
+    with frozen(model), perception.frozen(), torch.no_grad():
+        return distances(perception.features(x_adv), perception.features(x))
 
 
 def feature_layers(model: nn.Module) -> tuple[str, ...]:
-    """The modules of a model's backbone whose outputs make phi.
+    """Names of the modules of a model's backbone whose outputs form phi.
 
-    A backbone with an attribute ``feature_layers: tuple[str, ...]`` says it itself (``alexnet_cifar``: its five ReLUs).
-    Otherwise: the four stages of a ResNet (``layer1`` .. ``layer4``, as in perceptual-advex), the five ReLUs before the
-    classifier of torchvision's AlexNet, the stages of a ConvNeXt or Swin, the groups of a Wide ResNet, the blocks that
-    end the quarters of a ViT's depth (3, 6, 9, 12 of 12).
+    A backbone can name them in an attribute ``feature_layers: tuple[str, ...]`` (``alexnet_cifar``: its five ReLUs).
+    Otherwise they are the four stages of a ResNet (``layer1`` .. ``layer4``, as in perceptual-advex), the five ReLUs
+    before the classifier of torchvision's AlexNet, the stages of a ConvNeXt or Swin, the groups of a Wide ResNet, or
+    the last block in each quarter of a ViT (3, 6, 9, 12 of 12).
 
     Raises:
-        UserError: none of these.
+        UserError: the backbone is none of these.
     """
     backbone = _backbone(model)
     own = getattr(backbone, "feature_layers", None)
@@ -74,21 +74,21 @@ def feature_layers(model: nn.Module) -> tuple[str, ...]:
         if isinstance(found, (nn.Sequential, nn.ModuleList)) and len(found) > 1:
             return tuple(f"{name}.{number}" for number in range(len(found)))
     raise UserError(
-        f"the layers that show what a {type(backbone).__name__} sees are unknown; name them (layers=...), or give "
-        f"the network an attribute feature_layers. It has {', '.join(name for name, _ in backbone.named_children())}"
+        f"the feature layers of a {type(backbone).__name__} are unknown; name them (layers=...), or give the network "
+        f"an attribute feature_layers. Its modules are {', '.join(name for name, _ in backbone.named_children())}"
     )
 
 
 class Features:
-    """A network's logits and features phi, in one forward; nothing stays on its modules afterwards.
+    """A network's logits and features phi in one forward; all hooks are removed from its modules afterwards.
 
     Args:
-        model: images (B, C, H, W) in [0, 1] to logits.
-        layers: modules of its backbone; none: those of :func:`feature_layers`. Outputs may be (B, C, H, W), tokens
-            (B, N, C), of which only the patches count, or (B, C).
+        model: maps images (B, C, H, W) in [0, 1] to logits.
+        layers: names of modules of its backbone; empty: those of :func:`feature_layers`. Outputs may be (B, C, H, W),
+            tokens (B, N, C), of which only the patches count, or (B, C).
 
     Raises:
-        UserError: not a module, no such layer, or layers that are unknown.
+        UserError: the model is not a module, has no such layer, or its layers are unknown.
     """
 
     def __init__(self, model: Model, layers: Sequence[str] = ()) -> None:
@@ -111,14 +111,15 @@ class Features:
         return logits, self.joined(found)
 
     def phi(self, images: Tensor) -> Tensor:
-        """Features alone: the forward ends at the last layer."""
+        """Features alone; the forward stops at the last feature layer."""
         with suppress(_Enough), self.recording(last=True) as found:
             self.model(images)
         return self.joined(found)
 
     @contextmanager
     def recording(self, rows: slice = ALL, *, last: bool = False) -> Iterator[dict[str, Tensor]]:
-        """What the layers give for these rows in a forward inside the context, for :meth:`joined`."""
+        """Record the layers' outputs for these rows during a forward inside the context, for :meth:`joined`; with
+        ``last``, stop the forward after the last layer by raising :class:`_Enough`."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -138,7 +139,7 @@ class Features:
             yield found
 
     def joined(self, found: dict[str, Tensor]) -> Tensor:
-        """phi (B, D) of what was recorded.
+        """Concatenate the recorded outputs to phi (B, D).
 
         Raises:
             UserError: a layer did not run.
@@ -149,7 +150,7 @@ class Features:
         return torch.cat([found[name] for name in self._modules], dim=1)
 
     def _normalised(self, name: str, output: Any, rows: slice) -> Tensor:
-        """Activations of these rows (B, positions * channels), of length 1 / sqrt(positions) at each position."""
+        """Activations of these rows, scaled to norm 1 / sqrt(positions) at each position: (B, positions * channels)."""
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, N, C); choose another")
@@ -163,14 +164,14 @@ class Features:
 
 
 class Perception:
-    """How the examples of a batch look to the networks that their threats measure with.
+    """Perceptual features of a batch, computed by the networks of the examples' threats.
 
-    Features are a list with one tensor (rows, D) for each group of examples, because networks differ in D.
+    Features are a list with one tensor (rows, D) for each group of examples, because D differs between networks.
 
     Args:
-        model: the attacked model, which is the network of every ``self``.
+        model: the attacked model, which is also the network of threats with features ``self``.
         groups: perceptual threats and the rows of their examples.
-        device: where to put networks that have to be read first.
+        device: where to put networks that must be loaded first.
 
     Raises:
         UserError: a network cannot be read, or its layers cannot be found.
@@ -184,15 +185,15 @@ class Perception:
             self._parts.append(_Part(threat, rows, Features(network, threat.layers)))
 
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """The networks that are not the model frozen inside."""
+    def frozen(self) -> Iterator[None]:
+        """Freeze all networks except the attacked model inside the context."""
         with ExitStack() as stack:
             for network in dict.fromkeys(part.features.model for part in self._parts if not part.own):
                 stack.enter_context(frozen(network))
             yield
 
     def bounds(self, x: Tensor) -> Tensor:
-        """The bound of every example: (B,)."""
+        """The bound for each example: (B,)."""
         return torch.cat([x.new_empty(0), *(x.new_full((len(x[p.rows]),), p.threat.bound) for p in self._parts)])
 
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -207,17 +208,17 @@ class Perception:
         return at_least_float32(logits), phi
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The features alone; each network sees the examples that it measures."""
+        """The features alone; each network processes only its own examples."""
         return [part.phi(images) for part in self._parts]
 
 
 def distances(phi: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """d of every example, from the features of all groups: (B,)."""
+    """Distance d of each example, from the features of all groups: (B,)."""
     return torch.cat([distance(one, two) for one, two in zip(phi, other, strict=True)])
 
 
 class _Part(NamedTuple):
-    """One group of a batch, and the network that measures it."""
+    """One group of a batch and the network that computes its features."""
 
     threat: Perceptual
     rows: slice
@@ -239,10 +240,11 @@ class _Part(NamedTuple):
 
 
 def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
-    """The threat with its network in hand: read from its file unless it is, frozen, in evaluation mode. ``self`` stays.
+    """Return the threat with its network, loaded from its file if necessary, in evaluation mode and without parameter
+    gradients; a threat with features ``self`` is returned unchanged.
 
     Raises:
-        UserError: there is no such file, or it is not a model of ours.
+        UserError: the file does not exist, or is not a model of rome.
     """
     if threat.features == "self" or threat.network is not None:
         return threat
@@ -252,14 +254,14 @@ def loaded(threat: Perceptual, device: torch.device | str) -> Perceptual:
         raise UserError(
             f"no network to measure perceptual distances with: {error}. Train it (rome train "
             "experiments/alexnet/cifar10.yaml --out runs/alexnet; on the digits experiments/digits/cnn.yaml --out "
-            "runs/cnn), or name another (rome evaluate --features PATH)"
+            "runs/cnn), or name a different one (rome evaluate --features PATH)"
         ) from error
     return threat.measured_by(network.to(device).requires_grad_(False))
 
 
 def network_hash(threat: Threat) -> str | None:
-    """SHA-256 of the file that a perceptual threat's network is read from; None where it is the attacked model, where
-    there is no such file, and of other threats."""
+    """SHA-256 of the file of a perceptual threat's network; None if the network is the attacked model, if there is no
+    such file, and for all other threats."""
     if not isinstance(threat, Perceptual) or threat.features == "self":
         return None
     file = weights_file(threat.features)
@@ -267,16 +269,16 @@ def network_hash(threat: Threat) -> str | None:
 
 
 class _Enough(Exception):  # noqa: N818
-    """Every layer has run; the rest of the forward is not needed."""
+    """Raised to stop a forward after all feature layers have run."""
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """The module whose layers a person names: without normalisation and compilation around it."""
+    """The module whose layers users name: the model without its normalisation and compilation wrappers."""
     return getattr(unwrapped(model), "backbone", unwrapped(model))
 
 
 def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled code does not see hooks that come and go; such a model runs uncompiled inside."""
+    """Run a compiled model uncompiled inside the context, because compiled code ignores temporary hooks."""
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -1,4 +1,4 @@
-"""Which attacks run against which threat: AutoAttack, APGD, PGD, the unseen threats, corruptions, lists of these."""
+"""Suites choose the attacks for each threat: AutoAttack, APGD, PGD, unseen threats, corruptions, and lists of these."""
 
 from rome.attacks.suites.base import BATCH_SIZE, Case, SaveImages, Suite, as_named
 from rome.attacks.suites.composed import SuiteChoice, as_suite

@@ -1,4 +1,4 @@
-"""Which attacks are run against which threat. A suite turns threats into cases; a case is data."""
+"""Suites choose the attacks for each threat: a suite turns threats into cases, and a case is plain data."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from rome.core.errors import UserError
 from rome.threats import LpBall, Threat, labelled
 
 BATCH_SIZE = 250
-"""AutoAttack's, and that of an evaluation unless another is set."""
+"""AutoAttack's batch size, and the default of an evaluation."""
 SaveImages = Literal["none", "fooled", "all"]
-"""Whose adversarial images an evaluation keeps: nobody's, those of the examples that an attack fooled, or those of all
-that it attacked."""
+"""Which adversarial images an evaluation keeps: none, those of the examples on which an attack succeeded, or those of
+all attacked examples."""
 LP = "lp"
-"""The group of the cases under an Lp ball."""
+"""Group of the cases under an Lp ball."""
 
 
 class Case(Settings):
-    """One column of the matrix: the examples that stay correct under all these attacks, within one threat.
+    """One column of the evaluation matrix: the examples that stay correct under all its attacks, within one threat.
 
-    The attacks run in this order, each only on the examples that are still correct.
+    The attacks run in order, each only on the examples that are still classified correctly.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     threat: Threat
     attacks: tuple[Attack, ...] = Field(min_length=1)
     note: str = ""
-    """What a reader of the result should know about this choice of attacks."""
+    """What readers of the result should know about this choice of attacks."""
     group: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._+-]*$")
-    """Cases whose mean accuracy is reported together; None: ``lp`` under an Lp ball, otherwise of no group."""
+    """Group of cases whose mean accuracy is reported; None: ``lp`` under an Lp ball, otherwise no group."""
     on_all: bool = False
-    """Not an attack but a fixed change of the images, such as a corruption: applied to every example, because one that
-    is wrong on the clean image may be right here, and no part of average and union."""
+    """Whether the case is not an attack but a fixed change of the images, such as a corruption. It is then applied to
+    every example, because one misclassified on the clean image may be classified correctly here, and it does not count
+    towards average and union."""
 
     def dump(self) -> dict[str, Any]:
         """The case as plain data."""
@@ -49,11 +50,11 @@ class Case(Settings):
 
 
 class Suite(Component):
-    """A choice of attacks for every threat."""
+    """A choice of attacks for each threat."""
 
     @abstractmethod
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
-        """The cases for these threats (column name -> threat), on a model with this many classes.
+        """The cases for these threats (column name -> threat) and a model with this many classes.
 
         Raises:
             UserError: the suite has no attack for one of the threats.
@@ -66,19 +67,21 @@ class Suite(Component):
 
 
 def suite_label(settings: Mapping[str, Any]) -> str:
-    """:attr:`Suite.label` of a suite that was dumped: its kind, or those of its parts as ``apgd+unseen``; with
-    ``-published`` where it runs attacks in that form."""
-    kind = str(settings.get("kind") or "own")
-    published = "-published" if settings.get("form") == "published" else ""
-    return "+".join(map(suite_label, settings.get("suites", ()))) if kind == "several" else kind + published
+    """:attr:`Suite.label` of a dumped suite: its kind, or the labels of its parts as in ``apgd+unseen``; ``-published``
+    is added if it runs attacks in that form."""
+    kind, parts = str(settings.get("kind") or "own"), [suite_label(part) for part in settings.get("suites", ())]
+    if kind == "several":
+        return "+".join(parts)
+    published = settings.get("form") == "published" or any(part.endswith("-published") for part in parts)
+    return f"{kind}-published" if published else kind
 
 
 class _BallSuite(Suite):
-    """A case for each Lp ball, and for each threat that brings its attack the case of that one."""
+    """A case for each Lp ball, and one for each threat that brings its own attack."""
 
     @abstractmethod
     def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
-        """The attacks inside a ball, and a note on their choice."""
+        """Return the attacks inside a ball and a note on their choice."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         made = []
@@ -87,7 +90,7 @@ class _BallSuite(Suite):
                 attacks, note = self.attacks(threat, classes)
             elif isinstance(threat, AttackThreat):
                 attacks = [threat.attack]
-                note = f"searched by {threat.attack.kind} alone, as the threat says, and not by attacks of the suite"
+                note = f"searched only by {threat.attack.kind}, the threat's own attack, not by those of the suite"
             else:
                 raise UserError(
                     f"suite {self.kind!r} attacks Lp balls; threat {name!r} is a {type(threat).__name__}. "
@@ -98,11 +101,11 @@ class _BallSuite(Suite):
 
 
 class QuickSuite(_BallSuite):
-    """Our own APGD and PGD, as in training: for a quick look while developing, not to be reported."""
+    """rome's own APGD and PGD, as in training: a quick look during development, not for reported results."""
 
     kind = "lp"
     steps: int = Field(default=20, ge=1)
-    """Of APGD, and of PGD after it."""
+    """Steps of APGD, and of PGD after it."""
 
     def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
         note = "a quick look: stronger attacks (suite apgd or autoattack) will find less robustness"
@@ -114,10 +117,10 @@ class APGDSuite(_BallSuite):
 
     kind = "apgd"
     iterations: int = Field(default=100, ge=5)
-    """Iterations of APGD and FAB; AutoAttack's is 100, fewer are for tests and quick looks."""
+    """Iterations of APGD and FAB; AutoAttack uses 100, fewer are for tests and quick looks."""
 
     def attacks(self, ball: LpBall, classes: int) -> tuple[list[Attack], str]:
-        """With FAB-T in place of APGD-T where there are too few classes for its loss."""
+        """APGD-CE and APGD-T; FAB-T replaces APGD-T if there are too few classes for its loss."""
         few = classes < MIN_CLASSES_DLR
         runs = {part.kind: standard_runs(part.kind, ball) for part in (APGDCE, APGDT, FABT)}
         attacks: list[Attack] = [APGDCE(iterations=self.iterations, restarts=runs["apgd-ce"])]
@@ -134,7 +137,7 @@ class APGDSuite(_BallSuite):
 
     @property
     def more(self) -> list[Attack]:
-        """What follows APGD-T and FAB-T."""
+        """Attacks after APGD-T and FAB-T."""
         return []
 
 
@@ -143,7 +146,7 @@ class AutoAttackSuite(APGDSuite):
 
     kind = "autoattack"
     square_queries: int = Field(default=5000, ge=1)
-    """Forward passes of Square for each image; AutoAttack's is 5000."""
+    """Forward passes of Square for each image; AutoAttack uses 5000."""
 
     @property
     def more(self) -> list[Attack]:
@@ -151,10 +154,10 @@ class AutoAttackSuite(APGDSuite):
 
 
 def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:
-    """Column name -> threat.
+    """Map column names to threats.
 
     Raises:
-        UserError: no threat, something that is none, or two with one name.
+        UserError: there is no threat, something is not a threat, or two threats have the same name.
     """
     if isinstance(threats, Mapping):
         pairs = list(threats.items())
@@ -169,5 +172,5 @@ def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[
         raise UserError("no threats: at least one is needed, such as rome.CIFAR10")
     if len(named) < len(pairs):
         names = ", ".join(name for name, _ in pairs)
-        raise UserError(f"two threats have one name ({names}): give a mapping from names to threats")
+        raise UserError(f"two threats have the same name ({names}): give a mapping from names to threats")
     return named

@@ -1,4 +1,4 @@
-"""Suites made of suites, and what a user may write for a suite: a name, several names, settings, or a list of these."""
+"""Suites composed of suites, and the ways to specify a suite: a name, several names, settings, or a list of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SeveralSuites(Suite):
 
     kind = "several"
     suites: tuple[Suite, ...] = Field(min_length=1)
-    """By name or with settings; their cases stand in one matrix."""
+    """Suites, by name or with settings, whose cases form one matrix."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         found: dict[str, tuple[Suite, Case]] = {}
@@ -30,14 +30,14 @@ class SeveralSuites(Suite):
                 if case.name in found:
                     raise UserError(
                         f"suites {found[case.name][0].label!r} and {suite.label!r} both have a column {case.name!r}: "
-                        "leave one of them out, or evaluate them one at a time"
+                        "leave one of them out, or evaluate them separately"
                     )
                 found[case.name] = suite, case
         return [case for _, case in found.values()]
 
 
 class AllSuites(SeveralSuites):
-    """Everything there is: autoattack, unseen, corruptions."""
+    """Everything: autoattack, unseen, corruptions."""
 
     kind = "all"
     suites: tuple[Suite, ...] = Field(
@@ -47,20 +47,20 @@ class AllSuites(SeveralSuites):
 
 
 def parts(suite: Suite) -> list[Suite]:
-    """The suites that a suite is made of; itself where it is made of none."""
+    """The suites that a suite is composed of, or the suite itself if it is not composed."""
     return [part for each in suite.suites for part in parts(each)] if isinstance(suite, SeveralSuites) else [suite]
 
 
 def with_features(suite: Suite, features: str | None) -> Suite:
-    """The suite with this network to measure perceptual distances; as it is if None.
+    """Return the suite with this network for perceptual distances, or unchanged if it is None.
 
     Raises:
-        UserError: nothing in the suite measures any.
+        UserError: nothing in the suite measures perceptual distances.
     """
     if features is None:
         return suite
     if not any(isinstance(part, UnseenSuite) for part in parts(suite)):
-        raise UserError(f"suite {suite.label!r} measures no perceptual distances, so --features has no meaning there")
+        raise UserError(f"suite {suite.label!r} measures no perceptual distances: leave --features out")
 
     def changed(part: Suite) -> Suite:
         if isinstance(part, SeveralSuites):
@@ -71,13 +71,13 @@ def with_features(suite: Suite, features: str | None) -> Suite:
 
 
 def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]:
-    """See before hours of other cases whether the files are there that these cases (None: all) are to read.
+    """Check that the files needed by these cases (None: all) exist, before hours are spent on other cases.
 
     Returns:
-        Sentences about what is missing although nobody named it: the suite's usual network.
+        Sentences about a missing file that the user did not name: the suite's default network.
 
     Raises:
-        UserError: a file that was named is missing or of no use.
+        UserError: a file that the user named is missing or unusable.
     """
     sentences = []
     for part in parts(suite):
@@ -96,10 +96,10 @@ def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]
 
 
 def listed(text: str) -> list[Any]:
-    """The suites in a text: names with commas between, or settings as YAML in braces or brackets.
+    """Parse the suites in a text: names separated by commas, or settings as YAML in braces or brackets.
 
     Raises:
-        ValueError: not YAML, or nothing is named.
+        ValueError: the text is not valid YAML, or names no suite.
     """
     if text.lstrip().startswith(("{", "[")):
         try:
@@ -110,12 +110,12 @@ def listed(text: str) -> list[Any]:
     else:
         found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
-        raise ValueError(f"none is named.{did_you_mean('', Suite.members())}")
+        raise ValueError(f"name at least one.{did_you_mean('', Suite.members())}")
     return found
 
 
 def _listed(value: Any) -> Any:
-    """A list, or a text (:func:`listed`), as settings of one suite; anything else is left to the suite itself."""
+    """Convert a list, or a text (:func:`listed`), to the settings of one suite; return anything else unchanged."""
     if isinstance(value, str):
         value = listed(value)
     if isinstance(value, (list, tuple)):
@@ -124,15 +124,15 @@ def _listed(value: Any) -> Any:
 
 
 SuiteChoice = Annotated[Suite, BeforeValidator(_listed, json_schema_input_type=Suite | str | tuple[Suite, ...])]
-"""A suite as a config or a caller may give it: ``apgd``, ``apgd,unseen``, ``[apgd, unseen]``, ``{kind: apgd,
-iterations: 50}``; on the command line in quotes."""
+"""A suite as given in a config or by a caller: ``apgd``, ``apgd,unseen``, ``[apgd, unseen]``, ``{kind: apgd,
+iterations: 50}``; in quotes on the command line."""
 
 
 def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> Suite:
-    """The suite of this name, of these names or of these settings; others are the defaults.
+    """Return the suite with this name, these names or these settings; settings not given have their defaults.
 
     Raises:
-        UserError: no such suite.
+        UserError: there is no such suite.
     """
     if not isinstance(suite, (str, Suite)):
         suite = dict(suite) if isinstance(suite, Mapping) else list(suite)

@@ -1,4 +1,4 @@
-"""Suites of threats that the paper trains nothing on (Table 2): attacks by name, and the common corruptions."""
+"""Suites of threats on which the paper does not train (Table 2): attacks by name, and the common corruptions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from rome.core.errors import UserError, did_you_mean
 from rome.threats import CIFAR10, AnyImage, LpBall, Perceptual, Threat
 
 PERCEPTUAL, CORRUPTIONS = "perceptual", "corruptions"
-"""Groups of cases: the paper's ``Percep. lp`` and ``Com. Corr.`` are their means."""
+"""Groups of cases, whose means are the paper's ``Percep. lp`` and ``Com. Corr.``."""
 
 
 class Row(NamedTuple):
-    """A case by the kind of its attack, whose own settings are those of the paper."""
+    """A case, by the kind of its attack; the defaults of the attack's settings are those of the paper."""
 
     kind: str
     group: str | None = None
     inside: str = "any"
-    """``ball``: the Linf ball of the other cases; ``perceptual``: a perceptual bound; else the attack has its own."""
+    """The threat: ``ball`` for the Linf ball of the other cases, ``perceptual`` for a perceptual bound, ``any`` if the
+    attack has its own bound."""
 
 
 UNSEEN = (
@@ -43,25 +44,26 @@ iterations; GMA Linf 20 steps."""
 
 
 class UnseenSuite(Suite):
-    """Attacks beyond Lp, those of Table 2: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
+    """Attacks beyond Lp balls, from Table 2: fog, snow, gabor, elastic, jpeg, sparsefool, patch and others."""
 
     kind = "unseen"
     features: str = "runs/alexnet"
-    """The network that measures for PPGD and LPA: a trained one (``rome train experiments/alexnet/cifar10.yaml --out
-    runs/alexnet``), or ``self``, the evaluated model, which flatters itself."""
+    """The network that measures perceptual distances for PPGD and LPA: a trained one (``rome train
+    experiments/alexnet/cifar10.yaml --out runs/alexnet``), or ``self``, the evaluated model, which overestimates its
+    own robustness."""
     bound: Number = Field(default=0.25, gt=0)
     """The perceptual bound of PPGD and LPA."""
     attacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings of attacks that are not to be the paper's: ``{fog: {steps: 200}, patch: {size: 4}}``."""
+    """Settings of attacks that differ from the paper's: ``{fog: {steps: 200}, patch: {size: 4}}``."""
 
     form: Form = "corrected"
-    """Of fog, snow, gabor, elastic, jpeg, ppgd and lpa. ``published``: as the code computes them that published numbers
-    come from, defects included (docs/decisions/unseen-transforms.md, perceptual.md); the others are the same in both.
-    The result's folder and label say so."""
+    """Form of fog, snow, gabor, elastic, jpeg, ppgd and lpa; the other attacks are the same in both. ``published``
+    computes them as the code behind published numbers does, including its defects
+    (docs/decisions/unseen-transforms.md, perceptual.md); the names of the result and its folder then say so."""
     stop: bool = False
-    """An example is done with its first image that is misclassified, also in the attacks that return their last image
-    as published (fog, snow, gabor, elastic, jpeg, patch, stadv, recoloradv): faster, at least as strong, and not the
-    paper's protocol. ``attacks`` may say otherwise for one."""
+    """Stop searching for an example at its first misclassified image, also in the attacks that return their last image
+    as published (fog, snow, gabor, elastic, jpeg, patch, stadv, recoloradv): faster, at least as strong, but not the
+    paper's protocol. ``attacks`` can override it for individual attacks."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -77,7 +79,7 @@ class UnseenSuite(Suite):
 
     @property
     def space(self) -> Perceptual:
-        """Where PPGD and LPA search."""
+        """The threat in which PPGD and LPA search."""
         return Perceptual(bound=self.bound, features=self.features)
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
@@ -96,15 +98,15 @@ class UnseenSuite(Suite):
 
 
 class CorruptionsSuite(Suite):
-    """Common corruptions, every type at every severity: columns such as fog-3, one accuracy as their mean."""
+    """Common corruptions: a column such as fog-3 for every type and severity, and their mean accuracy."""
 
     kind = "corruptions"
     types: tuple[CorruptionType, ...] = Field(default=COMMON_CORRUPTIONS, min_length=1)
-    """The 15 of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
+    """Types of corruptions; by default the 15 of Hendrycks and Dietterich (ICLR 2019) that RobustBench counts."""
     severities: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
-    """From 1, the weakest, to 5."""
+    """Severities, from 1, the weakest, to 5."""
     path: str | None = None
-    """The folder of CIFAR-10-C to read them from; None makes them."""
+    """The folder of CIFAR-10-C to read the images from; None: they are generated."""
 
     def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
         found = []

@@ -1,1 +1,1 @@
-"""Attacks that transform the image: fog, snow, Gabor noise, JPEG, elastic, patches, flows, colours."""
+"""Attacks that transform the image: fog, snow, Gabor noise, JPEG, elastic deformation, patches, flows, colours."""

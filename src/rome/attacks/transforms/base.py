@@ -1,6 +1,6 @@
 """Attacks that search over the variables of an image transform: fog, snow, Gabor noise, JPEG coefficients, a flow.
 
-An attack says how the variables of a batch become images, and which step follows a gradient; the ascent is here.
+A subclass defines how the variables of a batch become images and how a step follows the gradient; the ascent is here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Transform(ABC):
     """An image transform with variables in [low, high], prepared for one batch.
 
     Attributes:
-        start: the variables (B, ...) the ascent begins with, within their range.
-        first: where the first gradient is taken; ``start``, unless the published code has it elsewhere.
+        start: the variables (B, ...) at which the ascent starts, within their range.
+        first: the variables at which the first gradient is taken: ``start``, unless the published code differs.
     """
 
     low: float = 0.0
@@ -40,27 +40,27 @@ class Transform(ABC):
 
     @abstractmethod
     def images(self, variables: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1]; differentiable in the variables, each image a function of its own."""
+        """Images (B, C, H, W) in [0, 1]; differentiable, and each image depends only on its own variables."""
 
     def project(self, variables: Tensor) -> Tensor:
-        """Allowed variables near these."""
+        """Project the variables onto the allowed set."""
         return variables.clamp(self.low, self.high)
 
     def moved(self, variables: Tensor, step: Tensor) -> Tensor:
-        """Allowed variables after a step."""
+        """The allowed variables after a step."""
         return self.project(variables + step)
 
     def contains(self, variables: Tensor) -> Tensor:
-        """Whose variables are allowed: bool (B,)."""
+        """Which examples' variables are allowed: bool (B,)."""
         return ((variables >= self.low) & (variables <= self.high)).flatten(1).all(dim=1)
 
 
 class TransformAttack(LastIterate):
     """Ascends a gain over the variables of a transform.
 
-    It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start,
-    kernels) depends on the seed and the image alone. The transform computes in its own precision, whatever autocast
-    the model runs under.
+    It bounds its perturbation itself and runs under :class:`~rome.threats.AnyImage`. Everything random (start, kernels)
+    depends only on the seed and the image. The transform is computed in the images' precision even if the model runs
+    under autocast.
     """
 
     steps: Steps = 100
@@ -68,7 +68,7 @@ class TransformAttack(LastIterate):
 
     @abstractmethod
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
-        """The transform of a batch.
+        """Prepare the transform of a batch.
 
         Args:
             x: images (B, C, H, W) in [0, 1].
@@ -76,12 +76,12 @@ class TransformAttack(LastIterate):
         """
 
     def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
-        """What rises, of each example: (B,). Log odds against the label: they rise with the cross-entropy."""
+        """The quantity to ascend (B,); here the log odds against the label, which rise with the cross-entropy."""
         return log_odds(logits, y)
 
     @abstractmethod
     def stepper(self, transform: Transform) -> Callable[[Tensor, Tensor], Tensor]:
-        """What makes the next variables of these and the gain's gradient in them."""
+        """Return a function that computes the next variables from the current ones and the gradient of the gain."""
 
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         with _full_precision(x.device):
@@ -92,7 +92,7 @@ class TransformAttack(LastIterate):
             return transform.images(variables).clamp(0, 1)
 
     def ascend(self, model: Model, transform: Transform, y: Tensor) -> Tensor:
-        """The variables after all steps; never waits for the device."""
+        """Return the variables after all steps; never waits for the device."""
         variables, step = transform.start, self.stepper(transform)
         for i in range(self.steps):
             point = (variables if i else transform.first).detach().requires_grad_()
@@ -111,7 +111,7 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 class SignAscent(TransformAttack):
-    """v <- P(v + step_size sign(gradient of the cross-entropy)), the last iterate.
+    """v <- P(v + step_size sign(gradient of the cross-entropy)); returns the last iterate.
 
     Kang et al., "Testing robustness against unforeseen adversaries" (arXiv:1908.08016; github.com/ddkang/advex-uar), as
     Laidlaw et al. use them (ICLR 2021; github.com/cassidylaidlaw/perceptual-advex): untargeted, steps of
@@ -119,21 +119,21 @@ class SignAscent(TransformAttack):
     """
 
     bound: Number = Field(ge=0)
-    """Largest change of a variable of the transform, in that variable's own unit."""
+    """Largest change of a variable of the transform, in the units of that variable."""
     step_size: StepSize | None = None
-    """In the units of the variables; None is :meth:`default_step`."""
+    """Step size in the units of the variables; None: :meth:`default_step`."""
     form: Form = "corrected"
-    """``published``: what the released code computes, its defects included."""
+    """``published`` computes what the released code computes, including its defects."""
 
     @model_validator(mode="after")
     def _published_as_it_was(self) -> Self:
         if self.form == "published" and self.stop:
-            raise ValueError("the published form returns its last iterate: leave stop out, or form")
+            raise ValueError("the published form returns its last iterate: leave out stop or form")
         return self
 
     def gain(self, logits: Tensor, y: Tensor, variables: Tensor) -> Tensor:
-        """The published form ascends the cross-entropy itself: where it lets images of a batch depend on each other
-        (fog), their weights in the sum matter."""
+        """The published form ascends the cross-entropy itself: if the images of a batch depend on each other (fog),
+        their relative weights in the sum matter."""
         if self.form == "published":
             return F.cross_entropy(at_least_float32(logits), y, reduction="none")
         return super().gain(logits, y, variables)

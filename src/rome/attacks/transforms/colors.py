@@ -1,8 +1,9 @@
-"""sRGB to CIELUV and back, differentiable.
+"""Differentiable conversion from sRGB to CIELUV and back.
 
 CIE 1976 L*u*v* (CIE 15:2004) over linear sRGB (IEC 61966-2-1), scaled as in Laidlaw and Feizi (NeurIPS 2019): L/100,
-(u + 100)/200, (v + 100)/200, white at u' = .1978, v' = .4683. Most colours then lie in the unit cube, saturated ones do
-not: red has u = 175. The way back inverts the matrix exactly; the published one does so to four digits.
+(u + 100)/200, (v + 100)/200, with white at u' = .1978, v' = .4683. Most colours are then in the unit cube, but
+saturated ones are not: red has u = 175. The conversion back uses the exact inverse of the matrix, where the published
+code rounds it to four digits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ _TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 
 _TO_RGB = torch.linalg.inv(torch.tensor(_TO_XYZ, dtype=torch.float64)).tolist()
 _WHITE_U, _WHITE_V = 0.1978, 0.4683
 _KAPPA = (29 / 3) ** 3
-"""Slope of L over Y near black; both pieces of L(Y) meet at L = 8."""
+"""Slope of L over Y near black; the two pieces of L(Y) meet at L = 8."""
 _TINY = 1e-10
 
 
 def rgb_to_luv(rgb: Tensor) -> Tensor:
-    """sRGB in [0, 1] to scaled CIELUV: (..., 3) -> (..., 3)."""
+    """Convert sRGB in [0, 1] to scaled CIELUV: (..., 3) -> (..., 3)."""
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
     x, y, z = _product(_TO_XYZ, linear)
     total = (x + 15 * y + 3 * z).clamp(min=_TINY)
@@ -33,10 +34,10 @@ def rgb_to_luv(rgb: Tensor) -> Tensor:
 
 
 def luv_to_rgb(luv: Tensor) -> Tensor:
-    """Scaled CIELUV to the sRGB colour in [0, 1], clipped channel by channel where there is none: (..., 3) -> (..., 3).
+    """Convert scaled CIELUV to sRGB in [0, 1], clipping each channel of colours outside sRGB: (..., 3) -> (..., 3).
 
-    With p = u + 13 L u'_white and q = v + 13 L v'_white: X = 9 Y p / (4 q), Z = Y (156 L - 3 p - 20 q) / (4 q), which
-    divides by nothing that vanishes apart from q.
+    With p = u + 13 L u'_white and q = v + 13 L v'_white: X = 9 Y p / (4 q), Z = Y (156 L - 3 p - 20 q) / (4 q), so that
+    q is the only divisor that can vanish.
     """
     lightness, u, v = luv.unbind(-1)
     lightness, u, v = 100 * lightness, 200 * u - 100, 200 * v - 100
@@ -50,6 +51,6 @@ def luv_to_rgb(luv: Tensor) -> Tensor:
 
 
 def _product(rows: Sequence[Sequence[float]], colours: Tensor) -> list[Tensor]:
-    """Matrix times colours (..., 3), a tensor (...) for each row; by hand, so that autocast does not round it."""
+    """Matrix times colours (..., 3), one tensor (...) for each row; written out so that autocast does not round it."""
     one, two, three = colours.unbind(-1)
     return [a * one + b * two + c * three for a, b, c in rows]

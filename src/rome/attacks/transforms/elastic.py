@@ -1,8 +1,9 @@
 """Elastic: adversarial flow (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar, ``elastic.py``,
 ``elastic_attack.py``).
 
-Written for a torch whose ``grid_sample`` had corners aligned. With the default since torch 1.3 its grid, from -1 to 1,
-is not the identity: zero flow alone shifts images. Corners are aligned here, except in ``form: published``.
+That code was written for versions of torch whose ``grid_sample`` aligned corners. With the default since torch 1.3, its
+grid from -1 to 1 is not the identity, and even zero flow shifts images. Corners are aligned here, except in ``form:
+published``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rome.core.component import Number
 
 
 class Elastic(SignAscent):
-    """Adversarial elastic deformation: a smoothed flow.
+    """Adversarial elastic deformation, by search over a flow that is smoothed.
 
     x'(p) = x(p + 2/side G*v(p)) with coordinates p in [-1, 1], bilinear, black outside. Variables v: a flow
     (2, H, W) in pixels, right and down, in [-bound, bound]. G is a Gaussian of sigma = 3/224 side, cut off at
@@ -26,7 +27,7 @@ class Elastic(SignAscent):
 
     kind = "elastic"
     bound: Number = Field(default=0.125, ge=0)
-    """In pixels."""
+    """Largest flow before smoothing, in pixels."""
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (2, *image[1:])
@@ -51,14 +52,15 @@ class _Elastic(Transform):
         return sampled.clamp(0, 1)
 
     def smoothed(self, flow: Tensor) -> Tensor:
-        """G * flow, reflected at the borders: (B, 2, H, W)."""
+        """Smoothed flow G * v, with borders reflected: (B, 2, H, W)."""
         return self.down @ flow @ self.right
 
 
 def smoothing(side: int, like: Tensor) -> Tensor:
-    """The Gaussian along an axis of this length as a matrix (side, side) to multiply rows with, borders reflected.
+    """Gaussian smoothing along an axis of this length as a matrix (side, side) that multiplies rows, borders reflected.
 
-    25 taps at 224 pixels, 5 at 32. Two products with it are several times faster than convolutions of one channel.
+    It has 25 taps at 224 pixels, 5 at 32. Two matrix products are several times faster than single-channel
+    convolutions.
     """
     sigma, radius = 3 / 224 * side, max(round(12 / 224 * side), 1)
     t = torch.arange(-radius, radius + 1, dtype=like.dtype, device=like.device)

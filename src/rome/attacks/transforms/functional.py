@@ -1,8 +1,8 @@
-"""Functional attacks send an image through a smooth transformation and search for that: base of StAdv and ReColorAdv.
+"""Functional attacks search for a smooth transformation of the image; this is the base of StAdv and ReColorAdv.
 
 Xiao et al., "Spatially transformed adversarial examples" (ICLR 2018); Laidlaw and Feizi, "Functional adversarial
-attacks" (NeurIPS 2019); the search is that of mister_ed (Jordan et al. 2019) as Laidlaw et al. 2021 and so the paper
-set it up (github.com/cassidylaidlaw/perceptual-advex).
+attacks" (NeurIPS 2019). The search is that of mister_ed (Jordan et al. 2019), configured as in Laidlaw et al. 2021
+(github.com/cassidylaidlaw/perceptual-advex) and therefore as in the paper.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rome.core.component import Number
 
 
 class FunctionalAttack(TransformAttack):
-    """Maximises margin(f(T(x)), y) - tau * roughness(shift) with Adam, over a shift of T's parameters from identity.
+    """Maximises margin(f(T(x)), y) - tau * roughness(shift) with Adam; the shift moves T's parameters off the identity.
 
-    The margin is max_{j != y} z_j - z_y without a cap. The shift starts at zero and stays in the l-inf ball of radius
-    ``bound``, into which it is brought before every forward and after the last step; the last iterate counts. Adam
-    works elementwise on a sum over the examples, so each has its own run.
+    The margin is max_{j != y} z_j - z_y without a cap. The shift starts at zero and is projected onto the l-inf ball of
+    radius ``bound`` before every forward and after the last step; the last iterate is the result. Adam works
+    elementwise on a sum over the examples, so that they are optimised independently.
     """
 
     starts_at_random: ClassVar[bool] = False
     steps: Steps = 20
     """Iterations of the search."""
     bound: Number = Field(ge=0)
-    """Largest change of a variable of the function, in that variable's own unit."""
+    """Largest shift of a parameter, in the units of that parameter."""
     lr: Number = Field(gt=0)
     """Adam's learning rate."""
     tau: Number = Field(ge=0)
@@ -41,11 +41,11 @@ class FunctionalAttack(TransformAttack):
 
     @abstractmethod
     def identity(self, x: Tensor) -> Tensor:
-        """Parameters of the transformation that changes nothing, (1, nodes ..., n) or (B, nodes ..., n)."""
+        """Parameters of the identity transformation: (1, nodes ..., n) or (B, nodes ..., n)."""
 
     @abstractmethod
     def valid(self, parameters: Tensor) -> Tensor:
-        """The parameters that make sense and are nearest to these, in some sense of the word."""
+        """Valid parameters near the given ones."""
 
     @abstractmethod
     def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
@@ -79,15 +79,15 @@ class _Shifted(Transform):
         return self.attack.apply(self.x, self.identity + variables)
 
     def project(self, variables: Tensor) -> Tensor:
-        """First to valid parameters, then into the ball."""
+        """Project onto valid parameters first, then onto the ball."""
         return super().project(self.attack.valid(self.identity + variables) - self.identity)
 
 
 def roughness(shift: Tensor) -> Tensor:
     """Sum over the nodes of a grid and their neighbours along each axis of sqrt(||s - s'||^2 + 1e-10).
 
-    (B, nodes ..., n) -> (B,). Every pair counts twice, once from each side. In the sources nodes at the border are
-    neighbours of themselves, which adds a constant and is left out.
+    (B, nodes ..., n) -> (B,). Every pair counts twice, once from each side. The published codes also count border nodes
+    as their own neighbours, which only adds a constant and is left out.
     """
     total = shift.new_zeros(len(shift))
     for axis in range(1, shift.ndim - 1):

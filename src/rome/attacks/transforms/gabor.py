@@ -1,8 +1,8 @@
 """Gabor: adversarial procedural noise (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar, ``gabor.py``,
 ``gabor_attack.py``; the noise is Co et al.'s, github.com/kenny-co/procedural-advml).
 
-That code multiplies by the mask of the *zeros* after each step, so that from the first step on the sparse points are
-gone and the other 13 of 14 pixels move; ``form: published`` does this, with steps of bound / sqrt(steps).
+After each step that code multiplies by the mask of the *zeros*, so that from the first step on the sparse points vanish
+and the other 13 of 14 pixels move; ``form: published`` reproduces this, with steps of bound / sqrt(steps).
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from rome.core.component import Number
 
 DENSITY = 1 / 14
 RADIUS = 11
-"""Of the kernels: 23 x 23."""
+"""Radius of the kernels, which are 23 x 23."""
 DRAWS = 4
-"""Random numbers for an image's kernel: sides, sigma, frequency, angle."""
+"""Number of random numbers for an image's kernel: number of angles, sigma, frequency, first angle."""
 
 
 class Gabor(SignAscent):
-    """Adversarial Gabor noise: the values of a sparse map, convolved with a random Gabor kernel.
+    """Adversarial Gabor noise, by search over a sparse map that is convolved with a random Gabor kernel.
 
-    x' = x + bound/255 noise(v), noise in [0, 1], the same in all channels. Variables v: a map (H, W) in [-1, 1] that is
-    zero except at one of 14 pixels, which are drawn once.
+    x' = x + bound/255 noise(v), where noise in [0, 1] is the same in all channels. Variables v: a map (H, W) in [-1, 1]
+    that is zero except at one in 14 pixels, which are drawn once.
     """
 
     kind = "gabor"
     bound: Number = Field(default=60, ge=0)
-    """In grey levels of 255."""
+    """Largest value of the noise, in grey levels of 255."""
 
     def default_step(self) -> float:
-        """5 / steps: bound / sqrt(steps) is a jump between the ends of the variables' range, and a weaker attack."""
+        """5 / steps; bound / sqrt(steps) would jump between the ends of the range and so weaken the attack."""
         return super().default_step() if self.form == "published" else 5 / max(self.steps, 1)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
@@ -55,9 +55,9 @@ class _Gabor(Transform):
         sparse = torch.zeros_like(values, dtype=torch.bool).scatter(1, ranks.topk(points, dim=1).indices, True)
         super().__init__(((2 * values - 1) * sparse).view(-1, height, width))
         self.x, self.bound = x, bound
-        # the start is sparse in either case, as published, which leaves it with the first step
+        # the start is sparse in both forms; the first step of the published form leaves the sparse points
         self.support = (~sparse if complement else sparse).view_as(self.start)
-        # a convolution by FFT, padded so far that what wraps around is cut off: faster than a direct one of 23 x 23
+        # convolution by FFT, with enough padding to cut off what wraps around: faster than a direct 23 x 23 convolution
         self.padded = [-(-(side + RADIUS) // 16) * 16 for side in (height, width)]
         self.spectrum = torch.fft.rfft2(gabor_kernels(draws), s=self.padded)
 
@@ -65,7 +65,7 @@ class _Gabor(Transform):
         return (self.x + self.bound * flattened(self.convolved(variables))[:, None]).clamp(0, 1)
 
     def convolved(self, variables: Tensor) -> Tensor:
-        """Each map (B, H, W) with its kernel, zeros outside. The kernels are symmetric about their middle."""
+        """Convolve each map (B, H, W) with its kernel, with zero padding; the kernels are point-symmetric."""
         height, width = variables.shape[1:]
         product = torch.fft.rfft2(variables, s=self.padded) * self.spectrum
         whole = torch.fft.irfft2(product, s=self.padded)
@@ -76,7 +76,7 @@ class _Gabor(Transform):
 
 
 def gabor_kernels(draws: Tensor) -> Tensor:
-    """U[0, 1) (B, 4) -> (B, 23, 23).
+    """Draw Gabor kernels from U[0, 1): (B, 4) -> (B, 23, 23).
 
     g(x, y) = sum_j exp(-(x^2 + y^2) / (2 (sigma + 0.001)^2)) cos(2 pi f (x cos a_j + y sin a_j)) with x, y in
     [-1/2, 1/2] and n angles a_j = a + pi j / n; n uniform in 1..10, sigma in [0.1, 0.4], f in [3, 5.75], a in [0, pi].
@@ -94,10 +94,11 @@ def gabor_kernels(draws: Tensor) -> Tensor:
 
 
 def flattened(maps: Tensor) -> Tensor:
-    """Spectral-variance normalisation, then each map (B, H, W) onto [0, 1]; neither gain nor range is differentiated.
+    """Normalise the spectral variance, then scale each map (B, H, W) to [0, 1]; gain and range are not differentiated.
 
-    m + (z - m) (1 + c) / (c + d / max d), with c = 0.001, m the mean and d the root of the inverse transform of the
-    transform of (z - m)^2, which is |z - m| itself: all but a few pixels end near the two extremes.
+    The normalised map is m + (z - m) (1 + c) / (c + d / max d) with c = 0.001 and the mean m. The original computes d
+    as the root of the inverse Fourier transform of the Fourier transform of (z - m)^2, which is just |z - m|: almost
+    all pixels end up near the two extremes.
     """
     dims = (1, 2)
     with torch.no_grad():

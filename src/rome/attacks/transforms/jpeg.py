@@ -1,5 +1,5 @@
-"""JPEG-Linf: adversarial rounding of JPEG's coefficients (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar,
-``jpeg.py``, ``jpeg_attack.py``; quantisation tables of ITU-T T.81, annex K).
+"""JPEG-Linf: adversarial rounding of JPEG coefficients (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar,
+``jpeg.py``, ``jpeg_attack.py``; quantisation tables from ITU-T T.81, annex K).
 """
 
 from __future__ import annotations
@@ -32,45 +32,46 @@ CHROMA = (
     (47, 66, 99, 99, 99, 99, 99, 99),
     *((99,) * 8,) * 4,
 )
-"""Quality 50."""
+"""Quantisation tables of luma and chroma at quality 50."""
 TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 class JPEG(SignAscent):
-    """Adversarial JPEG: an offset to every quantised coefficient.
+    """Adversarial JPEG, by search over an offset for every quantised coefficient.
 
-    The image goes to YCbCr, its chroma to half the size (4:2:0, means), 8 x 8 blocks to their cosine transform, divided
-    by the tables of quality 50. Nothing is rounded; v/2 is added instead, with variables v in [-bound, bound]: a
-    coefficient moves by at most half the bound. Then back. Bound 0 still halves the resolution of colour.
+    The image is converted to YCbCr, its chroma is subsampled by means (4:2:0), and the cosine transforms of 8 x 8
+    blocks are divided by the quantisation tables of quality 50. Instead of rounding, v/2 is added, with variables v in
+    [-bound, bound], so that a coefficient moves by at most half the bound; then everything is inverted. Bound 0 still
+    halves the resolution of colour.
 
-    Images are padded at the right and lower edge with copies of it to whole blocks of 16 (gray: 8) pixels.
+    Images are padded to whole blocks of 16 (gray: 8) pixels by repeating their right and lower edge.
     """
 
     kind = "jpeg"
     channels = (1, 3)
     bound: Number = Field(default=0.125, ge=0)
-    """In steps of the quantisation."""
+    """Largest value of a variable, in quantisation steps."""
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (sum(math.prod(plane) for plane in planes(image)),)
 
     def prepare(self, x: Tensor, noise: Tensor) -> Transform:
         transform = _JPEG(x, noise, self.bound)
-        if self.form == "published":  # which multiplies by the bound once more before the first gradient
+        if self.form == "published":  # that code multiplies by the bound once more before the first gradient
             transform.first = self.bound * transform.start
         return transform
 
 
 def planes(image: torch.Size) -> list[tuple[int, int]]:
-    """Height and width of the padded luma plane and, of colour images (C, H, W), of both chroma planes."""
+    """Height and width of the padded luma plane and, for colour images (C, H, W), of both chroma planes."""
     unit = BLOCK if image[0] == 1 else 2 * BLOCK
     height, width = (-(-side // unit) * unit for side in image[1:])
     return [(height, width)] + [(height // 2, width // 2)] * (image[0] - 1)
 
 
 class _JPEG(Transform):
-    """As every step is linear, coding and decoding the image is done once; the loop decodes the offsets alone."""
+    """Every step is linear, so the image is coded and decoded only once; the loop decodes just the offsets."""
 
     def __init__(self, x: Tensor, noise: Tensor, bound: float) -> None:
         super().__init__(bound * (2 * noise - 1))
@@ -87,7 +88,7 @@ class _JPEG(Transform):
         return self.joined([ycbcr[:, :1], *torch.split(F.avg_pool2d(ycbcr[:, 1:], 2), 1, dim=1)])
 
     def joined(self, parts: list[Tensor]) -> Tensor:
-        """Planes (B, 1, h, w), the chroma's of half the size, to RGB or gray (B, C, H, W) without the padding."""
+        """Join planes (B, 1, h, w), chroma at half the size, to RGB or gray (B, C, H, W) without the padding."""
         luma, *chroma = parts
         if chroma:
             chroma = [F.interpolate(part, scale_factor=2.0, mode="nearest") for part in chroma]
@@ -100,7 +101,7 @@ class _JPEG(Transform):
         return (self.base + self.joined([self.decoded(v, plane, step) for v, plane, step in parts])).clamp(0, 1)
 
     def decoded(self, variables: Tensor, plane: tuple[int, int], step: Tensor) -> Tensor:
-        """v/2 quantisation steps in every coefficient, as pixels: (B, h w) -> (B, 1, h, w)."""
+        """Decode v/2 quantisation steps in every coefficient to pixels: (B, h w) -> (B, 1, h, w)."""
         blocks = variables.view(-1, plane[0] // BLOCK, plane[1] // BLOCK, BLOCK, BLOCK) * (step / 2)
         pixels = (blocks.mT @ self.cosines).mT @ self.cosines  # (B, rows, columns, 8, 8)
         return pixels.transpose(2, 3).reshape(-1, 1, *plane)
@@ -111,7 +112,7 @@ def _coloured(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def cosines() -> Tensor:
-    """The orthonormal DCT-II of 8 numbers, float64 (frequency, position)."""
+    """Matrix of the orthonormal DCT-II of 8 numbers: float64 (frequency, position)."""
     u, x = torch.arange(BLOCK, dtype=torch.float64)[:, None], torch.arange(BLOCK, dtype=torch.float64)
     matrix = torch.cos((2 * x + 1) * u * math.pi / (2 * BLOCK)) / 2
     matrix[0] /= math.sqrt(2)

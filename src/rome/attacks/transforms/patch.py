@@ -1,4 +1,4 @@
-"""An adversarial patch: a small opaque square with any content (paper 5.2; Brown et al., NeurIPS 2017)."""
+"""Adversarial patch: a small opaque square with arbitrary content (paper 5.2; Brown et al., NeurIPS 2017)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rome.threats.projections import signs
 
 
 class Patch(LastIterate):
-    """Writes a square of ``size`` x ``size`` pixels at a random place of each image, by sign gradient on the loss.
+    """Replaces a square of ``size`` x ``size`` pixels at a random place of each image, by signed-gradient ascent.
 
-    The paper gives size, steps and step size (A1). Place and start are ours: uniform over the places where the patch
-    fits, a patch for every image, pixels from U(0, 1). A pixel moves by steps * step_size at most, 0.39 by default, so
-    the start matters.
+    The paper gives size, steps and step size (A1). The place and start are ours: each image has its own patch, placed
+    uniformly where it fits and started with pixels from U(0, 1). A pixel moves by at most steps * step_size, 0.39 by
+    default, so the start matters.
     """
 
     kind = "patch"
@@ -29,12 +29,12 @@ class Patch(LastIterate):
     steps: Steps = 50
     """Iterations of the search."""
     step_size: StepSize = 2 / 255
-    """How far a pixel of the patch moves in a step, on the scale [0, 1]."""
+    """Change of a pixel of the patch in a step, on the scale [0, 1]."""
     start: Literal["random", "image"] = "random"
-    """Pixels from U(0, 1), or those of the image."""
+    """Initial pixels of the patch: from U(0, 1), or those of the image."""
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
-        """Two numbers for the place, then the pixels of the start."""
+        """Two numbers for the place, then the initial pixels."""
         return (2 + image[0] * self.size**2,)
 
     def last(self, model: Model, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
@@ -61,6 +61,6 @@ class Patch(LastIterate):
 
 
 def _offsets(u: Tensor, length: int, size: int) -> Tensor:
-    """Each position of an axis minus a patch's first one, which is uniform over where it fits: int64 (B, length)."""
+    """Positions along an axis relative to the start of a patch placed uniformly where it fits: int64 (B, length)."""
     first = (u * (length - size + 1)).long().clamp(max=length - size)
     return torch.arange(length, device=u.device) - first.unsqueeze(1)

@@ -1,7 +1,7 @@
-"""Plasma maps by the diamond-square algorithm (Fournier, Fussell and Carpenter 1982): fog, as attack and as corruption.
+"""Plasma maps by the diamond-square algorithm (Fournier, Fussell, Carpenter 1982), for fog as attack and corruption.
 
-A map doubles its side from 1 to M = 2^L. Each doubling puts a point into the middle of every square of four neighbours
-and into the middle of every diamond of four, at their mean plus an offset; the map is a torus. It is linear in the
+The side of a map doubles from 1 to M = 2^L. Each doubling adds a point in the middle of every square of four neighbours
+and of every diamond of four, with their mean plus an offset as its value; the map wraps around. It is linear in the
 offsets, batched and differentiable.
 """
 
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def levels_for(side: int) -> int:
-    """L of the smallest map 2^L that is *larger* than ``side``: 6 for 32, 8 for 224."""
+    """L of the smallest map side 2^L that is *larger* than ``side``: 6 for 32, 8 for 224."""
     return side.bit_length()
 
 
 def diamond_square(offsets: Sequence[Tensor], back: int = 1) -> Tensor:
-    """The map (B, M, M) of these offsets, before any normalisation.
+    """Return the map (B, M, M) with these offsets, not normalised.
 
     Args:
-        offsets: 3 L tensors; for each level i = 0..L-1 three of shape (B, 2^i, 2^i): of the squares' middles, of the
-            diamonds on the rows of the old points, of the diamonds on their columns. M = 2^L.
-        back: how many squares back the second middle of a diamond's four points lies. 1 is its neighbour; 2 is what
-            advex-uar takes.
+        offsets: 3 L tensors, three of shape (B, 2^i, 2^i) for each level i = 0..L-1: for the middles of the squares,
+            for the diamonds on the rows of the old points, and for those on their columns. M = 2^L.
+        back: distance, in squares, between the two middles among a diamond's four points. 1: neighbours; 2: as in
+            advex-uar.
     """
     grid = torch.zeros_like(offsets[0])
     for square, row, column in zip(offsets[0::3], offsets[1::3], offsets[2::3], strict=True):
@@ -39,7 +39,7 @@ def diamond_square(offsets: Sequence[Tensor], back: int = 1) -> Tensor:
 
 
 def to_unit(maps: Tensor, *, together: bool = False) -> Tensor:
-    """Each map (B, M, M) shifted and scaled onto [0, 1] by itself, or all together; a constant map becomes 0."""
+    """Shift and scale maps (B, M, M) to [0, 1], each by itself or all together; a constant map becomes 0."""
     dims = (0, 1, 2) if together else (1, 2)
     low, high = maps.amin(dim=dims, keepdim=True), maps.amax(dim=dims, keepdim=True)
     return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)

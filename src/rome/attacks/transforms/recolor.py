@@ -12,23 +12,23 @@ from rome.attacks.transforms.functional import FunctionalAttack
 from rome.core.component import Number
 
 NODES = (16, 32, 32)
-"""Of the grid over L, u and v."""
+"""Number of grid nodes along L, u and v."""
 
 
 class ReColorAdv(FunctionalAttack):
-    """Every colour of an image goes through a function from colours to colours, linear between the nodes of a grid.
+    """Maps the colours of an image by a function that is linear between the nodes of a grid of colours.
 
-    The grid spans scaled CIELUV (:mod:`rome.attacks.transforms.colors`), 16 x 32 x 32 nodes for each image, and no node
-    moves by more than .06 in any coordinate. Nodes are brought into the unit cube and into the colours that sRGB has
-    before that bound is applied, so that the identity already changes an image a little: on CIFAR-10 by 0.0007 on
-    average. Bound, 20 steps and the weight of the smoothness, .06, are the paper's and its sources': at a
+    The grid spans scaled CIELUV (:mod:`rome.attacks.transforms.colors`) with 16 x 32 x 32 nodes for each image, and no
+    node moves by more than .06 in any coordinate. Before that bound is applied, nodes are projected onto the unit cube
+    and the colours of sRGB, so that even the identity changes an image slightly: on CIFAR-10 by 0.0007 on average. The
+    bound, the 20 steps and the weight of the smoothness, .06, are those of the paper and its sources; with a learning
     rate of .001 the 20 steps reach a third of the bound.
     """
 
     kind = "recoloradv"
     channels = (3,)
     bound: Number = Field(default=0.06, ge=0)
-    """Largest change of a colour, in each channel of the colour space scaled to [0, 1]."""
+    """Largest change of a colour in each channel of the colour space, scaled to [0, 1]."""
     lr: Number = Field(default=0.001, gt=0)
     """Adam's learning rate on the colour grid."""
     tau: Number = Field(default=0.06, ge=0)
@@ -45,7 +45,7 @@ class ReColorAdv(FunctionalAttack):
 
     def apply(self, x: Tensor, parameters: Tensor) -> Tensor:
         luv = rgb_to_luv(x.permute(0, 2, 3, 1))
-        # grid_sample names places back to front, from -1 to 1; colours outside of the cube take the border's value
+        # grid_sample takes coordinates in reverse order, from -1 to 1; colours outside the cube get the border's value
         place = (2 * luv.flip(-1) - 1).unsqueeze(1)
         grid = parameters.permute(0, 4, 1, 2, 3)
         moved = F.grid_sample(grid, place, mode="bilinear", padding_mode="border", align_corners=True)

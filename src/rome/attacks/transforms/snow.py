@@ -1,8 +1,9 @@
 """Snow: adversarial flakes (Kang et al., arXiv:1908.08016; github.com/ddkang/advex-uar, ``snow.py``,
 ``snow_attack.py``).
 
-Differences from that code: its forwards and its result take intensities before they are brought into their range, ours
-only in ``form: published``; its 7 kernels are drawn once for a batch, ours for every image, in either form.
+This differs from that code in two ways. Its forwards and its result use intensities before they are projected onto
+their range; here only ``form: published`` does. Its 7 kernels are drawn once per batch; here they are drawn for every
+image, in both forms.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from rome.attacks.transforms.base import SignAscent, Transform
 from rome.core.component import Number
 
 BUDGET = 0.2
-"""Largest mean intensity of a grid in a region."""
+"""Largest mean intensity of a grid within a region."""
 REGION = 8
 """Side of a region, in cells of a grid: 32 pixels."""
 CELL = 4
 """Pixels from one flake of a grid to the next."""
 OFFSETS = ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0))
-"""(row, column) of the first flake of each of the 7 grids."""
+"""(row, column) of the first flake in each of the 7 grids."""
 RADIUS = 6
-"""Of the kernels: 13 x 13."""
+"""Radius of the kernels, which are 13 x 13."""
 DRAWS = 4 * len(OFFSETS) + 1
-"""Random numbers for an image's kernels: two ends, width and blur of each, and whether they are mirrored."""
+"""Number of random numbers for an image's kernels: end (2), width and blur of each, and one for mirroring all."""
 
 
 class Snow(SignAscent):
-    """Adversarial snow: the intensities of flakes.
+    """Adversarial snow, by search over the intensities of flakes.
 
-    x' = 0.75 x + 0.25 max(x, 1.5 gray(x) + 0.5) + bound snow(v). Variables v: 7 grids of side/4 intensities in
+    x' = 0.75 x + 0.25 max(x, 1.5 gray(x) + 0.5) + bound snow(v). Variables v: 7 grids of side/4 x side/4 intensities in
     [1e-9, 1], started at exp(-5 U) and scaled down where a grid's mean over 8 x 8 cells exceeds 0.2. Flakes of
-    brightness v^4 stand on a lattice of 4 pixels, each grid's at its own place, and are drawn out by the grid's random
-    line. Bound 0 still pales colours.
+    brightness v^4 are on a lattice with a spacing of 4 pixels, shifted differently for each grid, and stretched along
+    the grid's random line. Bound 0 still makes colours paler.
     """
 
     kind = "snow"
     channels = (1, 3)
     bound: Number = Field(default=0.5, ge=0)
-    """How bright a full flake is, on the scale [0, 1]."""
+    """Brightness of a flake of full intensity, on the scale [0, 1]."""
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         _, height, width = image
@@ -69,8 +70,8 @@ class _Snow(Transform):
         return (self.pale + self.bound * self.snow(variables)).clamp(0, 1)
 
     def snow(self, variables: Tensor) -> Tensor:
-        """Intensities (B, 7, H/4, W/4) -> (B, 1, H, W)."""
-        # a convolution of the sparse flakes is a sum of kernels stamped where they stand: a 16th of the products
+        """Draw snow from intensities: (B, 7, H/4, W/4) -> (B, 1, H, W)."""
+        # instead of convolving sparse flakes, stamp a kernel at each flake: a 16th of the multiplications
         grids = (variables**4).flatten(0, 1)[None]
         drawn = F.conv_transpose2d(grids, self.stamps, stride=CELL, groups=len(variables))
         height, width = self.pale.shape[2:]
@@ -87,10 +88,10 @@ class _Snow(Transform):
 
 
 class _PublishedSnow(_Snow):
-    """Intensities are brought into their range only where the next step starts."""
+    """Snow as published: intensities are projected onto their range only before the next step."""
 
     def moved(self, variables: Tensor, step: Tensor) -> Tensor:
-        upwards = torch.where(variables < 0, -step, step)  # v^4 falls where v < 0; its slope there is taken at |v|
+        upwards = torch.where(variables < 0, -step, step)  # v^4 falls where v < 0; use its slope at |v| there
         return self.project(variables) + upwards
 
     def contains(self, variables: Tensor) -> Tensor:
@@ -98,19 +99,19 @@ class _PublishedSnow(_Snow):
 
 
 def _region_means(grids: Tensor) -> Tensor:
-    """The mean of its region at every cell: (B, 7, h, w), regions at the lower and right edge may be smaller."""
+    """Mean over each cell's region: (B, 7, h, w); regions at the lower and right edges may be smaller."""
     means = F.avg_pool2d(grids, REGION, ceil_mode=True)
     spread = means.repeat_interleave(REGION, dim=2).repeat_interleave(REGION, dim=3)
     return spread[:, :, : grids.shape[2], : grids.shape[3]]
 
 
 def line_kernels(draws: Tensor) -> Tensor:
-    """Blurred lines through the middle: U[0, 1) (B, 29) -> (B, 7, 13, 13), symmetric about the middle.
+    """Draw blurred lines through the middle from U[0, 1): (B, 29) -> (B, 7, 13, 13), point-symmetric.
 
-    Each goes from the middle to (r, c), both uniform in 2..6, and back to (-r, -c); width 1, 3, 5 with probability 0.6,
-    0.3, 0.1; Gaussian blur, sigma uniform in [0.41, 0.6], 3 x 3. Half of the images have all 7 mirrored. On the longer
-    axis a, the line is at a s with slope s <= 1, and a pixel at b has min(1, max(0, 1 + w/2 - |b - a s|)), where
-    w = width sqrt(1 + s) / 2.
+    Each line goes from (-r, -c) to (r, c), both uniform in 2..6, has width 1, 3, 5 with probability 0.6, 0.3, 0.1, and
+    is blurred by a 3 x 3 Gaussian with sigma uniform in [0.41, 0.6]. In half of the images all 7 lines are mirrored. At
+    coordinate a along the longer axis the line is at a s with slope s <= 1, and a pixel at b has the value
+    min(1, max(0, 1 + w/2 - |b - a s|)), where w = width sqrt(1 + s) / 2.
     """
     mirror, (row, column, width, blur) = draws[:, 0] < 0.5, draws[:, 1:].reshape(-1, 4, len(OFFSETS)).unbind(1)
     row, column = (2 + (5 * end).floor() for end in (row, column))
@@ -135,7 +136,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _stamps(kernels: Tensor) -> Tensor:
-    """Each grid's kernel at its place in the cell: (B, 7, 13, 13) -> (7 B, 1, 16, 16)."""
+    """Place each grid's kernel within its cell: (B, 7, 13, 13) -> (7 B, 1, 16, 16)."""
     last = CELL - 1
     placed = [F.pad(kernels[:, i], (column, last - column, row, last - row)) for i, (row, column) in enumerate(OFFSETS)]
     return torch.stack(placed, dim=1).flatten(0, 1)[:, None]

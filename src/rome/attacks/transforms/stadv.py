@@ -1,4 +1,4 @@
-"""StAdv: moves the pixels instead of their values (paper 5.2; Xiao et al., ICLR 2018)."""
+"""StAdv: moves pixels instead of changing their values (paper 5.2; Xiao et al., ICLR 2018)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from rome.core.component import Number
 
 
 class StAdv(FunctionalAttack):
-    """Every pixel of the result reads the image at a place of its own, bilinearly; the flow is where from.
+    """Moves pixels along a smooth flow: each pixel of the result samples the image bilinearly at its own position.
 
-    Flows are in units of [-1, 1] from border to border and bounded by .05: 0.8 pixels at 32, 5.6 at 224. Places stay in
-    [-1, 1], the outer border of the image. tau = .05 is the paper's (A1), the other numbers are of mister_ed and the
-    wrapper of Laidlaw et al. 2021. Its smoothness is :func:`rome.attacks.transforms.functional.roughness` of the flow.
+    Positions are in [-1, 1] from border to border of the image and stay there; they move by at most .05, which is 0.8
+    pixels at 32 and 5.6 at 224. tau = .05 is the paper's (A1); the other numbers are from mister_ed and its wrapper by
+    Laidlaw et al. 2021. The smoothness is the :func:`~rome.attacks.transforms.functional.roughness` of the flow.
 
-    ``align_corners`` is False throughout: -1 and 1 are the outer edges of the border pixels, as the sources run on
-    today's torch. A place beyond the centre of a border pixel reads zeros there, also as in the sources.
+    ``align_corners`` is False throughout: -1 and 1 are the outer edges of the border pixels, which is how the published
+    codes behave on current torch. Positions beyond the centre of a border pixel blend with zeros, also as in those
+    codes.
     """
 
     kind = "stadv"
     bound: Number = Field(default=0.05, ge=0)
-    """Longest move of a pixel along an axis, as a share of half the side."""
+    """Largest shift of a pixel along an axis, as a share of half the side."""
     lr: Number = Field(default=0.01, gt=0)
     """Adam's learning rate on the flow."""
     tau: Number = Field(default=0.05, ge=0)
