@@ -466,6 +466,10 @@ def test_files_that_are_not_cifar10c_are_refused(folder: Path, tmp_path: Path) -
     np.save(tmp_path / "snow.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read"):
         read_cifar10c(tmp_path, "snow", 1, first)
+    with open(tmp_path / "frost.npy", "wb") as file:
+        np.savez(file, images=np.zeros(3))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_cifar10c(tmp_path, "frost", 1, first)
 
 
 # -- as a case of an evaluation ----------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def test_labels_name_folders_and_tables() -> None:
         ("{kind: apgd", r"^suite: '{kind: apgd': not valid YAML"),
         ({"kind": "unseen", "attacks": {"fgo": {}}}, r"the suite has no attack 'fgo'.* Did you mean 'fog'"),
         ({"kind": "unseen", "attacks": {"fog": {"stpes": 1}}}, r"attack 'fog': Fog: stpes: unknown key"),
+        (5, r"^suite: input should be .*, not 5"),
     ],
 )
 def test_what_is_no_suite_is_refused(given: Any, message: str) -> None:

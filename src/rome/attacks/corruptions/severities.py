@@ -122,7 +122,7 @@ def load_cifar10c(path: str | Path, name: str) -> NDArray[np.uint8]:
     if not file.is_file():
         raise UserError(f"{file} is missing: give the unpacked folder of CIFAR-10-C, which contains it")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array: NDArray[np.uint8] = np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}") from None
     if array.shape != shape or array.dtype != np.uint8:

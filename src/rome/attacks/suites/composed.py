@@ -134,8 +134,10 @@ def as_suite(suite: str | Suite | Mapping[str, Any] | Iterable[str | Suite]) -> 
     Raises:
         UserError: there is no such suite.
     """
-    if not isinstance(suite, (str, Suite)):
-        suite = dict(suite) if isinstance(suite, Mapping) else list(suite)
+    if isinstance(suite, Mapping):
+        suite = dict(suite)
+    elif isinstance(suite, Iterable) and not isinstance(suite, (str, Suite)):
+        suite = list(suite)
     try:
         return TypeAdapter(SuiteChoice).validate_python(suite)
     except ValidationError as error:
