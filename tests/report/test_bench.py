@@ -120,10 +120,10 @@ def test_what_is_done_is_known_by_entry_and_weights(bench: Path) -> None:
     ("text", "message"),
     [
         ("models: []", "models: "),
-        ("models: [{run: a, model: b}]", "models.yaml:1: models.0: name either a run or a model"),
-        ("models: [{run: a, mean: 0.5}]", "mean go with model, not with a run"),
+        ("models: [{run: a, model: b}]", "models.yaml:1: models.0: give either a run or a model"),
+        ("models: [{run: a, mean: 0.5}]", "mean: only for a model"),
         ("models:\n- a\n- {model: b, nn: 3}", "models.yaml:3: models.1.nn"),
-        ("models: [x, {name: x, model: y}]", "x is the name of several models"),
+        ("models: [x, {name: x, model: y}]", "several models are called x"),
         ("models: [a", "models.yaml"),
         ("", "models"),
     ],

@@ -183,13 +183,13 @@ def test_the_card_says_what_the_evaluation_warns_of(runs: Path) -> None:
 
     check = {"check": "more-steps", "examples": 3, "values": {}, "raised": True, "message": "more steps find more"}
     raised = {"check": "more-steps", "case": None, "attack": None, "examples": 3, "message": check["message"]}
-    assert "Nobody looked for masked gradients" in card()
+    assert "Not checked for masked gradients" in card()
     assert "1 checks for masked gradients found none" in card(checks=[check | {"raised": False}])
     assert "- Warning (suite lp: more-steps): more steps find more." in card(checks=[check], warnings=[raised])
     without = one.report.correct[:, :-1]
     said = card(correct=without, cases=one.report.cases[:-1], failed={"Linf": "out of memory"})
     assert "Linf failed: out of memory" in said
-    assert "without all attacks there is no average and no union" in said.lower()
+    assert "there is no average and no union until all attacks have run" in said.lower()
 
 
 def test_every_method_has_its_papers() -> None:
@@ -307,7 +307,7 @@ def test_each_refusal_is_one_line_and_sends_nothing(
         "name a branch with --revision": (runs / "plain", "alice/net@v2", {}),
         "is a folder with neither run nor config": (tmp_path, "alice/net", {}),
         "is not an empty folder": (runs / "plain", "alice/net", {"dry_run": stale}),
-        "evaluated other weights": (stale, "alice/net", {}),
+        "is of other weights": (stale, "alice/net", {}),
         "has no evaluation, and": (bare, "alice/net", {}),
         "has no evaluation with its own gates": (routed, "alice/net", {}),
         "holds no finished model": (unfinished, "alice/net", {}),

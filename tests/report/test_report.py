@@ -263,7 +263,7 @@ class TestWhatStandsOut:
 
 class TestWhatMayBeCompared:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"neither run nor config; name folders of runs"):
+        with pytest.raises(UserError, match=r"neither run nor config; give folders of runs"):
             write_report([tmp_path], tmp_path / "out")
 
     def test_a_run_without_an_evaluation_says_which_command(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ class TestWhatMayBeCompared:
 
     def test_an_unfinished_evaluation(self, runs: tuple[Path, Path]) -> None:
         (runs[0] / "evaluation/apgd-24/result.json").unlink()
-        with pytest.raises(UserError, match=r"unfinished evaluation only: run `rome evaluate"):
+        with pytest.raises(UserError, match=r"only an unfinished evaluation: run `rome evaluate"):
             gather(runs)
 
     @pytest.mark.parametrize(
@@ -341,7 +341,9 @@ class TestWhatMayBeCompared:
             evaluate_saved(run, n=2)
         assert [run.report.n for run in gather(runs, "apgd")] == [24, 24]
         assert [run.report.n for run in gather(runs, "apgd-2")] == [2, 2]
-        with pytest.raises(UserError, match=r"no evaluation of suite unseen on as many examples .*a: apgd-2, apgd-24;"):
+        with pytest.raises(
+            UserError, match=r"no evaluation of suite unseen on the same number of examples .*a: apgd-2, apgd-24;"
+        ):
             gather(runs, "unseen")
 
     def test_an_evaluation_of_other_weights(self, runs: tuple[Path, Path], made: tuple[Path, Path]) -> None:
@@ -594,7 +596,7 @@ class TestBesideARun:
         assert all(shown.count(f"{escape(each.name)}</div>") == len(rows) for each in gather([*made, mine]))
 
     def test_an_evaluation_of_a_run_is_no_given_model(self, made: tuple[Path, Path]) -> None:
-        with pytest.raises(UserError, match="is an evaluation of a run: name the run's folder"):
+        with pytest.raises(UserError, match="is an evaluation of a run: give the run's folder"):
             gather([made[0] / "evaluation/apgd-24"])
 
 

@@ -88,7 +88,7 @@ def test_what_is_missing_is_told_with_what_it_costs() -> None:
     assert remarks(found) == [
         "L2 failed: RuntimeError: no",
         "not run yet: Linf; the same command without --cases runs the rest",
-        "without all attacks there is no average and no union",
+        "there is no average and no union until all attacks have run",
     ]
     both = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "no memory", "Linf": "no memory"})
     assert remarks(both)[0] == "L2, Linf failed: no memory"
