@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from rome.attacks.suites import SaveImages
 from rome.core import trust
@@ -50,12 +50,12 @@ SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features")
 """Settings that an entry may give for itself and the list for all its models."""
 
 
-def _listed(values: Any) -> Any:
+def _as_typed(values: Any) -> Any:
     """Convert a value from YAML to the text one would type on the command line: ``[0.49, 0.48]`` -> ``0.49,0.48``."""
     return ",".join(map(str, values)) if isinstance(values, list) else values if values is None else str(values)
 
 
-Typed = Annotated[str | None, BeforeValidator(_listed)]
+Typed = Annotated[str | None, BeforeValidator(_as_typed)]
 
 
 class Common(Settings):
@@ -83,7 +83,7 @@ class Entry(Common):
 
     name: str = ""
     """Name on the leaderboard; derived from the model if empty."""
-    run: str | None = None
+    run: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     """A run's folder, a ``model.safetensors`` written by rome, or ``hf://USER/NAME``."""
     model: str | None = None
     """Any other model, as for ``--model`` of ``rome evaluate``; the settings below apply to it."""
@@ -225,7 +225,7 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
         config = None if one.model is None else named_config(given)
         report, _ = evaluate_saved(
             config or one.run or "",
-            data=_path(one.data) if config is None else None,
+            data=named_data(one.data).path if config is None and one.data is not None else None,
             budgets=one.budgets if config is None else None,
             suite=one.suite or "apgd",
             n=one.n,
@@ -239,11 +239,6 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
         )
     report.require_complete()
     return {"entry": entry, "weights": _weights(one)}
-
-
-def _path(data: str | None) -> str | None:
-    """Return the path of the data that a list gives for a run."""
-    return None if data is None else named_data(data).path
 
 
 def _weights(entry: Entry) -> str | None:
@@ -282,16 +277,10 @@ def gather_models(models: Models, out: Path) -> list[Evaluated]:
             continue
         place = None if entry.run is None or on_hub(entry.run) else Path(entry.run)
         run = None if place is None else Run(place.parent if place.is_file() else place)
-        known = run is not None and run.config_file.is_file()
-        found.append(
-            Evaluated(
-                name=entry.label,
-                folder=folder,
-                report=Report.load(folder),
-                run=run if known else None,
-                config=run.config if run is not None and known else None,
-            )
-        )
+        if run is not None and not run.config_file.is_file():
+            run = None
+        config = None if run is None else run.config
+        found.append(Evaluated(name=entry.label, folder=folder, report=Report.load(folder), run=run, config=config))
     return found
 
 
