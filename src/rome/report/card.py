@@ -1,5 +1,4 @@
-"""The model card of a run shared on the Hub: what the model is, how robust it is, how to use and repeat it, its
-limits."""
+"""The model card of a run shared on the Hub: the model, its robustness, how to use and reproduce it, and its limits."""
 
 from __future__ import annotations
 
@@ -99,7 +98,6 @@ def model_card(
     shape = evaluations[0].report.settings["data"]["shape"][1:]
     values: dict[str, Any] = {
         "repo": repo,
-        "source": repo,
         "config": config,
         "architecture": evaluations[0].architecture,
         "method": evaluations[0].method,
@@ -242,7 +240,7 @@ def _settings(config: Config, report: Report) -> dict[str, str]:
         "experts": "none" if config.experts is None else _settings_of(config.experts, "kind", "experts", "rank"),
         "training attack": config.method.own_attack or _settings_of(config.attack, "kind", "steps"),
         "threats": ", ".join(_ball(threat.name, threat) for threat in config.threats),
-        "epochs": f"{config.epochs}" + (f", the first {natural} of them natural" if natural else ""),
+        "epochs": f"{config.epochs}" + (f" (the first {natural} natural)" if natural else ""),
         "batch size": str(config.batch_size),
         "optimizer": _settings_of(config.optimizer, "kind", "lr", "weight_decay"),
         "precision": config.precision,
@@ -253,7 +251,7 @@ def _settings(config: Config, report: Report) -> dict[str, str]:
 
 def _settings_of(component: Component, *names: str) -> str:
     """Format the named settings that a component has, such as ``pgd, steps 10``."""
-    values = component.dump()
+    values = {name: value for name, value in component.dump().items() if value is not None}
     return ", ".join(values[name] if name == "kind" else f"{name} {values[name]}" for name in names if name in values)
 
 
@@ -286,5 +284,5 @@ def _limits(evaluations: Sequence[Evaluated], changed: Sequence[str]) -> list[st
     if not checks:
         found.append("Not checked for masked gradients (`rome evaluate --checks`).")
     elif not any(check["raised"] for check in checks):
-        found.append(f"{len(checks)} checks for masked gradients found no sign of them, which is no proof.")
+        found.append(f"Checks for masked gradients ({len(checks)}) found none, which is no proof.")
     return found + ([f"The code changed during training: {'; '.join(changed)}."] if changed else [])

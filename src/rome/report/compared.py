@@ -69,7 +69,8 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         evaluated.append(replace(each[chosen], name=name, others=others))
         evaluated[-1].check_fresh()
     for one in evaluated:
-        _check_comparable(evaluated[0], one)
+        if reason := unlike(evaluated[0], one):
+            raise UserError(reason)
     return evaluated
 
 
@@ -155,7 +156,7 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
         UserError: one of the cases is missing in one of the reports, or they are not of the same examples.
     """
     if not same_examples(a, b):
-        raise UserError("the two evaluations are not of the same examples, so a paired comparison is meaningless")
+        raise UserError("the two were not evaluated on the same examples, so a paired comparison is meaningless")
     return paired_difference(a.right(cases), b.right(cases))
 
 
@@ -192,11 +193,6 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
         state = "no evaluation" if all(result.exists() for result in begun) else "only an unfinished evaluation"
         raise UserError(f"{folder} has {state}: run `rome evaluate {folder}` first")
     return found
-
-
-def _check_comparable(first: Evaluated, other: Evaluated) -> None:
-    if reason := unlike(first, other):
-        raise UserError(reason)
 
 
 def unlike(first: Evaluated, other: Evaluated) -> str:

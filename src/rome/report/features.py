@@ -89,7 +89,7 @@ def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[st
     found: dict[str, Seen] = {}
     with ExitStack() as stack:
         for name in layers:
-            hook = model.get_submodule(name).register_forward_hook(_keeper(model, name, found))
+            hook = model.get_submodule(name).register_forward_hook(_recording_hook(model, name, found))
             stack.callback(hook.remove)
         yield found
 
@@ -143,11 +143,11 @@ def _seen(model: nn.Module, images: Tensor, layer: str) -> Seen:
     return found[layer]
 
 
-def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
+def _recording_hook(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
     """Return a hook that stores copies of a module's output, since later layers may change it in place."""
     module = model.get_submodule(name)
     layout = module.layout if isinstance(module, MixtureLayer) else layout_of(model, name)
-    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, MixtureLayer)))
+    maps = isinstance(module, nn.Conv2d) or not isinstance(module, (nn.Linear, MixtureLayer))
     last = not maps or channels_last(model, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

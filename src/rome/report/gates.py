@@ -151,13 +151,14 @@ def summary(sample: GateSample) -> list[str]:
         "gates.txt",
         sample=sample,
         pairs=pairs(sample),
-        called=_called,
+        called=_how_similar,
         entropy=sample.entropy.mean(),
         largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
     )
 
 
-def _called(distance: float) -> str:
+def _how_similar(distance: float) -> str:
+    """Adverb for a distance between mean gates."""
     if distance < NEARLY_IDENTICAL:
         return "nearly identically"
     return "similarly" if distance < SIMILAR else "differently"
