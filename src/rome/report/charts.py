@@ -128,7 +128,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text[text.index("<svg") :])
     used = set(re.findall(r"(?:url\(|xlink:href=\")#([^)\"]+)", text))
-    mark = hashlib.sha256((label + text).encode()).hexdigest()[:8]  # charts share the page's ids
+    mark = hashlib.sha256((label + text).encode()).hexdigest()[:8]  # all charts share one page, so ids must differ
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{mark}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"(url\(|xlink:href=\")#", rf"\1#{mark}-", text)
     for name, colour in (*_STAND_IN.items(), ("muted", NOTE["color"])):

@@ -146,7 +146,7 @@ def _memory(config: Config, limit: float | None, found: Checked) -> None:
         return
     for what, why in too_large(config, counted, limit).items():
         where = found.remarks if what == "evaluation" else found.missing
-        where.append(f"memory: {why} (the GPU has {gigabytes(limit)})")
+        where.append(f"memory: {why}; the GPU has {gigabytes(limit)}")
 
 
 def _passes(config: Config, found: Checked) -> None:

@@ -128,8 +128,8 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
     head, *body = zip(*lines, strict=True) if exchanged else lines
     print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
-    best = f"; {star or 'bold'} marks the largest of a column" if len(rows) > 1 else ""
-    caption = f"{covered(rows)}; accuracy in percent, then its 95% interval{best}"
+    best = f"; {star or 'bold'} marks the largest" if len(rows) > 1 else ""
+    caption = f"{covered(rows)}; accuracy in %, 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
         for sentence in (*report.corruptions, *remarks(report)):

@@ -141,7 +141,7 @@ def updates(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> list[tuple[Work, float]]:
     """Return for each of the method's stages a function that runs one update, and the stage's share of the epochs."""
-    method = config.method.model_copy(deep=True)  # keeps its state to these updates
+    method = config.method.model_copy(deep=True)  # a copy, since updates change its state
     optimizer = config.optimizer.build(model)
     context = train_context(config, model, device)
     method.prepare(context)
@@ -217,8 +217,8 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
         rows.append(cells)
     print_table(rows, titles, gap=2)
     if timed:
-        batch = "batch of {batch_size}, {device}; forward in batches of {latency_batch}".format_map(facts[0])
-        print(f"{batch}; in turn, median (least\N{EN DASH}largest)")
+        batch = "updates of {batch_size} examples, forward passes of {latency_batch}, {device}".format_map(facts[0])
+        print(f"{batch}; timed in turn, median (least\N{EN DASH}largest)")
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def show_plan(facts: dict[str, Any]) -> None:
     if layers:
         print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=(), gap=2)
         where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
-        where += f"; {facts['added']:,} parameters added, {facts['parameters']:,} in all"
+        where += f"; {facts['added']:,} parameters added, {facts['parameters']:,} in total"
     print(f"with experts: {where}")
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for other in others:

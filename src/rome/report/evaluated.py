@@ -213,7 +213,7 @@ def load_evaluation(folder: Path) -> Evaluated:
         UserError: it is not finished, or it belongs to a run.
     """
     if not (folder / RESULT).is_file():
-        raise UserError(f"the evaluation in {folder} is unfinished: run the same `rome evaluate` command again")
+        raise UserError(f"{folder} contains only an unfinished evaluation: run the same `rome evaluate` command again")
     one = Evaluated(name="", folder=folder, report=Report.load(folder))
     if "checkpoint" in one.provenance:
         raise UserError(f"{folder} is an evaluation of a run: give the run's folder, which contains config.yaml")

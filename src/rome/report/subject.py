@@ -129,7 +129,7 @@ def subject_of_run(
     """
     config, trusted = run.config, trust.allowed()
     if not run.finished:
-        raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+        raise UserError(f"{run.folder} holds no finished model (model.safetensors); finish its training first")
 
     def model() -> nn.Module:
         return set_routing(load_model(run.model_file, trust_code=trusted), routing, seed=seed).to(device)
@@ -138,7 +138,7 @@ def subject_of_run(
         try:
             return config.data.open("test")
         except UserError as error:
-            raise UserError(f"{error} (if it lies elsewhere now, correct data.path in {run.config_file})") from None
+            raise UserError(f"{error} (if the data has moved, correct data.path in {run.config_file})") from None
 
     return Subject(name, device, config.threats, model, split, run)
 
