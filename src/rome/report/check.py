@@ -49,11 +49,11 @@ def check(config: Config, memory: float | None = None) -> Checked:
         check_settings(config)
     except UserError as error:
         found.missing += str(error).splitlines()
-    fetched = _fetched(config, found)
+    must_download = _must_download(config, found)
     with unchanged_states():
         opened = _data(config, found)
         if opened and not found.missing:
-            usable = {"data": opened, **({"model": config.model.architecture_only()} if fetched else {})}
+            usable = {"data": opened, **({"model": config.model.architecture_only()} if must_download else {})}
             try:
                 start = assemble(config.model_copy(deep=True, update=usable), torch.device("cpu"))
                 found.cost |= {"examples": len(start.split), "updates": start.steps * config.epochs}
@@ -75,13 +75,13 @@ def check(config: Config, memory: float | None = None) -> Checked:
 def _data(config: Config, found: Checked) -> Data | None:
     """Open the data set's training and test parts; None if they are not here. A download that training would start is
     only remarked on."""
-    fetches = getattr(config.data, "download", False)
-    data = config.data.model_copy(update={"download": False}) if fetches else config.data
+    downloads = getattr(config.data, "download", False)
+    data = config.data.model_copy(update={"download": False}) if downloads else config.data
     try:
         data.open("train")
         found.cost["tested"] = len(data.open("test"))
     except UserError as error:
-        if fetches:
+        if downloads:
             found.remarks.append(f"{config.data.kind} is not in {config.data.path}; training downloads it first")
         else:
             found.missing.append(str(error))
@@ -89,7 +89,7 @@ def _data(config: Config, found: Checked) -> Data | None:
     return data
 
 
-def _fetched(config: Config, found: Checked) -> bool:
+def _must_download(config: Config, found: Checked) -> bool:
     """Report weights that are not here; return True if training would download them, so they cannot be tried yet."""
     source, name = config.model.weights, config.model.name
     if name.startswith(ROBUSTBENCH):

@@ -117,17 +117,17 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
     columns, cells = tabulate(rows, unions)
     console = Console(highlight=False, markup=False)
     star = "" if console.is_terminal and not console.no_color else "*"
-    exchanged = len(columns) >= WIDE
+    transposed = len(columns) >= WIDE
 
     def text(cell: Cell) -> Text:
         number = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
-        between = "  " if exchanged else "\n"
+        between = "  " if transposed else "\n"
         return number.append(f"{between}{cell.span}", style="not bold dim") if cell.span else number
 
-    lines: list[Sequence[str | Text]] = [["under" if exchanged else "method", *columns]]
+    lines: list[Sequence[str | Text]] = [["under" if transposed else "method", *columns]]
     lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
-    head, *body = zip(*lines, strict=True) if exchanged else lines
-    print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
+    head, *body = zip(*lines, strict=True) if transposed else lines
+    print_table(body, head, wrapped=range(1, len(head)) if transposed else (0,), console=console)
     best = f"; {star or 'bold'} marks the largest" if len(rows) > 1 else ""
     caption = f"{covered(rows)}; accuracy in %, 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
@@ -138,11 +138,11 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
 
 def remarks(report: Report) -> list[str]:
     """Describe which numbers are missing and why, and which accuracies guessing would reach."""
-    alike: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for case, reason in report.failed.items():
-        alike.setdefault(reason, []).append(case)
+        by_reason.setdefault(reason, []).append(case)
     sentences = [report.guesses] if report.guesses else []
-    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
+    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in by_reason.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
         sentences.append(f"not run yet: {some(report.pending, 5)}; the same command without --cases runs the rest")

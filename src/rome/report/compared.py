@@ -28,9 +28,9 @@ from rome.runs.folder import FREE_KEYS, Run
 from rome.runs.meant import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
-_SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
+_MUST_AGREE = ("data", "suite", "threats", "n", "seed", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
-_NOT_SHOWN = FREE_KEYS - {"evaluation"}
+_HIDDEN_KEYS = FREE_KEYS - {"evaluation"}
 
 
 def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]:
@@ -142,7 +142,7 @@ def outstanding(reports: Sequence[Report], columns: Sequence[Column]) -> set[tup
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
     """Return dotted key -> value in each config, for keys that determine results and differ; None where absent."""
     flat = [flatten(config.dump()) for config in configs]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key.split(".")[0] not in _NOT_SHOWN]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key.split(".")[0] not in _HIDDEN_KEYS]
     rows = {key: [each.get(key) for each in flat] for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
@@ -197,7 +197,7 @@ def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
 
 def unlike(first: Evaluated, other: Evaluated) -> str:
     """Explain why the numbers of two evaluations cannot be compared; empty if they can."""
-    a, b = (flatten({key: run.report.settings.get(key) for key in _SAME}) for run in (first, other))
+    a, b = (flatten({key: run.report.settings.get(key) for key in _MUST_AGREE}) for run in (first, other))
     for key in {**a, **b}:
         if a.get(key) == b.get(key):
             continue

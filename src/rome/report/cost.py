@@ -241,11 +241,11 @@ def plan(config: Config) -> dict[str, Any]:
     return {
         "name": config.name,
         "layers": [
-            {**_described(name, layer), "block": blocks[name], "beta": _beta(layer), "added": added(layer)}
+            {**_describe(name, layer), "block": blocks[name], "beta": _beta(layer), "added": added(layer)}
             for name, layer in adapted.items()
         ],
         "others": [
-            _described(name, module)
+            _describe(name, module)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in adapted and not name.startswith(inside)
         ],
@@ -277,7 +277,7 @@ def show_plan(facts: dict[str, Any]) -> None:
         print(f"without experts: {which} ({kind} {sizes})")
 
 
-def _described(name: str, module: nn.Module) -> dict[str, Any]:
+def _describe(name: str, module: nn.Module) -> dict[str, Any]:
     layer = next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules.")), "")
     weight = getattr(module, "weight", None)
     kind, shape = (type(module).__name__, []) if weight is None else (layer, list(weight.shape))

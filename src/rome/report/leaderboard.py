@@ -91,7 +91,7 @@ def write_leaderboard(models: Sequence[Evaluated], out: Path, failed: Mapping[st
     }
     rows = [{"group": i, **row} for i, group in enumerate(groups) for row in csv_rows(group.models)]
     replace_file(out / "leaderboard.csv", csv_text(rows).encode())
-    replace_file(out / "leaderboard.json", json.dumps([_plain(group) for group in groups], indent=2).encode())
+    replace_file(out / "leaderboard.json", json.dumps([_as_json(group) for group in groups], indent=2).encode())
     for name in ("leaderboard.md", "leaderboard.html"):
         replace_file(out / name, filled(name, **context).encode())
     return out / "leaderboard.html"
@@ -142,7 +142,7 @@ def _charts(group: Group) -> list[Markup]:
     ]
 
 
-def _plain(group: Group) -> dict[str, Any]:
+def _as_json(group: Group) -> dict[str, Any]:
     """Convert the group to JSON data."""
 
     def number(value: float) -> float | None:

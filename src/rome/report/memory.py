@@ -52,18 +52,18 @@ def peak_memory(config: Config) -> dict[str, int]:
     """
     with torch.device("meta"):
         model, shape, _ = architecture(config)
-    held = _Held(model)
-    with warnings.catch_warnings(), held:
+    counter = _MemoryCounter(model)
+    with warnings.catch_warnings(), counter:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a copy of a model does
         with FakeTensorMode(allow_non_fake_inputs=True):
             _without_content(model)
-            sizes = config.batch_size // config.accumulate, _evaluated(config)
+            sizes = config.batch_size // config.accumulate, _evaluation_batch(config)
             (x, y), (x_test, y_test) = [(torch.empty(n, *shape), torch.empty(n, dtype=torch.int64)) for n in sizes]
         with frozen(model):
             loss_and_gradient(model, x_test, y_test)
-        found = {"evaluation": held.peaks[False]}
+        found = {"evaluation": counter.peaks[False]}
         del x_test, y_test
-        quick = {"attack": _short(config.attack), "method": _short(config.method)}
+        quick = {"attack": _with_one_step(config.attack), "method": _with_one_step(config.method)}
         config = config.model_copy(deep=True, update=quick)
         method, optimizer, context = config.method, config.optimizer.build(model), train_context(config, model, CPU)
         method.prepare(context)
@@ -74,15 +74,15 @@ def peak_memory(config: Config) -> dict[str, int]:
         for stage in method.stages(context.epochs):
             context.epoch = stage.start
             method.epoch_start(context, stage.start)
-            held.peaks.clear()
-            before = held.now
+            counter.peaks.clear()
+            before = counter.now
             _update(config, method, context, optimizer, x, y)
-            if held.now > before:  # the method allocated something in its first update that all others already have
-                held.peaks.clear()
+            if counter.now > before:  # the method allocated something in its first update that all others already have
+                counter.peaks.clear()
                 _update(config, method, context, optimizer, x, y)
-            found["state"] = held.now
+            found["state"] = counter.now
             for what, training in (("attack", False), ("update", True)):
-                found[what] = max(found.get(what, 0), held.peaks.get(training, 0))
+                found[what] = max(found.get(what, 0), counter.peaks.get(training, 0))
     return found | {"training": max(found["attack"], found["update"])}
 
 
@@ -131,7 +131,7 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
 
 
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors without content: ``now``, and in ``peaks`` the maximum since it was cleared,
     while the model was in training mode (True) and in evaluation mode (False), as during attacks."""
 
@@ -178,17 +178,17 @@ def _without_content(model: nn.Module) -> None:
         return made[id(tensor)][1]
 
     for module in model.modules():
-        held: Any
-        for held in (module._parameters, module._buffers):
-            held.update({name: empty(tensor) for name, tensor in held.items() if tensor is not None})
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: empty(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
-def _evaluated(config: Config) -> int:
+def _evaluation_batch(config: Config) -> int:
     """Number of images in a batch of the evaluation."""
     size = AUTO if config.evaluation.batch_size == "auto" else config.evaluation.batch_size
     return min(size, config.evaluation.n or size)
 
 
-def _short(component: Any) -> Any:
+def _with_one_step(component: Any) -> Any:
     """Return a copy with one step, which has the same peak as any number of steps."""
     return component.model_copy(update={"steps": 1}) if "steps" in type(component).model_fields else component

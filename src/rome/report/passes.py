@@ -60,7 +60,7 @@ class Passes:
 
 
 @contextmanager
-def _counted(model: nn.Module) -> Iterator[Passes]:
+def _count_passes(model: nn.Module) -> Iterator[Passes]:
     """Count the passes of a model inside the context, summed over images."""
     total = Passes()
 
@@ -93,7 +93,7 @@ def of_update(config: Config) -> Passes | None:
             model = config.experts.inject(model)
         found = Passes()
         for work, share in updates(few, model, (3, SIDE, SIDE), 10, torch.device("cpu")):
-            with _counted(model) as seen:
+            with _count_passes(model) as seen:
                 work()
             found.add(seen, share / batch)
     except Exception:  # a user's own method, attack or experts that need a different model
@@ -150,7 +150,7 @@ def _run(attack: Attack, threat: Threat, classes: int) -> Passes:
         warnings.simplefilter("ignore")  # pyautoattack's
         torch.manual_seed(0)
         model = _Certain(classes).eval()
-        with _counted(model) as seen:
+        with _count_passes(model) as seen:
             attack(model, torch.rand(1, 3, SIDE, SIDE), torch.zeros(1, dtype=torch.int64), threat)
     return seen
 

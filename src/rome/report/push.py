@@ -137,9 +137,9 @@ def _rank(one: Evaluated) -> tuple[Any, ...]:
 def _paths(config: Config) -> list[str]:
     """Return the values of a config that may be paths: of data, weights or code."""
     dumped = flatten(config.dump())
-    held = [value for key, value in dumped.items() if _PATH_KEYS & set(key.split("."))]
+    values = [value for key, value in dumped.items() if _PATH_KEYS & set(key.split("."))]
     texts = [
-        text for value in held for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+        text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
     ]
     return [text for text in texts if "://" not in text]
 

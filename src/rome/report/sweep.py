@@ -67,7 +67,7 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     Raises:
         UserError: an axis is malformed, a config is invalid at some point, or two runs would have the same name.
     """
-    grid = [[f"{key}={value}" for value in values] for key, values in map(_axis, axes)]
+    grid = [[f"{key}={value}" for value in values] for key, values in map(_parse_axis, axes)]
     keys = [choices[0].partition("=")[0] for choices in grid]
     if len(set(keys)) < len(keys):
         raise UserError(f"the keys {', '.join(keys)} are not distinct; give each key once, with all its values")
@@ -82,7 +82,7 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     return list(found.values())
 
 
-def _axis(text: str) -> tuple[str, list[str]]:
+def _parse_axis(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     parts, depth = [""], 0
     for letter in values:
