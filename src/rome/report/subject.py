@@ -110,7 +110,7 @@ class Subject:
         return self._attacked[n]
 
     def attacked_parts(self, n: int) -> Iterable[Mapping[str, Tensor]]:
-        """Yield the images of :meth:`attacked` in consecutive parts; more than :data:`KEPT` are not cached."""
+        """Return the images of :meth:`attacked` in consecutive parts; more than :data:`KEPT` are not cached."""
         return [self.attacked(n)] if n <= KEPT else self._attack(n)
 
     def _attack(self, n: int) -> Iterator[dict[str, Tensor]]:

@@ -172,11 +172,10 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
 
 def gather_results(chosen: Sequence[Point]) -> list[Result]:
     """Collect the results of the evaluated points; others are left out."""
-    reports = [(point, _report(point)) for point in chosen]
     return [
         Result(point, {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union})
-        for point, report in reports
-        if report is not None
+        for point in chosen
+        if (report := _report(point)) is not None
     ]
 
 
