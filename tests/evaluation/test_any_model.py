@@ -360,7 +360,7 @@ def test_a_model_that_is_another_now_has_numbers_and_no_pictures(two: list[Path]
         warnings.simplefilter("ignore")
         torch.jit.trace(net().eval(), torch.rand(3, 1, 8, 8)).save("traced.pt")
     page = write_report(two, tmp_path / "report").read_text()
-    assert page.count("the model is not the one that was evaluated any more (model.sha256") == 2
+    assert page.count("the model is no longer the one that was evaluated (model.sha256") == 2
     assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "provenance"]
     Path("traced.pt").unlink()
     page = write_report(two, tmp_path / "report").read_text()
@@ -377,7 +377,7 @@ def test_other_examples_are_refused_and_both_are_named(two: list[Path], trained:
         gather([two[0], Path("few")])
     stored = matrix(two[1])
     np.savez("odd/matrix.npz", **{**stored, "indices": stored["indices"][::-1]})
-    with pytest.raises(UserError, match=r"plain and odd name the same data, but the rows .* are other examples"):
+    with pytest.raises(UserError, match=r"plain and odd name the same data, but the rows .* are different examples"):
         gather(two)
     with pytest.raises(UserError, match="not evaluated on the same examples"):
         paired(Report.load(two[0]), Report.load(two[1]))
@@ -389,7 +389,7 @@ def test_one_evaluated_in_python_has_numbers_and_a_line_for_its_pictures(
     x, y = Digits().open("test").first(N)
     evaluate(trained, x, y, threats=DIGITS, suite="lp", out="mine", provenance={"model": "some text", "data": [1]})
     page = write_report([Path("mine"), two[0]], tmp_path / "report").read_text()
-    assert "No pictures of mine: mine does not say how its model is built" in page
+    assert "No pictures of mine: mine does not record how to build its model" in page
     assert str(hash_model(trained)) in page
     assert re.findall("<section id=.([a-z]+)", page) == ["accuracy", "classes", "examples", "provenance"]
     shown = page[page.index('<section id="examples"') : page.index('<section id="provenance"')]

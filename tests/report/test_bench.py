@@ -104,6 +104,14 @@ def test_curves_fall_with_the_radius(bench: Path) -> None:
         assert curve.values[-1] == smallest.mean()
 
 
+def test_a_run_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "models.yaml").write_text("models: [~/one, {name: two, run: ~/one}]")
+    for entry in read_models(tmp_path / "models.yaml").models:
+        assert entry.run == str(tmp_path / "one")
+
+
 def test_what_is_done_is_known_by_entry_and_weights(bench: Path) -> None:
     jobs = jobs_of(read_models(bench / "models.yaml"), bench / "out")
     assert [job.done() for job in jobs.values()] == [True, True, False]  # a function may have changed
@@ -120,10 +128,10 @@ def test_what_is_done_is_known_by_entry_and_weights(bench: Path) -> None:
     ("text", "message"),
     [
         ("models: []", "models: "),
-        ("models: [{run: a, model: b}]", "models.yaml:1: models.0: name either a run or a model"),
-        ("models: [{run: a, mean: 0.5}]", "mean go with model, not with a run"),
+        ("models: [{run: a, model: b}]", "models.yaml:1: models.0: give either a run or a model"),
+        ("models: [{run: a, mean: 0.5}]", "mean: only for a model"),
         ("models:\n- a\n- {model: b, nn: 3}", "models.yaml:3: models.1.nn"),
-        ("models: [x, {name: x, model: y}]", "x is the name of several models"),
+        ("models: [x, {name: x, model: y}]", "several models are called x"),
         ("models: [a", "models.yaml"),
         ("", "models"),
     ],

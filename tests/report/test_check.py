@@ -92,7 +92,7 @@ def test_what_training_would_download_is_a_remark_and_is_not_downloaded(
     monkeypatch.chdir(tmp_path)
     found = check(tiny(data={"kind": "cifar10", "download": True}, model={"name": "resnet18", "pretrained": True}))
     assert found.missing == []
-    assert [("cifar10" in line, "fetches" in line) for line in found.remarks] == [(False, True), (True, True)]
+    assert [("cifar10" in line, "downloads" in line) for line in found.remarks] == [(False, True), (True, True)]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in check(tiny(model={"name": "resnet18", "pretrained": True})).missing[0]
 

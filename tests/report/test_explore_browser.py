@@ -120,7 +120,7 @@ def test_an_attack_changes_the_picture(opened: Open) -> None:
     page = opened.page
     assert picture(page, "attacked") != picture(page, "natural")
     page.get_by_role("radio", name="natural").check()
-    page.wait_for_selector("text=Nothing is attacked", timeout=WAIT)
+    page.wait_for_selector("text=No attack.", timeout=WAIT)
     assert picture(page, "attacked") == picture(page, "natural")
     assert not page.locator("#eps").is_visible()
     l2 = changes(page, lambda: picture(page, "attacked"), page.get_by_role("radio", name="L2").check)

@@ -243,7 +243,7 @@ def test_intervals_of_several_differences_hold_together(tmp_path: Path) -> None:
     assert alone[0] == among[0] == pytest.approx(0.1)
     # normal quantiles of 95% and of 97.5%
     assert (among[2] - among[1]) / (alone[2] - alone[1]) == pytest.approx(2.2414027 / 1.9599640)
-    assert "in brackets intervals that hold together with 95% for all 2" in render("Table 1", filled[1], "text")
+    assert "in brackets simultaneous 95% intervals for all 2" in render("Table 1", filled[1], "text")
 
 
 def test_seeds_that_agree_have_a_difference_without_an_interval(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_the_card_has_the_reports_numbers(runs: Path, tmp_path: Path) -> None:
     assert "| Linf (ε = 0.1) |" in card.text
     assert f"{N} test examples of digits, suite lp" in card.text
     assert 'rome.load_model("hf://alice/net")' in card.text
-    assert "Chance is 10% (10 classes)" in card.text
+    assert "Chance level is 10% (10 classes)" in card.text
     for suite, what in SUITES.items():
         assert f"{what} (`--suite {suite}`)" in card.text
     data = card.data.to_dict()
@@ -183,13 +183,15 @@ def test_the_card_says_what_the_evaluation_warns_of(runs: Path) -> None:
 
     check = {"check": "more-steps", "examples": 3, "values": {}, "raised": True, "message": "more steps find more"}
     raised = {"check": "more-steps", "case": None, "attack": None, "examples": 3, "message": check["message"]}
-    assert "Nobody looked for masked gradients" in card()
-    assert "1 checks for masked gradients found none" in card(checks=[check | {"raised": False}])
+    assert "Not checked for masked gradients" in card()
+    unset = model_card(tiny(attack={"kind": "pgd"}), [one], OnHub("alice/net"), facts={})
+    assert "| training attack | pgd |" in unset, "no steps None"
+    assert "Checks for masked gradients (1) found none" in card(checks=[check | {"raised": False}])
     assert "- Warning (suite lp: more-steps): more steps find more." in card(checks=[check], warnings=[raised])
     without = one.report.correct[:, :-1]
     said = card(correct=without, cases=one.report.cases[:-1], failed={"Linf": "out of memory"})
     assert "Linf failed: out of memory" in said
-    assert "without all attacks there is no average and no union" in said.lower()
+    assert "there is no average and no union until all attacks have run" in said.lower()
 
 
 def test_every_method_has_its_papers() -> None:
@@ -280,13 +282,13 @@ def test_nothing_is_published_by_accident(runs: Path, hub: StandIn, capsys: pyte
     push(runs / "plain", "alice/open", public=True)
     assert not hub.repositories["alice/open"].private
     before = dict(hub.repositories["alice/open"].branches)
-    with pytest.raises(UserError, match="alice/open is public, and without --public nothing is published"):
+    with pytest.raises(UserError, match="alice/open is public, and nothing is published without --public"):
         push(runs / "plain", "alice/open")
     assert hub.repositories["alice/open"].branches == before
     push(runs / "plain", "alice/closed")
     push(runs / "plain", "alice/closed", public=True)
     assert hub.repositories["alice/closed"].private
-    assert "is private and stays so" in capsys.readouterr().err
+    assert "is private and stays private" in capsys.readouterr().err
 
 
 def test_each_refusal_is_one_line_and_sends_nothing(
@@ -304,14 +306,14 @@ def test_each_refusal_is_one_line_and_sends_nothing(
     (unfinished / "model.safetensors").unlink()
     wrong: dict[str, tuple[Path, str, dict[str, Any]]] = {
         "give USER/NAME": (runs / "plain", "net", {}),
-        "name a branch with --revision": (runs / "plain", "alice/net@v2", {}),
+        "give a branch with --revision": (runs / "plain", "alice/net@v2", {}),
         "is a folder with neither run nor config": (tmp_path, "alice/net", {}),
         "is not an empty folder": (runs / "plain", "alice/net", {"dry_run": stale}),
-        "evaluated other weights": (stale, "alice/net", {}),
+        "is of other weights": (stale, "alice/net", {}),
         "has no evaluation, and": (bare, "alice/net", {}),
         "has no evaluation with its own gates": (routed, "alice/net", {}),
         "holds no finished model": (unfinished, "alice/net", {}),
-        "has a tag v1 already": (runs / "plain", "alice/tagged", {"tag": "v1"}),
+        "already has a tag v1": (runs / "plain", "alice/tagged", {"tag": "v1"}),
         "the token has no permission": (runs / "plain", "bob/net", {}),
     }
     for said, (run, repo, options) in wrong.items():
@@ -360,7 +362,7 @@ def test_a_model_of_ones_own_code_is_shared_without_it(tmp_path: Path) -> None:
     assert Run(tmp_path / "out").config.model.name == "exact_model.py:build"
     assert set(sent(tmp_path / "out")) == BOTH
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "It is built by code that is not here: `exact_model.py:build`" in card
+    assert "The model is built by code that is not in this repository: `exact_model.py:build`" in card
     assert 'rome.load_model("hf://alice/net", module)' in card
 
 

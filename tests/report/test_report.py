@@ -199,7 +199,7 @@ class TestTable:
         head, row, note = capsys.readouterr().out.splitlines()
         assert row.split()[-3:] == ["23.4", "12.3", "0.5"]
         assert re.search(r"ms, one image +ms/image +s/update$", head)
-        assert note.startswith("batch of 64, cpu; forward in batches of 64;")
+        assert note.startswith("updates of 64 examples, forward passes of 64, cpu;")
         show_costs([timed, timed])
         assert capsys.readouterr().out.count("1.00 (1.00\N{EN DASH}1.00)") == 6
 
@@ -232,7 +232,7 @@ class TestWhatStandsOut:
     @pytest.mark.parametrize(
         ("runs", "base", "expected"),
         [
-            ("a", None, "a: 90.0% right under every attack"),
+            ("a", None, "a: 90.0% correct under every attack"),
             ("ab", None, r"No significant difference: b 92.0, a 90.0 (union, %, p = 0.81)"),
             ("ac", None, r"a 90.0 is significantly above c 50.0 (union, %, p < 0.0001)"),
             ("abc", None, r"No significant difference: b 92.0, a 90.0; significantly below: c 50.0 (union, %)"),
@@ -263,7 +263,7 @@ class TestWhatStandsOut:
 
 class TestWhatMayBeCompared:
     def test_a_folder_without_a_run(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"neither run nor config; name folders of runs"):
+        with pytest.raises(UserError, match=r"neither run nor config; give folders of runs"):
             write_report([tmp_path], tmp_path / "out")
 
     def test_a_run_without_an_evaluation_says_which_command(self, runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ class TestWhatMayBeCompared:
 
     def test_an_unfinished_evaluation(self, runs: tuple[Path, Path]) -> None:
         (runs[0] / "evaluation/apgd-24/result.json").unlink()
-        with pytest.raises(UserError, match=r"unfinished evaluation only: run `rome evaluate"):
+        with pytest.raises(UserError, match=r"only an unfinished evaluation: run `rome evaluate"):
             gather(runs)
 
     @pytest.mark.parametrize(
@@ -341,7 +341,9 @@ class TestWhatMayBeCompared:
             evaluate_saved(run, n=2)
         assert [run.report.n for run in gather(runs, "apgd")] == [24, 24]
         assert [run.report.n for run in gather(runs, "apgd-2")] == [2, 2]
-        with pytest.raises(UserError, match=r"no evaluation of suite unseen on as many examples .*a: apgd-2, apgd-24;"):
+        with pytest.raises(
+            UserError, match=r"no evaluation of suite unseen on the same number of examples .*a: apgd-2, apgd-24;"
+        ):
             gather(runs, "unseen")
 
     def test_an_evaluation_of_other_weights(self, runs: tuple[Path, Path], made: tuple[Path, Path]) -> None:
@@ -594,7 +596,7 @@ class TestBesideARun:
         assert all(shown.count(f"{escape(each.name)}</div>") == len(rows) for each in gather([*made, mine]))
 
     def test_an_evaluation_of_a_run_is_no_given_model(self, made: tuple[Path, Path]) -> None:
-        with pytest.raises(UserError, match="is an evaluation of a run: name the run's folder"):
+        with pytest.raises(UserError, match="is an evaluation of a run: give the run's folder"):
             gather([made[0] / "evaluation/apgd-24"])
 
 
@@ -740,13 +742,13 @@ class TestGates:
             "experts."
         )
         same = " ".join(numbers)
-        assert "L1 and Linf lie at most 0.001 (local) and 0.001 (global) apart" in same
-        assert "apart, in the one layer that has gates, where" in same
-        assert "Natural images are at most 0.566 away from a threat's." in same
+        assert "L1 and Linf are at most 0.001 (local) and 0.001 (global) apart" in same
+        assert "apart, in the only layer with gates; " in same
+        assert "The mean gates of natural images are at most 0.566 away from those of a threat." in same
         verdict, *numbers = gates.summary(sample([0.5, 0.5], [1, 0], [0, 1]))
         assert "1.414 (local)" in numbers[0]
         assert verdict.startswith("The threats are routed differently, natural images differently; ")
-        assert "changes for at most 100.0% of images" in numbers[1]
+        assert "changes for at most 100.0% of the images" in numbers[1]
         assert "mostly to one expert" in gates.summary(sample([1, 0], [1, 0], [1, 0]))[0]
         assert "nearly evenly" in gates.summary(sample([0.5, 0.5], [0.5, 0.5], [0.5, 0.5]))[0]
 

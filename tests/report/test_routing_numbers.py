@@ -118,7 +118,7 @@ def test_one_expert_has_nothing_to_tell() -> None:
 @pytest.mark.parametrize("size", [{"G": 2}, {"n": 1}])
 def test_too_little_to_compare_is_said(size: dict[str, int]) -> None:
     weights = random_gates(**size)
-    with pytest.raises(UserError, match=r"two|take more"):
+    with pytest.raises(UserError, match=r"two|increase n"):
         routing_numbers(sample_of(weights, GROUPS[: len(weights)]))
 
 

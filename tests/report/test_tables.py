@@ -88,7 +88,7 @@ def test_what_is_missing_is_told_with_what_it_costs() -> None:
     assert remarks(found) == [
         "L2 failed: RuntimeError: no",
         "not run yet: Linf; the same command without --cases runs the rest",
-        "without all attacks there is no average and no union",
+        "there is no average and no union until all attacks have run",
     ]
     both = report(LP, A.correct[:, :2].T.tolist(), failed={"L2": "no memory", "Linf": "no memory"})
     assert remarks(both)[0] == "L2, Linf failed: no memory"
@@ -140,11 +140,11 @@ def test_the_sentences_have_the_exact_test(tmp_path: Path) -> None:
     wrong = [[1] * 40, [1] * 40, [1] * 40, [0] * 7 + [1] * 33]
     runs = [evaluated(report(LP, columns), tmp_path, name) for name, columns in (("a", right), ("b", wrong))]
     told = findings(runs)
-    assert told[0].startswith("a classifies 100.0% of 40 test examples right under every attack (L1, L2, Linf)")
-    assert "exact McNemar p = 0.016): more than the choice of examples explains" in told[1]
+    assert told[0].startswith("a classifies 100.0% of 40 test examples correctly under every attack (L1, L2, Linf)")
+    assert "exact McNemar p = 0.016): more than the choice of examples can explain" in told[1]
     tied = findings([evaluated(report(LP, wrong), tmp_path, name) for name in ("a", "b")])
     assert tied[1].startswith(
-        "b reaches the same share on the same examples (95% interval -4.7 to +4.7, exact McNemar p"
+        "b reaches the same accuracy on the same examples (95% interval -4.7 to +4.7, exact McNemar p"
     )
     waiting = report(LP, right[:3], pending=("Linf",))
     assert findings([evaluated(waiting, tmp_path)]) == [
@@ -169,7 +169,7 @@ def test_of_equal_models_one_report_in_twenty_at_most_claims_a_difference(k: int
     for _ in range(reports):
         right = rng.random((k, 60)) < rng.random(60)
         runs = [replace(one, report=report(LP[:1], [[1] * 60, row.tolist()])) for row in right]
-        claims += any("more than the choice" in sentence for sentence in findings(runs, runs[0] if named else None))
+        claims += any("): more than the choice" in sentence for sentence in findings(runs, runs[0] if named else None))
     assert claims <= binom.ppf(1 - 1e-6, reports, 0.05)
 
 
@@ -180,11 +180,11 @@ def test_comparisons_are_counted_and_a_named_base_leaves_fewer(tmp_path: Path) -
         for n, name in zip(wrong, "abcd", strict=True)
     ]
     told = findings(runs)
-    assert "exact McNemar p = 0.094): within what the choice" in told[1], "2 (1/2)^7 times six pairs"
-    assert "the 6 comparisons among the 4" in told[-2]
+    assert "exact McNemar p = 0.094): no more than the choice" in told[1], "2 (1/2)^7 times six pairs"
+    assert "corrected for 6 comparisons, all pairs of the 4," in told[-2]
     based = findings(runs, runs[0])
     assert "exact McNemar p = 0.047): more than the choice" in based[1], "times three"
-    assert "the 3 comparisons with a;" in based[-2]
+    assert "corrected for 3 comparisons, those with a." in based[-2]
     assert findings(runs, runs[1])[1].startswith("That is 17.5 points below a on the same examples")
     assert sum("comparisons" in sentence for sentence in findings(runs[:2])) == 0
     # intervals hold together: those of six are wider than those of three
@@ -244,7 +244,7 @@ def test_weights_to_start_from_are_additional_data(model: dict[str, Any], known:
 
 def test_entries_of_two_runs_have_two_names(tmp_path: Path) -> None:
     run = evaluated(report(LP, [[1, 1]] * 4), tmp_path, data={"kind": "cifar10"})
-    with pytest.raises(UserError, match="a b and a_b would be one file"):
+    with pytest.raises(UserError, match="entries of a b and a_b would have the same name"):
         write_entries([replace(run, name="a b"), replace(run, name="a_b")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +274,7 @@ def test_a_given_model_has_an_entry_if_its_data_are_known(tmp_path: Path) -> Non
         found.settings["provenance"]["data"] = {"kind": "parquet", "path": path}
         assert entries_of(model)["Linf"]["dataset"] == "cifar-100"
     found.settings["provenance"] = {"data": "whatever somebody wrote in Python"}
-    with pytest.raises(UserError, match=f"entries name the data, and {tmp_path} does not"):
+    with pytest.raises(UserError, match=f"entries name the data, but {tmp_path} does not"):
         entries_of(model)
 
 

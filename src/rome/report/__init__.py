@@ -1,3 +1,3 @@
-"""What is made of runs and their evaluations: comparisons, tables, figures, costs, sweeps, the page to explore a run.
+"""What can be made from runs and their evaluations: comparisons, tables, figures, costs, sweeps, the explorer's page.
 
 May import everything but the command line."""

@@ -1,16 +1,16 @@
-"""Many models from one list, each evaluated with its data and budgets, and set on one leaderboard (``rome bench``).
+"""Evaluate a list of models, each on its data and budgets, and rank them on one leaderboard (``rome bench``).
 
 A list is a YAML file:
 
-    suite: apgd                # of every model; also n, budgets, data, seed and save_images
+    suite: apgd                # for every model; likewise n, budgets, data, seed and save_images
     data: cifar10:data
     models:
-      - runs/rome-random       # a run, a file of its weights, or hf://USER/NAME
+      - runs/rome-random       # a run, its weights file, or hf://USER/NAME
       - resnet18.tv_in1k       # a model of timm
       - robustbench:Engstrom2019Robustness
       - {name: mine, model: "net.py:build", weights: mine.pt, mean: [0.49, 0.48, 0.45], std: [0.2, 0.2, 0.2]}
 
-Each model is a job of its own (:mod:`rome.runs.launchers`), evaluated into ``OUT/NAME``.
+Each model is a separate job (:mod:`rome.runs.launchers`), evaluated into ``OUT/NAME``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from rome.attacks.suites import SaveImages
 from rome.core import trust
@@ -47,45 +47,46 @@ from rome.runs.launchers import Job
 from rome.runs.meant import what_is
 
 SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features")
-"""What an entry may say for itself, and the list for all."""
+"""Settings that an entry may give for itself and the list for all its models."""
 
 
-def _listed(values: Any) -> Any:
-    """``[0.49, 0.48]`` as it is typed on a command line."""
+def _as_typed(values: Any) -> Any:
+    """Convert a value from YAML to the text one would type on the command line: ``[0.49, 0.48]`` -> ``0.49,0.48``."""
     return ",".join(map(str, values)) if isinstance(values, list) else values if values is None else str(values)
 
 
-Typed = Annotated[str | None, BeforeValidator(_listed)]
+Typed = Annotated[str | None, BeforeValidator(_as_typed)]
 
 
 class Common(Settings):
-    """What the models of a list have in common, and any of them may say for itself."""
+    """Settings that a list gives for all its models and that each entry may override."""
 
     data: Typed = None
-    """As ``--data`` of ``rome evaluate``. A run knows its data: for it this is where they lie now."""
+    """The data, as for ``--data`` of ``rome evaluate``. For a run, which knows its data, the place where it is now."""
     suite: Typed = None
-    """The attacks, as ``--suite``; ``apgd`` unless given."""
+    """The attacks, as for ``--suite``; default ``apgd``."""
     budgets: Typed = None
-    """As ``--budgets``: ``cifar10``, or balls of which a norm may have several: ``Linf=2/255,Linf=4/255``."""
+    """The threats, as for ``--budgets``: ``cifar10``, or balls, several per norm if wanted:
+    ``Linf=2/255,Linf=4/255``."""
     n: int | None = Field(None, ge=1)
-    """The first n test examples; 1000 unless given."""
+    """Number of test examples, from the first; default 1000."""
     batch_size: int | None = Field(None, ge=1)
-    """Examples at a time."""
+    """Examples per batch."""
     seed: Seed | None = None
-    """Of the attacks' random starts."""
+    """Seed of the attacks' random starts."""
     features: str | None = None
-    """The network that measures for PPGD and LPA."""
+    """The network that measures perceptual distances for PPGD and LPA."""
 
 
 class Entry(Common):
-    """A model of a list."""
+    """One model of a list."""
 
     name: str = ""
-    """What it is called; made of the model where empty."""
-    run: str | None = None
-    """A run's folder, a ``model.safetensors`` of ours, or ``hf://USER/NAME``."""
+    """Name on the leaderboard; derived from the model if empty."""
+    run: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
+    """A run's folder, a ``model.safetensors`` written by rome, or ``hf://USER/NAME``."""
     model: str | None = None
-    """Any other model, as ``--model`` of ``rome evaluate``; the settings below go with it."""
+    """Any other model, as for ``--model`` of ``rome evaluate``; the settings below apply to it."""
     weights: str | None = None
     weights_key: str | None = None
     num_classes: int | None = Field(None, ge=2)
@@ -105,16 +106,16 @@ class Entry(Common):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.run is None) == (self.model is None):
-            raise ValueError("name either a run or a model")
+            raise ValueError("give either a run or a model")
         own = {name: getattr(self, name) for name in Entry.model_fields.keys() - Common.model_fields.keys()}
         extra = [name for name, value in own.items() if value is not None and name not in ("name", "run", "model")]
         if self.run is not None and extra:
-            raise ValueError(f"{', '.join(sorted(extra))} go with model, not with a run, whose config says it")
+            raise ValueError(f"{', '.join(sorted(extra))}: only for a model; a run's own config has these settings")
         return self
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """Name on the leaderboard."""
         if self.name:
             return self.name
         if self.model is not None:
@@ -130,12 +131,12 @@ class Models(Common):
     """A list of models."""
 
     save_images: SaveImages = "none"
-    """Whose adversarial images are kept."""
+    """Which examples' adversarial images are saved."""
     models: tuple[Entry, ...] = Field(min_length=1)
 
     @property
     def entries(self) -> list[Entry]:
-        """The models, each with what the list says for all of them; runs in folders know where their data lies."""
+        """The models, each completed by the settings for all; runs in folders keep the data of their configs."""
         common = {name: getattr(self, name) for name in SHARED}
         found = []
         for entry in self.models:
@@ -146,13 +147,13 @@ class Models(Common):
 
 
 def read_models(file: Path, **changes: Any) -> Models:
-    """The list in a YAML file.
+    """Read the list of models in a YAML file.
 
     Args:
-        changes: settings that hold instead of the file's, for all models; None leaves the file's.
+        changes: settings that replace the file's for all models; None leaves the file's.
 
     Raises:
-        UserError: no such file, or what it says is not valid; every mistake in a line.
+        UserError: there is no such file, or its contents are invalid; one line for each mistake.
     """
     if not file.is_file():
         raise UserError(f"a list of models is a YAML file; {what_is(file)}")
@@ -179,15 +180,15 @@ def read_models(file: Path, **changes: Any) -> Models:
         own = dict.fromkeys(changed.keys() & set(SHARED))
         models = models.model_copy(update={"models": tuple(each.model_copy(update=own) for each in models.models)})
     if twice := [label for label, count in Counter(each.label for each in models.models).items() if count > 1]:
-        raise UserError(f"{file}: {twice[0]} is the name of several models; give each a name of its own (name: ...)")
+        raise UserError(f"{file}: several models are called {twice[0]}; give each a distinct name (name: ...)")
     return models
 
 
 def jobs_of(models: Models, out: Path, **options: Any) -> dict[str, Job]:
-    """The evaluation of each model, by its name.
+    """Return the job that evaluates each model, by the model's name.
 
     Args:
-        options: further arguments of :func:`rome.evaluation.run.evaluate_saved` for all.
+        options: further arguments of :func:`rome.evaluation.run.evaluate_saved`, for all models.
     """
     found = {}
     for entry in models.entries:
@@ -212,10 +213,10 @@ def jobs_of(models: Models, out: Path, **options: Any) -> dict[str, Job]:
 
 @trust.opens_files
 def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False, **options: Any) -> dict[str, Any]:
-    """Evaluate one model of a list into a folder; goes on where an earlier call was stopped.
+    """Evaluate one model of a list into a folder, continuing where an earlier call was stopped.
 
     Returns:
-        Its arguments, and the hash of the weights, by which a later call knows whether anything changed.
+        The entry and the hash of the weights, by which a later call knows whether anything changed.
     """
     one = Entry.model_validate(entry)
     named = {"data", "budgets", *Entry.model_fields.keys() - Common.model_fields.keys()} - {"name", "run"}
@@ -224,7 +225,7 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
         config = None if one.model is None else named_config(given)
         report, _ = evaluate_saved(
             config or one.run or "",
-            data=_path(one.data) if config is None else None,
+            data=named_data(one.data).path if config is None and one.data is not None else None,
             budgets=one.budgets if config is None else None,
             suite=one.suite or "apgd",
             n=one.n,
@@ -240,13 +241,8 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
     return {"entry": entry, "weights": _weights(one)}
 
 
-def _path(data: str | None) -> str | None:
-    """Where data lies that a list names for a run."""
-    return None if data is None else named_data(data).path
-
-
 def _weights(entry: Entry) -> str | None:
-    """A hash of the file of weights that a model is read from; None where there is none."""
+    """Hash the weights file that a model is read from; None if there is none."""
     source = entry.run or entry.weights
     if source is None or on_hub(source):
         return None
@@ -255,8 +251,8 @@ def _weights(entry: Entry) -> str | None:
 
 
 def _done(entry: Entry, folder: Path, arguments: dict[str, Any]) -> bool:
-    """Whether the same entry with the same weights has been evaluated whole. A function of yours may have changed, so
-    its evaluation is looked at again, which is quick where it has not."""
+    """Whether the same entry with the same weights has been completely evaluated. A model built by the user's own
+    function is always evaluated again, since the function may have changed; that is quick if it has not."""
     if (
         arguments.get("overwrite")
         or not (folder / RESULT).is_file()
@@ -273,7 +269,7 @@ def _summary(folder: Path) -> str:
 
 
 def gather_models(models: Models, out: Path) -> list[Evaluated]:
-    """The models of a list that have been evaluated, in its order."""
+    """Load the evaluations of those models of a list that have been evaluated, in the order of the list."""
     found = []
     for entry in models.entries:
         folder = out / as_file_name(entry.label)
@@ -281,22 +277,16 @@ def gather_models(models: Models, out: Path) -> list[Evaluated]:
             continue
         place = None if entry.run is None or on_hub(entry.run) else Path(entry.run)
         run = None if place is None else Run(place.parent if place.is_file() else place)
-        known = run is not None and run.config_file.is_file()
-        found.append(
-            Evaluated(
-                name=entry.label,
-                folder=folder,
-                report=Report.load(folder),
-                run=run if known else None,
-                config=run.config if run is not None and known else None,
-            )
-        )
+        if run is not None and not run.config_file.is_file():
+            run = None
+        config = None if run is None else run.config
+        found.append(Evaluated(name=entry.label, folder=folder, report=Report.load(folder), run=run, config=config))
     return found
 
 
 def comparable(models: Sequence[Evaluated]) -> list[list[Evaluated]]:
-    """The models in groups that were attacked alike on the same examples, each with the largest union first; groups in
-    the order of their first model."""
+    """Group models evaluated with the same attacks on the same examples. Each group is sorted by union, largest first;
+    groups are in the order of their first model."""
     groups: list[list[Evaluated]] = []
     for one in models:
         group = next((group for group in groups if not unlike(group[0], one)), None)

@@ -1,4 +1,4 @@
-"""The model card of a run shared on the Hub: what it is, how robust, how to use and to repeat it, its limits."""
+"""The model card of a run shared on the Hub: the model, its robustness, how to use and reproduce it, and its limits."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from rome.runs.config import Config
 from rome.threats import LpBall
 
 DATA_SETS = {Cifar10.kind: "uoft-cs/cifar10"}
-"""Data sets that the Hub has."""
+"""Kinds of data -> their repository on the Hub, for the data sets that are there."""
 SUITES = {
     AutoAttackSuite.kind: "AutoAttack's four attacks",
     UnseenSuite.kind: "attacks beyond Lp balls",
     CorruptionsSuite.kind: "common corruptions",
 }
-"""What a reader would want to know of a robust model, by the suite that finds it out."""
+"""Suites that readers of a model card expect -> what they evaluate."""
 CLASSES_SHOWN = 100
 ROME = "kim2026rome"
 
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """One evaluation as the card has it."""
+    """One evaluation as the card shows it."""
 
     report: Report
     rows: list[Row]
@@ -61,12 +61,12 @@ class Shown(NamedTuple):
 
     @property
     def title(self) -> str:
-        gates = "" if self.routing == LEARNED else f", gates {self.routing}"
+        gates = "" if self.routing == LEARNED else f", {self.routing} gates"
         return f"Suite {self.suite}, {self.report.n} examples{gates}"
 
 
 class Base(NamedTuple):
-    """The model on the Hub that a training started from."""
+    """The model on the Hub that training started from."""
 
     repository: str
     license: str = ""
@@ -81,14 +81,14 @@ def model_card(
     usage: str = "",
     license: str | None = None,
 ) -> str:
-    """The README.md of a repository: metadata for the Hub, then Markdown.
+    """Write the README.md of a repository: metadata for the Hub, then Markdown.
 
     Args:
-        config: of the run, without paths.
-        evaluations: at least one; the first is the one that the metadata names.
-        facts: metadata of the file of weights, and in which code was ``changed`` during the training.
-        usage: how timm loads the model; empty where it cannot.
-        license: the Hub's identifier.
+        config: config of the run, without paths.
+        evaluations: at least one evaluation; the metadata has the results of the first.
+        facts: metadata of the weights file, and the code that ``changed`` during training.
+        usage: code that loads the model with timm; empty if timm cannot.
+        license: the Hub's identifier of a licence.
     """
     base, data, classes = starts_from(config), evaluations[0].data, list(facts.get("classes") or ())
     number = evaluations[0].report.settings["classes"]
@@ -98,7 +98,6 @@ def model_card(
     shape = evaluations[0].report.settings["data"]["shape"][1:]
     values: dict[str, Any] = {
         "repo": repo,
-        "source": repo,
         "config": config,
         "architecture": evaluations[0].architecture,
         "method": evaluations[0].method,
@@ -130,7 +129,7 @@ def model_card(
 
 
 def eval_results(config: Config, one: Evaluated, repo: OnHub) -> list[dict[str, Any]]:
-    """An evaluation in the form of the Hub's ``.eval_results/*.yaml``; nothing of data that the Hub does not have."""
+    """Convert an evaluation to the Hub's format of ``.eval_results/*.yaml``; empty if the Hub lacks the data set."""
     if config.data.kind not in DATA_SETS:
         return []
     shown = _shown(one, repo, True)
@@ -153,7 +152,7 @@ def eval_results(config: Config, one: Evaluated, repo: OnHub) -> list[dict[str, 
 
 
 def citations(config: Config) -> list[str]:
-    """BibTeX of RoME and of the method that a run was trained with."""
+    """Return the BibTeX entries of RoME and of the method that a run was trained with."""
     known = {
         found.group(1): found.group()
         for found in re.finditer(
@@ -164,7 +163,7 @@ def citations(config: Config) -> list[str]:
 
 
 def starts_from(config: Config) -> Base | None:
-    """The model on the Hub whose weights the training started from."""
+    """Return the model on the Hub whose weights training started from, if any."""
     model = config.model
     if on_hub(model.weights):
         return Base(OnHub.parse(model.weights).repository)
@@ -177,7 +176,7 @@ def starts_from(config: Config) -> Base | None:
 def _metadata(
     config: Config, one: Shown, repo: OnHub, base: Base | None, plain: bool, license: str | None
 ) -> ModelCardData:
-    """What the Hub reads: it finds models by it, and shows the results."""
+    """Build the metadata by which the Hub finds models and shows their results."""
     norms = [threat.norm.lower() for threat in config.threats if isinstance(threat, LpBall)]
     experts = [] if config.experts is None else ["mixture-of-experts"]
     known = DATA_SETS.get(config.data.kind)
@@ -222,7 +221,7 @@ def _shown(one: Evaluated, repo: OnHub, needs_path: bool) -> Shown:
 
 
 def _ball(title: str, threat: object) -> str:
-    """The name of a case or a threat, with its radius where it is a ball."""
+    """Return the name of a case or a threat, with its radius if it is a ball."""
     return f"{title} (ε = {threat.radius})" if isinstance(threat, LpBall) else title
 
 
@@ -232,47 +231,47 @@ def _usage(repo: OnHub, code: str) -> str:
 
 
 def _settings(config: Config, report: Report) -> dict[str, str]:
-    """How it was trained, by name."""
+    """Return how the model was trained: label -> value."""
     limit, natural = config.data.train_limit, config.natural_epochs
     versions = report.settings.get("versions", {})
     return {
         "data": config.data.kind + (f", the first {limit} training examples" if limit else ""),
         "method": config.method.kind,
-        "experts": "none" if config.experts is None else _said(config.experts, "kind", "experts", "rank"),
-        "attack in training": config.method.own_attack or _said(config.attack, "kind", "steps"),
+        "experts": "none" if config.experts is None else _settings_of(config.experts, "kind", "experts", "rank"),
+        "training attack": config.method.own_attack or _settings_of(config.attack, "kind", "steps"),
         "threats": ", ".join(_ball(threat.name, threat) for threat in config.threats),
-        "epochs": f"{config.epochs}" + (f", the first {natural} of them natural" if natural else ""),
+        "epochs": f"{config.epochs}" + (f" (the first {natural} natural)" if natural else ""),
         "batch size": str(config.batch_size),
-        "optimizer": _said(config.optimizer, "kind", "lr", "weight_decay"),
+        "optimizer": _settings_of(config.optimizer, "kind", "lr", "weight_decay"),
         "precision": config.precision,
         "training seed": str(config.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
-def _said(component: Component, *names: str) -> str:
-    """Some settings, as far as it has them: ``pgd, steps 10``."""
-    held = component.dump()
-    return ", ".join(held[name] if name == "kind" else f"{name} {held[name]}" for name in names if name in held)
+def _settings_of(component: Component, *names: str) -> str:
+    """Format the named settings that a component has, such as ``pgd, steps 10``."""
+    values = {name: value for name, value in component.dump().items() if value is not None}
+    return ", ".join(values[name] if name == "kind" else f"{name} {values[name]}" for name in names if name in values)
 
 
 def _examples(evaluations: Sequence[Evaluated]) -> str:
-    """How sure the numbers are for the choice of the examples."""
+    """Describe how precise the numbers are, given the number of examples."""
     report = evaluations[0].report
     low, high = wilson(round(report.n / 2), report.n)
-    return f"{report.n} test examples: an accuracy near 50% is known to {50 * (high - low):.1f} points to each side."
+    return f"With {report.n} test examples, an accuracy near 50% is known to within ±{50 * (high - low):.1f} points."
 
 
 def _at_chance(report: Report, classes: int) -> str:
-    """Which accuracies are no better than a guess, in a sentence."""
+    """Name the accuracies that are not clearly better than guessing, in a sentence."""
     low = [
         name for name in (CLEAN, *report.attacks) if name in report.cases and report.interval(name)[0] <= 1 / classes
     ]
-    return f" Not clearly better than a guess: {some(low, 10)}." if low else ""
+    return f" Not clearly better than guessing: {some(low, 10)}." if low else ""
 
 
 def _limits(evaluations: Sequence[Evaluated], changed: Sequence[str]) -> list[str]:
-    """What was not evaluated, what the evaluations warn of, and code that changed during the training."""
+    """List what was not evaluated, what the evaluations warn of, and code that changed during training."""
     run = {part for one in evaluations for part in one.report.suite.split("+")}
     left = [] if "all" in run else [f"{what} (`--suite {suite}`)" for suite, what in SUITES.items() if suite not in run]
     found = [f"Not evaluated: {', '.join(left)}."] if left else []
@@ -283,7 +282,7 @@ def _limits(evaluations: Sequence[Evaluated], changed: Sequence[str]) -> list[st
     found += [f"Warning (suite {suite}: {', '.join(cases)}): {message}." for (message, suite), cases in warned.items()]
     checks = [check for one in evaluations for check in one.report.checks]
     if not checks:
-        found.append("Nobody looked for masked gradients (`rome evaluate --checks`).")
+        found.append("Not checked for masked gradients (`rome evaluate --checks`).")
     elif not any(check["raised"] for check in checks):
-        found.append(f"{len(checks)} checks for masked gradients found none, which proves nothing.")
-    return found + ([f"Trained with code that changed on the way: {'; '.join(changed)}."] if changed else [])
+        found.append(f"Checks for masked gradients ({len(checks)}) found none, which is no proof.")
+    return found + ([f"The code changed during training: {'; '.join(changed)}."] if changed else [])

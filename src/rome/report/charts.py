@@ -1,7 +1,7 @@
-"""Charts as inline SVG that takes its colours and typeface from the page, so that it follows light and dark.
+"""Charts as inline SVG that take their colours and typeface from the page, so that they follow its light or dark theme.
 
-Matplotlib draws with stand-in colours, runs and threats in those of the figures; each becomes a CSS variable of the
-page: ``--ink``, ``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
+Matplotlib draws with stand-in colours (for runs and threats, those of the figures), each of which is then replaced by a
+CSS variable of the page: ``--ink``, ``--muted``, ``--line``, ``--run-0`` ... and ``--threat-0`` ...
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from matplotlib.figure import Figure
 from rome.report.figures.style import NOTE, RUNS, THREATS
 
 SERIES = 6
-"""Colours before they repeat."""
+"""Number of colours before they repeat."""
 _STAND_IN = {name: f"#0a0b{i:02x}" for i, name in enumerate(("ink", "muted", "line"))}
 _STAND_IN |= {f"run-{i}": colour.lower() for i, colour in enumerate(RUNS[:SERIES])}
 _STAND_IN |= {f"threat-{i}": colour.lower() for i, colour in enumerate(THREATS)}
 _MARKERS = "osD^vP"
 _NO_SERIES = {"event", "update", "epoch", "accuracy", "lr", "images_per_second", "seconds", "loss"}
-"""Entries of an epoch event that are no part of the loss."""
+"""Entries of an epoch event that are not parts of the loss."""
 
 
 def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) -> list[Markup]:
-    """One chart of each quantity over epochs: loss, its parts, and training accuracy under each threat.
+    """Draw one chart over epochs for each quantity: the loss, its parts, and training accuracy under each threat.
 
     Args:
         logs: run -> its events.
-        natural: shade this many first epochs, which trained on unperturbed images.
+        natural: number of initial epochs that trained on clean images; they are shaded.
     """
     quantities: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for i, events in enumerate(logs.values()):
@@ -54,7 +54,7 @@ def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) 
             for i, points in curves.items():
                 marker = _MARKERS[i % SERIES] if len(points) < 30 else None
                 axes.plot(*zip(*points, strict=True), marker=marker, ms=3.5, color=_colour(i))
-            axes.set(xlabel="epoch", xlim=(0.5 - 0.03 * last, last + 0.5 + 0.03 * last))  # alike in all charts
+            axes.set(xlabel="epoch", xlim=(0.5 - 0.03 * last, last + 0.5 + 0.03 * last))  # the same in all charts
             if quantity.endswith("%"):
                 axes.set(ylim=(0, 100), yticks=range(0, 101, 25))
             axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
@@ -67,10 +67,10 @@ def histories(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, natural: int) 
 def accuracy_over_radii(
     norm: str, curves: Sequence[tuple[Sequence[float], Sequence[float], Sequence[tuple[float, float]]]]
 ) -> Markup:
-    """Accuracy over the radii of one norm, a curve with its 95% band for each model.
+    """Draw accuracy over the radii of one norm: a curve with its 95% band for each model.
 
     Args:
-        curves: radii, shares and the shares' intervals of each model.
+        curves: for each model, the radii, the accuracies (shares) and their intervals.
     """
     with _chart((3.4, 2.5)) as (figure, axes):
         for i, (radii, shares, intervals) in enumerate(curves):
@@ -79,19 +79,19 @@ def accuracy_over_radii(
             axes.fill_between(radii, low, high, color=_colour(i), alpha=0.15, lw=0)
         axes.set(xlabel=f"radius in {norm}", ylim=(0, 100), yticks=range(0, 101, 25), xlim=(0, max(curves[0][0])))
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        axes.set_title("right, %", loc="left")
+        axes.set_title("accuracy, %", loc="left")
         axes.grid(axis="y")
         return _svg(figure, f"accuracy over the radius in {norm}")
 
 
 def themed(draw: Callable[[], Figure], label: str) -> Markup:
-    """A figure of the paper in its own size, its text and axes in the page's colours."""
+    """Draw a figure of the paper at its own size, with text and axes in the page's colours."""
     with _styled(), rc_context({"font.size": 9, "axes.labelsize": 9, "lines.linewidth": 1.4}):
         return _svg(draw(), label).replace('style="max-width:', 'style="width:', 1)
 
 
 def _quantities(event: Mapping[str, Any]) -> dict[str, float]:
-    """The curves of an epoch event; without the loss where it is no more than the one part beside it."""
+    """Return the quantities of an epoch event; the loss is left out if cross-entropy is its only part."""
     parts = {
         key.replace("_", " "): value
         for key, value in event.items()
@@ -106,7 +106,7 @@ def _quantities(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _colour(i: int) -> str:
-    """Of the i-th run."""
+    """Stand-in colour of the i-th run."""
     return _STAND_IN[f"run-{i % SERIES}"]
 
 
@@ -128,7 +128,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text[text.index("<svg") :])
     used = set(re.findall(r"(?:url\(|xlink:href=\")#([^)\"]+)", text))
-    mark = hashlib.sha256((label + text).encode()).hexdigest()[:8]  # ids are the page's, where charts have equal ones
+    mark = hashlib.sha256((label + text).encode()).hexdigest()[:8]  # all charts share one page, so ids must differ
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{mark}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"(url\(|xlink:href=\")#", rf"\1#{mark}-", text)
     for name, colour in (*_STAND_IN.items(), ("muted", NOTE["color"])):

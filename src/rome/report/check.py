@@ -1,5 +1,5 @@
-"""Whether a config can be trained here, and what that costs: everything that a training does before its first update,
-and nothing that it writes (``rome check``)."""
+"""Check whether a config can be trained here and what that costs (``rome check``): does everything that training does
+before its first update, but writes nothing."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from rome.training.setup import assemble, check_settings
 
 @dataclass
 class Checked:
-    """What was found."""
+    """Result of :func:`check`."""
 
     config: Config
     cost: dict[str, Any] = field(default_factory=dict)
-    """As far as it is known: ``parameters``, ``trainable``, ``experts``, ``macs`` of a forward pass of one image,
-    ``examples``, ``tested`` images, ``updates`` in all, ``memory`` in bytes (:func:`rome.report.memory.peak_memory`),
-    ``update`` and ``evaluation``: passes of an image (:class:`rome.report.passes.Passes`), ``training_flops``,
-    ``evaluation_flops`` and ``training_hours``: floating-point operations, and hours where a rate was measured."""
+    """Costs, as far as they are known: ``parameters``, ``trainable``, ``experts``; ``macs`` of a forward pass of one
+    image; ``examples`` in training, ``tested`` images, ``updates`` in total; ``memory`` in bytes
+    (:func:`rome.report.memory.peak_memory`); ``update`` and ``evaluation``, passes per image
+    (:class:`rome.report.passes.Passes`); ``training_flops`` and ``evaluation_flops``, floating-point operations;
+    ``training_hours``, least and most, if a rate was measured."""
     missing: list[str] = field(default_factory=list)
-    """Why it cannot be trained here, a line each."""
+    """Reasons why the config cannot be trained here, one line each."""
     remarks: list[str] = field(default_factory=list)
-    """What else there is to know."""
+    """Further remarks, one line each."""
 
 
 def check(config: Config, memory: float | None = None) -> Checked:
-    """Look for everything that a training of the config needs, and count what it costs.
+    """Look for everything that training the config needs, and count what it costs.
 
     Args:
-        memory: bytes of the GPU that it is to fit; None: those of the GPU that the config would use here.
+        memory: memory in bytes of the GPU that training must fit into; None: that of the GPU the config would use here.
     """
     found = Checked(config)
     try:
         check_settings(config)
     except UserError as error:
         found.missing += str(error).splitlines()
-    fetched = _fetched(config, found)
+    must_download = _must_download(config, found)
     with unchanged_states():
         opened = _data(config, found)
         if opened and not found.missing:
-            usable = {"data": opened, **({"model": config.model.architecture_only()} if fetched else {})}
+            usable = {"data": opened, **({"model": config.model.architecture_only()} if must_download else {})}
             try:
                 start = assemble(config.model_copy(deep=True, update=usable), torch.device("cpu"))
                 found.cost |= {"examples": len(start.split), "updates": start.steps * config.epochs}
@@ -65,30 +66,31 @@ def check(config: Config, memory: float | None = None) -> Checked:
             found.cost |= {**counts, "macs": macs(model.eval(), shape)}
             _memory(config, memory, found)
         except UserError as error:
-            if not found.missing:  # or it says the same again
+            if not found.missing:  # otherwise it repeats what is missing
                 found.missing.append(str(error))
         _passes(config, found)
     return found
 
 
 def _data(config: Config, found: Checked) -> Data | None:
-    """The data set, if both its parts are here; what training would download is a remark."""
-    fetches = getattr(config.data, "download", False)
-    data = config.data.model_copy(update={"download": False}) if fetches else config.data
+    """Open the data set's training and test parts; None if they are not here. A download that training would start is
+    only remarked on."""
+    downloads = getattr(config.data, "download", False)
+    data = config.data.model_copy(update={"download": False}) if downloads else config.data
     try:
         data.open("train")
         found.cost["tested"] = len(data.open("test"))
     except UserError as error:
-        if fetches:
-            found.remarks.append(f"{config.data.kind} is not in {config.data.path}; training fetches it first")
+        if downloads:
+            found.remarks.append(f"{config.data.kind} is not in {config.data.path}; training downloads it first")
         else:
             found.missing.append(str(error))
         return None
     return data
 
 
-def _fetched(config: Config, found: Checked) -> bool:
-    """Say which weights are not here; True if they would be downloaded, so that nothing can be tried on them now."""
+def _must_download(config: Config, found: Checked) -> bool:
+    """Report weights that are not here; return True if training would download them, so they cannot be tried yet."""
     source, name = config.model.weights, config.model.name
     if name.startswith(ROBUSTBENCH):
         if find_spec("robustbench") is None:
@@ -96,7 +98,9 @@ def _fetched(config: Config, found: Checked) -> bool:
                 f"model {name}: the package robustbench is not installed (docs/decisions/backbones.md)"
             )
         else:
-            found.remarks.append(f"the weights of {name} are RobustBench's; training fetches them where they are not")
+            found.remarks.append(
+                f"the weights of {name} come from RobustBench; training downloads them unless they are here"
+            )
         return True
     if source is not None:
         try:
@@ -120,18 +124,20 @@ def _fetched(config: Config, found: Checked) -> bool:
         return False
     where = f"the weights of {name} ({cfg.hf_hub_id}) are not in the cache of the Hugging Face Hub"
     if constants.HF_HUB_OFFLINE:
-        found.missing.append(f"{where}, and HF_HUB_OFFLINE forbids fetching them")
+        found.missing.append(f"{where}, and HF_HUB_OFFLINE forbids downloading them")
     else:
-        found.remarks.append(f"{where}; training fetches them first")
+        found.remarks.append(f"{where}; training downloads them first")
     return True
 
 
 def _memory(config: Config, limit: float | None, found: Checked) -> None:
-    """Count the memory, and say where it does not suffice."""
+    """Count the memory, and report where the GPU does not have enough."""
     try:
         counted = peak_memory(config)
-    except Exception:  # of tensors without content, or of a network that is not here
-        found.remarks.append("memory: not counted, because method, attack or experts decide by what they compute")
+    except Exception:  # from tensors without content, or a network that is not here
+        found.remarks.append(
+            "memory: not counted, because the control flow of the method, attack or experts depends on computed values"
+        )
         return
     found.cost["memory"] = counted
     if limit is None and torch.cuda.is_available() and config.device in ("auto", "cuda"):
@@ -139,12 +145,12 @@ def _memory(config: Config, limit: float | None, found: Checked) -> None:
     if limit is None:
         return
     for what, why in too_large(config, counted, limit).items():
-        said = found.remarks if what == "evaluation" else found.missing
-        said.append(f"memory: {why} (the GPU has {gigabytes(limit)})")
+        where = found.remarks if what == "evaluation" else found.missing
+        where.append(f"memory: {why}; the GPU has {gigabytes(limit)}")
 
 
 def _passes(config: Config, found: Checked) -> None:
-    """Count passes and arithmetic."""
+    """Count passes and floating-point operations."""
     cost = found.cost
     update, evaluation = of_update(config), of_evaluation(config, cost.get("classes", 10))
     cost |= {name: vars(passes) for name, passes in (("update", update), ("evaluation", evaluation)) if passes}
@@ -160,16 +166,16 @@ def _passes(config: Config, found: Checked) -> None:
 
 
 def lines(found: Checked) -> list[str]:
-    """The cost and the remarks, to be read by people."""
+    """Describe the cost and the remarks in readable lines."""
     cost, config = found.cost, found.config
-    said = []
+    text = []
     if "parameters" in cost:
-        said.append(
-            f"model: {cost['parameters']:,} parameters, {cost['trainable']:,} of them trained, {cost['experts']:,} of "
-            f"experts; {cost['macs'] / 1e9:.4g} GMACs a forward pass of one image"
+        text.append(
+            f"model: {cost['parameters']:,} parameters, {cost['trainable']:,} of them trained, {cost['experts']:,} in "
+            f"experts; {cost['macs'] / 1e9:.4g} GMACs per forward pass of one image"
         )
     if "update" in cost:
-        said.append(f"update: {config.batch_size} examples, {_said(cost['update'])} each, attacks included")
+        text.append(f"update: {config.batch_size} examples, {_counts(cost['update'])} each, attacks included")
     if "updates" in cost:
         line = f"training: {cost['examples']:,} examples, {config.epochs} epochs, {cost['updates']:,} updates"
         if flops := cost.get("training_flops"):
@@ -177,28 +183,29 @@ def lines(found: Checked) -> list[str]:
             line += (
                 ": no rate was measured for this model and precision"
                 if known is None
-                else f": {known[0]:.3g} to {known[1]:.3g} hours of one H200 at the rates measured for attack steps, "
-                "without what lies between steps"
+                else f": {known[0]:.3g} to {known[1]:.3g} hours on one H200 at the rates measured for attack steps, "
+                "not counting the time between steps"
             )
-        said.append(line)
+        text.append(line)
     if "evaluation" in cost:
-        line = f"evaluation: {config.evaluation.n or 'all'} images, up to {_said(cost['evaluation'])} each, in fp32"
+        line = f"evaluation: {config.evaluation.n or 'all'} images, up to {_counts(cost['evaluation'])} each, in fp32"
         if flops := cost.get("evaluation_flops"):
             line += f", {flops:.3g} floating-point operations: no rate was measured in fp32"
-        said.append(line)
+        text.append(line)
     else:
-        said.append("evaluation: passes are not counted, for an attack wants what is not here")
+        text.append("evaluation: passes not counted, because an attack needs something that is not here")
     if (memory := cost.get("memory")) is not None:
         sizes = {what: gigabytes(size) for what, size in memory.items()}
-        said.append(
+        text.append(
             f"memory: {sizes['training']} at the peak of training ({sizes['state']} between updates, {sizes['attack']} "
-            f"in the attack, {sizes['update']} in the rest of an update), {sizes['evaluation']} in an evaluation; what "
-            "CUDA and its allocator take beside is not counted"
+            f"in the attack, {sizes['update']} in the rest of an update), {sizes['evaluation']} in an evaluation, not "
+            "counting the overhead of CUDA and its allocator"
         )
-    return [*said, *found.remarks]
+    return [*text, *found.remarks]
 
 
-def _said(passes: dict[str, float]) -> str:
+def _counts(passes: dict[str, float]) -> str:
+    """Numbers of passes in words, such as ``11 forward and 11 backward passes``."""
     forward, backward = passes["forward"], passes["backward"] + passes["whole"]
     return " and ".join(
         f"{count:,.0f} {name}" if count >= 100 else f"{count:.3g} {name}"

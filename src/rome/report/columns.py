@@ -1,4 +1,4 @@
-"""The accuracies of reports in columns, and the table on a terminal or in a pipe."""
+"""Accuracies of evaluation reports in columns, and the table printed on a terminal or into a pipe."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rome.evaluation.result import AVERAGE, CLEAN, UNION
 MEAN = " mean"
 DASH = "\N{EN DASH}"
 WIDE = 9
-"""Columns from which a table is printed with its rows and columns exchanged."""
+"""Tables with at least this many columns are printed transposed."""
 SHOWN_CLASSES = 20
-"""Of more classes, those with the lowest union."""
+"""If there are more classes, only this many with the lowest union are shown."""
 
 
 class Cell(NamedTuple):
-    """One number of the table, as shares; NaN where there is none."""
+    """One number of the table, as a share in 0..1; NaN if there is none."""
 
     value: float
     interval: tuple[float, float] | None = None
-    """Of 95%."""
+    """95% interval."""
     best: bool = False
 
     @property
@@ -38,19 +38,19 @@ class Cell(NamedTuple):
 
     @property
     def span(self) -> str:
-        """The interval, ``68.2–77.4``."""
+        """The interval in percent, such as ``68.2–77.4``."""
         return "" if self.interval is None else DASH.join(f"{100 * end:.1f}" for end in self.interval)
 
 
 class Column(NamedTuple):
-    """One number of every report."""
+    """A quantity that every report has a number for."""
 
     title: str
     union: Sequence[str] | None = None
-    """The cases whose union it is; None for one of the report's own numbers, which the title names."""
+    """The cases whose union is shown; None for one of the report's own numbers, named by the title."""
 
     def cell(self, report: Report) -> Cell:
-        """The number with its interval."""
+        """Return a report's number with its interval."""
         means = {f"{group}{MEAN}": names for group, names in report.members.items()}
         if self.title in means:
             value = report.groups[self.title.removesuffix(MEAN)]
@@ -63,7 +63,7 @@ class Column(NamedTuple):
         return Cell(value, None if math.isnan(value) else report.interval(self.title))
 
     def right(self, report: Report) -> np.ndarray | None:
-        """bool (n,): the examples whose share it is; None for a mean and for what is missing."""
+        """Return the examples counted by the number, bool (n,); None for a mean and for a missing number."""
         if self.title in report.cases:
             return np.asarray(report.correct[:, report.cases.index(self.title)])
         cases = report.attacks if self.title == UNION else self.union
@@ -71,13 +71,14 @@ class Column(NamedTuple):
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
-    """Clean, every attack, the means of groups, average and union over all attacks.
+    """List the columns: clean, every attack, the means of groups, average and union over all attacks.
 
-    A group is shown if it is not all there is; of Lp balls among other attacks the union too, which is the one that
-    papers report. Fixed changes, of which there may be 75, are shown by their group's mean.
+    A group gets a column unless it contains all attacks; Lp balls among other attacks also get their union, the one
+    that papers report. Fixed changes such as corruptions, of which there may be 75, appear only as the mean of their
+    group.
 
     Args:
-        unions: further unions, each over these cases.
+        unions: sets of cases, each of which gets a further column with its union.
     """
     attacks = list(dict.fromkeys(name for report in reports for name in report.attacks))
     members = {group: names for report in reports for group, names in report.members.items() if len(names) > 1}
@@ -95,10 +96,10 @@ def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) 
 def tabulate(
     rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()
 ) -> tuple[list[str], list[list[Cell]]]:
-    """Titles of the columns (:func:`columns_of`) and a row of cells for each report.
+    """Return the titles of the columns (:func:`columns_of`) and a row of cells for each report.
 
-    The largest number of a column, as printed, is its best; there is none where there is one row, or where guessing
-    reaches it.
+    The best of a column is its largest number as printed. A column has no best if there is only one row, or if guessing
+    would reach the number.
     """
     columns = columns_of([report for _, report in rows], unions)
     marked = []
@@ -112,24 +113,23 @@ def tabulate(
 
 
 def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = ()) -> None:
-    """Print accuracies in percent with their 95% intervals; the best of each column is bold, or starred in a pipe."""
+    """Print accuracies in percent with 95% intervals; the best of each column is bold, or starred in a pipe."""
     columns, cells = tabulate(rows, unions)
     console = Console(highlight=False, markup=False)
     star = "" if console.is_terminal and not console.no_color else "*"
-    exchanged = len(columns) >= WIDE
+    transposed = len(columns) >= WIDE
 
     def text(cell: Cell) -> Text:
         number = Text(star * cell.best + cell.percent, style="bold" if cell.best else "")
-        between = "  " if exchanged else "\n"
+        between = "  " if transposed else "\n"
         return number.append(f"{between}{cell.span}", style="not bold dim") if cell.span else number
 
-    lines: list[Sequence[str | Text]] = [["under" if exchanged else "method", *columns]]
+    lines: list[Sequence[str | Text]] = [["under" if transposed else "method", *columns]]
     lines += [[Text(name, style="bold"), *map(text, row)] for (name, _), row in zip(rows, cells, strict=True)]
-    head, *body = zip(*lines, strict=True) if exchanged else lines
-    print_table(body, head, wrapped=range(1, len(head)) if exchanged else (0,), console=console)
-    best = f", {star or 'bold'} the largest" if len(rows) > 1 else ""
-    over = "before" if exchanged else "over"
-    caption = f"{covered(rows)}; percent right {over} its 95% interval{best}"
+    head, *body = zip(*lines, strict=True) if transposed else lines
+    print_table(body, head, wrapped=range(1, len(head)) if transposed else (0,), console=console)
+    best = f"; {star or 'bold'} marks the largest" if len(rows) > 1 else ""
+    caption = f"{covered(rows)}; accuracy in %, 95% interval{best}"
     console.print(caption, style="dim", soft_wrap=not console.is_terminal)
     for name, report in rows:
         for sentence in (*report.corruptions, *remarks(report)):
@@ -137,51 +137,52 @@ def show(rows: Sequence[tuple[str, Report]], unions: Sequence[Sequence[str]] = (
 
 
 def remarks(report: Report) -> list[str]:
-    """What has no number, and why; and what guessing would reach."""
-    alike: dict[str, list[str]] = {}
+    """Describe which numbers are missing and why, and which accuracies guessing would reach."""
+    by_reason: dict[str, list[str]] = {}
     for case, reason in report.failed.items():
-        alike.setdefault(reason, []).append(case)
+        by_reason.setdefault(reason, []).append(case)
     sentences = [report.guesses] if report.guesses else []
-    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in alike.items()]
+    sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in by_reason.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
         sentences.append(f"not run yet: {some(report.pending, 5)}; the same command without --cases runs the rest")
     if {*report.failed, *report.pending} & set(report.attacks):
-        sentences.append("without all attacks there is no average and no union")
+        sentences.append("there is no average and no union until all attacks have run")
     return sentences
 
 
 def covered(rows: Sequence[tuple[str, Report]]) -> str:
-    """``360 test examples, suite apgd``; numbers and suites that differ with slashes between."""
+    """Describe what was evaluated: ``360 test examples, suite apgd``; differing numbers and suites are separated by
+    slashes."""
     counts = dict.fromkeys(str(report.n) for _, report in rows)
     suites = dict.fromkeys(suite_text(report.settings.get("suite", {})) for _, report in rows)
     return f"{' / '.join(counts)} test examples, suite {' / '.join(suites)}"
 
 
 def suite_text(settings: dict[str, Any]) -> str:
-    """``apgd (30 iterations)``, from a report's settings."""
+    """Describe a suite by the settings stored in a report, such as ``apgd (30 iterations)``."""
     if settings.get("kind") == "several":
         return "+".join(map(suite_text, settings["suites"]))
     iterations = settings.get("iterations", 100)
-    return str(settings.get("kind") or "of your own") + (f" ({iterations} iterations)" if iterations != 100 else "")
+    return str(settings.get("kind") or "custom") + (f" ({iterations} iterations)" if iterations != 100 else "")
 
 
 class ClassLine(NamedTuple):
-    """One class in every run."""
+    """Accuracies of all runs on one class."""
 
     name: str
     n: int
-    """Its examples."""
+    """Number of its examples."""
     shares: list[tuple[float, float]]
-    """Clean and union accuracy of each run; NaN where an attack is missing."""
+    """Clean and union accuracy of each run; NaN if an attack is missing."""
 
 
 def by_class(reports: Sequence[Report], names: Sequence[str] | None = None) -> list[ClassLine]:
-    """The classes that occur, in order; of more than 20 those whose union, averaged over runs, is lowest.
+    """Split accuracies by the classes that occur, in order; of more than 20, return those with the lowest mean union.
 
     Args:
-        reports: on the same examples.
-        names: of the classes; their numbers if not given.
+        reports: reports on the same examples.
+        names: names of the classes; their numbers if not given.
     """
     labels, lines = reports[0].labels, []
     for label in np.unique(labels).tolist():

@@ -1,4 +1,4 @@
-"""Runs and other models whose evaluations may stand side by side, and how sure their differences are."""
+"""Which evaluations may be compared side by side, and how certain the differences between them are."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ from rome.runs.folder import FREE_KEYS, Run
 from rome.runs.meant import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
-_SAME = ("data", "suite", "threats", "n", "seed", "cases", "code")
+_MUST_AGREE = ("data", "suite", "threats", "n", "seed", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
-_NOT_SHOWN = FREE_KEYS - {"evaluation"}
+_HIDDEN_KEYS = FREE_KEYS - {"evaluation"}
 
 
 def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]:
-    """What lies in these folders, each with its evaluation of one suite on as many examples that all of them have.
+    """Load from each folder the evaluation to compare: all of one suite on the same number of examples.
 
-    A folder is that of a run, or that of the evaluation of a model that no run made. Where there are several common
-    evaluations, AutoAttack goes before other suites, then more examples before fewer, then those with attacks in Lp
-    balls before others.
+    A folder is a run, or the evaluation of a model that belongs to no run. If the folders have several evaluations in
+    common, AutoAttack is preferred to other suites, then more examples to fewer, then suites with attacks in Lp balls
+    to others.
 
     Args:
-        suite: only evaluations of this suite, ``unseen``, or of this suite on so many examples, ``unseen-500``.
+        suite: compare only evaluations of this suite (``unseen``), or of this suite on this many examples
+            (``unseen-500``).
 
     Raises:
-        UserError: a folder with neither, a run without an evaluation of its present weights, none of that suite, or
-            evaluations that cannot be compared.
+        UserError: a folder is neither a run nor an evaluation, a run has no evaluation of its present weights, the
+            folders have none of that suite in common, or the evaluations cannot be compared.
     """
     folders = distinct(folders)
     found = [_evaluations(folder) for folder in folders]
     common = {key for key in set.intersection(*map(set, found)) if suite in (None, key[0], _label(key))}
     if not common:
         there = "; ".join(f"{a}: {', '.join(map(_label, each))}" for a, each in zip(folders, found, strict=True))
-        kind = "one suite on as many examples" if suite is None else f"suite {suite} on as many examples"
+        kind = "the same suite" if suite is None else f"suite {suite}"
         raise UserError(
-            f"the runs share no evaluation of {kind} ({there}); "
+            f"the runs share no evaluation of {kind} on the same number of examples ({there}); "
             "run `rome evaluate` on each with the same --suite and --n"
         )
 
@@ -68,25 +69,26 @@ def gather(folders: Sequence[Path], suite: str | None = None) -> list[Evaluated]
         evaluated.append(replace(each[chosen], name=name, others=others))
         evaluated[-1].check_fresh()
     for one in evaluated:
-        _check_comparable(evaluated[0], one)
+        if reason := unlike(evaluated[0], one):
+            raise UserError(reason)
     return evaluated
 
 
 def is_preferred(suite: str) -> bool:
-    """Whether a suite's evaluation is shown before others."""
+    """Whether evaluations with this suite are preferred to others."""
     return any(part in PREFERRED_SUITES for part in suite.split("+"))
 
 
 def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[str]:
-    """What the unions say, and which differences the examples cannot decide.
+    """Describe how the unions compare and which differences the examples cannot decide.
 
-    The best is compared with every other. As the same examples choose it, all pairs count as comparisons; with a
-    ``base``, which was chosen without them, those with it alone. p-values and intervals are corrected for their number
-    (:func:`rome.evaluation.statistics.paired_differences`), so that of models that are equally good one report in
-    twenty at most claims a difference. No other column is tested.
+    The best run is compared with every other. As the same examples choose the best, all pairs count as comparisons;
+    with a ``base``, chosen without looking at them, only the pairs with the base count. p-values and intervals are
+    corrected for their number (:func:`rome.evaluation.statistics.paired_differences`), so that among equally good
+    models at most one report in twenty claims a difference. No other column is tested.
     """
     if any(run.report.failed for run in runs):
-        return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete it."]
+        return ["A case failed, so there is no union to compare; run `rome evaluate` again to complete the evaluation."]
     if any(run.report.pending for run in runs):
         return ["Some cases have not been run, so there is no union to compare; run `rome evaluate` without --cases."]
     if not runs[0].report.attacks:
@@ -95,14 +97,14 @@ def findings(runs: Sequence[Evaluated], base: Evaluated | None = None) -> list[s
 
 
 def headline(runs: Sequence[Evaluated], base: Evaluated | None = None) -> str:
-    """The first of :func:`findings` in a few words; the names where there is no union to compare."""
+    """Summarise :func:`findings` in a few words; just the runs' names if there is no union to compare."""
     if any(math.isnan(run.report.union) for run in runs):
         return ", ".join(run.name for run in runs)
     return " ".join(sentences("headline.txt", **_differences(runs, base)))
 
 
 def _differences(runs: Sequence[Evaluated], base: Evaluated | None) -> dict[str, Any]:
-    """What the sentences on unions are made of."""
+    """Return the values that fill the templates for findings on unions."""
     ranked = sorted(runs, key=lambda run: -run.report.union)
     first = base or ranked[0]
     others = [run for run in runs if run is not first]
@@ -114,10 +116,10 @@ def _differences(runs: Sequence[Evaluated], base: Evaluated | None) -> dict[str,
 
 
 def outstanding(reports: Sequence[Report], columns: Sequence[Column]) -> set[tuple[int, int]]:
-    """(report, column) of the numbers that are significantly above those of every other report.
+    """Return (report, column) of each number that is significantly above that of every other report.
 
-    By McNemar's exact test between every two reports, the union's p-values corrected among themselves
-    (:func:`findings`), those of the other columns together. Means over cases are not tested.
+    Every two reports are compared by McNemar's exact test. The p-values of the union are corrected among themselves (as
+    in :func:`findings`), those of all other columns together. Means over cases are not tested.
     """
     found = set()
     for tested in ([c for c in columns if c.title == UNION], [c for c in columns if c.title != UNION]):
@@ -138,28 +140,28 @@ def outstanding(reports: Sequence[Report], columns: Sequence[Column]) -> set[tup
 
 
 def config_differences(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Dotted key -> value in each config, for the keys that differ and determine results; None where absent."""
+    """Return dotted key -> value in each config, for keys that determine results and differ; None where absent."""
     flat = [flatten(config.dump()) for config in configs]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key.split(".")[0] not in _NOT_SHOWN]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if key.split(".")[0] not in _HIDDEN_KEYS]
     rows = {key: [each.get(key) for each in flat] for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
 def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Difference:
-    """Union of ``a`` minus union of ``b`` on the same examples, over these cases or all attacks.
+    """Compute union of ``a`` minus union of ``b`` on the same examples, over these cases or all attacks.
 
-    With its 95% interval and McNemar's exact p-value (:func:`rome.evaluation.statistics.paired_difference`).
+    The result has a 95% interval and McNemar's exact p-value (:func:`rome.evaluation.statistics.paired_difference`).
 
     Raises:
-        UserError: one of the cases is not in both reports, or they are not of the same examples.
+        UserError: one of the cases is missing in one of the reports, or they are not of the same examples.
     """
     if not same_examples(a, b):
-        raise UserError("the two were not evaluated on the same examples, so a paired comparison has no meaning")
+        raise UserError("the two were not evaluated on the same examples, so a paired comparison is meaningless")
     return paired_difference(a.right(cases), b.right(cases))
 
 
 def same_examples(a: Report, b: Report) -> bool:
-    """Whether row i is the same image of the same data in both: by the data's hash, its indices and labels."""
+    """Whether row i is the same image in both reports, judged by the data's hash, the indices and the labels."""
     return (
         a.settings.get("data") == b.settings.get("data")
         and np.array_equal(a.indices, b.indices)
@@ -168,39 +170,34 @@ def same_examples(a: Report, b: Report) -> bool:
 
 
 def other_network(a: Report, b: Report) -> str | None:
-    """A case of both reports whose perceptual distances two different networks measured; None where there is none."""
+    """Return a case in both reports whose perceptual distances were measured by two different networks, or None."""
     ours, theirs = (report.settings.get("networks", {}) for report in (a, b))
     both = set(b.cases) & ours.keys() & theirs.keys()
     return next((case for case in a.cases if case in both and ours[case] != theirs[case]), None)
 
 
 def _evaluations(folder: Path) -> dict[tuple[str, int], Evaluated]:
-    """(suite, n) -> a run's finished evaluations with the gates that its config names; or the one that lies there."""
+    """Load (suite, n) -> a run's finished evaluations with its config's routing, or the evaluation in the folder."""
     if is_evaluation(folder):
         one = load_evaluation(folder)
         return {(one.report.suite, one.report.n): one}
     run = Run(folder)
     if not run.config_file.is_file():
-        raise UserError(f"{what_is(folder)}; name folders of runs (with a {run.config_file.name}) or of evaluations")
+        raise UserError(f"{what_is(folder)}; give folders of runs (with a {run.config_file.name}) or of evaluations")
     routing = run.config.evaluation.routing
     found = {key[1:]: one for key, one in evaluations(run).items() if key[0] == routing}
     if not found:
         if not run.finished:
-            raise UserError(f"{folder} holds no finished model: train it to its end (--resume), then evaluate it")
+            raise UserError(f"{folder} holds no finished model: finish its training (--resume), then evaluate it")
         begun = [file.parent / RESULT for file in folder.glob(f"evaluation/*/{SETTINGS}")]
-        state = "no evaluation" if all(result.exists() for result in begun) else "an unfinished evaluation only"
+        state = "no evaluation" if all(result.exists() for result in begun) else "only an unfinished evaluation"
         raise UserError(f"{folder} has {state}: run `rome evaluate {folder}` first")
     return found
 
 
-def _check_comparable(first: Evaluated, other: Evaluated) -> None:
-    if reason := unlike(first, other):
-        raise UserError(reason)
-
-
 def unlike(first: Evaluated, other: Evaluated) -> str:
-    """Why the numbers of two evaluations cannot be compared; empty where they can."""
-    a, b = (flatten({key: run.report.settings.get(key) for key in _SAME}) for run in (first, other))
+    """Explain why the numbers of two evaluations cannot be compared; empty if they can."""
+    a, b = (flatten({key: run.report.settings.get(key) for key in _MUST_AGREE}) for run in (first, other))
     for key in {**a, **b}:
         if a.get(key) == b.get(key):
             continue
@@ -214,14 +211,14 @@ def unlike(first: Evaluated, other: Evaluated) -> str:
     if case := other_network(first.report, other.report):
         one, two = (_short(each.report.settings["networks"][case]) for each in (first, other))
         return (
-            f"{first.name} and {other.name} were evaluated differently (networks.{case} {one} and {two}: the files of "
-            "weights that measured it differ), so their numbers cannot be compared: evaluate both again with "
-            "the same file (--features); only what it measures is done again"
+            f"{first.name} and {other.name} were evaluated differently (networks.{case} {one} and {two}: perceptual "
+            "distances were measured with different weights), so their numbers cannot be compared: evaluate both again "
+            "with the same weights file (--features); only the cases measured with it run again"
         )
     if not same_examples(first.report, other.report):
         return (
-            f"{first.name} and {other.name} name the same data, but the rows of their matrices are other examples: one "
-            "of them is damaged; evaluate it again"
+            f"{first.name} and {other.name} name the same data, but the rows of their matrices are different examples: "
+            "one of the evaluations is damaged; evaluate that model again"
         )
     return ""
 

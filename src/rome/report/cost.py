@@ -1,5 +1,5 @@
-"""What a config costs: parameters, multiply-accumulates, seconds per update, latency (paper Table 6); and which layers
-of its model get experts, without training (``rome cost --layers``)."""
+"""What a config costs: parameters, multiply-accumulates, seconds per update, latency (paper, Table 6); and which layers
+of its model get experts (``rome cost --layers``). Nothing is trained."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from rome.training.setup import train_context
 
 Work = Callable[[], None]
 RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", "seconds_per_update": "update_ratio"}
-"""What is timed -> what its ratio to the first config is called."""
+"""Name of each timing -> name of its ratio to that of the first config."""
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
-    """Counts: all, trainable, and those added by experts (frozen projections counted, as in the paper)."""
+    """Count all parameters, the trainable ones, and those added by experts (including frozen projections, as in the
+    paper)."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -40,31 +41,32 @@ def parameters(model: nn.Module) -> dict[str, int]:
 
 
 def count(config: Config) -> dict[str, int]:
-    """:func:`parameters` of a config's model, which is built without memory.
+    """Count the :func:`parameters` of a config's model without allocating them.
 
     Raises:
-        UserError: its data, which say how many classes there are, are not here.
+        UserError: the number of classes is unknown, because the data is not here.
     """
     with torch.device("meta"):
         return parameters(architecture(config)[0])
 
 
 def added(layer: MixtureLayer) -> int:
-    """Parameters of an adapted layer that the model does not have without experts."""
+    """Count the parameters that experts add to a layer."""
     return sum(parameter.numel() for name, parameter in layer.named_parameters() if name not in layer.shared)
 
 
 def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass: half of torch's FLOP count, products and convolutions."""
+    """Count the multiply-accumulates of one image's forward pass: half of torch's FLOP count, which covers matrix
+    products and convolutions."""
     device = next(model.parameters()).device
-    # attention as products: not every torch counts those of its fused forms
+    # attention as plain matrix products: not every torch version counts the fused kernels
     with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, *shape, device=device))
     return counter.get_total_flops() // 2
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, extended by the in-place product that the experts end in."""
+    """Return torch's counter, extended by the in-place matrix product that ends the experts."""
 
     def addmm_flop(_: Any, left: Any, right: Any, **unused: Any) -> int:
         return 2 * int(left[0]) * int(left[1]) * int(right[1])
@@ -73,44 +75,44 @@ def flop_counter() -> FlopCounterMode:
 
 
 def measure(config: Config, *, repeats: int = 3, timing: bool = True) -> dict[str, Any]:
-    """All costs of a config on this machine; see :func:`compare`."""
+    """Measure all costs of a config on this machine; see :func:`compare`."""
     return compare([config], repeats=repeats, timing=timing)[0]
 
 
 def compare(
     configs: Sequence[Config], *, repeats: int = 3, timing: bool = True, memory: bool = False
 ) -> list[dict[str, Any]]:
-    """All costs of some configs on this machine, timed in turn so that its load affects all of them alike.
+    """Measure all costs of several configs on this machine, timed in turn so that its load affects all of them alike.
 
     Args:
-        configs: weights and images are random: the cost depends on neither. Precision and compilation are theirs, but
-            for the latency, which is without autocast.
-        repeats: timed updates and forward passes of a batch (of one image five times as many), after one warm-up;
-            medians are reported.
-        timing: False leaves out everything that takes time.
-        memory: also count the memory of training and evaluation.
+        configs: configs to measure, with random weights and images (the cost depends on neither), in each config's
+            precision and compilation, except that latency is measured without autocast.
+        repeats: number of timed updates and of timed forward passes of a batch (five times as many of one image), after
+            one warm-up; medians are reported.
+        timing: whether to measure times.
+        memory: whether to count the memory of training and evaluation.
 
     Returns:
-        For each config ``parameters``, ``trainable``, ``experts``, ``macs``, with memory ``memory``
-        (:func:`rome.report.memory.peak_memory`; None where that cannot tell), and with timing ``seconds_per_update``
-        (attack, forward, backward, optimizer on one batch; the mean over the epochs of a method with stages),
-        ``latency_ms`` (forward of a batch as it is trained, by its images, as in the paper's Table 6),
-        ``latency_one_ms`` (forward of one image alone), and their ratios to the first config: ``update_ratio``,
-        ``latency_ratio`` and ``latency_one_ratio``, each median, least and largest of the rounds.
+        For each config ``parameters``, ``trainable``, ``experts`` and ``macs``. With ``memory``, also ``memory``
+        (:func:`rome.report.memory.peak_memory`; None if it cannot be counted). With ``timing``, also
+        ``seconds_per_update`` (attack, forward, backward and optimizer on one batch; for a method with stages, the mean
+        over the epochs), ``latency_ms`` (forward pass of a training batch divided by its images, as in the paper's
+        Table 6), ``latency_one_ms`` (forward pass of a single image), and their ratios to the first config,
+        ``update_ratio``, ``latency_ratio`` and ``latency_one_ratio``, each as median, least and largest of the rounds.
     """
     costs: list[dict[str, Any]] = []
     works: list[dict[str, list[tuple[Work, float]]]] = []
     for config in configs:
         weights = config.model.weights
         if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
-            trains_on(config.model, config.experts)  # or it could not be trained
+            trains_on(config.model, config.experts)  # raises if it could not be trained
         torch.manual_seed(config.seed)
         model, shape, classes = architecture(config)
         costs.append({"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)})
         if memory:
             try:
                 costs[-1]["memory"] = peak_memory(config)
-            except Exception:  # a method or an attack that decides by what it computes
+            except Exception:  # the control flow of a method or an attack depends on computed values
                 costs[-1]["memory"] = None
         if timing:
             device, batch = pick_device(config.device), config.batch_size // config.accumulate
@@ -138,8 +140,8 @@ def compare(
 def updates(
     config: Config, model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device
 ) -> list[tuple[Work, float]]:
-    """One update of each of the method's stages, to be called again and again, and that stage's share of the epochs."""
-    method = config.method.model_copy(deep=True)  # its state belongs to these updates alone
+    """Return for each of the method's stages a function that runs one update, and the stage's share of the epochs."""
+    method = config.method.model_copy(deep=True)  # a copy, since updates change its state
     optimizer = config.optimizer.build(model)
     context = train_context(config, model, device)
     method.prepare(context)
@@ -177,7 +179,8 @@ def _forward(config: Config, model: nn.Module, shape: tuple[int, int, int], devi
 
 
 def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[list[float]]:
-    """Seconds of each work in each round, after a round of warm-up; its parts are weighted with their shares."""
+    """Time each work in each round, in seconds, after one warm-up round; the parts of a work are weighted by their
+    shares."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds + 1):
         for own, parts in zip(times, works, strict=True):
@@ -193,7 +196,7 @@ def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[lis
 
 
 def show_costs(facts: Sequence[dict[str, Any]]) -> None:
-    """Print the costs of configs (:func:`compare`); of several also the ratios to the first."""
+    """Print the costs of configs (:func:`compare`), with ratios to the first if there are several."""
     times = {"latency_one_ms": "ms, one image", "latency_ms": "ms/image", "seconds_per_update": "s/update"}
     timed, several = "device" in facts[0], len(facts) > 1
     titles = ["config", "params (M)", "trainable (M)", "experts (M)", "GMACs"]
@@ -214,18 +217,19 @@ def show_costs(facts: Sequence[dict[str, Any]]) -> None:
         rows.append(cells)
     print_table(rows, titles, gap=2)
     if timed:
-        batch = "batch of {batch_size}, {device}; forward in batches of {latency_batch}".format_map(facts[0])
-        print(f"{batch}; in turn, median (least\N{EN DASH}largest)")
+        batch = "updates of {batch_size} examples, forward passes of {latency_batch}, {device}".format_map(facts[0])
+        print(f"{batch}; timed in turn, median (least\N{EN DASH}largest)")
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """Build a config's model with its experts, weights random, and say where they are. Everything is checked that
-    training checks, but for files: neither images nor RobustBench's package are needed for the paper's models.
+    """Build a config's model with random weights and find out which layers get experts. Performs the checks of training
+    except for files: the paper's models need neither images nor RobustBench's package here.
 
     Returns:
-        ``layers``: for each adapted layer ``name``, ``type``, ``shape`` of its weight, ``block`` (l = 1..L), ``beta``
-        of its gate (None if it has none) and ``added`` parameters; ``others``: name, type and shape of the Linear and
-        convolutional layers without experts; ``added`` and ``parameters``: counts for the whole model.
+        ``layers``: for each adapted layer its ``name``, ``type``, ``shape`` of the weight, ``block`` (l = 1..L),
+        ``beta`` of the gate (None if it has none) and number of ``added`` parameters; ``others``: name, type and shape
+        of the Linear and convolutional layers without experts; ``added`` and ``parameters``: counts for the whole
+        model.
 
     Raises:
         UserError: nothing matches ``experts.layers``, or a match cannot be adapted.
@@ -237,11 +241,11 @@ def plan(config: Config) -> dict[str, Any]:
     return {
         "name": config.name,
         "layers": [
-            {**_described(name, layer), "block": blocks[name], "beta": _beta(layer), "added": added(layer)}
+            {**_describe(name, layer), "block": blocks[name], "beta": _beta(layer), "added": added(layer)}
             for name, layer in adapted.items()
         ],
         "others": [
-            _described(name, module)
+            _describe(name, module)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in adapted and not name.startswith(inside)
         ],
@@ -251,18 +255,18 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def show_plan(facts: dict[str, Any]) -> None:
-    """Print a :func:`plan`; layers without experts that differ in a number alone share a line."""
+    """Print a :func:`plan`; layers without experts whose names differ only in a number share a line."""
     layers, others = facts["layers"], facts["others"]
     print(facts["name"])
     rows = []
     for row in layers:
         beta = "" if row["beta"] is None else f"{row['beta']:.3f}"
         rows.append([row["name"], row["type"], _sizes(row["shape"]), str(row["block"]), beta, f"{row['added']:,}"])
-    where = "none, for the config has no experts"
+    where = "none, because the config has no experts"
     if layers:
         print_table(rows, ("layer", "type", "shape", "block", "beta", "added"), left=range(3), wrapped=(), gap=2)
         where = f"{len(layers)} of {len(layers) + len(others)} layers, blocks up to {layers[-1]['block']}"
-        where += f"; {facts['added']:,} parameters added, {facts['parameters']:,} in all"
+        where += f"; {facts['added']:,} parameters added, {facts['parameters']:,} in total"
     print(f"with experts: {where}")
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for other in others:
@@ -273,7 +277,7 @@ def show_plan(facts: dict[str, Any]) -> None:
         print(f"without experts: {which} ({kind} {sizes})")
 
 
-def _described(name: str, module: nn.Module) -> dict[str, Any]:
+def _describe(name: str, module: nn.Module) -> dict[str, Any]:
     layer = next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules.")), "")
     weight = getattr(module, "weight", None)
     kind, shape = (type(module).__name__, []) if weight is None else (layer, list(weight.shape))
@@ -281,13 +285,13 @@ def _described(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 def _beta(layer: nn.Module) -> float | None:
-    """The gate's share of the whole image (Eq. 5), where it has one."""
+    """Return the weight of a layer's global gate (Eq. 5), or None if it has none."""
     beta = getattr(getattr(layer, "gate", None), "beta", None)
     return None if beta is None else float(beta)
 
 
 def _sizes(shape: list[int]) -> str:
-    """``768 -> 2304``, ``16 -> 160 3x3``."""
+    """Format the shape of a weight: ``768 -> 2304``, ``16 -> 160 3x3``."""
     if not shape:
         return ""
     kernel = f" {'x'.join(map(str, shape[2:]))}" if shape[2:] else ""

@@ -1,4 +1,4 @@
-"""A few test images with what each threat did to them."""
+"""Pictures of a few test images and of what each threat did to them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from rome.report.subject import Subject
 from rome.threats import LpBall, Perceptual
 
 PICTURED = 6
-"""Cases with pictures; more would not fit beside each other."""
+"""Maximum number of cases with pictures; more would not fit beside each other."""
 LOOKED_AT = 64
-"""Saved adversarial images of a case to choose from."""
+"""Number of a case's saved adversarial images to choose from."""
 SMALLEST = 96
-"""Pixels; smaller images are enlarged by a whole factor."""
+"""Minimum side in pixels; smaller images are enlarged by an integer factor."""
 
 
 def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
-    """Up to ``k`` examples that every run gets right when clean, classes differing: first those that most attacks break
-    in one run and not in another, then those that broke most often.
+    """Choose up to ``k`` examples of different classes that every run classifies correctly when clean: first those that
+    the most attacks break in some runs but not in others, then those broken most often.
 
-    Where an attack fooled a run, its saved image is at hand.
+    Examples are left out if an attack broke them whose image was not saved.
     """
     reports = [run.report for run in runs]
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
@@ -57,8 +57,8 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
 def adversarial(
     run: Evaluated, subject: Subject, x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Case -> images (k, C, H, W) for these examples: those the evaluation saved; where nothing broke the model, those
-    of APGD, or of the case's own attack where the threat is no Lp ball."""
+    """Return adversarial images of these examples: case -> (k, C, H, W). They are those saved by the evaluation; where
+    no attack broke the model, they come from APGD, or for threats other than Lp balls from the case's own attack."""
     model, device = subject.model, subject.device
     chosen = torch.tensor(rows)
     found = {}
@@ -74,8 +74,7 @@ def adversarial(
 
 
 def pictured(runs: Sequence[Evaluated]) -> list[str]:
-    """The cases that are shown in pictures: the first few that every run has, as one of them may have failed in some
-    or not have been run."""
+    """Choose the cases shown in pictures: the first few that every run has, since cases may have failed or not run."""
     shared = set[str].intersection(*(set(run.attacks) for run in runs))
     return [case for case in runs[0].attacks if case in shared][:PICTURED]
 
@@ -83,14 +82,14 @@ def pictured(runs: Sequence[Evaluated]) -> list[str]:
 def describe(
     opened: Sequence[tuple[Evaluated, Subject]], x: Tensor, y: Tensor, rows: Sequence[int], cases: Sequence[str]
 ) -> dict[str, Any]:
-    """Pictures and predictions of these examples under these cases.
+    """Collect pictures and predictions of these examples under these cases.
 
     Returns:
-        ``scale``: case -> largest change of any pixel, where the colours of the perturbations are full; ``gray``:
-        whether images have other than three channels; ``examples``: each with ``number``, ``label``, ``image``, and a
-        row for each ``run`` with its ``shots``, one for each case: ``threat``, ``image``, ``perturbation``
-        (magnified), ``prediction``, ``fooled``, and the perturbation's ``size`` in the threat's own norm (None where
-        only a network can measure it). Images are data URIs.
+        ``scale``: case -> largest change of any pixel, drawn in full colour; ``gray``: whether images do not have three
+        channels; ``examples``: each with ``number``, ``label``, ``image`` and ``rows``, one for each ``run``, whose
+        ``shots``, one for each case, have ``threat``, ``image``, ``perturbation`` (magnified), ``prediction``,
+        ``fooled`` and the perturbation's ``size`` in the threat's own norm (None if only a network can measure it).
+        Images are data URIs.
     """
     clean, labels = x[rows], y[rows].tolist()
     classes = opened[0][1].split.classes
@@ -117,14 +116,16 @@ def describe(
 
 
 def picture(image: Tensor) -> str:
-    """(C, H, W) in [0, 1] as a PNG data URI; one channel is gray, more than three show their mean."""
+    """Encode an image (C, H, W) in [0, 1] as a PNG data URI. One channel is gray; unless there are one or three
+    channels, their mean is shown."""
     return png((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), least=SMALLEST)
 
 
 def diverging(delta: Tensor, scale: float) -> str:
-    """A perturbation (C, H, W) as a PNG data URI.
+    """Encode a perturbation (C, H, W) as a PNG data URI.
 
-    One channel: blue darkens, red brightens, white is no change. Colour: gray is no change, each channel moves from it.
+    One channel: blue darkens, red brightens, white is no change. Colour: gray is no change, and each channel deviates
+    from it.
     """
     relative = 0.5 + 0.4 * (delta / scale).clamp(-1, 1)  # without the near-black ends
     if len(relative) == 3:
@@ -134,7 +135,8 @@ def diverging(delta: Tensor, scale: float) -> str:
 
 
 def png(pixels: np.ndarray, *, least: int = 1) -> str:
-    """Pixels, uint8 (H, W, C), as a data URI, enlarged by a whole factor so that no side is shorter than ``least``."""
+    """Encode pixels, uint8 (H, W, C), as a data URI, enlarged by an integer factor so that no side is shorter than
+    ``least``."""
     if pixels.shape[2] not in (1, 3):
         pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -146,7 +148,7 @@ def png(pixels: np.ndarray, *, least: int = 1) -> str:
 
 
 def _saved(run: Evaluated, case: str) -> dict[int, Tensor] | None:
-    """Example -> adversarial image, for the first that were fooled; None if images were not saved."""
+    """Load example -> adversarial image for the first examples that fooled the model; None if no images were saved."""
     try:
         rows, images = example_images(run.folder, case, LOOKED_AT)
     except UserError:

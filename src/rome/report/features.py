@@ -1,8 +1,8 @@
-"""What the layers of a model make of natural images and of each threat: read by hooks that end with a context.
+"""Features that a model's layers compute for clean and attacked images, read by hooks that are removed with a context.
 
-Features are tokens (B, T, D): the patches of a transformer in their order, windows put back together, and the positions
-of a convolution's map row by row. Class and register tokens are left out, so that the first, middle and last token are
-places in the image and the mean over tokens is one over the image.
+Features are tokens (B, T, D): a transformer's patches in order, with windows put back together, or the positions of a
+convolution's feature map row by row. Class and register tokens are left out, so that the first, middle and last token
+are places in the image and the mean over tokens is a mean over the image.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from rome.models.fitting import head_names
 from rome.report.subject import over_groups
 
 PLACES = ("first", "middle", "last", "global")
-"""Where features are looked at: single tokens, and the mean over all."""
+"""Where features are read: at single tokens, or averaged over all."""
 
 
 class Seen(NamedTuple):
     """The output of one layer in one forward pass, (B, T, D) each."""
 
     output: Tensor
-    """With the experts, if it has any."""
+    """Output with the experts, if the layer has any."""
     plain: Tensor | None
-    """Without them (:meth:`rome.experts.MixtureLayer.base_forward`); None for a layer without experts.
+    """Output without the experts (:meth:`rome.experts.MixtureLayer.base_forward`); None for a layer without experts.
 
-    For low-rank experts W h + b, for adapters and convolutions alike the output of the layer itself; for
-    feed-forward experts and whole networks (MORE), which stand in the layer's place, that of the first expert.
+    For low-rank experts, adapters and convolutions this is the output of the adapted layer itself, such as W h + b; for
+    feed-forward experts and whole networks (MORE), which replace the layer, it is that of the first expert.
     """
 
 
 class Parts(NamedTuple):
-    """What a layer with experts gives, averaged over tokens: (G, n, D) each, for G groups of the same n images."""
+    """Output of a layer with experts, averaged over tokens: (G, n, D) each, for G groups of the same n images."""
 
     backbone: np.ndarray
-    """Without its experts."""
+    """Output without the experts."""
     experts: np.ndarray
-    """What the experts add, weighed by the gates; all that the layer gives where they stand in its place."""
+    """What the experts add, weighted by the gates; the whole output if they replace the layer."""
     output: np.ndarray
-    """With its experts."""
+    """Output with the experts."""
 
 
 def block_layers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose outputs are looked at, first to last.
+    """Names of the modules whose outputs are read, from first to last.
 
-    The blocks of a vision transformer; else the stages that :func:`rome.attacks.perceptual.features.feature_layers`
-    finds (ResNets, Wide ResNets, Swin ...); else every Linear and Conv2d layer but the classifier. Of a mixture of
-    whole networks, those of the first.
+    The blocks of a vision transformer, else the stages that :func:`rome.attacks.perceptual.features.feature_layers`
+    finds (ResNets, Wide ResNets, Swin ...), else every Linear and Conv2d layer except the classifier. For a mixture of
+    whole networks, those of the first network.
     """
     inner, before = model, ""
     if isinstance(getattr(inner, "backbone", None), nn.Module):
@@ -81,31 +81,31 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Seen]]:
-    """What these modules give in the latest forward pass inside the context, by name; hooks are gone afterwards.
+    """Record the outputs of these modules, by name, in the latest forward pass inside the context.
 
     Raises:
-        UserError: in a forward pass, if a module gives something else than images, tokens or vectors.
+        UserError: during a forward pass, if a module's output is not images, tokens or vectors.
     """
     found: dict[str, Seen] = {}
     with ExitStack() as stack:
         for name in layers:
-            hook = model.get_submodule(name).register_forward_hook(_keeper(model, name, found))
+            hook = model.get_submodule(name).register_forward_hook(_recording_hook(model, name, found))
             stack.callback(hook.remove)
         yield found
 
 
 def collect(model: nn.Module, groups: Mapping[str, Tensor], layer: str) -> np.ndarray:
-    """Features of groups of images, name -> (n, C, H, W), at the output of one module: (G, n, T, D) float32."""
+    """Features at the output of one module, (G, n, T, D) float32, for groups of images: name -> (n, C, H, W)."""
     return over_groups(groups, lambda batch: [_seen(model, batch, layer).output])[0]
 
 
 def image_means(model: nn.Module, groups: Mapping[str, Tensor]) -> np.ndarray:
-    """Features of all :func:`block_layers`, averaged over tokens, one layer beside the other: (G, n, sum of D)."""
+    """Features of all :func:`block_layers`, averaged over tokens and concatenated: (G, n, sum of D)."""
     return np.concatenate([collect(model, groups, each).mean(axis=2) for each in block_layers(model)], axis=-1)
 
 
 def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str) -> Parts:
-    """The output of a layer with and without its experts, averaged over tokens."""
+    """Outputs of a layer with and without its experts, averaged over tokens."""
 
     def of_batch(images: Tensor) -> list[Tensor]:
         return [part.mean(dim=1) for part in _seen(model, images, layer) if part is not None]
@@ -115,17 +115,18 @@ def parts(model: nn.Module, groups: Mapping[str, Tensor], layer: str) -> Parts:
 
 
 def at(features: np.ndarray, place: str) -> np.ndarray:
-    """Features (..., T, D) at one of :data:`PLACES`: (..., D). The middle token is number T // 2, counted from 0."""
+    """Features (..., T, D) at one of :data:`PLACES`: (..., D). The middle token has index T // 2."""
     if place == "global":
         return np.asarray(features.mean(axis=-2))
     return np.asarray(features[..., {"first": 0, "middle": features.shape[-2] // 2, "last": -1}[place], :])
 
 
 def tokens(output: Tensor, layout: Layout, *, channels_last: bool) -> Tensor:
-    """A layer's output as tokens (B, T, D) of whole images, without padding and class tokens.
+    """Rearrange a layer's output to tokens (B, T, D) of whole images, without padding and class tokens.
 
     Args:
-        output: (B, D), (B, C, H, W), or (B x windows, ..., D) where ``channels_last``, as of a Linear layer.
+        output: (B, D), (B, C, H, W), or with ``channels_last`` (B x windows, ..., D), as from a Linear layer.
+        channels_last: whether features are the last dimension of ``output``.
     """
     if output.ndim == 4 and not channels_last:
         output = output.flatten(2).transpose(1, 2)
@@ -138,21 +139,23 @@ def _seen(model: nn.Module, images: Tensor, layer: str) -> Seen:
     with torch.no_grad(), record_features(model, [layer]) as found:
         model(images)
     if layer not in found:
-        raise UserError(f"layer {layer} did not run in this forward; choose one that always runs")
+        raise UserError(f"layer {layer} did not run in the forward pass; choose one that always runs")
     return found[layer]
 
 
-def _keeper(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
-    """A hook that stores copies: what follows a layer may work in place."""
+def _recording_hook(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
+    """Return a hook that stores copies of a module's output, since later layers may change it in place."""
     module = model.get_submodule(name)
     layout = module.layout if isinstance(module, MixtureLayer) else layout_of(model, name)
-    maps = isinstance(module, nn.Conv2d) or not (isinstance(module, (nn.Linear, MixtureLayer)))
+    maps = isinstance(module, nn.Conv2d) or not isinstance(module, (nn.Linear, MixtureLayer))
     last = not maps or channels_last(model, name)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UserError(f"layer {name} gives {what}, not images (B, C, H, W) or tokens (B, T, D); choose another")
+            raise UserError(
+                f"layer {name} outputs {what}, not images (B, C, H, W) or tokens (B, T, D); choose another layer"
+            )
         plain = module.base_forward(args[0]) if isinstance(module, MixtureLayer) else None
         found[name] = Seen(
             tokens(output.detach().clone(), layout, channels_last=last),

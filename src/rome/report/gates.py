@@ -1,4 +1,4 @@
-"""Where a model's gates send natural images and each threat's (the idea of the paper's Fig. 3), in numbers."""
+"""Which experts a model's gates choose for clean images and under each threat, in numbers (cf. the paper's Fig. 3)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from rome.report.templating import sentences
 from rome.threats import Threat
 
 NEARLY_IDENTICAL, SIMILAR = 0.02, 0.1
-"""Distances between mean gates below which routing is called nearly identical, or similar."""
+"""Thresholds on the distance between mean gates below which routing is called nearly identical, and similar."""
 
 
 class GateSample(NamedTuple):
-    """Gates of one model on the same n images, natural and under each threat: G groups, L layers, K experts."""
+    """Gates of one model on the same n images, clean and under each threat: G groups, L layers, K experts."""
 
     groups: tuple[str, ...]
-    """Names; the first is ``natural``."""
+    """Names of the groups; the first is ``natural``, the clean images."""
     layers: tuple[str, ...]
     weights: np.ndarray
     """(G, L, n, K): gate weights g, averaged over tokens."""
     local: np.ndarray
-    """(G, L, n, K): local gates u, averaged over tokens; the mixed gates where there are none."""
+    """(G, L, n, K): local gates u, averaged over tokens; g if the layer has none."""
     whole: np.ndarray
-    """(G, L, n, K): global gates v; the mixed gates averaged over tokens where there are none."""
+    """(G, L, n, K): global gates v; g averaged over tokens if the layer has none."""
     entropy: np.ndarray
-    """(G, L, n): entropy of g at each token, averaged over tokens, divided by log K: 1 is a uniform gate."""
+    """(G, L, n): entropy of g at each token, averaged over tokens and divided by log K; 1 for a uniform gate."""
 
     @property
     def n(self) -> int:
@@ -48,7 +48,7 @@ class GateSample(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """How far apart two groups are routed. ``final`` is the last layer, ``mean`` the mean over layers."""
+    """Distances between the mean gates of two groups: ``final`` in the last layer, ``mean`` averaged over layers."""
 
     a: str
     b: str
@@ -57,7 +57,7 @@ class Pair(NamedTuple):
     whole_final: float
     whole_mean: float
     top_differs: float
-    """Share of the images whose expert with the largest token-averaged weight differs, in the last layer."""
+    """Share of the images whose top expert, by token-averaged weight in the last layer, differs."""
 
 
 def collect(
@@ -67,34 +67,34 @@ def collect(
     threats: Iterable[Threat] | Mapping[str, Threat],
     attack: Attack | None = None,
 ) -> GateSample:
-    """Attack the images under every threat and record the gates of all of them.
+    """Attack the images under every threat and record the gates on clean and attacked images.
 
     Args:
-        model: with experts, in evaluation mode.
+        model: model with experts, in evaluation mode.
         x, y: images (n, C, H, W) in [0, 1] and labels (n,), on the model's device.
-        threats: as they are named, or by other names.
-        attack: APGD with 15 steps if not given; threats that bring an attack are searched by that one.
+        threats: threats, or a mapping from the names of their groups to threats.
+        attack: APGD with 15 steps by default; threats that bring their own attack are searched by that one.
     """
     return read(model, {NATURAL: x, **attack_all(model, x, y, as_named(threats), attack)})
 
 
 def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:
-    """Record the gates of groups of images: name -> (n, C, H, W), the same n images in each.
+    """Record the gates on groups of images: name -> (n, C, H, W), the same n images in each.
 
     Raises:
-        UserError: no experts, or layers with different numbers of them.
+        UserError: the model has no experts, or its layers have different numbers of experts.
     """
     layers: tuple[str, ...] = ()
 
     def of_batch(images: Tensor) -> list[Tensor]:
-        """:class:`GateSample`'s arrays, (B, L, ...) each."""
+        """Arrays of a :class:`GateSample` for one batch, (B, L, ...) each."""
         nonlocal layers
         with torch.no_grad(), record_gates(model) as recorder:
             model(images)
         layers, gates = tuple(recorder.gates), list(recorder.gates.values())
         counts = sorted({each.weights.shape[-1] for each in gates})
         if len(counts) > 1:
-            raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates do not compare")
+            raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates cannot be compared")
         mixed = [each.weights.mean(dim=1) for each in gates]
         local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
         whole = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
@@ -106,36 +106,36 @@ def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:
 
 
 def join(parts: Sequence[GateSample]) -> GateSample:
-    """The gates of one model on images that were read in parts, one part after the other."""
+    """Concatenate the gates of one model on consecutive parts of the images."""
     arrays = [np.concatenate(each, axis=2) for each in zip(*(part[2:] for part in parts), strict=True)]
     return GateSample(parts[0].groups, parts[0].layers, *arrays)
 
 
 def distinct_experts(means: np.ndarray, most: int) -> list[int]:
-    """Up to ``most`` experts whose mean weights differ most between groups, (G, K), in their own order."""
+    """Indices of the ``most`` experts whose mean weights, (G, K), differ most between groups, in ascending order."""
     spread = means.max(axis=0) - means.min(axis=0)
     return sorted(sorted(range(len(spread)), key=lambda k: -spread[k])[:most])
 
 
 def relative_entropy(weights: Tensor) -> Tensor:
-    """-sum_k g_k log g_k / log K over the last dimension: 0 for one expert alone, 1 for all alike (and for K = 1)."""
+    """-sum_k g_k log g_k / log K over the last dimension: 0 for a single expert, 1 for equal weights (and if K = 1)."""
     if weights.shape[-1] == 1:
         return torch.ones_like(weights[..., 0])
     return torch.special.entr(weights.float()).sum(dim=-1) / math.log(weights.shape[-1])
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Euclidean distance between the mean gates of two groups, (L, n, K) each -> (L,). At most sqrt(2)."""
+    """Euclidean distance between the mean gates of two groups, (L, n, K) each -> (L,); at most sqrt(2)."""
     return np.asarray(np.linalg.norm(a.mean(axis=1) - b.mean(axis=1), axis=-1))
 
 
 def top_differs(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of the images whose largest gate is another one in ``b`` than in ``a``, (n, K) each."""
+    """Share of the images whose largest gate in ``b`` is not the one in ``a``, (n, K) each."""
     return float((a.argmax(axis=-1) != b.argmax(axis=-1)).mean())
 
 
 def pairs(sample: GateSample) -> list[Pair]:
-    """Every two groups."""
+    """Compare every two groups."""
     found = []
     for i, j in itertools.combinations(range(len(sample.groups)), 2):
         differs = top_differs(sample.weights[i, -1], sample.weights[j, -1])
@@ -146,18 +146,19 @@ def pairs(sample: GateSample) -> list[Pair]:
 
 
 def summary(sample: GateSample) -> list[str]:
-    """What the numbers show, in words that follow from them: first the verdict, then the numbers it rests on."""
+    """Describe the gates in sentences derived from the numbers: first the verdict, then the numbers behind it."""
     return sentences(
         "gates.txt",
         sample=sample,
         pairs=pairs(sample),
-        called=_called,
+        called=_how_similar,
         entropy=sample.entropy.mean(),
         largest=sample.weights.mean(axis=(0, 2)).max(axis=-1).mean(),
     )
 
 
-def _called(distance: float) -> str:
+def _how_similar(distance: float) -> str:
+    """Adverb for a distance between mean gates."""
     if distance < NEARLY_IDENTICAL:
         return "nearly identically"
     return "similarly" if distance < SIMILAR else "differently"

@@ -1,5 +1,5 @@
-"""Models ranked by their union, with what tells them apart: in the terminal, in Markdown, as data, and on a page that
-sorts and filters."""
+"""Models ranked by their union, with tests of their differences: printed, in Markdown, as data, and on an HTML page
+with sorting and filtering."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from rome.report.templating import filled
 from rome.threats import LpBall
 
 ROBUSTBENCH = "robustbench"
-"""The folder of RobustBench's entries beside a leaderboard."""
+"""Folder beside a leaderboard for entries in RobustBench's format."""
 
 
 class Group(NamedTuple):
-    """Models that were attacked alike on the same examples, those with the largest union first."""
+    """Models evaluated with the same attacks on the same examples, sorted by union, largest first."""
 
     title: str
-    """Data, examples, suite."""
+    """Data, budgets, number of examples and suite."""
     models: list[Evaluated]
     columns: list[str]
     cells: list[list[Cell]]
-    """A row for each model."""
+    """One row for each model."""
     findings: list[str]
     pairs: dict[tuple[int, int], Difference]
-    """Union of model i minus union of model j, for i < j; empty where there is no union."""
+    """(i, j) with i < j -> union of model i minus union of model j; empty if a model has no union."""
     curves: dict[str, list[Curve]]
-    """Norm -> accuracy over radii, where a norm has several."""
+    """Norm -> accuracy over radii, for norms with several radii."""
 
 
 class Curve(NamedTuple):
@@ -52,22 +52,22 @@ class Curve(NamedTuple):
 
     model: str
     radii: list[float]
-    """From 0, which is without an attack."""
+    """In ascending order, from 0 (no attack)."""
     values: list[float]
-    """Shares; an example counts at a radius if no attack inside of that radius or of a smaller one broke it."""
+    """Accuracies as shares; an example counts at a radius if no attack within that radius or a smaller one broke it."""
     intervals: list[tuple[float, float]]
-    """Of 95%."""
+    """95% intervals."""
 
 
 def write_leaderboard(models: Sequence[Evaluated], out: Path, failed: Mapping[str, str]) -> Path:
     """Print the leaderboard and write ``leaderboard.md``, ``.html``, ``.csv`` and ``.json`` into ``out``, with
-    RobustBench's entries for those under the standard AutoAttack.
+    RobustBench's entries for models evaluated with the standard AutoAttack.
 
     Args:
-        failed: name -> why there is no result.
+        failed: name -> reason why the model has no result.
 
     Returns:
-        The HTML file: one file that needs no other and no network.
+        The HTML file, which needs no other file and no network.
     """
     groups = [group_of(each) for each in comparable(models)]
     for group in groups:
@@ -79,7 +79,7 @@ def write_leaderboard(models: Sequence[Evaluated], out: Path, failed: Mapping[st
         for norm, curves in group.curves.items():
             titles = [norm, *(f"{radius:.4g}" for radius in curves[0].radii)]
             print_table([[each.model, *(f"{100 * value:.1f}" for value in each.values)] for each in curves], titles)
-    standard = [one for one in models if _is_named(one) and entries_of(one)]
+    standard = [one for one in models if one.data is not None and entries_of(one)]  # which name the data
     entries = write_entries(standard, out / ROBUSTBENCH) if standard else []
     context: dict[str, Any] = {
         "groups": groups,
@@ -91,14 +91,14 @@ def write_leaderboard(models: Sequence[Evaluated], out: Path, failed: Mapping[st
     }
     rows = [{"group": i, **row} for i, group in enumerate(groups) for row in csv_rows(group.models)]
     replace_file(out / "leaderboard.csv", csv_text(rows).encode())
-    replace_file(out / "leaderboard.json", json.dumps([_plain(group) for group in groups], indent=2).encode())
+    replace_file(out / "leaderboard.json", json.dumps([_as_json(group) for group in groups], indent=2).encode())
     for name in ("leaderboard.md", "leaderboard.html"):
         replace_file(out / name, filled(name, **context).encode())
     return out / "leaderboard.html"
 
 
 def group_of(models: list[Evaluated]) -> Group:
-    """What a leaderboard says of models that may be compared."""
+    """Collect a leaderboard's contents for models that can be compared with each other."""
     reports = [one.report for one in models]
     columns = columns_of(reports)
     cells = [[column.cell(report) for column in columns] for report in reports]
@@ -109,8 +109,8 @@ def group_of(models: list[Evaluated]) -> Group:
         pairs = dict(zip(places, paired_differences([(right[i], right[j]) for i, j in places]), strict=True))
     balls = [threat for threat in models[0].threats.values() if isinstance(threat, LpBall)]
     radii = {norm: ", ".join(ball.radius for ball in balls if ball.norm == norm) for norm in (b.norm for b in balls)}
-    budgets = "".join(f", {norm} {text}" for norm, text in radii.items())
-    title = f"{models[0].source}{budgets}: {covered([(one.name, one.report) for one in models])}"
+    budgets = "".join(f"; {norm} {text}" for norm, text in radii.items())
+    title = f"{models[0].source}{budgets}; {covered([(one.name, one.report) for one in models])}"
     return Group(title, models, [each.title for each in columns], cells, findings(models), pairs, _curves(models))
 
 
@@ -127,9 +127,7 @@ def _curves(models: Sequence[Evaluated]) -> dict[str, list[Curve]]:
 
 
 def _curve(one: Evaluated, cases: Mapping[float, str]) -> Curve:
-    """Args:
-    cases: radius -> case, the smallest first.
-    """
+    """Compute accuracy over radii, given radius -> case with the smallest radius first."""
     report, right = one.report, [np.asarray(one.report.correct[:, 0])]
     for case in cases.values():  # what breaks an example in a ball breaks it in every larger one
         right.append(right[-1] & report.correct[:, report.cases.index(case)])
@@ -144,8 +142,8 @@ def _charts(group: Group) -> list[Markup]:
     ]
 
 
-def _plain(group: Group) -> dict[str, Any]:
-    """The group as JSON data."""
+def _as_json(group: Group) -> dict[str, Any]:
+    """Convert the group to JSON data."""
 
     def number(value: float) -> float | None:
         return None if math.isnan(value) else value
@@ -170,8 +168,3 @@ def _plain(group: Group) -> dict[str, Any]:
         ],
         "curves": {norm: [curve._asdict() for curve in curves] for norm, curves in group.curves.items()},
     }
-
-
-def _is_named(one: Evaluated) -> bool:
-    """Whether the data has a name, which RobustBench's entries need."""
-    return one.data is not None

@@ -1,4 +1,4 @@
-"""How much memory a config takes: its update runs on tensors that have sizes and no content."""
+"""How much memory a config takes, found by running its update on fake tensors, which have sizes but no content."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ from rome.training.setup import train_context
 
 CPU = torch.device("cpu")
 AUTO = 250
-"""Images in a batch of an evaluation that finds its own size."""
+"""Images per batch assumed for an evaluation that finds its own batch size."""
 
 
 def architecture(config: Config) -> tuple[nn.Module, tuple[int, int, int], int]:
-    """A config's model with random weights, the shape of its images and the number of its classes."""
+    """Build a config's model with random weights; return it with the shape of its images and the number of classes."""
     shape, classes = config.data.form(config.model.num_classes)
     return build_model(config.model.architecture_only(), config.experts, classes=classes, shape=shape), shape, classes
 
 
 def peak_memory(config: Config) -> dict[str, int]:
-    """Bytes that a config's tensors take, as torch allocates them for one process.
+    """Count the bytes of a config's tensors, as torch allocates them for one process.
 
-    Nothing is computed: the operations of an update run one after the other on tensors without content, each of which
-    counts from the operation that makes it to its end. So weights, gradients, the optimizer's state, the batch, what is
-    stored for the backward pass and what operations need meanwhile are counted, in the config's precision and with its
-    ``accumulate``, ``activation_checkpointing`` and ``attack_batch_size``. What is not: the allocator's fragmentation,
-    the working memory of single kernels, CUDA's own context (some hundred MB), pools of CUDA graphs, which are given up
-    where memory is short, and the buckets of several processes, as large as the gradients.
+    Nothing is computed: the operations of an update run on tensors without content, each of which counts from its
+    creation until it is freed. This covers weights, gradients, the optimizer's state, the batch, what is stored for the
+    backward pass and intermediate results, in the config's precision and with its ``accumulate``,
+    ``activation_checkpointing`` and ``attack_batch_size``. It does not cover the allocator's fragmentation, the working
+    memory of single kernels, CUDA's own context (some hundred MB), pools of CUDA graphs (which are given up if memory
+    is short), or the communication buckets of several processes, which are as large as the gradients.
 
     Returns:
         ``state``: between two updates; ``attack`` and ``update``: at the peak of the attack, and of the rest of an
-        update; ``training``: the larger of these; ``evaluation``: at the peak of a forward and backward pass of an
-        attack on ``evaluation.batch_size`` images.
+        update; ``training``: the larger of these two; ``evaluation``: at the peak of an attack's forward and backward
+        pass on ``evaluation.batch_size`` images.
 
     Raises:
-        Exception: a method, an attack or experts (feed-forward ones that sort tokens) decide by what tensors hold, and
-            so cannot run on tensors without; or the model cannot be built.
+        Exception: the model cannot be built, or the control flow of the method, an attack or the experts (such as
+            feed-forward experts that sort tokens) depends on tensor values, which these tensors do not have.
     """
     with torch.device("meta"):
         model, shape, _ = architecture(config)
-    held = _Held(model)
-    with warnings.catch_warnings(), held:
+    counter = _MemoryCounter(model)
+    with warnings.catch_warnings(), counter:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a copy of a model does
         with FakeTensorMode(allow_non_fake_inputs=True):
             _without_content(model)
-            sizes = config.batch_size // config.accumulate, _evaluated(config)
+            sizes = config.batch_size // config.accumulate, _evaluation_batch(config)
             (x, y), (x_test, y_test) = [(torch.empty(n, *shape), torch.empty(n, dtype=torch.int64)) for n in sizes]
         with frozen(model):
             loss_and_gradient(model, x_test, y_test)
-        found = {"evaluation": held.peaks[False]}
+        found = {"evaluation": counter.peaks[False]}
         del x_test, y_test
-        quick = {"attack": _short(config.attack), "method": _short(config.method)}
+        quick = {"attack": _with_one_step(config.attack), "method": _with_one_step(config.method)}
         config = config.model_copy(deep=True, update=quick)
         method, optimizer, context = config.method, config.optimizer.build(model), train_context(config, model, CPU)
         method.prepare(context)
@@ -74,37 +74,38 @@ def peak_memory(config: Config) -> dict[str, int]:
         for stage in method.stages(context.epochs):
             context.epoch = stage.start
             method.epoch_start(context, stage.start)
-            held.peaks.clear()
-            before = held.now
+            counter.peaks.clear()
+            before = counter.now
             _update(config, method, context, optimizer, x, y)
-            if held.now > before:  # what a method makes in its first update is there in all others
-                held.peaks.clear()
+            if counter.now > before:  # the method allocated something in its first update that all others already have
+                counter.peaks.clear()
                 _update(config, method, context, optimizer, x, y)
-            found["state"] = held.now
+            found["state"] = counter.now
             for what, training in (("attack", False), ("update", True)):
-                found[what] = max(found.get(what, 0), held.peaks.get(training, 0))
+                found[what] = max(found.get(what, 0), counter.peaks.get(training, 0))
     return found | {"training": max(found["attack"], found["update"])}
 
 
 def gigabytes(size: float) -> str:
-    """``1.2 GB``, ``3.4 MB``."""
+    """Format a size in bytes: ``1.2 GB``, ``3.4 MB``."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def too_large(config: Config, memory: dict[str, int], limit: float) -> dict[str, str]:
-    """What does not fit into so many bytes (``attack``, ``update``, ``evaluation``), and what to change."""
+    """Describe each part (``attack``, ``update``, ``evaluation``) that does not fit into ``limit`` bytes, and what to
+    change."""
     found = {}
     if memory["attack"] > limit:
         half = config.batch_size // config.accumulate // 2 or 1
         less = f"to less than {config.attack_batch_size}" if config.attack_batch_size else f"such as {half}"
         found["attack"] = (
-            f"the attack takes {gigabytes(memory['attack'])}: set attack_batch_size, {less}: the same results"
+            f"the attack takes {gigabytes(memory['attack'])}: set attack_batch_size, {less} (same results)"
         )
     if memory["update"] > limit:
-        ways = [] if config.activation_checkpointing else ["activation_checkpointing=true: the same results"]
-        ways += [f"accumulate={2 * config.accumulate}, where BatchNorm then sees fewer images at once"]
-        ways += [] if config.precision == "bf16" else ["precision=bf16, which rounds more"]
-        found["update"] = f"the update takes {gigabytes(memory['update'])}: set {'; or '.join(ways)}"
+        ways = [] if config.activation_checkpointing else ["activation_checkpointing=true (same results)"]
+        ways += [f"accumulate={2 * config.accumulate} (any BatchNorm sees fewer images at once)"]
+        ways += [] if config.precision == "bf16" else ["precision=bf16 (less precise)"]
+        found["update"] = f"the update takes {gigabytes(memory['update'])}: set {' or '.join(ways)}"
     if memory["evaluation"] > limit:
         size = config.evaluation.batch_size
         found["evaluation"] = (
@@ -116,23 +117,23 @@ def too_large(config: Config, memory: dict[str, int], limit: float) -> dict[str,
 def _update(
     config: Config, method: Method, context: TrainContext, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> None:
-    """The last micro-batch of an update; where there are several, gradients are there before."""
+    """Run the last micro-batch of an update; if there are several, gradients of the earlier ones already exist."""
     if config.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     context.model.train()
     with checked_later(), torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        outcome = method.loss(context, x, y)  # what was found is not looked at
+        outcome = method.loss(context, x, y)  # checked_later: the attack's result, without content, is not checked
     torch.autograd.backward(outcome.loss)
     del outcome
     optimizer.step()
-    with suppress(DataDependentOutputException):  # E-AT counts what it saw, on the host
+    with suppress(DataDependentOutputException):  # E-AT reads its error counts on the host
         method.update_end(context)
     optimizer.zero_grad(set_to_none=True)
 
 
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all tensors without content: now, and at most since ``peaks`` was cleared, while a model was in training
-    mode (True) and in evaluation mode (False), as it is in attacks."""
+class _MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors without content: ``now``, and in ``peaks`` the maximum since it was cleared,
+    while the model was in training mode (True) and in evaluation mode (False), as during attacks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,16 +155,16 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now += size
         self.known.add(key)
 
-        def give_back() -> None:
+        def release() -> None:
             self.now -= size
             self.known.discard(key)
 
-        weakref.finalize(storage, give_back)
+        weakref.finalize(storage, release)
 
 
 def _without_content(model: nn.Module) -> None:
-    """Put tensors without content in the places of a model's; what is one tensor stays one. Convolutions have the order
-    that the engine of attacks gives them on a CPU, or it would copy them."""
+    """Replace a model's tensors by tensors without content; shared tensors stay shared. Convolutional weights get the
+    memory format that the attack engine uses on a CPU; otherwise it would copy them."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def empty(tensor: Tensor) -> Tensor:
@@ -177,17 +178,17 @@ def _without_content(model: nn.Module) -> None:
         return made[id(tensor)][1]
 
     for module in model.modules():
-        held: Any
-        for held in (module._parameters, module._buffers):
-            held.update({name: empty(tensor) for name, tensor in held.items() if tensor is not None})
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: empty(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
-def _evaluated(config: Config) -> int:
-    """Images in a batch of the evaluation."""
+def _evaluation_batch(config: Config) -> int:
+    """Number of images in a batch of the evaluation."""
     size = AUTO if config.evaluation.batch_size == "auto" else config.evaluation.batch_size
     return min(size, config.evaluation.n or size)
 
 
-def _short(component: Any) -> Any:
-    """The same with one step: the peak is that of any."""
+def _with_one_step(component: Any) -> Any:
+    """Return a copy with one step, which has the same peak as any number of steps."""
     return component.model_copy(update={"steps": 1}) if "steps" in type(component).model_fields else component

@@ -1,4 +1,4 @@
-"""Runs and other models side by side: the table in the terminal, in Markdown, and on one HTML page with pictures."""
+"""Reports that compare runs and other models: a table in the terminal, Markdown, and one HTML page with pictures."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from rome.threats import LpBall
 EXAMPLES = 4
 GATE_IMAGES, FEWEST_GATE_IMAGES = 256, 16
 CPU_MACS = 3e12
-"""Multiply-accumulates that the attacks of one model's pictures may take on a CPU; a larger model gets fewer images."""
+"""Multiply-accumulates that attacks for one model's pictures may take on a CPU; a larger model gets fewer images."""
 FIGURES = ("fig7", "fig8", "figA3")
-"""The paper's figures that cost little; `rome figures` makes all."""
+"""The paper's figures that are cheap enough for a report; `rome figures` makes all."""
 
 
 @trust.opens_files
@@ -54,26 +54,28 @@ def write_report(
     trust_code: bool = False,
     base: Path | None = None,
 ) -> Path:
-    """Set what was evaluated side by side: the table on standard output, ``report.md``, ``report.html`` and
-    ``report.csv`` in ``out``; runs that differ in the seed alone also together (:mod:`rome.report.seeds`).
+    """Compare evaluated models: print a table, and write ``report.md``, ``report.html`` and ``report.csv`` into
+    ``out``.
 
-    Pictures that cannot be made (data or weights gone) are left out, and the page says why.
+    Runs that differ only in the seed are also summarised together (:mod:`rome.report.seeds`). Pictures that cannot be
+    made, because data or weights are gone, are left out, and the page says why.
 
     Args:
-        runs: folders of evaluated runs, of evaluations of models that no run made, and folders of these.
-        suite: which evaluation to show where there are several, ``unseen`` or ``unseen-500``; chosen by
-            :func:`rome.report.compared.gather` unless given.
-        unions: further columns, each the union over these cases.
-        robustbench: also write RobustBench's entries into ``out`` (:func:`rome.report.robustbench.write_entries`).
-        trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-        base: the one that the others are compared with, chosen before their numbers were seen; unless given, the best
-            is (:func:`rome.report.compared.findings`).
+        runs: folders of evaluated runs, of evaluations of models without a run, and folders that contain such folders.
+        suite: which evaluation to show if there are several, ``unseen`` or ``unseen-500``; chosen by
+            :func:`rome.report.compared.gather` by default.
+        unions: sets of cases, each of which gets a further column with its union.
+        robustbench: whether to write RobustBench's entries into ``out``
+            (:func:`rome.report.robustbench.write_entries`).
+        trust_code: whether files may run the code that they name (:mod:`rome.core.trust`).
+        base: folder of the model that the others are compared with, chosen before their numbers were seen; by default
+            they are compared with the best (:func:`rome.report.compared.findings`).
 
     Returns:
-        The HTML file: one file that needs no other and no network.
+        The HTML file, which needs no other file and no network.
 
     Raises:
-        UserError: a folder without a run or an evaluation, evaluations that cannot be compared, or an ``out`` that
+        UserError: a folder contains neither a run nor an evaluation, the evaluations cannot be compared, or ``out``
             cannot be written.
     """
     compared = gather(runs if base is None else [base, *runs], suite)
@@ -83,7 +85,7 @@ def write_report(
     rows = [(run.name, run.report) for run in compared]
     for cases in unions:
         for run in compared:
-            run.report.union_of(cases)  # are they there?
+            run.report.union_of(cases)  # raises if a case is missing
     make_folder(out)
     entries = write_entries(compared, out) if robustbench else []
     show(rows, unions)
@@ -93,7 +95,7 @@ def write_report(
     seeds = seed_table(groups) if groups else None
     if seeds is not None:
         print_table(seeds[1], seeds[0])
-        print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the training seeds")
+        print("accuracy in percent; mean \N{PLUS-MINUS SIGN} standard deviation over the training seeds")
     first = compared[0] if base is not None else None
     over_seeds = seed_findings(groups) if base is None else []
     sentences = over_seeds or findings(compared, first)
@@ -108,7 +110,7 @@ def write_report(
     differences = config_differences(configs)
     pictures = _Pictures(compared)
     options = [("--suite", suite), *(("--union", ",".join(cases)) for cases in unions), ("--base", base)]
-    said = [word for option, value in options if value for word in (option, str(value))]
+    words = [word for option, value in options if value for word in (option, str(value))]
     natural = max((run.config.natural_epochs for run in compared if run.config), default=0)
     context: dict[str, Any] = {
         "runs": compared,
@@ -127,7 +129,7 @@ def write_report(
         "differences": {key: values for key, values in differences.items() if key in chosen},
         "defaults": {key: values for key, values in differences.items() if key not in chosen},
         "command": shlex.join(
-            ["rome", "report", *map(str, runs), "--out", str(out), *said, *["--robustbench"] * robustbench]
+            ["rome", "report", *map(str, runs), "--out", str(out), *words, *["--robustbench"] * robustbench]
         ),
         "date": now(),
         "notes": pictures.notes,
@@ -141,16 +143,16 @@ def write_report(
 
 
 class _Pictures:
-    """What needs the models and their test images; loads each once."""
+    """The parts of a report that need the models and their test images, each of which is loaded once."""
 
     def __init__(self, runs: Sequence[Evaluated]) -> None:
         self.runs = runs
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.notes: list[str] = []
-        """Why there are no pictures of something."""
+        """Reasons why pictures are missing."""
 
     def attempt(self, make: Callable[[], Any], what: str) -> Any:
-        """The result, or None and a note why not: a report without pictures is still a report."""
+        """Return the result of ``make``, or None and note why it failed; a report without pictures is still useful."""
         try:
             return make()
         except UserError as error:
@@ -160,53 +162,53 @@ class _Pictures:
 
     @cached_property
     def opened(self) -> list[tuple[Evaluated, Subject]]:
-        """Those whose model is there or can be built again; a note says why the others are not."""
+        """The runs whose model could be opened, each with the model; a note says why the others are left out."""
         subjects = [(run, self.attempt(partial(self._open, run), run.name)) for run in self.runs]
         return [(run, subject) for run, subject in subjects if subject is not None]
 
     def _open(self, run: Evaluated) -> Subject:
         subject = run.subject(self.device)
         if differing := other_model(subject.model, run.report.settings["model"]):
-            raise UserError(f"the model is not the one that was evaluated any more ({'; '.join(differing)})")
+            raise UserError(f"the model is no longer the one that was evaluated ({'; '.join(differing)})")
         return subject
 
     @cached_property
     def data(self) -> tuple[Tensor, Tensor]:
-        """The evaluated examples, on the CPU."""
+        """The evaluated images and their labels, on the CPU."""
         report = self.runs[0].report
         x, y = (part.cpu() for part in self.opened[0][1].images(report.n))
         if hash_data(x, y) != report.settings["data"]["sha256"]:
-            raise UserError("the test images are not those that were evaluated")
+            raise UserError("the test images are not the ones that were evaluated")
         return x, y
 
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes; None where the data is gone."""
+        """Return the names of the classes; None if the data is gone."""
         with suppress(UserError):
             return self.opened[0][1].split.classes if self.opened else None
         return None
 
     def affordable(self, subject: Subject) -> int:
-        """How many images may be attacked here, each under one threat; a backward costs two forwards."""
+        """Return how many images may be attacked here, each under one threat; a backward pass costs two forwards."""
         if self.device.type == "cuda":
             return sys.maxsize
         return int(CPU_MACS // (3 * STEPS * max(macs(subject.model, subject.split.shape), 1)))
 
     def figures(self) -> list[dict[str, Any]]:
-        """The paper's figures that these runs have the data for, as far as they cost little here."""
+        """Draw those of the paper's figures that these runs have the data for and that are cheap enough here."""
         subjects = [subject for _, subject in self.opened]
         gated = [subject for subject in subjects if expert_layers(subject.model)]
         found = []
         for name in FIGURES if subjects else ():
             figure = registered()[name]()
-            # every region is natural or under one of the threats
+            # fig7 attacks each region under each threat
             if name == "fig7" and any(len(s.threats) * (1 + len(s.threats)) > self.affordable(s) for s in gated):
                 continue
             try:
                 data = figure.measure(subjects, Options())
-            except UserError:  # not of these runs
+            except UserError:  # these runs lack its data
                 continue
             if name == "fig8" and not any(run["quantity"] == HELD_OUT for run in data["runs"]):
-                continue  # the curves of training show as much
+                continue  # the training curves already show the same
             about = " ".join((type(figure).__doc__ or "").split("\n\n")[0].split())
             picture = charts.themed(partial(figure.draw, data), figure.title)
             found.append({"title": figure.title[0].upper() + figure.title[1:], "about": about, "picture": picture})
@@ -221,11 +223,11 @@ class _Pictures:
             raise UserError("no attack was run on every model")
         rows = examples.pick(runs, EXAMPLES)
         if not rows:
-            raise UserError("no test example is classified right by every run")
+            raise UserError("no test example is classified correctly by every run")
         return examples.describe(self.opened, *data, rows, cases)
 
     def gates(self) -> list[dict[str, Any]]:
-        """Of each model with experts: their gates, natural and under the threats that it may be trained on."""
+        """Collect for each model with experts its gates on clean images and under those threats one can train on."""
         found = []
         for run, subject in self.opened:
             trained = {name: each for name, each in run.threats.items() if isinstance(each, (LpBall, AttackThreat))}

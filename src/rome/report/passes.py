@@ -1,4 +1,4 @@
-"""Forward and backward passes of a training and of an evaluation, and the hours of these where a rate was measured."""
+"""Number of forward and backward passes in training and evaluation, and hours of training if a rate was measured."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from rome.runs.experiments import files, path_of
 from rome.threats import Threat
 
 SIDE = 32
-"""Pixels of the images on which passes are counted: their number depends on no size."""
+"""Side in pixels of the images on which passes are counted; the number of passes does not depend on it."""
 FEW = 10
-"""Steps with which passes are counted."""
+"""Number of attack steps with which passes are counted."""
 RATES = {"base": (211, 250), "small": (99, 138), "tiny": (39, 62)}
-"""TFLOP/s of attack steps (forward and input gradient) in bf16 as CUDA graphs on one NVIDIA H200, least and largest of
-batches of 64 and 192 with and without low-rank experts, for ViTs of 65 tokens (docs/results.md)."""
+"""TFLOP/s of attack steps (forward and input gradient) in bf16 as CUDA graphs on one NVIDIA H200 for ViTs with 65
+tokens: least and largest over batches of 64 and 192, with and without low-rank experts (docs/results.md)."""
 
 RATES_ARE_FOR = (
-    "seconds of one H200: at the rates measured in bf16 for attack steps of ViTs at 32 pixels with patches of 4, "
-    "without what lies between steps; nothing was measured for other models, for fp32 or for evaluations"
+    "seconds on one H200: at the rates measured in bf16 for attack steps of ViTs at 32 pixels with patches of 4, not "
+    "counting the time between steps; nothing was measured for other models, for fp32 or for evaluations"
 )
 
 
 @dataclass
 class Passes:
-    """Passes of one image."""
+    """Numbers of passes per image."""
 
     forward: float = 0
     backward: float = 0
-    """Of these, with the gradient of the image alone, as attacks take it: as much arithmetic as a forward pass."""
+    """Backward passes for the image's gradient alone, as in attacks: as much arithmetic as a forward pass."""
     whole: float = 0
-    """With that of the weights, as training takes it: twice as much."""
+    """Backward passes for the gradients of the weights as well, as in training: twice as much."""
 
     @property
     def work(self) -> float:
-        """All of them in forward passes."""
+        """Arithmetic of all passes, in units of a forward pass."""
         return self.forward + self.backward + 2 * self.whole
 
     def add(self, other: Passes, times: float = 1) -> None:
@@ -60,8 +60,8 @@ class Passes:
 
 
 @contextmanager
-def _counted(model: nn.Module) -> Iterator[Passes]:
-    """Passes of all images together, inside."""
+def _count_passes(model: nn.Module) -> Iterator[Passes]:
+    """Count the passes of a model inside the context, summed over images."""
     total = Passes()
 
     def forward(module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
@@ -79,8 +79,8 @@ def _counted(model: nn.Module) -> Iterator[Passes]:
 
 
 def of_update(config: Config) -> Passes | None:
-    """Passes for each example of an update, attack and training, the mean over a method's stages: counted on a small
-    transformer in the model's place. None where the method does not run on it."""
+    """Count the passes per example of an update, including its attack, averaged over the stages of the method. They are
+    counted on a small transformer in place of the model; None if the method does not run on it."""
     try:
         batch = 2 * len(config.method.trained(config.threats, config.attack))
         same = {"accumulate": 1, "device": "cpu", "precision": "fp32", "attack_batch_size": None}
@@ -93,10 +93,10 @@ def of_update(config: Config) -> Passes | None:
             model = config.experts.inject(model)
         found = Passes()
         for work, share in updates(few, model, (3, SIDE, SIDE), 10, torch.device("cpu")):
-            with _counted(model) as seen:
+            with _count_passes(model) as seen:
                 work()
             found.add(seen, share / batch)
-    except Exception:  # a method, an attack or experts of the user's own that want another model
+    except Exception:  # a user's own method, attack or experts that need a different model
         return None
     if config.activation_checkpointing:
         found.forward += found.whole
@@ -104,21 +104,21 @@ def of_update(config: Config) -> Passes | None:
 
 
 def of_evaluation(config: Config, classes: int) -> Passes | None:
-    """Passes for an image that withstands every attack of the evaluation's suite: no image takes more, and one that is
-    misclassified from the start takes one. None where an attack wants a network that is not here."""
+    """Count the passes for an image that withstands every attack of the evaluation's suite. No image takes more, and
+    one that is misclassified from the start takes a single pass. None if an attack needs a network that is not here."""
     found = Passes(forward=1)
     try:
         threats = {threat.name: threat for threat in config.threats}
         for case in config.evaluation.suite.cases(threats, classes):
             for attack in case.attacks:
                 found.add(_of_attack(attack.model_dump_json(), case.threat.model_dump_json(), classes))
-    except Exception:  # files that are not here, attacks of the user's own that want another model
+    except Exception:  # missing files, or a user's own attacks that need a different model
         return None
     return found
 
 
 class _Certain(nn.Module):
-    """Always class 0, with a gradient too small to change that."""
+    """A classifier that always answers class 0, with a gradient too small to change that."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -131,7 +131,8 @@ class _Certain(nn.Module):
 
 @functools.cache
 def _of_attack(attack: str, threat: str, classes: int) -> Passes:
-    """Passes of one attack, both as JSON: counted with few steps, of which one takes as many passes as another."""
+    """Count the passes of one attack; attack and threat are JSON. Few steps are run and the count is extrapolated,
+    since all steps take the same number of passes."""
     searcher = TypeAdapter(Attack).validate_json(attack)
     space = TypeAdapter(Threat).validate_json(threat)
     name = next((each for each in ("iterations", "queries", "steps") if hasattr(searcher, each)), "")
@@ -146,17 +147,17 @@ def _of_attack(attack: str, threat: str, classes: int) -> Passes:
 
 def _run(attack: Attack, threat: Threat, classes: int) -> Passes:
     with unchanged_states(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pyautoattack's
+        warnings.simplefilter("ignore")  # pyautoattack's
         torch.manual_seed(0)
         model = _Certain(classes).eval()
-        with _counted(model) as seen:
+        with _count_passes(model) as seen:
             attack(model, torch.rand(1, 3, SIDE, SIDE), torch.zeros(1, dtype=torch.int64), threat)
     return seen
 
 
 def hours(config: Config, operations: float) -> tuple[float, float] | None:
-    """Least and most hours of so many floating-point operations of training on one H200, where rates were measured
-    (:data:`RATES`); None for all other models and precisions."""
+    """Estimate the least and most hours that this many floating-point operations of training take on one H200, from
+    measured :data:`RATES`; None for models and precisions without measurements."""
     size = re.match(r"(?:vit|deit)_(base|small|tiny)_patch\d+_", config.model.name)
     tokens = (config.model.img_size or 0) / (config.model.patch_size or 1) == 8
     if size is None or not tokens or config.precision != "bf16" or config.model.args:
@@ -168,14 +169,12 @@ def hours(config: Config, operations: float) -> tuple[float, float] | None:
 
 
 def priced(pattern: str = "*") -> Iterator[tuple[str, ...]]:
-    """What the experiments of a pattern cost, one after the other: path, parameters, arithmetic of an update and of the
-    whole evaluation, and seconds of an update where rates were measured. Neither data nor weights are needed."""
+    """Yield the cost of each experiment that matches a pattern: path, parameters, arithmetic of an update, seconds of
+    an update if a rate was measured, and arithmetic of the whole evaluation. Neither data nor weights are needed."""
     for file in files(pattern):
         config = load(file)
-        sorting = (
-            getattr(config.experts, "top", None) is not None
-        )  # of tokens by expert, for which they have to be there
-        with torch.device("cpu" if sorting else "meta"):
+        sorts_tokens = getattr(config.experts, "top", None) is not None  # which needs their values
+        with torch.device("cpu" if sorts_tokens else "meta"):
             model, shape, classes = architecture(config)
         each, size = 2 * macs(model.eval(), shape), sum(parameter.numel() for parameter in model.parameters())
         update, evaluation, images = of_update(config), of_evaluation(config, classes), config.evaluation.n
@@ -188,11 +187,12 @@ def priced(pattern: str = "*") -> Iterator[tuple[str, ...]]:
             "" if known is None else f"{known[0] * 3600:.2g}\N{EN DASH}{known[1] * 3600:.2g} s",
             "not counted"
             if evaluation is None
-            else _flop(each * evaluation.work * (images or 1)) + ("" if images else " an image"),
+            else _flop(each * evaluation.work * (images or 1)) + ("" if images else " per image"),
         )
 
 
 def _flop(operations: float) -> str:
-    """``43.2 TFLOP``."""
-    unit = next((unit for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12)) if operations >= size), "G")
-    return f"{operations / {'E': 1e18, 'P': 1e15, 'T': 1e12, 'G': 1e9}[unit]:.3g} {unit}FLOP"
+    """Format a number of operations: ``43.2 TFLOP``."""
+    units = (("E", 1e18), ("P", 1e15), ("T", 1e12))
+    unit, size = next(((unit, size) for unit, size in units if operations >= size), ("G", 1e9))
+    return f"{operations / size:.3g} {unit}FLOP"

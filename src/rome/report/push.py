@@ -1,4 +1,4 @@
-"""Sharing a run on the Hugging Face Hub: weights, card, results, and nothing else of its folder."""
+"""Share a run on the Hugging Face Hub: its weights, model card and results, and nothing else from its folder."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from rome.runs.folder import Run
 
 CARD, CONFIG, EVALUATIONS, EVAL_RESULTS = "README.md", "config.yaml", "evaluation", ".eval_results/rome.yaml"
 OURS = (f"{EVALUATIONS}/", TIMM_CONFIG, EVAL_RESULTS)
-"""What an earlier push may have left in a repository and a later one does not have."""
-_OF_OTHER_WEIGHTS = ("tag", "license", "origin_url", "paper_", "notes", "url", "hf_hub", "file", "description")
-"""What timm knows of an architecture's pretrained weights and is not true of a run's."""
-_PLACES = {"path", "weights", "features", "name"}
+"""Files of an earlier push that are deleted from the repository if the new push does not have them."""
+_OF_PRETRAINED = ("tag", "license", "origin_url", "paper_", "notes", "url", "hf_hub", "file", "description")
+"""Prefixes of timm's settings that describe an architecture's pretrained weights and do not apply to a run's."""
+_PATH_KEYS = {"path", "weights", "features", "name"}
 """Settings that may hold a path."""
 
 
@@ -50,27 +50,28 @@ def push(
     license: str | None = None,
     trust_code: bool = False,
 ) -> str:
-    """Share an evaluated run on the Hub: what :func:`prepare` writes, in one commit.
+    """Share an evaluated run on the Hub: the files that :func:`prepare` writes, in one commit.
 
     Args:
-        run: the folder of a finished run with at least one evaluation.
-        repo: ``USER/NAME``; made if it is not there.
-        dry_run: write into this empty folder what would be sent, and send nothing.
-        public: everybody may see it; a new repository is private otherwise, and one that is public already is refused.
-        revision: the branch to commit to, made if it is not there; None: main.
-        tag: a name for the commit.
-        license: of the weights, by the Hub's identifier (``mit``, ``cc-by-4.0``).
-        trust_code: let the run's files name code (:mod:`rome.core.trust`).
+        run: folder of a finished run with at least one evaluation.
+        repo: ``USER/NAME``; created if it does not exist.
+        dry_run: empty or new folder to write the files into instead of sending them.
+        public: whether everybody may see the repository. By default, a new repository is private and an existing public
+            one is refused.
+        revision: branch to commit to, created if it does not exist; the main branch by default.
+        tag: tag for the commit.
+        license: licence of the weights, by the Hub's identifier (``mit``, ``cc-by-4.0``).
+        trust_code: whether the run's files may name code (:mod:`rome.core.trust`).
 
     Returns:
-        The address of the commit, or of the folder.
+        The address of the commit, or the folder of a dry run.
 
     Raises:
-        UserError: what :func:`prepare` raises, or the Hub refuses.
+        UserError: :func:`prepare` raises it, or the Hub refuses.
     """
     where, folder = OnHub.parse(repo), Run(run)
     if where.revision is not None:
-        raise UserError(f"{repo}: name a branch with --revision and a tag with --tag")
+        raise UserError(f"{repo}: give a branch with --revision and a tag with --tag")
     if dry_run is not None:
         out = Path(dry_run).expanduser()
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -85,20 +86,21 @@ def push(
 
 
 def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> None:
-    """Write what is shared of a run: ``model.safetensors`` with the config inside, ``config.yaml``, ``README.md``, for
-    every evaluation its result, settings and matrix, for timm ``config.json`` where the model is one of its own without
-    experts, and ``.eval_results`` where the Hub has the data. Paths and the name of this machine are taken out.
+    """Write the files of a run that are shared: ``model.safetensors`` with the config inside, ``config.yaml``,
+    ``README.md``, the result, settings and matrix of every evaluation, timm's ``config.json`` for a timm model without
+    experts, and ``.eval_results`` if the Hub has the data set. Paths and the name of this machine are removed.
 
     Raises:
         UserError: the run is not finished or not evaluated, or its evaluations are of other weights.
     """
     found, own = sorted(evaluations(run).values(), key=_rank), run.config
     if not run.finished:
-        raise UserError(f"{run.folder} holds no finished model ({WEIGHTS}); train it to its end first")
+        raise UserError(f"{run.folder} holds no finished model ({WEIGHTS}); finish its training first")
     if not found or found[0].key[0] != LEARNED:
         of = " with its own gates" if found else ""
         raise UserError(
-            f"{run.folder} has no evaluation{of}, and a model is shared with its numbers: rome evaluate {run.folder}"
+            f"{run.folder} has no evaluation{of}, and a model is shared with its numbers: run `rome evaluate "
+            f"{run.folder}` first"
         )
     for one in found:
         one.check_fresh()
@@ -127,17 +129,17 @@ def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> 
 
 
 def _rank(one: Evaluated) -> tuple[Any, ...]:
-    """The evaluation that says most comes first: learned gates, AutoAttack, more examples."""
+    """Sort key that puts the most informative evaluation first: learned gates, AutoAttack, more examples."""
     routing, suite, n = one.key
     return routing != LEARNED, not is_preferred(suite), -n, suite, routing
 
 
 def _paths(config: Config) -> list[str]:
-    """What of a config may be a path: of data, of weights, of code."""
+    """Return the values of a config that may be paths: of data, weights or code."""
     dumped = flatten(config.dump())
-    held = [value for key, value in dumped.items() if _PLACES & set(key.split("."))]
+    values = [value for key, value in dumped.items() if _PATH_KEYS & set(key.split("."))]
     texts = [
-        text for value in held for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+        text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
     ]
     return [text for text in texts if "://" not in text]
 
@@ -153,7 +155,7 @@ def _copy_evaluation(one: Evaluated, out: Path, clean: Callable[[Any], Any]) -> 
 
 
 def _write_timm_config(run: Run, data: Data, classes: list[str] | None, out: Path) -> None:
-    """timm's ``config.json``: architecture, arguments, normalisation, and how images are resized."""
+    """Write timm's ``config.json``: architecture, arguments, normalisation, and how images are resized."""
     model = load_model(run.model_file)
     assert isinstance(model, Classifier)
     recipe, backbone = dict(model.recipe or {}), model.backbone
@@ -169,7 +171,7 @@ def _write_timm_config(run: Run, data: Data, classes: list[str] | None, out: Pat
         side = data.size  # type: ignore[attr-defined]
         known |= {"crop_pct": data.crop_pct, "crop_mode": data.crop_mode, "interpolation": data.interpolation}
     known["input_size"] = (channels, *((side, side) if side else known["input_size"][1:]))
-    known = {key: value for key, value in known.items() if not key.startswith(("test_", *_OF_OTHER_WEIGHTS))}
+    known = {key: value for key, value in known.items() if not key.startswith(("test_", *_OF_PRETRAINED))}
     backbone.pretrained_cfg = known  # type: ignore[assignment]
     extra = {"label_names": classes} if classes else {}
     timm.models.save_for_hf(backbone, str(out), model_config=extra, model_args=arguments, safe_serialization=True)
@@ -189,13 +191,13 @@ def _check_token(repo: OnHub) -> None:
 
     if get_token() is None:
         raise UserError(
-            f"{repo.repository}: there is no token for the Hub; make one that may write "
-            "(https://huggingface.co/settings/tokens), then `hf auth login` or set HF_TOKEN; --dry-run needs none"
+            f"{repo.repository}: there is no token for the Hub; create one with write access "
+            "(https://huggingface.co/settings/tokens), then run `hf auth login` or set HF_TOKEN; --dry-run needs none"
         )
 
 
 def _send(repo: OnHub, folder: Path, name: str, *, public: bool, revision: str | None, tag: str | None) -> str:
-    """All files of a folder in one commit; its address."""
+    """Send all files of a folder in one commit; return its address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, at = HfApi(library_name="rome"), repo.repository
@@ -205,11 +207,11 @@ def _send(repo: OnHub, folder: Path, name: str, *, public: bool, revision: str |
         if public == bool(info.private):
             if not public:
                 raise UserError(
-                    f"{at} is public, and without --public nothing is published: add it, or make {at} private"
+                    f"{at} is public, and nothing is published without --public: add --public, or make {at} private"
                 )
-            say(f"{at} is private and stays so; its settings on the Hub change that")
+            say(f"{at} is private and stays private; change that in its settings on the Hub")
         if tag is not None and tag in {each.name for each in api.list_repo_refs(at).tags}:
-            raise UserError(f"{at} has a tag {tag} already; choose another --tag")
+            raise UserError(f"{at} already has a tag {tag}; choose another --tag")
         if revision is not None:
             api.create_branch(at, branch=revision, exist_ok=True)
         new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,8 +1,8 @@
-"""RobustBench's leaderboard entries (Croce et al. 2021, github.com/RobustBench/robustbench, ``model_info``).
+"""Leaderboard entries in RobustBench's format (Croce et al. 2021, github.com/RobustBench/robustbench, ``model_info``).
 
-``model_info/<dataset>/<threat>/<Name>.json`` with its keys and its way to write numbers (percent as text). What it has
-no place for is added: the union over the Lp balls, every threat's accuracy, and the file that says which examples
-stayed correct, ``model_info/<dataset>/<Name>.npz``.
+Files ``model_info/<dataset>/<threat>/<Name>.json`` with RobustBench's keys and number format (percent as text). Added
+are facts that the format lacks: the union over the Lp balls, every threat's accuracy, and the name of a file with the
+examples that stayed correct, ``model_info/<dataset>/<Name>.npz``.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from rome.report.evaluated import Evaluated
 from rome.threats import LpBall
 
 MASKING = ("black-box-beats-white-box", "zero-input-gradients", "more-steps", "unbounded-attack")
-"""The checks that make a leaderboard call an evaluation potentially unreliable."""
+"""The checks whose warnings mark an evaluation as potentially unreliable on a leaderboard."""
 
 
 def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
-    """Write an entry for every run and every threat it was evaluated under with the standard AutoAttack, and one for
-    the common corruptions if all were run.
+    """Write an entry for each run and each threat evaluated with the standard AutoAttack, and one for the common
+    corruptions if all were run.
 
     Returns:
         The JSON files. ``link``, ``authors`` and ``venue`` are left empty, to be filled in by hand, and so is
-        ``additional_data`` (null) where it is unknown.
+        ``additional_data`` (null) if it is unknown.
 
     Raises:
-        UserError: a run without such an evaluation, or two runs whose files would have one name.
+        UserError: a run has no such evaluation, or the files of two runs would have the same name.
     """
     if len({_name(run.name) for run in runs}) < len(runs):
-        raise UserError(f"the entries of {' and '.join(run.name for run in runs)} would be one file; rename a run")
+        raise UserError(f"entries of {' and '.join(run.name for run in runs)} would have the same name; rename a run")
     files: list[Path] = []
     for run in runs:
         entries = entries_of(run)
         if not entries:
             raise UserError(
-                f"RobustBench's entries need AutoAttack's standard version, and {run.folder} holds suite "
+                f"RobustBench's entries need AutoAttack's standard version, but {run.folder} is of suite "
                 f"{run.report.suite!r}: run `{run.command} --suite autoattack` first"
             )
         root, name = out / "model_info" / _dataset(run), _name(run.name)
@@ -62,7 +62,7 @@ def write_entries(runs: Sequence[Evaluated], out: Path) -> list[Path]:
 
 
 def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
-    """Threat -> entry, for the Lp balls under the standard AutoAttack and for ``corruptions``; of one run."""
+    """Return threat -> entry of one run, for Lp balls under the standard AutoAttack and for ``corruptions``."""
     report, balls = run.report, _standard_balls(run)
     if not balls:
         return {}
@@ -73,7 +73,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
             "name": run.about or run.name,
             "authors": "",
             "additional_data": _additional_data(run),
-            "number_forward_passes": 1,  # of one prediction
+            "number_forward_passes": 1,  # per prediction
             "dataset": _dataset(run),
             "venue": "",
             "architecture": run.architecture,
@@ -103,12 +103,12 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
 
 
 def percent(share: float) -> str:
-    """``85.34`` for 0.85341."""
+    """Format a share in percent: ``85.34`` for 0.85341."""
     return f"{100 * share:.2f}"
 
 
 def _standard_balls(run: Evaluated) -> dict[str, LpBall]:
-    """The Lp balls whose attacks are AutoAttack's standard ones, by case; of each norm the first ball counts."""
+    """Return case -> Lp ball for balls attacked by the standard AutoAttack; only the first of each norm counts."""
     found: dict[str, LpBall] = {}
     for name in run.report.members.get(LP, ()):
         threat = run.threats.get(name)
@@ -124,8 +124,8 @@ def _is_standard(case: Case, report: Report) -> bool:
 
 
 def _additional_data(run: Evaluated) -> bool | None:
-    """Whether it was trained on more than the data set: with timm's weights it was. None, to be filled in by hand,
-    where weights came from a file or the training is unknown."""
+    """Whether the model was trained on additional data, which it was if it started from timm's weights. None, to be
+    filled in by hand, if its weights came from a file or its training is unknown."""
     if run.config is None or run.config.model.weights is not None:
         return None
     return run.config.model.pretrained
@@ -135,8 +135,8 @@ def _dataset(run: Evaluated) -> str:
     data = run.data
     if data is None:
         raise UserError(
-            f"RobustBench's entries name the data, and {run.folder} does not: evaluate with `rome evaluate --model` "
-            "and --data, or give rome.evaluate provenance={'data': {'kind': 'cifar10', 'path': PATH}}"
+            f"RobustBench's entries name the data, but {run.folder} does not: evaluate with `rome evaluate --model` "
+            "and --data, or pass provenance={'data': {'kind': 'cifar10', 'path': PATH}} to rome.evaluate"
         )
     if not isinstance(data, Resized) or not data.path:
         return data.kind
@@ -146,5 +146,5 @@ def _dataset(run: Evaluated) -> str:
 
 
 def _name(text: str) -> str:
-    """As a file's name."""
+    """Turn text into a file name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_.") or "model"

@@ -1,7 +1,7 @@
-"""Routing in numbers that can be compared without looking: do the gates know the threat, and do experts differ in use?
+"""Routing in comparable numbers: do the gates know the threat, and are the experts used unequally?
 
-All of them are of the threats alone; natural images appear only in the distances, which name their pairs. Means are
-over images (and before that over tokens), with the same images under every threat.
+All numbers are of attacked images; clean images appear only in distances, whose pairs are named. Means are over images
+(and before that over tokens), with the same images under every threat.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INVERSE_PENALTY = 1.0
 
 @dataclass(frozen=True)
 class Probe:
-    """How well a linear classifier reads the threat, on images it was not fitted to."""
+    """How well a linear classifier recognises the threat, on images it was not fitted to."""
 
     accuracy: float
     """Mean over folds, in 0..1."""
@@ -40,68 +40,69 @@ class Probe:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two groups are routed in each layer."""
+    """Distance between the mean gates of two groups."""
 
     a: str
     b: str
     layers: tuple[float, ...]
-    """Jensen-Shannon distance of their mean gates, in 0..1."""
+    """Jensen-Shannon distance in each layer, in 0..1."""
     mean: float
-    """Over layers."""
+    """Mean over layers."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of one model under P threats with K experts in L layers. Tuples have an entry for each layer."""
+    """Routing of one model under P threats with K experts in L layers. Tuples of floats have an entry for each
+    layer."""
 
     threats: tuple[str, ...]
     layers: tuple[str, ...]
     experts: int
     images: int
     information: tuple[float, ...]
-    """I(threat; expert) in bits of p(threat) times the mean gate under it: 0 where threats are routed alike, at most
-    :attr:`most_information`."""
+    """Mutual information I(threat; expert) in bits, for equally frequent threats and the mean gate under each: 0 if all
+    threats are routed alike, at most :attr:`most_information`."""
     most_information: float
     """log2 min(P, K)."""
     information_mean: float
-    """Over layers, in bits."""
+    """Mean of :attr:`information` over layers, in bits."""
     information_share: float
-    """That, of :attr:`most_information`: 0..1."""
+    """:attr:`information_mean` divided by :attr:`most_information`, in 0..1."""
     entropy: tuple[float, ...]
-    """Of the gate at a token, divided by log K: 0 is one expert alone, 1 is all alike."""
+    """Entropy of the gate at a token, divided by log K: 0 for a single expert, 1 for equal weights."""
     entropy_mean: float
     usage: tuple[float, ...]
-    """Entropy of the gate averaged over all images and threats, divided by log K: 0 is collapse onto one expert, 1 an
-    equal load. Never less than :attr:`entropy`."""
+    """Entropy of the gate averaged over all images and threats, divided by log K: 0 for collapse onto one expert, 1 for
+    an equal load. Never less than :attr:`entropy`."""
     usage_mean: float
     distances: tuple[Distance, ...]
-    """Every two groups, natural images among them."""
+    """Distances between every two groups, including clean images."""
     between: tuple[float, ...]
     """Mean distance between two threats."""
     distance_mean: float
-    """That, over layers."""
+    """Mean of :attr:`between` over layers."""
     gates_probe: Probe
-    """Reads the threat from the gates of all layers: local (mean over tokens) and global."""
+    """Probe on the gates of all layers, local (mean over tokens) and global."""
     features_probe: Probe | None
-    """The same from features, for comparison: what there would be to read."""
+    """Probe on features, for comparison: how much about the threat could be known."""
 
 
 def routing_numbers(sample: GateSample, *, features: np.ndarray | None = None, seed: int = 0) -> Routing:
-    """The numbers of a sample of gates (:func:`rome.report.gates.collect`).
+    """Compute the numbers for a sample of gates (:func:`rome.report.gates.collect`).
 
     Args:
-        features: (G, n, D) of the sample's groups, for :attr:`Routing.features_probe`; such as
+        features: features (G, n, D) of the sample's groups for :attr:`Routing.features_probe`, such as
             :func:`rome.report.features.image_means`.
-        seed: of the probes' folds.
+        seed: seed of the probes' folds.
 
     Raises:
-        UserError: fewer than two threats, or fewer than two images.
+        UserError: there are fewer than two threats, or fewer than two images.
     """
     chosen = [i for i, name in enumerate(sample.groups) if name != NATURAL]
     threats = tuple(sample.groups[i] for i in chosen)
     if len(threats) < 2:
         raise UserError(
-            f"routing is compared between threats, and there is {len(threats)}; take a run with two or more"
+            f"routing is compared between threats, but this run has {len(threats)}; choose one with two or more"
         )
     means = sample.weights.mean(axis=2, dtype=np.float64)  # (G, L, K)
     information = [mutual_information(means[chosen, layer]) for layer in range(len(sample.layers))]
@@ -151,17 +152,17 @@ def jensen_shannon(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def linear_probe(inputs: np.ndarray, *, seed: int = 0) -> Probe:
-    """Accuracy of a logistic regression that reads which of P groups a vector belongs to, (P, n, D).
+    """Measure how accurately a logistic regression tells which of P groups a vector, (P, n, D), belongs to.
 
-    Five folds over images: all versions of an image are in one fold, so that knowing
-    the image does not help. Inputs are standardised by the fitted images' statistics.
+    Five-fold cross-validation over images: all versions of an image are in one fold, so that recognising the image does
+    not help. Inputs are standardised by the statistics of the images that the regression is fitted to.
 
     Raises:
-        UserError: fewer than two images.
+        UserError: there are fewer than two images.
     """
     groups, n = inputs.shape[:2]
     if n < 2:
-        raise UserError(f"a probe is tested on other images than it is fitted to, and there is {n}; take more (n)")
+        raise UserError(f"a probe is tested on other images than it is fitted to, and there is only {n}; increase n")
     fold = np.empty(n, dtype=int)
     fold[stream(seed, "probe").permutation(n).numpy()] = np.arange(n) % min(FOLDS, n)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=2000))

@@ -1,4 +1,4 @@
-"""Runs that differ in the training seed alone, taken together: what another seed would change."""
+"""Runs that differ only in the training seed, summarised together: how much another seed would change."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rome.runs.config import Config
 from rome.runs.folder import FREE_KEYS
 
 Group = list[Evaluated]
-"""Runs that differ in the seed alone."""
+"""Runs that differ only in the seed."""
 
 
 def apart_from_seed(config: Config) -> str:
-    """What determines a run's numbers but its seed, as text that is equal where that is."""
+    """Return all settings that determine a run's numbers, except its seed, as comparable text."""
     free = FREE_KEYS | {"seed", "data.path", "data.download"}
     plain = flatten(config.dump())
     kept = {key: value for key, value in plain.items() if not {key, key.split(".")[0]} & free}
@@ -32,7 +32,7 @@ def apart_from_seed(config: Config) -> str:
 
 
 def by_seed(runs: Sequence[Evaluated]) -> dict[str, Group]:
-    """The trained ones by name, those that differ in the seed alone together; empty where no two do."""
+    """Group runs that differ only in the seed, by name, without models that belong to no run; empty if no two do."""
     found: dict[str, dict[int, Evaluated]] = defaultdict(dict)
     for run in runs:
         if run.config is not None:
@@ -46,7 +46,7 @@ def by_seed(runs: Sequence[Evaluated]) -> dict[str, Group]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Shares in percent, ``57.8 ± 3.1``: mean and sample standard deviation; a dash where one is missing."""
+    """Format shares in percent as mean and sample standard deviation, ``57.8 ± 3.1``; a dash if one is missing."""
     if not values or any(map(math.isnan, values)):
         return DASH
     spread = f" \N{PLUS-MINUS SIGN} {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -54,7 +54,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def seed_table(groups: dict[str, Group]) -> tuple[list[str], list[list[str]]]:
-    """Titles of columns and a row for each group: its name, how many seeds, and each accuracy over them."""
+    """Return the titles of the columns and a row for each group: name, number of seeds, and accuracies over them."""
     columns = columns_of([run.report for group in groups.values() for run in group])
     rows = [
         [name, str(len(group)), *(mean_and_spread([each.cell(run.report).value for run in group]) for each in columns)]
@@ -64,16 +64,16 @@ def seed_table(groups: dict[str, Group]) -> tuple[list[str], list[list[str]]]:
 
 
 def seed_findings(groups: dict[str, Group]) -> list[str]:
-    """What the unions of the groups say of each other: Welch's interval over the seeds, those of all pairs together
-    95% (Bonferroni), and seed by seed the paired difference on the same examples."""
+    """Describe how the unions of the groups differ: Welch's interval over the seeds, simultaneously 95% for all pairs
+    (Bonferroni), and the paired difference on the same examples for each seed."""
     found = _differences(groups)
     seeds = sorted({count for each in found for count in each["seeds"]})
     return sentences("seed_findings.txt", compared=found, seeds=seeds) if found else []
 
 
 def seed_headline(groups: dict[str, Group]) -> str:
-    """The same in a few words: the group with the largest mean union, and whether the seeds explain that; empty where
-    no two groups can be compared."""
+    """Summarise :func:`seed_findings`: the group with the largest mean union, and whether the choice of seeds can
+    explain its lead; empty if no two groups can be compared."""
     found = _differences(groups)
     if not found:
         return ""
@@ -82,17 +82,15 @@ def seed_headline(groups: dict[str, Group]) -> str:
         ", ".join(f"{each['b']} {100 * each['means'][1]:.1f}" for each in best if each["decided"] == decided)
         for decided in (False, True)
     )
-    first, seeds = (
-        f"{found[0]['a']} {100 * found[0]['means'][0]:.1f}",
-        " or ".join(map(str, sorted({*found[0]["seeds"]}))),
-    )
-    above = f"above {below} by more than the seed explains" if below else ""
-    text = f"No difference beyond what the seed explains: {first}, {level}" if level else f"{first} is {above}"
-    return f"{text}{f'; {above}' if level and above else ''} (mean union of {seeds} training seeds, %)"
+    first = f"{found[0]['a']} {100 * found[0]['means'][0]:.1f}"
+    seeds = " or ".join(map(str, sorted({*found[0]["seeds"]})))
+    above = f"significantly above {below}" if below else ""
+    text = f"No significant difference: {first}, {level}" if level else f"{first} is {above}"
+    return f"{text}{f'; {above}' if level and above else ''} (mean union over {seeds} training seeds, %)"
 
 
 def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
-    """Every two groups of several seeds, of four and more the best with each other one."""
+    """Compare every two groups with several seeds; if there are four or more, only the best with each other one."""
     several = {
         name: group
         for name, group in groups.items()
@@ -130,7 +128,7 @@ def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
 
 
 def csv_rows(runs: Sequence[Evaluated]) -> list[dict[str, object]]:
-    """Every run with every accuracy as a share, and the ends of its 95% interval over the examples."""
+    """Return a row for each run with every accuracy, as a share, and the ends of its 95% interval over the examples."""
     columns, rows = columns_of([run.report for run in runs]), []
     for run in runs:
         seed = "" if run.config is None else run.config.seed

@@ -1,4 +1,4 @@
-"""A model opened to be looked at, of a run or of any origin: its test images, and what each threat makes of them."""
+"""A model opened for inspection, from a run or from anywhere else, with its test images, clean and attacked."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from rome.threats import PerExample, Threat
 
 NATURAL = "natural"
 STEPS = 15
-"""Of APGD, the attack that pictures and routing numbers are made with."""
+"""Steps of APGD, the attack behind pictures and routing numbers."""
 AT_A_TIME = 64
 KEPT = 1024
-"""Attacked images are cached up to this number; of more, they are made again."""
+"""Up to this many attacked images are cached; a larger number is attacked anew each time."""
 
 
 class Subject:
     """A model with its test images and threats. Model, data and attacked images are loaded or made on first use.
 
     Args:
-        name: in pictures.
-        device: of the model and the images.
-        threats: several, or a mapping from the names they are drawn under.
-        model: builds the classifier.
-        split: opens the test examples.
-        run: the run that trained the model, if one did.
+        name: name shown in pictures.
+        device: device of the model and the images.
+        threats: threats, or a mapping from the names shown in pictures to threats.
+        model: function that builds the classifier.
+        split: function that opens the test examples.
+        run: the run that trained the model, if any.
     """
 
     def __init__(
@@ -65,21 +65,22 @@ class Subject:
     def of_model(
         cls, model: nn.Module, name: str, x: Tensor, y: Tensor, threats: Iterable[Threat] | Mapping[str, Threat]
     ) -> Subject:
-        """A classifier in memory, for the figures that need neither its training nor its evaluation.
+        """Wrap a classifier in memory, for figures that need neither its training nor its evaluation.
 
         Args:
-            model: images (B, C, H, W) in [0, 1] to logits, of any architecture; its mode becomes evaluation.
-            name: in pictures.
+            model: classifier of any architecture, from images (B, C, H, W) in [0, 1] to logits; put into evaluation
+                mode.
+            name: name shown in pictures.
             x: images (n, C, H, W) in [0, 1], on the model's device.
             y: their labels, int64 (n,).
-            threats: several, or a mapping from the names they are drawn under.
+            threats: threats, or a mapping from the names shown in pictures to threats.
         """
         model = model.eval()
         return cls(name, x.device, threats, lambda: model, lambda: TensorSplit(x, y))
 
     @property
     def config(self) -> Config:
-        """Of the run."""
+        """The run's config."""
         assert self.run is not None
         return self.run.config
 
@@ -94,14 +95,14 @@ class Subject:
         return self._split()
 
     def images(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,), fewer where the set is smaller."""
+        """Return the first ``n`` test images (n, C, H, W) in [0, 1] and their labels (n,); all if there are fewer."""
         x, y = self.split.first(min(n, len(self.split)))
         return x.to(self.device), y.to(self.device)
 
     def attacked(self, n: int) -> Mapping[str, Tensor]:
-        """The first images as they are (``natural``) and under each threat: name -> (n, C, H, W).
+        """Return the first ``n`` images, clean (``natural``) and attacked under each threat: name -> (n, C, H, W).
 
-        The attack is APGD with 15 steps on this very model, or the threat's own.
+        The attack is APGD with 15 steps on this very model, or the one that the threat brings.
         """
         if n not in self._attacked:
             parts = list(self._attack(n))
@@ -109,7 +110,7 @@ class Subject:
         return self._attacked[n]
 
     def attacked_parts(self, n: int) -> Iterable[Mapping[str, Tensor]]:
-        """The same in consecutive parts, without caching if they are more than :data:`KEPT`."""
+        """Return the images of :meth:`attacked` in consecutive parts; more than :data:`KEPT` are not cached."""
         return [self.attacked(n)] if n <= KEPT else self._attack(n)
 
     def _attack(self, n: int) -> Iterator[dict[str, Tensor]]:
@@ -121,14 +122,14 @@ class Subject:
 def subject_of_run(
     run: Run, name: str, device: torch.device, *, routing: Routing = "learned", seed: int = 0
 ) -> Subject:
-    """A finished run, its gates replaced as :func:`rome.experts.set_routing` does.
+    """Open a finished run, with its gates replaced by :func:`rome.experts.set_routing`.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder contains no finished run.
     """
     config, trusted = run.config, trust.allowed()
     if not run.finished:
-        raise UserError(f"{run.folder} holds no finished model (model.safetensors); train it to its end first")
+        raise UserError(f"{run.folder} holds no finished model (model.safetensors); finish its training first")
 
     def model() -> nn.Module:
         return set_routing(load_model(run.model_file, trust_code=trusted), routing, seed=seed).to(device)
@@ -137,13 +138,13 @@ def subject_of_run(
         try:
             return config.data.open("test")
         except UserError as error:
-            raise UserError(f"{error} (if it lies elsewhere now, correct data.path in {run.config_file})") from None
+            raise UserError(f"{error} (if the data has moved, correct data.path in {run.config_file})") from None
 
     return Subject(name, device, config.threats, model, split, run)
 
 
 def subject_of_model(config: Config, name: str, device: torch.device) -> Subject:
-    """The model of a config that no run made (:func:`rome.evaluation.named.named_config`)."""
+    """Open the model of a config that belongs to no run (:func:`rome.evaluation.named.named_config`)."""
     trusted = trust.allowed()
 
     @functools.cache
@@ -158,10 +159,10 @@ def subject_of_model(config: Config, name: str, device: torch.device) -> Subject
 
 
 def open_named(config: Config, device: str | None = None) -> Subject:
-    """That model under its own name, built at once, so that a mistake is reported before anything is made.
+    """Open such a model under its config's name and build it at once, so that mistakes are reported before any work.
 
     Raises:
-        UserError: no such model, data or device, or they do not fit each other.
+        UserError: there is no such model, data or device, or they do not fit each other.
     """
     subject = subject_of_model(config, config.name, pick_device(device or "auto"))
     _ = subject.model
@@ -169,10 +170,10 @@ def open_named(config: Config, device: str | None = None) -> Subject:
 
 
 def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Subject]:
-    """The runs in these folders, with names that tell them apart.
+    """Open the runs in these folders, under names that tell them apart.
 
     Raises:
-        UserError: no folder, one that holds no finished run, or no such device.
+        UserError: no folder is given, one contains no finished run, or there is no such device.
     """
     folders = distinct(folders)
     runs, where = [Run(folder) for folder in folders], pick_device(device or "auto")
@@ -181,10 +182,10 @@ def open_subjects(folders: Sequence[Path], device: str | None = None) -> list[Su
 
 
 def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]:
-    """The runs among them, and why the others are left out of a figure of training.
+    """Return the subjects that are runs, and for each other one the reason why a figure about training leaves it out.
 
     Raises:
-        UserError: there is no run.
+        UserError: none of them is a run.
     """
     reason = "is a model without a run: it has no log, no config and no evaluation"
     runs = [subject for subject in subjects if subject.run is not None]
@@ -195,10 +196,10 @@ def trained(subjects: Sequence[Subject]) -> tuple[list[Subject], dict[str, str]]
 
 
 def distinct(folders: Sequence[str | Path]) -> list[Path]:
-    """These folders, each once; for a folder of runs and evaluations those inside.
+    """Return the folders without duplicates, each folder of runs and evaluations replaced by those inside it.
 
     Raises:
-        UserError: there is none.
+        UserError: no folder is given.
     """
     if not folders:
         raise UserError("name at least one run's folder")
@@ -207,7 +208,7 @@ def distinct(folders: Sequence[str | Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The folder if it is that of a run or of an evaluation, else all such folders inside."""
+    """Return the folder itself if it is a run or an evaluation, otherwise all runs and evaluations inside it."""
     if any((folder / name).is_file() for name in (Run(folder).config_file.name, SETTINGS)):
         return [folder]
     below = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else ()
@@ -215,9 +216,10 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Names for what lies in these folders, distinct if possible.
+    """Choose names for the contents of these folders, distinct if possible.
 
-    Their own names, with the folder's where there is none; where two are equal, the folders' names, or their paths.
+    Their own names, or a folder's name where there is none; if two of these are equal, the folders' names; if two of
+    those are equal as well, the folders' paths.
     """
     last = [folder.resolve().name for folder in folders]
     choices = [[a or b for a, b in zip(own, last, strict=True)], last, [str(folder) for folder in folders]]
@@ -225,17 +227,17 @@ def names_of(own: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 
 def short(layer: str) -> str:
-    """A layer's name without the prefix of all: ``blocks.11.attn.proj``; MORE's is the whole model."""
+    """Shorten a layer's name by the prefix that all have (``blocks.11.attn.proj``); MORE adapts the whole model."""
     return "the whole model" if layer == "backbone" else layer.removeprefix("backbone.")
 
 
 def attack_all(
     model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, Threat], attack: Attack | None = None
 ) -> dict[str, Tensor]:
-    """Every image under every threat: name -> (n, C, H, W); all threats of a batch are attacked together.
+    """Attack every image under every threat: name -> (n, C, H, W). All threats of a batch are attacked together.
 
     Args:
-        attack: APGD with 15 steps by default; threats that bring an attack are searched by that one.
+        attack: APGD with 15 steps by default; threats that bring their own attack are searched by that one.
     """
     attack, parts = attack or APGD(steps=STEPS), []
     for images, labels in zip(torch.split(x, AT_A_TIME), torch.split(y, AT_A_TIME), strict=True):
@@ -246,8 +248,8 @@ def attack_all(
 
 
 def over_groups(groups: Mapping[str, Tensor], read: Callable[[Tensor], Sequence[Tensor]]) -> list[np.ndarray]:
-    """What ``read`` says of every batch of images, (B, ...) each, put together: (G, n, ...) float32 for G groups of n
-    images."""
+    """Apply ``read`` to every batch of every group's images and join its results, (B, ...) each, to arrays
+    (G, n, ...) float32 for G groups of n images."""
     found = []
     for images in groups.values():
         batches = [read(batch) for batch in torch.split(images, AT_A_TIME)]

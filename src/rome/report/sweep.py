@@ -1,8 +1,8 @@
-"""Many runs from one command: configs x the values of some keys, trained and evaluated, resumable, set side by side.
+"""Sweeps: train, evaluate and compare many runs, one for each combination of configs and values of some keys.
 
-Each point is a run of its own in ``OUT/NAME-key=value``, trained and evaluated in a process of its own
-(:mod:`rome.runs.launchers`), so that a crash of one leaves the others alone. Calling the same sweep again goes on with
-what is unfinished. Points that differ in the seed alone are one row of the table: mean and standard deviation.
+Each point is a separate run in ``OUT/NAME-key=value``, trained and evaluated in its own process
+(:mod:`rome.runs.launchers`), so that a crash does not affect the others. Calling the same sweep again continues with
+whatever is unfinished. Points that differ only in the seed share a row of the table: mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Point:
 
     file: Path
     overrides: tuple[str, ...]
-    """``key=value`` for every key of the sweep, those with one value too."""
+    """``key=value`` for every key of the sweep, including keys with a single value."""
     folder: Path
     config: Config
     varied: tuple[str, ...] = ()
-    """Those of the keys that have several values in the sweep."""
+    """The ``overrides`` whose keys have several values in the sweep."""
 
     @property
     def row(self) -> str:
-        """What the run is called apart from its seed."""
+        """Name of the run without its seed."""
         return " ".join([self.config.name, *(text for text in self.varied if not text.startswith("seed="))])
 
 
@@ -55,22 +55,22 @@ class Result(NamedTuple):
 
     point: Point
     values: dict[str, float]
-    """Column -> share right; a case that failed has none, and average and union are NaN then."""
+    """Column -> accuracy as a share; a failed case has none, and makes average and union NaN."""
 
 
 def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> list[Point]:
-    """Every combination of config file and axis values.
+    """Return every combination of config file and axis values.
 
     Args:
         axes: ``key=a,b,c``; commas inside brackets and braces belong to a value.
 
     Raises:
-        UserError: a bad axis, a config that is not valid at some point, or two runs of one name.
+        UserError: an axis is malformed, a config is invalid at some point, or two runs would have the same name.
     """
-    grid = [[f"{key}={value}" for value in values] for key, values in map(_axis, axes)]
+    grid = [[f"{key}={value}" for value in values] for key, values in map(_parse_axis, axes)]
     keys = [choices[0].partition("=")[0] for choices in grid]
     if len(set(keys)) < len(keys):
-        raise UserError(f"the keys {', '.join(keys)} are not distinct; give each once, with all its values")
+        raise UserError(f"the keys {', '.join(keys)} are not distinct; give each key once, with all its values")
     found: dict[Path, Point] = {}
     for file, overrides in itertools.product(configs, itertools.product(*grid)):
         config = load(file, overrides)
@@ -82,7 +82,7 @@ def points(configs: Sequence[str | Path], axes: Sequence[str], out: Path) -> lis
     return list(found.values())
 
 
-def _axis(text: str) -> tuple[str, list[str]]:
+def _parse_axis(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
     parts, depth = [""], 0
     for letter in values:
@@ -99,19 +99,19 @@ def _axis(text: str) -> tuple[str, list[str]]:
 def sweep(
     chosen: Sequence[Point], *, launcher: Launcher | None = None, jobs: int | None = None, gpus: int | None = None
 ) -> dict[Path, str]:
-    """Train and evaluate every point that is not finished.
+    """Train and evaluate every unfinished point.
 
     Args:
-        launcher: where; None: in processes on this machine.
-        jobs: how many at a time (:meth:`rome.runs.launchers.Launcher.run`).
-        gpus: for each.
+        launcher: where the points run; by default, in processes on this machine.
+        jobs: number of points at a time (:meth:`rome.runs.launchers.Launcher.run`).
+        gpus: number of GPUs for each point.
 
     Returns:
         Folder -> what went wrong, for the points that failed.
 
     Raises:
-        UserError: the launcher cannot work so, or a finished point has other settings.
-        Interrupted: a signal; the runs under way wrote their checkpoints.
+        UserError: the launcher does not support these arguments, or a finished point has other settings.
+        Interrupted: a signal arrived; the runs in progress have written their checkpoints.
     """
     return (launcher or Local()).run([_job(point) for point in chosen], at_once=jobs, gpus=gpus)
 
@@ -132,10 +132,10 @@ def _job(point: Point) -> Job:
 
 
 def _done(point: Point) -> bool:
-    """Trained and evaluated already.
+    """Whether the point is already trained and evaluated.
 
     Raises:
-        UserError: its folder holds a run with other settings.
+        UserError: its folder contains a run with other settings.
     """
     run = Run(point.folder)
     if not run.finished:
@@ -146,15 +146,15 @@ def _done(point: Point) -> bool:
 
 
 def _check_same(run: Run, config: Config) -> None:
-    """Raise UserError unless the finished run is of these settings, this data and this code."""
+    """Raise UserError unless the finished run has the same settings, data and code."""
     run.check_same(config)
     if found := run.other_code(code_facts(config)):
-        raise UserError(f"{run.folder} was trained with other code ({'; '.join(found)}); use another --out")
+        raise UserError(f"{run.folder} was trained with different code ({'; '.join(found)}); use another --out")
 
 
 @trust.opens_files
 def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: bool = False) -> None:
-    """Train and evaluate one point; finished work is not repeated."""
+    """Train and evaluate one point without repeating finished work."""
     from rome.evaluation.run import evaluate_saved
     from rome.training.setup import train
 
@@ -165,23 +165,22 @@ def run_point(file: str, overrides: Sequence[str], folder: str, *, trust_code: b
     else:
         train(config, run.folder, resume=True)
     with launched() as team:
-        # whose own config has the evaluation settings that it was started with
+        # with these settings, as those in the run's own config may be older
         report, _ = evaluate_saved(run.folder, data=config.data.path, settings=config.evaluation, team=team)
     report.require_complete()
 
 
 def gather_results(chosen: Sequence[Point]) -> list[Result]:
-    """The evaluated points; those without a result are left out."""
-    reports = [(point, _report(point)) for point in chosen]
+    """Collect the results of the evaluated points; others are left out."""
     return [
         Result(point, {CLEAN: report.clean, **report.robust, AVERAGE: report.average, UNION: report.union})
-        for point, report in reports
-        if report is not None
+        for point in chosen
+        if (report := _report(point)) is not None
     ]
 
 
 def _report(point: Point) -> Report | None:
-    """The evaluation that the config describes: by its suite, its gates, on its number of examples."""
+    """Load the evaluation with the config's suite, routing, seed and number of examples; None if there is none."""
     settings = point.config.evaluation
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
 
@@ -191,7 +190,7 @@ def _report(point: Point) -> Report | None:
     found = place(settings.n)
     if not (found / RESULT).exists() and any(found.parent.glob(f"{place('*').name}/{RESULT}")):
         size = len(point.config.data.open("test"))
-        found = place(min(settings.n or size, size))  # all test examples, which may be fewer
+        found = place(min(settings.n or size, size))  # all test examples, if n is not given or larger
     report = Report.load(found) if (found / RESULT).exists() else None
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
     same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
@@ -204,7 +203,7 @@ def _summary(point: Point) -> str:
 
 
 def show_results(results: Sequence[Result]) -> None:
-    """Print percent right, mean over the points that differ in the seed alone and sample standard deviation."""
+    """Print accuracies in percent: mean and sample standard deviation over points that differ only in the seed."""
     columns, rows = _columns(results), []
     for name in dict.fromkeys(result.point.row for result in results):
         own = [result.values for result in results if result.point.row == name]
@@ -213,12 +212,12 @@ def show_results(results: Sequence[Result]) -> None:
             cells.append(mean_and_spread([each.get(column, math.nan) for each in own]))
         rows.append(cells)
     print_table(rows, ["run", "seeds", *columns])
-    print("percent right; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")
+    print("accuracy in percent; mean \N{PLUS-MINUS SIGN} standard deviation over the seeds")
 
 
 def save_results(results: Sequence[Result], out: Path) -> Path:
-    """Write ``sweep.csv`` and ``sweep.json`` with every single value (none where a case failed); returns the CSV's
-    path."""
+    """Write ``sweep.csv`` and ``sweep.json`` with the values of every point (none if a case failed); return the path of
+    the CSV file."""
     columns, records = _columns(results), []
     for point, found in results:
         varied = dict(text.partition("=")[::2] for text in point.overrides if not text.startswith("seed="))

@@ -1,5 +1,5 @@
-"""The templates of pages, tables and sentences (``templates``). Modules that fill them with more than text and numbers
-add their filters to :data:`TEMPLATES`."""
+"""Jinja templates for pages, tables and sentences (folder ``templates``). A module whose templates need further filters
+adds them to :data:`TEMPLATES`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 
 def markdown(value: object) -> str:
-    """Text that Markdown, its tables and a renderer of HTML leave as it is."""
+    """Escape text so that Markdown, including its tables and embedded HTML, shows it literally."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(re.sub(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).split())
 
 
 def filled(template: str, **values: Any) -> str:
-    """A template filled; in one whose name ends in ``.html`` values are text and no markup."""
+    """Fill a template; one whose name ends in ``.html`` escapes its values."""
     return TEMPLATES.get_template(template).render(values)
 
 
 def sentences(template: str, **values: Any) -> list[str]:
-    """The lines of a filled template, without those that are empty."""
+    """Fill a template and return its non-empty lines."""
     return [line for line in map(str.strip, filled(template, **values).splitlines()) if line]
 
 
