@@ -1,9 +1,9 @@
-"""Figures 1, 5, 6 and A4: t-SNE of features, natural and under each threat, and how well they tell the threats apart.
+"""Figures 1, 5, 6 and A4: t-SNE of features of clean images and under each threat, and how well they separate threats.
 
-Their data is a list of panels for each run: ``layer``, ``part`` (with experts or without), ``space`` (features as they
-are, or less those of the natural image), ``place`` (a token, or the mean over tokens), the mean ``silhouettes`` of each
-group (over single tokens with their standard deviation), and if it is drawn the ``points`` and their silhouettes
-(``embedding``).
+The data is a list of panels for each run: ``layer``, ``part`` (with or without experts), ``space`` (the features
+themselves, or their difference from those of the clean image), ``place`` (a token, or the mean over tokens), the mean
+``silhouettes`` of each group (for single tokens with the standard deviation over them), and, if the panel is drawn, the
+``points`` and their silhouettes (``embedding``).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from rome.report.subject import NATURAL, Subject, short
 
 BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"
 INSTEAD = {BACKBONE: "first expert of ", OUTPUT: "experts of "}
-"""What is seen where experts stand in the place of a layer."""
+"""Prefixes of the layer's name where the experts replace a layer instead of adding to it."""
 FEATURES, DIFFERENCE = "features", "difference"
 SPACES = {FEATURES: "", DIFFERENCE: "\ndifference from natural"}
-"""What is scored and drawn: what the paper says, and what tells threats apart; the end of the panels' titles."""
+"""What is scored and drawn (what the paper names, and what separates threats) -> the end of the panels' titles."""
 POSITIONS = 64
-"""Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
+"""Maximum number of tokens, evenly spaced, whose silhouettes are computed: all of a ViT's on CIFAR-10."""
 LOCAL = "local"
-"""The place of silhouettes over single tokens."""
+"""``place`` of the silhouettes of single tokens."""
 Panel = dict[str, Any]
 
 
 class Shown(NamedTuple):
-    """A panel as it is drawn."""
+    """Title, note and drawing function of a panel."""
 
     title: str
     note: str
@@ -49,17 +49,17 @@ class Shown(NamedTuple):
 
 
 class Embeddings(FigureOfRuns):
-    """Base: what the four have in common."""
+    """Base class of the four figures."""
 
     room: tuple[float, float, float]
-    """In inches: width of the picture, its height around the rows, and that of a row."""
+    """Width of the picture, its height apart from the rows, and the height of a row, in inches."""
 
     @abstractmethod
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
-        """A run's rows of panels, each with what stands beside it."""
+        """Return a run's rows of panels, each with its label."""
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """Scores first, then the points of the pictures."""
+        """Return the scores, followed by the points of the pictures."""
         scores, points = [], []
         for run, panel in ((each, panel) for each in data["runs"] for panel in each["panels"]):
             where = {"run": run["run"], **{key: panel[key] for key in ("layer", "part", "space", "place")}}
@@ -73,7 +73,7 @@ class Embeddings(FigureOfRuns):
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         lines = [line for run in data["runs"] for line in self.lines(run)]
-        if len(lines[0][1]) == 1:  # they stand beside each other
+        if len(lines[0][1]) == 1:  # one panel per run: side by side in a single row
             lines = [("", [panel._replace(title=beside) for beside, (panel,) in lines])]
         width, around, height = self.room
         canvas = Canvas(figsize=(width, around + height * len(lines)), layout="constrained")
@@ -96,17 +96,17 @@ class Embeddings(FigureOfRuns):
 
 
 class LayerOutputs(Embeddings):
-    """Base: features of natural images and of the same images under each threat, at the last adapted layer.
+    """Base class: features of clean images and of the same images under each threat, at the last adapted layer.
 
-    Averaged over patch tokens, as they are, with the mean silhouette of natural images and threats beside the picture;
-    the data has those of the picture itself and of the difference from the natural image's features too.
-    The paper says neither which tokens nor how many images. The backbone is W h + b, the experts' part
-    sum_k g_k B_k A_k h; feed-forward experts and MORE have no backbone, so the first expert stands there and
+    Features are averaged over patch tokens; the mean silhouette over clean images and threats is printed below the
+    picture. The data also has the silhouettes of the picture itself and of the differences from the clean image's
+    features. The paper states neither which tokens nor how many images it used. The backbone is W h + b, the experts'
+    part sum_k g_k B_k A_k h. Feed-forward experts and MORE have no backbone, so the first expert takes its place and
     their whole output counts as the experts'. A run without experts shows the output of its last block.
     """
 
     parts: tuple[str, ...]
-    """Which of the above are measured and drawn."""
+    """The parts that are measured and drawn: ``backbone``, ``experts``, ``backbone + experts``."""
     lacking = "none of these runs has features to show"
 
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class LayerOutputs(Embeddings):
 
 
 class ExpertOutputs(LayerOutputs):
-    """What the experts give, one panel for each run."""
+    """Outputs of the experts, one panel per run."""
 
     name = "fig1"
     title = "t-SNE of expert outputs per threat"
@@ -155,7 +155,7 @@ class ExpertOutputs(LayerOutputs):
 
 
 class BackboneAndExperts(LayerOutputs):
-    """Backbone features, and the same with what the experts add: two panels for each run."""
+    """Backbone features without and with the experts' output, two panels per run."""
 
     name = "fig6"
     title = "t-SNE of backbone features and of backbone + experts per threat"
@@ -164,25 +164,25 @@ class BackboneAndExperts(LayerOutputs):
 
 
 class Separability(Embeddings):
-    """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
+    """Base class: silhouettes of the threats at every token and for the mean over tokens, and t-SNE at some of them.
 
-    Of the features as they are, and of their difference from the same image's natural features, most likely what the
-    paper scored (:mod:`rome.report.separability`); each has a row of panels that says which. The data has the
-    silhouettes of the drawn embeddings too. Local scores are mean and standard deviation over tokens, as the paper's.
-    Layers are blocks of a ViT and stages of a CNN or Swin; runs need no experts.
+    Both are computed for the features themselves and for their differences from the same image's clean features, most
+    likely what the paper scored (:mod:`rome.report.separability`); each has its own row of panels. The data also has
+    the silhouettes of the drawn embeddings. Local scores are mean and standard deviation over tokens, as in the paper.
+    Layers are the blocks of a ViT or the stages of a CNN or Swin; runs need no experts.
     """
 
     every_layer: bool
-    """Whether the data has all blocks and the picture the first and the last, or both that of ``layer`` alone."""
+    """True: data of all blocks, pictures of the first and the last. False: both of the layer ``Options.layer`` only."""
     titles: ClassVar[Mapping[str, str]]
-    """What is drawn, and its title: some of :data:`rome.report.features.PLACES`, and the silhouettes as bars."""
-    lacking = "separating takes a run with two or more threats"
+    """Title of each column: some of :data:`rome.report.features.PLACES`, and ``local``, bars of the silhouettes."""
+    lacking = "separability needs a run with two or more threats"
 
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
         groups = subject.attacked(options.n)
         threats = [name for name in groups if name != NATURAL]
         if len(threats) < 2:
-            raise UserError(f"it has {len(threats)} threat")
+            raise UserError("it has fewer than two threats")
         blocks = features.block_layers(subject.model)
         layers, panels = blocks if self.every_layer else (options.pick(blocks),), []
         for layer in layers:
@@ -220,7 +220,7 @@ class Separability(Embeddings):
 
 
 class LocalAndGlobal(Separability):
-    """One layer, the last or that of ``layer``: t-SNE at the middle token and of the mean, and silhouettes."""
+    """One layer (``Options.layer`` or the last): t-SNE at the middle token and of the mean over tokens, silhouettes."""
 
     name = "fig5"
     title = "separability of threats in local and global features, and in their differences from the natural image's"
@@ -234,7 +234,7 @@ class LocalAndGlobal(Separability):
 
 
 class OverLayers(Separability):
-    """First and last block, at the first, middle and last token and of the mean; the data has every block's scores."""
+    """First and last block: t-SNE at the first, middle and last token and of the mean; the data has every block."""
 
     name = "figA4"
     title = (
@@ -249,7 +249,7 @@ class OverLayers(Separability):
 
 
 def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:
-    """Silhouettes of features (G, n, D) and, with a seed, their picture and its silhouettes."""
+    """Silhouettes of features (G, n, D) and, with a seed, their t-SNE points and the silhouettes of these."""
     found: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
     if seed is not None:
         points = embed(values, seed=seed)
@@ -262,7 +262,7 @@ def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, A
 
 
 def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
-    """Local silhouettes with their spread over tokens, and global ones hatched beside them."""
+    """Draw the local silhouettes with standard deviations over tokens, and the global ones, hatched, beside them."""
     every = looks(list(local))
     for i, (threat, (mean, spread)) in enumerate(local.items()):
         axes.bar(i - 0.2, mean, 0.36, color=every[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
