@@ -47,10 +47,10 @@ class Options:
             UserError: no name contains it.
         """
         names = list(names)
-        found = [name for name in names if self.layer is None or self.layer in name]
-        if not found:
+        matching = [name for name in names if self.layer is None or self.layer in name]
+        if not matching:
             raise UserError(f"no layer's name contains {self.layer!r}; the layers are {', '.join(names)}")
-        return found[-1]
+        return matching[-1]
 
 
 class PaperFigure(ABC):
@@ -136,13 +136,13 @@ def registered() -> dict[str, type[PaperFigure]]:
     for module in iter_modules([str(Path(__file__).parent)]):
         import_module(f"{__package__}.{module.name}")
 
-    def below(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
+    def subclasses(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
         for figure in kind.__subclasses__():
             yield figure
-            yield from below(figure)
+            yield from subclasses(figure)
 
-    found = {figure.name: figure for figure in below(PaperFigure) if "name" in vars(figure)}  # type: ignore[type-abstract]
-    return {name: found[name] for name in (*ORDER, *sorted(found.keys() - set(ORDER)))}
+    figures = {each.name: each for each in subclasses(PaperFigure) if "name" in vars(each)}  # type: ignore[type-abstract]
+    return {name: figures[name] for name in (*ORDER, *sorted(figures.keys() - set(ORDER)))}
 
 
 @trust.opens_files
@@ -215,10 +215,10 @@ def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequen
     pictures = []
     with style.context(Path(__file__).parent / "paper.mplstyle"):
         canvas = figure.draw(data)
-        for form in formats:
+        for suffix in formats:
             picture = io.BytesIO()
-            dates: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form)
-            canvas.savefig(picture, format=form, bbox_inches="tight", metadata=dates)
-            pictures.append(out / f"{figure.name}.{form}")
+            undated: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+            canvas.savefig(picture, format=suffix, bbox_inches="tight", metadata=undated)
+            pictures.append(out / f"{figure.name}.{suffix}")
             replace_file(pictures[-1], picture.getvalue())
     return pictures

@@ -55,28 +55,28 @@ class GateDensities(FigureOfRuns):
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = data["runs"]
         canvas = Canvas(figsize=(PAGE, 0.3 + 1.5 * len(runs)), layout="constrained")
-        every = looks([name for run in runs for name in run["weights"]])
-        for part, run in zip(canvas.subfigures(len(runs), 1, squeeze=False).flatten(), runs, strict=True):
+        styles = looks([name for run in runs for name in run["weights"]])
+        for row, run in zip(canvas.subfigures(len(runs), 1, squeeze=False).flatten(), runs, strict=True):
             values = {name: np.array(images) for name, images in run["weights"].items()}
             experts = gates.distinct_experts(np.array([images.mean(axis=0) for images in values.values()]), SHOWN)
             span = limits(np.stack([weights[:, experts] for weights in values.values()]))
             grid = np.linspace(*span, 240)
-            for axes, k in zip(part.subplots(1, len(experts), squeeze=False)[0], experts, strict=True):
+            for axes, k in zip(row.subplots(1, len(experts), squeeze=False)[0], experts, strict=True):
                 for name, weights in values.items():
                     curve = kernel_density(weights[:, k], grid, least=(span[1] - span[0]) / 100)
-                    axes.plot(grid, curve, color=every[name].colour, ls=every[name].line, lw=1.2)
+                    axes.plot(grid, curve, color=styles[name].colour, ls=styles[name].line, lw=1.2)
                     if name == NATURAL:  # filled, so that the others can be seen against it
-                        axes.fill_between(grid, curve, color=every[name].colour, alpha=0.25, lw=0)
+                        axes.fill_between(grid, curve, color=styles[name].colour, alpha=0.25, lw=0)
                 axes.set(xlim=span, ylim=(0, None), yticks=[])
                 axes.spines["left"].set_visible(False)
                 axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # short, because panels are close together
                 axes.set_title(f"expert {k + 1}")
                 axes.tick_params(labelsize=9 if len(experts) <= 5 else 7)
-            part.supylabel(side(run["run"]), fontsize=8.5)
-            part.supxlabel(f"gate weight in {short(run['layer'])}", **NOTE)
-        named = [Line2D([], [], color=look.colour, ls=look.line, lw=1.6, label=look.label) for look in every.values()]
-        legend(canvas, named)
+            row.supylabel(side(run["run"]), fontsize=8.5)
+            row.supxlabel(f"gate weight in {short(run['layer'])}", **NOTE)
+        lines = [Line2D([], [], color=look.colour, ls=look.line, lw=1.6, label=look.label) for look in styles.values()]
+        legend(canvas, lines)
         return canvas
 
 

@@ -88,7 +88,7 @@ class Embeddings(FigureOfRuns):
                 axes.set_title(shown.title if titles != above else "")
             above = titles
         bars = [axes for axes in canvas.axes if axes.containers]
-        for axes in bars[1:]:
+        for axes in bars[1:]:  # one scale for all bars
             axes.sharey(bars[0])
             axes.autoscale(axis="y")
         legend(canvas, dots([name for run in data["runs"] for panel in run["panels"] for name in panel["silhouettes"]]))
@@ -113,13 +113,13 @@ class LayerOutputs(Embeddings):
         groups, layers = subject.attacked(options.n), expert_layers(subject.model)
         layer = options.pick(layers or features.block_layers(subject.model))
         if layers:
-            given = features.parts(subject.model, groups, layer)
-            found = {BACKBONE: given.backbone, EXPERTS: given.experts, OUTPUT: given.output}
-            found = {part: found[part] for part in self.parts}
+            outputs = features.parts(subject.model, groups, layer)
+            vectors = {BACKBONE: outputs.backbone, EXPERTS: outputs.experts, OUTPUT: outputs.output}
+            vectors = {part: vectors[part] for part in self.parts}
         else:
-            found = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
+            vectors = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
         panels, names = [], list(groups)
-        for part, values in found.items():
+        for part, values in vectors.items():
             where = {"layer": layer, "part": part, "place": "global"}
             panels.append(_panel(names, values, options.seed, where | {"space": FEATURES}))
             if len(names) > 2:
@@ -137,10 +137,10 @@ class LayerOutputs(Embeddings):
                 shown.append(Shown(part, "no experts", partial(scatter, groups={})))
                 continue
             score = float(np.mean(list(panel["silhouettes"].values())))
-            before = "no experts: "
+            prefix = "no experts: "
             if panel["part"] == part:
-                before = "" if run["adds"] else INSTEAD.get(part, "")
-            note = f"{before}{short(panel['layer'])}\nsilhouette {signed(score)}"
+                prefix = "" if run["adds"] else INSTEAD.get(part, "")
+            note = f"{prefix}{short(panel['layer'])}\nsilhouette {signed(score)}"
             shown.append(Shown(part, note, partial(scatter, groups=panel["points"])))
         return [(side(run["run"]), shown)]
 
@@ -186,15 +186,14 @@ class Separability(Embeddings):
         blocks = features.block_layers(subject.model)
         layers, panels = blocks if self.every_layer else (options.pick(blocks),), []
         for layer in layers:
-            given = features.collect(subject.model, groups, layer)
-            chosen = np.linspace(0, given.shape[2] - 1, min(POSITIONS, given.shape[2])).round().astype(int)
-            for space, values in ((FEATURES, given[1:]), (DIFFERENCE, difference(given))):
+            outputs = features.collect(subject.model, groups, layer)
+            count = outputs.shape[2]
+            positions = np.unique(np.linspace(0, count - 1, min(POSITIONS, count)).round().astype(int))
+            for space, values in ((FEATURES, outputs[1:]), (DIFFERENCE, difference(outputs))):
                 where = {"layer": layer, "part": OUTPUT, "space": space}
-                local = np.stack([silhouettes(values[:, :, t]) for t in np.unique(chosen)])  # (T', P)
+                local = np.stack([silhouettes(values[:, :, t]) for t in positions])  # (T', P)
                 scores = np.stack([local.mean(axis=0), local.std(axis=0)], axis=1)
-                panels.append(
-                    {**where, "place": LOCAL, "silhouettes": _named(threats, scores, 6)} | {"tokens": len(given[0, 0])}
-                )
+                panels.append({**where, "place": LOCAL, "silhouettes": _named(threats, scores, 6), "tokens": count})
                 for place in features.PLACES:
                     drawn = place in self.titles and layer in (layers[0], layers[-1])
                     seed = options.seed if drawn else None
@@ -202,7 +201,7 @@ class Separability(Embeddings):
         return {"run": subject.name, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
 
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
-        found = []
+        lines = []
         for (layer, space), group in groupby(run["panels"], key=itemgetter("layer", "space")):
             panels, shown = {panel["place"]: panel for panel in group}, []
             for place, title in self.titles.items():
@@ -215,8 +214,8 @@ class Separability(Embeddings):
                     note = "silhouette {}\nin the picture {}".format(*scores)
                     shown.append(Shown(title, note, partial(scatter, groups=panel["points"])))
             if shown:
-                found.append((side(run["run"], short(layer)), shown))
-        return found
+                lines.append((side(run["run"], short(layer)), shown))
+        return lines
 
 
 class LocalAndGlobal(Separability):
@@ -250,11 +249,11 @@ class OverLayers(Separability):
 
 def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:
     """Silhouettes of features (G, n, D) and, with a seed, their t-SNE points and the silhouettes of these."""
-    found: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
+    panel: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
     if seed is not None:
         points = embed(values, seed=seed)
-        found |= {"embedding": _named(names, silhouettes(points), 6), "points": _named(names, points, 4)}
-    return found
+        panel |= {"embedding": _named(names, silhouettes(points), 6), "points": _named(names, points, 4)}
+    return panel
 
 
 def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, Any]:
@@ -263,10 +262,10 @@ def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, A
 
 def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
     """Draw the local silhouettes with standard deviations over tokens, and the global ones, hatched, beside them."""
-    every = looks(list(local))
+    styles = looks(list(local))
     for i, (threat, (mean, spread)) in enumerate(local.items()):
-        axes.bar(i - 0.2, mean, 0.36, color=every[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
-        axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=every[threat].colour, hatch="/////")
+        axes.bar(i - 0.2, mean, 0.36, color=styles[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
+        axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=styles[threat].colour, hatch="/////")
     axes.axhline(0, color="#555555", lw=0.7)
-    axes.set_xticks(range(len(every)), [look.label for look in every.values()])
+    axes.set_xticks(range(len(styles)), [look.label for look in styles.values()])
     axes.tick_params(axis="x", length=0)

@@ -163,8 +163,8 @@ def attacked_within(
     share = {"L1": area, "L2": math.sqrt(area), "Linf": 1.0}
     scaled = [threat.model_copy(update={"eps": threat.eps * share[threat.norm]}) for threat in threats.values()]
     mixture = PerExample.repeated(scaled, 1)
-    found = APGD(steps=STEPS)(_Within(model, x, mask), x.repeat(len(scaled), 1, 1, 1), y.repeat(len(scaled)), mixture)
-    return dict(zip(threats, torch.split(torch.where(mask, found, x), 1), strict=True))
+    x_adv = APGD(steps=STEPS)(_Within(model, x, mask), x.repeat(len(scaled), 1, 1, 1), y.repeat(len(scaled)), mixture)
+    return dict(zip(threats, torch.split(torch.where(mask, x_adv, x), 1), strict=True))
 
 
 class _Within(nn.Module):
@@ -187,10 +187,10 @@ def _recorded(model: nn.Module, images: Tensor, layer: str) -> Gates:
 def _places(parts: Sequence[Box], rows: int, columns: int, height: int, width: int) -> np.ndarray:
     """Index of the region that contains the centre of each cell of the map: int (rows, columns)."""
     down, across = (np.arange(rows) + 0.5) * height / rows, (np.arange(columns) + 0.5) * width / columns
-    found = np.full((rows, columns), -1)
+    regions = np.full((rows, columns), -1)
     for i, (top, bottom, left, right) in enumerate(parts):
-        found[np.ix_((top <= down) & (down < bottom), (left <= across) & (across < right))] = i
-    return found
+        regions[np.ix_((top <= down) & (down < bottom), (left <= across) & (across < right))] = i
+    return regions
 
 
 def _rounded(values: np.ndarray) -> Any:
@@ -214,11 +214,11 @@ def _image(axis: Axes, run: dict[str, Any]) -> None:
     axis.imshow(picture, extent=(0, delta.shape[1], delta.shape[0], 0), interpolation="nearest")
     _regions(axis, run, "black", "perturbation")
     axis.set_ylabel(side(run["name"], short(run["layer"])), fontsize=8)
-    every = looks([region["name"] for region in run["regions"]])
+    styles = looks([region["name"] for region in run["regions"]])
     outline = [withStroke(linewidth=2, foreground="white")]
     for region in run["regions"]:
         top, bottom, left, right = region["box"]
-        centre, label = ((left + right) / 2, (top + bottom) / 2), every[region["name"]].label
+        centre, label = ((left + right) / 2, (top + bottom) / 2), styles[region["name"]].label
         axis.text(*centre, label, ha="center", va="center", fontsize=7.5, color="black", path_effects=outline)
 
 

@@ -47,7 +47,7 @@ class RoutingNumbers(FigureOfRuns):
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a row for each run as a whole, whose layer is empty, followed by one for each layer."""
-        found = []
+        rows = []
         for run in data["runs"]:
             for i, layer in enumerate(("", *run["layers"])):
                 bits, entropy, usage, distance = (run[of][i - 1] if layer else run[mean] for of, mean in NUMBERS)
@@ -55,11 +55,11 @@ class RoutingNumbers(FigureOfRuns):
                 numbers |= {"entropy": entropy, "usage": usage, "distance": distance}
                 for pair in run["distances"]:
                     numbers[f"distance {pair['a']}-{pair['b']}"] = pair["layers"][i - 1] if layer else pair["mean"]
-                found.append({"run": run["run"], "layer": layer, **numbers})
+                rows.append({"run": run["run"], "layer": layer, **numbers})
                 if not layer:
                     probes = {probe: run[probe]["accuracy"] for probe in ("gates_probe", "features_probe")}
-                    found[-1] |= probes | {"chance": run["gates_probe"]["chance"]}
-        return found
+                    rows[-1] |= probes | {"chance": run["gates_probe"]["chance"]}
+        return rows
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = data["runs"]

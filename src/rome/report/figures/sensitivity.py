@@ -44,8 +44,8 @@ class Sensitivity(PaperFigure):
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         swept, left_out = trained(subjects)
         runs = gather([subject.run.folder for subject in swept if subject.run])
-        found = config_differences([run.config for run in runs if run.config is not None])
-        differences = {key: found[key] for key in found if key != "seed" and not key.startswith("evaluation.")}
+        every = config_differences([run.config for run in runs if run.config is not None])
+        differences = {key: every[key] for key in every if key != "seed" and not key.startswith("evaluation.")}
         order, unions = [*PAPER, *differences], [run.report.unions.get(LP, run.report.union) for run in runs]
         panels = [{"key": k, "curves": _curves(k, differences, unions)} for k in sorted(differences, key=order.index)]
         panels = [panel for panel in panels if panel["curves"]]

@@ -53,8 +53,8 @@ THREATS = [*(look.colour for look in _KNOWN.values()), *(colour for colour, *_ i
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each threat: fixed for clean images and Lp balls, by order of appearance for all others."""
     others = [name for name in dict.fromkeys(names) if name not in _KNOWN]
-    looks = {name: Look(plain(name), *_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
-    return {name: _KNOWN.get(name) or looks[name] for name in names}
+    looks = _KNOWN | {name: Look(plain(name), *_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
+    return {name: looks[name] for name in names}
 
 
 def look_of(i: int) -> dict[str, Any]:
@@ -65,12 +65,12 @@ def look_of(i: int) -> dict[str, Any]:
 def legend(canvas: Canvas, handles: Sequence[Line2D]) -> None:
     """Add one legend above all panels, with as many rows as its labels need."""
     sizes = [2 if str(each.get_label()).startswith("$") else len(str(each.get_label())) for each in handles]
-    room = 15 * canvas.get_figwidth()  # characters
-    fits = sum(sizes) + 5 * len(sizes) <= room
+    width = 15 * canvas.get_figwidth()  # in characters
+    fits = sum(sizes) + 5 * len(sizes) <= width
     canvas.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=len(handles) if fits else max(1, int(room // (max(sizes) + 5))),
+        ncols=len(handles) if fits else max(1, int(width // (max(sizes) + 5))),
         frameon=False,
         handlelength=1.8 if handles[0].get_linestyle() != "None" else 0.8,
         handletextpad=0.5,
@@ -94,11 +94,11 @@ def bare(axes: Axes) -> None:
 
 def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:
     """Draw the points of each group, name -> [[x, y], ...], in turns so that no group hides another."""
-    every, longest = looks(list(groups)), max(map(len, groups.values()), default=0)
+    styles, longest = looks(list(groups)), max(map(len, groups.values()), default=0)
     size = 10 if longest <= 128 else 6
     for start in range(min(TURNS, longest)):
         for name, points in groups.items():
-            look = every[name]
+            look = styles[name]
             x, y = np.array(points[start::TURNS]).reshape(-1, 2).T
             axes.scatter(x, y, s=size, c=look.colour, marker=look.marker, linewidths=0, alpha=0.8)
     axes.margins(0.06)
