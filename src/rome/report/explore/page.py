@@ -1,5 +1,4 @@
-"""The page of `rome explore`: a thin layer of Gradio around :class:`rome.report.explore.Explorer`, served to this
-machine."""
+"""The page of ``rome explore``: a thin Gradio layer around :class:`rome.report.explore.Explorer`, and its server."""
 
 from __future__ import annotations
 
@@ -30,25 +29,25 @@ except ImportError as error:
     raise UserError(f"rome explore needs Gradio ({first_line(error)}): pip install '{GRADIO}'") from None
 
 REACH = 3
-"""The slider ends at so many times the budget."""
+"""Upper end of the slider, as a multiple of the budget."""
 PORTS = 20
-"""Ports that are tried by default."""
+"""Number of ports that are tried by default."""
 PRESSED = """element.addEventListener("click", event => {
   const pressed = event.target.closest("[data-layer]");
   if (pressed) trigger("select", {layer: pressed.dataset.layer});
 });"""
-"""Gates that are clicked choose their layer."""
+"""Clicking a layer's gates selects that layer."""
 KEEP = """(image, threat, eps, steps, layer) => {
   const asked = Object.entries({image, threat, eps, steps, layer}).filter(([, value]) => value !== null);
   history.replaceState(null, "", "?" + new URLSearchParams(asked));
 }"""
-"""The question into the page's address; an upload has no place there."""
+"""Stores the query in the page's address; an upload cannot be stored there."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
-    """The page. Its address holds the question, so that it can be opened again."""
+    """Build the page. Its address stores the query, so that it can be reopened or shared."""
     desk = Desk(explorers)
     start = [NATURAL, *desk.balls][-1]
     threats = [NATURAL, *desk.balls, *desk.others]
@@ -57,7 +56,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
     title = " and ".join(explorer.name for explorer in explorers)
     with gr.Blocks(title=f"{title} · rome explore", analytics_enabled=False, fill_width=True) as page:
         shown = gr.State(None)
-        place = gr.Textbox(layer, visible="hidden")  # no state: the address holds it
+        place = gr.Textbox(layer, visible="hidden")  # not a State: JavaScript stores it in the address
         gr.HTML(f'<header><p class="kicker">rome explore</p><h1>{escape(title)}</h1></header>')
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=0, min_width=290, elem_id="controls"):
@@ -82,7 +81,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         question, answered = [threat, eps, steps, place], [said, attack, gates]
 
         def answer(shown: Shown, *question: Any) -> tuple[Any, Any, Any]:
-            """The sentence on the image and both halves of the answer; after a mistake the last answer stays."""
+            """Return the note about the image and both halves of the answer; after an error the old answer stays."""
             try:
                 answers = desk.look(shown, *question)
             except UserError as error:
@@ -113,7 +112,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             return gr.update(visible=True), eps or chosen.radius, gr.update(**_range(chosen, eps))
 
         def opened(request: gr.Request) -> tuple[Any, ...]:
-            """The question that the address holds, as far as it is one."""
+            """Return the query in the page's address, with defaults for what is missing or invalid."""
             asked = {"image": "", "steps": ""} | dict(request.query_params)
             image, count = (int(asked[key]) if asked[key].isdecimal() else None for key in ("image", "steps"))
             name = asked["threat"] if asked.get("threat") in threats else start
@@ -144,7 +143,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
 
 
 def _pressed(event: gr.EventData) -> str:
-    """The layer whose gates were chosen."""
+    """Return the layer whose gates were clicked."""
     return str(event.layer)
 
 
@@ -153,14 +152,14 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
 
     Args:
         host: address to listen on.
-        port: None takes the first free one from 7860 on.
-        say: gets the line with the address.
+        port: port to listen on; None takes the first free one from 7860.
+        say: called with the line that gives the page's address.
 
     Raises:
-        UserError: the address or port cannot be listened on.
+        UserError: it cannot listen on this address or port.
     """
     with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="rome-explore-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # deleted when the server ends
         page = build(explorers)
         address, number = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -170,12 +169,12 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
 
 
 def server(app: FastAPI) -> uvicorn.Server:
-    """Serves the application, and ends when it shall, even while a page is open."""
+    """Return a server that ends on Ctrl-C even while a page is open."""
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
 
 
 def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
-    """The page as a web application that requests nothing from any other host."""
+    """Wrap the page in a web application that makes no request to any other host."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
     gr.mount_gradio_app(
@@ -197,13 +196,13 @@ def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens.
+    """Open a listening socket.
 
     Args:
         host, port: see :func:`serve`.
 
     Raises:
-        UserError: they cannot be listened on.
+        UserError: it cannot listen on this address or port.
     """
     first = 7860 if port is None else port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -216,10 +215,10 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 
 def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any], busy: Any = None) -> Any:
-    """Only the latest of several quick events counts, and answers are not an API.
+    """Register an event handler: of several events in quick succession only the last counts, and it is no API endpoint.
 
     Args:
-        busy: where the seconds are counted meanwhile; nowhere if not given.
+        busy: widget that shows the seconds while it runs; none by default.
     """
     shown: dict[str, Any] = (
         {"show_progress": "minimal", "show_progress_on": busy} if busy else {"show_progress": "hidden"}
@@ -228,7 +227,7 @@ def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Seq
 
 
 def _range(ball: LpBall | None, eps: str | None = None) -> dict[str, Any]:
-    """The slider of a ball's radius, at its budget or at ``eps`` where that is a radius."""
+    """Settings of the radius slider; its value is ``eps`` if that is a valid radius, else the ball's budget."""
     budget = 1.0 if ball is None else ball.eps or 1.0
     value = budget
     if ball is not None and eps is not None:
