@@ -333,7 +333,8 @@ def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
     file = saved(tmp_path / "photo.png", Image.new("RGBA", (60, 40), (255, 0, 0, 0)))
     found, said, _ = read_upload(file, (1, 8, 8))
     assert said == (
-        "photo.png: 60 x 40 RGBA, transparent parts on white, cropped to the central 40 x 40, resized to 8 x 8, converted to gray."
+        "photo.png: 60 x 40 RGBA, transparent parts on white, cropped to the central 40 x 40, resized to 8 x 8, "
+        "converted to gray."
     )
     assert found.eq(1).all()
     file = saved(tmp_path / "exact.png", Image.new("RGB", (32, 32), (0, 255, 0)))
@@ -379,8 +380,8 @@ def test_bad_uploads_get_one_clear_line(tmp_path: Path) -> None:
         big.truncate(MOST_BYTES + 1)
     saved(files["bomb.png"], Image.new("1", (10_000, 10_000)))
     said = {
-        "text.png": "cannot be read as an image", "empty.png": "is empty", "cut.png": "cannot be read as an image", "big.png": "larger than 20 MiB",
-        "gone.png": "cannot be read", "bomb.png": "million pixels",
+        "text.png": "cannot be read as an image", "empty.png": "is empty", "cut.png": "cannot be read as an image",
+        "big.png": "larger than 20 MiB", "gone.png": "cannot be read", "bomb.png": "million pixels",
     }  # fmt: skip
     for name, message in said.items():
         with pytest.raises(UserError, match=message) as raised:
