@@ -102,7 +102,7 @@ class Explorer:
         self.others = {name: threat for name, threat in subject.threats.items() if isinstance(threat, AttackThreat)}
         """Threats with an attack of their own that the run was trained on, by name."""
         self._trusted = trust.allowed()
-        self._seen: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
+        self._cache: OrderedDict[tuple[object, ...], Answer] = OrderedDict()
         self._lock = threading.Lock()
 
     def test_image(self, number: int) -> tuple[Tensor, int]:
@@ -157,23 +157,23 @@ class Explorer:
             label = self.predict(image)
         key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, repr(ball), steps if ball else 0)
         with trust.trusting(self._trusted), self._lock:  # the page calls from other threads
-            if key not in self._seen:
-                self._seen[key] = self._attack(image, label, ball, steps)
-            self._seen.move_to_end(key)
-            if len(self._seen) > KEPT:
-                self._seen.popitem(last=False)
-            found = self._seen[key]
-        chosen, missing = self._map(found, layer)
-        return replace(found, steps=steps, map=chosen, missing=missing, seconds=time.perf_counter() - started)
+            if key not in self._cache:
+                self._cache[key] = self._attack(image, label, ball, steps)
+            self._cache.move_to_end(key)
+            if len(self._cache) > KEPT:
+                self._cache.popitem(last=False)
+            answer = self._cache[key]
+        patch_map, missing = self._map(answer, layer)
+        return replace(answer, steps=steps, map=patch_map, missing=missing, seconds=time.perf_counter() - started)
 
     def _attack(self, image: Tensor, label: int, ball: LpBall | AttackThreat | None, steps: int) -> Answer:
         model, x = self.subject.model, image[None].to(self.subject.device)
-        moved = x if ball is None else self._worst(x, torch.tensor([label], device=x.device), ball, steps)
+        x_adv = x if ball is None else self._worst(x, torch.tensor([label], device=x.device), ball, steps)
         with torch.no_grad(), record_gates(model) if self.layers else nullcontext() as recorder:
-            natural, attacked = model(torch.cat([x, moved])).float().softmax(dim=1).cpu()
+            natural, attacked = model(torch.cat([x, x_adv])).float().softmax(dim=1).cpu()
         gates = {} if recorder is None else recorder.gates
         tokens = {name: each.weights.float().cpu() for name, each in gates.items()}
-        perturbed, size = moved[0].cpu(), 0.0 if ball is None else float(ball.size(moved, x))
+        perturbed, size = x_adv[0].cpu(), 0.0 if ball is None else float(ball.size(x_adv, x))
         return Answer(self.name, self.classes, image, perturbed, ball, size, steps, label, natural, attacked, tokens)
 
     def _worst(self, x: Tensor, y: Tensor, ball: Threat, steps: int) -> Tensor:
@@ -183,14 +183,14 @@ class Explorer:
             right = bool(self.subject.model(found.images).argmax(dim=1) == y)
         return found.adversarial if right else found.images
 
-    def _map(self, found: Answer, layer: str | None) -> tuple[PatchMap | None, str]:
+    def _map(self, answer: Answer, layer: str | None) -> tuple[PatchMap | None, str]:
         if not self.layers:
             return None, "This run has no experts, so no gates."
         layer = layer or self.layers[-1]
         if layer not in self.layers:
             return None, f"This run has no experts in {short(layer)}."
         _, height, width = self.shape
-        grid, note = on_grid(self.subject.model, layer, found.tokens[layer], (height, width))
+        grid, note = on_grid(self.subject.model, layer, answer.tokens[layer], (height, width))
         return PatchMap(layer, grid[0].movedim(-1, 0), grid[1].movedim(-1, 0), note), ""
 
 
@@ -210,9 +210,9 @@ def on_grid(model: nn.Module, name: str, weights: Tensor, size: tuple[int, int])
     try:
         grid = grid_of(model, name, tokens, size)
     except UserError:
-        why = f"Its {tokens} tokens form no grid over the image; this is their mean."
-        whole = weights.mean(dim=-2)[..., None, None, :]
-        return whole, "This gate decides once for the whole image." if tokens == 1 else why
+        note = f"Its {tokens} tokens form no grid over the image; this is their mean."
+        mean = weights.mean(dim=-2)[..., None, None, :]
+        return mean, "This gate decides once for the whole image." if tokens == 1 else note
     patches = weights[..., grid.order, :]
     note = "" if bool((patches != patches[..., :1, :]).any()) else "This gate gives every patch the same weights."
     return patches.reshape(*patches.shape[:-2], grid.rows, grid.columns, patches.shape[-1]), note

@@ -26,18 +26,18 @@ def attacks(answers: Sequence[Answer]) -> str:
     """Render a card per run: image, attacked image, perturbation (one scale for all runs), confidences (one order)."""
     scale = max(answer.largest for answer in answers)
     stops = _stops("RdBu_r", 0.1, 0.9) if len(answers[0].image) != 3 else ""
-    shown = partial(_ANSWERS.attack, scale=scale, stops=stops, order=_strongest(answers))
-    return str(_ANSWERS.cards(answers, shown, _threat(answers)))
+    body = partial(_ANSWERS.attack, scale=scale, stops=stops, order=_likeliest(answers))
+    return str(_ANSWERS.cards(answers, body, _threat(answers)))
 
 
 def experts(answers: Sequence[Answer]) -> str:
     """Render a card per run: a map of every expert of the chosen layer, clean and attacked, and the gates of every
     layer."""
     maps = [answer.map for answer in answers if answer.map is not None]
-    values = [part.numpy().ravel() for each in maps for part in (each.natural, each.attacked)]
+    values = [weights.numpy().ravel() for each in maps for weights in (each.natural, each.attacked)]
     span = limits(np.concatenate(values)) if values else (0.0, 1.0)
-    shown = partial(_ANSWERS.experts, span=span, stops=_stops(COLOURS.name, 0, 1))
-    return str(_ANSWERS.cards(answers, shown, _threat(answers)))
+    body = partial(_ANSWERS.experts, span=span, stops=_stops(COLOURS.name, 0, 1))
+    return str(_ANSWERS.cards(answers, body, _threat(answers)))
 
 
 def note(message: str) -> str:
@@ -55,12 +55,12 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _strongest(answers: Sequence[Answer]) -> list[int]:
+def _likeliest(answers: Sequence[Answer]) -> list[int]:
     """Return the true class and the classes with the highest confidence in any run and image, ordered by the first
     run's confidence for the clean image."""
-    strongest = torch.stack([each for answer in answers for each in (answer.natural, answer.attacked)]).amax(dim=0)
-    strongest[answers[0].label] += 1
-    chosen = strongest.argsort(descending=True, stable=True)[:SHOWN_CLASSES].tolist()
+    highest = torch.stack([each for answer in answers for each in (answer.natural, answer.attacked)]).amax(dim=0)
+    highest[answers[0].label] += 1  # the true class is always among them
+    chosen = highest.argsort(descending=True, stable=True)[:SHOWN_CLASSES].tolist()
     return sorted(chosen, key=lambda row: -float(answers[0].natural[row]))
 
 
@@ -77,9 +77,9 @@ def _stops(name: str, low: float, high: float) -> str:
     return ", ".join(map(matplotlib.colors.to_hex, colours))
 
 
-def _coloured(part: Tensor, span: tuple[float, float]) -> str:
+def _coloured(weights: Tensor, span: tuple[float, float]) -> str:
     """Return a map (h, w) as a picture with one pixel per patch."""
-    relative = ((part.numpy() - span[0]) / (span[1] - span[0])).clip(0, 1)
+    relative = ((weights.numpy() - span[0]) / (span[1] - span[0])).clip(0, 1)
     return png((COLOURS(relative)[..., :3] * 255).round().astype(np.uint8))
 
 
