@@ -442,7 +442,7 @@ def test_table_6_without_random_has_no_ratios_and_without_timing_no_seconds(meas
 
 
 def test_table_6_refuses_what_cannot_be_compared(measured: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="max trains like no row of table 6"):
+    with pytest.raises(UserError, match="max matches no row of table 6"):
         fill_costs([config_of("digits/max")])
     with pytest.raises(UserError, match=r"different batch_size .*random 32, rome-random 16.*batch_size=\.\.\."):
         fill_costs([config_of("digits/random"), config_of("digits/rome-random", batch_size=16)])
