@@ -30,13 +30,13 @@ def named_configs(names: Sequence[str]) -> list[Config]:
         UserError: a name is neither a file nor a folder, or a config is invalid.
     """
     paths, changes = files_and_changes(names)
-    found = []
+    configs = []
     for path in map(Path, paths):
         if path.is_dir():  # a config inside a folder, not one that the user chose
             trust.check(Run(path).config_file, {"config": Run(path).written()})
             path = Run(path).config_file
-        found.append(load(path, changes))
-    return found
+        configs.append(load(path, changes))
+    return configs
 
 
 def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> tuple[list[Line], str]:
@@ -56,8 +56,8 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
     first_row = lines[0].config
     assert first_row is not None
     rows = [_row_of(config, configs[0], lines) for config in configs]
-    if configs and (where := own_section(configs[0], first_row)):
-        ours = [Line(where, line.label, line.config, {each: Cell(math.nan) for each in line.cells}) for line in lines]
+    if configs and (section := own_section(configs[0], first_row)):
+        ours = [Line(section, line.label, line.config, {each: Cell(math.nan) for each in line.cells}) for line in lines]
     order = sorted(range(len(configs)), key=rows.__getitem__)  # compare() takes ratios to the first
     costs = compare([configs[i] for i in order], repeats=repeats, timing=timing) if configs else []
     for facts in costs:

@@ -90,8 +90,8 @@ class Line:
     @property
     def unions(self) -> list[tuple[Report, float]]:
         """The evaluations that have a union, each with its union."""
-        found = [(report, value_of(report, UNION)) for report in self.reports]
-        return [(report, union) for report, union in found if not math.isnan(union)]
+        unions = [(report, value_of(report, UNION)) for report in self.reports]
+        return [(report, union) for report, union in unions if not math.isnan(union)]
 
 
 def value_of(report: Report, column: str) -> float:
@@ -119,12 +119,12 @@ def mark_best(lines: Sequence[Line]) -> None:
         for column, cell in line.cells.items():
             if cell.values and (costs or column not in UNITS):
                 printed = -float(f"{cell.mean:.4g}") if costs else round(cell.mean, 3)
-                beyond = costs or printed > line.chance
-                groups[line.section, column, "" if costs else line.attack].append((printed, cell, beyond))
+                eligible = costs or printed > line.chance
+                groups[line.section, column, "" if costs else line.attack].append((printed, cell, eligible))
     for cells in groups.values():
-        least, *_, most = sorted([printed for printed, *_ in cells] * 2)
-        for printed, cell, beyond in cells:
-            cell.best = beyond and least < printed == most
+        scores = [printed for printed, *_ in cells]
+        for printed, cell, eligible in cells:
+            cell.best = eligible and min(scores) < printed == max(scores)
 
 
 def add_gains(lines: Sequence[Line]) -> None:
@@ -135,15 +135,15 @@ def add_gains(lines: Sequence[Line]) -> None:
     """
     rows = [line for line in lines if line.config is not None and UNION in line.cells]
     plain = any(line.config is not None and line.config.experts is None for line in rows)
-    found = []
+    pairs = []
     for line in rows:
         bases = [base for base in rows if _is_base(base, line, plain=plain) and _comparable(line, base)]
         # of two variants of a method, such as E-AT's, the later row; of two trainings of one variant, none
         bases = [base for base in bases if base.method == bases[-1].method]
         if len(bases) == 1:
-            found.append((line, bases[0]))
-    for line, base in found:
-        line.gain, line.against = _gain(line, base, comparisons=len(found)), base.label
+            pairs.append((line, bases[0]))
+    for line, base in pairs:
+        line.gain, line.against = _gain(line, base, comparisons=len(pairs)), base.label
 
 
 def _is_base(base: Line, line: Line, *, plain: bool) -> bool:

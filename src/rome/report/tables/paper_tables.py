@@ -59,12 +59,12 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
         raise UserError(f"no table {table!r}.{did_you_mean(table, TABLES)}")
     columns, sections = TABLES[number]
     rows = [(section, load(folder() / f"{name}.yaml")) for section, names in sections.items() for name in names]
-    places = distinct(runs) if runs else []
-    trained = [Run(place) for place in places if not is_evaluation(place)]
+    folders = distinct(runs) if runs else []
+    trained = [Run(path) for path in folders if not is_evaluation(path)]
     members = {run.folder: _rows_of(run, [row for _, row in rows], number) for run in trained}
-    models = _by_model([place for place in places if is_evaluation(place)], columns, number)
-    found = {run.folder: {k: one for k, one in evaluations(run).items() if _known(one, columns)} for run in trained}
-    shared = Counter(key for each in (*found.values(), *models) for key in {(suite, n) for _, suite, n in each})
+    models = _by_model([path for path in folders if is_evaluation(path)], columns, number)
+    by_run = {run.folder: {k: one for k, one in evaluations(run).items() if _known(one, columns)} for run in trained}
+    shared = Counter(key for each in (*by_run.values(), *models) for key in {(suite, n) for _, suite, n in each})
 
     def shown(found: Mapping[Key, Evaluated], routing: str) -> Shown:
         """Return the evaluations with this routing that supply cells: several only in tables without a union."""
@@ -78,9 +78,9 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
     groups: list[dict[str, list[Shown]]] = [defaultdict(list) for _ in rows]
     for run in trained:
-        filled = {i: shown(found[run.folder], rows[i][1].evaluation.routing) for i in members[run.folder]}
+        filled = {i: shown(by_run[run.folder], rows[i][1].evaluation.routing) for i in members[run.folder]}
         if not any(filled.values()):
-            raise UserError(_nothing_of(run.folder, f"rome evaluate {run.folder}", columns, number))
+            raise UserError(_not_evaluated(run.folder, f"rome evaluate {run.folder}", columns, number))
         for i, each in filled.items():
             for one in each:
                 one.check_fresh()
@@ -88,15 +88,16 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
                 groups[i][_alike(run.config, each)].append(each)
     lines: dict[tuple[int, str], list[Line]] = defaultdict(list)
     for (section, row), alike in zip(rows, groups, strict=True):
-        for where, line in _row(section, row, columns, [*alike.values()]):
-            lines[len(sections) if where else list(sections).index(section), where].append(line)
-    every = [line for key in sorted(lines) for line in lines[key]]
+        for own, line in _row(section, row, columns, [*alike.values()]):
+            lines[len(sections) if own else list(sections).index(section), own].append(line)
+    table_lines = [line for key in sorted(lines) for line in lines[key]]
     firsts = [next(iter(each.values())) for each in models]
     names = names_of([one.architecture for one in firsts], [one.folder for one in firsts])
-    every += [_line(GIVEN, a, None, columns, [shown(each, LEARNED)]) for a, each in zip(names, models, strict=True)]
-    mark_best(every)
-    add_gains(every)
-    return every
+    for name, each in zip(names, models, strict=True):
+        table_lines.append(_line(GIVEN, name, None, columns, [shown(each, LEARNED)]))
+    mark_best(table_lines)
+    add_gains(table_lines)
+    return table_lines
 
 
 def _row(section: str, row: Config, columns: Sequence[str], groups: Sequence[list[Shown]]) -> list[tuple[str, Line]]:
@@ -116,11 +117,11 @@ def _row(section: str, row: Config, columns: Sequence[str], groups: Sequence[lis
                 )
     heads = [group[0][0] for group in groups]
     names = names_of([one.name for one in heads], [one.place for one in heads])
-    elsewhere = [own_section(one.config, row) for one in heads if one.config]
-    lines = [] if "" in elsewhere else [("", _line(section, row.paper.row, row, columns, []))]
-    for name, where, group in zip(names, elsewhere, groups, strict=True):
-        label = row.paper.row if elsewhere.count(where) == 1 else f"{row.paper.row}, {name}"
-        lines.append((where, _line(where or section, label, row, columns, group, with_paper=not where)))
+    own_sections = [own_section(one.config, row) for one in heads if one.config]
+    lines = [] if "" in own_sections else [("", _line(section, row.paper.row, row, columns, []))]
+    for name, own, group in zip(names, own_sections, groups, strict=True):
+        label = row.paper.row if own_sections.count(own) == 1 else f"{row.paper.row}, {name}"
+        lines.append((own, _line(own or section, label, row, columns, group, with_paper=not own)))
     return lines
 
 
@@ -144,7 +145,7 @@ def _alike(config: Config, shown: Shown) -> str:
     return json.dumps([apart_from_seed(config), evaluated], sort_keys=True, default=str)
 
 
-def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> list[dict[Key, Evaluated]]:
+def _by_model(paths: Sequence[Path], columns: Sequence[str], number: str) -> list[dict[Key, Evaluated]]:
     """Return the evaluations in these folders, grouped by model.
 
     Models are identified by name, state and code, and have a row for each set of budgets. A function has no hash, so
@@ -154,27 +155,27 @@ def _by_model(places: Sequence[Path], columns: Sequence[str], number: str) -> li
         UserError: an evaluation is not finished, has none of the columns, or has the same model, budgets, suite and
             number of examples as another.
     """
-    found: dict[str, dict[Key, Evaluated]] = defaultdict(dict)
-    for place in places:
-        one = load_evaluation(place)
+    models: dict[str, dict[Key, Evaluated]] = defaultdict(dict)
+    for path in paths:
+        one = load_evaluation(path)
         if not _known(one, columns):
-            raise UserError(_nothing_of(place, one.command, columns, number))
+            raise UserError(_not_evaluated(path, one.command, columns, number))
         settings, key = one.report.settings, (LEARNED, one.report.suite, one.report.n)
-        state = settings["model"]["sha256"] or str(place.resolve())
-        own = found[json.dumps([one.architecture, state, settings["model"], settings.get("threats")], sort_keys=True)]
+        state = settings["model"]["sha256"] or str(path.resolve())
+        own = models[json.dumps([one.architecture, state, settings["model"], settings.get("threats")], sort_keys=True)]
         if key in own:
             raise UserError(
-                f"{own[key].folder} and {place} are both evaluations of {one.architecture} by suite {key[1]} "
+                f"{own[key].folder} and {path} are both evaluations of {one.architecture} by suite {key[1]} "
                 f"on {key[2]} examples, but a row shows only one; leave the other out"
             )
         own[key] = one
-    return list(found.values())
+    return list(models.values())
 
 
-def _nothing_of(place: Path, command: str, columns: Sequence[str], number: str) -> str:
+def _not_evaluated(path: Path, command: str, columns: Sequence[str], number: str) -> str:
     suite = "" if UNION in columns else " --suite unseen,corruptions"
     return (
-        f"{place} has no finished evaluation with a column of table {number}; "
+        f"{path} has no finished evaluation with a column of table {number}; "
         f"run `{command}{suite}` first, or leave it out"
     )
 
@@ -186,13 +187,13 @@ def _rows_of(run: Run, rows: Sequence[Config], number: str) -> list[int]:
         UserError: there are none.
     """
     config, models = run.config, number in BY_MODEL
-    found = [i for i, row in enumerate(rows) if same_row(config, row, models=models)]
-    if not found:
+    matching = [i for i, row in enumerate(rows) if same_row(config, row, models=models)]
+    if not matching:
         what = "method, kind of attack, experts and model" if models else "method, kind of attack and experts"
         raise UserError(f"{run.folder} matches no row of table {number} in {what}; leave it out")
-    kinds = [rows[i].data.kind for i in found]
+    kinds = [rows[i].data.kind for i in matching]
     kind = config.data.kind if config.data.kind in kinds else kinds[0]
-    return [i for i in found if rows[i].data.kind == kind]
+    return [i for i in matching if rows[i].data.kind == kind]
 
 
 def same_row(run: Config, row: Config, *, models: bool = False) -> bool:
@@ -202,10 +203,10 @@ def same_row(run: Config, row: Config, *, models: bool = False) -> bool:
 
 
 def _experts(config: Config) -> dict[str, Any] | None:
-    plain = None if config.experts is None else config.experts.dump()
-    if plain and plain.get("layers") == ["qkv", "proj"]:  # what None selects in a transformer
-        plain["layers"] = None
-    return plain
+    settings = None if config.experts is None else config.experts.dump()
+    if settings and settings.get("layers") == ["qkv", "proj"]:  # what None selects in a transformer
+        settings["layers"] = None
+    return settings
 
 
 def _known(one: Evaluated, columns: Sequence[str]) -> int:

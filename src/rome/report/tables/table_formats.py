@@ -71,15 +71,15 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
 
 def sources(lines: Sequence[Line]) -> str:
     """Describe the evaluations behind a table: model, data, number of examples and suite of each kind."""
-    found: dict[str, None] = {}
+    descriptions: dict[str, None] = {}
     for report in (report for line in lines for report in (*line.reports, *line.others)):
         provenance = report.settings.get("provenance") or {}
         config = provenance.get("config") or provenance  # without a run: model and data at the top level
         data = config.get("data", {}).get("kind", "unknown data")
         model = config.get("model", {}).get("name", "unknown model")
         suite = suite_text(report.settings.get("suite", {}))
-        found[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
-    return "; ".join(found)
+        descriptions[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
+    return "; ".join(descriptions)
 
 
 def _differ(lines: Sequence[Line]) -> bool:
