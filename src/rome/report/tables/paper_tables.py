@@ -93,8 +93,8 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     table_lines = [line for key in sorted(lines) for line in lines[key]]
     firsts = [next(iter(each.values())) for each in models]
     names = names_of([one.architecture for one in firsts], [one.folder for one in firsts])
-    for name, each in zip(names, models, strict=True):
-        table_lines.append(_line(GIVEN, name, None, columns, [shown(each, LEARNED)]))
+    for name, model in zip(names, models, strict=True):
+        table_lines.append(_line(GIVEN, name, None, columns, [shown(model, LEARNED)]))
     mark_best(table_lines)
     add_gains(table_lines)
     return table_lines
