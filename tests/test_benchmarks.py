@@ -66,8 +66,8 @@ def test_data_measures_one_and_several_ranks_of_folders_and_tables(run: Run) -> 
 def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
     (rows,) = run("layout").values()
     assert {row["model"] for row in rows} == {"resnet18, plain", "resnet18, rome"}
-    assert {row["what"] for row in rows} == {"input gradient", "training step"}
-    assert cases(rows) == {"channels first", "channels last"}
+    assert {row["what"] for row in rows} == {"forward", "input gradient", "training step"}
+    assert cases(rows) == {"channels first", "channels last", "folded"}
     assert all(row["ratio"] == [1, 1, 1] for row in rows if row["case"] == "channels first")
 
 
