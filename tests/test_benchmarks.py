@@ -202,10 +202,10 @@ def test_gpu_runs_its_parts_in_turn_and_survives_what_fails_or_takes_too_long(
     out = capsys.readouterr().out
     assert "a line" in out
     said = (tmp_path / "gpu.md").read_text()
-    for line in ("- prints: done", "- fails: failed with exit code 3", "- hangs: stopped, its time was over"):
+    for line in ("- prints: done", "- fails: failed with exit code 3", "- hangs: stopped at the end of its time"):
         assert said.count(line) == 2  # where it ended, and in the summary
     assert gpu.main(["--minutes", "0", "--out", str(tmp_path)]) == 0
-    assert "- prints: skipped, no time was left" in (tmp_path / "gpu.md").read_text()
+    assert "- prints: skipped, no time left" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / "gpu.md").read_text().startswith(said)  # nothing of an earlier run is lost
 
 
