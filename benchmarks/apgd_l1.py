@@ -68,7 +68,7 @@ def published(w: Tensor, x: Tensor, eps: float, steps: int, *, at_image: bool) -
 def measure(pixels: str, n: int, d: int, eps: float, steps: int) -> list[dict[str, Any]]:
     w, x = problem(pixels, n, d)
     y, threat = torch.zeros(n, dtype=torch.int64), LpBall(norm="L1", eps=eps)
-    found = {
+    adversarial = {
         "rome": APGD(steps=steps)(Linears(w.float()), x.float(), y, threat),
         "rome, float64": APGD(steps=steps)(Linears(w), x, y, threat),
         "rome, a fifth": APGD(steps=steps, l1_share=0.2)(Linears(w.float()), x.float(), y, threat),
@@ -76,7 +76,7 @@ def measure(pixels: str, n: int, d: int, eps: float, steps: int) -> list[dict[st
         "published, at the image": published(w.float(), x.float(), eps, steps, at_image=True),
     }
     rows = []
-    for case, images in found.items():
+    for case, images in adversarial.items():
         share = ((images.double() - x).flatten(1) * w).sum(1) / optimum(w, x, eps)
         setting = {"pixels": pixels, "d": d, "eps": eps, "steps": steps, "case": case}
         rows.append(setting | {"mean": share.mean().item(), "least": share.min().item()})

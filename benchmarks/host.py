@@ -33,7 +33,7 @@ from rome.threats import CIFAR10
 from rome.training.step import Step
 
 
-class Alone:
+class SingleProcess:
     """Stand-in for Fabric: a single process on the CPU."""
 
     device, world_size = torch.device("cpu"), 1
@@ -62,7 +62,8 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
         new_optimizer=AdamW().build,
     )
     step = Step(
-        parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}), Alone()
+        parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}),
+        SingleProcess(),
     )
     x, y = common.images(batch, None, torch.device("cpu"), options.seed)
     method = Random()

@@ -28,7 +28,7 @@ from rome.experts import add_experts
 from rome.threats import CIFAR10, PerExample
 
 
-class Drawn(Stream):
+class FixedNoise(Stream):
     """A stream that returns a given tensor, so that mixed and separate calls start from the same noise."""
 
     def __init__(self, noise: Tensor) -> None:
@@ -63,12 +63,12 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 
         # default arguments bind the values of this iteration
         def mixed(images=images, labels=labels, mixture=mixture, noise=noise) -> Tensor:  # type: ignore[no-untyped-def]
-            return attack(model, images, labels, mixture, generator=Drawn(noise))
+            return attack(model, images, labels, mixture, generator=FixedNoise(noise))
 
         def separate(images=images, labels=labels, parts=parts, noise=noise) -> Tensor:  # type: ignore[no-untyped-def]
             result = torch.empty_like(images)
             for threat, where in parts:
-                own = Drawn(noise[where])
+                own = FixedNoise(noise[where])
                 result[where] = attack(model, images[where], labels[where], threat, generator=own)
             return result
 

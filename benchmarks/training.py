@@ -112,7 +112,7 @@ def count_update(config: Config, *, full: bool = False) -> float:
 # -- several trainings, one update each in turn ------------------------------------------------------------------------
 
 
-class Enough(BaseException):
+class StopTraining(BaseException):
     """Raised in the progress display to end a training without saving anything."""
 
 
@@ -148,7 +148,7 @@ class Training:
             torch.set_num_threads(self.threads)
             train(self.config, self.folder, overwrite=True, progress=self._shown)
             raise RuntimeError("training ended before the benchmark; choose fewer --repeats or a smaller --batch")
-        except Enough:
+        except StopTraining:
             pass
         except BaseException as error:  # raised again in the main thread
             self.results.put(error)
@@ -170,7 +170,7 @@ class Training:
         self.go.wait()
         self.go.clear()
         if self.stop:
-            raise Enough
+            raise StopTraining
         if self.before is not None:
             self.before()
         common.synchronize(self.device)

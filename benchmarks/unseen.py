@@ -132,14 +132,11 @@ def passes(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
             model(x)
 
     with frozen(model):
-        found = [
-            min(timed(x.device, work)[0] for _ in range(2)) / len(x) for work in (forward, partial(_both, model, x, y))
-        ]
-    return found[0], found[1]
-
-
-def _both(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    common.input_gradient(model, x, y)
+        one, both = (
+            min(timed(x.device, work)[0] for _ in range(2)) / len(x)
+            for work in (forward, partial(common.input_gradient, model, x, y))
+        )
+    return one, both
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
