@@ -1,4 +1,4 @@
-"""The site: ``make docs`` builds it into ``site``. Its tools were chosen in decisions/documentation-site.md."""
+"""Sphinx configuration: ``make docs`` builds ``site``. Why these tools: decisions/documentation-site.md."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-os.environ["ROME_STATE_HOME"] = str(HERE / "generated" / "state")  # what the notebooks train is not the user's
+os.environ["ROME_STATE_HOME"] = str(HERE / "generated" / "state")  # keeps the notebooks' runs apart from the user's
 
 import generate  # noqa: E402
 from sphinx.ext.napoleon import GoogleDocstring  # noqa: E402
@@ -25,7 +25,7 @@ extensions = [
 exclude_patterns = ["notebooks"]
 suppress_warnings = ["config.cache"]  # the order of the notebooks is a function
 
-smartquotes = False  # they would make one dash of --out
+smartquotes = False  # they would turn the two hyphens of --out into one dash
 
 html_theme = "furo"
 html_title = f"rome {release}"
@@ -61,7 +61,7 @@ sphinx_gallery_conf = {
 }
 
 
-# Napoleon takes what stands before a colon in an attribute's docstring for its type; here it is a sentence.
+# Napoleon takes the text before a colon in an attribute's docstring for its type; ours are sentences.
 GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))
 
 

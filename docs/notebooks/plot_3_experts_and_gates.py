@@ -1,9 +1,8 @@
 """
-Experts, and where gates send a threat
-======================================
+Experts, and how gates route threats
+====================================
 
-Low-rank experts are put beside the layers of a model, trained, and their gates looked at: do they tell the threats
-apart?
+Add low-rank experts to the layers of a model, train them, and look at their gates: do they distinguish the threats?
 """
 
 import tempfile
@@ -16,8 +15,8 @@ import torch
 import rome
 
 # %%
-# Experts beside the layers of any model with Linear or square convolutional layers leave its function as it is,
-# because the second factor of each update starts at zero.
+# Experts can be added to any model with Linear or square convolutional layers. New experts leave the model's function
+# unchanged, because the second factor of each low-rank update starts at zero.
 
 size = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}
 plain = rome.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **size).eval()
@@ -33,11 +32,11 @@ config = rome.load("experiments/digits/rome-random.yaml", ["epochs=10", "natural
 model = rome.load_model(rome.train(config, Path(tempfile.mkdtemp()) / "rome").folder).eval()
 
 # %%
-# ``record_gates`` keeps the gates of the forward passes inside it: weights of shape (images, tokens, experts) for
-# each layer.
+# ``record_gates`` records the gates of the forward passes inside its context: weights of shape (images, tokens,
+# experts) for each layer.
 
 x, y = config.data.open("test").first(64)
-groups = {"natural": x} | {threat.name: rome.APGD(steps=10)(model, x, y, threat) for threat in rome.DIGITS}
+groups = {"clean": x} | {threat.name: rome.APGD(steps=10)(model, x, y, threat) for threat in rome.DIGITS}
 means = {}
 for name, batch in groups.items():
     with rome.record_gates(model) as recorder, torch.no_grad():
@@ -49,9 +48,9 @@ for name, mean in means.items():
     print(f"{name:>8}", *(f"{weight:.3f}" for weight in mean))
 
 # %%
-# If the bars of a group do not differ between threats, the gates send every threat to the same experts:
-# *threat-agnostic routing*. After so short a training that is what to expect; the study in the results shows when
-# it changes.
+# If the bars of an expert do not differ between threats, the gates send all threats to the same experts:
+# *threat-agnostic routing*. That is to be expected after such a short training; the routing study in the results shows
+# when it changes.
 
 plt.figure(figsize=(5.5, 2.8), layout="constrained")
 for i, (name, mean) in enumerate(means.items()):
@@ -63,12 +62,12 @@ plt.legend(ncols=4, fontsize=8)
 plt.show()
 
 # %%
-# The same in numbers. The distance between mean gates goes from 0 (the same experts) to 1 (other ones).
+# The same in numbers. The distance between mean gates ranges from 0 (the same experts) to 1 (disjoint experts).
 
 from rome.report.gates import collect
 from rome.report.routing import routing_numbers
 
 numbers = routing_numbers(collect(model, x, y, {threat.name: threat for threat in rome.DIGITS}))
 print(f"distance between two threats, last layer: {numbers.between[-1]:.4f}")
-print(f"what the expert says of the threat: {numbers.information[-1]:.4f} bits")
+print(f"mutual information of threat and expert: {numbers.information[-1]:.4f} bits")
 print(f"entropy of a gate: {numbers.entropy[-1]:.3f} of its maximum")

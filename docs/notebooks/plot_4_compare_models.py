@@ -2,8 +2,8 @@
 Is one model more robust than another?
 ======================================
 
-Two models of one's own, plain torch modules, evaluated on the same examples; intervals, a paired test, and a model
-whose robustness is not to be believed.
+Evaluate two plain torch modules on the same examples: confidence intervals, a paired test, and a model whose robustness
+is an illusion.
 """
 
 import torch
@@ -14,7 +14,7 @@ from rome.data import Digits
 from rome.evaluation.statistics import paired_difference
 
 # %%
-# Any module counts that takes images in [0, 1] and returns logits. These are two CNNs; one sees noise in training.
+# Any module that maps images in [0, 1] to logits can be evaluated. These are two CNNs, one trained with noise.
 
 data = Digits()
 x, y = data.open("train").first(1200)
@@ -34,9 +34,9 @@ def trained(noise: float) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(12):
         for rows in torch.randperm(len(x)).split(64):
-            seen = (x[rows] + noise * torch.randn_like(x[rows])).clamp(0, 1)
+            noisy = (x[rows] + noise * torch.randn_like(x[rows])).clamp(0, 1)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(seen), y[rows]).backward()
+            nn.functional.cross_entropy(model(noisy), y[rows]).backward()
             optimizer.step()
     return model.eval()
 
@@ -49,7 +49,7 @@ for name, report in reports.items():
     print(f"{name:>5}: clean {report.clean:.1%}, union {report.union:.1%} ({low:.1%} to {high:.1%})")
 
 # %%
-# Whether one is better is a question about the same examples: how many does one alone get right?
+# To compare the models, count the examples that only one of them classifies correctly.
 
 difference = paired_difference(reports["noise"].right(), reports["plain"].right())
 print(
@@ -58,8 +58,8 @@ print(
 )
 
 # %%
-# A model with huge logits: its classes are those of the plain one, but the gradient of the cross-entropy vanishes
-# in float32 wherever it is confident. An attack that follows this gradient alone is blind.
+# A model with huge logits predicts the same classes as the plain one, but in float32 the gradient of the cross-entropy
+# vanishes wherever it is confident. An attack that only follows this gradient is blind.
 
 
 class Loud(nn.Module):
@@ -77,7 +77,7 @@ probe = test_x.clone().requires_grad_()
 print(f"zero gradients: {(gradient.flatten(1).abs().amax(1) == 0).float().mean():.0%} of the images")
 
 blind = (test_x + threats["Linf"].eps * gradient.sign()).clamp(0, 1)
-print(f"right under FGSM on it: {(loud(blind).argmax(1) == test_y).float().mean():.0%}")
+print(f"accuracy under FGSM: {(loud(blind).argmax(1) == test_y).float().mean():.0%}")
 report = rome.evaluate(loud, test_x, test_y, threats=threats, checks=False)
-print(f"right under rome's attacks: {report.robust['Linf']:.0%}")
-print(f"the plain model, which it is: {reports['plain'].robust['Linf']:.0%}")
+print(f"accuracy under rome's attacks: {report.robust['Linf']:.0%}")
+print(f"accuracy of the plain model under rome's attacks: {reports['plain'].robust['Linf']:.0%}")
