@@ -28,9 +28,9 @@ attack = rome.PGD(steps=10)
 images = {threat.name: attack(model, x, y, threat) for threat in rome.DIGITS}
 for name, x_adv in images.items():
     change = (x_adv - x).flatten(1)
-    right = (model(x_adv).argmax(1) == y).float().mean()
+    accuracy = (model(x_adv).argmax(1) == y).float().mean()
     print(
-        f"{name:>4}: {right:4.0%} right; mean size in L1 {change.norm(1, 1).mean():.2f}, "
+        f"{name:>4}: {accuracy:4.0%} correct; mean size in L1 {change.norm(1, 1).mean():.2f}, "
         f"L2 {change.norm(2, 1).mean():.2f}, Linf {change.abs().amax(1).mean():.2f}"
     )
 
@@ -62,7 +62,7 @@ labels = torch.arange(len(x)) % 3
 mixture = rome.PerExample(tuple(rome.DIGITS), labels)
 mixed = attack(model, x, y, mixture)
 for i, name in enumerate(images):
-    print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} right")
+    print(name, f"{(model(mixed[labels == i]).argmax(1) == y[labels == i]).float().mean():.0%} correct")
 
 # %%
 # More steps make an attack stronger, up to a point. A model is only as robust as the strongest attack shows, so a
@@ -71,8 +71,10 @@ for i, name in enumerate(images):
 steps = [1, 2, 5, 10, 20, 50]
 plt.figure(figsize=(5, 2.8), layout="constrained")
 for kind in (rome.PGD, rome.APGD):
-    right = [100 * (model(kind(steps=n)(model, x, y, rome.DIGITS["L2"])).argmax(1) == y).float().mean() for n in steps]
-    plt.plot(steps, right, marker="o", label=kind.kind)
+    accuracies = [
+        100 * (model(kind(steps=n)(model, x, y, rome.DIGITS["L2"])).argmax(1) == y).float().mean() for n in steps
+    ]
+    plt.plot(steps, accuracies, marker="o", label=kind.kind)
 plt.xscale("log")
 plt.xlabel("steps")
 plt.ylabel("accuracy under L2, %")

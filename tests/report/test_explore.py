@@ -120,9 +120,9 @@ def test_another_layer_attacks_nothing_again(explorer: Explorer, monkeypatch: py
     ("question", "message"),
     [
         ({"threat": "Linf", "eps": "8/2x5"}, "8/255"),
-        ({"threat": "Linf", "eps": -1}, "from 0 up"),
-        ({"threat": "Linf", "eps": ""}, "from 0 up"),
-        ({"threat": "Linf", "eps": float("nan")}, "from 0 up"),
+        ({"threat": "Linf", "eps": -1}, "non-negative"),
+        ({"threat": "Linf", "eps": ""}, "non-negative"),
+        ({"threat": "Linf", "eps": float("nan")}, "non-negative"),
         ({"threat": "Lnif"}, "Did you mean 'Linf'"),
         ({"threat": "Linf", "steps": 0}, "1 to 100"),
         ({"threat": "Linf", "steps": 101}, "1 to 100"),

@@ -204,7 +204,7 @@ def test_the_address_holds_the_question(opened: Open) -> None:
     assert page.locator("#number input").input_value() == "1"
     page.goto(page.url.partition("?")[0] + "?image=x&threat=L3&eps=none&steps=many&layer=nowhere")
     page.wait_for_selector("#said .bad", timeout=WAIT)
-    assert "ε is 'none'" in page.locator("#said .message").inner_text()
+    assert "not 'none'" in page.locator("#said .message").inner_text()
 
 
 def test_colours_of_maps_are_those_of_their_scale_and_classes_have_one_order(opened: Open) -> None:

@@ -198,7 +198,7 @@ def write_figures(
             missing.append(f"{name}: {error}")
             if only:
                 raise UserError(missing[-1]) from error
-            print(f"no {missing[-1]}", file=sys.stderr, flush=True)
+            print(f"skipped {missing[-1]}", file=sys.stderr, flush=True)
             continue
         left_out = (f"{name}: {run} left out: {reason}" for run, reason in data.get("left_out", {}).items())
         for line in (*left_out, f"{name}: {figure.title}"):

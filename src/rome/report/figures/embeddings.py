@@ -51,7 +51,7 @@ class Shown(NamedTuple):
 class Embeddings(FigureOfRuns):
     """Base class of the four figures."""
 
-    room: tuple[float, float, float]
+    sizes: tuple[float, float, float]
     """Width of the picture, its height apart from the rows, and the height of a row, in inches."""
 
     @abstractmethod
@@ -74,19 +74,19 @@ class Embeddings(FigureOfRuns):
     def draw(self, data: dict[str, Any]) -> Canvas:
         lines = [line for run in data["runs"] for line in self.lines(run)]
         if len(lines[0][1]) == 1:  # one panel per run: side by side in a single row
-            lines = [("", [panel._replace(title=beside) for beside, (panel,) in lines])]
-        width, around, height = self.room
+            lines = [("", [panel._replace(title=label) for label, (panel,) in lines])]
+        width, around, height = self.sizes
         canvas = Canvas(figsize=(width, around + height * len(lines)), layout="constrained")
         grid = canvas.subplots(len(lines), len(lines[0][1]), squeeze=False)
-        above: list[str] = []
-        for row, (beside, panels) in zip(grid, lines, strict=True):
-            row[0].set_ylabel(beside, fontsize=8.5)
+        titles_above: list[str] = []
+        for row, (label, panels) in zip(grid, lines, strict=True):
+            row[0].set_ylabel(label, fontsize=8.5)
             titles = [shown.title for shown in panels]
             for axes, shown in zip(row, panels, strict=True):
                 shown.draw(axes)
                 axes.set_xlabel(shown.note, **NOTE)
-                axes.set_title(shown.title if titles != above else "")
-            above = titles
+                axes.set_title(shown.title if titles != titles_above else "")
+            titles_above = titles
         bars = [axes for axes in canvas.axes if axes.containers]
         for axes in bars[1:]:  # one scale for all bars
             axes.sharey(bars[0])
@@ -151,7 +151,7 @@ class ExpertOutputs(LayerOutputs):
     name = "fig1"
     title = "t-SNE of expert outputs per threat"
     parts = (EXPERTS,)
-    room = (PAGE, 0.6, 1.85)
+    sizes = (PAGE, 0.6, 1.85)
 
 
 class BackboneAndExperts(LayerOutputs):
@@ -160,7 +160,7 @@ class BackboneAndExperts(LayerOutputs):
     name = "fig6"
     title = "t-SNE of backbone features and of backbone + experts per threat"
     parts = (BACKBONE, OUTPUT)
-    room = (COLUMN, 0.6, 1.85)
+    sizes = (COLUMN, 0.6, 1.85)
 
 
 class Separability(Embeddings):
@@ -229,7 +229,7 @@ class LocalAndGlobal(Separability):
         "global": "global: mean over tokens",
         LOCAL: "silhouette",
     }
-    room = (PAGE, 0.55, 2.25)
+    sizes = (PAGE, 0.55, 2.25)
 
 
 class OverLayers(Separability):
@@ -244,7 +244,7 @@ class OverLayers(Separability):
     titles: ClassVar[Mapping[str, str]] = {place: f"{place} token" for place in features.PLACES[:-1]} | {
         "global": "global"
     }
-    room = (PAGE, 0.35, 2.2)
+    sizes = (PAGE, 0.35, 2.2)
 
 
 def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:

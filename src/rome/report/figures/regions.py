@@ -72,7 +72,7 @@ class RegionMaps(FigureOfRuns):
         if set(places.ravel().tolist()) != set(range(len(parts))):
             raise UserError(f"its map of {grid.rows}x{grid.columns} is too coarse for {len(parts)} regions")
 
-        def spread(weights: Tensor) -> np.ndarray:
+        def as_maps(weights: Tensor) -> np.ndarray:
             return np.asarray(grid.spread(weights).cpu().double())
 
         attacked = [{NATURAL: x, **attacked_within(subject.model, x, y, threats, box)} for box in parts]
@@ -81,13 +81,13 @@ class RegionMaps(FigureOfRuns):
         for turn, (i, (top, bottom, left, right)) in itertools.product(turns, enumerate(parts)):
             where = (..., slice(top, bottom), slice(left, right))
             images[turn][where] = attacked[i][labels[(i + turn) % len(labels)]][0][where]
-        maps = spread(_recorded(subject.model, images, name).weights)  # (turns, K, rows, columns)
-        natural = spread(gates.weights)[0]
+        maps = as_maps(_recorded(subject.model, images, name).weights)  # (turns, K, rows, columns)
+        clean = as_maps(gates.weights)[0]
         by_region = np.stack([maps[:, :, places == i].mean(axis=-1) for i in turns], axis=1)
         by_threat = [np.mean([by_region[turn, (k - turn) % len(parts)] for turn in turns], axis=0) for k in turns]
         regions = [
             {"name": labels[i], "box": list(parts[i]), "gates": _rounded(by_region[0, i])}
-            | {"gates_unperturbed": _rounded(natural[:, places == i].mean(axis=-1))}
+            | {"gates_unperturbed": _rounded(clean[:, places == i].mean(axis=-1))}
             | {"gates_all_arrangements": _rounded(by_threat[i])}
             for i in turns
         ]
