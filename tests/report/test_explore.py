@@ -121,6 +121,7 @@ def test_another_layer_attacks_nothing_again(explorer: Explorer, monkeypatch: py
     [
         ({"threat": "Linf", "eps": "8/2x5"}, "8/255"),
         ({"threat": "Linf", "eps": -1}, "non-negative"),
+        ({"threat": "Linf", "eps": 8}, "at most 1, not 8"),
         ({"threat": "Linf", "eps": ""}, "non-negative"),
         ({"threat": "Linf", "eps": float("nan")}, "non-negative"),
         ({"threat": "Lnif"}, "Did you mean 'Linf'"),

@@ -231,7 +231,8 @@ def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall])
     try:
         ball = LpBall.model_validate({"norm": threat, "eps": budgets[threat].eps if eps is None else eps})
     except ValidationError:
-        raise UserError(f"ε must be a non-negative number such as 0.03 or 8/255, not {eps!r}") from None
+        limit = " and at most 1" if threat.lower() == "linf" else ""
+        raise UserError(f"ε must be a non-negative number such as 0.03 or 8/255{limit}, not {eps!r}") from None
     return ball if ball.eps > 0 else None
 
 
