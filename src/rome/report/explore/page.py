@@ -67,7 +67,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                         following = gr.Button("Next", size="sm", min_width=60)
                         random = gr.Button("Random", size="sm", min_width=60)
                     file = gr.UploadButton("Upload an image", size="sm", elem_id="upload")
-                said = gr.HTML(elem_id="said")
+                message = gr.HTML(elem_id="said")
                 threat = gr.Radio(threats, value=start, label="Threat", elem_id="threat")
                 with gr.Group(visible=ball is not None) as budget:
                     eps = gr.Textbox(
@@ -78,7 +78,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300, elem_id="answers"):
                 attack = gr.HTML(elem_id="attack")
                 gates = gr.HTML(elem_id="experts", js_on_load=SELECT_LAYER)
-        query, answered = [threat, eps, steps, shown_layer], [said, attack, gates]
+        query, answered = [threat, eps, steps, shown_layer], [message, attack, gates]
 
         def answer(shown: Shown, *query: Any) -> tuple[Any, Any, Any]:
             """Return the note about the image and both halves of the answer; after an error the old answer stays."""
@@ -127,9 +127,9 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             (following.click, lambda current: (current + 1) % desk.tests),
             (random.click, lambda current: desk.random()),
         ):
-            done = _on(event, show_test(choose), [number, *query], [number, shown, *answered], busy=said)
+            done = _on(event, show_test(choose), [number, *query], [number, shown, *answered], busy=message)
             done.then(None, [number, *query], None, js=STORE_QUERY)
-        _on(file.upload, show_upload, [file, *query], [number, shown, *answered], busy=said)
+        _on(file.upload, show_upload, [file, *query], [number, shown, *answered], busy=message)
         for event in (
             _on(threat.input, show_budget, [threat], [budget, eps, slide]).then,
             _on(slide.input, rendering.number, [slide], [eps]).then,
@@ -137,7 +137,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
             _on(gates.select, _clicked_layer, [], [shown_layer]).then,
             steps.input,
         ):
-            done = _on(event, answer, [shown, *query], answered, busy=said)
+            done = _on(event, answer, [shown, *query], answered, busy=message)
             done.then(None, [number, *query], None, js=STORE_QUERY)
     return page
 

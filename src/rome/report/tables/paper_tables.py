@@ -63,7 +63,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
     trained = [Run(path) for path in folders if not is_evaluation(path)]
     members = {run.folder: _rows_of(run, [row for _, row in rows], number) for run in trained}
     models = _by_model([path for path in folders if is_evaluation(path)], columns, number)
-    by_run = {run.folder: {k: one for k, one in evaluations(run).items() if _known(one, columns)} for run in trained}
+    by_run = {run.folder: {k: e for k, e in evaluations(run).items() if _covered(e, columns)} for run in trained}
     shared = Counter(key for each in (*by_run.values(), *models) for key in {(suite, n) for _, suite, n in each})
 
     def shown(found: Mapping[Key, Evaluated], routing: str) -> Shown:
@@ -71,7 +71,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
 
         def rank(key: Key) -> tuple[int, int, bool, int, str]:
             _, suite, n = key
-            return _known(found[key], columns), shared[suite, n], is_preferred(suite), n, suite
+            return _covered(found[key], columns), shared[suite, n], is_preferred(suite), n, suite
 
         ranked = [found[key] for key in sorted((key for key in found if key[0] == routing), key=rank, reverse=True)]
         return [one for one in ranked if UNION not in columns and one.report.n == ranked[0].report.n] or ranked[:1]
@@ -85,7 +85,7 @@ def fill(table: str, runs: Sequence[Path]) -> list[Line]:
             for one in each:
                 one.check_fresh()
             if each:
-                groups[i][_alike(run.config, each)].append(each)
+                groups[i][_group_key(run.config, each)].append(each)
     lines: dict[tuple[int, str], list[Line]] = defaultdict(list)
     for (section, row), alike in zip(rows, groups, strict=True):
         for own, line in _row(section, row, columns, [*alike.values()]):
@@ -139,7 +139,7 @@ def own_section(config: Config, row: Config) -> str:
     return f"Own runs: {config.model.name} on {config.data.kind} ({', '.join(budgets)})"
 
 
-def _alike(config: Config, shown: Shown) -> str:
+def _group_key(config: Config, shown: Shown) -> str:
     """Key shared by runs whose numbers may be averaged: all settings but the seed, and how they were evaluated."""
     evaluated = [{key: one.report.settings.get(key) for key in SAME} | {"n": one.report.n} for one in shown]
     return json.dumps([apart_from_seed(config), evaluated], sort_keys=True, default=str)
@@ -158,7 +158,7 @@ def _by_model(paths: Sequence[Path], columns: Sequence[str], number: str) -> lis
     models: dict[str, dict[Key, Evaluated]] = defaultdict(dict)
     for path in paths:
         one = load_evaluation(path)
-        if not _known(one, columns):
+        if not _covered(one, columns):
             raise UserError(_not_evaluated(path, one.command, columns, number))
         settings, key = one.report.settings, (LEARNED, one.report.suite, one.report.n)
         state = settings["model"]["sha256"] or str(path.resolve())
@@ -209,7 +209,7 @@ def _experts(config: Config) -> dict[str, Any] | None:
     return settings
 
 
-def _known(one: Evaluated, columns: Sequence[str]) -> int:
+def _covered(one: Evaluated, columns: Sequence[str]) -> int:
     """Number of the columns that an evaluation has."""
     return sum(not math.isnan(value_of(one.report, column)) for column in columns if column not in UNITS)
 
