@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,10 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
 
         return step
 
-    contexts = [frozen(model) for model in models.values()]
-    with torch.autocast(bench.device.type, torch.bfloat16):
-        for context in contexts:
-            context.__enter__()
-    try:
+    with ExitStack() as stack:
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            for model in models.values():
+                stack.enter_context(frozen(model))
         eager = {case: run(case) for case in models}
         gradients, operations = {}, {}
         for case, step in list(eager.items()):
@@ -246,9 +246,6 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
                     "from general": "" if apart is None else f"{apart:.1e}",
                 }
                 bench.row("Attack steps, bf16, frozen weights", shown, data)
-    finally:
-        for context in reversed(contexts):
-            context.__exit__(None, None, None)
 
 
 def parity(bench: Bench, name: str, models: dict[str, nn.Module]) -> None:
