@@ -293,7 +293,7 @@ def matmul_flops(device: torch.device, precision: str, *, size: int | None = Non
     """FLOP/s of a large square matrix product, the best of ten: the peak that is reached in practice."""
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    cast(device, precision)  # sets the precision of fp32 products
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = interleave({"product": lambda: a @ b}, device, rounds=10, warmup=3, shortest=0.02)["product"]
     return 2 * size**3 / min(times)

@@ -56,7 +56,7 @@ class Desk:
         return read._replace(said=f"{read.said} Its label is unknown, so attacks are against the model's prediction.")
 
     def look(self, shown: Shown, threat: str, eps: float | str, steps: float | None, layer: str | None) -> list[Answer]:
-        """Return each run's answer; each run is attacked itself, and perturbations are not transferred.
+        """Attack each run separately, without transferring perturbations, and return the answers.
 
         Raises:
             UserError: an invalid radius or number of steps.

@@ -232,7 +232,7 @@ def _range(ball: LpBall | None, eps: str | None = None) -> dict[str, Any]:
     value = budget
     if ball is not None and eps is not None:
         with suppress(UserError):
-            asked = ball_of(ball.norm, eps, {})
-            value = min(asked.eps if asked else 0.0, REACH * budget)
+            chosen = ball_of(ball.norm, eps, {})
+            value = min(chosen.eps if chosen else 0.0, REACH * budget)
     rounded = [float(f"{each:.3g}") for each in (REACH * budget, value, budget / 100)]
     return {"minimum": 0, **dict(zip(("maximum", "value", "step"), rounded, strict=True))}

@@ -53,9 +53,9 @@ def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Shown:
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         steps.append(f"resized to {width} x {height}")
-    if image.mode != (wanted := "L" if channels == 1 else "RGB"):
+    if image.mode != (target := "L" if channels == 1 else "RGB"):
         steps.append("converted to gray" if channels == 1 else "gray repeated in three channels")
-        image = image.convert(wanted)
+        image = image.convert(target)
     pixels = np.array(image, dtype=np.float32).reshape(height, width, channels) / 255
     said = f"{path.name}: {', '.join(steps)}."
     return Shown(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), said)
@@ -109,8 +109,8 @@ def _plain(image: Image.Image, steps: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the largest centred crop with the aspect ratio of ``wanted``: left, top, width, height."""
-    scale = min(size[0] / wanted[0], size[1] / wanted[1])
-    width, height = (max(1, min(have, round(want * scale))) for have, want in zip(size, wanted, strict=True))
+def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the largest centred crop with the aspect ratio of ``target``: left, top, width, height."""
+    scale = min(size[0] / target[0], size[1] / target[1])
+    width, height = (max(1, min(have, round(want * scale))) for have, want in zip(size, target, strict=True))
     return (size[0] - width) // 2, (size[1] - height) // 2, width, height
