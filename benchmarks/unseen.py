@@ -5,7 +5,7 @@
 
 ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights and its own predictions as labels. All
 images are classified correctly, as those that an evaluation attacks. PPGD and LPA measure distances with the trained
-network of ``--features`` or with an AlexNet of random weights; the weights do not affect speed, but ``robust``.
+network of ``--features`` or with an AlexNet of random weights; the weights affect ``robust`` but not speed.
 
 Each case runs once on ``--n`` images, ``--batch`` at a time, including the verdict on the result. Bare passes of the
 model are timed before and after it: a forward, and a forward with the gradient to the input. Times are CPU time of the

@@ -164,7 +164,7 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
         address, number = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         app = application(page, address, number)
-        say(f"explore at http://{shown}:{number} (Ctrl-C ends it)")
+        say(f"explore at http://{shown}:{number} (press Ctrl-C to stop)")
         server(app).run(sockets=[listening])
 
 
