@@ -513,11 +513,11 @@ def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert written == ["fig1.svg", "fig5.svg", "fig6.svg", "figA4.svg"]
     for missing in (
         "fig3: none of these runs has experts",
-        "fig7: no run",
+        "fig7: none of these runs weights",
         "routing: none",
         "fig8: test_vit is a model",
     ):
-        assert len([line for line in told.err.splitlines() if line.startswith(f"no {missing}")]) == 1
+        assert len([line for line in told.err.splitlines() if line.startswith(f"skipped {missing}")]) == 1
     x, y = Digits().open("test").first(8)
     given = Subject.of_model(model, "test_vit", x, y, {"L2": LpBall(norm="L2", eps=0.3), "Linf": DIGITS["Linf"]})
     write_figures([given], tmp_path / "again", only=["fig5"], formats=["svg"], options=Options(n=8))
