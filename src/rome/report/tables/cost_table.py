@@ -43,8 +43,8 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
     """Return the rows of Table 6 filled with the costs of these configs, and a sentence on how they were measured.
 
     Configs are matched to rows as runs are (:mod:`rome.report.tables.paper_tables`), in a section of their own if the
-    model or data are not the paper's. Ratios are to the first row, RANDOM; those of seconds and latency are medians of
-    the ratios of each round.
+    model or data are not the paper's. Ratios are to the first row, RANDOM; those of seconds and latency are medians
+    over the rounds of timing.
 
     Args:
         repeats, timing: see :func:`rome.report.cost.compare`.
