@@ -273,7 +273,9 @@ def _api() -> dict[str, str]:
 
 def _offers(package: Any) -> str:
     """A package's docstring without the paragraph on its allowed imports, which is for contributors."""
-    return "\n\n".join(part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith("May "))
+    return "\n\n".join(
+        part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith(("May ", "Imports "))
+    )
 
 
 def _named(path: str) -> Any:
