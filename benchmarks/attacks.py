@@ -87,15 +87,15 @@ def attacks(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, steps: int, 
     """Return every attack as a function without arguments that returns images."""
     pgd, apgd = PGD(steps=steps), APGD(steps=steps)
     start = stream(seed, "attack", device=x.device)  # on the device, as in training
-    found: dict[str, Images] = {
+    cases: dict[str, Images] = {
         "rome PGD": lambda: pgd(model, x, y, threat, generator=start),
         "rome APGD": lambda: apgd.run(model, x, y, threat).adversarial,
     }
     if reference is not None:
-        found["pyautoattack APGD"] = partial(_reference_apgd, reference, model, x, y, threat, steps, seed)
+        cases["pyautoattack APGD"] = partial(_reference_apgd, reference, model, x, y, threat, steps, seed)
     if foolbox is not None:
-        found["foolbox PGD"] = _foolbox_pgd(foolbox, model, x, y, threat, steps, pgd.step_size_for(threat))
-    return found
+        cases["foolbox PGD"] = _foolbox_pgd(foolbox, model, x, y, threat, steps, pgd.step_size_for(threat))
+    return cases
 
 
 def _reference_apgd(
@@ -170,7 +170,7 @@ def strengths(
     model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, steps: int, seed: int
 ) -> dict[str, tuple[tuple[float, float], float, float]]:
     """Return per attack (forwards, backwards) in full batches, robust accuracy in percent, largest relative size."""
-    found = {}
+    measured = {}
     counter = Counter(model).eval()
     for case, attack in attacks(counter, x, y, threat, steps, seed).items():
         counter.forwards = counter.backwards = 0
@@ -178,8 +178,8 @@ def strengths(
         passes = (counter.forwards / len(x), counter.backwards / len(x))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # verdicts are always in fp32
             robust = 100 * (model(adversarial).argmax(dim=1) == y).double().mean().item()
-        found[case] = (passes, robust, threat.size(adversarial, x).max().item() / threat.eps)
-    return found
+        measured[case] = (passes, robust, threat.size(adversarial, x).max().item() / threat.eps)
+    return measured
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:

@@ -124,13 +124,13 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> T
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """Disable the gradients of all parameters inside the context."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 

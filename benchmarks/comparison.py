@@ -87,24 +87,24 @@ def compare(options: Any, runs: Path, report: common.Report) -> None:
     left = seconds - (time.perf_counter() - started) - EVALUATION * seconds
     epochs = max(int(left * speed / IMAGES / sum(METHODS.values())), 1)
     report.note(f"{epochs} epochs each, planned from RANDOM's {speed:.0f} images/s")
-    found: dict[str, Any] = {}
+    done: dict[str, Any] = {}
     for name in METHODS:
-        if found and time.perf_counter() - started > seconds:
+        if done and time.perf_counter() - started > seconds:
             report.note(f"out of time before {name}")
             break
         run = trained(name, runs, *base, f"epochs={epochs}")
         evaluated, _ = evaluate_saved(run.folder, device=options.device)
-        found[name] = run, evaluated
-        rows(found, options, report)
+        done[name] = run, evaluated
+        rows(done, options, report)
         report.save()
 
 
-def rows(found: dict[str, Any], options: Any, report: common.Report) -> None:
+def rows(done: dict[str, Any], options: Any, report: common.Report) -> None:
     """Print the table of the methods evaluated so far."""
-    shortest = min(line["seconds"] for run, _ in found.values() for line in run.log()[-1:])
-    reference = next(iter(found.values()))[1]
+    shortest = min(line["seconds"] for run, _ in done.values() for line in run.log()[-1:])
+    reference = next(iter(done.values()))[1]
     shown, data = [], []
-    for name, (run, evaluated) in found.items():
+    for name, (run, evaluated) in done.items():
         over = paired_difference(evaluated.correct.all(axis=1), reference.correct.all(axis=1))
         numbers = routing.routing(open_subjects([run.folder], options.device)[0], 24 if options.quick else 256)
         values = {

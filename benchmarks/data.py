@@ -35,13 +35,13 @@ CLASSES, DIFFERENT, GROUP, SHARD = 1000, 500, 100, 40_000
 
 def jpegs(side: int, seed: int) -> list[bytes]:
     """Return JPEG files of smooth noise, which are about as large as photographs of this size."""
-    found, generator = [], np.random.default_rng(seed)
+    files, generator = [], np.random.default_rng(seed)
     for _ in range(DIFFERENT):
         small = Image.fromarray(generator.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 def make_folder(root: Path, images: list[bytes], n: int) -> None:
@@ -51,10 +51,10 @@ def make_folder(root: Path, images: list[bytes], n: int) -> None:
         (root / "source" / f"{number}.JPEG").write_bytes(content)
     for split, count in (("train", n), ("val", CLASSES)):
         for label in range(CLASSES):
-            place = root / split / f"n{label:08}"
-            place.mkdir(parents=True)
+            folder = root / split / f"n{label:08}"
+            folder.mkdir(parents=True)
             for number in range(label, count, CLASSES):
-                os.link(root / "source" / f"{number % DIFFERENT}.JPEG", place / f"{split}_{number}.JPEG")
+                os.link(root / "source" / f"{number % DIFFERENT}.JPEG", folder / f"{split}_{number}.JPEG")
 
 
 def make_parquet(root: Path, images: list[bytes], n: int) -> None:
@@ -76,11 +76,11 @@ def make_parquet(root: Path, images: list[bytes], n: int) -> None:
 
 def memory(pid: int | str) -> dict[str, int]:
     """Return a process's unshared memory and its proportional set size, in bytes."""
-    found = {}
+    sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, value = line.split()[:2]
-        found[name.rstrip(":")] = 1024 * int(value)
-    return {"unique": found["Private_Clean"] + found["Private_Dirty"], "pss": found["Pss"]}
+        sizes[name.rstrip(":")] = 1024 * int(value)
+    return {"unique": sizes["Private_Clean"] + sizes["Private_Dirty"], "pss": sizes["Pss"]}
 
 
 def read(data: Data, number: int, options: argparse.Namespace, barrier: Any, results: Any) -> None:
@@ -105,8 +105,8 @@ def read(data: Data, number: int, options: argparse.Namespace, barrier: Any, res
     seconds = time.perf_counter() - started
     barrier.wait()  # measure while all ranks and their workers are running
     workers = [memory(child.pid or 0) for child in multiprocessing.active_children()]
-    found = {"open": opened, "seconds": seconds, "rank": memory("self"), "workers": workers, "begun": begun}
-    results.put({**found, "opened": after})
+    measured = {"open": opened, "seconds": seconds, "rank": memory("self"), "workers": workers, "begun": begun}
+    results.put({**measured, "opened": after})
     barrier.wait()
 
 
@@ -118,7 +118,7 @@ def measure(kind: str, data: Data, options: argparse.Namespace, ranks: int) -> d
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=3600) for _ in processes]
+    measured = [results.get(timeout=3600) for _ in processes]
     for process in processes:
         process.join()
     images = ranks * max(options.read // options.batch, 1) * options.batch
@@ -127,12 +127,12 @@ def measure(kind: str, data: Data, options: argparse.Namespace, ranks: int) -> d
         "what": kind,
         "ranks": ranks,
         "workers": options.workers,
-        "open": max(each["open"] for each in found),
-        "list": max(each["opened"]["unique"] - each["begun"]["unique"] for each in found),
-        "rank": max(each["rank"]["unique"] for each in found),
-        "worker": max((worker["unique"] for each in found for worker in each["workers"]), default=0),
-        "together": sum(each["rank"]["pss"] + sum(worker["pss"] for worker in each["workers"]) for each in found),
-        "images_per_second_and_core": images / max(each["seconds"] for each in found) / cores,
+        "open": max(each["open"] for each in measured),
+        "list": max(each["opened"]["unique"] - each["begun"]["unique"] for each in measured),
+        "rank": max(each["rank"]["unique"] for each in measured),
+        "worker": max((worker["unique"] for each in measured for worker in each["workers"]), default=0),
+        "together": sum(each["rank"]["pss"] + sum(worker["pss"] for worker in each["workers"]) for each in measured),
+        "images_per_second_and_core": images / max(each["seconds"] for each in measured) / cores,
     }
 
 

@@ -42,18 +42,18 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", help="config that the others are compared with; the first run's by default")
     parser.add_argument("--n", type=int, default=128, help="test images for the routing numbers")
     parser.add_argument("--json", metavar="FILE", help="write every single number to FILE")
-    chosen = parser.parse_args(options)
-    found = [each for each in chosen.runs if (each / "model.safetensors").exists()]
-    reports = {each.run.folder: each.report for each in gather(found)}
+    arguments = parser.parse_args(options)
+    runs = [each for each in arguments.runs if (each / "model.safetensors").exists()]
+    reports = {each.run.folder: each.report for each in gather(runs)}
     lines = []
-    for subject in open_subjects(found):
+    for subject in open_subjects(runs):
         report = reports[subject.run.folder]
         line = {"config": subject.config.name, "seed": subject.config.seed, "clean": report.clean}
-        lines.append({**line, "union": report.union, **routing(subject, chosen.n)})
+        lines.append({**line, "union": report.union, **routing(subject, arguments.n)})
         print(json.dumps(lines[-1]), flush=True)
-    common.CONSOLE.print(table(lines, chosen.base or lines[0]["config"]))
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps({"n": chosen.n, "runs": lines}, indent=1))
+    common.CONSOLE.print(table(lines, arguments.base or lines[0]["config"]))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"n": arguments.n, "runs": lines}, indent=1))
 
 
 def routing(subject: Subject, n: int) -> dict[str, Any]:
