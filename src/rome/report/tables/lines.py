@@ -90,8 +90,7 @@ class Line:
     @property
     def unions(self) -> list[tuple[Report, float]]:
         """The evaluations that have a union, each with its union."""
-        unions = [(report, value_of(report, UNION)) for report in self.reports]
-        return [(report, union) for report, union in unions if not math.isnan(union)]
+        return [(report, union) for report in self.reports if not math.isnan(union := value_of(report, UNION))]
 
 
 def value_of(report: Report, column: str) -> float:
