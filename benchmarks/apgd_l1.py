@@ -1,12 +1,13 @@
-"""How near L1-APGD comes to the optimum of linear models, which is known: ours and the published search.
+"""Gain of L1-APGD on linear models relative to the known optimum: our search and the published one.
 
-    python benchmarks/apgd_l1.py --threads 1       # 200 models of 64 inputs and 50 of 3,072; minutes
+    python benchmarks/apgd_l1.py --threads 1       # 200 models of 64 inputs and 50 of 3,072; takes minutes
 
-Logits (0, <w, x>), Gaussian w of its own for every image. The optimum spends the radius on the largest weights, each as
-far as the box lets it. Pixels are ``inside`` (0.35 to 0.65), ``uniform``, ``third`` (a third of them exactly 0 or 1) or
-``saturated`` (all of them). ``mean`` and ``least`` are of (gain / the optimum's gain); 1 is the optimum. pyautoattack's
-search starts at random, with a fifth of the coordinates and one run at the radius itself; ``at the image`` it starts as
-in training (github.com/fra31/robust-finetuning) at the image, and with as many coordinates as ours.
+The logits are (0, <w, x>), with a different Gaussian w for each image. The optimum spends the radius on the largest
+weights, each as far as the box allows. Pixels are ``inside`` (0.35 to 0.65), ``uniform``, ``third`` (a third of them
+exactly 0 or 1) or ``saturated`` (all of them 0 or 1). ``mean`` and ``least`` are the mean and minimum over images of
+the attack's gain divided by the optimum's; 1 is optimal. pyautoattack's search starts at a random point, with a fifth
+of the coordinates, in a single run at the full radius; ``at the image`` is the variant used in training
+(github.com/fra31/robust-finetuning), which starts at the image and with as many coordinates as ours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rome.threats import LpBall
 
 
 class Linears(nn.Module):
-    """A linear model of its own for every image."""
+    """A different linear model for each image."""
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Linears(nn.Module):
 
 
 def problem(pixels: str, n: int, d: int) -> tuple[Tensor, Tensor]:
-    """Weights (n, d) and images (n, 1, 8, d/8) in float64."""
+    """Return weights (n, d) and images (n, 1, 8, d/8) in float64."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(n, d, generator=g, dtype=torch.float64)
     u = torch.rand(n, 1, 8, d // 8, generator=g, dtype=torch.float64)
@@ -58,7 +59,7 @@ def published(w: Tensor, x: Tensor, eps: float, steps: int, *, at_image: bool) -
     y, d = torch.zeros(len(x), dtype=torch.int64), x[0].numel()
     if not at_image:
         return attack.attack_single_run(x.clone(), y)[0].detach()
-    first = [torch.full((len(x),), max(0.05 * d, 12) * 1.5), torch.full((len(x),), float(d))]  # its first two counts
+    first = [torch.full((len(x),), max(0.05 * d, 12) * 1.5), torch.full((len(x),), float(d))]  # its first two calls
     count = reference.L0_norm
     with patch.object(reference, "L0_norm", lambda z: first.pop(0) if first else count(z)):
         return attack.attack_single_run(x.clone(), y, x_init=x.clone())[0].detach()
@@ -67,7 +68,7 @@ def published(w: Tensor, x: Tensor, eps: float, steps: int, *, at_image: bool) -
 def measure(pixels: str, n: int, d: int, eps: float, steps: int) -> list[dict[str, Any]]:
     w, x = problem(pixels, n, d)
     y, threat = torch.zeros(n, dtype=torch.int64), LpBall(norm="L1", eps=eps)
-    found = {
+    adversarial = {
         "rome": APGD(steps=steps)(Linears(w.float()), x.float(), y, threat),
         "rome, float64": APGD(steps=steps)(Linears(w), x, y, threat),
         "rome, a fifth": APGD(steps=steps, l1_share=0.2)(Linears(w.float()), x.float(), y, threat),
@@ -75,7 +76,7 @@ def measure(pixels: str, n: int, d: int, eps: float, steps: int) -> list[dict[st
         "published, at the image": published(w.float(), x.float(), eps, steps, at_image=True),
     }
     rows = []
-    for case, images in found.items():
+    for case, images in adversarial.items():
         share = ((images.double() - x).flatten(1) * w).sum(1) / optimum(w, x, eps)
         setting = {"pixels": pixels, "d": d, "eps": eps, "steps": steps, "case": case}
         rows.append(setting | {"mean": share.mean().item(), "least": share.min().item()})

@@ -1,21 +1,23 @@
-"""What an attack costs beyond its model: our PGD and APGD, and others', against the bare limit at equal steps.
+"""Overhead of attacks over their model: our PGD and APGD, and other libraries', against the bare limit at equal steps.
 
     python benchmarks/attacks.py --data PATH       # ResNet-18 and ViT-Ti, 10 steps
     python benchmarks/attacks.py --models resnet18 --batch 128 --steps 20 --json attacks.json
 
-The bare limit is steps x (forward + input gradient) of the same model on the same images with frozen parameters, and
-nothing else: no step, no projection. ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights
-unless ``--weights`` names a file saved by rome. Both attack images they classify correctly: CIFAR-10's of ``--data``
-with ResNet-18 or ``--weights``, otherwise any images with the model's own answers as labels. Radii are CIFAR-10's
-times ``--scale`` (default 1/8), because a model that was not trained to be robust loses every image at full radius.
+The bare limit is steps x (forward + input gradient) of the same model on the same images with frozen parameters,
+without any update or projection. ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights unless
+``--weights`` names a file saved by rome. All attacked images are classified correctly: they are CIFAR-10's from
+``--data`` for ResNet-18 or with ``--weights``, otherwise any images, labelled with the model's own predictions. Radii
+are CIFAR-10's times ``--scale`` (default 1/8), because a model without robust training loses every image at full
+radius.
 
-How to read it: ``x limit`` is the median over rounds of (time / limit in the same round), least and largest round in
-brackets; cases take turns within a round. APGD needs one forward more than it has steps (pyautoattack's: two, and a
-backward): ``passes`` counts forwards and backwards in full batches and ``x passes`` divides by the time of exactly
-those, so it shows the overhead alone. ``robust %`` is the accuracy left on the returned images: lower is stronger.
-``size`` is the largest perturbation in units of the radius: above 1.00 the images are outside of the ball and the
-accuracy does not count. foolbox (optional) gets our step sizes; frozen parameters spare it the parameter gradients
-it computes otherwise. Aim: our attacks at most 1.05 x limit in every norm (APGD: x passes).
+How to read it: ``x limit`` is the median over rounds of the time divided by the limit's in the same round, with the
+smallest and largest in brackets; cases take turns within a round. APGD needs one forward more than it has steps
+(pyautoattack's needs two more forwards and one more backward): ``passes`` counts forwards and backwards in full
+batches, and ``x passes`` divides by the time of exactly those passes, so it shows the overhead alone. ``robust %`` is
+the accuracy left on the returned images; lower is a stronger attack. ``size`` is the largest perturbation in units of
+the radius; above 1.00 the images are outside the ball and the accuracy does not count. foolbox (optional) uses our
+step sizes; frozen parameters spare it the parameter gradients that it would otherwise compute. Goal: our attacks at
+most 1.05 x limit in every norm (APGD: x passes).
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ Images = Callable[[], Tensor]
 
 
 class Counter(nn.Module):
-    """A model that counts the images it sees forwards and backwards."""
+    """A model that counts the images passed forwards and backwards through it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Counter(nn.Module):
 
 
 def problem(name: str, batch: int, options: Any, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    """A frozen model and images that it classifies correctly."""
+    """Return a frozen model, and images that it classifies correctly with their labels."""
     model = common.make_model(name, device, options.seed)
     if options.weights and name != "resnet18":
         load_weights(model, options.weights)
@@ -82,18 +84,18 @@ def problem(name: str, batch: int, options: Any, device: torch.device) -> tuple[
 
 
 def attacks(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, steps: int, seed: int) -> dict[str, Images]:
-    """Every attack, as a function without arguments that returns images."""
+    """Return every attack as a function without arguments that returns images."""
     pgd, apgd = PGD(steps=steps), APGD(steps=steps)
-    start = stream(seed, "attack", device=x.device)  # where training draws it too
-    found: dict[str, Images] = {
+    start = stream(seed, "attack", device=x.device)  # on the device, as in training
+    cases: dict[str, Images] = {
         "rome PGD": lambda: pgd(model, x, y, threat, generator=start),
         "rome APGD": lambda: apgd.run(model, x, y, threat).adversarial,
     }
     if reference is not None:
-        found["pyautoattack APGD"] = partial(_reference_apgd, reference, model, x, y, threat, steps, seed)
+        cases["pyautoattack APGD"] = partial(_reference_apgd, reference, model, x, y, threat, steps, seed)
     if foolbox is not None:
-        found["foolbox PGD"] = _foolbox_pgd(foolbox, model, x, y, threat, steps, pgd.step_size_for(threat))
-    return found
+        cases["foolbox PGD"] = _foolbox_pgd(foolbox, model, x, y, threat, steps, pgd.step_size_for(threat))
+    return cases
 
 
 def _reference_apgd(
@@ -117,7 +119,7 @@ def _foolbox_pgd(
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """Cost and strength of every attack under every norm."""
+    """Measure cost and strength of every attack under every norm."""
     model, x, y = problem(name, batch, options, device)
     steps = options.steps
     if options.compile:
@@ -167,21 +169,21 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 def strengths(
     model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, steps: int, seed: int
 ) -> dict[str, tuple[tuple[float, float], float, float]]:
-    """(forwards, backwards) in full batches, robust accuracy in percent and largest relative size of every attack."""
-    found = {}
+    """Return per attack (forwards, backwards) in full batches, robust accuracy in percent, largest relative size."""
+    measured = {}
     counter = Counter(model).eval()
     for case, attack in attacks(counter, x, y, threat, steps, seed).items():
         counter.forwards = counter.backwards = 0
         adversarial = attack().detach()
         passes = (counter.forwards / len(x), counter.backwards / len(x))
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the verdict is always in fp32
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # verdicts are always in fp32
             robust = 100 * (model(adversarial).argmax(dim=1) == y).double().mean().item()
-        found[case] = (passes, robust, threat.size(adversarial, x).max().item() / threat.eps)
-    return found
+        measured[case] = (passes, robust, threat.size(adversarial, x).max().item() / threat.eps)
+    return measured
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         "model": row["model"],
         "batch": str(row["batch"]),
@@ -198,10 +200,10 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[64], repeats=5)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
-    parser.add_argument("--weights", metavar="FILE", help="safetensors file for the ViT")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images by default")
+    parser.add_argument("--weights", metavar="FILE", help="safetensors file with weights for the ViT")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--scale", type=float, default=0.125, help="times CIFAR-10's radii 12, 0.5, 8/255")
+    parser.add_argument("--scale", type=float, default=0.125, help="factor on CIFAR-10's radii 12, 0.5, 8/255")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     options = parser.parse_args(argv)

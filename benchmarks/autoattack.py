@@ -1,16 +1,16 @@
-"""AutoAttack on a thousand images: rome's evaluation beside pyautoattack's, in time and in verdicts.
+"""AutoAttack on a thousand images: time and verdicts of rome's evaluation beside pyautoattack's.
 
     python benchmarks/autoattack.py --data PATH --device cuda --json autoattack.json
     python benchmarks/autoattack.py --models resnet18-16 --images 16 --batch 16         # on a CPU
     python benchmarks/autoattack.py --models resnet18 --images 32 --batch 32 --shorter 20
 
 ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights. Radii are CIFAR-10's times ``--scale``
-(default 1/8), because models that were not trained to be robust lose every image at full radius. rome runs the suite
-``autoattack`` with all of its checks: every image is verified anew and written nowhere; pyautoattack runs its version
-``standard`` on the images that rome's evaluation attacks, those that the model classifies rightly, in the same batches.
+(default 1/8), because models without robust training lose every image at full radius. rome runs the suite
+``autoattack``, verifies every adversarial image again and stores nothing. pyautoattack runs its version ``standard``
+on the images that rome's evaluation attacks, those that the model classifies correctly, in batches of the same size.
 
 How to read it: ``x rome`` is pyautoattack's time over rome's; ``same`` counts the images on which both verdicts agree.
-The two draw other random numbers, so a few may differ; ``robust %`` is of all images.
+The two draw different random numbers, so a few verdicts may differ. ``robust %`` is over all images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rome.threats import CIFAR10, LpBall
 
 
 def measure(name: str, batch: int, suite: Any, options: Any, device: torch.device, report: common.Report) -> None:
-    """One norm after the other, both ways."""
+    """Measure both implementations, one norm after the other."""
     model = common.make_model(name, device, options.seed).requires_grad_(False)
     x, y = common.images(options.images, options.data, torch.device("cpu"), options.seed)
     if options.data is None or name != "resnet18":
@@ -66,7 +66,7 @@ def measure(name: str, batch: int, suite: Any, options: Any, device: torch.devic
 def row(
     name: str, batch: int, threat: LpBall, case: str, seconds: dict[str, float], robust: Any, reference: Any
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """A line of the table, and its numbers."""
+    """Return a row of the printed table, and its numbers."""
     data = {
         "model": name,
         "batch": batch,
@@ -93,10 +93,12 @@ def row(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[500], repeats=1)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images by default")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--scale", type=float, default=1 / 8, help="times CIFAR-10's radii")
-    parser.add_argument("--shorter", type=int, default=1, help="only 1/N of AutoAttack's iterations and queries")
+    parser.add_argument("--scale", type=float, default=1 / 8, help="factor on CIFAR-10's radii")
+    parser.add_argument(
+        "--shorter", type=int, default=1, metavar="N", help="1/N of AutoAttack's iterations and queries"
+    )
     options = parser.parse_args(argv)
     shorter = {"iterations": max(5, 100 // options.shorter), "square_queries": max(1, 5000 // options.shorter)}
     suite: Any = Suite.of_kind("autoattack")(**shorter)

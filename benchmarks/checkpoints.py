@@ -1,13 +1,13 @@
-"""What a checkpoint costs a training: how long it stops, and how much longer the update beside the write takes.
+"""Cost of checkpoints in training: how long training stops, and how much an update slows down during the write.
 
     python benchmarks/checkpoints.py --threads 1
     python benchmarks/checkpoints.py --device cuda --models vit-b --batch 128 --folder /scratch
 
-An update is forward, backward and a step of AdamW on plain images; one of adversarial training takes about ten times as
-long, so the same seconds are a tenth of the share. ``x update`` is the median over rounds of (time / that of an update
-alone in the same round), with the least and largest round in brackets. ``CPU ms`` is what the processor worked for it,
-all threads together, which is less where other programs take the cores. The write, fsync included, goes to
-``--folder``.
+An update is forward, backward and a step of AdamW on clean images. An adversarial update takes about ten times as long,
+so the relative cost in adversarial training is a tenth of the one shown. ``x update`` is the median over rounds of the
+time divided by that of an update alone in the same round, with the smallest and largest in brackets. ``CPU ms`` is
+CPU time, summed over threads; it is less affected by other programs on the machine. The write, including fsync, goes
+to ``--folder``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rome.runs.saving import Saver
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """All times of one model."""
+    """Measure all times of one model."""
     model = common.make_model(name, device, options.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     x, y = common.images(batch, None, device, options.seed)
@@ -51,7 +51,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         def save() -> None:
             saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
-        update()  # the optimizer's states
+        update()  # creates the optimizer's states
         for turn in range(options.repeats + 1):
             found = {"update": timed(update), "stop, written in the background": timed(save)}
             found["update beside the write"] = timed(update)
@@ -75,7 +75,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         **{key: str(row[key]) for key in ("model", "batch", "case")},
         "MB": f"{row['bytes'] / 1e6:.0f}",
@@ -87,7 +87,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti", "vit-b"], batch=[8], repeats=5)
-    parser.add_argument("--folder", help="where to write; the system's folder for temporary files unless given")
+    parser.add_argument("--folder", help="folder to write to; the system's folder for temporary files by default")
     options = parser.parse_args(argv)
     if options.quick:
         options.models, options.batch, options.repeats = ["resnet18-16"], [2], 1

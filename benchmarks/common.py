@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, images, fair timing, hardware, tables and JSON."""
+"""Shared code of the benchmarks: models, images, fair timing, hardware, tables and JSON."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "vit-b": ("vit_base_patch16_224", {"patch_size": 4}),
     "vit-s": ("vit_small_patch16_224", {"patch_size": 4}),
     "vit-ti": ("vit_tiny_patch16_224", {"patch_size": 4}),
-    # 4 blocks, 17 tokens: like the model for the digits, bound by overhead rather than arithmetic
+    # 4 blocks, 17 tokens: like the model for the digits, limited by overhead rather than arithmetic
     "vit-micro": ("vit_tiny_patch16_224", {"patch_size": 8, "depth": 4, "embed_dim": 64, "num_heads": 4}),
 }
-"""Models at 32 pixels: a timm name and its arguments."""
+"""Models for 32x32 images -> timm name and arguments."""
 MODELS = (*TIMM, "resnet18", "resnet18-16")
 
 
@@ -49,21 +49,23 @@ MODELS = (*TIMM, "resnet18", "resnet18-16")
 
 
 def arguments(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the options every benchmark has; ``defaults`` for ``models``, ``batch`` and ``repeats``."""
+    """Return a parser with the options of all benchmarks; ``defaults`` are ``models``, ``batch``, ``repeats``."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=defaults["models"])
     parser.add_argument("--batch", nargs="+", type=int, default=defaults["batch"])
-    parser.add_argument("--repeats", type=int, default=defaults["repeats"], help="rounds; every case once in each")
-    parser.add_argument("--threads", type=int, help="CPU threads; all cores unless given")
+    parser.add_argument(
+        "--repeats", type=int, default=defaults["repeats"], help="rounds, each of which times every case once"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; all cores by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write settings, hardware and every single time there")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
+    parser.add_argument("--json", metavar="FILE", help="write settings, hardware and every single time to FILE")
+    parser.add_argument("--quick", action="store_true", help="a tiny run, only to see that it works")
     return parser
 
 
 def start(options: argparse.Namespace) -> torch.device:
-    """Seed and threads as asked; the device."""
+    """Set seed and number of threads, and return the device."""
     torch.manual_seed(options.seed)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -76,10 +78,10 @@ def start(options: argparse.Namespace) -> torch.device:
 
 
 def make_model(name: str, device: torch.device, seed: int = 0) -> nn.Module:
-    """A model for 10 classes of 32x32 images, with seeded random weights; ResNet-18 with pyautoattack's for CIFAR-10,
-    ``resnet18-16`` a narrow one of width 16.
+    """Return a model for 32x32 images of 10 classes, in evaluation mode.
 
-    In evaluation mode.
+    ResNet-18 has pyautoattack's weights for CIFAR-10; all others, and ``resnet18-16`` of width 16, have seeded random
+    weights.
     """
     torch.manual_seed(seed)
     model: nn.Module
@@ -99,7 +101,7 @@ def _cifar(path: str, n: int) -> tuple[Tensor, Tensor]:
 
 
 def images(n: int, data: str | None, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The first n test images of CIFAR-10 at ``data`` with labels, or random images and labels."""
+    """Return the first n test images and labels of CIFAR-10 in the folder ``data``, or random ones if it is None."""
     if data is not None:
         x, y = _cifar(data, n)
     else:
@@ -113,7 +115,7 @@ def images(n: int, data: str | None, device: torch.device, seed: int = 0) -> tup
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """The bare minimum of an attack step: one forward, one backward to the input. Freeze the parameters first."""
+    """The bare minimum of an attack step: a forward, and a backward to the input. Freeze the parameters first."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(x).float(), y, reduction="sum"), x)
     return gradient
@@ -121,34 +123,34 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> T
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No gradient for any parameter inside."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
+    """Disable the gradients of all parameters inside the context."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def cast(device: torch.device, precision: str) -> Any:
-    """The context a forward runs in: bf16 autocast, or nothing. Sets what fp32 products may use."""
+    """Return the autocast context for forward passes (bf16 or none), and set the precision of fp32 products."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def compile_models(*models: nn.Module) -> None:
-    """Compile in place, forgetting what was compiled before. Falling back to eager unnoticed is made an error."""
+    """Compile in place, discarding earlier compilations. Falling back to eager mode raises an error."""
     torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = 64  # all models share the code of one forward, and each has several modes
+    torch._dynamo.config.recompile_limit = 64  # models share one forward's code, and each has several modes
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for model in models:
         model.compile()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -162,15 +164,15 @@ def interleave(
     shortest: float = 0.1,
     every_call: bool = False,
 ) -> dict[str, list[float]]:
-    """Time several cases in turn, A B C, B C A, ...: what disturbs the machine disturbs all of them.
+    """Time several cases in turn (A B C, B C A, ...), so that disturbances of the machine affect all of them alike.
 
     Args:
-        warmup: untimed calls of each case first (compiling, allocating, choosing kernels).
-        shortest: a timing repeats its case until it lasts about that many seconds, at most 200 times.
-        every_call: wait for the device after every call rather than after every timing: latency, not throughput.
+        warmup: untimed calls of each case before the first round (compiling, allocating, choosing kernels).
+        shortest: each timing repeats its case, at most 200 times, until it lasts about this many seconds.
+        every_call: wait for the device after every call, not only after every timing: latency instead of throughput.
 
     Returns:
-        Seconds per call of each case, one number a round; the same round has the same place in every list.
+        Seconds per call of each case, one value per round.
     """
 
     def timed(case: Callable[[], object], calls: int) -> float:
@@ -199,7 +201,7 @@ def interleave(
 
 
 class Ratio(NamedTuple):
-    """Median, least and largest of ratios between times of the same round."""
+    """Median, minimum and maximum of the ratios between times of the same round."""
 
     median: float
     low: float
@@ -210,7 +212,7 @@ class Ratio(NamedTuple):
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """``times`` over ``reference``, round by round."""
+    """Return the ratios of ``times`` to ``reference``, taken round by round."""
     paired = [a / b for a, b in zip(times, reference, strict=True)]
     return Ratio(statistics.median(paired), min(paired), max(paired))
 
@@ -223,7 +225,7 @@ def milliseconds(times: Sequence[float]) -> str:
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of the matrix products and convolutions for one image: two for each MAC."""
+    """Floating-point operations of matrix products and convolutions for one image, two per MAC."""
 
     forward: int
     gradient: int
@@ -233,9 +235,9 @@ class Flops(NamedTuple):
 
 
 def count_flops(model: nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> Flops:
-    """Counted by torch on the meta device, whatever the hardware; attention as two plain products.
+    """Count FLOPs with torch on the meta device, independent of the hardware; attention counts as two plain products.
 
-    Recomputation (as fused attention does in its backward) does not count. Call it before compiling the model.
+    Recomputation, as in the backward of fused attention, does not count. Call this before compiling the model.
     """
     twin = copy.deepcopy(model).to("meta")
     x, y = torch.empty(1, *shape, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
@@ -271,14 +273,14 @@ _PEAKS: dict[str, tuple[float, float, float]] = {
 
 
 class Peak(NamedTuple):
-    """The most FLOP/s the hardware can do."""
+    """Peak FLOP/s of the hardware, and where the number comes from."""
 
     flops: float
     source: str
 
 
 def peak_flops(device: torch.device, precision: str, *, size: int | None = None) -> Peak:
-    """From the data sheet for a known GPU, otherwise the best of ten square matrix products of that precision."""
+    """Peak of a known GPU from its data sheet, otherwise the best of ten square matrix products of that precision."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peaks in _PEAKS.items():
@@ -288,10 +290,10 @@ def peak_flops(device: torch.device, precision: str, *, size: int | None = None)
 
 
 def matmul_flops(device: torch.device, precision: str, *, size: int | None = None) -> float:
-    """FLOP/s of a large square matrix product, the best of ten: what can be had in practice."""
+    """FLOP/s of a large square matrix product, the best of ten: the peak that is reached in practice."""
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    cast(device, precision)  # sets the precision of fp32 products
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = interleave({"product": lambda: a @ b}, device, rounds=10, warmup=3, shortest=0.02)["product"]
     return 2 * size**3 / min(times)
@@ -301,8 +303,8 @@ def matmul_flops(device: torch.device, precision: str, *, size: int | None = Non
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    found: dict[str, Any] = {
+    """Describe the machine that the numbers are measured on."""
+    described: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -312,9 +314,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": str(device),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
+        described |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return described
 
 
 def _cpu_name() -> str:
@@ -328,12 +329,14 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit the numbers belong to, with ``+`` if files differ from it."""
+    """Return the commit that the numbers belong to, followed by ``+`` if the working tree differs from it."""
     root = Path(__file__).resolve().parent.parent
     try:
         done = [
-            subprocess.run(["git", "-C", str(root), *ask], capture_output=True, text=True, check=True).stdout.strip()
-            for ask in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+            subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
         ]
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -341,7 +344,7 @@ def _commit() -> str | None:
 
 
 class Report:
-    """Collects rows; prints them as Markdown and writes them as JSON."""
+    """Prints the measured rows as Markdown tables and collects them for the JSON file."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, argv: Sequence[str] | None) -> None:
         self.options, self.device = options, device
@@ -359,7 +362,7 @@ class Report:
         CONSOLE.print(", ".join(f"{key} {value}" for key, value in self.head["hardware"].items()) + "\n")
 
     def table(self, title: str, rows: list[dict[str, str]], data: list[dict[str, Any]]) -> None:
-        """Print one table; ``data`` is what the JSON file keeps of it."""
+        """Print a table of ``rows``, and add ``data`` to the JSON file's table of that title."""
         CONSOLE.print(f"{title}\n")
         table = Table(box=MARKDOWN)
         for name in rows[0]:
@@ -375,7 +378,7 @@ class Report:
         shown: Callable[[dict[str, Any]], dict[str, str]],
         title: str,
     ) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-        """Measure each model at each batch size and print its table; then the model, the size and its rows."""
+        """Measure each model at each batch size, print its table, and yield the model, the batch size and the rows."""
         for name in self.options.models:
             for batch in self.options.batch:
                 data = measure(name, batch, self.options, self.device)
@@ -387,7 +390,7 @@ class Report:
         self.notes.append(text)
 
     def save(self) -> dict[str, Any]:
-        """All of it as plain data, written to ``--json``; also before the end."""
+        """Return everything collected so far as plain data, and write it to the file of ``--json``."""
         everything = {**self.head, "tables": self.tables, "notes": self.notes}
         everything["load_at_end"] = [round(value, 2) for value in os.getloadavg()]
         if self.options.json:
@@ -395,7 +398,7 @@ class Report:
         return everything
 
     def finish(self) -> dict[str, Any]:
-        """The same, and a line that says so."""
+        """:meth:`save`, and print where it was saved."""
         everything = self.save()
         if self.options.json:
             CONSOLE.print(f"wrote {self.options.json}")

@@ -1,15 +1,16 @@
-"""The paper's claim as far as a quarter of an hour on one GPU carries: experiments/gpu, trained, evaluated, compared.
+"""The paper's claim at the scale of a quarter of an hour on one GPU: train, evaluate and compare experiments/gpu.
 
     python benchmarks/comparison.py --data PATH --minutes 6 --json comparison.json
     python benchmarks/comparison.py --data PATH --runs runs/gpu --minutes 60              # keeps the runs
 
-From one natural start RANDOM, RoME+RANDOM, RANDOM with RoME's experts and without its loss, MAX and RoME+MAX train for
-equally many updates, as many epochs as fit into ``--minutes`` by the speed of a short first run; what does not fit is
-left out from the end of this list. Each is evaluated as its config says (4,000 test images under APGD).
+RANDOM, RoME+RANDOM, RANDOM with RoME's experts but without its loss, MAX and RoME+MAX start from the same naturally
+trained model and train for equally many updates: as many epochs as fit into ``--minutes`` at the speed of a short pilot
+run. When time runs out, the methods at the end of this list are skipped. Each model is evaluated as its config says
+(4,000 test images under APGD).
 
-How to read it: ``over`` is the difference of the union to the first method's on the same images, with a 95% interval
-(Agresti and Min 2005) and McNemar's exact p. ``at equal time`` is the mean training accuracy under attack over the
-twentieth of the updates before the time at which the fastest training ended, from the logs: the others had made fewer
+How to read it: ``over`` is the difference in union from the first method on the same images, with a 95% interval
+(Agresti and Min 2005) and McNemar's exact p. ``at equal time`` is the mean training accuracy under attack, from the
+logs, over the last twentieth of the updates made by the time the fastest training ended; the others had made fewer
 updates by then. ``information``, ``distance`` and ``probe`` are the routing numbers of benchmarks/routing.py.
 """
 
@@ -33,19 +34,19 @@ from rome.runs.folder import Run
 from rome.training.setup import train
 
 METHODS = {"random": 1.0, "rome-random": 1.2, "no-loss-random": 1.2, "max": 3.0, "rome-max": 3.6}
-"""The experiments, and how long their updates take beside RANDOM's, roughly."""
+"""The experiments -> approximate time of their updates relative to RANDOM's."""
 IMAGES, NATURAL, EVALUATION = 50_000, 0.15, 0.15
-"""Of an epoch; shares of the time."""
+"""Images per epoch, and the shares of the time for natural training and for evaluation."""
 TINY = [
     "model.args={embed_dim: 16, depth: 2, num_heads: 2}", "model.patch_size=8", "batch_size=12", "precision=fp32",
     "data.train_limit=48", "data.test_limit=24", "attack.steps=1",
     "evaluation={suite: {kind: apgd, iterations: 5}, n: 24}",
 ]  # fmt: skip
-"""Overrides of a run that only shows that it works."""
+"""Overrides for ``--quick``."""
 
 
 def trained(name: str, runs: Path, *overrides: str) -> Run:
-    """A finished run of one of the experiments; one that is there already is not made again."""
+    """Train one of the experiments, unless its finished run exists."""
     run = Run(runs / name)
     if run.model_file.exists():
         return run
@@ -53,13 +54,13 @@ def trained(name: str, runs: Path, *overrides: str) -> Run:
 
 
 def rate(run: Run) -> float:
-    """Images per second of a run, after its first updates."""
+    """Median images per second in the second half of a run."""
     updates = [line["images_per_second"] for line in run.log() if line["event"] == "update"]
     return statistics.median(updates[len(updates) // 2 :])
 
 
 def before(log: list[dict[str, Any]], seconds: float) -> float:
-    """Mean accuracy under attack over a twentieth of the updates, the last ones within so many seconds."""
+    """Mean training accuracy under attack over the last twentieth of the updates within this many seconds."""
     ends = [(line["update"], line["seconds"]) for line in log if line["event"] == "epoch"]
     last, total = ends[-1]
     reached = max(int(last * min(seconds / total, 1)), 1)
@@ -69,7 +70,7 @@ def before(log: list[dict[str, Any]], seconds: float) -> float:
 
 
 def compare(options: Any, runs: Path, report: common.Report) -> None:
-    """Train, evaluate and print, one method after the other."""
+    """Train and evaluate one method after the other, and print the table after each."""
     started, seconds = time.perf_counter(), 60 * options.minutes
     base = [f"data.path={options.data}", f"device={options.device}", f"seed={options.seed}"]
     base += TINY if options.quick else []
@@ -85,25 +86,25 @@ def compare(options: Any, runs: Path, report: common.Report) -> None:
     speed = rate(pilot)
     left = seconds - (time.perf_counter() - started) - EVALUATION * seconds
     epochs = max(int(left * speed / IMAGES / sum(METHODS.values())), 1)
-    report.note(f"{epochs} epochs each, by {speed:.0f} images/s of RANDOM")
-    found: dict[str, Any] = {}
+    report.note(f"{epochs} epochs each, planned from RANDOM's {speed:.0f} images/s")
+    done: dict[str, Any] = {}
     for name in METHODS:
-        if found and time.perf_counter() - started > seconds:
+        if done and time.perf_counter() - started > seconds:
             report.note(f"out of time before {name}")
             break
         run = trained(name, runs, *base, f"epochs={epochs}")
         evaluated, _ = evaluate_saved(run.folder, device=options.device)
-        found[name] = run, evaluated
-        rows(found, options, report)
+        done[name] = run, evaluated
+        rows(done, options, report)
         report.save()
 
 
-def rows(found: dict[str, Any], options: Any, report: common.Report) -> None:
-    """The table so far."""
-    shortest = min(line["seconds"] for run, _ in found.values() for line in run.log()[-1:])
-    reference = next(iter(found.values()))[1]
+def rows(done: dict[str, Any], options: Any, report: common.Report) -> None:
+    """Print the table of the methods evaluated so far."""
+    shortest = min(line["seconds"] for run, _ in done.values() for line in run.log()[-1:])
+    reference = next(iter(done.values()))[1]
     shown, data = [], []
-    for name, (run, evaluated) in found.items():
+    for name, (run, evaluated) in done.items():
         over = paired_difference(evaluated.correct.all(axis=1), reference.correct.all(axis=1))
         numbers = routing.routing(open_subjects([run.folder], options.device)[0], 24 if options.quick else 256)
         values = {
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti"], batch=[192], repeats=1)
     parser.add_argument("--data", metavar="PATH", required=True, help="folder of CIFAR-10")
     parser.add_argument("--minutes", type=float, default=6.0)
-    parser.add_argument("--runs", metavar="DIR", help="where the runs are kept; thrown away unless given")
+    parser.add_argument("--runs", metavar="DIR", help="folder that keeps the runs; deleted at the end by default")
     options = parser.parse_args(argv)
     options.device = str(common.start(options))
     report = common.Report(options, common.torch.device(options.device), argv)

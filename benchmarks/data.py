@@ -1,12 +1,13 @@
-"""What a large data set costs before a model sees it: time to open, memory of several processes, images a second.
+"""Cost of reading a large data set: time to open it, memory of several processes, and images per second.
 
     python benchmarks/data.py --images 1281167 --kinds folder parquet --ranks 8 --workers 2 --threads 1
 
-The images are tiny JPEG files, links to a few hundred that differ, in 1,000 class folders; or the same as rows of
-Parquet files with 100 rows a group. Each of ``ranks`` processes opens the set and reads ``--read`` images in random
-order by ``--workers`` processes of its own. Memory is what Linux says of all of them at that moment: ``unique`` is what
-would be free without one process, ``shared out`` (PSS) adds its part of what several use, so its sum is what they need
-together. Opened twice: the second time a list of the files may be there from the first.
+The images are tiny JPEG files in 1,000 class folders, hard links to a few hundred distinct files; or the same images as
+rows of Parquet files with 100 rows per group. Each of ``--ranks`` processes opens the data set and reads ``--read``
+images in random order with ``--workers`` worker processes. Memory is measured by Linux while all of them are running:
+``unique`` is the memory that one process shares with no other; ``together`` sums the proportional set sizes (PSS),
+which divide shared memory among its users, and is what all processes need. Each data set is opened twice, because the
+first time may leave a list of the files for the second.
 """
 
 from __future__ import annotations
@@ -33,30 +34,31 @@ CLASSES, DIFFERENT, GROUP, SHARD = 1000, 500, 100, 40_000
 
 
 def jpegs(side: int, seed: int) -> list[bytes]:
-    """Smooth noise, so that they are as large as photographs of that size."""
-    found, generator = [], np.random.default_rng(seed)
+    """Return JPEG files of smooth noise, which are about as large as photographs of this size."""
+    files, generator = [], np.random.default_rng(seed)
     for _ in range(DIFFERENT):
         small = Image.fromarray(generator.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        found.append(buffer.getvalue())
-    return found
+        files.append(buffer.getvalue())
+    return files
 
 
 def make_folder(root: Path, images: list[bytes], n: int) -> None:
-    """``train`` with n images and ``val`` with one for each class."""
+    """Make ``train`` with n images and ``val`` with one image per class."""
     for number, content in enumerate(images):
         (root / "source").mkdir(parents=True, exist_ok=True)
         (root / "source" / f"{number}.JPEG").write_bytes(content)
     for split, count in (("train", n), ("val", CLASSES)):
         for label in range(CLASSES):
-            place = root / split / f"n{label:08}"
-            place.mkdir(parents=True)
+            folder = root / split / f"n{label:08}"
+            folder.mkdir(parents=True)
             for number in range(label, count, CLASSES):
-                os.link(root / "source" / f"{number % DIFFERENT}.JPEG", place / f"{split}_{number}.JPEG")
+                os.link(root / "source" / f"{number % DIFFERENT}.JPEG", folder / f"{split}_{number}.JPEG")
 
 
 def make_parquet(root: Path, images: list[bytes], n: int) -> None:
+    """Make Parquet files of ``train`` with n images and ``test`` with one image per class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -73,20 +75,20 @@ def make_parquet(root: Path, images: list[bytes], n: int) -> None:
 
 
 def memory(pid: int | str) -> dict[str, int]:
-    """Bytes that are this process's alone, and with its share of what several use."""
-    found = {}
+    """Return a process's unshared memory and its proportional set size, in bytes."""
+    sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, value = line.split()[:2]
-        found[name.rstrip(":")] = 1024 * int(value)
-    return {"unique": found["Private_Clean"] + found["Private_Dirty"], "pss": found["Pss"]}
+        sizes[name.rstrip(":")] = 1024 * int(value)
+    return {"unique": sizes["Private_Clean"] + sizes["Private_Dirty"], "pss": sizes["Pss"]}
 
 
 def read(data: Data, number: int, options: argparse.Namespace, barrier: Any, results: Any) -> None:
-    """One rank: opens the training images and reads some of them."""
+    """Run one rank: open the training images and read some of them."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as torchrun's processes have it, and not this one
+    multiprocessing.set_start_method("fork", force=True)  # as in processes of torchrun, unlike in this spawned one
     for module in ("pyarrow.compute", "pyarrow.parquet", "timm.data.transforms_factory"):
-        importlib.import_module(module)  # before memory is measured
+        importlib.import_module(module)  # imported before memory is measured
 
     begun = memory("self")
     barrier.wait()
@@ -101,10 +103,10 @@ def read(data: Data, number: int, options: argparse.Namespace, barrier: Any, res
     for _ in range(max(options.read // options.batch, 1)):
         next(batches)
     seconds = time.perf_counter() - started
-    barrier.wait()  # all are there, with their workers
+    barrier.wait()  # measure while all ranks and their workers are running
     workers = [memory(child.pid or 0) for child in multiprocessing.active_children()]
-    found = {"open": opened, "seconds": seconds, "rank": memory("self"), "workers": workers, "begun": begun}
-    results.put({**found, "opened": after})
+    measured = {"open": opened, "seconds": seconds, "rank": memory("self"), "workers": workers, "begun": begun}
+    results.put({**measured, "opened": after})
     barrier.wait()
 
 
@@ -116,7 +118,7 @@ def measure(kind: str, data: Data, options: argparse.Namespace, ranks: int) -> d
     ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=3600) for _ in processes]
+    measured = [results.get(timeout=3600) for _ in processes]
     for process in processes:
         process.join()
     images = ranks * max(options.read // options.batch, 1) * options.batch
@@ -125,12 +127,12 @@ def measure(kind: str, data: Data, options: argparse.Namespace, ranks: int) -> d
         "what": kind,
         "ranks": ranks,
         "workers": options.workers,
-        "open": max(each["open"] for each in found),
-        "list": max(each["opened"]["unique"] - each["begun"]["unique"] for each in found),
-        "rank": max(each["rank"]["unique"] for each in found),
-        "worker": max((worker["unique"] for each in found for worker in each["workers"]), default=0),
-        "together": sum(each["rank"]["pss"] + sum(worker["pss"] for worker in each["workers"]) for each in found),
-        "images_per_second_and_core": images / max(each["seconds"] for each in found) / cores,
+        "open": max(each["open"] for each in measured),
+        "list": max(each["opened"]["unique"] - each["begun"]["unique"] for each in measured),
+        "rank": max(each["rank"]["unique"] for each in measured),
+        "worker": max((worker["unique"] for each in measured for worker in each["workers"]), default=0),
+        "together": sum(each["rank"]["pss"] + sum(worker["pss"] for worker in each["workers"]) for each in measured),
+        "images_per_second_and_core": images / max(each["seconds"] for each in measured) / cores,
     }
 
 
@@ -154,21 +156,21 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_281_167)
-    parser.add_argument("--side", type=int, default=48, help="of the images, in pixels")
-    parser.add_argument("--size", type=int, default=32, help="that they are brought to")
+    parser.add_argument("--side", type=int, default=48, help="side of the stored images, in pixels")
+    parser.add_argument("--size", type=int, default=32, help="side that images are resized to, in pixels")
     parser.add_argument("--kinds", nargs="+", choices=["folder", "parquet"], default=["folder", "parquet"])
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=2, help="of each rank")
-    parser.add_argument("--read", type=int, default=2000, help="images that each rank reads")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of each rank")
+    parser.add_argument("--read", type=int, default=2000, help="images read by each rank")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--where", help="folder for the images, kept; a temporary one unless given")
-    parser.add_argument("--device", default="cpu", help="the CPU, whatever is given")
+    parser.add_argument("--where", help="folder that keeps the images; a temporary one by default")
+    parser.add_argument("--device", default="cpu", help="ignored: reading runs on the CPU")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write settings, hardware and all numbers there")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
+    parser.add_argument("--json", metavar="FILE", help="write settings, hardware and all numbers to FILE")
+    parser.add_argument("--quick", action="store_true", help="a tiny run, only to see that it works")
     options = parser.parse_args(argv)
-    import common  # here, or every rank would import all that models need
+    import common  # here, so that ranks do not import what only models need
 
     if options.quick:
         options.images, options.ranks, options.workers, options.read = 2 * CLASSES, 2, 1, 64

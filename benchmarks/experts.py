@@ -1,19 +1,19 @@
-"""What experts cost: RoME over the plain model, and over a literal loop over its experts.
+"""Cost of experts: RoME beside the plain model and beside a literal loop over the experts.
 
     python benchmarks/experts.py                                    # ViT-B, -S, -Ti at 32 px, patch 4, fp32
     python benchmarks/experts.py --precision bf16 --compile         # also on a GPU: --device cuda --batch 64
     python benchmarks/experts.py --models vit-b --repeats 15 --json experts.json
     python benchmarks/experts.py --models resnet18 --batch 16       # convolutions
 
-Shows forward, input gradient (an attack step), training step (forward and backward to all parameters, no optimizer)
+Times forward, input gradient (an attack step), training step (forward and backward to all parameters, no optimizer)
 and latency (forward of one image) of the plain model, of RoME (rome.add_experts: K=4, r=16, QKV and output), of RoME
-with L_div in the training step, and of a loop that follows Eq. 2-5 word by word: separate A_k, B_k, both gates
-computed separately. Before timing, loop and RoME are given the same random weights and must agree to 1e-5.
+with L_div in the training step, and of a loop that follows Eq. 2-5 literally, with separate A_k and B_k and both gates
+computed separately. Before timing, loop and RoME get the same random weights and must agree to 1e-5.
 
-How to read it: ``x plain`` is the median over rounds of (time / plain model's time in the same round), with the least
-and largest round in brackets; cases take turns within a round. ``arithmetic`` is the same ratio in counted
-multiply-adds: the limit for a machine without overhead. Aim: at most 1.06 on ViT-B (the paper: 1.17 in training,
-1.13 in latency). Below the arithmetic is noise.
+How to read it: ``x plain`` is the median over rounds of the time divided by the plain model's in the same round, with
+the smallest and largest in brackets; cases take turns within a round. ``arithmetic`` is the same ratio in counted
+multiply-adds, the limit for a machine without overhead; times below it are noise. Goal: at most 1.06 on ViT-B (the
+paper: 1.17 in training, 1.13 in latency).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rome.experts import Diversification, MixtureConv2d, MixtureLinear, add_expe
 
 
 class LoopLinear(nn.Module):
-    """Eq. 2-5 as written: o_i = W h_i + sum_k g_ik B_k A_k h_i, one expert after the other."""
+    """Eq. 2-5 as written: o_i = W h_i + sum_k g_ik B_k A_k h_i, one expert after another."""
 
     def __init__(self, mixture: MixtureLinear) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LoopLinear(nn.Module):
 
 
 class LoopConv2d(nn.Module):
-    """The same of a convolution: W * x + sum_k g_k (dW_k * x) with dW_k = B_k A_k, loralib's kernels one by one."""
+    """The same for a convolution: W * x + sum_k g_k (dW_k * x) with loralib's kernels dW_k = B_k A_k, one by one."""
 
     def __init__(self, mixture: MixtureConv2d) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class LoopConv2d(nn.Module):
 
 
 def looped(model: nn.Module) -> nn.Module:
-    """A copy of a model with experts in which every mixture is a loop."""
+    """Return a copy of a model with experts in which a loop replaces every mixture."""
     twin = copy.deepcopy(model)
     for name, layer in expert_layers(twin).items():
         parent, _, leaf = name.rpartition(".")
@@ -88,7 +88,7 @@ def looped(model: nn.Module) -> nn.Module:
 
 
 def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]:
-    """Plain, RoME and loop with the same weights; B random, so that the experts take part."""
+    """Return plain model, RoME and loop with the same weights; B is random, so that the experts contribute."""
     plain = common.make_model(name, device, seed)
     rome = add_experts(copy.deepcopy(plain))
     for layer in expert_layers(rome).values():
@@ -97,7 +97,7 @@ def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]
 
 
 def disagreement(one: nn.Module, other: nn.Module, x: Tensor) -> float:
-    """Largest difference of the logits and the input gradients, each relative to its largest entry."""
+    """Largest difference in logits and in input gradients, each relative to the largest entry."""
     y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with common.frozen_parameters(one), common.frozen_parameters(other):
         a, b = one(x), other(x)
@@ -117,7 +117,7 @@ def gradient(model: nn.Module, context: Callable[[], Any], x: Tensor, y: Tensor)
 
 
 def training(model: nn.Module, context: Callable[[], Any], x: Tensor, y: Tensor, labels: Tensor | None = None) -> None:
-    """Forward and backward; with threat labels also recording and L_div."""
+    """Run forward and backward; with threat labels, also record gates and add L_div."""
     model.zero_grad(set_to_none=True)
     with context():
         with record_gates(model) if labels is not None else nullcontext() as recorder:
@@ -128,7 +128,7 @@ def training(model: nn.Module, context: Callable[[], Any], x: Tensor, y: Tensor,
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """All times of one model."""
+    """Measure all times of one model."""
     models = variants(name, device, options.seed)
     x, y = common.images(batch, None, device, options.seed)
     common.cast(device, "fp32")
@@ -180,7 +180,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         "model": row["model"],
         "batch": str(row["batch"]),

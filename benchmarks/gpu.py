@@ -1,12 +1,12 @@
-"""One command for whoever has a GPU for a quarter of an hour: `make gpu DATA=PATH`.
+"""All measurements that need a GPU, in a quarter of an hour: `make gpu DATA=PATH`.
 
     python -m benchmarks.gpu --data PATH --minutes 12 --out gpu
 
-Runs, in order of importance, what only a GPU can show: the experts' overhead in an attack step, the times of updates
-(eager, as graphs, compiled), the tests for GPUs, AutoAttack beside pyautoattack, and the comparison of experiments/gpu.
-Each part is a process with a share of the minutes and is stopped when that is over; what it measured until then is in
-its JSON file and, with all it printed, in ``gpu.md``, which is written as it goes. What no time is left for is skipped,
-and says so. Needs nothing but what is installed; the folder has at most eight small files to send.
+Runs, in order of importance: the experts' overhead in an attack step, the times of updates (eager, as CUDA graphs,
+compiled), the tests for GPUs, AutoAttack beside pyautoattack, and the comparison of experiments/gpu. Each part is a
+process with a share of the minutes, and is stopped at its end. Everything measured until then is in the part's JSON
+file and, with all printed output, in ``gpu.md``; both are written continuously. Parts for which no time is left are
+skipped and listed. Needs nothing but what is installed; the output folder has at most eight small files.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import NamedTuple, TextIO
 
 HERE = Path(__file__).resolve().parent
 LEAST = 20
-"""Seconds: a part that could not run as long is skipped."""
+"""Minimum seconds of a part; with less time left it is skipped."""
 
 
 class Part(NamedTuple):
-    """One of the benchmarks."""
+    """One of the measurements."""
 
     name: str
     share: float
-    """Of the minutes that are left when it begins."""
+    """Share of the time that is left when the part begins."""
     command: list[str]
 
 
 def parts(data: str | None, minutes: float, device: str, out: Path, quick: bool) -> list[Part]:
-    """All of them, the most important first."""
+    """Return all parts, the most important first."""
 
     def script(name: str, *options: str, file: str = "") -> list[str]:
         common = ["--device", device, "--json", str(out / f"{file or name}.json"), *(["--quick"] if quick else [])]
@@ -76,7 +76,7 @@ def parts(data: str | None, minutes: float, device: str, out: Path, quick: bool)
 
 
 def run(part: Part, seconds: float, log: TextIO) -> str:
-    """Run one part, its lines to the terminal and the log as they come; how it ended."""
+    """Run a part, copy its output to the terminal and the log as it appears, and return how the part ended."""
     process = subprocess.Popen(
         part.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
@@ -101,16 +101,16 @@ def run(part: Part, seconds: float, log: TextIO) -> str:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         process.stdout.close()
-    return {0: "done", -signal.SIGKILL: "stopped, its time was over"}.get(code, f"failed with exit code {code}")
+    return {0: "done", -signal.SIGKILL: "stopped at the end of its time"}.get(code, f"failed with exit code {code}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; without it random images, no comparison")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; by default random images and no comparison")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="a tiny run that only shows that it works")
+    parser.add_argument("--quick", action="store_true", help="a tiny run, only to see that it works")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     started, end = time.monotonic(), time.monotonic() + 60 * options.minutes
@@ -125,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(head, end="", flush=True)
             log.write(head)
             log.flush()
-            ended = run(part, seconds, log) if left >= LEAST else "skipped, no time was left"
+            ended = run(part, seconds, log) if left >= LEAST else "skipped, no time left"
             summary.append(f"- {part.name}: {ended}\n")
             log.write(summary[-1])
-        text = f"\n## In all {time.monotonic() - started:.0f} s\n\n{''.join(summary)}"
+        text = f"\n## Total: {time.monotonic() - started:.0f} s\n\n{''.join(summary)}"
         print(text)
         log.write(text)
     return int(any("failed" in line for line in summary))

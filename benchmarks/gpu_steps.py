@@ -1,16 +1,17 @@
-"""One attack step (forward and input gradient) on a GPU: what experts cost, launched one by one and in a CUDA graph.
+"""Cost of experts in one attack step (forward and input gradient) on a GPU, eager and in a CUDA graph.
 
     python -m benchmarks.gpu_steps --device cuda --minutes 3 --out DIR
 
-First what the card can do (bare products), then for each model at 32 px and each batch, in bf16 with frozen weights:
-the plain model, RoME as it is, and RoME by the general path (gates written with torch's operations), each eager and
-captured in a CUDA graph. ``x plain`` is the median over rounds of the time over the plain model's in the same round,
-with the least and largest; cases take turns within a round. ``arithmetic`` is that ratio in counted multiply-adds.
-Aim: in a graph at most 1.15 for ViT-B at batch 64, and 1.10 at 192. ``same`` says whether the graph's gradient is
-eager's to the last bit. Last, the parts of the layers of the largest model: microseconds of each operation in a graph.
+Starts with the card's speed in bare matrix products. Then, for each model at 32 px and each batch size, in bf16 with
+frozen weights: the plain model, RoME, and RoME by the general path (gates computed with torch's own operations), each
+eager and captured in a CUDA graph. ``x plain`` is the median over rounds of the time divided by the plain model's in
+the same round, with the smallest and largest in brackets; cases take turns within a round. ``arithmetic`` is that ratio
+in counted multiply-adds. Goal: in a graph at most 1.15 for ViT-B at batch 64, and 1.10 at 192. ``same`` tells whether
+the graph's gradient equals the eager one bit for bit. Ends with the layers of the first model: microseconds of each
+operation in a graph.
 
-Each row is printed and written (``DIR/gpu_steps.json``) when it is there. A row that fails is one line, and the rest
-goes on; what does not fit into ``--minutes`` is left out, and said. On a CPU: eager only.
+Each row is printed, and written to ``DIR/gpu_steps.json``, as soon as it is measured. A row that fails is reported in
+one line and the rest continues; what does not fit into ``--minutes`` is skipped with a note. On a CPU: eager only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,18 @@ Step = Callable[[], Any]
 
 
 class OutOfTimeError(Exception):
-    """The minutes are over."""
+    """The time given by ``--minutes`` is over."""
 
 
 class Bench:
-    """Rows of several tables, printed and saved as they come, until the time is over."""
+    """Prints and saves the rows of several tables as they are measured, until the time is over."""
 
     def __init__(self, options: Any, device: torch.device, report: common.Report) -> None:
         self.options, self.device, self.report = options, device, report
         self.end = time.monotonic() + 60 * options.minutes
 
     def row(self, title: str, shown: dict[str, str], data: dict[str, Any]) -> None:
-        """One row of a table; its first row brings the head."""
+        """Print and save one row of a table; the first one also prints the head."""
         if title not in self.report.tables:
             print(f"\n{title}\n\n| {' | '.join(shown)} |\n|{' --- |' * len(shown)}")
         print(f"| {' | '.join(shown.values())} |", flush=True)
@@ -61,7 +63,7 @@ class Bench:
         self.report.save()
 
     def attempt(self, what: str, work: Step) -> Any:
-        """What ``work`` gives; None, and a line, where it fails.
+        """Return the result of ``work``; if it fails, print a line and return None.
 
         Raises:
             OutOfTimeError: the time is over.
@@ -88,7 +90,7 @@ class Bench:
 
 
 def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of a step, and the tensors that it fills."""
+    """Capture a step in a CUDA graph; return the graph and the tensors that it fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -101,11 +103,11 @@ def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, found
 
 
-# -- what the card can do ----------------------------------------------------------------------------------------------
+# -- bare products -----------------------------------------------------------------------------------------------------
 
 
 def ceilings(bench: Bench) -> None:
-    """FLOP/s of bare products: a large one, and those of the models."""
+    """Measure the FLOP/s of bare matrix products: a large one, and those of the models."""
     for rows, inputs, outputs in ((64, 64, 64),) if bench.options.quick else (
         (8192, 8192, 8192), *((65 * batch, d, 4 * d) for batch in bench.options.batch for d in (768, 384, 192))
     ):  # fmt: skip
@@ -120,7 +122,8 @@ def ceilings(bench: Bench) -> None:
 
 
 def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]:
-    """Plain, and RoME with the same weights and B random; and again with hooks at its gates, so by the general path."""
+    """Return the plain model; RoME with the same weights and random B; and RoME with hooks on its gates, which make it
+    take the general path."""
     plain = common.make_model(name, torch.device("cpu"), seed)
     rome = add_experts(copy.deepcopy(plain))
     for layer in expert_layers(rome).values():
@@ -132,12 +135,12 @@ def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]
 
 
 def arithmetic(models: dict[str, nn.Module]) -> tuple[int, int]:
-    """FLOPs of forward and input gradient for each image: of the plain model, and with experts."""
+    """FLOPs of forward and input gradient per image, of the plain model and with experts."""
     return common.count_flops(models["plain"]).gradient, common.count_flops(models["rome"]).gradient
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations that are not views."""
 
     VIEWS = ("aten._unsafe_view.default", "aten.detach.default")
 
@@ -151,7 +154,7 @@ class Operations(TorchDispatchMode):
 
 
 def kernels(step: Step) -> Counter[str]:
-    """Microseconds of each kernel of a step by name, and their number under the empty name."""
+    """Return the microseconds of each kernel of a step by name, and the number of kernels under the empty name."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
         step()
         torch.cuda.synchronize()
@@ -164,22 +167,21 @@ def kernels(step: Step) -> Counter[str]:
 
 
 def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flops: dict[str, int]) -> None:
-    """The rows of one model at one batch."""
+    """Measure the rows of one model at one batch size."""
     x, y = common.images(batch, None, bench.device, bench.options.seed)
     what = f"{name}, batch {batch}"
 
     def run(case: str) -> Step:
-        def step() -> Any:  # as inside Attack.run, which enters these contexts once for all steps
+        def step() -> Any:  # as in Attack.run, which enters these contexts once for all steps
             with torch.autocast(bench.device.type, torch.bfloat16), torch.no_grad():
                 return loss_and_gradient(models[case], x, y)
 
         return step
 
-    contexts = [frozen(model) for model in models.values()]
-    with torch.autocast(bench.device.type, torch.bfloat16):
-        for context in contexts:
-            context.__enter__()
-    try:
+    with ExitStack() as stack:
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            for model in models.values():
+                stack.enter_context(frozen(model))
         eager = {case: run(case) for case in models}
         gradients, operations = {}, {}
         for case, step in list(eager.items()):
@@ -244,13 +246,10 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
                     "from general": "" if apart is None else f"{apart:.1e}",
                 }
                 bench.row("Attack steps, bf16, frozen weights", shown, data)
-    finally:
-        for context in reversed(contexts):
-            context.__exit__(None, None, None)
 
 
 def parity(bench: Bench, name: str, models: dict[str, nn.Module]) -> None:
-    """RoME beside the general path in fp32: logits and input gradient, relative to the largest entry."""
+    """Compare RoME with the general path in fp32: logits and input gradient, relative to the largest entry."""
     common.cast(bench.device, "fp32")
     x, y = common.images(4, None, bench.device, bench.options.seed)
     found = []
@@ -266,7 +265,7 @@ def parity(bench: Bench, name: str, models: dict[str, nn.Module]) -> None:
 
 
 def parts(bench: Bench, batch: int, width: int, outputs: int, calls: int = 20) -> None:
-    """Microseconds of each operation of a layer with 4 experts of rank 16, 65 tokens."""
+    """Measure the microseconds of each operation of a layer with 4 experts of rank 16, on 65 tokens."""
     K, r, tokens = (4, 16, 65) if not bench.options.quick else (2, 2, 5)
     n = K * r
     rows, wide = batch * tokens, n + 2 * K
@@ -320,7 +319,7 @@ def parts(bench: Bench, batch: int, width: int, outputs: int, calls: int = 20) -
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-b", "vit-s", "vit-ti"], batch=[64, 192], repeats=9)
-    parser.add_argument("--minutes", type=float, default=3.0, help="no row begins later")
+    parser.add_argument("--minutes", type=float, default=3.0, help="time limit; no row starts after it")
     parser.add_argument("--out", metavar="DIR", help="write DIR/gpu_steps.json")
     options = parser.parse_args(argv)
     if options.quick:

@@ -1,11 +1,11 @@
-"""What the host does in an update whose attack and training step are replayed: how long a GPU may wait for it.
+"""Host time of an update whose attack and training step are replayed as graphs: how long a GPU may wait for Python.
 
     python benchmarks/host.py --threads 1
 
-The models have the modules of the real ones at a small width, and the replay of their graphs does nothing. So all of
-the time is Python's: the draw of threats, the order of the batch, the checks, the search for the graphs. A GPU works
-meanwhile on what is queued; it waits for the part between two updates. ``freeze`` is what one attack took before whole
-searches were found without it: to freeze the model and to thaw it again.
+The models have the modules of the real ones at a small width, and replaying their graphs does nothing. All measured
+time is therefore Python's: drawing threats, sorting the batch, checks, looking up graphs. Meanwhile a GPU works on its
+queue; it waits only between two updates. ``freeze`` is the time to freeze and unfreeze the model, which every attack
+needed before whole searches were replayed without it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from rome.threats import CIFAR10
 from rome.training.step import Step
 
 
-class Alone:
-    """One process, on the CPU."""
+class SingleProcess:
+    """Stand-in for Fabric: a single process on the CPU."""
 
     device, world_size = torch.device("cpu"), 1
 
 
 def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A capture whose replay does nothing."""
+    """Run the function and return its result with a replay that does nothing."""
     return (lambda: None), function()
 
 
@@ -62,7 +62,8 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
         new_optimizer=AdamW().build,
     )
     step = Step(
-        parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}), Alone()
+        parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}),
+        SingleProcess(),
     )
     x, y = common.images(batch, None, torch.device("cpu"), options.seed)
     method = Random()
@@ -77,7 +78,7 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
         with torch.autocast("cpu", torch.bfloat16), frozen(model):
             pass
 
-    # a replay that does nothing gives no results to compare
+    # a replay that does nothing has no results to compare
     with patch.object(graphs, "_same", lambda one, other: True), graphed(model, Graphs(capture=captured)):
         for _ in range(3):
             update()
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for batch in options.batch
         for experts in (False, True)
     ]
-    report.table("Host time of an update that is replayed", [shown for shown, _ in rows], [data for _, data in rows])
+    report.table("Host time of a replayed update", [shown for shown, _ in rows], [data for _, data in rows])
     return report.finish()
 
 

@@ -1,13 +1,13 @@
-"""What the order of a convolution's weights in memory costs, and a BatchNorm that it could compute itself.
+"""Speed of convolutions with weights in channels-last order and with BatchNorm folded into them.
 
     python benchmarks/layout.py --threads 1                                     # ResNet-18, without and with experts
-    python benchmarks/layout.py --device cuda --batch 256 --precision bf16      # whether a GPU should have it too
+    python benchmarks/layout.py --device cuda --batch 256 --precision bf16      # would a GPU profit too?
 
-Shows forward, input gradient (an attack step) and training step (forward and backward to all parameters, no
-optimizer). Only the weights are changed: the activations follow. ``folded`` has channels last and BatchNorm folded into
-the convolutions. ``x first`` is the median over rounds of (time / that of channels first in the same round), with the
-least and largest round in brackets. rome uses channels last on CPUs (rome.core.device.placed), and folds in evaluations
-there (rome.models.folding).
+Times forward, input gradient (an attack step) and training step (forward and backward to all parameters, no
+optimizer). Only the order of the weights is changed; activations follow it. ``folded`` is channels last with BatchNorm
+folded into the convolutions. ``x first`` is the median over rounds of the time divided by that of channels first in the
+same round, with the smallest and largest in brackets. On CPUs rome uses channels last (rome.core.device.placed) and
+folds in evaluations (rome.models.folding).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rome.models.folding import foldable, folded
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """All times of one model."""
+    """Measure all times of one model."""
     plain = common.make_model(name, device, options.seed)
     x, y = common.images(batch, None, device, options.seed)
     context = partial(common.cast, device, options.precision)
@@ -66,7 +66,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         **{key: str(row[key]) for key in ("model", "batch", "what", "case")},
         "ms": common.milliseconds(row["seconds"]),

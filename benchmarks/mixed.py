@@ -1,16 +1,16 @@
-"""What the mixed batch saves: threats attacked together against one attack call for each threat.
+"""Speed of mixed batches: all threats attacked together, compared with one attack call per threat.
 
     python benchmarks/mixed.py                                     # ViT-Ti, batch 64 and 192, PGD 20/20/10
     python benchmarks/mixed.py --models vit-micro vit-ti vit-b --device cuda --json mixed.json
 
 Two workloads, both with the paper's PGD (20, 20, 10 steps in L1, L2, Linf):
-RANDOM: every example meets one threat, a third of the batch each: one mixed call, or three calls on a third each.
-MAX: every example meets every threat: one mixed call on the batch repeated three times, or three calls on the batch.
+RANDOM: every example has one threat, a third of the batch each; one mixed call, or three calls on a third each.
+MAX: every example has every threat; one mixed call on the batch repeated three times, or three calls on the batch.
 
-How to read it: ``x separate`` is the median over rounds of (mixed / separate in the same round), least and largest
-round in brackets; below 1 the mixed batch is faster. Both compute the same images (``same`` tells how nearly), so the
-arithmetic is equal and what differs is the number of model calls: ``forwards``, and as many backwards. The gain is
-largest where a third of the batch does not fill the hardware.
+How to read it: ``x separate`` is the median over rounds of the time divided by that of separate calls in the same
+round, with the smallest and largest in brackets; below 1 the mixed batch is faster. Both compute the same images
+(``same`` is the share of images that agree within 1e-3), so the arithmetic is equal and only the number of model calls
+differs: ``forwards``, and as many backwards. The gain is largest if a third of the batch does not fill the hardware.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rome.experts import add_experts
 from rome.threats import CIFAR10, PerExample
 
 
-class Drawn(Stream):
-    """A stream that gives the rows of one tensor, so that both ways start at the same noise."""
+class FixedNoise(Stream):
+    """A stream that returns a given tensor, so that mixed and separate calls start from the same noise."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__(torch.Generator())
@@ -41,7 +41,7 @@ class Drawn(Stream):
 
 
 def measure(name: str, batch: int, options: Any, device: torch.device) -> list[dict[str, Any]]:
-    """Times of both workloads, each both ways."""
+    """Measure both workloads, mixed and separate."""
     model = common.make_model(name, device, options.seed)
     if options.experts:
         add_experts(model)
@@ -61,14 +61,14 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
         noise = draws.uniform(images.shape, device)
         parts = [(threat, where.to(device)) for threat, where in mixture.groups()]
 
-        # what the loop below binds is used before the next round of it
+        # default arguments bind the values of this iteration
         def mixed(images=images, labels=labels, mixture=mixture, noise=noise) -> Tensor:  # type: ignore[no-untyped-def]
-            return attack(model, images, labels, mixture, generator=Drawn(noise))
+            return attack(model, images, labels, mixture, generator=FixedNoise(noise))
 
         def separate(images=images, labels=labels, parts=parts, noise=noise) -> Tensor:  # type: ignore[no-untyped-def]
             result = torch.empty_like(images)
             for threat, where in parts:
-                own = Drawn(noise[where])
+                own = FixedNoise(noise[where])
                 result[where] = attack(model, images[where], labels[where], threat, generator=own)
             return result
 
@@ -98,14 +98,14 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
 
 
 def _count(model: nn.Module) -> list[int]:
-    """A list to which every forward of the model appends its batch size."""
+    """Return a list to which every forward of the model appends its batch size."""
     calls: list[int] = []
     model.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     return calls
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         "model": row["model"],
         "batch": str(row["batch"]),
@@ -120,9 +120,9 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti"], batch=[64, 192], repeats=3)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
-    parser.add_argument("--steps", nargs=3, type=int, default=[20, 20, 10], help="in L1, L2, Linf")
-    parser.add_argument("--experts", action="store_true", help="with RoME's experts in the ViT")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images by default")
+    parser.add_argument("--steps", nargs=3, type=int, default=[20, 20, 10], help="steps in L1, L2, Linf")
+    parser.add_argument("--experts", action="store_true", help="add RoME's experts to the ViT")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     options = parser.parse_args(argv)
     if options.quick:

@@ -1,7 +1,8 @@
-"""The packages that the unseen attacks were published in, made to run on today's torch and without CUDA.
+"""The published packages of the unseen attacks, made to run with current torch and without CUDA.
 
-``perceptual-advex`` (its attacks need ``recoloradv`` and ``advex-uar``) is of 2021 and imports what is not used here:
-for such modules others stand in. ``advex-uar`` asks for CUDA in every call: :class:`OnCPU` answers with the CPU.
+``perceptual-advex`` (whose attacks need ``recoloradv`` and ``advex-uar``) dates from 2021 and imports modules that are
+not used here; placeholders stand in for them. ``advex-uar`` moves tensors to CUDA in every call; :class:`OnCPU` keeps
+them on the CPU.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from rome.attacks.perceptual.features import feature_layers
 from rome.attacks.transforms.base import SignAscent
 
 UAR: dict[type[Attack], str] = {Elastic: "elastic", Fog: "fog", Gabor: "gabor", JPEG: "jpeg_linf", Snow: "snow"}
-"""Names in advex-uar."""
+"""Names of the attacks in advex-uar."""
 NEVER_CALLED = ("robustness", "wandb", "torchvision.models.utils", "perceptual_advex.datasets")
 
 
-class _Standing(types.ModuleType):
-    """A module in which every name is some class."""
+class _Placeholder(types.ModuleType):
+    """A placeholder module in which every name is a class."""
 
     __path__: list[str] = []  # noqa: RUF012
 
@@ -44,13 +45,15 @@ class _Standing(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports placeholders for the modules in :data:`NEVER_CALLED`."""
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if any(name == one or name.startswith(f"{one}.") for one in NEVER_CALLED):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
     def create_module(self, spec: Any) -> types.ModuleType:
-        return _Standing(spec.name)
+        return _Placeholder(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
@@ -61,7 +64,7 @@ def installed(package: str) -> bool:
 
 
 def original(name: str) -> Any:
-    """A module of the originals.
+    """Import a module of the published packages.
 
     Raises:
         ImportError: its package is not installed.
@@ -77,13 +80,13 @@ def original(name: str) -> Any:
 
 
 class OnCPU(TorchFunctionMode):
-    """CUDA is the CPU inside. Three defects of the originals are mended where asked for.
+    """Context in which CUDA calls stay on the CPU. Optionally repairs three defects of the originals.
 
     Args:
-        corners: ``grid_sample`` aligns corners, as in the torch the code was written for.
-        roll: what rolls by two rolls by one (fog; diamond-square has it so).
-        fresh: a tensor that is made to require a gradient starts without the one of before (Newton's projection adds
-            the gradients of all its steps up).
+        corners: ``grid_sample`` aligns corners, as in the torch version that the code was written for.
+        roll: rolls by two become rolls by one, as diamond-square needs (fog).
+        fresh: setting ``requires_grad`` clears the tensor's old gradient (Newton's projection would otherwise add up
+            the gradients of all its steps).
     """
 
     def __init__(self, *, corners: bool = False, roll: bool = False, fresh: bool = False) -> None:
@@ -106,7 +109,7 @@ class OnCPU(TorchFunctionMode):
 
 
 class Seen(nn.Module):
-    """A network as perceptual-advex wants it: ``features`` gives the activations that our distance compares."""
+    """A network with perceptual-advex's interface: ``features`` returns the activations that our distance compares."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -129,14 +132,14 @@ class Seen(nn.Module):
 def published(
     model: nn.Module, attack: Attack, network: nn.Module, bound: float
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The published attack with the settings of ours, images and labels to adversarial images, on the CPU if need be.
+    """Return the published attack with the settings of ours, a function of images and labels; it also runs on a CPU.
 
     Args:
-        network: what PPGD and LPA measure with.
-        bound: theirs; the other attacks have their own.
+        network: network of PPGD's and LPA's distance.
+        bound: bound of PPGD and LPA; the other attacks have their own.
 
     Returns:
-        None where its package is not installed, or there is none.
+        A function from images and labels to adversarial images; None if there is no package or it is not installed.
     """
     package = "torchattacks" if isinstance(attack, SparseFool) else "perceptual_advex"
     if not installed(package) or not isinstance(attack, (*UAR, StAdv, ReColorAdv, PPGD, LPA, SparseFool)):

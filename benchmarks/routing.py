@@ -1,15 +1,15 @@
-"""What makes gates separate threats: robustness and routing of runs side by side, seeds of one config in one row.
+"""Robustness and routing of runs side by side, one row per config, averaged over seeds.
 
     rome sweep experiments/digits/study/[a-z]*.yaml seed=0,1,2 --out runs/study
     python benchmarks/routing.py runs/study/*/ --json routing.json
 
-How to read it: ``union`` is that of the runs' own evaluation, mean and standard deviation over seeds; ``over`` is the
-difference to the first config named (or ``--base``) on the same seeds, mean (least to largest). The others are
-:mod:`rome.report.routing`'s numbers on the first ``--n`` test images under APGD: ``information`` is the mutual
-information of threat and expert as a share of the most there could be, ``distance`` the Jensen-Shannon distance of two
-threats' mean gates, both averaged over layers; ``probe`` the accuracy of a linear classifier that reads the threat from
-all gates, beside ``features``, the same from the features of all blocks (of a model without experts too); ``load`` is
-1 where experts carry equal shares.
+How to read it: ``union`` is from the runs' own evaluations, mean and standard deviation over seeds; ``over`` is the
+difference from the first config named (or ``--base``) with the same seeds, mean (minimum to maximum). The others are
+the numbers of :mod:`rome.report.routing` on the first ``--n`` test images under APGD. ``information`` is the mutual
+information of threat and expert as a share of its maximum, ``distance`` the Jensen-Shannon distance between two
+threats' mean gates, both averaged over layers. ``probe`` is the accuracy of a linear classifier that predicts the
+threat from all gates, ``features`` the same from the features of all blocks, which models without experts have too.
+``load`` is 1 if all experts have equal shares.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ NUMBERS = ("information", "distance", "probe", "features", "load")
 
 
 def main(options: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure the runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="evaluated runs of one suite on the same images")
-    parser.add_argument("--base", help="name of the config that others are compared with; the first one's")
+    parser.add_argument("runs", nargs="+", type=Path, help="evaluated runs: the same suite and images for all")
+    parser.add_argument("--base", help="config that the others are compared with; the first run's by default")
     parser.add_argument("--n", type=int, default=128, help="test images for the routing numbers")
-    parser.add_argument("--json", metavar="FILE", help="write every single number there")
-    chosen = parser.parse_args(options)
-    found = [each for each in chosen.runs if (each / "model.safetensors").exists()]
-    reports = {each.run.folder: each.report for each in gather(found)}
+    parser.add_argument("--json", metavar="FILE", help="write every single number to FILE")
+    arguments = parser.parse_args(options)
+    runs = [each for each in arguments.runs if (each / "model.safetensors").exists()]
+    reports = {each.run.folder: each.report for each in gather(runs)}
     lines = []
-    for subject in open_subjects(found):
+    for subject in open_subjects(runs):
         report = reports[subject.run.folder]
         line = {"config": subject.config.name, "seed": subject.config.seed, "clean": report.clean}
-        lines.append({**line, "union": report.union, **routing(subject, chosen.n)})
+        lines.append({**line, "union": report.union, **routing(subject, arguments.n)})
         print(json.dumps(lines[-1]), flush=True)
-    common.CONSOLE.print(table(lines, chosen.base or lines[0]["config"]))
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps({"n": chosen.n, "runs": lines}, indent=1))
+    common.CONSOLE.print(table(lines, arguments.base or lines[0]["config"]))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"n": arguments.n, "runs": lines}, indent=1))
 
 
 def routing(subject: Subject, n: int) -> dict[str, Any]:
-    """The run's routing numbers; the probe of its features alone for a model without experts."""
+    """Return the run's routing numbers; for a model without experts only the probe of its features."""
     groups = subject.attacked(n)
     features = image_means(subject.model, groups)
     if not expert_layers(subject.model):
@@ -75,7 +75,7 @@ def routing(subject: Subject, n: int) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]], base: str) -> Table:
-    """A row for each config, in percent but for ``distance`` and ``load``."""
+    """Make a table with one row per config, in percent except for ``distance`` and ``load``."""
     against = {line["seed"]: line["union"] for line in lines if line["config"] == base}
     shown = Table(box=MARKDOWN)
     for title in ("config", "seeds", "clean", "union", f"over {base}", *NUMBERS):

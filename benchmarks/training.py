@@ -1,22 +1,23 @@
-"""Images per second and share of the hardware's peak of whole training updates, and where their time goes.
+"""Whole training updates: images per second, share of the hardware's peak, and where the time goes.
 
     python benchmarks/training.py --device cuda --precision bf16 --ways eager graph compiled --json training.json
-    python benchmarks/training.py --models vit-ti --batch 16 --steps-scale 0.1       # on a CPU; ViT-B too, with time
+    python benchmarks/training.py --models vit-ti --batch 16 --steps-scale 0.1       # on a CPU; ViT-B takes long
 
-Runs rome.train itself, on CIFAR-10 of ``--data`` or random images: the paper's RANDOM (PGD 20/20/10, one mixed batch,
-AdamW) and RoME+RANDOM (experts and L_div), and MAX where ``--methods`` names it, all in the same run, one update each
-in turn. A time is that of a whole update: images from the data set, attack, training step, optimizer, log.
-``--steps-scale`` shortens the attacks. ``--ways``: eager, as CUDA graphs, or those of compiled blocks. Each row of each
-way is printed and written as soon as it is measured.
+Runs rome.train itself, on CIFAR-10 from ``--data`` or on random images: the paper's RANDOM (PGD 20/20/10, one mixed
+batch, AdamW) and RoME+RANDOM (experts and L_div), and MAX if ``--methods`` names it, all in the same process, one
+update each in turn. A time covers a whole update: images from the data set, attack, training step, optimizer, log.
+``--steps-scale`` shortens the attacks. ``--ways`` are eager, CUDA graphs, and CUDA graphs of compiled blocks. Results
+are printed and written after each way, model and batch size.
 
-How to read it: ``x RANDOM`` is the median over updates of (the time / RANDOM's in the same round), least and
-largest in brackets. ``MFU`` is the counted arithmetic of the update (matrix products and convolutions, two operations
-per MAC, recomputation not counted) over time x peak; the peak is the data sheet's for known GPUs, otherwise that of a
-measured matrix product, and ``of product`` is over that product's on the same machine. ``20 epochs`` is the time of
-20 x 50,000 images at the full 20/20/10 steps: measured images/s, or where ``--steps-scale`` is not 1 extrapolated by
-the counted arithmetic (marked ~). Aim: ViT-B in at most 30 minutes on one H100; RoME at most 1.10 x RANDOM on a CPU.
-``--profile`` adds two tables per case: the parts of an update (with a wait for the device around each, in a round of
-its own) and torch.profiler's top operations by self time; ``busy`` is how much of the update the device computed.
+How to read it: ``x RANDOM`` is the median over updates of the time divided by RANDOM's in the same round, with the
+smallest and largest in brackets. ``MFU`` is the counted arithmetic of the update (matrix products and convolutions, two
+operations per MAC, recomputation not counted) over time x peak. The peak is the data sheet's for known GPUs, otherwise
+that of a measured matrix product; ``of product`` is relative to that product's on the same machine. ``20 epochs`` is
+the time for 20 x 50,000 images at the full 20/20/10 steps, from the measured images/s or, if ``--steps-scale`` is not
+1, extrapolated by the counted arithmetic (marked ~). Goal: ViT-B in at most 30 minutes on one H100; RoME at most 1.10 x
+RANDOM on a CPU. ``--profile`` adds two tables per case: the parts of an update (measured in a separate round that waits
+for the device around each part) and torch.profiler's top operations by self time; ``busy`` is the share of the update
+in which the device was computing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ CIFAR10_IMAGES, EPOCHS = 50_000, 20
 
 
 class RandomImages(Data):
-    """As many random images, with random labels, as CIFAR-10 has: where there is no CIFAR-10."""
+    """Random images with random labels, as many as in CIFAR-10, for machines without CIFAR-10."""
 
     kind = "benchmark-random-images"
 
@@ -75,7 +76,7 @@ class RandomImages(Data):
 
 
 def make_config(name: str, method: str, way: str, batch: int, options: Any, device: torch.device) -> Config:
-    """The paper's run on CIFAR-10, as a config file would say it."""
+    """Return the config of the paper's run on CIFAR-10."""
     kind, settings = common.TIMM[name]
     data = {"kind": "cifar10", "path": options.data} if options.data else {"kind": RandomImages.kind}
     limit, scale = max(20 * batch, 1000) if options.quick else None, options.steps_scale
@@ -100,7 +101,7 @@ def make_config(name: str, method: str, way: str, batch: int, options: Any, devi
 
 
 def count_update(config: Config, *, full: bool = False) -> float:
-    """Counted FLOPs of one update for each image of its batch."""
+    """Counted FLOPs of an update per image of its batch; ``full``: with the unscaled number of attack steps."""
     model = build_model(config.model, config.experts, classes=10, shape=(3, 32, 32))
     flops = common.count_flops(model)
     attack = PGD() if full else config.attack
@@ -111,12 +112,12 @@ def count_update(config: Config, *, full: bool = False) -> float:
 # -- several trainings, one update each in turn ------------------------------------------------------------------------
 
 
-class Enough(BaseException):
-    """Ends a training from inside its progress display: nothing is saved."""
+class StopTraining(BaseException):
+    """Raised in the progress display to end a training without saving anything."""
 
 
 class Training:
-    """A rome.train in a thread of its own, which does one update whenever it is told to."""
+    """A rome.train in a thread of its own that does one update per call of :meth:`step`."""
 
     def __init__(self, config: Config, device: torch.device, folder: str) -> None:
         self.config, self.device, self.folder = config, device, folder
@@ -128,7 +129,7 @@ class Training:
         self.thread.start()
 
     def step(self, before: Callable[[], None] | None = None) -> float:
-        """Seconds of the next update; ``before`` is called first, in the training's own thread."""
+        """Do the next update and return its seconds; ``before`` is called first, in the training's thread."""
         self.before = before
         self.go.set()
         result = self.results.get()
@@ -137,7 +138,7 @@ class Training:
         return result
 
     def end(self) -> None:
-        """Stop without saving anything."""
+        """End the training without saving anything."""
         self.stop = True
         self.go.set()
         self.thread.join()
@@ -146,10 +147,10 @@ class Training:
         try:
             torch.set_num_threads(self.threads)
             train(self.config, self.folder, overwrite=True, progress=self._shown)
-            raise RuntimeError("the training ended before the benchmark: fewer --repeats or smaller --batch")
-        except Enough:
+            raise RuntimeError("training ended before the benchmark; choose fewer --repeats or a smaller --batch")
+        except StopTraining:
             pass
-        except BaseException as error:  # the main thread raises it
+        except BaseException as error:  # raised again in the main thread
             self.results.put(error)
 
     @contextmanager
@@ -169,7 +170,7 @@ class Training:
         self.go.wait()
         self.go.clear()
         if self.stop:
-            raise Enough
+            raise StopTraining
         if self.before is not None:
             self.before()
         common.synchronize(self.device)
@@ -179,9 +180,9 @@ class Training:
 def measure(
     name: str, batch: int, way: str, options: Any, device: torch.device, report: common.Report
 ) -> list[dict[str, Any]]:
-    """Times of the methods' updates."""
-    common.cast(device, options.precision)  # sets what fp32 products may use
-    common.compile_models()  # train compiles the models
+    """Measure the updates of all methods."""
+    common.cast(device, options.precision)  # sets the precision of fp32 products
+    common.compile_models()  # resets the compiler; train compiles the models
     configs = {method: make_config(name, method, way, batch, options, device) for method in options.methods}
     flops = {method: count_update(config) for method, config in configs.items()}
     full = {method: count_update(config, full=True) for method, config in configs.items()}
@@ -245,7 +246,7 @@ PARTS = ("attack: model", "attack: steps", "training forward", "backward", "opti
 
 
 class Clock:
-    """Seconds in each part of an update, by wrapping the functions that do them; waits for the device around each."""
+    """Seconds in each part of an update, measured by wrapping its functions and waiting for the device around each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
@@ -266,11 +267,11 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Wraps inside the context."""
+        """Wrap the functions inside the context."""
         places: list[tuple[Any, str, str]] = [
             (rome.attacks.lp.pgd, "loss_and_gradient", "attack: model"),
             (rome.attacks.lp.apgd, "loss_and_gradient", "attack: model"),
-            (Attack, "run", "attack: steps"),  # all of the attack; less the model afterwards
+            (Attack, "run", "attack: steps"),  # the whole attack; show_profile() subtracts the model
             (rome.methods.base, "training_forward", "training forward"),
             (Fabric, "backward", "backward"),
         ]
@@ -297,7 +298,7 @@ class Clock:
 
 
 def show_profile(title: str, training: Training, device: torch.device, report: common.Report, top: int = 12) -> None:
-    """The parts of one update, then the operations of another."""
+    """Print the parts of one update, and the operations of another."""
     clock = Clock(device)
     with clock.running():
         total = training.step()
@@ -311,7 +312,7 @@ def show_profile(title: str, training: Training, device: torch.device, report: c
 
     cuda = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
-    total = training.step(before=profiler.start)  # started in the thread it shall see
+    total = training.step(before=profiler.start)  # started in the thread that it profiles
     training.step(before=profiler.stop)
     events = profiler.key_averages()
 
@@ -339,13 +340,15 @@ def show_profile(title: str, training: Training, device: torch.device, report: c
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["vit-ti", "vit-s", "vit-b"], batch=[64], repeats=5)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images by default")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2], help="the first is the measure")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["graph"], help="on a CPU graph is eager")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="times the attacks' 20, 20, 10 steps")
-    parser.add_argument("--warmup", type=int, default=4, help="updates of each training that are not counted")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2], help="the first is the reference")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["graph"], help="on a CPU, graph is the same as eager"
+    )
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on the attacks' 20, 20, 10 steps")
+    parser.add_argument("--warmup", type=int, default=4, help="untimed updates of each training")
+    parser.add_argument("--profile", action="store_true", help="also show where the time of an update goes")
     options = parser.parse_args(argv)
     if options.quick:
         options.models, options.batch, options.repeats, options.warmup = ["vit-micro"], [6], 2, 1

@@ -1,24 +1,25 @@
-"""What the attacks of the suite ``unseen`` and the corruptions made here cost, beside the passes they must make.
+"""Cost of the attacks of the suite ``unseen`` and of corruptions, compared with the model passes that they need.
 
-    python benchmarks/unseen.py --data PATH --threads 1      # ResNet-18 and ViT-Ti, 32 images; on a CPU an hour
+    python benchmarks/unseen.py --data PATH --threads 1      # ResNet-18 and ViT-Ti, 32 images; an hour on a CPU
     python benchmarks/unseen.py --data PATH --models resnet18 --cases sparsefool sparsefool-original
 
-ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights and its own answers as labels. All images
-are classified correctly, which is what an evaluation attacks. PPGD and LPA measure with ``--features``, a trained
-network, or with an AlexNet of random weights: its speed does not depend on them, ``robust`` does.
+ResNet-18 is pyautoattack's, trained on CIFAR-10; ViT-Ti has random weights and its own predictions as labels. All
+images are classified correctly, as those that an evaluation attacks. PPGD and LPA measure distances with the trained
+network of ``--features`` or with an AlexNet of random weights; the weights affect ``robust`` but not speed.
 
-Each case runs once on ``--n`` images, ``--batch`` at a time, with the verdict on what it found. Bare passes of the
-model are timed before and after it: a forward, and a forward with the gradient to the input. Times are the process's on
-a CPU, which other work on the machine disturbs less, and the clock's on a GPU. ``x bare`` is how many bare forwards
-with gradient the case equals. ``passes`` counts forwards + backwards of the model for an image, and ``x passes``
-divides by the time of exactly those: 1 is the physical limit of that many passes, the rest is the attack's own work, in
-PPGD and LPA mostly the other network's. ``minutes`` extrapolates to 1,000 images that the model gets right. A
-corruption is made at severity 3; the suite has five. ``robust`` is the share still right. Cases such as ``fog-stop``,
-which must be asked for, are the suite's ``stop: true``: an example is done with its first image that is misclassified.
+Each case runs once on ``--n`` images, ``--batch`` at a time, including the verdict on the result. Bare passes of the
+model are timed before and after it: a forward, and a forward with the gradient to the input. Times are CPU time of the
+process on a CPU, which other programs disturb less, and wall-clock time on a GPU. ``x bare`` is the time in units of
+bare forwards with gradient. ``passes`` counts the model's forwards + backwards per image, and ``x passes`` divides by
+the time of exactly those: 1 is the physical limit, the rest is the attack's own work, in PPGD and LPA mostly that of
+the other network. ``minutes`` extrapolates to 1,000 correctly classified images. Corruptions have severity 3 of the
+suite's five. ``robust`` is the share of images still classified correctly. Cases such as ``fog-stop``, which run only
+if ``--cases`` names them, use the suite's ``stop: true``: an example ends at its first misclassified image.
 
-Cases such as ``ppgd-original`` are the published code (:mod:`originals`) with the same settings: torchattacks'
-SparseFool, the others perceptual-advex's. They are as their users get them but for CUDA, parameter gradients included.
-The packages are optional (``make test-originals`` names them). Aim: SparseFool 20 x torchattacks' on a CPU.
+Cases such as ``ppgd-original`` are the published code (:mod:`originals`) with the same settings: SparseFool from
+torchattacks, the others from perceptual-advex. They run as their users get them, parameter gradients included, except
+that they need no CUDA. The packages are optional (``make test-originals`` names them). Goal: SparseFool 20 times as
+fast as torchattacks' on a CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ STOPPING = tuple(row.kind + STOP for row in UNSEEN if issubclass(Attack.of_kind(
 
 
 class Batch(NamedTuple):
-    """What one case made of one batch."""
+    """Result of one case on one batch: the adversarial images, and which examples stay correct."""
 
     images: Tensor
     robust: Tensor
@@ -60,7 +61,7 @@ Attacked = Callable[[Tensor, Tensor], Batch]
 
 
 def problem(name: str, options: Any, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model and images that it classifies correctly."""
+    """Return a model, and images that it classifies correctly with their labels."""
     model = load_model(name).to(device).eval() if options.run else common.make_model(name, device, options.seed)
     real = options.data is not None and name not in common.TIMM
     x, y = common.images(8 * options.n if real else options.n, options.data, device, options.seed)
@@ -72,7 +73,7 @@ def problem(name: str, options: Any, device: torch.device) -> tuple[nn.Module, T
 
 
 def features(options: Any, device: torch.device) -> Perceptual:
-    """The threat of PPGD and LPA."""
+    """Return the threat of PPGD and LPA."""
     threat = Perceptual(bound=UnseenSuite().bound, features=options.features or "random")
     if options.features:
         return threat
@@ -81,7 +82,7 @@ def features(options: Any, device: torch.device) -> Perceptual:
 
 
 def planned(options: Any) -> dict[str, Case]:
-    """The cases of both suites, with few steps if it shall be quick."""
+    """Return the cases of both suites, with two steps for ``--quick``."""
     suites = (UnseenSuite(), CorruptionsSuite(severities=(SEVERITY,)))
     threats = {threat.name: threat for threat in CIFAR10}
     cases = [case for suite in suites for case in suite.cases(threats, 10)]
@@ -98,7 +99,7 @@ def planned(options: Any) -> dict[str, Case]:
 
 
 def attacks(model: nn.Module, options: Any, device: torch.device) -> dict[str, Attacked]:
-    """Every case that was asked for."""
+    """Return the cases of ``--cases`` whose packages are installed."""
     perceptual, cases, found = loaded(features(options, device), device), planned(options), {}
     network = perceptual.network
     assert network is not None
@@ -124,25 +125,22 @@ def attacks(model: nn.Module, options: Any, device: torch.device) -> dict[str, A
 
 
 def passes(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Seconds of a bare forward, and of one with the gradient to the input; an image."""
+    """Seconds per image of a bare forward, and of a forward with the gradient to the input."""
 
     def forward() -> None:
         with torch.no_grad():
             model(x)
 
     with frozen(model):
-        found = [
-            min(timed(x.device, work)[0] for _ in range(2)) / len(x) for work in (forward, partial(_both, model, x, y))
-        ]
-    return found[0], found[1]
-
-
-def _both(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    common.input_gradient(model, x, y)
+        one, both = (
+            min(timed(x.device, work)[0] for _ in range(2)) / len(x)
+            for work in (forward, partial(common.input_gradient, model, x, y))
+        )
+    return one, both
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds (on a CPU those of the process), and what came of it."""
+    """Return the seconds that ``work`` takes (on a CPU, CPU time of the process) and its result."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     common.synchronize(device)
     started = clock()
@@ -152,7 +150,7 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, size: int, attack: Attacked) -> dict[str, Any]:
-    """One case on all images."""
+    """Measure one case on all images."""
     made = {"forwards": 0, "backwards": 0}
 
     def count(module: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> None:
@@ -185,7 +183,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, size: int, attack: Attacked)
 
 
 def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     return {
         "model": row["model"],
         "case": row["case"],
@@ -202,12 +200,12 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = common.arguments(__doc__, models=["resnet18", "vit-ti"], batch=[32], repeats=1)
-    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images unless given")
-    parser.add_argument("--n", type=int, default=32, help="images in all")
+    parser.add_argument("--data", metavar="PATH", help="folder of CIFAR-10; random images by default")
+    parser.add_argument("--n", type=int, default=32, help="total number of images")
     parser.add_argument("--run", metavar="PATH", help="attack the model of this run instead of --models")
     known = (*NAMES, *STOPPING, *ORIGINALS)
     parser.add_argument("--cases", nargs="+", choices=known, default=[*NAMES, "sparsefool-original"], metavar="CASE")
-    parser.add_argument("--features", metavar="PATH", help="run or file of the network that measures for PPGD and LPA")
+    parser.add_argument("--features", metavar="PATH", help="run or file of the network of PPGD's and LPA's distance")
     options = parser.parse_args(argv)
     if options.quick:
         options.models, options.batch, options.n = ["vit-micro"], [4], 4
@@ -235,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def summary(report: common.Report, model: str, rows: list[dict[str, Any]]) -> None:
-    """What follows from the rows of one model: the whole suite, and ratios to the originals."""
+    """Print what follows from the rows of one model: time of the whole suite, and ratios to the originals."""
     found = {row["case"]: row for row in rows}
     unseen = [row for name, row in found.items() if name in [row.kind for row in UNSEEN]]
     made = [row for name, row in found.items() if name.endswith(f"-{SEVERITY}")]

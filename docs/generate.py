@@ -1,4 +1,4 @@
-"""Generate pages from the program when the site is built: experiments, the paper's tables, settings, the API."""
+"""Pages generated from the package when the site is built: experiments, the paper's tables, settings, the API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rome.report.tables.paper_rows import TABLES
 from rome.report.tables.paper_tables import fill
 from rome.report.tables.table_formats import render
 from rome.runs.config import Config, load
-from rome.runs.experiments import files, folder, path_of
+from rome.runs.experiments import files, path_of
 
 ROOT = Path(__file__).parents[1]
 _load = functools.cache(load)
@@ -32,7 +32,7 @@ PACKAGES = {
     "data": "Images and labels",
     "threats": "Allowed perturbations",
     "attacks": "Searches inside a threat",
-    "attacks.suites": "Suites of an evaluation",
+    "attacks.suites": "Attacks of an evaluation",
     "experts": "Experts, gates and their losses",
     "models": "Building, saving and loading models",
     "methods": "Training objectives",
@@ -42,7 +42,7 @@ PACKAGES = {
     "report": "Figures and the explorer",
     "core": "Errors and versions",
 }
-"""Title of each package's page."""
+"""Package -> title of its page."""
 ALSO = {
     "runs": [
         "runs.folder.Run",
@@ -60,17 +60,18 @@ ALSO = {
         *("report.figures.PaperFigure", "report.explore.open_explorers", "report.explore.Explorer"),
     ],
 }
-"""Further names that the pages document, which no package's ``__init__`` exports."""
+"""Names that are on the pages although no package's ``__init__`` exports them."""
 
 
 MISSING = "\N{EN DASH} / "
-"""Text before the paper's number in cells without a run."""
+"""Text before the paper's number in cells without a number of ours."""
 AT_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+"""Files of the repository's root -> their pages."""
 
 
 def write(out: Path) -> None:
-    """Write all pages below ``out``; unchanged ones are not rewritten, so that they are not built again."""
-    pages = {**_experiments(), **_api(), **_of_the_project(), "settings.rst": _settings()}
+    """Write all pages to ``out``; unchanged files keep their date, so that they are not built again."""
+    pages = {**_experiments(), **_api(), **_root_files(), "settings.rst": _settings()}
     for name, text in pages.items():
         page = out / name
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,8 @@ def write(out: Path) -> None:
             page.unlink()
 
 
-def _of_the_project() -> dict[str, str]:
-    """Pages made from files in the repository's root, with their relative links adjusted."""
+def _root_files() -> dict[str, str]:
+    """Pages of the files in the repository's root, with their links made relative to the page."""
     return {
         page: (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](../").replace("](docs)", "](../index.md)")
         for file, page in AT_ROOT.items()
@@ -105,18 +106,17 @@ def _experiments() -> dict[str, str]:
     )
     pages["experiments/index.md"] = _page(
         "Experiments",
-        "Every row of the paper's tables is a config included in the package; so are versions for a CPU.\n"
+        "Every row of the paper's tables has a config that comes with the package, and so have versions for a CPU.\n"
         "`rome train experiments/...` finds them from any folder, `rome init` copies them, `rome list experiments`\n"
-        "lists them. This page and those below it are generated from the configs themselves.\n\n"
+        "lists them. This page and those below it are generated from the configs.\n\n"
         "| folder | configs | |\n| --- | --- | --- |\n" + "\n".join(rows),
         _tree(f"{_slug(name)}" for name in groups),
     )
     pages["experiments/paper.md"] = _page(
         "The paper's tables",
-        "The numbers in the paper (percent), as stored in the configs. `rome table 1 RUN...` shows yours\n"
-        "beside them; the differences between the paper's text and these configs are\n"
-        "[listed](../../decisions/paper-differences.md). Table 6, which is measured rather than trained, is on the\n"
-        "page of its [experiments](table6.md).",
+        "The paper's numbers (percent), from the configs. `rome table 1 RUN...` shows yours beside them; the\n"
+        "differences between the paper's text and these configs are [listed](../../decisions/paper-differences.md).\n"
+        "Table 6, whose costs are measured without training, is on the page of its [experiments](table6.md).",
         tables,
     )
     return pages
@@ -134,7 +134,7 @@ def _experiment(file: Path) -> str:
         parts.append(f"The paper, {config.paper.table}, row {config.paper.row}:")
         parts += [_numbers(list(numbers.items())[start : start + 8]) for start in range(0, len(numbers), 8)]
     text = file.read_text(encoding="utf-8").strip()
-    parts.append(f"Contents of the file{_parent(file)}:\n\n```yaml\n{text}\n```")
+    parts.append(f"The file{_parent(file)}:\n\n```yaml\n{text}\n```")
     whole = yaml.safe_dump(config.dump() | {"paper": None}, sort_keys=False, width=100)
     folded = whole.replace("&", "&amp;").replace("<", "&lt;")
     parts.append(f"<details><summary>All settings</summary><pre>{folded.replace(chr(10) * 2, chr(10))}</pre></details>")
@@ -152,10 +152,9 @@ def _parent(file: Path) -> str:
         return ""
     base = (file.parent / parent).resolve()
     if base.name.startswith("_"):
-        return f", on top of `{path_of(base)}`"
-    return (
-        f", on top of [{base.stem}]({_slug(path_of(base.parent).removeprefix('experiments/'))}.md#{base.stem.lower()})"
-    )
+        return f", which extends `{path_of(base)}`"
+    page = _slug(path_of(base.parent).removeprefix("experiments/"))
+    return f", which extends [{base.stem}]({page}.md#{base.stem.lower()})"
 
 
 def _about(found: list[Path]) -> str:
@@ -171,7 +170,7 @@ def _settings() -> str:
     importlib.import_module("rome.cli.app")
     whole = "\n\n".join(_config_part(part) for part in _parts(Config))
     families = "\n\n".join(_family(name, base) for name, base in sorted(_families().items()))
-    about = "Every key of a config, and every kind that one can name, with defaults."
+    about = "All keys of a config and all kinds of components, with their defaults."
     return f"{_title('Settings', '=')}\n\n{about}\n\n{whole}\n\n{families}\n"
 
 
@@ -182,13 +181,13 @@ def _families() -> dict[str, type[Component]]:
 
 
 def _parts(top: type[Settings]) -> list[type[Settings]]:
-    """A config and the groups of settings in it that are not components."""
-    found = [top]
+    """A config, and its groups of settings that are not components."""
+    parts = [top]
     for field in top.model_fields.values():
         for kind in (field.annotation, *typing.get_args(field.annotation)):
             if inspect.isclass(kind) and issubclass(kind, Settings) and not issubclass(kind, Component):
-                found.append(kind)
-    return found
+                parts.append(kind)
+    return parts
 
 
 def _config_part(part: type[Settings]) -> str:
@@ -249,10 +248,10 @@ def _api() -> dict[str, str]:
         offered += [_named(path) for path in ALSO.get(name, [])]
         blocks = []
         for value in offered:
-            place = getattr(value, "__module__", "")
+            module = getattr(value, "__module__", "")
             if not (inspect.isclass(value) or inspect.isfunction(value)) or not inspect.getdoc(value):
                 continue
-            if id(value) in done or not place.startswith(f"rome.{name}."):
+            if id(value) in done or not module.startswith(f"rome.{name}."):
                 continue
             done.add(id(value))
             public = f"rome.{value.__name__}" if value in own else f"{_home(package, value)}.{value.__name__}"
@@ -265,16 +264,18 @@ def _api() -> dict[str, str]:
         pages[f"api/{name}.rst"] = f"{_title(title, '=')}\n\n{_offers(package)}\n\n" + "\n".join(blocks)
     pages["api/index.md"] = _page(
         "Python API",
-        "These pages show everything that `import rome` provides as `rome.NAME`, and further classes and functions\n"
-        "under their package. Keys of configs have a page of their own: [settings](../settings.rst).",
+        "Names that `import rome` offers are listed as `rome.NAME`, all others under their package. Keys of configs\n"
+        "have a page of their own: [settings](../settings.rst).",
         _tree(PACKAGES),
     )
     return pages
 
 
 def _offers(package: Any) -> str:
-    """A package's docstring without the sentence on allowed imports, which is for contributors."""
-    return "\n\n".join(part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith("May "))
+    """A package's docstring without the paragraph on its allowed imports, which is for contributors."""
+    return "\n\n".join(
+        part for part in (inspect.getdoc(package) or "").split("\n\n") if not part.startswith(("May ", "Imports "))
+    )
 
 
 def _named(path: str) -> Any:
@@ -287,7 +288,7 @@ def _home(package: Any, value: Any) -> str:
 
 
 def signature(app: Any, what: str, name: str, value: Any, options: Any, text: str | None, returns: str | None) -> Any:
-    """Signature of settings: their keys and defaults; pydantic's own would include validators."""
+    """Show settings with their keys and defaults as signature; pydantic's includes validators."""
     if inspect.isclass(value) and issubclass(value, Settings):
         keys = [key if field.is_required() else f"{key}={_value(field)}" for key, field in value.model_fields.items()]
         return f"({', '.join(['*', *keys]) if keys else ''})", None
@@ -298,23 +299,23 @@ def signature(app: Any, what: str, name: str, value: Any, options: Any, text: st
 
 
 def outside(app: Any, page: str, source: list[str]) -> None:
-    """Replace links to files of the repository that are not pages by their text; they lead nowhere on the site."""
+    """Replace links to files of the repository that are not pages of the site by their text."""
     here = posixpath.dirname(f"docs/{page}")
 
-    def kept(link: re.Match[str]) -> str:
-        target, hash_, place = link[2].partition("#")
+    def resolved(link: re.Match[str]) -> str:
+        target, hash_, anchor = link[2].partition("#")
         path = posixpath.normpath(posixpath.join(here, target))
         if "://" in target or not target or ((ROOT / path).is_file() and path.startswith("docs/")):
             return link[0]
-        known = next((f"docs/generated/{at}" for file, at in AT_ROOT.items() if path in (file, f"docs/{file}")), "")
+        linked = next((f"docs/generated/{at}" for file, at in AT_ROOT.items() if path in (file, f"docs/{file}")), "")
         if path in ("README.md", "docs/README.md"):
-            known = "docs/index.md"
+            linked = "docs/index.md"
         elif (ROOT / path / "README.md").is_file():
-            known = f"{path}/README.md"
-        return f"[{link[1]}]({posixpath.relpath(known, here)}{hash_}{place})" if known else link[1]
+            linked = f"{path}/README.md"
+        return f"[{link[1]}]({posixpath.relpath(linked, here)}{hash_}{anchor})" if linked else link[1]
 
     if app.env.doc2path(page).suffix == ".md":
-        source[0] = re.sub(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)", kept, source[0])
+        source[0] = re.sub(r"(?<!!)\[([^\]\n]*)\]\(([^)\s]+)\)", resolved, source[0])
     if page == "decisions/README":
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
 
@@ -333,6 +334,3 @@ def _slug(name: str) -> str:
 
 def _tree(pages: Iterable[str]) -> str:
     return "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```"
-
-
-__all__ = ["ROOT", "folder", "outside", "signature", "write"]

@@ -66,8 +66,8 @@ def test_data_measures_one_and_several_ranks_of_folders_and_tables(run: Run) -> 
 def test_layout_compares_the_same_models_in_both_orders(run: Run) -> None:
     (rows,) = run("layout").values()
     assert {row["model"] for row in rows} == {"resnet18, plain", "resnet18, rome"}
-    assert {row["what"] for row in rows} == {"input gradient", "training step"}
-    assert cases(rows) == {"channels first", "channels last"}
+    assert {row["what"] for row in rows} == {"forward", "input gradient", "training step"}
+    assert cases(rows) == {"channels first", "channels last", "folded"}
     assert all(row["ratio"] == [1, 1, 1] for row in rows if row["case"] == "channels first")
 
 
@@ -202,10 +202,10 @@ def test_gpu_runs_its_parts_in_turn_and_survives_what_fails_or_takes_too_long(
     out = capsys.readouterr().out
     assert "a line" in out
     said = (tmp_path / "gpu.md").read_text()
-    for line in ("- prints: done", "- fails: failed with exit code 3", "- hangs: stopped, its time was over"):
+    for line in ("- prints: done", "- fails: failed with exit code 3", "- hangs: stopped at the end of its time"):
         assert said.count(line) == 2  # where it ended, and in the summary
     assert gpu.main(["--minutes", "0", "--out", str(tmp_path)]) == 0
-    assert "- prints: skipped, no time was left" in (tmp_path / "gpu.md").read_text()
+    assert "- prints: skipped, no time left" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / "gpu.md").read_text().startswith(said)  # nothing of an earlier run is lost
 
 

@@ -120,9 +120,10 @@ def test_another_layer_attacks_nothing_again(explorer: Explorer, monkeypatch: py
     ("question", "message"),
     [
         ({"threat": "Linf", "eps": "8/2x5"}, "8/255"),
-        ({"threat": "Linf", "eps": -1}, "from 0 up"),
-        ({"threat": "Linf", "eps": ""}, "from 0 up"),
-        ({"threat": "Linf", "eps": float("nan")}, "from 0 up"),
+        ({"threat": "Linf", "eps": -1}, "non-negative"),
+        ({"threat": "Linf", "eps": 8}, "at most 1, not 8"),
+        ({"threat": "Linf", "eps": ""}, "non-negative"),
+        ({"threat": "Linf", "eps": float("nan")}, "non-negative"),
         ({"threat": "Lnif"}, "Did you mean 'Linf'"),
         ({"threat": "Linf", "steps": 0}, "1 to 100"),
         ({"threat": "Linf", "steps": 101}, "1 to 100"),
@@ -266,7 +267,7 @@ def test_the_page_attacks_each_run_on_itself_with_the_same_settings(runs: dict[s
 def test_a_test_image_that_is_not_there_is_said_and_random_ones_exist(explorer: Explorer) -> None:
     desk = Desk([explorer])
     for number in (40, -1):
-        with pytest.raises(UserError, match=f"no test image {number}: they are numbered from 0 to 39"):
+        with pytest.raises(UserError, match=f"no test image {number}; choose from 0 to 39"):
             desk.test(number)
     assert "is attacked" not in desk.test(0).said, "natural attacks nothing"
     assert desk.test(None).image.equal(desk.test(0).image)
@@ -279,7 +280,7 @@ def test_of_an_upload_the_models_own_prediction_is_attacked_and_it_says_so(explo
     desk = Desk([explorer])
     shown = desk.upload(saved(tmp_path / "a.png", Image.effect_noise((20, 30), 60)))
     assert shown.label is None
-    assert "against what the model itself sees" in shown.said
+    assert "against the model's prediction" in shown.said
     (answer,) = desk.look(shown, "L2", 0.35, 5, None)
     assert answer.label == explorer.predict(shown.image)
 
@@ -333,7 +334,8 @@ def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
     file = saved(tmp_path / "photo.png", Image.new("RGBA", (60, 40), (255, 0, 0, 0)))
     found, said, _ = read_upload(file, (1, 8, 8))
     assert said == (
-        "photo.png: 60 x 40 RGBA, transparent parts on white, the centre 40 x 40 cropped, resized to 8 x 8, made gray."
+        "photo.png: 60 x 40 RGBA, transparent parts on white, cropped to the central 40 x 40, resized to 8 x 8, "
+        "converted to gray."
     )
     assert found.eq(1).all()
     file = saved(tmp_path / "exact.png", Image.new("RGB", (32, 32), (0, 255, 0)))
@@ -358,7 +360,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     found, said, _ = read_upload(file, (1, 8, 8))
     assert found[0, :, 4:].eq(1).all()
     assert found[0, :, :4].eq(0).all()
-    assert "turned as its EXIF says" in said
+    assert "rotated as its EXIF says" in said
 
 
 def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
@@ -366,7 +368,7 @@ def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     found, said, _ = read_upload(file, (1, 8, 8))
     assert found.eq(0).all()
-    assert "its first frame" in said
+    assert "first frame only" in said
 
 
 def test_bad_uploads_get_one_clear_line(tmp_path: Path) -> None:
@@ -379,8 +381,8 @@ def test_bad_uploads_get_one_clear_line(tmp_path: Path) -> None:
         big.truncate(MOST_BYTES + 1)
     saved(files["bomb.png"], Image.new("1", (10_000, 10_000)))
     said = {
-        "text.png": "not an image", "empty.png": "is empty", "cut.png": "not an image", "big.png": "more than 20 MiB",
-        "gone.png": "cannot be read", "bomb.png": "million pixels",
+        "text.png": "cannot be read as an image", "empty.png": "is empty", "cut.png": "cannot be read as an image",
+        "big.png": "larger than 20 MiB", "gone.png": "cannot be read", "bomb.png": "million pixels",
     }  # fmt: skip
     for name, message in said.items():
         with pytest.raises(UserError, match=message) as raised:

@@ -204,7 +204,7 @@ def test_the_address_holds_the_question(opened: Open) -> None:
     assert page.locator("#number input").input_value() == "1"
     page.goto(page.url.partition("?")[0] + "?image=x&threat=L3&eps=none&steps=many&layer=nowhere")
     page.wait_for_selector("#said .bad", timeout=WAIT)
-    assert "ε is 'none'" in page.locator("#said .message").inner_text()
+    assert "not 'none'" in page.locator("#said .message").inner_text()
 
 
 def test_colours_of_maps_are_those_of_their_scale_and_classes_have_one_order(opened: Open) -> None:
@@ -232,7 +232,7 @@ def test_test_images_are_turned_over(opened: Open) -> None:
     assert "Test image 3 of 0 to 39" in page.locator("#said .message").inner_text()
     number.fill("9999")
     page.wait_for_selector("#said .bad", timeout=WAIT)
-    assert "no test image 9999: they are numbered from 0 to 39" in page.locator("#said .message").inner_text()
+    assert "no test image 9999; choose from 0 to 39" in page.locator("#said .message").inner_text()
 
 
 def test_an_upload_is_attacked_and_a_bad_one_gets_a_message(opened: Open, tmp_path: Path) -> None:
@@ -241,12 +241,12 @@ def test_an_upload_is_attacked_and_a_bad_one_gets_a_message(opened: Open, tmp_pa
     Image.effect_noise((60, 40), 80).convert("RGBA").save(tmp_path / "photo.png")
     before = changes(page, lambda: picture(page, "natural"), lambda: chooser.set_input_files(tmp_path / "photo.png"))
     said = page.locator("#said .message").inner_text()
-    assert "photo.png: 60 x 40 RGBA, the centre 40 x 40 cropped, resized to 8 x 8, made gray." in said
-    assert "attacks are against what the model itself sees" in said
+    assert "photo.png: 60 x 40 RGBA, cropped to the central 40 x 40, resized to 8 x 8, converted to gray." in said
+    assert "attacks are against the model's prediction" in said
     (tmp_path / "text.png").write_text("hello")
     chooser.set_input_files(tmp_path / "text.png")
     page.wait_for_selector("#said .bad", timeout=WAIT)
-    assert "text.png is not an image that can be read" in page.locator("#said .message").inner_text()
+    assert "text.png cannot be read as an image" in page.locator("#said .message").inner_text()
     assert picture(page, "natural") == before
     (tmp_path / "empty.png").touch()
     changes(page, page.locator("#said .message").inner_text, lambda: chooser.set_input_files(tmp_path / "empty.png"))

@@ -152,12 +152,12 @@ def test_runs_without_a_map_are_left_out_with_the_reason() -> None:
     data = RegionMaps().measure(runs, Options(n=8))
     assert [run["name"] for run in data["runs"]] == ["local"]
     assert data["left_out"]["plain"] == "it has no experts"
-    assert "for the image as a whole: there is no map" in data["left_out"]["global"]
+    assert "for the whole image at once, so there is no map" in data["left_out"]["global"]
     with pytest.raises(UserError, match=r"plain: it has no experts; global: layer .* no map"):
         RegionMaps().measure(runs[:2], Options(n=8))
-    with pytest.raises(UserError, match=r"no layer's name holds 'mlp'; there are backbone.blocks.0"):
+    with pytest.raises(UserError, match=r"no layer's name contains 'mlp'; the layers are backbone.blocks.0"):
         RegionMaps().measure([runs[2]], Options(n=8, layer="mlp"))
-    with pytest.raises(UserError, match="there is no test image 40: there are 40"):
+    with pytest.raises(UserError, match="there is no test image 40; choose from 0 to 39"):
         RegionMaps().measure([runs[2]], Options(n=8, image=40))
     five = {**DIGITS, "more": LpBall(norm="Linf", eps=0.1)}
     with pytest.raises(UserError, match="map of 2x2 is too coarse for 5 regions"):
@@ -237,7 +237,7 @@ def test_a_union_under_other_threats_is_no_curve_beside_the_first() -> None:
     other.config = tiny(threats="cifar10")
     data = TrainingTime().measure([plain, other], Options())
     assert [run["name"] for run in data["runs"]] == ["plain"]
-    assert data["left_out"] == {"other": "it was validated on other data, threats or settings than plain"}
+    assert data["left_out"] == {"other": "its validation has different data, threats or settings from that of plain"}
 
 
 def test_names_of_runs_are_text_in_legends_and_beside_panels() -> None:
@@ -261,7 +261,7 @@ def test_a_run_without_validation_shows_training_accuracy_and_says_so() -> None:
     assert [(p["seconds"], p["value"]) for p in data["runs"][0]["points"]] == [(9, pytest.approx(0.4))]
     labels = [text.get_text() for text in TrainingTime().draw(data).legends[0].get_texts()]
     assert labels == ["old (dashed: training accuracy)", "new"]
-    with pytest.raises(UserError, match="log of empty holds no epoch"):
+    with pytest.raises(UserError, match="log of empty has no finished epoch"):
         TrainingTime().measure([logged("empty")], Options())
 
 
@@ -322,8 +322,8 @@ def test_a_grid_has_a_curve_for_every_other_choice(monkeypatch: pytest.MonkeyPat
     ("changes", "words"),
     [
         ([{}, {"seed": 1}], "differ in no setting"),
-        ([{}, {"method": "max"}], r"differ in method.kind.*no two of them in one number alone"),
-        ([{}, {"experts__rank": 4, "batch_size": 6}], "no two of them in one number alone"),
+        ([{}, {"method": "max"}], r"differ in method.kind.*no two of them in a single number"),
+        ([{}, {"experts__rank": 4, "batch_size": 6}], "no two of them in a single number"),
     ],
 )
 def test_runs_that_are_no_sweep(changes: list[dict[str, Any]], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_a_run_that_a_figure_leaves_out_is_named(tmp_path: Path, capsys: pytest.
         save_model(vit(gate=gate), run.model_file, config=config.dump())
         folders.append(run.folder)
     write_figures(folders, tmp_path / "out", only=["fig7"], formats=["svg"])
-    assert "fig7: global left out: layer backbone.blocks.1.attn.proj weighs its experts" in capsys.readouterr().err
+    assert "fig7: global left out: layer backbone.blocks.1.attn.proj weights its experts" in capsys.readouterr().err
     drawn = (tmp_path / "out/fig7.svg").read_text()
     assert "local" in drawn
     assert "blocks.1.attn.proj" in drawn
@@ -442,7 +442,7 @@ def test_table_6_without_random_has_no_ratios_and_without_timing_no_seconds(meas
 
 
 def test_table_6_refuses_what_cannot_be_compared(measured: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="max trains like no row of table 6"):
+    with pytest.raises(UserError, match="max matches no row of table 6"):
         fill_costs([config_of("digits/max")])
     with pytest.raises(UserError, match=r"different batch_size .*random 32, rome-random 16.*batch_size=\.\.\."):
         fill_costs([config_of("digits/random"), config_of("digits/rome-random", batch_size=16)])

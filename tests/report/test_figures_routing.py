@@ -371,7 +371,7 @@ def test_runs_without_experts_show_what_they_have(three: list[Fake]) -> None:
         with pytest.raises(UserError, match="none of these runs has experts"):
             figure(name, plain)
     for name, kind in (("figA1", "ffn"), ("figA2", "low-rank")):
-        with pytest.raises(UserError, match=f"trained {kind} experts with a load balancing loss.*fig3 is the same"):
+        with pytest.raises(UserError, match=f"trained {kind} experts with a load-balancing loss.*fig3 shows the same"):
             figure(name, *three)
 
 
@@ -441,7 +441,9 @@ def test_the_layer_can_be_chosen(three: list[Fake]) -> None:
     assert run["layer"] == "backbone.blocks.0.attn.proj"
     (run,) = figure("fig5", three[0], layer="blocks.0")["runs"]
     assert {panel["layer"] for panel in run["panels"]} == {"backbone.blocks.0"}
-    with pytest.raises(UserError, match=r"no layer's name holds 'blocks.7'; there are backbone.blocks.0.attn.qkv"):
+    with pytest.raises(
+        UserError, match=r"no layer's name contains 'blocks.7'; the layers are backbone.blocks.0.attn.qkv"
+    ):
         figure("fig3", three[0], layer="blocks.7")
 
 
@@ -511,11 +513,11 @@ def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert written == ["fig1.svg", "fig5.svg", "fig6.svg", "figA4.svg"]
     for missing in (
         "fig3: none of these runs has experts",
-        "fig7: no run",
+        "fig7: none of these runs weights",
         "routing: none",
         "fig8: test_vit is a model",
     ):
-        assert len([line for line in told.err.splitlines() if line.startswith(f"no {missing}")]) == 1
+        assert len([line for line in told.err.splitlines() if line.startswith(f"skipped {missing}")]) == 1
     x, y = Digits().open("test").first(8)
     given = Subject.of_model(model, "test_vit", x, y, {"L2": LpBall(norm="L2", eps=0.3), "Linf": DIGITS["Linf"]})
     write_figures([given], tmp_path / "again", only=["fig5"], formats=["svg"], options=Options(n=8))

@@ -175,7 +175,7 @@ def renamed(evaluation: Path, case: str) -> Path:
 
 def test_a_given_model_without_a_column_of_the_table_is_told_what_to_run(tmp_path: Path) -> None:
     lp = given(tmp_path, {})
-    with pytest.raises(UserError, match="has no finished evaluation with a column of table 2: run") as told:
+    with pytest.raises(UserError, match="has no finished evaluation with a column of table 2; run") as told:
         fill("2", [lp])
     assert str(told.value).startswith(str(lp))
     assert "run `rome evaluate --model net.pt --data digits --suite unseen,corruptions` first" in str(told.value)
@@ -206,7 +206,7 @@ def test_seeds_of_a_row_are_joined_and_the_gain_over_the_plain_method_has_welchs
 @pytest.mark.parametrize("settings", [{}, {"evaluation": {"n": 7}}])
 def test_two_runs_of_one_seed_are_no_two_seeds(settings: dict[str, Any], tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / "a", {}, (0.5, 0.5, 0.3)), evaluated(tmp_path / "b", settings, (0.5, 0.5, 0.3))]
-    with pytest.raises(UserError, match="but have the same seed, 0: leave one out"):
+    with pytest.raises(UserError, match="with the same seed, 0, and cannot be averaged; leave one out"):
         fill("1", runs)
 
 
@@ -461,11 +461,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no table '7'.*Valid: 1, 2, 3"):
         fill("7", [])
     run = evaluated(tmp_path / "a", {"experts": {"kind": "low-rank", "rank": 3}}, (0.5, 0.5, 0.4))
-    with pytest.raises(UserError, match="trains like no row of table 1"):
+    with pytest.raises(UserError, match="matches no row of table 1"):
         fill("1", [run])
     with pytest.raises(UserError, match="there is no"):
         fill("1", [tmp_path / "nothing"])
-    with pytest.raises(UserError, match=r"a has no finished evaluation with a column of table 2: .*--suite unseen,"):
+    with pytest.raises(UserError, match=r"a has no finished evaluation with a column of table 2; .*--suite unseen,"):
         fill("2", [evaluated(tmp_path / "b" / "a", {}, (0.5, 0.5, 0.4))])
 
 

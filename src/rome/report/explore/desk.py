@@ -1,4 +1,4 @@
-"""What the page calls: test images and uploads, and one question to one run or two."""
+"""Backend of the page: test images, uploads, and queries to one run or two."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from rome.report.explore.uploads import Shown, read_upload
 
 
 class Desk:
-    """What the page's events call: one image and one question for all runs.
+    """Handlers of the page's events: the same image and the same query for all runs.
 
     Args:
-        explorers: one run or two that see the same images.
+        explorers: one run, or two on the same data.
     """
 
     def __init__(self, explorers: Sequence[Explorer]) -> None:
         self.explorers = list(explorers)
         self.balls = dict(ChainMap(*(explorer.balls for explorer in explorers)))
-        """The Lp balls of either run; where both have one, the budget is the first run's."""
+        """The Lp balls of both runs, by name; if both have one, its budget is the first run's."""
         self.others = dict(ChainMap(*(explorer.others for explorer in explorers)))
-        """Their threats that bring an attack, likewise."""
+        """The threats of both runs that bring their own attack, by name, likewise."""
         self.classes = explorers[0].classes
         self.tests = len(explorers[0].subject.split)
         self.layers = list(dict.fromkeys(layer for explorer in explorers for layer in explorer.layers))
         self.chance: Stream = stream(0, "explore")
 
     def test(self, number: float | None) -> Shown:
-        """That test image.
+        """Return a test image by its number.
 
         Raises:
-            UserError: there is none of that number.
+            UserError: there is no image of that number.
         """
         n = int(number or 0)
         if not 0 <= n < self.tests:
-            raise UserError(f"there is no test image {n}: they are numbered from 0 to {self.tests - 1}")
+            raise UserError(f"there is no test image {n}; choose from 0 to {self.tests - 1}")
         image, label = self.explorers[0].test_image(n)
         return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label is {self.classes[label]}.", label)
 
     def random(self) -> int:
-        """The number of some test image."""
+        """Draw the number of a test image."""
         return int(self.chance.number() * self.tests)
 
     def upload(self, path: str | Path) -> Shown:
-        """An image file, as the models read it.
+        """Read an image file as the models see it.
 
         Raises:
-            UserError: no image, or none that can be used.
+            UserError: the file is not an image, or not one that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        return read._replace(said=f"{read.said} Its label is unknown: attacks are against what the model itself sees.")
+        return read._replace(said=f"{read.said} Its label is unknown, so attacks are against the model's prediction.")
 
     def look(self, shown: Shown, threat: str, eps: float | str, steps: float | None, layer: str | None) -> list[Answer]:
-        """Each run's answer to the question, attacked on itself.
+        """Attack each run separately, without transferring perturbations, and return the answers.
 
         Raises:
-            UserError: a radius or a number of steps that is none.
+            UserError: an invalid radius or number of steps.
         """
         question = self.others.get(threat, threat), eps, int(steps or 0), layer
         return [each.look(shown.image, *question, label=shown.label) for each in self.explorers]

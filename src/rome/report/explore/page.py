@@ -1,5 +1,4 @@
-"""The page of `rome explore`: a thin layer of Gradio around :class:`rome.report.explore.Explorer`, served to this
-machine."""
+"""The page of ``rome explore``: a thin Gradio layer around :class:`rome.report.explore.Explorer`, and its server."""
 
 from __future__ import annotations
 
@@ -30,25 +29,25 @@ except ImportError as error:
     raise UserError(f"rome explore needs Gradio ({first_line(error)}): pip install '{GRADIO}'") from None
 
 REACH = 3
-"""The slider ends at so many times the budget."""
+"""Upper end of the slider, as a multiple of the budget."""
 PORTS = 20
-"""Ports that are tried by default."""
-PRESSED = """element.addEventListener("click", event => {
-  const pressed = event.target.closest("[data-layer]");
-  if (pressed) trigger("select", {layer: pressed.dataset.layer});
+"""Number of ports that are tried by default."""
+SELECT_LAYER = """element.addEventListener("click", event => {
+  const gates = event.target.closest("[data-layer]");
+  if (gates) trigger("select", {layer: gates.dataset.layer});
 });"""
-"""Gates that are clicked choose their layer."""
-KEEP = """(image, threat, eps, steps, layer) => {
-  const asked = Object.entries({image, threat, eps, steps, layer}).filter(([, value]) => value !== null);
-  history.replaceState(null, "", "?" + new URLSearchParams(asked));
+"""Clicking a layer's gates selects that layer."""
+STORE_QUERY = """(image, threat, eps, steps, layer) => {
+  const query = Object.entries({image, threat, eps, steps, layer}).filter(([, value]) => value !== null);
+  history.replaceState(null, "", "?" + new URLSearchParams(query));
 }"""
-"""The question into the page's address; an upload has no place there."""
+"""Stores the query in the page's address; an upload cannot be stored there."""
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
 def build(explorers: Sequence[Explorer]) -> gr.Blocks:
-    """The page. Its address holds the question, so that it can be opened again."""
+    """Build the page. Its address stores the query, so that it can be reopened or shared."""
     desk = Desk(explorers)
     start = [NATURAL, *desk.balls][-1]
     threats = [NATURAL, *desk.balls, *desk.others]
@@ -57,7 +56,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
     title = " and ".join(explorer.name for explorer in explorers)
     with gr.Blocks(title=f"{title} · rome explore", analytics_enabled=False, fill_width=True) as page:
         shown = gr.State(None)
-        place = gr.Textbox(layer, visible="hidden")  # no state: the address holds it
+        shown_layer = gr.Textbox(layer, visible="hidden")  # not a State: JavaScript stores it in the address
         gr.HTML(f'<header><p class="kicker">rome explore</p><h1>{escape(title)}</h1></header>')
         with gr.Row(elem_id="desk", equal_height=False):
             with gr.Column(scale=0, min_width=290, elem_id="controls"):
@@ -68,7 +67,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                         following = gr.Button("Next", size="sm", min_width=60)
                         random = gr.Button("Random", size="sm", min_width=60)
                     file = gr.UploadButton("Upload an image", size="sm", elem_id="upload")
-                said = gr.HTML(elem_id="said")
+                message = gr.HTML(elem_id="said")
                 threat = gr.Radio(threats, value=start, label="Threat", elem_id="threat")
                 with gr.Group(visible=ball is not None) as budget:
                     eps = gr.Textbox(
@@ -78,73 +77,73 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 steps = gr.Slider(1, MOST_STEPS, STEPS, step=1, label="Steps of APGD", elem_id="steps", buttons=[])
             with gr.Column(scale=1, min_width=300, elem_id="answers"):
                 attack = gr.HTML(elem_id="attack")
-                gates = gr.HTML(elem_id="experts", js_on_load=PRESSED)
-        question, answered = [threat, eps, steps, place], [said, attack, gates]
+                gates = gr.HTML(elem_id="experts", js_on_load=SELECT_LAYER)
+        query, answered = [threat, eps, steps, shown_layer], [message, attack, gates]
 
-        def answer(shown: Shown, *question: Any) -> tuple[Any, Any, Any]:
-            """The sentence on the image and both halves of the answer; after a mistake the last answer stays."""
+        def answer(shown: Shown, *query: Any) -> tuple[Any, Any, Any]:
+            """Return the note about the image and both halves of the answer; after an error the old answer stays."""
             try:
-                answers = desk.look(shown, *question)
+                answers = desk.look(shown, *query)
             except UserError as error:
                 return rendering.error(str(error)), gr.skip(), gr.skip()
             return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
 
-        def turned(way: Callable[[float], float]) -> Callable[..., Any]:
-            def turn(now: float | None, *question: Any) -> tuple[Any, ...]:
+        def show_test(choose: Callable[[float], float]) -> Callable[..., Any]:
+            def show(current: float | None, *query: Any) -> tuple[Any, ...]:
                 try:
-                    image = desk.test(number := way(now or 0))
+                    image = desk.test(number := choose(current or 0))
                 except UserError as error:
                     return gr.skip(), gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
-                return number, image, *answer(image, *question)
+                return number, image, *answer(image, *query)
 
-            return turn
+            return show
 
-        def uploaded(path: str, *question: Any) -> tuple[Any, ...]:
+        def show_upload(path: str, *query: Any) -> tuple[Any, ...]:
             try:
                 image = desk.upload(path)
             except UserError as error:
                 return gr.skip(), gr.skip(), rendering.error(str(error)), gr.skip(), gr.skip()
-            return None, image, *answer(image, *question)
+            return None, image, *answer(image, *query)
 
-        def budgeted(name: str, eps: str | None = None) -> tuple[Any, Any, Any]:
+        def show_budget(name: str, eps: str | None = None) -> tuple[Any, Any, Any]:
             chosen = desk.balls.get(name)
             if chosen is None:
                 return gr.update(visible=False), gr.skip(), gr.skip()
             return gr.update(visible=True), eps or chosen.radius, gr.update(**_range(chosen, eps))
 
-        def opened(request: gr.Request) -> tuple[Any, ...]:
-            """The question that the address holds, as far as it is one."""
-            asked = {"image": "", "steps": ""} | dict(request.query_params)
-            image, count = (int(asked[key]) if asked[key].isdecimal() else None for key in ("image", "steps"))
-            name = asked["threat"] if asked.get("threat") in threats else start
-            where = asked["layer"] if asked.get("layer") in desk.layers else layer
-            return image or 0, name, *budgeted(name, asked.get("eps")), count or STEPS, where
+        def restore_query(request: gr.Request) -> tuple[Any, ...]:
+            """Return the query in the page's address, with defaults for what is missing or invalid."""
+            stored = {"image": "", "steps": ""} | dict(request.query_params)
+            image, count = (int(stored[key]) if stored[key].isdecimal() else None for key in ("image", "steps"))
+            name = stored["threat"] if stored.get("threat") in threats else start
+            where = stored["layer"] if stored.get("layer") in desk.layers else layer
+            return image or 0, name, *show_budget(name, stored.get("eps")), count or STEPS, where
 
-        first = _on(page.load, opened, [], [number, threat, budget, eps, slide, steps, place])
-        for event, way in (
-            (first.then, lambda now: now),
-            (number.input, lambda now: now),
-            (previous.click, lambda now: (now - 1) % desk.tests),
-            (following.click, lambda now: (now + 1) % desk.tests),
-            (random.click, lambda now: desk.random()),
+        restored = _on(page.load, restore_query, [], [number, threat, budget, eps, slide, steps, shown_layer])
+        for event, choose in (
+            (restored.then, lambda current: current),
+            (number.input, lambda current: current),
+            (previous.click, lambda current: (current - 1) % desk.tests),
+            (following.click, lambda current: (current + 1) % desk.tests),
+            (random.click, lambda current: desk.random()),
         ):
-            turn = _on(event, turned(way), [number, *question], [number, shown, *answered], busy=said)
-            turn.then(None, [number, *question], None, js=KEEP)
-        _on(file.upload, uploaded, [file, *question], [number, shown, *answered], busy=said)
+            done = _on(event, show_test(choose), [number, *query], [number, shown, *answered], busy=message)
+            done.then(None, [number, *query], None, js=STORE_QUERY)
+        _on(file.upload, show_upload, [file, *query], [number, shown, *answered], busy=message)
         for event in (
-            _on(threat.input, budgeted, [threat], [budget, eps, slide]).then,
+            _on(threat.input, show_budget, [threat], [budget, eps, slide]).then,
             _on(slide.input, rendering.number, [slide], [eps]).then,
-            *(_on(typed, budgeted, [threat, eps], [budget, eps, slide]).then for typed in (eps.submit, eps.blur)),
-            _on(gates.select, _pressed, [], [place]).then,
+            *(_on(typed, show_budget, [threat, eps], [budget, eps, slide]).then for typed in (eps.submit, eps.blur)),
+            _on(gates.select, _clicked_layer, [], [shown_layer]).then,
             steps.input,
         ):
-            found = _on(event, answer, [shown, *question], answered, busy=said)
-            found.then(None, [number, *question], None, js=KEEP)
+            done = _on(event, answer, [shown, *query], answered, busy=message)
+            done.then(None, [number, *query], None, js=STORE_QUERY)
     return page
 
 
-def _pressed(event: gr.EventData) -> str:
-    """The layer whose gates were chosen."""
+def _clicked_layer(event: gr.EventData) -> str:
+    """Return the layer whose gates were clicked."""
     return str(event.layer)
 
 
@@ -153,29 +152,29 @@ def serve(explorers: Sequence[Explorer], host: str, port: int | None, say: Calla
 
     Args:
         host: address to listen on.
-        port: None takes the first free one from 7860 on.
-        say: gets the line with the address.
+        port: port to listen on; None takes the first free one from 7860.
+        say: called with the line that gives the page's address.
 
     Raises:
-        UserError: the address or port cannot be listened on.
+        UserError: it cannot listen on this address or port.
     """
     with listen(host, port) as listening, tempfile.TemporaryDirectory(prefix="rome-explore-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # deleted when the server ends
         page = build(explorers)
         address, number = listening.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         app = application(page, address, number)
-        say(f"explore at http://{shown}:{number} (Ctrl-C ends it)")
+        say(f"explore at http://{shown}:{number} (press Ctrl-C to stop)")
         server(app).run(sockets=[listening])
 
 
 def server(app: FastAPI) -> uvicorn.Server:
-    """Serves the application, and ends when it shall, even while a page is open."""
+    """Return a server that ends on Ctrl-C even while a page is open."""
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
 
 
 def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
-    """The page as a web application that requests nothing from any other host."""
+    """Wrap the page in a web application that makes no request to any other host."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     here = Path(__file__).parent
     gr.mount_gradio_app(
@@ -197,13 +196,13 @@ def application(page: gr.Blocks, host: str, port: int) -> FastAPI:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens.
+    """Open a listening socket.
 
     Args:
         host, port: see :func:`serve`.
 
     Raises:
-        UserError: they cannot be listened on.
+        UserError: it cannot listen on this address or port.
     """
     first = 7860 if port is None else port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -215,25 +214,25 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise UserError(f"cannot listen on {host} port {first} ({reason}); choose another with --port or --host")
 
 
-def _on(event: Any, function: Callable[..., Any], given: Sequence[Any], out: Sequence[Any], busy: Any = None) -> Any:
-    """Only the latest of several quick events counts, and answers are not an API.
+def _on(event: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], busy: Any = None) -> Any:
+    """Register an event handler: of several events in quick succession only the last counts, and it is no API endpoint.
 
     Args:
-        busy: where the seconds are counted meanwhile; nowhere if not given.
+        busy: widget that shows the seconds while it runs; none by default.
     """
-    shown: dict[str, Any] = (
+    progress: dict[str, Any] = (
         {"show_progress": "minimal", "show_progress_on": busy} if busy else {"show_progress": "hidden"}
     )
-    return event(function, list(given), list(out), api_visibility="private", trigger_mode="always_last", **shown)
+    return event(function, inputs, outputs, api_visibility="private", trigger_mode="always_last", **progress)
 
 
 def _range(ball: LpBall | None, eps: str | None = None) -> dict[str, Any]:
-    """The slider of a ball's radius, at its budget or at ``eps`` where that is a radius."""
+    """Settings of the radius slider; its value is ``eps`` if that is a valid radius, else the ball's budget."""
     budget = 1.0 if ball is None else ball.eps or 1.0
     value = budget
     if ball is not None and eps is not None:
         with suppress(UserError):
-            asked = ball_of(ball.norm, eps, {})
-            value = min(asked.eps if asked else 0.0, REACH * budget)
+            chosen = ball_of(ball.norm, eps, {})
+            value = min(chosen.eps if chosen else 0.0, REACH * budget)
     rounded = [float(f"{each:.3g}") for each in (REACH * budget, value, budget / 100)]
     return {"minimum": 0, **dict(zip(("maximum", "value", "step"), rounded, strict=True))}

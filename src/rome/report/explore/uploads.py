@@ -1,4 +1,4 @@
-"""Uploaded files as images of the shape that a model reads."""
+"""Read uploaded files as images of a model's input shape."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ MOST_PIXELS = 50_000_000
 
 
 class Shown(NamedTuple):
-    """An image in hand, as the models read it."""
+    """The image on the page, as the models read it."""
 
     image: Tensor
     """float32 (C, H, W) in [0, 1]."""
     said: str
-    """What it is, where it comes from and what was done to it."""
+    """Description: what the image is, where it comes from and how it was converted."""
     label: int | None = None
-    """None where it is unknown."""
+    """None if unknown."""
 
 
 def read_upload(path: str | Path, shape: tuple[int, int, int]) -> Shown:
-    """An image file as float32 (C, H, W): turned as its EXIF says, cropped at the centre, resized (bicubic).
+    """Read an image file as float32 (C, H, W): rotated as its EXIF says, cropped to the centre, resized (bicubic).
 
-    Transparent parts are put on white; of several frames the first is taken.
+    Transparent parts become white; of several frames the first is taken.
 
     Args:
-        shape: (C, H, W) with one channel or three.
+        shape: (C, H, W) with one or three channels.
 
     Raises:
-        UserError: no image, an empty file, one that is broken or too large, or a model of other channels.
+        UserError: the file is empty, broken, too large or not an image, or the model reads neither 1 nor 3 channels.
     """
     path = Path(path)
     channels, height, width = shape
     if channels not in (1, 3):
-        raise UserError(f"this model reads images of {channels} channels, which no image file has; take a test image")
+        raise UserError(f"this model reads images of {channels} channels, which no image file has; use a test image")
     image, steps = _opened(path)
     left, top, side, tall = _centre(image.size, (width, height))
     if (side, tall) != image.size:
         image = image.crop((left, top, left + side, top + tall))
-        steps.append(f"the centre {side} x {tall} cropped")
+        steps.append(f"cropped to the central {side} x {tall}")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         steps.append(f"resized to {width} x {height}")
-    if image.mode != (wanted := "L" if channels == 1 else "RGB"):
-        steps.append("made gray" if channels == 1 else "gray in all three channels")
-        image = image.convert(wanted)
+    if image.mode != (target := "L" if channels == 1 else "RGB"):
+        steps.append("converted to gray" if channels == 1 else "gray repeated in three channels")
+        image = image.convert(target)
     pixels = np.array(image, dtype=np.float32).reshape(height, width, channels) / 255
     said = f"{path.name}: {', '.join(steps)}."
     return Shown(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), said)
 
 
 def _opened(path: Path) -> tuple[Image.Image, list[str]]:
-    """The decoded image, in gray or RGB, and what it was and what that took."""
+    """Decode an image to gray or RGB; also return its original size and mode, and the conversions made."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -70,7 +70,7 @@ def _opened(path: Path) -> tuple[Image.Image, list[str]]:
     if size == 0:
         raise UserError(f"{path.name} is empty; upload an image file, such as PNG or JPEG")
     if size > MOST_BYTES:
-        raise UserError(f"{path.name} has more than {MOST_BYTES // 2**20} MiB; upload a smaller one")
+        raise UserError(f"{path.name} is larger than {MOST_BYTES // 2**20} MiB; upload a smaller file")
     try:
         with Image.open(path) as opened:
             wide, tall = opened.size
@@ -78,24 +78,24 @@ def _opened(path: Path) -> tuple[Image.Image, list[str]]:
                 raise Image.DecompressionBombError
             steps = [f"{wide} x {tall} {opened.mode}"]
             if getattr(opened, "n_frames", 1) > 1:
-                steps.append("its first frame")
+                steps.append("first frame only")
             image = ImageOps.exif_transpose(eight_bits(opened))
             if opened.getexif().get(0x0112, 1) not in (0, 1):
-                steps.append("turned as its EXIF says")
+                steps.append("rotated as its EXIF says")
             image = _plain(image, steps)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
-            f"{path.name} has more than {MOST_PIXELS // 10**6} million pixels; upload a smaller one"
+            f"{path.name} has more than {MOST_PIXELS // 10**6} million pixels; upload a smaller image"
         ) from None
-    except Exception as error:  # Pillow raises almost any kind for what is no image or a broken one
+    except Exception as error:  # Pillow raises almost any exception for a broken file
         raise UserError(
-            f"{path.name} is not an image that can be read ({one_line(error)}); upload one, such as PNG or JPEG"
+            f"{path.name} cannot be read as an image ({one_line(error)}); upload an image file, such as PNG or JPEG"
         ) from None
     return image, steps
 
 
 def _plain(image: Image.Image, steps: list[str]) -> Image.Image:
-    """In mode L or RGB."""
+    """Convert to mode L or RGB, with transparent parts on white."""
     if image.mode in ("L", "RGB"):
         if "transparency" not in image.info:
             return image
@@ -109,8 +109,8 @@ def _plain(image: Image.Image, steps: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest central part of these proportions: left, top, width, height."""
-    scale = min(size[0] / wanted[0], size[1] / wanted[1])
-    width, height = (max(1, min(have, round(want * scale))) for have, want in zip(size, wanted, strict=True))
+def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the largest centred crop with the aspect ratio of ``target``: left, top, width, height."""
+    scale = min(size[0] / target[0], size[1] / target[1])
+    width, height = (max(1, min(have, round(want * scale))) for have, want in zip(size, target, strict=True))
     return (size[0] - width) // 2, (size[1] - height) // 2, width, height

@@ -1,4 +1,4 @@
-"""The interface of the paper's figures, and how they are written: numbers first (JSON and CSV), then the pictures."""
+"""Interface of the paper's figures, and the code that writes them: first the numbers (JSON, CSV), then the pictures."""
 
 from __future__ import annotations
 
@@ -24,76 +24,76 @@ from rome.report.subject import Subject, open_subjects
 
 FORMATS = ("pdf", "png", "svg")
 ORDER = ("fig1", "fig3", "fig5", "fig6", "fig7", "fig8", "figA1", "figA2", "figA3", "figA4")
-"""The paper's figures."""
+"""Names of the paper's figures, in its order."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the figures of one call have in common."""
+    """Options shared by all figures of one call."""
 
     n: int = 256
-    """Test images, each natural and under every threat."""
+    """Number of test images; each is shown clean and under every threat."""
     seed: int = 0
-    """Of t-SNE's start and of the split of linear probes."""
+    """Seed of t-SNE's initialisation and of the linear probes' train/test split."""
     layer: str | None = None
-    """Part of the name of the layer to show; None takes the last."""
+    """Part of the name of the layer to show; None takes the last layer."""
     image: int = 0
-    """Number of the test image, for figures of one image."""
+    """Index of the test image, for figures of a single image."""
 
     def pick(self, names: Iterable[str]) -> str:
-        """The last of these layers whose name holds ``layer``.
+        """Return the last of these layers whose name contains ``layer``.
 
         Raises:
-            UserError: no name holds it.
+            UserError: no name contains it.
         """
         names = list(names)
-        found = [name for name in names if self.layer is None or self.layer in name]
-        if not found:
-            raise UserError(f"no layer's name holds {self.layer!r}; there are {', '.join(names)}")
-        return found[-1]
+        matching = [name for name in names if self.layer is None or self.layer in name]
+        if not matching:
+            raise UserError(f"no layer's name contains {self.layer!r}; the layers are {', '.join(names)}")
+        return matching[-1]
 
 
 class PaperFigure(ABC):
-    """One figure of the paper, for any runs. A subclass with a ``name`` is its registration.
+    """One figure of the paper, for any runs. Defining a subclass with a ``name`` registers it.
 
-    What :meth:`measure` returns is all that :meth:`draw` sees, so that a picture can be drawn again from its file.
+    :meth:`draw` sees only what :meth:`measure` returned, so a picture can be redrawn from its JSON file.
     """
 
     name: ClassVar[str]
-    """``fig3``, ``figA3``: what ``--only`` calls it and its files are called."""
+    """Name for ``--only`` and of the figure's files, such as ``fig3`` or ``figA3``."""
     title: ClassVar[str]
-    """What it shows, in a line."""
+    """One-line description of what the figure shows."""
 
     @abstractmethod
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
-        """The figure's data, of plain values that JSON can hold.
+        """Return the figure's data as plain values that JSON can hold.
 
         Raises:
-            UserError: these runs do not have what the figure shows.
+            UserError: these runs do not have the data that the figure shows.
         """
 
     @abstractmethod
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """The same as rows of a table, one per point or curve value, for the CSV file."""
+        """Return the same data as rows of the CSV file, one per point or curve value."""
 
     @abstractmethod
     def draw(self, data: dict[str, Any]) -> Canvas:
-        """The picture, from what :meth:`measure` returned."""
+        """Draw the picture from the data that :meth:`measure` returned."""
 
 
 class FigureOfRuns(PaperFigure):
-    """Base: what is measured of each run by itself; those without it are left out."""
+    """Base class of figures that are measured run by run; runs without the data are left out."""
 
     @abstractmethod
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
-        """One run's part of the data, beginning with its name.
+        """Return one run's part of the data, beginning with the run's name.
 
         Raises:
-            UserError: this run does not have what the figure shows.
+            UserError: this run does not have the data that the figure shows.
         """
 
     lacking: ClassVar[str]
-    """Why there is no figure where every run is left out."""
+    """Error message if every run is left out."""
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         runs, left_out = [], {}
@@ -109,10 +109,10 @@ class FigureOfRuns(PaperFigure):
 
 
 def require_experts(subject: Subject) -> dict[str, MixtureLayer]:
-    """The layers with experts, by name.
+    """Return the model's layers with experts, by name.
 
     Raises:
-        UserError: there are none.
+        UserError: the model has none.
     """
     layers = expert_layers(subject.model)
     if not layers:
@@ -121,7 +121,7 @@ def require_experts(subject: Subject) -> dict[str, MixtureLayer]:
 
 
 def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
-    """The keys and numbers that lead to each value ``depth`` levels inside mappings and lists, then the value."""
+    """Yield each value ``depth`` levels inside mappings and lists, preceded by the keys and indices of its path."""
     if depth == 0:
         yield (nested,)
         return
@@ -131,18 +131,18 @@ def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
 
 
 def registered() -> dict[str, type[PaperFigure]]:
-    """Every figure by name, those of all files in this folder among them, in the paper's order, then what the paper has
-    not."""
+    """Return every figure by name: the paper's in its order, then all others. Imports all files of this folder first,
+    because importing a figure registers it."""
     for module in iter_modules([str(Path(__file__).parent)]):
         import_module(f"{__package__}.{module.name}")
 
-    def below(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
+    def subclasses(kind: type[PaperFigure]) -> Iterator[type[PaperFigure]]:
         for figure in kind.__subclasses__():
             yield figure
-            yield from below(figure)
+            yield from subclasses(figure)
 
-    found = {figure.name: figure for figure in below(PaperFigure) if "name" in vars(figure)}  # type: ignore[type-abstract]
-    return {name: found[name] for name in (*ORDER, *sorted(found.keys() - set(ORDER)))}
+    figures = {each.name: each for each in subclasses(PaperFigure) if "name" in vars(each)}  # type: ignore[type-abstract]
+    return {name: figures[name] for name in (*ORDER, *sorted(figures.keys() - set(ORDER)))}
 
 
 @trust.opens_files
@@ -156,19 +156,22 @@ def write_figures(
     device: str | None = None,
     trust_code: bool = False,
 ) -> list[Path]:
-    """Make figures of these runs in ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
+    """Write figures of these runs to ``out``: NAME.json and NAME.csv with the data, NAME.FORMAT with the picture.
+
+    A figure for which the runs have no data is skipped, and a line on standard error gives the reason; if ``only``
+    names it, that is an error.
 
     Args:
-        runs: their folders, or subjects: :func:`rome.report.subject.open_subjects`, and models that no run made
-            (:func:`rome.report.subject.open_named`, :meth:`rome.report.subject.Subject.of_model`).
-        device: of runs that are named by their folders.
+        runs: folders of runs, or subjects: runs opened by :func:`rome.report.subject.open_subjects`, or models without
+            a run (:func:`rome.report.subject.open_named`, :meth:`rome.report.subject.Subject.of_model`).
+        out: folder for the figures; created if missing.
+        only: names of the figures to make; all by default.
+        formats: any of ``pdf``, ``png`` and ``svg``.
+        device: device for the runs given as folders.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
 
-    A figure that the runs do not have the data for is left out with a line that says why; if ``only`` names it, that
-    is an error.
-
     Returns:
-        The pictures.
+        Paths of the pictures.
 
     Raises:
         UserError: unknown names or formats, no runs, or none of the figures could be made.
@@ -178,7 +181,7 @@ def write_figures(
         if name not in known:
             raise UserError(f"there is no figure {name!r}.{did_you_mean(name, known)}")
     if not formats or set(formats) - set(FORMATS):
-        raise UserError(f"name formats among {', '.join(FORMATS)}, not {', '.join(formats) or 'none'}")
+        raise UserError(f"formats must be among {', '.join(FORMATS)}, not {', '.join(formats) or 'none'}")
     if not runs:
         raise UserError("name at least one run's folder, or a model and its data: --model NAME --data DATA")
     folders = [run for run in runs if not isinstance(run, Subject)]
@@ -195,7 +198,7 @@ def write_figures(
             missing.append(f"{name}: {error}")
             if only:
                 raise UserError(missing[-1]) from error
-            print(f"no {missing[-1]}", file=sys.stderr, flush=True)
+            print(f"skipped {missing[-1]}", file=sys.stderr, flush=True)
             continue
         left_out = (f"{name}: {run} left out: {reason}" for run, reason in data.get("left_out", {}).items())
         for line in (*left_out, f"{name}: {figure.title}"):
@@ -212,10 +215,10 @@ def _write(figure: PaperFigure, data: dict[str, Any], out: Path, formats: Sequen
     pictures = []
     with style.context(Path(__file__).parent / "paper.mplstyle"):
         canvas = figure.draw(data)
-        for form in formats:
+        for suffix in formats:
             picture = io.BytesIO()
-            dates: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(form)
-            canvas.savefig(picture, format=form, bbox_inches="tight", metadata=dates)
-            pictures.append(out / f"{figure.name}.{form}")
+            undated: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
+            canvas.savefig(picture, format=suffix, bbox_inches="tight", metadata=undated)
+            pictures.append(out / f"{figure.name}.{suffix}")
             replace_file(pictures[-1], picture.getvalue())
     return pictures

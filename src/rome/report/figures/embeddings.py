@@ -1,9 +1,9 @@
-"""Figures 1, 5, 6 and A4: t-SNE of features, natural and under each threat, and how well they tell the threats apart.
+"""Figures 1, 5, 6 and A4: t-SNE of features of clean images and under each threat, and how well they separate threats.
 
-Their data is a list of panels for each run: ``layer``, ``part`` (with experts or without), ``space`` (features as they
-are, or less those of the natural image), ``place`` (a token, or the mean over tokens), the mean ``silhouettes`` of each
-group (over single tokens with their standard deviation), and if it is drawn the ``points`` and their silhouettes
-(``embedding``).
+The data is a list of panels for each run: ``layer``, ``part`` (with or without experts), ``space`` (the features
+themselves, or their difference from those of the clean image), ``place`` (a token, or the mean over tokens), the mean
+``silhouettes`` of each group (for single tokens with the standard deviation over them), and, if the panel is drawn, the
+``points`` and their silhouettes (``embedding``).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from rome.report.subject import NATURAL, Subject, short
 
 BACKBONE, EXPERTS, OUTPUT = "backbone", "experts", "backbone + experts"
 INSTEAD = {BACKBONE: "first expert of ", OUTPUT: "experts of "}
-"""What is seen where experts stand in the place of a layer."""
+"""Prefixes of the layer's name where the experts replace a layer instead of adding to it."""
 FEATURES, DIFFERENCE = "features", "difference"
 SPACES = {FEATURES: "", DIFFERENCE: "\ndifference from natural"}
-"""What is scored and drawn: what the paper says, and what tells threats apart; the end of the panels' titles."""
+"""What is scored and drawn (what the paper names, and what separates threats) -> the end of the panels' titles."""
 POSITIONS = 64
-"""Tokens at most whose silhouettes are taken, evenly spaced: all of a ViT's on CIFAR-10."""
+"""Maximum number of tokens, evenly spaced, whose silhouettes are computed: all of a ViT's on CIFAR-10."""
 LOCAL = "local"
-"""The place of silhouettes over single tokens."""
+"""``place`` of the silhouettes of single tokens."""
 Panel = dict[str, Any]
 
 
 class Shown(NamedTuple):
-    """A panel as it is drawn."""
+    """Title, note and drawing function of a panel."""
 
     title: str
     note: str
@@ -49,17 +49,17 @@ class Shown(NamedTuple):
 
 
 class Embeddings(FigureOfRuns):
-    """Base: what the four have in common."""
+    """Base class of the four figures."""
 
-    room: tuple[float, float, float]
-    """In inches: width of the picture, its height around the rows, and that of a row."""
+    sizes: tuple[float, float, float]
+    """Width of the picture, its height apart from the rows, and the height of a row, in inches."""
 
     @abstractmethod
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
-        """A run's rows of panels, each with what stands beside it."""
+        """Return a run's rows of panels, each with its label."""
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """Scores first, then the points of the pictures."""
+        """Return the scores, followed by the points of the pictures."""
         scores, points = [], []
         for run, panel in ((each, panel) for each in data["runs"] for panel in each["panels"]):
             where = {"run": run["run"], **{key: panel[key] for key in ("layer", "part", "space", "place")}}
@@ -73,22 +73,22 @@ class Embeddings(FigureOfRuns):
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         lines = [line for run in data["runs"] for line in self.lines(run)]
-        if len(lines[0][1]) == 1:  # they stand beside each other
-            lines = [("", [panel._replace(title=beside) for beside, (panel,) in lines])]
-        width, around, height = self.room
+        if len(lines[0][1]) == 1:  # one panel per run: side by side in a single row
+            lines = [("", [panel._replace(title=label) for label, (panel,) in lines])]
+        width, around, height = self.sizes
         canvas = Canvas(figsize=(width, around + height * len(lines)), layout="constrained")
         grid = canvas.subplots(len(lines), len(lines[0][1]), squeeze=False)
-        above: list[str] = []
-        for row, (beside, panels) in zip(grid, lines, strict=True):
-            row[0].set_ylabel(beside, fontsize=8.5)
+        titles_above: list[str] = []
+        for row, (label, panels) in zip(grid, lines, strict=True):
+            row[0].set_ylabel(label, fontsize=8.5)
             titles = [shown.title for shown in panels]
             for axes, shown in zip(row, panels, strict=True):
                 shown.draw(axes)
                 axes.set_xlabel(shown.note, **NOTE)
-                axes.set_title(shown.title if titles != above else "")
-            above = titles
+                axes.set_title(shown.title if titles != titles_above else "")
+            titles_above = titles
         bars = [axes for axes in canvas.axes if axes.containers]
-        for axes in bars[1:]:
+        for axes in bars[1:]:  # one scale for all bars
             axes.sharey(bars[0])
             axes.autoscale(axis="y")
         legend(canvas, dots([name for run in data["runs"] for panel in run["panels"] for name in panel["silhouettes"]]))
@@ -96,30 +96,30 @@ class Embeddings(FigureOfRuns):
 
 
 class LayerOutputs(Embeddings):
-    """Base: features of natural images and of the same images under each threat, at the last adapted layer.
+    """Base class: features of clean images and of the same images under each threat, at the last adapted layer.
 
-    Averaged over patch tokens, as they are, with the mean silhouette of natural images and threats beside the picture;
-    the data has those of the picture itself and of the difference from the natural image's features too.
-    The paper says neither which tokens nor how many images. The backbone is W h + b, the experts' part
-    sum_k g_k B_k A_k h; feed-forward experts and MORE have no backbone, so the first expert stands there and
+    Features are averaged over patch tokens; the mean silhouette over clean images and threats is printed below the
+    picture. The data also has the silhouettes of the picture itself and of the differences from the clean image's
+    features. The paper states neither which tokens nor how many images it used. The backbone is W h + b, the experts'
+    part sum_k g_k B_k A_k h. Feed-forward experts and MORE have no backbone, so the first expert takes its place and
     their whole output counts as the experts'. A run without experts shows the output of its last block.
     """
 
     parts: tuple[str, ...]
-    """Which of the above are measured and drawn."""
+    """The parts that are measured and drawn: ``backbone``, ``experts``, ``backbone + experts``."""
     lacking = "none of these runs has features to show"
 
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
         groups, layers = subject.attacked(options.n), expert_layers(subject.model)
         layer = options.pick(layers or features.block_layers(subject.model))
         if layers:
-            given = features.parts(subject.model, groups, layer)
-            found = {BACKBONE: given.backbone, EXPERTS: given.experts, OUTPUT: given.output}
-            found = {part: found[part] for part in self.parts}
+            outputs = features.parts(subject.model, groups, layer)
+            vectors = {BACKBONE: outputs.backbone, EXPERTS: outputs.experts, OUTPUT: outputs.output}
+            vectors = {part: vectors[part] for part in self.parts}
         else:
-            found = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
+            vectors = {BACKBONE: features.at(features.collect(subject.model, groups, layer), "global")}
         panels, names = [], list(groups)
-        for part, values in found.items():
+        for part, values in vectors.items():
             where = {"layer": layer, "part": part, "place": "global"}
             panels.append(_panel(names, values, options.seed, where | {"space": FEATURES}))
             if len(names) > 2:
@@ -137,64 +137,63 @@ class LayerOutputs(Embeddings):
                 shown.append(Shown(part, "no experts", partial(scatter, groups={})))
                 continue
             score = float(np.mean(list(panel["silhouettes"].values())))
-            before = "no experts: "
+            prefix = "no experts: "
             if panel["part"] == part:
-                before = "" if run["adds"] else INSTEAD.get(part, "")
-            note = f"{before}{short(panel['layer'])}\nsilhouette {signed(score)}"
+                prefix = "" if run["adds"] else INSTEAD.get(part, "")
+            note = f"{prefix}{short(panel['layer'])}\nsilhouette {signed(score)}"
             shown.append(Shown(part, note, partial(scatter, groups=panel["points"])))
         return [(side(run["run"]), shown)]
 
 
 class ExpertOutputs(LayerOutputs):
-    """What the experts give, one panel for each run."""
+    """Outputs of the experts, one panel per run."""
 
     name = "fig1"
     title = "t-SNE of expert outputs per threat"
     parts = (EXPERTS,)
-    room = (PAGE, 0.6, 1.85)
+    sizes = (PAGE, 0.6, 1.85)
 
 
 class BackboneAndExperts(LayerOutputs):
-    """Backbone features, and the same with what the experts add: two panels for each run."""
+    """Backbone features without and with the experts' output, two panels per run."""
 
     name = "fig6"
     title = "t-SNE of backbone features and of backbone + experts per threat"
     parts = (BACKBONE, OUTPUT)
-    room = (COLUMN, 0.6, 1.85)
+    sizes = (COLUMN, 0.6, 1.85)
 
 
 class Separability(Embeddings):
-    """Base: silhouettes of the threats at every token and of the mean over tokens, and t-SNE at some of them.
+    """Base class: silhouettes of the threats at every token and for the mean over tokens, and t-SNE at some of them.
 
-    Of the features as they are, and of their difference from the same image's natural features, most likely what the
-    paper scored (:mod:`rome.report.separability`); each has a row of panels that says which. The data has the
-    silhouettes of the drawn embeddings too. Local scores are mean and standard deviation over tokens, as the paper's.
-    Layers are blocks of a ViT and stages of a CNN or Swin; runs need no experts.
+    Both are computed for the features themselves and for their differences from the same image's clean features, most
+    likely what the paper scored (:mod:`rome.report.separability`); each has its own row of panels. The data also has
+    the silhouettes of the drawn embeddings. Local scores are mean and standard deviation over tokens, as in the paper.
+    Layers are the blocks of a ViT or the stages of a CNN or Swin; runs need no experts.
     """
 
     every_layer: bool
-    """Whether the data has all blocks and the picture the first and the last, or both that of ``layer`` alone."""
+    """True: data of all blocks, pictures of the first and the last. False: both of the layer ``Options.layer`` only."""
     titles: ClassVar[Mapping[str, str]]
-    """What is drawn, and its title: some of :data:`rome.report.features.PLACES`, and the silhouettes as bars."""
-    lacking = "separating takes a run with two or more threats"
+    """Title of each column: some of :data:`rome.report.features.PLACES`, and ``local``, bars of the silhouettes."""
+    lacking = "separability needs a run with two or more threats"
 
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
         groups = subject.attacked(options.n)
         threats = [name for name in groups if name != NATURAL]
         if len(threats) < 2:
-            raise UserError(f"it has {len(threats)} threat")
+            raise UserError("it has fewer than two threats")
         blocks = features.block_layers(subject.model)
         layers, panels = blocks if self.every_layer else (options.pick(blocks),), []
         for layer in layers:
-            given = features.collect(subject.model, groups, layer)
-            chosen = np.linspace(0, given.shape[2] - 1, min(POSITIONS, given.shape[2])).round().astype(int)
-            for space, values in ((FEATURES, given[1:]), (DIFFERENCE, difference(given))):
+            outputs = features.collect(subject.model, groups, layer)
+            count = outputs.shape[2]
+            positions = np.unique(np.linspace(0, count - 1, min(POSITIONS, count)).round().astype(int))
+            for space, values in ((FEATURES, outputs[1:]), (DIFFERENCE, difference(outputs))):
                 where = {"layer": layer, "part": OUTPUT, "space": space}
-                local = np.stack([silhouettes(values[:, :, t]) for t in np.unique(chosen)])  # (T', P)
+                local = np.stack([silhouettes(values[:, :, t]) for t in positions])  # (T', P)
                 scores = np.stack([local.mean(axis=0), local.std(axis=0)], axis=1)
-                panels.append(
-                    {**where, "place": LOCAL, "silhouettes": _named(threats, scores, 6)} | {"tokens": len(given[0, 0])}
-                )
+                panels.append({**where, "place": LOCAL, "silhouettes": _named(threats, scores, 6), "tokens": count})
                 for place in features.PLACES:
                     drawn = place in self.titles and layer in (layers[0], layers[-1])
                     seed = options.seed if drawn else None
@@ -202,7 +201,7 @@ class Separability(Embeddings):
         return {"run": subject.name, "labels": subject.images(options.n)[1].tolist(), "panels": panels}
 
     def lines(self, run: dict[str, Any]) -> list[tuple[str, list[Shown]]]:
-        found = []
+        lines = []
         for (layer, space), group in groupby(run["panels"], key=itemgetter("layer", "space")):
             panels, shown = {panel["place"]: panel for panel in group}, []
             for place, title in self.titles.items():
@@ -215,12 +214,12 @@ class Separability(Embeddings):
                     note = "silhouette {}\nin the picture {}".format(*scores)
                     shown.append(Shown(title, note, partial(scatter, groups=panel["points"])))
             if shown:
-                found.append((side(run["run"], short(layer)), shown))
-        return found
+                lines.append((side(run["run"], short(layer)), shown))
+        return lines
 
 
 class LocalAndGlobal(Separability):
-    """One layer, the last or that of ``layer``: t-SNE at the middle token and of the mean, and silhouettes."""
+    """One layer (``Options.layer`` or the last): t-SNE at the middle token and of the mean over tokens, silhouettes."""
 
     name = "fig5"
     title = "separability of threats in local and global features, and in their differences from the natural image's"
@@ -230,11 +229,11 @@ class LocalAndGlobal(Separability):
         "global": "global: mean over tokens",
         LOCAL: "silhouette",
     }
-    room = (PAGE, 0.55, 2.25)
+    sizes = (PAGE, 0.55, 2.25)
 
 
 class OverLayers(Separability):
-    """First and last block, at the first, middle and last token and of the mean; the data has every block's scores."""
+    """First and last block: t-SNE at the first, middle and last token and of the mean; the data has every block."""
 
     name = "figA4"
     title = (
@@ -245,16 +244,16 @@ class OverLayers(Separability):
     titles: ClassVar[Mapping[str, str]] = {place: f"{place} token" for place in features.PLACES[:-1]} | {
         "global": "global"
     }
-    room = (PAGE, 0.35, 2.2)
+    sizes = (PAGE, 0.35, 2.2)
 
 
 def _panel(names: Sequence[str], values: np.ndarray, seed: int | None, where: Mapping[str, str]) -> Panel:
-    """Silhouettes of features (G, n, D) and, with a seed, their picture and its silhouettes."""
-    found: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
+    """Silhouettes of features (G, n, D) and, with a seed, their t-SNE points and the silhouettes of these."""
+    panel: Panel = {**where, "silhouettes": _named(names, silhouettes(values), 6)}
     if seed is not None:
         points = embed(values, seed=seed)
-        found |= {"embedding": _named(names, silhouettes(points), 6), "points": _named(names, points, 4)}
-    return found
+        panel |= {"embedding": _named(names, silhouettes(points), 6), "points": _named(names, points, 4)}
+    return panel
 
 
 def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, Any]:
@@ -262,11 +261,11 @@ def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, A
 
 
 def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
-    """Local silhouettes with their spread over tokens, and global ones hatched beside them."""
-    every = looks(list(local))
+    """Draw the local silhouettes with standard deviations over tokens, and the global ones, hatched, beside them."""
+    styles = looks(list(local))
     for i, (threat, (mean, spread)) in enumerate(local.items()):
-        axes.bar(i - 0.2, mean, 0.36, color=every[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
-        axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=every[threat].colour, hatch="/////")
+        axes.bar(i - 0.2, mean, 0.36, color=styles[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
+        axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=styles[threat].colour, hatch="/////")
     axes.axhline(0, color="#555555", lw=0.7)
-    axes.set_xticks(range(len(every)), [look.label for look in every.values()])
+    axes.set_xticks(range(len(styles)), [look.label for look in styles.values()])
     axes.tick_params(axis="x", length=0)

@@ -1,4 +1,4 @@
-"""Fig. 7: where on an image each expert is active, with every region of the image under another threat."""
+"""Fig. 7: where each expert is active on an image whose regions are under different threats."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from rome.report.subject import NATURAL, STEPS, Subject, short
 from rome.threats import LpBall, PerExample
 
 SHOWN = 6
-"""Experts; more would not be readable side by side."""
+"""Maximum number of experts drawn; more would not be readable side by side."""
 Box = tuple[int, int, int, int]
-"""First row, row after the last, first column, column after the last; in pixels."""
+"""First row, row after the last, first column, column after the last, in pixels."""
 
 
 class RegionMaps(FigureOfRuns):
-    """Gate weights over one image whose regions are natural or under one Lp ball each; a row for every run. What the
-    regions show differs too, not their threats alone: the file with the data has means over all arrangements.
+    """Gate weights over one image whose regions are clean or each under one Lp ball; one row per run.
 
-    Each region is attacked by itself: the model sees the perturbation only there, so that APGD moves nothing elsewhere
-    and the whole search is spent inside. A region cut out of an attack on the whole image could hold next to nothing of
-    it, as L1 perturbations are sparse. The budget is the share that belongs to the region's part a of the area, a eps
-    in L1, sqrt(a) eps in L2, eps in Linf: as dense as what the run was trained on. The regions are then one image.
+    Each region is attacked separately: the model sees the perturbation only there, so APGD changes nothing elsewhere
+    and spends its whole search inside. A region cut out of an attack on the whole image could contain almost none of
+    the perturbation, because L1 perturbations are sparse. The budget is scaled by the region's share a of the area to
+    a eps in L1, sqrt(a) eps in L2 and eps in Linf, which makes the perturbation as dense as those the run was trained
+    on. The attacked regions are then joined into one image.
 
-    So the numbers are given twice: in the pictured arrangement, and over all arrangements, in which every threat visits
-    every region in turn, where differences come from the threats alone.
+    Regions differ in content as well as in threat. The data therefore has the numbers twice: for the arrangement that
+    is drawn, and as means over all arrangements, in which every threat is applied to every region in turn, so that
+    differences come from the threats alone.
     """
 
     name = "fig7"
     title = "expert activations over one image whose regions are under different threats"
 
-    lacking = "no run weighs experts differently over the image"
+    lacking = "none of these runs weights its experts differently across the image"
 
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         return {"image": options.image, "steps": STEPS, **super().measure(subjects, options)}
@@ -55,23 +56,23 @@ class RegionMaps(FigureOfRuns):
     def measure_run(self, subject: Subject, options: Options) -> dict[str, Any]:
         name = options.pick(require_experts(subject))
         if options.image >= len(subject.split):
-            raise UserError(f"there is no test image {options.image}: there are {len(subject.split)}, numbered from 0")
+            raise UserError(f"there is no test image {options.image}; choose from 0 to {len(subject.split) - 1}")
         ((x, y),) = subject.split.batches([torch.tensor([options.image])], device=subject.device)
         threats = {label: threat for label, threat in subject.threats.items() if isinstance(threat, LpBall)}
         if not threats:
-            raise UserError("it was trained on no Lp ball, and only these are attacked within a region")
+            raise UserError("it was not trained on any Lp ball, and only these can be attacked within a region")
         labels = [NATURAL, *threats]
         height, width = x.shape[2:]
         parts = boxes(len(labels), height, width)
-        gates = _recorded(subject.model, x, name)  # before the attacks: is there a map at all?
+        gates = _recorded(subject.model, x, name)  # before the costly attacks: checks that there is a map at all
         if gates.local is None and bool((gates.weights == gates.weights[:, :1]).all()):
-            raise UserError(f"layer {name} weighs its experts for the image as a whole: there is no map of them")
+            raise UserError(f"layer {name} weights its experts for the whole image at once, so there is no map to draw")
         grid = grid_of(subject.model, name, gates.weights.shape[1], (height, width))
         places = _places(parts, grid.rows, grid.columns, height, width)
         if set(places.ravel().tolist()) != set(range(len(parts))):
             raise UserError(f"its map of {grid.rows}x{grid.columns} is too coarse for {len(parts)} regions")
 
-        def spread(weights: Tensor) -> np.ndarray:
+        def as_maps(weights: Tensor) -> np.ndarray:
             return np.asarray(grid.spread(weights).cpu().double())
 
         attacked = [{NATURAL: x, **attacked_within(subject.model, x, y, threats, box)} for box in parts]
@@ -80,13 +81,13 @@ class RegionMaps(FigureOfRuns):
         for turn, (i, (top, bottom, left, right)) in itertools.product(turns, enumerate(parts)):
             where = (..., slice(top, bottom), slice(left, right))
             images[turn][where] = attacked[i][labels[(i + turn) % len(labels)]][0][where]
-        maps = spread(_recorded(subject.model, images, name).weights)  # (turns, K, rows, columns)
-        natural = spread(gates.weights)[0]
+        maps = as_maps(_recorded(subject.model, images, name).weights)  # (turns, K, rows, columns)
+        clean = as_maps(gates.weights)[0]
         by_region = np.stack([maps[:, :, places == i].mean(axis=-1) for i in turns], axis=1)
         by_threat = [np.mean([by_region[turn, (k - turn) % len(parts)] for turn in turns], axis=0) for k in turns]
         regions = [
             {"name": labels[i], "box": list(parts[i]), "gates": _rounded(by_region[0, i])}
-            | {"gates_unperturbed": _rounded(natural[:, places == i].mean(axis=-1))}
+            | {"gates_unperturbed": _rounded(clean[:, places == i].mean(axis=-1))}
             | {"gates_all_arrangements": _rounded(by_threat[i])}
             for i in turns
         ]
@@ -139,7 +140,7 @@ class RegionMaps(FigureOfRuns):
 
 
 def boxes(count: int, height: int, width: int) -> list[Box]:
-    """The image in parts: quadrants for four, upright stripes for any other number."""
+    """Divide the image into ``count`` parts: quadrants for four, vertical stripes for any other number."""
     if count == 4:
         middle, centre = height // 2, width // 2
         return [
@@ -154,7 +155,7 @@ def boxes(count: int, height: int, width: int) -> list[Box]:
 def attacked_within(
     model: nn.Module, x: Tensor, y: Tensor, threats: Mapping[str, LpBall], box: Box
 ) -> dict[str, Tensor]:
-    """One image (1, C, H, W) with label (1,) under each threat inside a box alone: name -> (1, C, H, W)."""
+    """Attack one image (1, C, H, W) with label (1,) under each threat, inside a box only: name -> (1, C, H, W)."""
     top, bottom, left, right = box
     mask = torch.zeros_like(x, dtype=torch.bool)
     mask[..., top:bottom, left:right] = True
@@ -162,12 +163,12 @@ def attacked_within(
     share = {"L1": area, "L2": math.sqrt(area), "Linf": 1.0}
     scaled = [threat.model_copy(update={"eps": threat.eps * share[threat.norm]}) for threat in threats.values()]
     mixture = PerExample.repeated(scaled, 1)
-    found = APGD(steps=STEPS)(_Within(model, x, mask), x.repeat(len(scaled), 1, 1, 1), y.repeat(len(scaled)), mixture)
-    return dict(zip(threats, torch.split(torch.where(mask, found, x), 1), strict=True))
+    x_adv = APGD(steps=STEPS)(_Within(model, x, mask), x.repeat(len(scaled), 1, 1, 1), y.repeat(len(scaled)), mixture)
+    return dict(zip(threats, torch.split(torch.where(mask, x_adv, x), 1), strict=True))
 
 
 class _Within(nn.Module):
-    """The model of images that equal one image outside a mask: gradients are zero there."""
+    """The model on inputs whose pixels outside a mask are replaced by those of ``x``: gradients are zero there."""
 
     def __init__(self, model: nn.Module, x: Tensor, mask: Tensor) -> None:
         super().__init__()
@@ -184,12 +185,12 @@ def _recorded(model: nn.Module, images: Tensor, layer: str) -> Gates:
 
 
 def _places(parts: Sequence[Box], rows: int, columns: int, height: int, width: int) -> np.ndarray:
-    """int (rows, columns): the region in which the centre of each place of the map lies."""
+    """Index of the region that contains the centre of each cell of the map: int (rows, columns)."""
     down, across = (np.arange(rows) + 0.5) * height / rows, (np.arange(columns) + 0.5) * width / columns
-    found = np.full((rows, columns), -1)
+    regions = np.full((rows, columns), -1)
     for i, (top, bottom, left, right) in enumerate(parts):
-        found[np.ix_((top <= down) & (down < bottom), (left <= across) & (across < right))] = i
-    return found
+        regions[np.ix_((top <= down) & (down < bottom), (left <= across) & (across < right))] = i
+    return regions
 
 
 def _rounded(values: np.ndarray) -> Any:
@@ -201,7 +202,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _image(axis: Axes, run: dict[str, Any]) -> None:
-    """The perturbation over a faint image, each region by its own scale, with the regions' names."""
+    """Draw the perturbation over a faint image, each region on its own scale, with the regions' names."""
     pixels, delta = np.array(run["pixels"]) / 255, np.array(run["perturbation"])
     for region in run["regions"]:
         top, bottom, left, right = region["box"]
@@ -213,16 +214,16 @@ def _image(axis: Axes, run: dict[str, Any]) -> None:
     axis.imshow(picture, extent=(0, delta.shape[1], delta.shape[0], 0), interpolation="nearest")
     _regions(axis, run, "black", "perturbation")
     axis.set_ylabel(side(run["name"], short(run["layer"])), fontsize=8)
-    every = looks([region["name"] for region in run["regions"]])
+    styles = looks([region["name"] for region in run["regions"]])
     outline = [withStroke(linewidth=2, foreground="white")]
     for region in run["regions"]:
         top, bottom, left, right = region["box"]
-        centre, label = ((left + right) / 2, (top + bottom) / 2), every[region["name"]].label
+        centre, label = ((left + right) / 2, (top + bottom) / 2), styles[region["name"]].label
         axis.text(*centre, label, ha="center", va="center", fontsize=7.5, color="black", path_effects=outline)
 
 
 def _regions(axis: Axes, run: dict[str, Any], colour: str, title: str) -> None:
-    """Borders of the regions, and a title in place of ticks and frame."""
+    """Draw the regions' borders and a title, without ticks and frame."""
     for region in run["regions"]:
         top, bottom, left, right = region["box"]
         axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=colour, lw=0.8)

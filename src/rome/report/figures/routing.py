@@ -1,4 +1,4 @@
-"""``routing``: the numbers of :mod:`rome.report.routing` for each run, and their course over layers."""
+"""Figure ``routing``: the routing numbers of :mod:`rome.report.routing` for each run, plotted over its layers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NUMBERS = (
     ("usage", "usage_mean"),
     ("between", "distance_mean"),
 )
-"""Of every layer, and their mean over layers."""
+"""Fields of each run's data: values of every layer, and their mean over layers."""
 LAYERS = 12
-"""Names of layers that stand beside each other."""
+"""Maximum number of layer names on an axis."""
 
 
 class RoutingNumbers(FigureOfRuns):
-    """Mutual information, distance between threats, entropy and load over layers, and what linear probes read."""
+    """Mutual information, distance between threats, entropy and load over layers, and accuracy of linear probes."""
 
     name = "routing"
     title = "routing in numbers: information about the threat, entropy, distances, linear probes"
@@ -46,8 +46,8 @@ class RoutingNumbers(FigureOfRuns):
         return {"run": subject.name, **asdict(numbers)}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        """A line for the run as a whole, whose layer is empty, and one for each layer."""
-        found = []
+        """Return a row for each run as a whole, whose layer is empty, followed by one for each layer."""
+        rows = []
         for run in data["runs"]:
             for i, layer in enumerate(("", *run["layers"])):
                 bits, entropy, usage, distance = (run[of][i - 1] if layer else run[mean] for of, mean in NUMBERS)
@@ -55,11 +55,11 @@ class RoutingNumbers(FigureOfRuns):
                 numbers |= {"entropy": entropy, "usage": usage, "distance": distance}
                 for pair in run["distances"]:
                     numbers[f"distance {pair['a']}-{pair['b']}"] = pair["layers"][i - 1] if layer else pair["mean"]
-                found.append({"run": run["run"], "layer": layer, **numbers})
+                rows.append({"run": run["run"], "layer": layer, **numbers})
                 if not layer:
                     probes = {probe: run[probe]["accuracy"] for probe in ("gates_probe", "features_probe")}
-                    found[-1] |= probes | {"chance": run["gates_probe"]["chance"]}
-        return found
+                    rows[-1] |= probes | {"chance": run["gates_probe"]["chance"]}
+        return rows
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = data["runs"]

@@ -1,4 +1,4 @@
-"""Fig. A3: what union robustness depends on, from the runs of a sweep."""
+"""Fig. A3: sensitivity of union robustness to settings, from the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PAPER: dict[str, tuple[str, float]] = {
     "experts.gate.s": ("$s$", 4),
     "experts.gate.b": ("$b$", 2),
 }
-"""The keys that the paper varies, how it writes them, and the value it chose."""
+"""Keys that the paper varies -> their axis label in the paper, and the value that the paper chose."""
 
 
 class Sensitivity(PaperFigure):
-    """A panel for each numeric config key that the runs vary: union robustness over its values, all else equal. Where
-    the suite has more than Lp balls, the union is over these.
+    """One panel per numeric config key that the runs vary: union robustness against its values, all else equal.
 
-    Runs that differ in the seed alone are one point, mean and sample standard deviation. Where a grid varies several
-    keys, a key has a curve for every choice of the others; where each run changes one key of a common base, as in the
-    paper, every panel has one curve, and the base is a point of each.
+    If the suite attacks more than Lp balls, the union is taken over the balls only. Runs that differ only in the seed
+    are one point: mean and sample standard deviation. If a grid varies several keys, a key has one curve for every
+    combination of the others; if each run changes one key of a common base, as in the paper, every panel has one curve
+    and the base is a point of each.
     """
 
     name = "figA3"
@@ -44,16 +44,16 @@ class Sensitivity(PaperFigure):
     def measure(self, subjects: Sequence[Subject], options: Options) -> dict[str, Any]:
         swept, left_out = trained(subjects)
         runs = gather([subject.run.folder for subject in swept if subject.run])
-        found = config_differences([run.config for run in runs if run.config is not None])
-        differences = {key: found[key] for key in found if key != "seed" and not key.startswith("evaluation.")}
+        every = config_differences([run.config for run in runs if run.config is not None])
+        differences = {key: every[key] for key in every if key != "seed" and not key.startswith("evaluation.")}
         order, unions = [*PAPER, *differences], [run.report.unions.get(LP, run.report.union) for run in runs]
         panels = [{"key": k, "curves": _curves(k, differences, unions)} for k in sorted(differences, key=order.index)]
         panels = [panel for panel in panels if panel["curves"]]
         if not panels:
-            keys = some(list(differences), 4) if differences else "no setting (but perhaps the seed)"
+            keys = some(list(differences), 4) if differences else "no setting (except perhaps the seed)"
             raise UserError(
-                f"these runs differ in {keys}, and no two of them in one number alone, so there is no curve; make runs "
-                "that do: rome sweep CONFIG experts.rank=4,8,16"
+                f"these runs differ in {keys}, and no two of them in a single number, so there is no curve; make runs "
+                "that do, for example: rome sweep CONFIG experts.rank=4,8,16"
             )
         evaluation = f"{runs[0].report.suite}, {runs[0].report.n} examples"
         return {"evaluation": evaluation, "panels": panels, "left_out": left_out}
@@ -91,7 +91,7 @@ class Sensitivity(PaperFigure):
 
 
 def _curves(key: str, differences: dict[str, list[Any]], unions: Sequence[float]) -> list[dict[str, Any]]:
-    """The runs grouped by all other keys; groups in which the key has two values at least."""
+    """Group the runs by all keys but ``key``, and return the groups in which it has at least two values."""
     groups: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for i, union in enumerate(unions):
         value = differences[key][i]

@@ -1,4 +1,4 @@
-"""Fig. 8: robustness against the time spent on training."""
+"""Fig. 8: robustness against training time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ HELD_OUT, TRAINING = "union, held-out images", "mean over threats, training imag
 
 
 class TrainingTime(PaperFigure):
-    """A curve for each run: union robustness on held-out training images over seconds of training.
+    """One curve per run: union robustness on held-out training images against seconds of training.
 
-    The points are the run's validations (config key ``validation``; time spent on these is not counted). A run without
-    any is drawn dashed with what its log has, the mean over threats of the accuracy in training under the training
-    attack, which is another quantity: higher, as the attack is weaker, no union is taken and the images are trained on.
-    Times compare only between runs on one machine.
+    The points are the run's validations (config key ``validation``; the time spent on them is not counted). A run
+    without validations has a dashed curve of what its log has: training accuracy under the training attack, averaged
+    over threats. That is a different and higher quantity, because the attack is weaker, no union is taken and the
+    images are trained on. Times are comparable only between runs on the same machine.
 
-    ``reached`` in the data: when each validated run first had the best union of the first one without experts.
+    ``reached`` in the data: the time at which each validated run first reached the best union of the first validated
+    run without experts.
     """
 
     name = "fig8"
@@ -36,12 +37,12 @@ class TrainingTime(PaperFigure):
         validated = [subject for subject, curve in curves if curve["quantity"] == HELD_OUT]
         for subject in validated[1:]:
             if _held_out(subject) != _held_out(validated[0]):
-                reason = f"it was validated on other data, threats or settings than {validated[0].name}"
+                reason = f"its validation has different data, threats or settings from that of {validated[0].name}"
                 left_out[subject.name] = reason
         kept = [curve for subject, curve in curves if subject.name not in left_out]
         without = [curve["name"] for curve in kept if not curve["points"]]
         if without:
-            raise UserError(f"the log of {', '.join(without)} holds no epoch, so there is no time to plot")
+            raise UserError(f"the log of {', '.join(without)} has no finished epoch, so there is nothing to plot")
         return {"runs": kept, "reached": _reached(kept), "left_out": left_out}
 
     def rows(self, data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ class TrainingTime(PaperFigure):
         quantities = {run["quantity"] for run in runs}
         canvas = Canvas(figsize=(COLUMN, 2.4 + 0.15 * len(runs)), layout="constrained")
         axes = canvas.subplots()
-        curves: list[Line2D] = []  # named, or those whose name begins with "_" would be left out
+        curves: list[Line2D] = []  # given to the legend, which otherwise omits labels that begin with "_"
         for i, run in enumerate(runs):
             x = [point["seconds"] / scale for point in run["points"]]
             y = [100 * point["value"] for point in run["points"]]
@@ -92,19 +93,19 @@ def _curve(subject: Subject) -> dict[str, Any]:
         {"value": sum(robust.values()) / len(robust), "seconds": line["seconds"], "epoch": line["epoch"]}
         | {"robust": robust}
         for line in epochs
-        if "clean" not in (robust := line["accuracy"])  # a natural epoch says nothing about robustness
+        if "clean" not in (robust := line["accuracy"])  # natural epochs measure no robustness
     ]
     return {**curve, "quantity": TRAINING, "points": points}
 
 
 def _held_out(subject: Subject) -> tuple[Any, ...]:
-    """What two unions on held-out examples must share to be compared."""
+    """Settings that must be equal for two unions on held-out examples to be comparable."""
     config = subject.config
     return config.validation, config.threats, config.data.kind
 
 
 def _reached(curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Best union of the first validated run without experts (or the first at all), and when each first had it."""
+    """Best union of the first validated run without experts (else of the first), and the time each run reached it."""
     validated = [curve for curve in curves if curve["quantity"] == HELD_OUT]
     if len(validated) < 2:
         return {}

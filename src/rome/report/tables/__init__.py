@@ -1,1 +1,1 @@
-"""The tables of the paper with the numbers of runs beside those of the paper."""
+"""The paper's tables, with the numbers of runs beside those of the paper."""

@@ -1,4 +1,4 @@
-"""The paper's Table 6, measured: what its rows cost on this machine, all in one run and timed in turn."""
+"""The paper's Table 6, measured: costs of its rows on this machine, all in one process and timed in turn."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ _SHARED = (
     *("batch_size", "accumulate", "precision", "compile", "device", "data.kind", "attack", "threats"),
     *("model.name", "model.img_size", "model.patch_size", "model.args"),
 )
-"""Settings that must agree: a cost under another one is no property of the method."""
+"""Settings that all configs must share, or their costs would not compare methods."""
 
 
 def named_configs(names: Sequence[str]) -> list[Config]:
-    """The configs of YAML files and of runs' folders, with the changes ``key=value`` among the names.
+    """Load the configs of YAML files and run folders, with the overrides ``key=value`` among ``names`` applied.
 
     Raises:
-        UserError: one is neither, or a mistake in a config.
+        UserError: a name is neither a file nor a folder, or a config is invalid.
     """
     paths, changes = files_and_changes(names)
-    found = []
+    configs = []
     for path in map(Path, paths):
-        if path.is_dir():  # contents of a folder, not a config that a person chose
+        if path.is_dir():  # a config inside a folder, not one that the user chose
             trust.check(Run(path).config_file, {"config": Run(path).written()})
             path = Run(path).config_file
-        found.append(load(path, changes))
-    return found
+        configs.append(load(path, changes))
+    return configs
 
 
 def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = True) -> tuple[list[Line], str]:
-    """The rows of Table 6 with what these configs cost, and a sentence on how that was measured.
+    """Return the rows of Table 6 filled with the costs of these configs, and a sentence on how they were measured.
 
-    A config belongs to a row as runs do (:mod:`rome.report.tables.paper_tables`), in a section of its own where its
-    model or data are not the paper's. Ratios are those to the first row, RANDOM, of seconds and latency the medians of
-    the ratios round by round.
+    Configs are matched to rows as runs are (:mod:`rome.report.tables.paper_tables`), in a section of their own if the
+    model or data are not the paper's. Ratios are to the first row, RANDOM; those of seconds and latency are medians
+    over the rounds of timing.
 
     Args:
         repeats, timing: see :func:`rome.report.cost.compare`.
 
     Raises:
-        UserError: a config that belongs to no row, or configs that differ in more than what the table compares.
+        UserError: a config that matches no row, or configs that differ in more than the table compares.
     """
     lines = ours = fill("6", [])
     first_row = lines[0].config
     assert first_row is not None
     rows = [_row_of(config, configs[0], lines) for config in configs]
-    if configs and (where := own_section(configs[0], first_row)):
-        ours = [Line(where, line.label, line.config, {each: Cell(math.nan) for each in line.cells}) for line in lines]
-    order = sorted(range(len(configs)), key=rows.__getitem__)  # ratios are to the first
+    if configs and (section := own_section(configs[0], first_row)):
+        ours = [Line(section, line.label, line.config, {each: Cell(math.nan) for each in line.cells}) for line in lines]
+    order = sorted(range(len(configs)), key=rows.__getitem__)  # compare() takes ratios to the first
     costs = compare([configs[i] for i in order], repeats=repeats, timing=timing) if configs else []
     for facts in costs:
         facts |= {"parameters_M": facts["parameters"] / 1e6, "GMACs": facts["macs"] / 1e9}
@@ -87,15 +87,15 @@ def fill_costs(configs: Sequence[Config], *, repeats: int = 3, timing: bool = Tr
 
 
 def _row_of(config: Config, first: Config, lines: Sequence[Line]) -> int:
-    """Number of the row that a config trains like, if its cost compares with that of the first."""
+    """Return the index of the row that ``config`` trains like; its settings must be comparable with ``first``."""
     for key in _SHARED:
         a, b = (operator.attrgetter(key)(each) for each in (first, config))
         if a != b:
             raise UserError(
-                f"costs under different {key} cannot be compared ({first.name} {a}, {config.name} {b}); give all the "
-                f"same: {key}=..."
+                f"costs with different {key} cannot be compared ({first.name} {a}, {config.name} {b}); set one value "
+                f"for all: {key}=..."
             )
     for row, line in enumerate(lines):
         if line.config is not None and same_row(config, line.config):
             return row
-    raise UserError(f"{config.name} trains like no row of table 6 (method, kind of attack, experts); leave it out")
+    raise UserError(f"{config.name} matches no row of table 6 in method, kind of attack and experts; leave it out")

@@ -1,4 +1,4 @@
-"""Rows of a filled table: their cells, the best of them, and how sure the differences between rows are."""
+"""Rows of a filled table: their cells, the best of each column, and the intervals of differences between rows."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from rome.report.tables.paper_rows import BALLS, CASES, COST, OURS, UNITS
 from rome.runs.config import Config
 
 SAME = ("suite", "data", "threats", "seed")
-"""Settings of evaluations in which runs must agree for a difference between them to mean anything."""
+"""Settings of evaluations that must be equal for the results of runs to be comparable."""
 
 
 @dataclass
 class Cell:
-    """One number: the paper's and ours, as shares of 1 (:data:`UNITS` as they are); NaN where there is none."""
+    """One number, the paper's and ours, as a share of 1 (columns in :data:`UNITS` in their units); NaN if missing."""
 
     paper: float
     values: tuple[float, ...] = ()
-    """Of each run of this row."""
+    """Our value for each run of this row."""
     best: bool = False
     ratio: float = math.nan
-    """Of costs: ours to that of the row that costs are compared with."""
+    """For costs: ratio of ours to ours in the first row."""
     paper_ratio: float = math.nan
+    """For costs: ratio of the paper's to the paper's in the first row."""
 
     @property
     def mean(self) -> float:
@@ -49,51 +50,51 @@ class Line:
     section: str
     label: str
     config: Config | None
-    """Of the experiment that defines the row; None for a model without a run."""
+    """Config of the experiment that defines the row; None for a model without a run."""
     cells: dict[str, Cell]
     reports: tuple[Report, ...] = ()
     others: tuple[Report, ...] = ()
-    """Further evaluations of the same runs that cells were taken from."""
+    """Further evaluations of the same runs that supplied cells."""
     gain: tuple[float, float, float] | None = None
-    """Union minus that of the row ``against``, with its interval; shares. All of a table hold together with 95%."""
+    """Union minus the union of the row ``against``, and the ends of its interval, as shares of 1. All intervals of a
+    table hold simultaneously with 95% confidence."""
     against: str = ""
-    """Label of the row that this one is compared with: the same method without experts; RoME where it has none."""
+    """Label of the row that this one is compared with: the same method without experts; RoME if the table has none."""
 
     @property
     def method(self) -> Method | None:
-        """What trained it."""
+        """Training method of the row."""
         return None if self.config is None else self.config.method
 
     @property
     def attack(self) -> str:
-        """What it was trained with."""
+        """Kind of attack that the row was trained with."""
         return "" if self.config is None else self.config.method.own_attack or self.config.attack.kind
 
     @property
     def measured(self) -> bool:
-        """Whether there is a number of ours."""
+        """Whether the row has any number of ours."""
         return any(cell.values for cell in self.cells.values())
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing, for whichever of its evaluations guessing is easiest."""
+        """Accuracy of guessing, the largest over the row's evaluations."""
         return max((report.chance for report in self.reports), default=0.0)
 
     @property
     def guesses(self) -> bool:
-        """Whether guessing reaches its accuracy, without an attack or under all."""
+        """Whether clean accuracy or union is no better than guessing."""
         cells = [self.cells[column] for column in (CLEAN, UNION) if column in self.cells]
         return any(cell.values and round(cell.mean, 3) <= self.chance for cell in cells)
 
     @property
     def unions(self) -> list[tuple[Report, float]]:
-        """The evaluations that have a union, with it."""
-        found = [(report, value_of(report, UNION)) for report in self.reports]
-        return [(report, union) for report, union in found if not math.isnan(union)]
+        """The evaluations that have a union, each with its union."""
+        return [(report, union) for report in self.reports if not math.isnan(union := value_of(report, UNION))]
 
 
 def value_of(report: Report, column: str) -> float:
-    """A column of a table in percent, as a share; NaN where the report does not have it."""
+    """Return a percentage column of a table as a share of 1; NaN if the report does not have it."""
     if column == CLEAN:
         return report.clean
     if column in ("average", UNION):
@@ -105,43 +106,47 @@ def value_of(report: Report, column: str) -> float:
 
 
 def mark_best(lines: Sequence[Line]) -> None:
-    """Mark the best of ours, as printed, in every column of a section: the largest accuracy of a kind of attack, the
-    least cost of all. None is best of its like, and nothing that guessing reaches. Sizes beside accuracies are not
-    compared."""
+    """Mark the best of our numbers, as printed, in each column of each section: the highest accuracy for each kind of
+    training attack, the lowest cost of all rows.
+
+    Nothing is marked if all numbers are equal, or if guessing does as well. Model sizes in tables of accuracies are not
+    compared.
+    """
     groups: dict[tuple[str, ...], list[tuple[float, Cell, bool]]] = defaultdict(list)
     for line in lines:
         costs = tuple(line.cells) == COST
         for column, cell in line.cells.items():
             if cell.values and (costs or column not in UNITS):
                 printed = -float(f"{cell.mean:.4g}") if costs else round(cell.mean, 3)
-                beyond = costs or printed > line.chance
-                groups[line.section, column, "" if costs else line.attack].append((printed, cell, beyond))
+                eligible = costs or printed > line.chance
+                groups[line.section, column, "" if costs else line.attack].append((printed, cell, eligible))
     for cells in groups.values():
-        least, *_, most = sorted([printed for printed, *_ in cells] * 2)
-        for printed, cell, beyond in cells:
-            cell.best = beyond and least < printed == most
+        scores = [printed for printed, *_ in cells]
+        for printed, cell, eligible in cells:
+            cell.best = eligible and min(scores) < printed == max(scores)
 
 
 def add_gains(lines: Sequence[Line]) -> None:
-    """Add differences in union to every row with experts: to the same method without them, else to RoME.
+    """Add to every row with experts the difference in union from the same method without experts, else from RoME.
 
-    Paired examples for one run each, Welch's interval for several; all hold together with 95% (Bonferroni).
+    Intervals are for paired examples if both rows have one run, else Welch's; all hold simultaneously with 95%
+    confidence (Bonferroni).
     """
     rows = [line for line in lines if line.config is not None and UNION in line.cells]
     plain = any(line.config is not None and line.config.experts is None for line in rows)
-    found = []
+    pairs = []
     for line in rows:
         bases = [base for base in rows if _is_base(base, line, plain=plain) and _comparable(line, base)]
-        # of two forms of a method, as of E-AT, the later row; of two trainings of one form, none
+        # of two variants of a method, such as E-AT's, the later row; of two trainings of one variant, none
         bases = [base for base in bases if base.method == bases[-1].method]
         if len(bases) == 1:
-            found.append((line, bases[0]))
-    for line, base in found:
-        line.gain, line.against = _gain(line, base, comparisons=len(found)), base.label
+            pairs.append((line, bases[0]))
+    for line, base in pairs:
+        line.gain, line.against = _gain(line, base, comparisons=len(pairs)), base.label
 
 
 def _is_base(base: Line, line: Line, *, plain: bool) -> bool:
-    """Whether a row is the one that another with experts is compared with; ``plain``: the table has rows without."""
+    """Whether ``line`` is compared with ``base``; ``plain``: the table has rows without experts."""
     ours, theirs = line.config, base.config
     if ours is None or theirs is None or ours.experts is None or base.section != line.section:
         return False
@@ -151,8 +156,7 @@ def _is_base(base: Line, line: Line, *, plain: bool) -> bool:
 
 
 def _comparable(line: Line, base: Line) -> bool:
-    """Whether both have as many evaluations as a difference takes, made alike: one each of the same examples, or
-    several."""
+    """Whether both rows have comparable evaluations, and enough: one each on the same examples, or several each."""
     ours, theirs = ([report for report, _ in each.unions] for each in (line, base))
     every = [*ours, *theirs]
     if any(report.settings.get(key) != every[0].settings.get(key) for report in every for key in SAME):
@@ -163,7 +167,7 @@ def _comparable(line: Line, base: Line) -> bool:
 
 
 def _gain(line: Line, base: Line, *, comparisons: int) -> tuple[float, float, float]:
-    """Mean union of the first minus that of the second, with an interval that holds together with so many."""
+    """Return the mean union of ``line`` minus that of ``base``, with its interval corrected for ``comparisons``."""
     ours, theirs = line.unions, base.unions
     if len(ours) == 1:
         return paired_difference(ours[0][0].right(BALLS), theirs[0][0].right(BALLS), comparisons=comparisons)[:3]

@@ -1,4 +1,4 @@
-"""A filled table as text, Markdown, LaTeX or HTML: one template each, and the cells and the note that they share."""
+"""Render a filled table as text, Markdown, LaTeX or HTML: one template each, with shared cells and note."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMS = {
     "latex": ("table.tex", r"\textbf{", "}"),
     "html": ("table.html", "<b>", "</b>"),
 }
-"""Template, and what stands around the best of ours."""
+"""Template, and the markup before and after the best of our numbers."""
 HEADS = {
     "parameters_M": "params (M)",
     "added_parameters_M": "added params (M)",
@@ -34,13 +34,13 @@ _MATH = {"L0": r"$\ell_0$", "L1": r"$\ell_1$", "L2": r"$\ell_2$", "Linf": r"$\el
 
 
 def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") -> str:
-    """The table: for each column our number (mean, deviation over runs) with the paper's beside it.
+    """Render a table: in each cell our number (mean and standard deviation over runs) with the paper's beside it.
 
-    The best of ours is bold, missing numbers are dashes, and the last column is the difference in union to another row
-    with its interval, which the note names. Costs have their ratios to the first row behind them.
+    The best of our numbers is bold and missing numbers are dashes. The last column is the difference in union from
+    another row, named in the note, with its interval. Costs are followed by their ratio to the first row.
 
     Args:
-        about: what the numbers are, for the caption.
+        about: description of the numbers for the note below the table.
     """
     columns, gains = list(lines[0].cells), [line for line in lines if line.gain is not None]
     plain = any(line.config is not None and line.config.experts is None for line in lines)
@@ -70,21 +70,21 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
 
 
 def sources(lines: Sequence[Line]) -> str:
-    """What the runs of a table are: data, model, examples and suite of each kind of evaluation."""
-    found: dict[str, None] = {}
+    """Describe the evaluations behind a table: model, data, number of examples and suite of each kind."""
+    descriptions: dict[str, None] = {}
     for report in (report for line in lines for report in (*line.reports, *line.others)):
         provenance = report.settings.get("provenance") or {}
-        config = provenance.get("config") or provenance  # of a model without a run the two of them alone
+        config = provenance.get("config") or provenance  # without a run: model and data at the top level
         data = config.get("data", {}).get("kind", "unknown data")
         model = config.get("model", {}).get("name", "unknown model")
         suite = suite_text(report.settings.get("suite", {}))
-        found[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
-    return "; ".join(found)
+        descriptions[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
+    return "; ".join(descriptions)
 
 
 def _differ(lines: Sequence[Line]) -> bool:
     """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
-    of examples, or with different networks that measure."""
+    of examples, or with perceptual distances of different networks."""
     reports = [report for line in lines for report in line.reports]
     shown = {(str(report.settings.get("suite")), str(report.settings.get("threats")), report.n) for report in reports}
     every = [*reports, *(report for line in lines for report in line.others)]
@@ -117,7 +117,7 @@ def _cell(cell: Cell, bold: Sequence[str], *, percent: bool) -> str:
 
 
 def _aligned(row: list[str], rows: Sequence[list[str]]) -> str:
-    """A row of text, its first cell at the left, each as wide as the widest of its column in ``rows``."""
+    """Return a row of text with each cell as wide as its column in ``rows``; the first is left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     label, *cells = row
     padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
@@ -125,14 +125,14 @@ def _aligned(row: list[str], rows: Sequence[list[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """A cell for LaTeX, which may hold commands of ours."""
+    """Escape a cell for LaTeX, keeping the commands that rome put in."""
     safe: dict[str, Any] = {letter: f"\\{letter}" for letter in "%&_#$"} | {PM: r"$\pm$", DASH: "--"}
     safe |= {"^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(str.maketrans(safe)))
 
 
 def _plain(text: str) -> str:
-    """Text for LaTeX that holds no commands of ours."""
+    """Escape text that contains no LaTeX commands."""
     own = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "|": r"\textbar{}"}
     return "".join(own.get(part) or _escape(part) for part in re.split(r"([\\{}|])", text))
 
