@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends."""
+"""Output of the commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def print_table(
     gap: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print rows of cells, which are text and not markup. In a pipe nothing is cut, wrapped or padded.
+    """Print rows of cells, which are plain text, not markup. In a pipe nothing is cut, wrapped or padded.
 
     Args:
-        titles: of the columns; without them the table has no head.
-        left: columns that are justified to the left; all others to the right.
-        wrapped: columns that may be wrapped on a narrow terminal.
+        titles: one for each column; without them the table has no header.
+        left: indices of left-justified columns; all others are right-justified.
+        wrapped: indices of columns that may wrap on a narrow terminal.
         gap: spaces between columns.
     """
     from rich.console import Console
@@ -62,14 +62,14 @@ def print_table(
 
 
 def say(text: str) -> None:
-    """To standard error, so that standard output holds results only; of several processes the first one speaks."""
+    """Print to standard error: standard output holds only results. Of several processes, only the first prints."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Turn what ends a command, signals included, into one line and its exit code."""
+    """Turn an error or signal that ends a command into one line on standard error and an exit code."""
     try:
         with handled(Stopped.at_once):
             yield
@@ -78,7 +78,7 @@ def exiting() -> Iterator[None]:
         if line is None:
             raise
         _end(f"error: {line}", 2)
-    except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
+    except (Incomplete, FloatingPointError) as failed:  # FloatingPointError: NaN gradients in every case
         _end(f"error: {failed}", 1)
     except Interrupted as stopped:
         _end(str(stopped), stopped.code)

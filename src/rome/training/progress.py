@@ -1,4 +1,4 @@
-"""Showing a training run: a bar on a terminal, one line an epoch elsewhere."""
+"""Progress of a training run: a bar on a terminal, elsewhere one line per epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from rome.training.loop import Progress
 
 @contextmanager
 def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
-    """Loss, accuracy under each threat, images per second and time left, on standard error."""
+    """Show loss, accuracy under each threat, images per second and time left on standard error.
+
+    Args:
+        total: updates of the whole run.
+        done: updates finished before, in a run that is resumed.
+    """
     console = Console(stderr=True)
     if own := config.method.own_attack:
         note = f"{config.method.kind} attacks with {own}; attack: {config.attack.kind} has no effect"
@@ -44,7 +49,7 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
 
 
 class _TwoLines(Bar):
-    """How far a training is on one line, and on the next what it measures, so that both fit on a narrow terminal."""
+    """A progress bar on one line and the measurements on the next, so that both fit on a narrow terminal."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -99,12 +104,12 @@ class _Lines:
 
 
 def validated(config: Config, found: dict[str, Any]) -> str:
-    """A validation in one line."""
+    """The result of a validation on one line."""
     values = {"clean": found["clean"], **found["robust"], "union": found["union"]}
     best = ", the best so far" if found["best"] else ""
     return f"{config.name}: held out after {found['epoch']}/{config.epochs}  {accuracies(values)}{best}"
 
 
 def accuracies(values: dict[str, float]) -> str:
-    """``L1 52.1% L2 68.8%``."""
+    """Format accuracies as ``L1 52.1% L2 68.8%``."""
     return " ".join(f"{name} {value:.1%}" for name, value in values.items())
