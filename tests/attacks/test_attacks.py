@@ -771,7 +771,7 @@ def test_a_model_that_changes_its_images_is_noticed_where_no_gradient_tells() ->
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.sub_(0.1).clamp_(0, 1).flatten(1))
 
-    with pytest.raises(UserError, match="changes the images that it is given"):
+    with pytest.raises(UserError, match="changes its input images"):
         Square(queries=3)(Centres(48, 5), GOOD[0].clone(), GOOD[1], MIXED["Linf"])
 
 

@@ -75,7 +75,7 @@ class Settings(BaseModel):
         if any(isinstance(each, bool) for each in given):
             annotation = cls.model_fields[str(info.field_name)].annotation
             if not {bool, Any} & set(types_in(annotation)):
-                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; text stands in quotes)")
+                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; put text in quotes)")
         return value
 
     # otherwise pydantic calls a custom __init__ for every nested value of plain data, too
@@ -169,7 +169,7 @@ class Component(Settings):
             for name, member in family.members().items() if family is not cls.family() else ():
                 if words & {name, *member.also_called}:
                     key = family.__name__.lower()
-                    return f" That is a kind of {key}, which is set beside it: {key}={name}."
+                    return f" That is a kind of {key}, a separate setting: {key}={name}."
         return ""
 
     @classmethod

@@ -91,8 +91,8 @@ def exiting() -> Iterator[None]:
 
         if not out_of_memory(error):
             raise
-        advice = "give a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
-        _end(f"error: memory does not suffice ({first_line(error)}): {advice}", 2)
+        advice = "use a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
+        _end(f"error: not enough memory ({first_line(error)}): {advice}", 2)
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     if name not in there:
         raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(there)}")
     if not there[name]:
-        raise UserError(f"device {name}, but torch sees none here; use auto or cpu")
+        raise UserError(f"device {name}, but torch finds none on this machine; use auto or cpu")
     return torch.device(name)
 
 

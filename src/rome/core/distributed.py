@@ -155,7 +155,7 @@ class Team:
             of_user = type(error) if isinstance(error, UserError) else None
             own, sent = error, (of_user, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
-        with noticing("another process ended; what is finished is kept: the same command goes on with it"):
+        with noticing("another process ended; finished work is kept: run the same command again to continue"):
             dist.all_gather_object(everything, (result, sent), group=self.group)
         if own is not None:
             raise own
@@ -222,7 +222,7 @@ def own_device(device: torch.device) -> torch.device:
         local = 0  # each process sees only its own GPUs, counted from 0
     if local >= there:
         raise UserError(
-            f"process {local} has no GPU of its own: there are {there} here; start at most that many "
+            f"process {local} has no GPU of its own: this machine has {there}; start at most that many processes on it "
             "(torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     torch.cuda.set_device(local)

@@ -153,9 +153,9 @@ def check_name(name: str) -> str:
     """
     wrong = [letter for letter in name if letter in "/\\" or not letter.isprintable()]
     if wrong:
-        raise ValueError(f"{name[:40]!r} holds {wrong[0]!r}; folders are called by it, so use letters, digits, - and _")
+        raise ValueError(f"{name[:40]!r} contains {wrong[0]!r}; it names a folder, so use letters, digits, - and _")
     if name in (".", ".."):
-        raise ValueError(f"{name!r} is no name of a folder; use letters, digits, - and _")
+        raise ValueError(f"{name!r} cannot be the name of a folder; use letters, digits, - and _")
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{name[:40]!r}... is {len(name.encode())} bytes long; at most {LONGEST_NAME}")
     return name

@@ -193,7 +193,7 @@ class Graphs:
     ) -> Any:
         """The function as a graph, or the reason why there is none."""
         if self.count >= self.limit:
-            reason = f"there are {self.limit} graphs already, of as many shapes"
+            reason = f"there are already {self.limit} graphs, for as many shapes"
             self._say_once(reason)
             return reason
 
@@ -218,14 +218,14 @@ class Graphs:
                 usual, replayed = tried(fresh), tried(entry)
                 # if the device sums in a different order each time, no two runs are equal
                 if not _same(usual, replayed) and _same(usual, tried(fresh)):
-                    raise RuntimeError("its replay gave other results than its first run")
+                    raise RuntimeError("its replay gave different results from its first run")
             if _crowded():
                 raise torch.OutOfMemoryError
             return entry
         except UserError:
             raise
         except Exception as error:
-            reason = "memory does not suffice for a graph" if out_of_memory(error) else first_line(error)
+            reason = "not enough memory for a graph" if out_of_memory(error) else first_line(error)
             self._say_once(reason)
             return reason
         finally:
@@ -244,7 +244,7 @@ class Graphs:
     def _say_once(self, reason: str) -> None:
         if reason and reason not in self._said:
             self._said.add(reason)
-            say(f"without a CUDA graph, which takes longer: {reason}")
+            say(f"running without a CUDA graph, which is slower: {reason}")
 
 
 def _crowded() -> bool:

@@ -54,13 +54,13 @@ def _adopt_srun() -> None:
     in_step = "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < 2**32 - 16
     if not in_step or _number("SLURM_STEP_NUM_TASKS") != tasks:
         raise UserError(
-            f"this job of SLURM has {tasks} tasks, and this process would work alone: start it with srun "
-            "(srun rome ...) or torchrun, or ask for one task (srun --ntasks=1 rome ...)"
+            f"this SLURM job has {tasks} tasks, but this process would work alone: start it with srun "
+            "(srun rome ...) or torchrun, or request a single task (srun --ntasks=1 rome ...)"
         )
     spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
     if spread not in (str(tasks // nodes), f"{tasks // nodes}(x{nodes})"):
         raise UserError(
-            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): give srun --ntasks-per-node instead "
+            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): use srun --ntasks-per-node instead "
             "of --ntasks"
         )
     for name, of_step in _STEP.items():

@@ -84,7 +84,7 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise Unreadable("not valid YAML for a config: a key is a word", key_node.start_mark.line + 1)
+                raise Unreadable("not valid YAML for a config: a key must be a word", key_node.start_mark.line + 1)
             key = str(key_node.value)
             if key in found:
                 raise Unreadable(f"{key!r} is given twice; keep one", key_node.start_mark.line + 1)

@@ -26,7 +26,7 @@ class Stopped(BaseException):
     """A signal ended the work at once. Like KeyboardInterrupt, it is not caught together with ordinary errors."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; what is finished is kept")
+        super().__init__(f"stopped by {signal.Signals(number).name}; finished work is kept")
         self.code = exit_code(number)
 
     @classmethod

@@ -30,7 +30,7 @@ UNITS = 16
 precision: there, sums are computed in a different order. In float32 that is far below :data:`REPEATABLE`."""
 ROUNDED = 1e-3
 """Images that leave [0, 1] by no more than this were probably rounded, as in resizing, and not normalised."""
-IN_PLACE = "changes the images that it is given, by an operation in place (such as x -= mean): write x = x - mean"
+IN_PLACE = "changes its input images by an in-place operation (such as x -= mean): write x = x - mean"
 NO_GRADIENT = (
     "has no gradient with respect to its images, so it cannot be attacked: its forward leaves torch's graph (detach, "
     "no_grad, inference_mode, numpy, argmax)"
@@ -84,8 +84,8 @@ def _as_logits(answer: Any, images: int, name: str) -> Tensor:
     form = f"{answer.dtype} {tuple(answer.shape)}"
     if images == 1 and answer.ndim < 2:
         raise UserError(
-            f"{name} gives {form} for one image: something such as squeeze() drops the batch where it holds "
-            "one image; name its dimensions, squeeze(-1), or use flatten(1)"
+            f"{name} returns {form} for one image: an operation such as squeeze() drops the batch dimension; give it "
+            "the dimensions to drop, squeeze(-1), or use flatten(1)"
         )
     if answer.ndim != 2 or len(answer) != images or answer.shape[1] < 2 or not answer.is_floating_point():
         raise UserError(f"{wanted}, not {form}")
@@ -105,20 +105,20 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     if not _without_values(x) and (reason := unusable(tensors)):
         return UserError(f"{name} {reason}")
     if other := next((tensor for tensor in tensors if tensor.device != x.device), None):
-        return UserError(f"{name} has weights on {other.device} and its images are on {x.device}: move one of them")
+        return UserError(f"{name} has weights on {other.device}, but its images are on {x.device}: move one of them")
     odd = next((tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype != x.dtype), None)
     if odd is not None and "type" in text.lower():
         own, theirs = (str(dtype).removeprefix("torch.") for dtype in (odd, x.dtype))
         return UserError(
-            f"{name} has weights of {own} and its images are {theirs}: call "
+            f"{name} has {own} weights, but its images are {theirs}: call "
             f"model.{'double' if x.dtype == torch.float64 else 'float'}(), or cast inside its forward"
         )
     count, form = len(x), "x".join(map(str, x.shape[1:]))
     hints = [hint] if hint else []
     if "device-side assert" in text:
-        hints = ["a label beyond the classes does that"]
+        hints = ["a label that is not below the number of classes causes this"]
     if "more than 1 value per channel" in text:
-        hints = ["a BatchNorm works on the batch there: call .eval(), and let it have running statistics"]
+        hints = ["a BatchNorm uses the statistics of the batch: call .eval(), and give it running statistics"]
     reason = "; ".join([last_line(error), *hints])
     return UserError(f"{name} does not take {count} image{'s' * (count > 1)} of {form}: {reason}")
 
@@ -129,11 +129,11 @@ def unusable(tensors: Iterable[Tensor]) -> str:
         if is_lazy(tensor):
             return "has lazy layers without weights yet: call it once on a few images"
         if _without_values(tensor):
-            return "is on the meta device, where weights have no values: build it on a device and load them"
+            return "is on the meta device, where weights have no values: build it on another device and load them"
         if tensor.is_inference():
             return (
                 "was made inside torch.inference_mode(), so nothing can be differentiated through its weights: build "
-                "it outside, or take copy.deepcopy(model) outside"
+                "it outside, or use copy.deepcopy(model) outside"
             )
     return ""
 
@@ -157,7 +157,7 @@ def check_labels(labels: Tensor, classes: int | None = None) -> None:
     """
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
-        raise UserError(f"labels must count from 0, the smallest here is {low}")
+        raise UserError(f"labels must count from 0, but the smallest is {low}")
     if classes is not None and high >= classes:
         raise UserError(f"the largest label is {high} but the model has {classes} classes (labels 0 to {classes - 1})")
 
@@ -165,12 +165,12 @@ def check_labels(labels: Tensor, classes: int | None = None) -> None:
 def outside_box(x: Tensor) -> str:
     """The error message for images that are not in [0, 1]."""
     if broken := int(x.isnan().flatten(1).any(dim=1).sum()):
-        return f"images must lie in [0, 1], and {broken} of {len(x)} hold NaN"
+        return f"images must lie in [0, 1], but {broken} of {len(x)} contain NaN"
     low, high = x.min().item(), x.max().item()
     advice = "divide by 255 if they are bytes, and put the normalisation inside the model (rome.create_model does)"
     if low > -ROUNDED and high < 1 + ROUNDED:
-        advice = "where rounding took them out of it, give x.clamp(0, 1)"
-    return f"images must lie in [0, 1], these lie in [{low:.9g}, {high:.9g}]: {advice}"
+        advice = "if rounding caused this, use x.clamp(0, 1)"
+    return f"images must lie in [0, 1], but these lie in [{low:.9g}, {high:.9g}]: {advice}"
 
 
 def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iterable[int] = ()) -> None:
@@ -217,11 +217,10 @@ def _compare(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> 
     if apart <= allowed or apart <= (allowed := allowed + UNITS * _coarsest(model, x)):
         return
     raise UserError(
-        f"{name} answers an image differently in other company: beside other images, in another order or in a batch of "
-        f"another size its logits move by {apart:.2g} of their size, where rounding explains {allowed:.2g}. Something "
-        "works across the batch, such as BatchNorm without running statistics, or in training mode inside a function "
-        "or an exported file: such a model has no answer of its own to attack; make each answer depend on its image "
-        "alone"
+        f"{name} gives an image different logits in different batches: with other images, in another order or in a "
+        f"batch of another size, they change by {apart:.2g} of their size, while rounding explains {allowed:.2g}. "
+        "Something works across the batch, such as BatchNorm without running statistics, or in training mode inside a "
+        "function or an exported file; make the logits of each image depend on that image alone"
     )
 
 
@@ -290,8 +289,8 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
         yield
     if moved:
         raise UserError(
-            f"{name} changes its own buffers when it answers in evaluation mode ({some(moved)}), so its "
-            "answers depend on earlier calls: leave that to training mode"
+            f"{name} changes its own buffers in evaluation mode ({some(moved)}), so its logits depend on earlier "
+            "calls: change them in training mode only"
         )
 
 

@@ -130,7 +130,7 @@ class Method(Component):
         kind = "none" if experts is None else experts.kind
         if self.own_experts not in ("", kind):
             own = self.own_experts
-            raise UserError(f"it trains experts of kind {own}, and the model has {kind}; set experts.kind={own}")
+            raise UserError(f"it trains experts of kind {own}, but the model has {kind}; set experts.kind={own}")
         if experts is not None and experts.own_method and not self.own_experts:
             able = [name for name, method in Method.members().items() if method.own_experts == kind]
             raise UserError(f"experts of kind {kind} have a method of their own; set method.kind={' or '.join(able)}")
@@ -203,7 +203,7 @@ def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tupl
     found = {threat.name: threat for threat in threats}
     for name in names:
         if name not in found:
-            raise UserError(f"{owner} trains on {name}, which threats lacks; it has {', '.join(found)}")
+            raise UserError(f"{owner} trains on {name}, which is missing from threats (there are {', '.join(found)})")
     return tuple(found[name] for name in names)
 
 
@@ -249,7 +249,7 @@ def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tu
     learning = [record for record in records if any(p.requires_grad for p in record.layer.gate_parameters())]
     if torch.is_grad_enabled() and not all(record.gates.weights.requires_grad for record in learning):
         raise UserError(
-            "the gates were recorded without gradient, so their loss would teach nothing: reentrant gradient "
+            "the gates were recorded without gradients, so their loss would have no effect: reentrant gradient "
             "checkpointing hides them; use torch's other form (use_reentrant=False) or none"
         )
     return logits, regularizer.weight * penalty

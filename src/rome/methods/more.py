@@ -48,7 +48,7 @@ class MORE(Method):
         _one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
         if not all(self.stages(epochs)):
             raise UserError(
-                f"it needs epochs for the experts and epochs for the gate, and has {len(epochs)} (epochs less "
+                f"it needs epochs for the experts and epochs for the gate, but has {len(epochs)} (epochs minus "
                 f"natural_epochs) with expert_epochs {self.expert_epochs or 'null'}; raise epochs or lower the others"
             )
 
@@ -91,7 +91,7 @@ def mixture_of(model: nn.Module) -> ModelMixture:
     """
     found = next((module for module in model.modules() if isinstance(module, ModelMixture)), None)
     if found is None:
-        raise UserError("method more trains a mixture of networks, and this model is none; set experts.kind=more")
+        raise UserError("method more trains a mixture of networks, but this model has none; set experts.kind=more")
     return found
 
 

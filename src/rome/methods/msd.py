@@ -42,7 +42,7 @@ class MSD(MinMaxMethod):
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         for threat in threats:
             if not isinstance(threat, LpBall):
-                raise UserError(f"it steps along Lp norms, and {threat.name} is no Lp ball; leave it out of threats")
+                raise UserError(f"it takes steps in Lp norms, but {threat.name} is not an Lp ball; leave it out")
         return threats
 
     def step_size_for(self, threat: LpBall) -> float:

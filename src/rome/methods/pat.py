@@ -54,7 +54,7 @@ class PAT(MinMaxMethod):
         names = [threat.name for threat in found]
         if len(set(names)) < len(names):
             raise UserError(
-                f"features {', '.join(self.features)} are threats of the same name ({', '.join(names)}); name each "
+                f"features {', '.join(self.features)} give threats of the same name ({', '.join(names)}); name each "
                 "network once, or rename a folder"
             )
         return found
@@ -85,7 +85,7 @@ class PAT(MinMaxMethod):
     def load_state(self, state: dict[str, Any]) -> None:
         for name, found in self._hashes.items():
             if state["networks"][name] != found:
-                raise UserError(f"{name} is not the network this run began with; restore it, or start the run anew")
+                raise UserError(f"{name} is not the network that this run started with; restore it, or start anew")
 
 
 class VR(PAT):

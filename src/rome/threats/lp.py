@@ -44,8 +44,8 @@ class LpBall(Threat):
     def _smaller_than_the_box(self) -> Self:
         if self.norm == "Linf" and self.eps > 1:
             raise ValueError(
-                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; a radius counted in "
-                f"steps of 8-bit images is a fraction of 255: {self.eps:g}/255"
+                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; write a radius in "
+                f"levels of 8-bit images as a fraction of 255: {self.eps:g}/255"
             )
         return self
 

@@ -50,5 +50,5 @@ class Perceptual(Threat):
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         raise UserError(
-            f"{self.name} needs a network to measure with: call rome.attacks.perceptual.features.measure(threat, ...)"
+            f"{self.name} cannot measure without a network: call rome.attacks.perceptual.features.measure(threat, ...)"
         )

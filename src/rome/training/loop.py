@@ -196,7 +196,7 @@ class Loop:
         self._settle()  # if another process ended earlier, the launcher would kill the first one
         name = signal.Signals(self._stop).name
         return Interrupted(
-            exit_code(self._stop), f"stopped by {name}; go on with: rome train --resume {self.run.folder}"
+            exit_code(self._stop), f"stopped by {name}; continue with: rome train --resume {self.run.folder}"
         )
 
     def _settle(self) -> None:
@@ -318,7 +318,7 @@ class Loop:
                 text = text[self.log_file.write(text) :]
         except OSError as error:
             self.problem = UserError(
-                f"{self.run.log_file} cannot be written ({error.strerror}): make room and go on with --resume"
+                f"{self.run.log_file} cannot be written ({error.strerror}): make room and continue with --resume"
             )
         self.tracked.numbers({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
 

@@ -66,7 +66,7 @@ def train(
     """
     run = Run(out)
     try:
-        with noticing(f"another process of this training ended; go on with: rome train --resume {out}"):
+        with noticing(f"another process of this training ended; continue with: rome train --resume {out}"):
             _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
     finally:
         run.release()
@@ -152,7 +152,7 @@ def assemble(config: Config, device: torch.device, *, rank: int = 0, world: int 
     """
     micro = config.batch_size // config.accumulate
     if micro % world:
-        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+        raise UserError(f"batch_size/accumulate = {micro} is not a multiple of the {world} processes; change either")
     whole = split = config.data.open("train")
     held = None
     if config.validation is not None:
@@ -189,7 +189,7 @@ def check_settings(config: Config) -> None:
     elif config.graphs is True and (kind := pick_device(config.device).type) != "cuda":
         found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
     if config.device == "mps" and not torch.backends.mps.is_available():
-        found.append("device: mps, but torch sees none; use device=auto or device=cpu")
+        found.append("device: mps, but torch sees no MPS device; use device=auto or device=cpu")
     if found:
         raise UserError("\n".join(found))
 
@@ -251,7 +251,7 @@ def _check_agreed(fabric: Any, config: Config) -> None:
     own = config.dump()
     if total(torch.tensor(float(fabric.broadcast(own) != own), device=fabric.device)):
         raise UserError(
-            "the processes were given different settings, but they train one model together: start different runs one "
+            "the processes were given different settings, but together they train one model: start different runs one "
             "after the other, or with rome sweep"
         )
 
