@@ -869,7 +869,7 @@ def test_refuses_training_mode(model: nn.Module) -> None:
         (lambda x, y: (x[:, 0], y), r"\(n, C, H, W\)"),
         (lambda x, y: (x, y[1:]), r"int64 tensor \(12,\) for 12 images, not torch.int64 \(11,\)"),
         (lambda x, y: (x, y.float()), "int64"),
-        (lambda x, y: (x, y - 1), "smallest here is -1"),
+        (lambda x, y: (x, y - 1), "the smallest is -1"),
         (lambda x, y: (x, y + 1), "largest label is 10 but"),
         (lambda x, y: (x[:0], y[:0]), "no images"),
     ],

@@ -72,6 +72,8 @@ class Both:
 
 
 class Replay(torch.autograd.Function):
+    """Autograd function that replays the captured forward and backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, both: Both) -> Tensor:
         ctx.both = both

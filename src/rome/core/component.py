@@ -59,7 +59,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_plain_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _reword_errors(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
@@ -68,7 +68,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bools(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where no bool is expected: Python counts true as 1, so ``epochs: yes`` would be one
         epoch."""
         given = value if isinstance(value, (list, tuple)) else (value,)
@@ -87,22 +87,22 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             message = "'{given}' is not a fraction such as 8/255"
             raise PydanticCustomError("fraction", message, {"given": value}) from None
     return value
 
 
-_Written = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
-Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Written)]
+_Numeral = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Numeral)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
-def _alone(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_alone, json_schema_input_type=str | tuple[str, ...])]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])]
 """Several names; a single one may be written without a list."""
 
 
@@ -153,7 +153,8 @@ class Component(Settings):
         """
         members = cls.members()
         if not isinstance(kind, str) or kind not in members:
-            hint = cls._elsewhere(str(kind)) + did_you_mean("" if cls._elsewhere(str(kind)) else kind, members)
+            elsewhere = cls._elsewhere(str(kind))
+            hint = elsewhere + did_you_mean("" if elsewhere else kind, members)
             raise PydanticCustomError(
                 "unknown_kind",
                 "unknown {family} kind '{given}'.{hint}",

@@ -41,13 +41,12 @@ def print_table(
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=bool(titles))
     rows = list(rows)
     for i, title in enumerate(titles or [""] * max(map(len, rows), default=0)):
-        at_will = i in wrapped
         table.add_column(
             title,
             justify="left" if i in left else "right",
-            no_wrap=not at_will,
+            no_wrap=i not in wrapped,
             overflow="fold",
-            min_width=8 if at_will and titles else None,
+            min_width=8 if i in wrapped and titles else None,
         )
     for row in rows:
         table.add_row(*row)
@@ -96,5 +95,6 @@ def exiting() -> Iterator[None]:
 
 
 def _end(text: str, code: int) -> NoReturn:
+    """Print a line to standard error and exit."""
     print(text, file=sys.stderr)
     sys.exit(code)

@@ -31,12 +31,12 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: the device is unknown, or this machine has none.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, usable in there.items() if usable)
-    if name not in there:
-        raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(there)}")
-    if not there[name]:
+        name = next(kind for kind, usable in available.items() if usable)
+    if name not in available:
+        raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(available)}")
+    if not available[name]:
         raise UserError(f"device {name}, but torch finds none on this machine; use auto or cpu")
     return torch.device(name)
 

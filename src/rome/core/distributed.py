@@ -96,8 +96,8 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
         means (groups, D), zero for a group without members, and the number of members (groups,).
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 cannot count beyond 256
-    every = torch.arange(groups, device=values.device)
-    member = (labels.to(values.device, non_blocking=True).unsqueeze(1) == every).to(values.dtype)
+    numbers = torch.arange(groups, device=values.device)
+    member = (labels.to(values.device, non_blocking=True).unsqueeze(1) == numbers).to(values.dtype)
     sums = differentiable_sum(torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1))
     counts = sums[:, -1:]
     return sums[:, :-1] / counts.clamp(min=1), counts.squeeze(1)
@@ -148,21 +148,21 @@ class Team:
         """
         if self.world == 1:
             return [work()]
-        result, own, sent = None, None, None
+        result, raised, sent = None, None, None
         try:
             result = work()
         except Exception as error:
-            of_user = type(error) if isinstance(error, UserError) else None
-            own, sent = error, (of_user, str(error), type(error).__name__)
+            user_error = type(error) if isinstance(error, UserError) else None
+            raised, sent = error, (user_error, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
         with noticing("another process ended; finished work is kept: run the same command again to continue"):
             dist.all_gather_object(everything, (result, sent), group=self.group)
-        if own is not None:
-            raise own
+        if raised is not None:
+            raise raised
         for rank, (_, sent) in enumerate(everything):
             if sent is not None:
-                of_user, text, kind = sent
-                raise of_user(text) if of_user else ElsewhereError(rank, kind, text)
+                user_error, text, kind = sent
+                raise user_error(text) if user_error else ElsewhereError(rank, kind, text)
         return [result for result, _ in everything]
 
     def first(self, work: Callable[[], T]) -> T:
@@ -198,13 +198,13 @@ def launched() -> Iterator[Team]:
     if world == 1:
         yield ALONE
         return
-    trained = dist.is_initialized()  # together, in these processes
-    if not trained:
+    initialized = dist.is_initialized()  # by a training in these processes
+    if not initialized:
         dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
-        if not trained:
+        if not initialized:
             dist.destroy_process_group()
 
 
@@ -217,22 +217,22 @@ def own_device(device: torch.device) -> torch.device:
     """
     if launched_together() == 1 or device.type != "cuda" or device.index is not None:
         return device
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if there < int(os.environ["LOCAL_WORLD_SIZE"]) and _bound(there):
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus < int(os.environ["LOCAL_WORLD_SIZE"]) and _bound(gpus):
         local = 0  # each process sees only its own GPUs, counted from 0
-    if local >= there:
+    if local >= gpus:
         raise UserError(
-            f"process {local} has no GPU of its own: this machine has {there}; start at most that many processes on it "
+            f"process {local} has no GPU of its own: this machine has {gpus}; start at most that many processes on it "
             "(torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
-def _bound(there: int) -> bool:
+def _bound(gpus: int) -> bool:
     """Whether SLURM bound this task to GPUs of its own (srun --gpus-per-task, --gpu-bind), apart from those of other
     tasks on this machine."""
     step = [number for number in os.environ.get("SLURM_STEP_GPUS", "").split(",") if number]
     return "SLURM_PROCID" in os.environ and (
-        bool(os.environ.get("SLURM_GPUS_PER_TASK")) or len(step) >= int(os.environ["LOCAL_WORLD_SIZE"]) > there
+        bool(os.environ.get("SLURM_GPUS_PER_TASK")) or len(step) >= int(os.environ["LOCAL_WORLD_SIZE"]) > gpus
     )

@@ -23,7 +23,7 @@ ROOM = 2**20
 LONGEST_NAME = 150
 """Maximum length in bytes of a name for folders and files; file systems allow 255, and suffixes are added to it."""
 _FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on file sizes"}
-_PASSING = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT}
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT}
 """Error numbers of renames on NFS that may succeed a moment later."""
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds to wait before each retry of a rename."""
@@ -49,13 +49,13 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the file cannot be written; the error's ``filename`` is ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes on two machines may have the same number
-    partial = path.with_name(f".{path.name}.{own}.partial")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes on two machines may have the same number
+    partial = path.with_name(f".{path.name}.{unique}.partial")
     try:
         partial.touch()
-        usual = partial.stat().st_mode
+        mode = partial.stat().st_mode
         write(partial)
-        partial.chmod(usual)  # safetensors writes files that nobody else may read
+        partial.chmod(mode)  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         _rename(partial, path)
@@ -77,14 +77,14 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 def _rename(source: Path, target: Path) -> None:
     """Rename a file. A transient failure of a network file system is retried; if only its reply was lost, the rename
     counts as done."""
-    own = source.stat().st_ino
+    inode = source.stat().st_ino
     for pause in (*PAUSES, None):
         try:
             return os.replace(source, target)
         except OSError as error:
-            if not source.exists() and target.exists() and target.stat().st_ino == own:
+            if not source.exists() and target.exists() and target.stat().st_ino == inode:
                 return
-            if pause is None or error.errno not in _PASSING:
+            if pause is None or error.errno not in _TRANSIENT:
                 raise
             time.sleep(pause)
 

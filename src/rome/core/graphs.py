@@ -70,7 +70,8 @@ class Graphs:
         self._addresses: Hashable = None
         """Addresses of the weights that the graphs read."""
         self._state: Hashable = None
-        self._inside = False
+        self._running = False
+        """Whether a function is being watched or captured; calls inside it run normally."""
         self._said: set[str] = set()
         self._reported = 0
 
@@ -157,7 +158,7 @@ class Graphs:
         self, key: Hashable, function: Callable[..., Any], tensors: tuple[Tensor, ...], kind: Any, changed: list[Tensor]
     ) -> tuple[Any, Any]:
         """The captured function and None, or None and the function's results."""
-        if self._inside:
+        if self._running:
             return None, function(*tensors)
         place = self._place(key, tensors)
         entry = self._entries.get(place)
@@ -180,11 +181,11 @@ class Graphs:
         """The function's results, why no graph can contain it, and where it waited for the device."""
         before = [tensor.detach().clone() for tensor in changed]
         try:
-            with self._alone(), watched() as watch:
+            with self._without_graphs(), watched() as watch:
                 results = function(*tensors)
         except Exception as error:  # raised by the function itself, or caused by watching it
             _restore(changed, before)
-            with self._alone():
+            with self._without_graphs():
                 return function(*tensors), first_line(error), ""
         return results, watch.reason, watch.waited
 
@@ -204,20 +205,20 @@ class Graphs:
         started = time.perf_counter()
         before = [tensor.detach().clone() for tensor in changed]
 
-        def tried(run: Callable[..., Any]) -> Any:
+        def attempt(run: Callable[..., Any]) -> Any:
             with torch.random.fork_rng(devices=cuda_in_use()):
                 results = _probed(run, tensors) if kind is Both else copies(run(*tensors))
             _restore(changed, before)
             return results
 
         try:
-            with self._alone(), torch.random.fork_rng(devices=cuda_in_use()):
+            with self._without_graphs(), torch.random.fork_rng(devices=cuda_in_use()):
                 entry = kind(self.capture, fresh, *tensors)
             _restore(changed, before)
-            with self._alone():
-                usual, replayed = tried(fresh), tried(entry)
+            with self._without_graphs():
+                usual, replayed = attempt(fresh), attempt(entry)
                 # if the device sums in a different order each time, no two runs are equal
-                if not _same(usual, replayed) and _same(usual, tried(fresh)):
+                if not _same(usual, replayed) and _same(usual, attempt(fresh)):
                     raise RuntimeError("its replay gave different results from its first run")
             if _crowded():
                 raise torch.OutOfMemoryError
@@ -234,12 +235,13 @@ class Graphs:
             self.seconds += time.perf_counter() - started
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self._inside = True
+    def _without_graphs(self) -> Iterator[None]:
+        """Run calls inside normally."""
+        self._running = True
         try:
             yield
         finally:
-            self._inside = False
+            self._running = False
 
     def _say_once(self, reason: str) -> None:
         if reason and reason not in self._said:
@@ -278,6 +280,7 @@ def _probed(run: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tup
 
 
 def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy the values back into the tensors."""
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)

@@ -111,12 +111,14 @@ def comment_after(text: str) -> str:
 
 
 def _short_enough(text: Any, longest: int) -> Any:
+    """Return the text unless it is too long."""
     if len(text) > longest:
         raise Unreadable(f"{len(text):,} characters, more than {longest:,}")
     return text
 
 
 def _counted(depth: int, left: int) -> int:
+    """Count one more value at this depth, and return how many are left."""
     if depth > DEEPEST:
         raise Unreadable(f"nested more than {DEEPEST} deep")
     if not left:

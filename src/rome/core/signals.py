@@ -19,6 +19,7 @@ HANDLED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR
 
 
 def exit_code(number: int) -> int:
+    """The exit code of a command that this signal stopped."""
     return REQUEUE if number in HANDLED else 128 + number
 
 

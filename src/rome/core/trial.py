@@ -36,7 +36,7 @@ NO_GRADIENT = (
     "no_grad, inference_mode, numpy, argmax)"
 )
 
-_SIGNS = {
+_MEANINGS = {
     "leaf Variable that requires grad is being used in an in-place operation": IN_PLACE,
     "use_reentrant": "checkpoints its activations reentrantly, which gives images no gradient: use "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off",
@@ -98,8 +98,8 @@ def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hi
     if isinstance(error, (UserError, Interrupted)) or out_of_memory(error):
         return error
     text = str(error)
-    for sign, problem in _SIGNS.items():
-        if sign in text:
+    for part, problem in _MEANINGS.items():
+        if part in text:
             return UserError(f"{name} {problem}")
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     if not _without_values(x) and (reason := unusable(tensors)):
@@ -187,22 +187,22 @@ def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iter
     Raises:
         UserError: an image's logits depend on its batch.
     """
-    some = x[:COMPANY]
-    if len(some) < 2:
+    images = x[:COMPANY]
+    if len(images) < 2:
         return
-    usual, other = ask(model, some, name=name), 1 - some
-    odd = torch.arange(len(some), device=x.device) % 2 == 1
+    usual, other = ask(model, images, name=name), 1 - images
+    odd = torch.arange(len(images), device=x.device) % 2 == 1
     for kept in (odd, ~odd):
-        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), some, other), name=name)
-        _compare(model, some, usual[kept], mixed[kept], name)
-    _compare(model, some, usual, ask(model, some.flip(0), name=name).flip(0), name)
+        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), images, other), name=name)
+        _check_equal(model, images, usual[kept], mixed[kept], name)
+    _check_equal(model, images, usual, ask(model, images.flip(0), name=name).flip(0), name)
     for size in sorted({1, 2, len(x), *sizes}):
-        if 0 < size <= len(x) and size != len(some):
+        if 0 < size <= len(x) and size != len(images):
             together = ask(model, x[:size], name=name)
-            _compare(model, some, usual[:size], together[: len(some)], name)
+            _check_equal(model, images, usual[:size], together[: len(images)], name)
 
 
-def _compare(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> None:
+def _check_equal(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> None:
     """Check that two outputs (B, classes) for the same images are equal up to rounding, relative to the logits' norm.
     An offset common to all logits of an image, which softmax ignores, adds only to the rounding that is allowed.
 
@@ -264,16 +264,16 @@ def _coarsest(model: Model, x: Tensor) -> float:
 @contextmanager
 def _buffers_restored(model: Model) -> Iterator[list[str]]:
     """Restore the model's buffers afterwards; the list then contains the names of those that had changed."""
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    moved: list[str] = []
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    changed: list[str] = []
     try:
-        yield moved
+        yield changed
     finally:
-        now = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-        moved += [name for name, old in before.items() if name in now and not _same(now[name], old)]
+        now = dict(module.named_buffers())
+        changed += [name for name, old in before.items() if name in now and not _same(now[name], old)]
         with torch.no_grad():
-            for name in moved:
+            for name in changed:
                 if now[name].shape == before[name].shape:
                     now[name].copy_(before[name])
 
@@ -285,11 +285,11 @@ def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
     Raises:
         UserError: a buffer changed.
     """
-    with _buffers_restored(model) as moved:
+    with _buffers_restored(model) as changed:
         yield
-    if moved:
+    if changed:
         raise UserError(
-            f"{name} changes its own buffers in evaluation mode ({some(moved)}), so its logits depend on earlier "
+            f"{name} changes its own buffers in evaluation mode ({some(changed)}), so its logits depend on earlier "
             "calls: change them in training mode only"
         )
 

@@ -100,12 +100,8 @@ def name_of(thing: Any) -> str:
 @functools.cache
 def names_in(code: types.CodeType) -> Names:
     """The names that a code object mentions, including those in functions and classes defined inside it."""
-    read, stored, others = (
-        set[str](),
-        set[str](),
-        {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))},
-    )
-    imports: list[Import] = []
+    read, stored, imports = set[str](), set[str](), list[Import]()
+    others = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

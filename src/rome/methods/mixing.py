@@ -53,7 +53,7 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
     return drawn[stream.rank * n : (stream.rank + 1) * n]
 
 
-class _Every(MinMaxMethod):
+class _AllThreats(MinMaxMethod):
     """Base of methods that attack every example under every threat, with one training forward over all of them."""
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
@@ -75,7 +75,7 @@ class _Every(MinMaxMethod):
         """Reduce the losses (threats, B) to a scalar."""
 
 
-class Average(_Every):
+class Average(_AllThreats):
     """AVG: the mean of the losses under all threats (Tramèr and Boneh 2019)."""
 
     kind = "avg"
@@ -85,7 +85,7 @@ class Average(_Every):
         return losses.mean()
 
 
-class Maximum(_Every):
+class Maximum(_AllThreats):
     """MAX: for each example, or each batch, the threat with the largest loss (Tramèr and Boneh 2019).
 
     ``per: example`` is what the method's published code does, and Eq. 1 with its expectation over examples.

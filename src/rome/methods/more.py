@@ -45,7 +45,7 @@ class MORE(Method):
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
         super().suits(threats, experts, epochs)
-        _one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
+        _check_one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
         if not all(self.stages(epochs)):
             raise UserError(
                 f"it needs epochs for the experts and epochs for the gate, but has {len(epochs)} (epochs minus "
@@ -53,7 +53,7 @@ class MORE(Method):
             )
 
     def prepare(self, context: TrainContext) -> None:
-        _one_each(context.threats, mixture_of(context.attacked).experts)
+        _check_one_each(context.threats, mixture_of(context.attacked).experts)
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         mixture = mixture_of(context.attacked)
@@ -61,7 +61,7 @@ class MORE(Method):
             with mixture.apart(0):
                 return Random().loss(replace(context, regularizer=None), x, y)
         if context.epoch in self.stages(context.epochs)[0]:
-            return self._each_alone(context, mixture, x, y)
+            return self._expert_loss(context, mixture, x, y)
         mixture.freeze_bodies()
         return Random().loss(context, x, y)
 
@@ -69,8 +69,8 @@ class MORE(Method):
         if 0 < epoch == context.epochs.start:
             mixture_of(context.attacked).follow_first()
 
-    def _each_alone(self, context: TrainContext, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
-        """Train every expert under its own threat, all in one forward, so that processes synchronize only once."""
+    def _expert_loss(self, context: TrainContext, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
+        """The loss of all experts, each under its own threat, in one forward, so that processes synchronize once."""
         images = []
         for expert, threat in enumerate(context.threats):
             with mixture.apart(expert):
@@ -95,7 +95,7 @@ def mixture_of(model: nn.Module) -> ModelMixture:
     return found
 
 
-def _one_each(threats: tuple[Threat, ...], experts: int) -> None:
+def _check_one_each(threats: tuple[Threat, ...], experts: int) -> None:
     """Raise UserError unless there is one expert for each threat."""
     if len(threats) != experts:
         raise UserError(

@@ -46,6 +46,7 @@ class MSD(MinMaxMethod):
         return threats
 
     def step_size_for(self, threat: LpBall) -> float:
+        """The step size for a threat, by default such that all steps together have the length in :data:`_PATH`."""
         return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:

@@ -50,7 +50,7 @@ class RAMP(MinMaxMethod):
     _clean: _CleanCopy | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _two(self) -> RAMP:
+    def _distinct(self) -> RAMP:
         if self.source == self.target:
             raise ValueError(f"source and target are both {self.source}; name two threats")
         return self
@@ -72,13 +72,14 @@ class RAMP(MinMaxMethod):
         return Examples(found.images, labels, pairs.labels, (x, y, found.loss, *clean_loss))
 
     def objective(self, context: TrainContext, examples: Examples) -> Outcome:
-        images, labels, threats, (x, y, found, *clean_loss) = examples
+        images, labels, threats, (x, y, attack_loss, *clean_loss) = examples
         images = images if self.trades is None else torch.cat([images, x])
         logits, penalty = training_logits(context, images, threats)
         logits, clean = logits[: len(labels)], logits[len(labels) :]
         losses = F.cross_entropy(logits, labels, reduction="none")
-        searched = torch.where(found.isnan(), losses.detach(), found)  # NaN: the attack maximizes another loss
-        worse = searched.view(-1, 2).argmax(dim=1, keepdim=True)
+        # NaN: the attack maximizes another loss
+        attack_loss = torch.where(attack_loss.isnan(), losses.detach(), attack_loss)
+        worse = attack_loss.view(-1, 2).argmax(dim=1, keepdim=True)
         correct = logits.detach().argmax(dim=1) == labels
         both, right = logits.view(len(x), 2, -1), correct.view(-1, 2)[:, 0]
         if self.trades is None:
@@ -154,6 +155,7 @@ class _CleanCopy:
         """Accumulation steps of the current update."""
 
     def restart(self, model: nn.Module) -> None:
+        """Start an epoch from the model's weights."""
         self.start = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.model.load_state_dict(self.start)
 
@@ -177,6 +179,7 @@ class _CleanCopy:
         self.parts = 0
 
     def fuse_into(self, model: nn.Module, share: float) -> None:
+        """End an epoch: set the model's weights to the fusion (:func:`fuse`) of both."""
         clean, robust = self.model.state_dict(), model.state_dict()
         fused = {name: fuse(start, clean[name], robust[name], share) for name, start in self.start.items()}
         follow_first(fused.values())  # BatchNorm's statistics differ between processes

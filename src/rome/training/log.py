@@ -56,22 +56,18 @@ class Tally:
             news: numbers of this process that all processes are to know.
         """
         means = torch.stack([self.loss, *self.parts.values()]) / accumulate
-        told = len(means) + self.correct.numel()
+        end = len(means) + self.correct.numel()
         row = torch.cat([means, self.correct.flatten(), torch.tensor([float(each) for each in news]).to(self.device)])
         if fabric.world_size > 1:
             gathered = [torch.empty_like(row) for _ in range(fabric.world_size)]
             torch.distributed.all_gather(gathered, row)
             rows = torch.stack(gathered)
-            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : told].sum(0), rows[:, told:].amax(0)])
+            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : end].sum(0), rows[:, end:].amax(0)])
         values = row.tolist()
-        right, seen = values[len(means) : told][: self.threats], values[len(means) : told][self.threats :]
+        right, seen = values[len(means) : end][: self.threats], values[len(means) : end][self.threats :]
         accuracy = {i: right[i] / seen[i] for i in range(self.threats) if seen[i]}
         parts = dict(zip(self.parts, values[1 : len(means)], strict=True))
-        return values[0], parts, accuracy, [int(each) for each in values[told:]]
-
-
-def finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+        return values[0], parts, accuracy, [int(each) for each in values[end:]]
 
 
 def log_line(update: Update) -> dict[str, Any]:

@@ -7,6 +7,7 @@ run that is killed and resumed, or distributed over processes, computes what a s
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from rome.runs.folder import Run
 from rome.runs.loggers import Tracking, tracking
 from rome.runs.saving import Saver
 from rome.threats import Unperturbed
-from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
+from rome.training.log import Tally, Update, epoch_means, log_line, scalars
 from rome.training.step import Step
 from rome.training.validation import Validator
 
@@ -109,6 +110,7 @@ class Loop:
 
     @property
     def updates(self) -> int:
+        """Number of finished updates."""
         return self.position.epoch * self.steps + self.position.step
 
     def run_all(self, shown: Progress | None) -> None:
@@ -213,17 +215,17 @@ class Loop:
 
         self.team.first(settled)
 
-    def _news(self) -> tuple[int, int, int]:
+    def _flags(self) -> tuple[int, int, int]:
         """The values that this process shares with the others at the end of an update: its signal, whether a checkpoint
         is due, and whether something could not be written."""
         if self.fabric.global_rank:
             return self.signal, 0, 0
-        with self._noted():
+        with self._failure_recorded():
             self.saver.check()
         return self.signal, self.saver.due(), self.problem is not None
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _failure_recorded(self) -> Iterator[None]:
         """Record an error of writing in the first process, to end all processes together after the next update."""
         try:
             yield
@@ -254,11 +256,11 @@ class Loop:
                 settle()
         except FloatingPointError as error:  # gradients in the attack are not finite
             raise self._diverged(str(error), lr) from error
-        loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._news())
+        loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._flags())
         self.due = bool(due)
         if failed:
             self._settle()
-        if not all(map(finite, (loss, *parts.values()))):
+        if not all(map(math.isfinite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         method.update_end(context)
         seconds = time.perf_counter() - started
@@ -306,7 +308,7 @@ class Loop:
             "method": self.config.method.state(),
         }
         best = {} if self.validator is None else {"best": self.validator.best}
-        with self._noted():
+        with self._failure_recorded():
             self.saver.save(state, constant=best, log=self.log_file.fileno())
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -339,10 +341,10 @@ class Loop:
     def _signals(self) -> Iterator[None]:
         """Stop with a checkpoint after the current update on the first signal, and at once on a second SIGINT."""
 
-        def ask(number: int, frame: Any) -> None:
+        def stop(number: int, frame: Any) -> None:
             if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        with handled(ask, (signal.SIGINT, *HANDLED)):
+        with handled(stop, (signal.SIGINT, *HANDLED)):
             yield

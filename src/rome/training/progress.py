@@ -36,13 +36,13 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _Lines(config, total, done)
         return
-    whole = Column(no_wrap=True)
+    unbroken = Column(no_wrap=True)
     columns = (
         TextColumn("{task.description}", "bold", markup=False, table_column=Column(no_wrap=True, max_width=24)),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total} updates", table_column=whole),
-        TimeRemainingColumn(table_column=whole),
-        TextColumn("left", table_column=whole),
+        TextColumn("{task.completed}/{task.total} updates", table_column=unbroken),
+        TimeRemainingColumn(table_column=unbroken),
+        TextColumn("left", table_column=unbroken),
     )
     with _TwoLines(*columns, console=console) as bar:
         yield _Bar(bar, config, total, done)
@@ -58,6 +58,8 @@ class _TwoLines(Bar):
 
 
 class _Bar:
+    """Progress on a terminal: a bar with moving averages, and a line for each validation."""
+
     def __init__(self, bar: Bar, config: Config, total: int, done: int) -> None:
         self.bar, self.config = bar, config
         self.task = bar.add_task(config.name, total=total, completed=done, facts="")
@@ -68,11 +70,11 @@ class _Bar:
             self.seen.pop(Unperturbed().name, None)
         for name, value in {"loss": update.loss, **update.accuracy}.items():
             self.seen[name] = 0.9 * self.seen.get(name, value) + 0.1 * value
-        facts = f"loss {self.seen['loss']:.3f} · " + accuracies(
-            {name: value for name, value in self.seen.items() if name != "loss"}
+        accuracy = accuracies({name: value for name, value in self.seen.items() if name != "loss"})
+        facts = (
+            f"epoch {math.ceil(update.epoch)}/{self.config.epochs} · loss {self.seen['loss']:.3f} · {accuracy} · "
+            f"{update.images_per_second:.0f} img/s"
         )
-        facts += f" · {update.images_per_second:.0f} img/s"
-        facts = f"epoch {math.ceil(update.epoch)}/{self.config.epochs} · {facts}"
         self.bar.update(self.task, completed=update.number, facts=facts)
 
     def epoch(self, summary: dict[str, Any]) -> None:
@@ -83,6 +85,8 @@ class _Bar:
 
 
 class _Lines:
+    """Progress without a terminal: a line for each epoch and each validation."""
+
     def __init__(self, config: Config, total: int, done: int) -> None:
         self.config, self.total, self.first, self.started = config, total, done, time.monotonic()
 

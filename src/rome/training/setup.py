@@ -242,8 +242,8 @@ def _prepare(
         checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
         return checkpoint is not None
 
-    goes_on = Team(fabric.global_rank, fabric.world_size).first(ready)
-    return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
+    resumes = Team(fabric.global_rank, fabric.world_size).first(ready)
+    return run.load_checkpoint() if resumes and checkpoint is None else checkpoint
 
 
 def _check_agreed(fabric: Any, config: Config) -> None:

@@ -60,7 +60,7 @@ class Step:
             return outcome.loss.detach(), outcome.correct, outcome.parts, gradients
 
         images, y, labels, more = examples
-        loss, correct, named, gradients = graphs.call(
+        loss, correct, terms, gradients = graphs.call(
             (repr(method), repr(context.threats), repr(context.regularizer)),
             differentiate,
             images,
@@ -77,4 +77,4 @@ class Step:
                 parameter.grad += gradient
             else:  # the graph's own memory, which its next replay overwrites
                 parameter.grad = gradient if parts == 1 else gradient.clone()
-        return Outcome(loss, labels, correct, named)
+        return Outcome(loss, labels, correct, terms)
