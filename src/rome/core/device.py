@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     if name not in available:
         raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(available)}")
     if not available[name]:
-        raise UserError(f"device {name}, but torch finds none on this machine; use auto or cpu")
+        raise UserError(f"device: {name}, but torch sees no {name.upper()} device; use auto or cpu")
     return torch.device(name)
 
 

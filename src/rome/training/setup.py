@@ -184,12 +184,12 @@ def check_settings(config: Config) -> None:
             logger.check()
         except UserError as error:
             found.append(str(error))
-    if config.device == "cuda" and not torch.cuda.is_available():
-        found.append("device: cuda, but torch sees no CUDA device; use device=auto or device=cpu")
-    elif config.graphs is True and (kind := pick_device(config.device).type) != "cuda":
-        found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        found.append("device: mps, but torch sees no MPS device; use device=auto or device=cpu")
+    try:
+        kind = pick_device(config.device).type
+        if config.graphs is True and kind != "cuda":
+            found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
+    except UserError as error:
+        found.append(str(error))
     if found:
         raise UserError("\n".join(found))
 
