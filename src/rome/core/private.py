@@ -20,8 +20,8 @@ _ROOT = r"(?:file:/+|~\w*/|/(?=[A-Za-z_.~])|[A-Za-z]:[\\/](?!/)|\\\\)"
 def cleaner(places: Iterable[str | Path] = ()) -> Callable[[Any], Any]:
     """Return a function that copies plain data (JSON), keys included, without paths and without the machine's name.
 
-    Every value under a key ``path`` becomes ``PATH``, and so does every absolute path in any text; of a path that ends
-    in a file of code, settings or weights, the name of that file is kept.
+    Every non-empty value under a key ``path`` becomes ``PATH``, and so does every absolute path in any text; of a path
+    that ends in a file of code, settings or weights, the name of that file is kept.
 
     Args:
         places: further paths to remove, which may contain spaces; relative ones are removed as written and as absolute

@@ -1,4 +1,4 @@
-"""Which code may run: code that the user names, but not code that the contents of a file name.
+"""Which code may run: code that the user names, but not code that is named inside a file.
 
 The weights of a run say in their metadata how to build the model, the folder of a run contains its config, and that of
 an evaluation its command. So all of them could name code: ``imports``, ``file.py:function``, any function of any
@@ -34,13 +34,13 @@ _written: set[str] = set()
 
 
 def allowed() -> bool:
-    """Whether the current call trusts code that files name."""
+    """Whether the current call trusts code that is named inside files."""
     return _allowed.get()
 
 
 @contextmanager
 def trusting(yes: bool) -> Iterator[None]:
-    """Trust code that files name if ``yes``, or if an enclosing call trusts it already."""
+    """Trust code that is named inside files if ``yes``, or if an enclosing call trusts it already."""
     before = _allowed.set(yes or allowed())
     try:
         yield
@@ -49,8 +49,8 @@ def trusting(yes: bool) -> Iterator[None]:
 
 
 def opens_files(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for functions with a keyword argument ``trust_code: bool = False``: if it is true, the code named by
-    files that the function opens is trusted."""
+    """Decorator for functions with a keyword argument ``trust_code: bool = False``: if it is true, code that is named
+    inside the files that the function opens is trusted."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
