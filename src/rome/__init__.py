@@ -1,8 +1,8 @@
 """rome: image classifiers that are robust to several perturbations at once.
 
 Robust Mixture of Low-Rank Experts (RoME, ECCV 2026) and the methods it builds on, under one protocol. The command line
-is ``rome``; the names for Python stand in ``__init__.pyi`` and are imported when first used, so that ``rome --help``
-does not wait for torch.
+is ``rome``; the Python API is listed in ``__init__.pyi`` and imported on first use, so that ``rome --help`` does not
+wait for torch.
 """
 
 import lazy_loader

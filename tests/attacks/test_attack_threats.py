@@ -266,9 +266,9 @@ def test_a_bare_threat_is_told_how_to_name_its_attack(threat: Threat) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("msd", "msd: it steps along Lp norms, and stadv-3 is no Lp ball"),
-        ("eat", "eat trains on L1, which threats lacks; it has Linf, stadv-3"),
-        ("ramp", "ramp trains on L1, which threats lacks; it has Linf, stadv-3"),
+        ("msd", "msd: it takes steps in Lp norms, but stadv-3 is not an Lp ball"),
+        ("eat", r"eat trains on L1, which is missing from threats \(there are Linf, stadv-3\)"),
+        ("ramp", r"ramp trains on L1, which is missing from threats \(there are Linf, stadv-3\)"),
         ("more", "it trains experts of kind more"),
     ],
 )

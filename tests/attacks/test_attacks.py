@@ -754,10 +754,10 @@ def test_settings_that_cannot_be_right_are_refused(wrong: dict[str, Any]) -> Non
         (lambda x, y: (x.numpy(), y), "images must be a torch tensor, not ndarray"),
         (lambda x, y: (x, y.tolist()), "labels must be a torch tensor, not list"),
         (lambda x, y: (x, y + 50), r"largest label is \d+ but the model has 5 classes"),
-        (lambda x, y: (x, y - 1), "smallest here is -1"),
-        (lambda x, y: (x, y - 100), "smallest here is -100"),  # torch ignores that label: no loss, no gradient
+        (lambda x, y: (x, y - 1), "the smallest is -1"),
+        (lambda x, y: (x, y - 100), "the smallest is -100"),  # torch ignores that label: no loss, no gradient
         (lambda x, y: (x, y.to("meta")), "images are on cpu and labels on meta"),
-        (lambda x, y: (x * float("nan"), y), "hold NaN"),
+        (lambda x, y: (x * float("nan"), y), "contain NaN"),
         (lambda x, y: (x * 0 + 1 + 1e-7, y), r"lie in \[1.00000012, 1.00000012\].*clamp"),
     ],
 )
@@ -771,7 +771,7 @@ def test_a_model_that_changes_its_images_is_noticed_where_no_gradient_tells() ->
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.sub_(0.1).clamp_(0, 1).flatten(1))
 
-    with pytest.raises(UserError, match="changes the images that it is given"):
+    with pytest.raises(UserError, match="changes its input images"):
         Square(queries=3)(Centres(48, 5), GOOD[0].clone(), GOOD[1], MIXED["Linf"])
 
 

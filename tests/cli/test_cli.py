@@ -254,8 +254,8 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "rank=3"], "rank: unknown key. Did you mean experts.rank?"),
         (["tiny.yaml", "seed=0,1"], "several values make a sweep: rome sweep CONFIG seed=0,1"),
         (["tiny.yaml", "natural_epochs=9"], "natural_epochs: 9 exceeds epochs 1; set both: natural_epochs=0"),
-        (["tiny.yaml", "method=rome"], "kind of experts, which is set beside it: experts=low-rank. Valid: avg, eat"),
-        (["tiny.yaml", "attack=random"], "kind of method, which is set beside it: method=random. Valid: apgd"),
+        (["tiny.yaml", "method=rome"], "kind of experts, a separate setting: experts=low-rank. Valid: avg, eat"),
+        (["tiny.yaml", "attack=random"], "kind of method, a separate setting: method=random. Valid: apgd"),
         (["tiny.yaml", "--epochs", "3"], "there is no option --epochs; settings of a config have no dashes: epochs=3"),
         (["tiny.yaml", "--batch-size=3"], "settings of a config have no dashes: batch_size=3"),
         (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
@@ -566,7 +566,7 @@ def test_a_shell_of_slurm_is_one_process(config: Path, rome: Any, monkeypatch: p
     for command in (("train", config), ("evaluate", "runs/tiny")):
         ended = rome(*command)
         assert (ended.code, ended.err.count("\n")) == (2, 1)
-        assert "this job of SLURM has 4 tasks, and this process would work alone: start it with srun" in ended.err
+        assert "this SLURM job has 4 tasks, but this process would work alone: start it with srun" in ended.err
     assert not Path("runs/tiny").exists()
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert rome("train", config).code == 0
@@ -698,7 +698,7 @@ def test_an_evaluation_leaves_at_once_on_a_signal_and_goes_on(
         patch.setattr(Store, "write", struck)
         ended = rome("evaluate", run.folder)
     assert (ended.code, ended.out) == (REQUEUE, "")
-    assert ended.err.splitlines()[-1] == f"stopped by {name}; what is finished is kept"
+    assert ended.err.splitlines()[-1] == f"stopped by {name}; finished work is kept"
     assert len(written) == 2
     assert signal.getsignal(number) is before
     report = json.loads(rome("evaluate", run.folder, "--json").out)

@@ -297,7 +297,7 @@ def test_one_task_that_would_work_alone_beside_others_is_refused(
     changes: dict[str, str], slurm: Callable[..., None]
 ) -> None:
     slurm(STEP, **changes)
-    with pytest.raises(UserError, match=r"this job of SLURM has 4 tasks, and this process would work alone: start it "):
+    with pytest.raises(UserError, match=r"this SLURM job has 4 tasks, but this process would work alone: start it "):
         launched_together()
     assert "RANK" not in os.environ
 
@@ -313,7 +313,7 @@ def test_a_batch_script_of_several_tasks_is_refused_and_one_of_one_is_alone(slur
 
 def test_tasks_spread_unevenly_are_refused(slurm: Callable[..., None]) -> None:
     slurm(STEP, STEP_TASKS_PER_NODE="3,1")
-    with pytest.raises(UserError, match=r"unevenly over 2 nodes \(3,1\): give srun --ntasks-per-node instead"):
+    with pytest.raises(UserError, match=r"unevenly over 2 nodes \(3,1\): use srun --ntasks-per-node instead"):
         launched_together()
 
 
@@ -339,7 +339,7 @@ def test_the_gpu_of_a_task(
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     slurm(STEP, **variables)
     if own is None:
-        with pytest.raises(UserError, match="process 1 has no GPU of its own: there are 1 here"):
+        with pytest.raises(UserError, match="process 1 has no GPU of its own: this machine has 1;"):
             own_device(torch.device("cuda"))
     else:
         assert own_device(torch.device("cuda")) == torch.device("cuda", own)
@@ -398,8 +398,8 @@ def test_tasks_of_srun_with_different_settings_are_refused(tmp_path: Path) -> No
     ("overrides", "message"),
     rest_slow(
         [
-            (["batch_size=13"], "2 processes do not divide batch_size/accumulate = 13"),
-            (["batch_size=12", "accumulate=4"], "2 processes do not divide batch_size/accumulate = 3"),
+            (["batch_size=13"], "batch_size/accumulate = 13 is not a multiple of the 2 processes"),
+            (["batch_size=12", "accumulate=4"], "batch_size/accumulate = 3 is not a multiple of the 2 processes"),
             (["batch_size=66"], "batch_size 66 exceeds the 64 training examples"),
         ],
         1,
@@ -460,7 +460,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(rank: int, tmp_pat
     struck = Moment("update", STEPS + 2, signal.SIGTERM, rank=rank)
     ended = both(two_processes(*arguments, logs=tmp_path / "logs", at=struck))
     assert [process.code for process in ended] == [REQUEUE, REQUEUE]
-    assert all("stopped by SIGTERM; go on with: rome train --resume" in process.err for process in ended)
+    assert all("stopped by SIGTERM; continue with: rome train --resume" in process.err for process in ended)
     assert all(no_traceback(process.err) for process in ended)
     state = run.load_checkpoint()
     assert (state["epoch"], state["step"]) == (1, 3), "the update in which all of them knew"

@@ -252,7 +252,7 @@ def test_want_of_memory_is_told_with_what_to_do(call: Any) -> None:
     """On the clean images already: no case has begun."""
     ended = call("--model", "greedy.py:net", "--data", "digits", *QUICK)
     assert (ended.code, ended.out) == (2, "")
-    assert "error: memory does not suffice (CUDA out of memory): give a smaller batch size (rome evaluate" in ended.err
+    assert "error: not enough memory (CUDA out of memory): use a smaller batch size (rome evaluate" in ended.err
     assert call("--model", "greedy.py:net", "--data", "digits", *QUICK, "--batch-size", "auto").code == 0
 
 

@@ -145,7 +145,7 @@ def test_a_process_that_is_killed_ends_the_other_and_nothing_is_lost(run: Run, t
     first, second = both(broken.folder, "--out", out, logs=tmp_path / "logs")
     assert second.code == -signal.SIGKILL
     assert first.code == 1
-    assert "another process ended; what is finished is kept" in first.err
+    assert "another process ended; finished work is kept" in first.err
     assert no_traceback(first.err)
     assert not (out / "result.json").exists()
     done = {file.parent.name for file in out.rglob("*.safetensors")}
@@ -160,8 +160,8 @@ def test_a_process_whose_time_is_over_ends_both_and_the_larger_code_requeues(run
     broken = with_toys(run, tmp_path / "run", "usr1-1")
     first, second = both(broken.folder, "--out", tmp_path / "out", logs=tmp_path / "logs")
     assert (first.code, second.code) == (1, REQUEUE)
-    assert "another process ended; what is finished is kept" in first.err
-    assert second.err.endswith("stopped by SIGUSR1; what is finished is kept\n")
+    assert "another process ended; finished work is kept" in first.err
+    assert second.err.endswith("stopped by SIGUSR1; finished work is kept\n")
     assert no_traceback(first.err + second.err)
 
 

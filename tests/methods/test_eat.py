@@ -240,7 +240,7 @@ def test_counts_go_on_where_the_state_was_taken() -> None:
 
 
 def test_threats_are_named_among_the_configs() -> None:
-    with pytest.raises(UserError, match="eat trains on L0, which threats lacks; it has L1, L2, Linf"):
+    with pytest.raises(UserError, match=r"eat trains on L0, which is missing from threats \(there are L1, L2, Linf\)"):
         tiny(method={"kind": "eat", "threats": ["Linf", "L0"]})
     with pytest.raises(UserError, match="L1, L1 are not distinct"):
         tiny(method={"kind": "eat", "threats": ["L1", "L1"]})

@@ -469,14 +469,14 @@ def test_stages(expert_epochs: int | None, epochs: range, stages: tuple[range, r
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experts": None}, "more: it trains experts of kind more, and the model has none; set experts.kind=more"),
-        ({"experts": {"kind": "low-rank"}}, "and the model has low-rank; set experts.kind=more"),
+        ({"experts": None}, "more: it trains experts of kind more, but the model has none; set experts.kind=more"),
+        ({"experts": {"kind": "low-rank"}}, "but the model has low-rank; set experts.kind=more"),
         ({"method": "random"}, "random: experts of kind more have a method of their own; set method.kind=more"),
         ({"experts": {"kind": "more", "experts": 4}}, "one expert for each of the 3 threats, not 4; set experts.exp"),
         ({"threats": [{"norm": "L1", "eps": 1}]}, "one expert for each of the 1 threats, not 3; set experts.experts=1"),
-        ({"epochs": 1}, "needs epochs for the experts and epochs for the gate, and has 1 .* expert_epochs null"),
-        ({"epochs": 4, "natural_epochs": 3}, "and has 1 "),
-        ({"method": {"kind": "more", "expert_epochs": 2}}, "and has 2 .* expert_epochs 2; raise epochs"),
+        ({"epochs": 1}, "needs epochs for the experts and epochs for the gate, but has 1 .* expert_epochs null"),
+        ({"epochs": 4, "natural_epochs": 3}, "but has 1 "),
+        ({"method": {"kind": "more", "expert_epochs": 2}}, "but has 2 .* expert_epochs 2; raise epochs"),
         ({"method": {"kind": "more", "expert_epochs": 0}}, "expert_epochs: "),
         ({"experts": {"kind": "more", "rank": 2}}, "unknown key"),
     ],
@@ -487,7 +487,7 @@ def test_settings_that_do_not_fit_are_refused_when_the_config_is_read(changes: d
 
 
 def test_the_method_refuses_models_that_do_not_fit() -> None:
-    with pytest.raises(UserError, match="this model is none; set experts"):
+    with pytest.raises(UserError, match="this model has none; set experts"):
         MORE().prepare(stage_of(vit()))
     with pytest.raises(UserError, match="each of the 3 threats, not 2"):
         MORE().prepare(stage_of(mixed(vit(), experts=2)))

@@ -348,7 +348,7 @@ def test_a_run_does_not_go_on_with_another_network(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     interrupted(run, **changes)
     save_network(folder, seed=2)
-    with pytest.raises(UserError, match="net is not the network this run began with"):
+    with pytest.raises(UserError, match="net is not the network that this run started with"):
         train(tiny(**changes), run.folder, resume=True)
     save_network(folder, seed=1)
     train(tiny(**changes), run.folder, resume=True)

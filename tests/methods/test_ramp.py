@@ -380,7 +380,7 @@ def test_a_clean_copy_that_diverges_ends_the_run(tmp_path: Path, monkeypatch: py
 
 def test_source_and_target_are_two_of_the_configs_threats() -> None:
     assert [threat.name for threat in RAMP(source="L2", target="L1").trained(tuple(BUDGETS), PGD())] == ["L2", "L1"]
-    with pytest.raises(UserError, match="ramp trains on Linf, which threats lacks; it has L1, L2"):
+    with pytest.raises(UserError, match=r"ramp trains on Linf, which is missing from threats \(there are L1, L2\)"):
         tiny(method="ramp", threats=[{"norm": "L1", "eps": 1}, {"norm": "L2", "eps": 1}])
     with pytest.raises(UserError, match="name two threats"):
         RAMP(source="L1")

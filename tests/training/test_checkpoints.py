@@ -146,7 +146,7 @@ def test_two_processes_checkpoint_at_the_same_update_by_the_first_ones_clock(tmp
     at = Moment("update", STEPS + 4, signal.SIGKILL, rank=1)
     ended = both(two_processes("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at))
     assert [process.code for process in ended] == [1, -signal.SIGKILL]
-    assert f"another process of this training ended; go on with: rome train --resume {run.folder}" in ended[0].err
+    assert f"another process of this training ended; continue with: rome train --resume {run.folder}" in ended[0].err
     assert no_traceback(ended[0].err)
     assert run.load_checkpoint()["update"] >= STEPS
     ended = both(two_processes("train", config, "--resume", "--out", run.folder, logs=tmp_path / "again"))
@@ -162,7 +162,7 @@ def test_the_announced_end_of_a_job_ends_in_the_code_that_requeues(name: str, tm
     number, run = getattr(signal, name), Run(tmp_path / "run")
     before = signal.getsignal(number)
     with pytest.raises(
-        Interrupted, match=f"^stopped by {name}; go on with: rome train --resume {run.folder}$"
+        Interrupted, match=f"^stopped by {name}; continue with: rome train --resume {run.folder}$"
     ) as ended:
         train(tiny(), run.folder, progress=watched(lambda now: os.kill(os.getpid(), number) if now == 3 else None))
     assert ended.value.code == REQUEUE == os.EX_TEMPFAIL
@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_for_the_log_ends_in_one_line(
     writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Run
 ) -> None:
     failing_log(monkeypatch, writes)
-    with pytest.raises(UserError, match=r"log\.jsonl cannot be written \(No space left.*make room and go on with"):
+    with pytest.raises(UserError, match=r"log\.jsonl cannot be written \(No space left.*make room and continue with"):
         train(tiny(**ALWAYS), tmp_path / "run")
     monkeypatch.undo()
     assert_as(train(tiny(), tmp_path / "run", resume=True), undisturbed)

@@ -200,7 +200,7 @@ def test_sigterm_ends_the_process_in_one_line_and_asks_to_go_on(config: Path, tm
     ended = rome("train", config, "--out", run.folder, logs=tmp_path / "logs", at=at).wait()
     assert (ended.code, ended.out) == (REQUEUE, "")
     assert [line for line in ended.err.splitlines() if not line.startswith("run: epoch")] == [
-        f"stopped by SIGTERM; go on with: rome train --resume {run.folder}"
+        f"stopped by SIGTERM; continue with: rome train --resume {run.folder}"
     ]
     finished = rome("train", "--resume", run.folder, logs=tmp_path / "logs").wait()
     assert (finished.code, finished.out) == (0, "")

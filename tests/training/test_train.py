@@ -22,9 +22,10 @@ from rome.data import Digits
 from rome.methods import Outcome, Random, TrainContext
 from rome.models import build_model, read_tensors
 from rome.runs.folder import Run
+from rome.runs.loggers.tensorboard import TensorBoard
 from rome.threats import DIGITS
 from rome.training.loop import NonFiniteLossError
-from rome.training.setup import train
+from rome.training.setup import check_settings, train
 
 THREATS = {"L1", "L2", "Linf"}
 METHODS = ("random", "avg", "max")
@@ -421,8 +422,22 @@ def test_batchnorm_on_one_value_is_said_before_a_folder_is_made(settings: dict[s
 
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no CUDA device; use device=auto or device=cpu"):
+    with pytest.raises(UserError, match="torch sees no CUDA device; use auto or cpu"):
         train(tiny(device="cuda"), tmp_path / "run")
+
+
+def test_all_that_this_machine_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(logger: TensorBoard) -> None:
+        raise UserError("loggers: tensorboard is missing")
+
+    monkeypatch.setattr(TensorBoard, "check", missing)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        check_settings(tiny(device="mps", graphs=True, loggers=["tensorboard"]))
+    assert str(caught.value).splitlines() == [
+        "loggers: tensorboard is missing",
+        "device: mps, but torch sees no MPS device; use auto or cpu",
+    ]
 
 
 def test_the_default_threats_are_those_of_the_data() -> None:

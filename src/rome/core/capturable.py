@@ -1,4 +1,4 @@
-"""What no CUDA graph can hold, seen in a run before the capture."""
+"""Detection of operations that no CUDA graph can contain, in a run before the capture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rome.core.randomness import cuda_in_use
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first operation inside that no graph can hold."""
+    """Dispatch mode that records why no graph can contain the operations run inside it: the first such operation."""
 
     WAITS = (
         "_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
@@ -29,7 +29,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.reason = ""
         self.waited = ""
-        """Where torch itself says that something waited; empty if nothing did."""
+        """Where torch itself reports a wait for the device; empty if nowhere."""
         self.devices: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _where() -> str:
-    """The line that runs: the innermost outside of torch and of this file; empty in a backward of torch's."""
+    """The source line being run: the innermost one outside torch and this file; empty inside torch's backward."""
     packages = (__file__, str(Path(torch.__file__).parent))
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(packages):
@@ -61,7 +61,7 @@ def _where() -> str:
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Watches what runs inside; on CUDA, torch itself says what waits."""
+    """Watch the operations run inside; on CUDA, torch itself reports which of them wait for the device."""
     if not cuda_in_use():
         with Watch() as watch:
             yield watch

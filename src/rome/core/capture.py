@@ -1,4 +1,4 @@
-"""One captured function: what captures it, and what replays it."""
+"""Capturing a function, and replaying it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 WARM_UPS = 3
-"""Runs before the capture, in which libraries set up their handles and compilers compile."""
+"""Runs before the capture, in which libraries create their handles and compilers compile."""
 
 
 class Capture(Protocol):
-    """Captures a function without arguments."""
+    """A way to capture a function without arguments."""
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays it, and its results, which each replay fills anew."""
+        """Return a function that replays it, and its results, which each replay overwrites."""
 
 
 class CudaCapture:
-    """Captures into graphs that share one memory pool: a result lasts until another of them is replayed."""
+    """Capture into CUDA graphs that share a memory pool: results are valid until another of them is replayed."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -41,14 +41,14 @@ class CudaCapture:
 
 
 class Captured:
-    """A captured function: replays it on other tensors of the same shapes."""
+    """A captured function, to be replayed on other tensors of the same shapes."""
 
     def __init__(self, capture: Capture, function: Callable[..., Any], *tensors: Tensor) -> None:
         self.inputs = [tensor.detach().clone() for tensor in tensors]
         self.replay, self.results = capture(lambda: function(*self.inputs))
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The results in place; valid until the next replay of any graph."""
+        """Return the graph's own results, not copies: they are valid until the next replay of any graph."""
         for own, new in zip(self.inputs, tensors, strict=True):
             own.copy_(new)
         self.replay()
@@ -56,7 +56,7 @@ class Captured:
 
 
 class Both:
-    """A captured function of one tensor, and its gradient."""
+    """A captured function of one tensor, together with its captured gradient."""
 
     def __init__(self, capture: Capture, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self.x = x.detach().clone().requires_grad_()
@@ -72,6 +72,8 @@ class Both:
 
 
 class Replay(torch.autograd.Function):
+    """Autograd function that replays the captured forward and backward pass."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, both: Both) -> Tensor:
         ctx.both = both

@@ -1,7 +1,7 @@
-"""A component is a frozen, validated value named by its ``kind``: an attack, a method, a threat, a data set.
+"""Components: frozen, validated values selected by their ``kind``, such as attacks, methods, threats and data sets.
 
-Writing a subclass with a ``kind`` is its registration: ``class PGD(Attack): kind = "pgd"`` makes
-``attack: {kind: pgd, steps: 10}`` valid in every config, and an unknown name answers with the nearest one.
+Defining a subclass with a ``kind`` registers it: ``class PGD(Attack): kind = "pgd"`` makes
+``attack: {kind: pgd, steps: 10}`` valid in every config. The error for an unknown name suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCu
 from rome.core.errors import UserError, did_you_mean, short
 
 FAMILY = "x-family"
-"""In a JSON schema, what stands for a member of a family of components."""
+"""Key in a JSON schema whose value is the family that a component there must belong to."""
 UNKNOWN, PLAIN, UNKNOWN_KEY = "unknown_key", "plain", "unknown key."
-"""Types of errors whose message needs no further words, and how that of the first begins."""
+"""Types of errors whose messages are final, and the start of the message for an unknown key."""
 
 
 class Settings(BaseModel):
@@ -48,8 +48,8 @@ class Settings(BaseModel):
 
     def __init__(self, **data: Any) -> None:
         """Raises:
-        UserError: every mistake, in one line. Where settings are read from plain data (``model_validate``), pydantic
-            raises its own error instead, which collects the mistakes of the whole with their places.
+        UserError: the settings are invalid; one line names every mistake. Settings read from plain data
+            (``model_validate``) raise pydantic's own error instead, which collects all mistakes with their locations.
         """
         try:
             super().__init__(**data)
@@ -59,7 +59,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _in_plain_words(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _reword_errors(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(data)
         except ValidationError as error:
@@ -68,71 +68,72 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts true as 1, so that ``epochs: yes`` would be one epoch."""
+    def _refuse_bools(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where no bool is expected: Python counts true as 1, so ``epochs: yes`` would be one
+        epoch."""
         given = value if isinstance(value, (list, tuple)) else (value,)
         if any(isinstance(each, bool) for each in given):
             annotation = cls.model_fields[str(info.field_name)].annotation
             if not {bool, Any} & set(types_in(annotation)):
-                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; text stands in quotes)")
+                raise ValueError("cannot be true or false (in YAML also yes, no, on and off; put text in quotes)")
         return value
 
-    # pydantic otherwise calls an __init__ of one's own for every value inside plain data too
+    # otherwise pydantic calls a custom __init__ for every nested value of plain data, too
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 def _number(value: Any) -> Any:
-    """Accept ``8/255`` where a number is wanted; leave everything else to pydantic."""
+    """Accept ``8/255`` where a number is expected; leave everything else to pydantic."""
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             message = "'{given}' is not a fraction such as 8/255"
             raise PydanticCustomError("fraction", message, {"given": value}) from None
     return value
 
 
-_Written = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
-Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Written)]
+_Numeral = Annotated[str, Field(pattern=r"^\s*[-+]?[\d.]+([eE][-+]?\d+)?(\s*/\s*\d+)?\s*$")]  # 1e-3 is text in YAML 1.1
+Number = Annotated[float, BeforeValidator(_number, json_schema_input_type=float | _Numeral)]
 """A float that may be written as a fraction: ``8/255``."""
 
 
-def _alone(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_alone, json_schema_input_type=str | tuple[str, ...])]
-"""Names; one may be written alone."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])]
+"""Several names; a single one may be written without a list."""
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""What torch's generators take."""
+"""A seed that torch's generators accept."""
 
 
 def summary(documented: object) -> str:
-    """The first paragraph of a docstring in one line."""
+    """The first paragraph of a docstring, on one line."""
     return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
 
 
 class Component(Settings):
-    """Base of everything a config names by ``kind``. A direct subclass opens a family (``Attack``); the classes
-    below it that set ``kind`` are its members."""
+    """Base class of everything that a config selects by ``kind``. A direct subclass defines a family (``Attack``); the
+    subclasses of that class that set ``kind`` are the family's members."""
 
     kind: ClassVar[str] = ""
     default_kind: ClassVar[str] = ""
-    """The member meant where a config names none; empty: it must be named."""
+    """The kind used if a config names none; empty: one must be named."""
     also_called: ClassVar[tuple[str, ...]] = ()
-    """Words by which a person may look for it in another family."""
+    """Words under which a user may look for it in another family."""
 
     @classmethod
     def family(cls) -> type[Component]:
-        """The direct subclass of :class:`Component` this class descends from: the base of its family."""
+        """The base class of the family: the direct subclass of :class:`Component` that this class descends from."""
         return next(base for base in cls.__mro__ if Component in base.__bases__)
 
     @classmethod
     def members(cls) -> dict[str, type[Self]]:
-        """All registered kinds at and below this class, by name: the modules of the package that holds the family are
-        imported, so that a new file there registers itself."""
+        """All registered kinds of this class and its subclasses, by name. The modules of the family's package are
+        imported first, so that a new file there registers itself."""
         _import_package(cls.family().__module__.rpartition(".")[0])
         found: dict[str, type[Self]] = {}
         todo: list[type[Self]] = [cls]
@@ -145,14 +146,15 @@ class Component(Settings):
 
     @classmethod
     def of_kind(cls, kind: str) -> type[Self]:
-        """The registered class of that name.
+        """The registered class of this kind.
 
         Raises:
-            PydanticCustomError: no such kind; the message names the nearest one.
+            PydanticCustomError: there is no such kind; the message suggests the nearest one.
         """
         members = cls.members()
         if not isinstance(kind, str) or kind not in members:
-            hint = cls._elsewhere(str(kind)) + did_you_mean("" if cls._elsewhere(str(kind)) else kind, members)
+            elsewhere = cls._elsewhere(str(kind))
+            hint = elsewhere + did_you_mean("" if elsewhere else kind, members)
             raise PydanticCustomError(
                 "unknown_kind",
                 "unknown {family} kind '{given}'.{hint}",
@@ -162,13 +164,13 @@ class Component(Settings):
 
     @classmethod
     def _elsewhere(cls, kind: str) -> str:
-        """That another family has a member of that name, or one that is called by a word of it."""
+        """A hint that another family has a member of this name, or one also called by a word in it; else empty."""
         words = {kind, *re.split(r"[^a-z0-9]+", kind.lower())}
         for family in Component.__subclasses__():
             for name, member in family.members().items() if family is not cls.family() else ():
                 if words & {name, *member.also_called}:
                     key = family.__name__.lower()
-                    return f" That is a kind of {key}, which is set beside it: {key}={name}."
+                    return f" That is a kind of {key}, a separate setting: {key}={name}."
         return ""
 
     @classmethod
@@ -201,7 +203,8 @@ class Component(Settings):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """That of a member is its settings; a family is named, for :mod:`rome.runs.schema` to say what is in it."""
+        """The schema of a member describes its settings; a family is only named, and :mod:`rome.runs.schema` describes
+        its members."""
         return handler(schema) if cls.kind else {FAMILY: cls.__name__}
 
     @model_serializer(mode="plain")
@@ -214,14 +217,14 @@ class Component(Settings):
         return {"kind": self.kind, **shown}
 
     def dump(self) -> dict[str, Any]:
-        """The settings as plain data, ``kind`` first: what a config file would say."""
+        """The settings as plain data, ``kind`` first, as in a config file."""
         return self.model_dump(mode="json")
 
 
 @functools.cache
 def _import_package(name: str) -> None:
-    """Import the modules of one of rome's packages, but for those that begin with an underscore; a family of another
-    package is imported where it is defined."""
+    """Import the modules of a package of rome, except those whose names begin with an underscore. A family outside rome
+    is imported where it is defined."""
     if name.startswith("rome."):
         package = importlib.import_module(name)
         for module in pkgutil.walk_packages(package.__path__, f"{name}."):
@@ -230,7 +233,7 @@ def _import_package(name: str) -> None:
 
 
 def _in_plain_words(error: ErrorDetails, owner: type[Settings]) -> InitErrorDetails:
-    """What pydantic found wrong with the data for some settings, in words that need no pydantic."""
+    """Rewrite an error of pydantic in words that a reader who does not know pydantic understands."""
     kind = error["type"]
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if kind == "extra_forbidden":
@@ -244,7 +247,7 @@ def _in_plain_words(error: ErrorDetails, owner: type[Settings]) -> InitErrorDeta
 
 
 def mistakes(error: ValidationError) -> dict[tuple[str | int, ...], str]:
-    """What is wrong with the data for some settings: a message for each place in the data."""
+    """The messages of a validation error, by their location in the data."""
     found: dict[tuple[str | int, ...], str] = {}
     for each in error.errors(include_url=False):
         path = tuple(takewhile(_is_key, each["loc"]))  # a union adds the names of the types it tried
@@ -259,6 +262,7 @@ def _is_key(part: str | int) -> bool:
 
 
 def types_in(annotation: Any) -> Iterator[Any]:
+    """The annotation, and all types nested in it."""
     yield annotation
     for part in get_args(annotation):
         yield from types_in(part)

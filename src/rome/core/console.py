@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends."""
+"""Output of the commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def print_table(
     gap: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print rows of cells, which are text and not markup. In a pipe nothing is cut, wrapped or padded.
+    """Print rows of cells, which are plain text, not markup. In a pipe nothing is cut, wrapped or padded.
 
     Args:
-        titles: of the columns; without them the table has no head.
-        left: columns that are justified to the left; all others to the right.
-        wrapped: columns that may be wrapped on a narrow terminal.
+        titles: one for each column; without them the table has no header.
+        left: indices of left-justified columns; all others are right-justified.
+        wrapped: indices of columns that may wrap on a narrow terminal.
         gap: spaces between columns.
     """
     from rich.console import Console
@@ -41,13 +41,12 @@ def print_table(
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=bool(titles))
     rows = list(rows)
     for i, title in enumerate(titles or [""] * max(map(len, rows), default=0)):
-        at_will = i in wrapped
         table.add_column(
             title,
             justify="left" if i in left else "right",
-            no_wrap=not at_will,
+            no_wrap=i not in wrapped,
             overflow="fold",
-            min_width=8 if at_will and titles else None,
+            min_width=8 if i in wrapped and titles else None,
         )
     for row in rows:
         table.add_row(*row)
@@ -62,14 +61,14 @@ def print_table(
 
 
 def say(text: str) -> None:
-    """To standard error, so that standard output holds results only; of several processes the first one speaks."""
+    """Print to standard error: standard output holds only results. Of several processes, only the first prints."""
     if is_first():
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Turn what ends a command, signals included, into one line and its exit code."""
+    """Turn an error or signal that ends a command into one line on standard error and an exit code."""
     try:
         with handled(Stopped.at_once):
             yield
@@ -78,7 +77,7 @@ def exiting() -> Iterator[None]:
         if line is None:
             raise
         _end(f"error: {line}", 2)
-    except (Incomplete, FloatingPointError) as failed:  # the latter where every case met gradients that are NaN
+    except (Incomplete, FloatingPointError) as failed:  # FloatingPointError: NaN gradients in every case
         _end(f"error: {failed}", 1)
     except Interrupted as stopped:
         _end(str(stopped), stopped.code)
@@ -91,10 +90,11 @@ def exiting() -> Iterator[None]:
 
         if not out_of_memory(error):
             raise
-        advice = "give a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
-        _end(f"error: memory does not suffice ({first_line(error)}): {advice}", 2)
+        advice = "use a smaller batch size (rome evaluate finds one with --batch-size auto); finished work is kept"
+        _end(f"error: not enough memory ({first_line(error)}): {advice}", 2)
 
 
 def _end(text: str, code: int) -> NoReturn:
+    """Print a line to standard error and exit."""
     print(text, file=sys.stderr)
     sys.exit(code)

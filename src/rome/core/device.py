@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Devices, memory layout and numerical precision."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ _NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
+    """Whether an error reports that there was not enough memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a config or an option names; ``auto`` is CUDA, then MPS, then the CPU.
+    """The device that a config or an option names; ``auto`` is CUDA if available, then MPS, then the CPU.
 
     Raises:
-        UserError: unknown, or not in this machine.
+        UserError: the device is unknown, or this machine has none.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, usable in there.items() if usable)
-    if name not in there:
-        raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(there)}")
-    if not there[name]:
-        raise UserError(f"device {name}, but torch sees none here; use auto or cpu")
+        name = next(kind for kind, usable in available.items() if usable)
+    if name not in available:
+        raise UserError(f"unknown device {name!r}; valid: auto, {', '.join(available)}")
+    if not available[name]:
+        raise UserError(f"device: {name}, but torch sees no {name.upper()} device; use auto or cpu")
     return torch.device(name)
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model, moved to where it is to work; on a CPU with the weights of its convolutions in the order that is faster
-    there (:func:`channels_last_pays`). No value changes, and nothing that is saved."""
+    """Move a model to the device, on a CPU with its convolutions' weights in channels-last order if that is faster
+    (:func:`channels_last_pays`). This changes neither values nor saved files."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if channels_last_pays(model, device) else model
 
 
 def channels_last_pays(model: nn.Module, device: torch.device) -> bool:
-    """Whether a model is faster with its convolutions in the order channels last: on a CPU (benchmarks/layout.py).
+    """Whether a model is faster with its convolutions in channels-last order: on a CPU (benchmarks/layout.py).
 
-    Not where a 1x1 convolution with a stride reads fewer than 8 channels: in this order oneDNN's backward writes beyond
-    its memory there (torch 2.15, 2 to 6 channels), and the process dies or computes with what it overwrote.
+    Models with a strided 1x1 convolution of fewer than 8 input channels are excluded: in this order, its backward in
+    oneDNN writes out of bounds (torch 2.15, 2 to 6 channels), and the process crashes or its values are corrupted.
     """
     return device.type == "cpu" and not any(
         isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) != layer.stride and layer.in_channels < 8
@@ -62,8 +62,8 @@ def channels_last_pays(model: nn.Module, device: torch.device) -> bool:
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """TF32 with ``tf32`` and nowhere else, although torch convolves in it by default, and room for the variants of a
-    compiled model (training, attack, batches that shrink)."""
+    """Use TF32 with ``tf32`` only, although torch uses it for convolutions by default, and allow enough recompilations
+    for the variants of a compiled model (training, attack, shrinking batches)."""
     import torch._dynamo
 
     before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit

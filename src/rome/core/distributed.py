@@ -1,8 +1,8 @@
-"""How the processes that torchrun or srun starts work together: sums and means while they train, teams that evaluate.
+"""Cooperation of the processes that torchrun or srun starts: sums and means in training, teams in evaluation.
 
-In a single process every call is free. Processes that evaluate share no random numbers and no gradients, only verdicts
-in the host's memory, so they talk through gloo, on GPUs too: it needs no device, waits as long as it must, and says at
-once when a process is lost.
+In a single process every call returns at once. Processes that evaluate share no random numbers and no gradients, only
+verdicts in host memory, so they communicate through gloo, on GPUs too: it needs no device, waits as long as necessary,
+and reports at once that a process is lost.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ T = TypeVar("T")
 
 
 def local_share(count: int) -> int:
-    """This process's part of so many that its machine has, shared out among its processes: of any at least 1."""
+    """This process's share of ``count`` workers for its machine, divided evenly among the machine's processes; at least
+    1, unless ``count`` is 0."""
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if launched_together() > 1 else 1
     return max(count // local, min(count, 1))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes; ``value`` stays as it is."""
+    """The sum over all processes; ``value`` itself is not changed."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -45,7 +46,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in one message. Every process gives the same shapes."""
+    """Replace each tensor by its mean over all processes, with one all-reduce. All processes must pass equal shapes."""
     if world_size() == 1 or not tensors:
         return
     flat = total(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
@@ -54,7 +55,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def follow_first(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by the first process's."""
+    """Replace each tensor by that of the first process."""
     if world_size() == 1:
         return
     for tensor in tensors:
@@ -62,17 +63,18 @@ def follow_first(tensors: Iterable[Tensor]) -> None:
 
 
 def differentiable_sum(value: Tensor) -> Tensor:
-    """The sum over all processes, whose gradient is the sum of the processes' gradients; itself in a single process.
+    """The sum over all processes, whose gradient is the sum of the processes' gradients; in a single process ``value``.
 
-    DistributedDataParallel averages parameter gradients over W processes. Each process holds the same loss, so the
-    summed gradient is W times the wanted one and the average is exact.
+    DistributedDataParallel averages parameter gradients over W processes. Each process has the same loss, so the
+    summed gradient is W times the correct one and the average is exact.
     """
     summed: Tensor = _Sum.apply(value) if world_size() > 1 else value
     return summed
 
 
 class _Sum(torch.autograd.Function):
-    """torch's own (``torch.distributed.nn.functional.all_reduce``) is deprecated, and says so at every call."""
+    """A differentiable all-reduce. torch's own (``torch.distributed.nn.functional.all_reduce``) is deprecated and warns
+    at every call."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class _Sum(torch.autograd.Function):
 
 
 def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean of the rows of each group over the global batch, differentiable, with one message between processes.
+    """Mean of the rows of each group over the global batch, differentiable, with one all-reduce.
 
     Args:
         values: (B, D).
@@ -93,9 +95,9 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
     Returns:
         means (groups, D), zero for a group without members, and the number of members (groups,).
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 counts no further than 256
-    every = torch.arange(groups, device=values.device)
-    member = (labels.to(values.device, non_blocking=True).unsqueeze(1) == every).to(values.dtype)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 cannot count beyond 256
+    numbers = torch.arange(groups, device=values.device)
+    member = (labels.to(values.device, non_blocking=True).unsqueeze(1) == numbers).to(values.dtype)
     sums = differentiable_sum(torch.cat([member.t() @ values, member.sum(dim=0).unsqueeze(1)], dim=1))
     counts = sums[:, -1:]
     return sums[:, :-1] / counts.clamp(min=1), counts.squeeze(1)
@@ -103,10 +105,10 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
 
 @contextmanager
 def noticing(message: str) -> Iterator[None]:
-    """A process that is gone is noticed by the others when they talk to each other; they end with this message.
+    """Raise :class:`Interrupted` with this message if communication shows that another process is gone.
 
-    The exit code is 1, less than any of the process that ended first: of several codes a launcher (srun) gives on the
-    largest.
+    The exit code is 1, so that it does not hide that of the process that ended first: of several codes, a launcher
+    (srun) returns the largest.
     """
     try:
         yield
@@ -117,60 +119,61 @@ def noticing(message: str) -> Iterator[None]:
 
 
 PATIENCE = datetime.timedelta(days=30)
-"""How long one process waits for another; the slowest unit of a large model may take hours. Lost ones are noticed."""
+"""How long processes wait for each other: a batch of a large model may take hours. A lost process is noticed anyway."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that evaluate together, of which this is number ``rank``."""
+    """Processes that work together; this process has number ``rank``."""
 
     rank: int = 0
     world: int = 1
     group: Any = None
-    """torch's process group, None where there is one process."""
+    """torch's process group; None: torch's default group, or a single process."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes the result."""
+        """Whether this process prints messages and writes the result."""
         return self.rank == 0
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What ``work`` gives in every process, by rank.
+        """Run ``work`` in every process and return all results, by rank.
 
-        An exception in one process is raised in all of them: as it is where it happened, as the same kind of error
-        with the same text elsewhere. So no process waits for one that gave up.
+        An exception in one process is raised in all of them: unchanged where it occurred, elsewhere as a UserError if
+        it is one and as an :class:`ElsewhereError` otherwise, with the same text. So no process waits for one that
+        failed.
 
         Raises:
-            Interrupted: a process is gone.
+            Interrupted: another process is gone.
         """
         if self.world == 1:
             return [work()]
-        result, own, sent = None, None, None
+        result, raised, sent = None, None, None
         try:
             result = work()
         except Exception as error:
-            of_user = type(error) if isinstance(error, UserError) else None
-            own, sent = error, (of_user, str(error), type(error).__name__)
+            user_error = type(error) if isinstance(error, UserError) else None
+            raised, sent = error, (user_error, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
-        with noticing("another process ended; what is finished is kept: the same command goes on with it"):
+        with noticing("another process ended; finished work is kept: run the same command again to continue"):
             dist.all_gather_object(everything, (result, sent), group=self.group)
-        if own is not None:
-            raise own
+        if raised is not None:
+            raise raised
         for rank, (_, sent) in enumerate(everything):
             if sent is not None:
-                of_user, text, kind = sent
-                raise of_user(text) if of_user else ElsewhereError(rank, kind, text)
+                user_error, text, kind = sent
+                raise user_error(text) if user_error else ElsewhereError(rank, kind, text)
         return [result for result, _ in everything]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the first process, which alone does it."""
+        """Run ``work`` in the first process only, and return its result in every process."""
         return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def agreed(self, value: T, problem: str) -> T:
-        """The value, if every process has the same.
+        """Return the value if it is the same in every process.
 
         Raises:
-            UserError: they have not; ``problem`` says of what.
+            UserError: the values differ; ``problem`` is the message.
         """
         if any(other != value for other in self.together(lambda: value)):
             raise UserError(problem)
@@ -181,7 +184,7 @@ ALONE = Team()
 
 
 class ElsewhereError(RuntimeError):
-    """An error of another process."""
+    """An error that occurred in another process."""
 
     def __init__(self, rank: int, kind: str, text: str) -> None:
         super().__init__(f"{text} (in process {rank})")
@@ -190,45 +193,46 @@ class ElsewhereError(RuntimeError):
 
 @contextmanager
 def launched() -> Iterator[Team]:
-    """The team that torchrun or srun started, this process alone where they did not."""
+    """The team of processes that torchrun or srun started, or this process alone."""
     world = launched_together()
     if world == 1:
         yield ALONE
         return
-    trained = dist.is_initialized()  # together, in these processes
-    if not trained:
+    initialized = dist.is_initialized()  # by a training in these processes
+    if not initialized:
         dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
-        if not trained:
+        if not initialized:
             dist.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process: with several on CUDA, each takes the GPU of its local number, or the one that SLURM
-    bound it to.
+    """The device of this process. Of several processes on CUDA, each takes the GPU with its local rank, or the one that
+    SLURM bound it to.
 
     Raises:
         UserError: there are fewer GPUs than processes.
     """
     if launched_together() == 1 or device.type != "cuda" or device.index is not None:
         return device
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if there < int(os.environ["LOCAL_WORLD_SIZE"]) and _bound(there):
-        local = 0  # it sees its own only, and each counts them from 0
-    if local >= there:
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus < int(os.environ["LOCAL_WORLD_SIZE"]) and _bound(gpus):
+        local = 0  # each process sees only its own GPUs, counted from 0
+    if local >= gpus:
         raise UserError(
-            f"process {local} has no GPU of its own: there are {there} here; start at most that many "
+            f"process {local} has no GPU of its own: this machine has {gpus}; start at most that many processes on it "
             "(torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
-def _bound(there: int) -> bool:
-    """Whether SLURM gave this task GPUs of its own (srun --gpus-per-task, --gpu-bind) beside other tasks here."""
+def _bound(gpus: int) -> bool:
+    """Whether SLURM bound this task to GPUs of its own (srun --gpus-per-task, --gpu-bind), apart from those of other
+    tasks on this machine."""
     step = [number for number in os.environ.get("SLURM_STEP_GPUS", "").split(",") if number]
     return "SLURM_PROCID" in os.environ and (
-        bool(os.environ.get("SLURM_GPUS_PER_TASK")) or len(step) >= int(os.environ["LOCAL_WORLD_SIZE"]) > there
+        bool(os.environ.get("SLURM_GPUS_PER_TASK")) or len(step) >= int(os.environ["LOCAL_WORLD_SIZE"]) > gpus
     )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, what keeps them from being written, and nested data under dotted names."""
+"""Atomic writes of files, advice on file system errors, file names, and plain data as dotted names or CSV."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from typing import Any, Literal
 from rome.core.errors import UserError
 
 ROOM = 2**20
-"""Bytes that a folder for results must have room for before the work begins."""
+"""Bytes that must be free in a folder for results before the work begins."""
 LONGEST_NAME = 150
-"""Bytes of a name that folders and files are called by; file systems allow 255, and endings come on top."""
+"""Maximum length in bytes of a name for folders and files; file systems allow 255, and suffixes are added to it."""
 _FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit on file sizes"}
-_PASSING = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT}
-"""What a rename on NFS fails with that succeeds a moment later."""
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT}
+"""Error numbers of renames on NFS that may succeed a moment later."""
 PAUSES = (0.1, 0.5, 2.0)
-"""Seconds before a rename is tried again."""
+"""Seconds to wait before each retry of a rename."""
 _ADVICE = {
     **_FULL,
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -38,24 +38,24 @@ _ADVICE = {
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """The whole file or none of it, also when the machine stops."""
+    """Write a file atomically: its whole content or nothing, even if the machine stops."""
     replace_with(path, lambda partial: partial.write_bytes(content))
 
 
 def replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """The same for what ``write`` writes into its argument. If it fails, what was there stays.
+    """Replace a file atomically by what ``write`` writes to the path passed to it. If that fails, the old file stays.
 
     Raises:
-        OSError: it cannot be written; ``filename`` is the path.
+        OSError: the file cannot be written; the error's ``filename`` is ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes of two machines may have one number
-    partial = path.with_name(f".{path.name}.{own}.partial")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes on two machines may have the same number
+    partial = path.with_name(f".{path.name}.{unique}.partial")
     try:
         partial.touch()
-        usual = partial.stat().st_mode
+        mode = partial.stat().st_mode
         write(partial)
-        partial.chmod(usual)  # safetensors writes files that nobody else may read
+        partial.chmod(mode)  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         _rename(partial, path)
@@ -63,10 +63,10 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk comes without, the rest with the partial file's
+            error.filename = str(path)  # a full disk gives none, other errors that of the partial file
         raise
     if os.name == "posix":  # make the new name itself durable
-        with suppress(OSError):  # some network and user-space file systems cannot, and the file is there
+        with suppress(OSError):  # some network and user-space file systems cannot; the file is written
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -75,27 +75,28 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    """Again where a network file system fails for a moment, and done where it did it and its answer was lost."""
-    own = source.stat().st_ino
+    """Rename a file. A transient failure of a network file system is retried; if only its reply was lost, the rename
+    counts as done."""
+    inode = source.stat().st_ino
     for pause in (*PAUSES, None):
         try:
             return os.replace(source, target)
         except OSError as error:
-            if not source.exists() and target.exists() and target.stat().st_ino == own:
+            if not source.exists() and target.exists() and target.stat().st_ino == inode:
                 return
-            if pause is None or error.errno not in _PASSING:
+            if pause is None or error.errno not in _TRANSIENT:
                 raise
             time.sleep(pause)
 
 
 def remove_partials(folder: Path, age: float = 600) -> None:
-    """Remove what killed processes left half written in a folder: what nobody wrote to for ``age`` seconds, by the
+    """Remove the partial files that killed processes left in a folder: those not written to for ``age`` seconds, by the
     clock of the file system, which may be another machine's."""
     partials = list(folder.glob(".*.[0-9]*.partial"))
     with suppress(OSError), TemporaryFile(dir=folder) if partials and age else nullcontext() as probe:
         present = os.fstat(probe.fileno()).st_mtime if probe else 0.0
         for partial in partials:
-            with suppress(OSError):  # it has its name by now, or the folder is only read
+            with suppress(OSError):  # renamed by now, or the folder is read-only
                 if not age or present - partial.stat().st_mtime >= age:
                     partial.unlink()
 
@@ -107,8 +108,9 @@ def file_hash(path: str | Path) -> str:
 
 
 def user_folder(kind: Literal["state", "cache"]) -> Path | None:
-    """Where this user's rome keeps what it may need again: in ``ROME_STATE_HOME`` or ``ROME_CACHE_HOME``, or where the
-    XDG directories say. Not in a relative folder, which would be inside whatever folder a person works in."""
+    """The folder for this user's state or cache: ``ROME_STATE_HOME`` or ``ROME_CACHE_HOME``, otherwise a folder in the
+    XDG directory, by default in the home directory; None if there is none. Relative paths are ignored, since they would
+    depend on the working folder."""
     for variable, inside in ((f"ROME_{kind.upper()}_HOME", ""), (f"XDG_{kind.upper()}_HOME", "rome")):
         if (folder := Path(os.environ.get(variable, ""))).is_absolute():
             return folder / inside
@@ -119,10 +121,10 @@ def user_folder(kind: Literal["state", "cache"]) -> Path | None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder for results, before the work they come from: made, tried, and without what killed processes left.
+    """Create a folder for results, check that it can be written, and remove what killed processes left there.
 
     Raises:
-        UserError: it is a file, or cannot be made or written, or its disk is full.
+        UserError: it is a file, or cannot be created or written, or its disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def make_folder(folder: Path) -> None:
 
 
 def explain(error: OSError) -> str | None:
-    """A file system's error in a line: path, reason and advice; None for an error that is of none."""
+    """A file system error on one line: path, reason and advice; None for an OSError that no file caused."""
     if error.filename is None and error.errno not in _FULL:
         return None
     reason, advice = error.strerror or str(error), _ADVICE.get(error.errno or 0, "check the path")
@@ -144,24 +146,24 @@ def explain(error: OSError) -> str | None:
 
 
 def check_name(name: str) -> str:
-    """A name that a folder can be called by, as it is.
+    """Return the name unchanged if it can be the name of a folder.
 
     Raises:
-        ValueError: it would lead out of its folder, is too long, or holds characters that no file name may.
+        ValueError: it would lead out of its folder, is too long, or contains characters that file names must not have.
     """
     wrong = [letter for letter in name if letter in "/\\" or not letter.isprintable()]
     if wrong:
-        raise ValueError(f"{name[:40]!r} holds {wrong[0]!r}; folders are called by it, so use letters, digits, - and _")
+        raise ValueError(f"{name[:40]!r} contains {wrong[0]!r}; it names a folder, so use letters, digits, - and _")
     if name in (".", ".."):
-        raise ValueError(f"{name!r} is no name of a folder; use letters, digits, - and _")
+        raise ValueError(f"{name!r} cannot be the name of a folder; use letters, digits, - and _")
     if len(name.encode()) > LONGEST_NAME:
         raise ValueError(f"{name[:40]!r}... is {len(name.encode())} bytes long; at most {LONGEST_NAME}")
     return name
 
 
 def as_file_name(text: str) -> str:
-    """A text as the name of a file or folder: what no name may hold is replaced, and one that would be too long ends
-    in a hash."""
+    """Turn a text into the name of a file or folder: invalid characters are replaced, spaces removed, and a name that
+    would be too long is cut and ends in a hash."""
     name = "".join("_" if letter in "/\\" or not letter.isprintable() else letter for letter in text).replace(" ", "")
     if len(name.encode()) <= LONGEST_NAME:
         return name
@@ -170,7 +172,7 @@ def as_file_name(text: str) -> str:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted names; the entries of a list go by their ``name`` or number."""
+    """Nested data as a flat dict with dotted names; the entries of a list are named by their ``name`` or number."""
     if isinstance(value, list):
         value = {str(part.get("name", i) if isinstance(part, dict) else i): part for i, part in enumerate(value)}
     if not isinstance(value, dict) or not value:
@@ -182,7 +184,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV, with every key of any row as a column; absent values are empty."""
+    """Rows as CSV, with a column for every key that occurs; missing values are empty."""
     rows, text = list(rows), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -191,5 +193,5 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def now() -> str:
-    """The date and the minute, as results and messages say it."""
+    """The current date and time to the minute, as written in results and messages."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,10 +1,11 @@
 """Functions of tensors that are captured as CUDA graphs and replayed.
 
-A forward and backward are hundreds of kernels, and for small images a GPU runs most of them in less time than it takes
-to launch them. A CUDA graph holds all of them with their addresses, and one launch replays them, to the same bits.
+A forward and backward pass consists of hundreds of kernels, and for small images a GPU runs most of them in less time
+than it takes to launch them. A CUDA graph contains all of them with their addresses, and one launch replays them with
+bitwise identical results.
 
-A graph replays kernels alone: what Python decides and whatever the host computes stays as it was at the capture. So a
-function that is captured depends on nothing but the tensors it gets, on weights that stay where they are in memory, and
+A graph replays only kernels: decisions made in Python and values computed on the host stay as they were at the capture.
+So a captured function may depend only on the tensors passed to it, on weights that stay where they are in memory, and
 on its key.
 """
 
@@ -27,25 +28,26 @@ from rome.core.errors import UserError, first_line
 from rome.core.randomness import cuda_in_use
 
 LIMIT = 32
-"""Graphs at most: each holds buffers of its inputs and results, and all share one pool for what is between."""
+"""Maximum number of graphs: each has buffers for its inputs and results; all share one pool for intermediate values."""
 AGAIN = "again"
-"""In place of a reason: to be watched once more."""
+"""Entry of a function that is to be watched once more, in place of a reason."""
 FREE = 0.3
-"""Share of the device's memory that graphs leave free: what they hold is not there for anything else."""
+"""Share of the device's memory that graphs leave free: nothing else can use the memory that they hold."""
 
 
 class Graphs:
     """The captured functions of one model on one device.
 
-    A function runs as it is when its key and shapes are met for the first time, watched for what no graph can hold; the
-    second time it is captured, and from then on replayed. What cannot be captured goes on as it is, and one line says
-    why.
+    The first call with a key and shapes runs the function normally, watching for operations that no graph can contain;
+    the second call captures it, and later calls replay it. A function that cannot be captured keeps running normally,
+    and one line says why.
 
     Args:
-        whole: also capture whole searches, and not only a single call of the model: worth it where the same search is
-            made again and again, as in training.
-        rows: batches are padded to a multiple of this many examples, so that few shapes occur; 1: they are not.
-        capture: for tests without a GPU.
+        whole: capture whole searches, too, not only single calls of the model: worthwhile if the same search is made
+            many times, as in training.
+        rows: pad batches to a multiple of this many examples, so that few shapes occur; 1: no padding.
+        limit: maximum number of graphs.
+        capture: a substitute for CUDA graphs, for tests without a GPU.
     """
 
     def __init__(
@@ -54,27 +56,28 @@ class Graphs:
         self.whole, self.rows, self.limit = whole, rows, limit
         self.capture: Capture = capture or CudaCapture()
         self.fixed: dict[Hashable, Tensor] = {}
-        """Tensors computed of the weights, which lie where the graphs read them."""
+        """Tensors computed from the weights, at the addresses where the graphs read them."""
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.refresh: Callable[[], Any] = lambda: None
-        """Fills :attr:`fixed` anew, where the model is frozen."""
+        """Recomputes :attr:`fixed` while the model is frozen."""
         self.ready = False
         """Whether the model is frozen."""
         self.seconds = 0.0
-        """Time that captures took."""
+        """Total duration of the captures."""
         self._entries: dict[Hashable, Captured | Both | str] = {}
-        """By key and shapes: the graph, or why there is none; empty: there can be one."""
+        """By key and shapes: the graph, or the reason why there is none; empty: ready to be captured."""
         self._addresses: Hashable = None
-        """Where the weights lie that the graphs read."""
+        """Addresses of the weights that the graphs read."""
         self._state: Hashable = None
-        self._inside = False
+        self._running = False
+        """Whether a function is being watched or captured; calls inside it run normally."""
         self._said: set[str] = set()
         self._reported = 0
 
     @property
     def count(self) -> int:
-        """Graphs so far."""
+        """Number of graphs so far."""
         return sum(not isinstance(entry, str) for entry in self._entries.values())
 
     def call(
@@ -85,14 +88,15 @@ class Graphs:
         changed: Iterable[Tensor] = (),
         in_place: bool = False,
     ) -> Any:
-        """``function(*tensors)``, replayed if it can be.
+        """Return ``function(*tensors)``, replayed if possible.
 
         Args:
-            key: with the tensors' shapes, whatever the function depends on beside the tensors and the model's state.
-            function: of tensors on the device; gives tensors in any nesting of tuples, lists and dicts. Numbers from
-                the device's default generator are drawn as without a graph.
-            changed: tensors that the function changes, such as running statistics.
-            in_place: give the graph's own results, which last until the next call, instead of copies.
+            key: identifies, with the tensors' shapes, everything that the function depends on besides the values of the
+                tensors and the model's state.
+            function: takes tensors on the device and returns tensors in any nesting of tuples, lists and dicts. It
+                draws the same numbers from the device's default generator as without a graph.
+            changed: tensors that the function modifies, such as running statistics.
+            in_place: return the graph's own results, which are valid until the next call, instead of copies.
         """
         entry, results = self._entry(key, function, tensors, Captured, list(changed))
         if entry is None:
@@ -101,22 +105,22 @@ class Graphs:
         return results if in_place else copies(results)
 
     def captured(self, key: Hashable, *tensors: Tensor) -> Captured | None:
-        """The graph of a function that was called so, if there is one."""
+        """The graph of a function that was called with this key and these shapes, if there is one."""
         entry = self._entries.get(self._place(key, tensors))
         return entry if isinstance(entry, Captured) else None
 
     def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(x)``, to be differentiated with respect to ``x`` before the next call: forward and backward are a
-        graph each."""
+        """Return ``function(x)``, which must be differentiated with respect to ``x`` before the next call. Forward and
+        backward are one graph each."""
         entry, answer = self._entry(("both", key), function, (x,), Both, [])
         return answer if entry is None else entry(x)
 
     @contextmanager
     def on(self, parameters: list[Tensor], buffers: list[Tensor], state: Hashable) -> Iterator[None]:
-        """Inside, no weight of the model changes.
+        """Use the graphs for a model whose weights do not change inside.
 
         Args:
-            parameters, buffers: the model's; the graphs are gone if these lie elsewhere than where they read them.
+            parameters, buffers: those of the model; if their addresses have changed, the graphs are dropped.
             state: settings of the model that the captured functions depend on.
         """
         self.parameters, self.buffers = parameters, buffers
@@ -130,20 +134,20 @@ class Graphs:
             self.ready = False
 
     def buffer(self, weight: Tensor, **form: Any) -> Tensor:
-        """Where the copy of a weight in another ``dtype`` or ``memory_format`` lies."""
+        """The buffer for a copy of a weight in another ``dtype`` or ``memory_format``."""
         key = (weight.data_ptr(), weight.shape, *form.items())
         if key not in self.fixed:
             self.fixed[key] = torch.empty_like(weight, **form)
         return self.fixed[key]
 
     def release(self) -> None:
-        """Drop all graphs and their memory."""
+        """Drop all graphs and free their memory."""
         self._entries.clear()
         self.fixed.clear()
         self._addresses = None
 
     def news(self) -> str:
-        """One line on the graphs captured since the last call; empty if there are none."""
+        """One line on all graphs; empty if none was captured since the last call."""
         if self.count == self._reported:
             return ""
         self._reported = self.count
@@ -153,14 +157,14 @@ class Graphs:
     def _entry(
         self, key: Hashable, function: Callable[..., Any], tensors: tuple[Tensor, ...], kind: Any, changed: list[Tensor]
     ) -> tuple[Any, Any]:
-        """What replays the function, or None and its results."""
-        if self._inside:
+        """The captured function and None, or None and the function's results."""
+        if self._running:
             return None, function(*tensors)
         place = self._place(key, tensors)
         entry = self._entries.get(place)
         if entry is None or entry == AGAIN:
             results, reason, waited = self._watched(function, tensors, changed)
-            # a library may wait when it is used for the first time
+            # a library may wait for the device when it is first used
             self._entries[place] = AGAIN if entry is None and waited and not reason else reason or waited
             self._say_once("" if self._entries[place] == AGAIN else reason or waited)
             return None, results
@@ -174,78 +178,79 @@ class Graphs:
     def _watched(
         self, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]
     ) -> tuple[Any, str, str]:
-        """The function's results, why no graph can hold it, and where it waited."""
+        """The function's results, why no graph can contain it, and where it waited for the device."""
         before = [tensor.detach().clone() for tensor in changed]
         try:
-            with self._alone(), watched() as watch:
+            with self._without_graphs(), watched() as watch:
                 results = function(*tensors)
-        except Exception as error:  # of the function itself, or of being watched
+        except Exception as error:  # raised by the function itself, or caused by watching it
             _restore(changed, before)
-            with self._alone():
+            with self._without_graphs():
                 return function(*tensors), first_line(error), ""
         return results, watch.reason, watch.waited
 
     def _captured(
         self, kind: Any, function: Callable[..., Any], tensors: tuple[Tensor, ...], changed: list[Tensor]
     ) -> Any:
-        """The function as a graph, or why there is none."""
+        """The function as a graph, or the reason why there is none."""
         if self.count >= self.limit:
-            reason = f"there are {self.limit} graphs already, of as many shapes"
+            reason = f"there are already {self.limit} graphs, for as many shapes"
             self._say_once(reason)
             return reason
 
         def fresh(*tensors: Tensor) -> Any:
-            torch.clear_autocast_cache()  # weights that were cast in a warm-up would not be cast in the graph
+            torch.clear_autocast_cache()  # or the graph would lack the casts of weights done in a warm-up
             return function(*tensors)
 
         started = time.perf_counter()
         before = [tensor.detach().clone() for tensor in changed]
 
-        def tried(run: Callable[..., Any]) -> Any:
+        def attempt(run: Callable[..., Any]) -> Any:
             with torch.random.fork_rng(devices=cuda_in_use()):
                 results = _probed(run, tensors) if kind is Both else copies(run(*tensors))
             _restore(changed, before)
             return results
 
         try:
-            with self._alone(), torch.random.fork_rng(devices=cuda_in_use()):
+            with self._without_graphs(), torch.random.fork_rng(devices=cuda_in_use()):
                 entry = kind(self.capture, fresh, *tensors)
             _restore(changed, before)
-            with self._alone():
-                usual, replayed = tried(fresh), tried(entry)
-                # where the device itself sums in another order each time, no two runs are the same
-                if not _same(usual, replayed) and _same(usual, tried(fresh)):
-                    raise RuntimeError("its replay gave other results than its first run")
+            with self._without_graphs():
+                usual, replayed = attempt(fresh), attempt(entry)
+                # if the device sums in a different order each time, no two runs are equal
+                if not _same(usual, replayed) and _same(usual, attempt(fresh)):
+                    raise RuntimeError("its replay gave different results from its first run")
             if _crowded():
                 raise torch.OutOfMemoryError
             return entry
         except UserError:
             raise
         except Exception as error:
-            reason = "memory does not suffice for a graph" if out_of_memory(error) else first_line(error)
+            reason = "not enough memory for a graph" if out_of_memory(error) else first_line(error)
             self._say_once(reason)
             return reason
         finally:
-            torch.clear_autocast_cache()  # what the graph casts has no values before its replay
+            torch.clear_autocast_cache()  # the graph's casts have no values before its replay
             _restore(changed, before)
             self.seconds += time.perf_counter() - started
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        self._inside = True
+    def _without_graphs(self) -> Iterator[None]:
+        """Run calls inside normally."""
+        self._running = True
         try:
             yield
         finally:
-            self._inside = False
+            self._running = False
 
     def _say_once(self, reason: str) -> None:
         if reason and reason not in self._said:
             self._said.add(reason)
-            say(f"without a CUDA graph, which takes longer: {reason}")
+            say(f"running without a CUDA graph, which is slower: {reason}")
 
 
 def _crowded() -> bool:
-    """Whether less than :data:`FREE` of the device's memory is free, or could be."""
+    """Whether less than :data:`FREE` of the device's memory is free or could be freed."""
     if not cuda_in_use():
         return False
     free, whole = torch.cuda.mem_get_info()
@@ -253,7 +258,7 @@ def _crowded() -> bool:
 
 
 def copies(results: Any) -> Any:
-    """The same nesting with copies of its tensors; what was one tensor is one copy."""
+    """The same nesting with copies of its tensors; a tensor that occurs twice is copied once."""
     made: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
@@ -267,7 +272,7 @@ def copies(results: Any) -> Any:
 
 
 def _probed(run: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """A function's answer, and the gradient of its sum."""
+    """A function's result, and the gradient of its sum."""
     x = tensors[0].detach().requires_grad_()
     with torch.enable_grad():
         answer = run(x)
@@ -275,13 +280,14 @@ def _probed(run: Callable[[Tensor], Tensor], tensors: tuple[Tensor, ...]) -> tup
 
 
 def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy the values back into the tensors."""
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal to the last bit, tensor by tensor; NaN equals NaN."""
+    """Whether all tensors are equal to the last bit; NaN equals NaN."""
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if isinstance(a, Tensor))
 

@@ -1,4 +1,4 @@
-"""How this process was started: alone, or as one of several by torchrun or by srun."""
+"""How this process was started: alone, or as one of several by torchrun or srun."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Mapping
 from rome.core.errors import UserError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun says to each process beside their number."""
+"""Variables that torchrun sets for each process, besides the number of processes (``WORLD_SIZE``)."""
 _STEP = {"SLURM_NTASKS": "NUM_TASKS", "SLURM_NNODES": "NUM_NODES", "SLURM_NODELIST": "NODELIST"}
-"""Variables of SLURM's job that Fabric reads -> what the step that srun started says instead (SLURM_STEP_...)."""
+"""Variables of the SLURM job that Fabric reads -> the variables of the step that srun started (SLURM_STEP_...)."""
 _OURS = re.compile(
     r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
     r"|SLURM_(NTASKS\w*|NPROCS|PROCID|LOCALID|STEP\w+))"
 )
-"""Variables by which torchrun and srun say to a process that it is one of several."""
+"""Matches the variables by which torchrun and srun tell a process that it is one of several."""
 
 
 def launched_together() -> int:
-    """How many processes torchrun or srun started; 1 where none of them did. What srun says is put into torchrun's
-    variables, which everything else reads.
+    """The number of processes that torchrun or srun started; 1 if neither did. srun's variables are translated into
+    torchrun's, which all other code reads.
 
     Raises:
-        UserError: the environment says that there are several, and not how they find each other; or this process would
-            work alone on one of several tasks of SLURM.
+        UserError: the environment announces several processes but not how they find each other, or SLURM has several
+            tasks and this process would not work together with the others.
     """
     if "RANK" not in os.environ and _number("SLURM_NTASKS") > 1:
         _adopt_srun()
@@ -45,22 +45,22 @@ def _number(name: str) -> int:
 
 
 def _adopt_srun() -> None:
-    """Put what SLURM says to this task of a step into torchrun's variables, as Fabric's plugin reads it."""
+    """Set torchrun's variables from those of this SLURM task, as Fabric's plugin reads them."""
     import warnings
 
     tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
-    # a batch script and the shell of salloc are steps, too, with numbers from 2^32 - 16 on
+    # a batch script and the shell of salloc are steps, too, with IDs from 2^32 - 16 on
     step = os.environ.get("SLURM_STEP_ID", "")
     in_step = "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < 2**32 - 16
     if not in_step or _number("SLURM_STEP_NUM_TASKS") != tasks:
         raise UserError(
-            f"this job of SLURM has {tasks} tasks, and this process would work alone: start it with srun "
-            "(srun rome ...) or torchrun, or ask for one task (srun --ntasks=1 rome ...)"
+            f"this SLURM job has {tasks} tasks, but this process would work alone: start it with srun "
+            "(srun rome ...) or torchrun, or request a single task (srun --ntasks=1 rome ...)"
         )
     spread = os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
     if spread not in (str(tasks // nodes), f"{tasks // nodes}(x{nodes})"):
         raise UserError(
-            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): give srun --ntasks-per-node instead "
+            f"SLURM spread {tasks} tasks unevenly over {nodes} nodes ({spread}): use srun --ntasks-per-node instead "
             "of --ntasks"
         )
     for name, of_step in _STEP.items():
@@ -71,7 +71,7 @@ def _adopt_srun() -> None:
         from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
         slurm = SLURMEnvironment(auto_requeue=False)
-    if "MASTER_PORT" not in os.environ:  # Fabric's is the job's, so that two steps of one job would share it
+    if "MASTER_PORT" not in os.environ:  # Fabric derives it from the job, so two steps of one job would share it
         port = slurm.main_port + 101 * _number("SLURM_STEP_ID")
         os.environ["MASTER_PORT"] = str(15000 + (port - 15000) % 10000)
     os.environ |= {
@@ -85,7 +85,7 @@ def _adopt_srun() -> None:
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that this one starts and that is not one of several, whatever this one is."""
+    """The environment for a subprocess that is to work alone, even if this process is one of several."""
     return {name: value for name, value in environment.items() if not _OURS.fullmatch(name)}
 
 

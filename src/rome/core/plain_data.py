@@ -1,4 +1,4 @@
-"""Plain data out of text of unknown origin: JSON and YAML, bounded in length, depth and number of values."""
+"""Parsing of JSON and YAML of unknown origin into plain data, with limits on length, depth and number of values."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import yaml
 
 DEEPEST, MOST = 60, 100_000
-"""How deep plain data may be nested, and how many values it may have."""
+"""Maximum nesting depth and maximum number of values of plain data."""
 LONGEST_JSON, LONGEST_YAML = 16_000_000, 1_000_000
-"""Characters of its text; YAML is read a hundred times slower."""
+"""Maximum lengths of the text in characters; parsing YAML is a hundred times slower."""
 
 
 _AMBIGUOUS = re.compile(r"[-+]?(0[0-9_]*[0-9]|[0-9_]+(:[0-9_.]+)+)$")
-"""Numbers of base 8 and 60 in YAML 1.1, and 010 = 10 and the text 1:30 in YAML 1.2."""
+"""Matches integers in base 8 and 60 in YAML 1.1 (010 = 8, 1:30 = 90), which are 10 and a text in YAML 1.2."""
 
 
 class Unreadable(ValueError):  # noqa: N818
-    """Text is not plain data. ``line`` counts from 1; 0 where none is to blame."""
+    """The text is not plain data. ``line`` counts from 1; 0 if no single line is wrong."""
 
     def __init__(self, message: str, line: int = 0) -> None:
         super().__init__(message)
@@ -28,8 +28,10 @@ class Unreadable(ValueError):  # noqa: N818
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises:
-    Unreadable: not JSON, or too long or too deep to be of ours.
+    """Parse JSON into plain data.
+
+    Raises:
+        Unreadable: the text is not JSON, is too long or too deeply nested, or has too many values.
     """
     try:
         data = json.loads(_short_enough(text, LONGEST_JSON))
@@ -50,13 +52,14 @@ Place = tuple[str | int, ...]
 
 
 def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, line: None) -> Any:
-    """YAML as plain data. Aliases count as often as they are used, so that few lines cannot mean billions of values.
+    """Parse YAML into plain data. Aliases count each time they are used, so that a few lines cannot become billions of
+    values.
 
     Args:
-        note: gets the line of every value and of every key.
+        note: called with the place and the line of every value and of every key.
 
     Raises:
-        Unreadable: not YAML, a key twice in one mapping, or too long, deep or large to be a config.
+        Unreadable: the text is not YAML, gives a key twice in one mapping, or is too long, deep or large for a config.
     """
     loader = yaml.SafeLoader("")
     left = MOST
@@ -75,13 +78,13 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
                     f"'{node.value}' for text",
                     node.start_mark.line + 1,
                 )
-            if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to print 0xFF... of thousands
+            if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to print larger ones
                 raise Unreadable("a number of more than 1024 bits", node.start_mark.line + 1)
             return value
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise Unreadable("not valid YAML for a config: a key is a word", key_node.start_mark.line + 1)
+                raise Unreadable("not valid YAML for a config: a key must be a word", key_node.start_mark.line + 1)
             key = str(key_node.value)
             if key in found:
                 raise Unreadable(f"{key!r} is given twice; keep one", key_node.start_mark.line + 1)
@@ -94,26 +97,28 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
         return None if node is None else plain(node, ())
     except Unreadable:
         raise
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last: a date that is none
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: an invalid date
         mark = getattr(error, "problem_mark", None)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
 
 
 def comment_after(text: str) -> str:
-    """The comment that follows a value in YAML, which no one means who writes a path with " #" in it."""
+    """The comment that follows a value in YAML, such as the rest of a path that contains " #"; empty if none does."""
     ends = (yaml.StreamEndToken, yaml.BlockEndToken)
     rest = text[max(token.end_mark.index for token in yaml.scan(text) if not isinstance(token, ends)) :]
     return rest.strip()
 
 
 def _short_enough(text: Any, longest: int) -> Any:
+    """Return the text unless it is too long."""
     if len(text) > longest:
         raise Unreadable(f"{len(text):,} characters, more than {longest:,}")
     return text
 
 
 def _counted(depth: int, left: int) -> int:
+    """Count one more value at this depth, and return how many are left."""
     if depth > DEEPEST:
         raise Unreadable(f"nested more than {DEEPEST} deep")
     if not left:

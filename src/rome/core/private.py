@@ -1,4 +1,4 @@
-"""Taking out of data what says where it was made: paths of this machine, and its name."""
+"""Removal of this machine's paths and name from data that is to be shared."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 PATH, HOST = "PATH", "HOST"
-"""What stands in their place."""
+"""Placeholders for paths and for the machine's name."""
 _FILES = r"\.(?:py|ya?ml|json|pt|pth|ckpt|bin|tar|safetensors|parquet|npz|ts|pt2)"
 _ROOT = r"(?:file:/+|~\w*/|/(?=[A-Za-z_.~])|[A-Za-z]:[\\/](?!/)|\\\\)"
-"""How a path begins that does not depend on a working folder: in Unix, in a home, in Windows, on a server."""
+"""Start of an absolute path: a URL of a file, a home folder, Unix, a Windows drive or a network share."""
 
 
 def cleaner(places: Iterable[str | Path] = ()) -> Callable[[Any], Any]:
-    """A function that copies plain data (JSON) without paths and without the machine's name, in keys too.
+    """Return a function that copies plain data (JSON), keys included, without paths and without the machine's name.
 
-    Whatever stands under a key ``path`` becomes ``PATH``, and so does every absolute path in any text, but for the name
-    of a file of code, settings or weights at its end.
+    Every non-empty value under a key ``path`` becomes ``PATH``, and so does every absolute path in any text; of a path
+    that ends in a file of code, settings or weights, the name of that file is kept.
 
     Args:
-        places: further paths that are not to be found, which may have blanks in them; relative ones as they are written
-            and as they are on this machine.
+        places: further paths to remove, which may contain spaces; relative ones are removed as written and as absolute
+            paths.
     """
     known = {str(each) for place in (Path.home(), Path.cwd(), tempfile.gettempdir(), *places) for each in _forms(place)}
     own = "|".join(re.escape(each) for each in sorted(known, key=len, reverse=True))
@@ -48,13 +48,13 @@ def cleaner(places: Iterable[str | Path] = ()) -> Callable[[Any], Any]:
 
 
 def _last(found: re.Match[str]) -> str:
-    """The name of the file that a path leads to, if it says what kind of file it is, with a function of it."""
+    """The file name at the end of a path, with ``:function`` if given; ``PATH`` unless its extension is a known one."""
     name = re.split(r"[\\/]", found.group())[-1]
     return name if re.search(rf".{_FILES}(:\w+)?$", name) else PATH
 
 
 def _forms(place: str | Path) -> Iterator[str]:
-    """How a path may be written: as it is, and in full. A single word could be anything."""
+    """The ways to write a path: as given, and absolute. Single words are left out: they could mean anything else."""
     text = str(place)
     full = {os.path.abspath(os.path.expanduser(text)), os.path.realpath(os.path.expanduser(text))}
     yield from (each for each in {text, *full} if re.search(r"[\\/]", each.rstrip("\\/")) and each.strip("./\\"))

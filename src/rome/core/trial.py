@@ -1,5 +1,5 @@
-"""Trying a model on a few images first: what would make its numbers wrong, or end in a traceback of torch, becomes one
-line."""
+"""Checks of a model on a few images: whatever would give wrong results or a traceback of torch becomes a one-line
+error."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ Model = Callable[[Tensor], Tensor]
 
 THE_MODEL = "the model"
 REPEATABLE = 1e-4
-"""How far two answers to one image may differ, relative to the logits' size (AutoAttack's tolerance)."""
+"""How far the logits of two passes over one image may differ, relative to their norm (AutoAttack's tolerance)."""
 COMPANY = 16
-"""Images among which it is seen whether an answer depends on the others."""
+"""Number of images on which to check whether an image's logits depend on the other images."""
 UNITS = 16
-"""Roundings, each of the coarsest precision in the model, by which answers may differ in batches of another shape:
-there sums are taken in another order. In float32 that is far below :data:`REPEATABLE`."""
+"""How far logits may differ in batches of other shapes, in units of the machine epsilon of the model's coarsest
+precision: there, sums are computed in a different order. In float32 that is far below :data:`REPEATABLE`."""
 ROUNDED = 1e-3
-"""Images no further outside of [0, 1] were likely rounded, such as by resizing, and not normalised."""
-IN_PLACE = "changes the images that it is given, by an operation in place (such as x -= mean): write x = x - mean"
+"""Images that leave [0, 1] by no more than this were probably rounded, as in resizing, and not normalised."""
+IN_PLACE = "changes its input images by an in-place operation (such as x -= mean): write x = x - mean"
 NO_GRADIENT = (
     "has no gradient with respect to its images, so it cannot be attacked: its forward leaves torch's graph (detach, "
     "no_grad, inference_mode, numpy, argmax)"
 )
 
-_SIGNS = {
+_MEANINGS = {
     "leaf Variable that requires grad is being used in an in-place operation": IN_PLACE,
     "use_reentrant": "checkpoints its activations reentrantly, which gives images no gradient: use "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off",
     "does not require grad": NO_GRADIENT,
 }
-"""What torch says, and what it means."""
+"""Parts of torch's messages, and what they mean for the model."""
 
 
 def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradient: bool = False) -> Tensor:
-    """The model's logits (B, classes) for images (B, C, H, W), in the precision that it gives them, detached.
+    """Return the model's logits (B, classes) for images (B, C, H, W), detached, in the precision of its output.
 
     Args:
-        name: of the model, for messages.
-        hint: what to try where it does not take such images.
-        gradient: see that the logits have a gradient with respect to the images, too.
+        name: the model's name, for messages.
+        hint: what to try if the model does not take such images.
+        gradient: also check that the logits have a gradient with respect to the images.
 
     Raises:
-        UserError: its forward or backward fails, or changes the images, or it gives no logits.
+        UserError: the forward or backward pass fails or changes the images, or the output is not logits.
     """
     images = x.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
@@ -84,8 +84,8 @@ def _as_logits(answer: Any, images: int, name: str) -> Tensor:
     form = f"{answer.dtype} {tuple(answer.shape)}"
     if images == 1 and answer.ndim < 2:
         raise UserError(
-            f"{name} gives {form} for one image: something such as squeeze() drops the batch where it holds "
-            "one image; name its dimensions, squeeze(-1), or use flatten(1)"
+            f"{name} returns {form} for one image: an operation such as squeeze() drops the batch dimension; give it "
+            "the dimensions to drop, squeeze(-1), or use flatten(1)"
         )
     if answer.ndim != 2 or len(answer) != images or answer.shape[1] < 2 or not answer.is_floating_point():
         raise UserError(f"{wanted}, not {form}")
@@ -93,120 +93,121 @@ def _as_logits(answer: Any, images: int, name: str) -> Tensor:
 
 
 def failure(error: Exception, model: Model, x: Tensor, name: str = THE_MODEL, hint: str = "") -> Exception:
-    """What to do about an error of the model's forward or backward; the error itself where that is said already."""
+    """An error that says what to do about an exception in the model's forward or backward pass; the exception itself if
+    its message says so already."""
     if isinstance(error, (UserError, Interrupted)) or out_of_memory(error):
         return error
     text = str(error)
-    for sign, problem in _SIGNS.items():
-        if sign in text:
+    for part, problem in _MEANINGS.items():
+        if part in text:
             return UserError(f"{name} {problem}")
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     if not _without_values(x) and (reason := unusable(tensors)):
         return UserError(f"{name} {reason}")
     if other := next((tensor for tensor in tensors if tensor.device != x.device), None):
-        return UserError(f"{name} has weights on {other.device} and its images are on {x.device}: move one of them")
+        return UserError(f"{name} has weights on {other.device}, but its images are on {x.device}: move one of them")
     odd = next((tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype != x.dtype), None)
     if odd is not None and "type" in text.lower():
         own, theirs = (str(dtype).removeprefix("torch.") for dtype in (odd, x.dtype))
         return UserError(
-            f"{name} has weights of {own} and its images are {theirs}: call "
+            f"{name} has {own} weights, but its images are {theirs}: call "
             f"model.{'double' if x.dtype == torch.float64 else 'float'}(), or cast inside its forward"
         )
     count, form = len(x), "x".join(map(str, x.shape[1:]))
     hints = [hint] if hint else []
     if "device-side assert" in text:
-        hints = ["a label beyond the classes does that"]
+        hints = ["a label that is not below the number of classes causes this"]
     if "more than 1 value per channel" in text:
-        hints = ["a BatchNorm works on the batch there: call .eval(), and let it have running statistics"]
+        hints = ["a BatchNorm uses the statistics of the batch: call .eval(), and give it running statistics"]
     reason = "; ".join([last_line(error), *hints])
     return UserError(f"{name} does not take {count} image{'s' * (count > 1)} of {form}: {reason}")
 
 
 def unusable(tensors: Iterable[Tensor]) -> str:
-    """Why weights cannot be attacked with at all; empty where they can."""
+    """Why a model with these weights cannot be attacked at all; empty if it can."""
     for tensor in tensors:
         if is_lazy(tensor):
             return "has lazy layers without weights yet: call it once on a few images"
         if _without_values(tensor):
-            return "is on the meta device, where weights have no values: build it on a device and load them"
+            return "is on the meta device, where weights have no values: build it on another device and load them"
         if tensor.is_inference():
             return (
                 "was made inside torch.inference_mode(), so nothing can be differentiated through its weights: build "
-                "it outside, or take copy.deepcopy(model) outside"
+                "it outside, or use copy.deepcopy(model) outside"
             )
     return ""
 
 
 def _without_values(tensor: Tensor) -> bool:
-    """Whether it lies on the meta device and is no wrapper that holds its values elsewhere."""
+    """Whether a tensor is on the meta device and is not a wrapper whose values are elsewhere."""
     return tensor.device.type == "meta" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def last_line(error: Exception) -> str:
-    """The last line of what torch said, which has the reason, shortened."""
+    """The last line of torch's message, which contains the reason, cut to 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:200]
 
 
 def check_labels(labels: Tensor, classes: int | None = None) -> None:
-    """Labels (n,) count from 0, and a model with that many classes has them all.
+    """Check that labels (n,) count from 0 and, if the number of classes is given, are below it.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not, or are not.
     """
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
-        raise UserError(f"labels must count from 0, the smallest here is {low}")
+        raise UserError(f"labels must count from 0, but the smallest is {low}")
     if classes is not None and high >= classes:
         raise UserError(f"the largest label is {high} but the model has {classes} classes (labels 0 to {classes - 1})")
 
 
 def outside_box(x: Tensor) -> str:
-    """What to say of images that do not lie in [0, 1]."""
+    """The error message for images that are not in [0, 1]."""
     if broken := int(x.isnan().flatten(1).any(dim=1).sum()):
-        return f"images must lie in [0, 1], and {broken} of {len(x)} hold NaN"
+        return f"images must lie in [0, 1], but {broken} of {len(x)} contain NaN"
     low, high = x.min().item(), x.max().item()
     advice = "divide by 255 if they are bytes, and put the normalisation inside the model (rome.create_model does)"
     if low > -ROUNDED and high < 1 + ROUNDED:
-        advice = "where rounding took them out of it, give x.clamp(0, 1)"
-    return f"images must lie in [0, 1], these lie in [{low:.9g}, {high:.9g}]: {advice}"
+        advice = "if rounding caused this, use x.clamp(0, 1)"
+    return f"images must lie in [0, 1], but these lie in [{low:.9g}, {high:.9g}]: {advice}"
 
 
 def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iterable[int] = ()) -> None:
-    """An image's answer is the same whatever stands beside it, wherever it stands, and in batches of other sizes.
+    """Check that an image's logits depend neither on the other images of its batch nor on its position or batch size.
 
-    The company of an image changes in two ways: beside other images in a batch of the same shape, where every number of
-    a model that answers image by image is computed as before; and in batches of another shape or order, where sums may
-    be rounded otherwise.
+    Two kinds of changes are tried: other images in a batch of the same shape, where a model that treats images
+    independently computes exactly the same numbers; and batches of another size or order, where sums may be rounded
+    differently.
 
     Args:
-        x: images (B, C, H, W); the first 16 are looked at.
-        sizes: of further batches that the model will meet, such as the last one.
+        x: images (B, C, H, W), of which the first 16 are compared.
+        sizes: further batch sizes that the model will be used with, such as that of the last batch.
 
     Raises:
-        UserError: it is not.
+        UserError: an image's logits depend on its batch.
     """
-    some = x[:COMPANY]
-    if len(some) < 2:
+    images = x[:COMPANY]
+    if len(images) < 2:
         return
-    usual, other = ask(model, some, name=name), 1 - some
-    odd = torch.arange(len(some), device=x.device) % 2 == 1
+    usual, other = ask(model, images, name=name), 1 - images
+    odd = torch.arange(len(images), device=x.device) % 2 == 1
     for kept in (odd, ~odd):
-        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), some, other), name=name)
-        _compare(model, some, usual[kept], mixed[kept], name)
-    _compare(model, some, usual, ask(model, some.flip(0), name=name).flip(0), name)
+        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), images, other), name=name)
+        _check_equal(model, images, usual[kept], mixed[kept], name)
+    _check_equal(model, images, usual, ask(model, images.flip(0), name=name).flip(0), name)
     for size in sorted({1, 2, len(x), *sizes}):
-        if 0 < size <= len(x) and size != len(some):
+        if 0 < size <= len(x) and size != len(images):
             together = ask(model, x[:size], name=name)
-            _compare(model, some, usual[:size], together[: len(some)], name)
+            _check_equal(model, images, usual[:size], together[: len(images)], name)
 
 
-def _compare(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> None:
-    """Two answers (B, classes) to the same images are one, up to rounding: relative to the size of the logits, of which
-    what they share (softmax does not see it) only adds rounding.
+def _check_equal(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> None:
+    """Check that two outputs (B, classes) for the same images are equal up to rounding, relative to the logits' norm.
+    An offset common to all logits of an image, which softmax ignores, adds only to the rounding that is allowed.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not equal.
     """
     one, two = usual.float(), now.float()
     size = one.norm(dim=1).median().clamp_min(torch.finfo(torch.float32).tiny)
@@ -216,22 +217,21 @@ def _compare(model: Model, x: Tensor, usual: Tensor, now: Tensor, name: str) -> 
     if apart <= allowed or apart <= (allowed := allowed + UNITS * _coarsest(model, x)):
         return
     raise UserError(
-        f"{name} answers an image differently in other company: beside other images, in another order or in a batch of "
-        f"another size its logits move by {apart:.2g} of their size, where rounding explains {allowed:.2g}. Something "
-        "works across the batch, such as BatchNorm without running statistics, or in training mode inside a function "
-        "or an exported file: such a model has no answer of its own to attack; make each answer depend on its image "
-        "alone"
+        f"{name} gives an image different logits in different batches: with other images, in another order or in a "
+        f"batch of another size, they change by {apart:.2g} of their size, while rounding explains {allowed:.2g}. "
+        "Something works across the batch, such as BatchNorm without running statistics, or in training mode inside a "
+        "function or an exported file; make the logits of each image depend on that image alone"
     )
 
 
 def check_attackable(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "") -> int:
-    """Batches of a few images (B, C, H, W) and smaller ones get logits that have gradients, and none of them depends on
-    the other images; returns the number of classes.
+    """Check that the model gives logits with gradients for batches of up to B images (B, C, H, W), and that an image's
+    logits do not depend on the other images. Returns the number of classes.
 
     Raises:
-        UserError: they do not.
+        UserError: one of these does not hold.
     """
-    with numerics("fp32"), steady(model, name):  # TF32, torch's default for convolutions, rounds beyond what is allowed
+    with numerics("fp32"), steady(model, name):  # TF32, torch's default for convolutions, rounds too coarsely
         for count in range(len(x), 0, -1):
             classes = ask(model, x[:count], name=name, hint=hint, gradient=True).shape[1]
         check_company(model, x, name=name)
@@ -239,7 +239,7 @@ def check_attackable(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: st
 
 
 class _Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the machine epsilon of every floating-point result inside."""
+    """Dispatch mode that records the largest machine epsilon of all floating-point results inside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -256,46 +256,46 @@ class _Precisions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _coarsest(model: Model, x: Tensor) -> float:
     """The machine epsilon of the coarsest precision in which the model computes."""
     seen = _Precisions()
-    with torch.no_grad(), seen, suppress(Exception):  # what the mode cannot follow says nothing
+    with torch.no_grad(), seen, suppress(Exception):  # operations that the mode cannot follow are ignored
         model(x.clone())
     return seen.coarsest
 
 
 @contextmanager
 def _buffers_restored(model: Model) -> Iterator[list[str]]:
-    """The model's buffers are as before afterwards; the names of those that moved are then in the list."""
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    before = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-    moved: list[str] = []
+    """Restore the model's buffers afterwards; the list then contains the names of those that had changed."""
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    changed: list[str] = []
     try:
-        yield moved
+        yield changed
     finally:
-        now = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-        moved += [name for name, old in before.items() if name in now and not _same(now[name], old)]
+        now = dict(module.named_buffers())
+        changed += [name for name, old in before.items() if name in now and not _same(now[name], old)]
         with torch.no_grad():
-            for name in moved:
+            for name in changed:
                 if now[name].shape == before[name].shape:
                     now[name].copy_(before[name])
 
 
 @contextmanager
 def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
-    """See that no forward inside moves the model's buffers; those that moved are put back.
+    """Check that no forward pass inside changes the model's buffers; those that changed are restored.
 
     Raises:
-        UserError: one did.
+        UserError: a buffer changed.
     """
-    with _buffers_restored(model) as moved:
+    with _buffers_restored(model) as changed:
         yield
-    if moved:
+    if changed:
         raise UserError(
-            f"{name} changes its own buffers when it answers in evaluation mode ({some(moved)}), so its "
-            "answers depend on earlier calls: leave that to training mode"
+            f"{name} changes its own buffers in evaluation mode ({some(changed)}), so its logits depend on earlier "
+            "calls: change them in training mode only"
         )
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    """Equal to the last bit; NaN equals NaN, and on the meta device there is nothing to compare."""
+    """Whether two tensors are equal to the last bit; NaN equals NaN, and tensors on the meta device count as equal."""
     if _without_values(one) or _without_values(two):
         return True
     if one.shape != two.shape or one.dtype != two.dtype:
@@ -306,9 +306,9 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, afterwards every module's own. Layers that do more than note their mode get the call:
-    LoRA's official ones merge their update into the weight in evaluation mode, and in training they have to take it
-    out again, or nothing of it learns."""
+    """Evaluation mode inside, and every module's own mode restored afterwards. Modules that override ``train`` have it
+    called: the layers of the official LoRA code merge their update into the weight in evaluation mode, and must take it
+    out again for training, or it would not learn."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -323,6 +323,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tried(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without a graph; modes, buffers and random states are as before afterwards."""
+    """Evaluation mode without gradients; modes, buffers and random states are restored afterwards."""
     with _buffers_restored(model), evaluating(model), torch.no_grad(), unchanged_states():
         yield

@@ -1,10 +1,10 @@
-"""Whose code runs: what a person names, never what the contents of a file name.
+"""Which code may run: code that the user names, but not code that is named inside a file.
 
-The weights of a run say in their metadata how their model is built, the folder of a run keeps its config, and that of
-an evaluation keeps its command, so all of them could name code: ``imports``, ``file.py:function``, any function of any
-package, a model of a hub. Followed by itself is only what can be nothing but data: timm's and rome's models by name,
-registered kinds, numbers and words. The rest needs the user's word for this call (``--trust-code``,
-``trust_code=True``), or a record that this user's own rome wrote these very bytes on this machine.
+The weights of a run say in their metadata how to build the model, the folder of a run contains its config, and that of
+an evaluation its command. So all of them could name code: ``imports``, ``file.py:function``, any function of any
+package, a model from a hub. Without permission, only contents that can be nothing but data are used: timm's and rome's
+models by name, registered kinds, numbers and words. Everything else needs the user's permission for this call
+(``--trust-code``, ``trust_code=True``) or a record that this user's own rome wrote exactly these bytes on this machine.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from rome.core.files import file_hash, user_folder
 P = ParamSpec("P")
 R = TypeVar("R")
 PROGRAMS = (".pt", ".ts", ".pth", ".torchscript", ".pt2")
-"""Endings of files of TorchScript and torch.export, where a model is named: code, and the latter may hold pickles."""
+"""File extensions of TorchScript and torch.export models. Such files are code, and the latter may contain pickles."""
 _allowed = ContextVar("rome_trust_code", default=False)
 _written: set[str] = set()
-"""SHA-256 of what this process wrote, whether or not the record could be written."""
+"""SHA-256 of the files that this process wrote, even if the record could not be saved."""
 
 
 def allowed() -> bool:
-    """Whether the call under way trusts code in files."""
+    """Whether the current call trusts code that is named inside files."""
     return _allowed.get()
 
 
 @contextmanager
 def trusting(yes: bool) -> Iterator[None]:
-    """Trust code in files inside, if ``yes`` or if it is trusted outside already."""
+    """Trust code that is named inside files if ``yes``, or if an enclosing call trusts it already."""
     before = _allowed.set(yes or allowed())
     try:
         yield
@@ -49,7 +49,8 @@ def trusting(yes: bool) -> Iterator[None]:
 
 
 def opens_files(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function with ``trust_code: bool = False`` (by keyword): what it opens is trusted if that is true."""
+    """Decorator for functions with a keyword argument ``trust_code: bool = False``: if it is true, code that is named
+    inside the files that the function opens is trusted."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,20 +61,20 @@ def opens_files(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def names_code(model: object) -> bool:
-    """Whether a model's name stands for code or a hub (``file.py:function``, ``package.module:function``,
-    ``robustbench:NAME``) and not for a model in timm's or rome's lists."""
+    """Whether a model's name refers to code or a hub (``file.py:function``, ``package.module:function``,
+    ``robustbench:NAME``) and not to a model listed by timm or rome."""
     return isinstance(model, str) and ":" in model
 
 
 def check(file: Path, contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The contents, if they may be followed. Nothing has been imported before.
+    """Return the contents if the code they name may run. Nothing is imported to find out.
 
     Args:
-        contents: plain data of the file. Looked at are ``config`` and ``model`` (the arguments of
-            :func:`rome.create_model`).
+        contents: plain data of the file. Only ``config`` and ``model`` (the arguments of :func:`rome.create_model`) are
+            checked.
 
     Raises:
-        UserError: they name code, and neither this call nor the record of own files allows it.
+        UserError: they name code, which neither this call nor the record of the user's own files allows.
     """
     named = code_in(contents)
     if not named or allowed() or is_own(file):
@@ -85,12 +86,13 @@ def check(file: Path, contents: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_own(file: Path) -> bool:
-    """Whether this user's rome wrote these bytes on this machine, and :func:`record` remembers it."""
+    """Whether :func:`record` knows that this user's rome wrote these bytes on this machine."""
     return file_hash(file) in _records()
 
 
 def record(file: Path, contents: Mapping[str, Any]) -> None:
-    """Remember that this user's rome wrote the file, if it names code. Failure costs nothing but the memory."""
+    """Record that this user's rome wrote the file, if it names code. If the record cannot be saved, only this process
+    remembers it."""
     if not code_in(contents):
         return
     with suppress(OSError):
@@ -104,7 +106,7 @@ def record(file: Path, contents: Mapping[str, Any]) -> None:
 
 
 def code_in(contents: Mapping[str, Any]) -> list[str]:
-    """What would run or be fetched if these contents were followed, as ``imports: x``, ``model: x.py:f``."""
+    """The code that using these contents would run or download, as ``imports: x``, ``model: x.py:f``."""
     config = _mapping(contents.get("config"))
     modules = config.get("imports") or ()
     found = [f"imports: {name}" for name in (modules if isinstance(modules, (list, tuple)) else (modules,))]
@@ -117,10 +119,10 @@ def code_in(contents: Mapping[str, Any]) -> list[str]:
 
 
 def import_own(name: str) -> ModuleType:
-    """A module that the user named, from where Python finds packages or from the working folder.
+    """Import a module that the user named, from Python's path or from the working folder.
 
-    That folder is looked into from now on alone: before, it may be a stranger's, and packages that are tried but not
-    installed would be found there.
+    The working folder is added to the path only now: it may contain files of strangers, which earlier imports of
+    optional packages that are not installed would have found.
     """
     if not sys.flags.safe_path and "" not in sys.path:
         sys.path.append("")
@@ -129,7 +131,8 @@ def import_own(name: str) -> ModuleType:
 
 @cache
 def _builder_options() -> frozenset[str]:
-    """What timm takes for itself and not for an architecture: checkpoints to read, hubs to ask."""
+    """The options that timm's builder itself uses, such as checkpoints to read and hubs to download from, rather than
+    the architecture."""
     import timm
     from timm.models import build_model_with_cfg
 
@@ -142,7 +145,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _records() -> set[str]:
-    """SHA-256 of the files that this user's rome wrote. A record that others could have written is none."""
+    """SHA-256 of the files that this user's rome wrote. A record that other users could have written is ignored."""
     kept = _record_file()
     try:
         if kept is None or (os.name == "posix" and ((of := kept.stat()).st_mode & 0o022 or of.st_uid != os.getuid())):
@@ -153,6 +156,6 @@ def _records() -> set[str]:
 
 
 def _record_file() -> Path | None:
-    """Outside all files it speaks of."""
+    """The file with the record, outside all folders whose files it lists; None if the user has no folder for it."""
     folder = user_folder("state")
     return None if folder is None else folder / "written"

@@ -1,4 +1,4 @@
-"""Code of the user's: which it is, what its places are called, and what it names."""
+"""User code: which functions, classes and modules it is, how messages refer to them, and which names they use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Known = type | types.FunctionType | types.BuiltinFunctionType
-"""What has a name that identifies it."""
+"""Objects that their name identifies."""
 _LIBRARY = tuple(
     os.path.realpath(place) + os.sep
     for place in {
@@ -23,7 +23,7 @@ _LIBRARY = tuple(
 
 
 class Import(NamedTuple):
-    """``from ..module import a, b``: its name, how far up, and what of it."""
+    """``from ..module import a, b``: the module, the number of dots before it, and the imported names."""
 
     module: str
     level: int
@@ -31,18 +31,19 @@ class Import(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What a piece of code mentions."""
+    """The names that a piece of code mentions."""
 
     read: frozenset[str]
-    """Globals it reads and never assigns: what it assigns is its state, not its setting."""
+    """Globals that it reads and never assigns; those that it assigns are state, not settings."""
     others: frozenset[str]
-    """Attributes, and texts that may name one."""
+    """Attributes, and strings that may name one."""
     imports: tuple[Import, ...]
-    """Each ``import`` inside it."""
+    """The ``import`` statements inside it."""
 
 
 @functools.cache
 def in_library(file: str) -> bool:
+    """Whether a file belongs to Python, to an installed package or to rome."""
     real = Path(os.path.realpath(file))
     if str(real).startswith(_LIBRARY) or {"site-packages", "dist-packages"} & set(real.parts):
         return True
@@ -51,12 +52,12 @@ def in_library(file: str) -> bool:
 
 @functools.cache
 def _holds_packages(folder: Path) -> bool:
-    """Whether packages are installed in the folder, as ``pip install --target`` does."""
+    """Whether packages are installed in the folder, as by ``pip install --target``."""
     return any(folder.glob("*.dist-info"))
 
 
 def is_users(thing: Any) -> bool:
-    """Whether a function, class or module is neither Python's nor an installed package's nor rome's."""
+    """Whether a function, class or module is the user's: not from Python, an installed package or rome."""
     if isinstance(thing, types.FunctionType) and not thing.__code__.co_filename.startswith("<"):
         return not in_library(thing.__code__.co_filename)
     name = _module_name(thing)
@@ -76,8 +77,8 @@ def _module_name(thing: Any) -> str:
 
 
 def file_of(thing: Any) -> str:
-    """What a message calls the place of a function, class or module of the user's: its file, as seen from the folder
-    that it is imported from; the module's name where there is no such file, as in a notebook."""
+    """Where a user's function, class or module is defined, for messages: its file, relative to the folder that it is
+    imported from, or the module's name if there is no such file, as in a notebook."""
     name = _module_name(thing)
     file = getattr(sys.modules.get(name), "__file__", None)
     if isinstance(thing, types.FunctionType) and not thing.__code__.co_filename.startswith("<"):
@@ -91,18 +92,16 @@ def file_of(thing: Any) -> str:
 
 
 def name_of(thing: Any) -> str:
+    """The full name of an object, for messages: ``file.py:name`` for user code, otherwise ``module.name``."""
     name = getattr(thing, "__qualname__", type(thing).__qualname__)
     return f"{file_of(thing)}:{name}" if is_users(thing) else f"{_module_name(thing)}.{name}"
 
 
 @functools.cache
 def names_in(code: types.CodeType) -> Names:
-    read, stored, others = (
-        set[str](),
-        set[str](),
-        {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))},
-    )
-    imports: list[Import] = []
+    """The names that a code object mentions, including those in functions and classes defined inside it."""
+    read, stored, imports = set[str](), set[str](), list[Import]()
+    others = {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -120,5 +119,5 @@ def names_in(code: types.CodeType) -> Names:
 
 
 def is_special(name: str) -> bool:
-    """``__this__``, or ``_this_`` of an enumeration: Python's own."""
+    """Whether a name is special to Python: ``__this__``, or ``_this_`` in an enumeration."""
     return name.startswith("_") and name.endswith("_")

@@ -1,6 +1,6 @@
-"""Methods: they turn a batch and some threats into a loss.
+"""Training methods, which turn a batch and some threats into a loss.
 
-May import attacks and what stands below.
+May import attacks and the packages below it.
 """
 
 from rome.methods.base import Method, MinMaxMethod, Outcome, TrainContext

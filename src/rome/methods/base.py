@@ -1,8 +1,8 @@
-"""The contract of a training method: it turns a batch and some threats into a loss.
+"""The contract of a training method, which turns a batch and some threats into a loss.
 
-A method owns its settings and its state; the training loop never asks which one it runs. The order of calls is
+A method has its own settings and state; the training loop treats all methods alike. The order of calls is
 
-    prepare, load_state (when a run goes on), then for each epoch
+    prepare, load_state (when a run is resumed), then for each epoch
     epoch_start, { loss (once for each accumulation step), update_end } for each update, epoch_end
 
 State that must survive a kill goes through :meth:`Method.state` and :meth:`Method.load_state` into the checkpoint.
@@ -30,83 +30,83 @@ from rome.threats import Threat
 
 @dataclass
 class TrainContext:
-    """What a method works with, the same for every update of a run."""
+    """The objects that a method works with, the same for every update of a run."""
 
     model: nn.Module
     """The model to train; its forward may be wrapped for several processes."""
     threats: tuple[Threat, ...]
-    """The threats the method trains on: what :meth:`Method.trained` made of the config's."""
+    """The threats that the method trains on, as :meth:`Method.trained` derived them from the config's."""
     attack: Attack
     regularizer: Regularizer | None
-    """None where the model has no experts."""
+    """The loss on the gates; None if the model has no experts, or the config no regularizer."""
     attack_stream: Stream
-    """Random starts."""
+    """Random numbers of the attack, such as random starts."""
     threat_stream: Stream
-    """Which example meets which threat."""
+    """Random numbers that assign threats to examples."""
     new_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    """Builds the run's optimizer over another model, for a method that trains further ones."""
+    """Builds the run's optimizer for another model, for methods that train further ones."""
     lr: float = 0.0
     """Learning rate of the current update."""
     epochs: range = range(1)
-    """The epochs of the run that the method trains in: all but the natural ones, which come first."""
+    """The epochs of the run in which the method trains: all except the natural ones, which come first."""
     epoch: int = 0
     """The current epoch, counted from 0."""
 
     @property
     def attacked(self) -> nn.Module:
-        """The model without what wraps it for several processes: what attacks call."""
+        """The model without the wrapper for several processes, as attacks call it."""
         return unwrapped(self.model)
 
 
 class Examples(NamedTuple):
-    """What an update trains on: what a method's attack made of a batch."""
+    """The examples that an update trains on, made from a batch by the method's attack."""
 
     images: Tensor
     """(B', C, H, W)."""
     y: Tensor
-    """(B',) int64: their classes."""
+    """(B',) int64, the classes."""
     labels: Tensor
-    """(B',) int64: their threats, as positions in ``TrainContext.threats``."""
+    """(B',) int64, the threats, as positions in ``TrainContext.threats``."""
     more: tuple[Tensor, ...] = ()
-    """What else the objective of the method needs."""
+    """Further tensors that the method's objective needs."""
 
 
 @dataclass
 class Outcome:
-    """The loss of one batch, and what the log says of it."""
+    """The loss of one batch, and the values to log for it."""
 
     loss: Tensor
-    """Scalar to call backward on."""
+    """The scalar to call backward on."""
     labels: Tensor
-    """(B',) int64: threat of each training example, as a position in ``TrainContext.threats``."""
+    """(B',) int64, the threat of each training example, as a position in ``TrainContext.threats``."""
     correct: Tensor
-    """(B',) bool: classified correctly in the training forward."""
+    """(B',) bool, whether each example is classified correctly in the training forward."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """Named scalars, detached: ``cross_entropy``, ``regularizer`` ..."""
 
     def add(self, name: str, term: Tensor) -> None:
-        """One more term of the loss, with its name for the log."""
+        """Add a term to the loss, and log it under this name."""
         self.loss = self.loss + term
         self.parts[name] = term.detach()
 
 
 class Method(Component):
-    """How adversarial examples of several threats become one loss."""
+    """A training method: how adversarial examples for several threats become one loss."""
 
     default_kind = "random"
     papers: ClassVar[tuple[str, ...]] = ()
-    """Keys of what to cite, in ``papers.bib``."""
+    """Keys of the papers to cite, in ``papers.bib``."""
     own_attack: ClassVar[str] = ""
-    """What it attacks with where that is not the config's ``attack``, which then has no effect."""
+    """The attack that it uses instead of the config's ``attack``, which then has no effect; empty: the config's."""
     own_experts: ClassVar[str] = ""
-    """Kind of the experts it is made for, if it trains no others."""
+    """The only kind of experts that it can train; empty: any kind, or none."""
     own_natural: ClassVar[bool] = False
-    """Whether it trains in natural epochs too, under one threat that perturbs nothing; RANDOM does if not."""
+    """Whether it also trains in natural epochs, under a single threat without perturbations; if not, RANDOM does."""
     partial_gradients: ClassVar[bool] = False
-    """Whether some parameters may get no gradient in an update (several processes have to know)."""
+    """Whether some parameters may have no gradient in an update (training on several processes depends on it)."""
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
-        """The threats it trains on, of the config's.
+        """Return the threats that it trains on, given those of the config.
 
         Raises:
             UserError: it cannot train on these threats, or not with this attack.
@@ -117,32 +117,32 @@ class Method(Component):
         return threats
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
-        """Check what it meets in a config.
+        """Check that it can train the model of a config.
 
         Args:
-            threats: what :meth:`trained` made of the config's.
-            experts: the model's, if it has some.
+            threats: as returned by :meth:`trained`.
+            experts: the model's experts, if any.
             epochs: as in :class:`TrainContext`.
 
         Raises:
-            UserError: it cannot train such a model, or not in so many epochs.
+            UserError: it cannot train such a model, or not in this number of epochs.
         """
         kind = "none" if experts is None else experts.kind
         if self.own_experts not in ("", kind):
             own = self.own_experts
-            raise UserError(f"it trains experts of kind {own}, and the model has {kind}; set experts.kind={own}")
+            raise UserError(f"it trains experts of kind {own}, but the model has {kind}; set experts.kind={own}")
         if experts is not None and experts.own_method and not self.own_experts:
             able = [name for name, method in Method.members().items() if method.own_experts == kind]
             raise UserError(f"experts of kind {kind} have a method of their own; set method.kind={' or '.join(able)}")
 
     def stages(self, epochs: range) -> tuple[range, ...]:
-        """The epochs in the parts within which every update does the same kind of work."""
+        """Split the epochs into stages within which every update does the same kind of work."""
         return (epochs,)
 
     def prepare(self, context: TrainContext) -> None:
-        """Called once before everything else: make what is made of the model, such as a copy.
+        """Create whatever is derived from the model, such as a copy. Called once, before everything else.
 
-        ``context.model`` is not yet wrapped for several processes here; its weights are the start of the run.
+        ``context.model`` is not yet wrapped for several processes here; its weights are those at the start of the run.
         """
 
     @abstractmethod
@@ -159,11 +159,11 @@ class Method(Component):
         """Called after the last update of each epoch."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that must survive a kill."""
+        """Return the tensors and plain values that must survive a kill."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
 
 
 class MinMaxMethod(Method):
@@ -171,13 +171,13 @@ class MinMaxMethod(Method):
 
     @abstractmethod
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
-        """Decide which example meets which threat, and attack the batch (B, C, H, W)."""
+        """Assign a threat to each example, and attack the batch (B, C, H, W)."""
 
     def objective(self, context: TrainContext, examples: Examples) -> Outcome:
-        """The training forward and the loss.
+        """Run the training forward and return the loss.
 
-        It depends on nothing but the examples and the weights and never waits for a result, so that a GPU can replay
-        it (:mod:`rome.core.graphs`).
+        It depends only on the examples and the weights and never waits for the device, so that it can be replayed as a
+        CUDA graph (:mod:`rome.core.graphs`).
         """
         return training_forward(context, examples.images, examples.y, examples.labels)
 
@@ -186,21 +186,24 @@ class MinMaxMethod(Method):
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, times the group's ``lr_scale`` where it has one."""
+    """Set the learning rate of every parameter group, times the group's ``lr_scale`` if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tuple[Threat, ...]:
-    """The threats of these names, in this order.
+    """The threats with these names, in the order of the names.
+
+    Args:
+        owner: the kind of the method, for messages.
 
     Raises:
-        UserError: one is not there.
+        UserError: there is no threat of one of these names.
     """
     found = {threat.name: threat for threat in threats}
     for name in names:
         if name not in found:
-            raise UserError(f"{owner} trains on {name}, which threats lacks; it has {', '.join(found)}")
+            raise UserError(f"{owner} trains on {name}, which is missing from threats (there are {', '.join(found)})")
     return tuple(found[name] for name in names)
 
 
@@ -216,7 +219,7 @@ def training_forward(
 
     Args:
         labels: (B',), the threat of each image.
-        join: makes the loss of the cross-entropies (B',).
+        join: reduces the cross-entropies (B',) to a scalar loss.
     """
     logits, penalty = training_logits(context, images, labels)
     losses = F.cross_entropy(logits, y, reduction="none")
@@ -228,10 +231,10 @@ def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tu
 
     Args:
         images: (B', C, H, W).
-        labels: the threats of the first of them; images beyond have none and stay out of the regularizer.
+        labels: the threats of the first ``len(labels)`` images; the regularizer ignores the remaining images.
 
     Returns:
-        logits (B', classes) in float32, and the weighted regularizer (scalar) or None.
+        The logits (B', classes) in float32, and the weighted regularizer (scalar) or None.
     """
     regularizer = context.regularizer
     if regularizer is None:
@@ -241,19 +244,19 @@ def training_logits(context: TrainContext, images: Tensor, labels: Tensor) -> tu
     records = recorder.complete()
     if len(labels) < len(images):
         records = [record._replace(gates=record.gates.first(len(labels))) for record in records]
-    with torch.autocast(images.device.type, enabled=False):  # means of gates may differ by less than bf16 resolves
+    with torch.autocast(images.device.type, enabled=False):  # mean gates may differ by less than bf16 resolves
         penalty = regularizer.loss(records, labels, len(context.threats))
     learning = [record for record in records if any(p.requires_grad for p in record.layer.gate_parameters())]
     if torch.is_grad_enabled() and not all(record.gates.weights.requires_grad for record in learning):
         raise UserError(
-            "the gates were recorded without gradient, so their loss would teach nothing: reentrant gradient "
+            "the gates were recorded without gradients, so their loss would have no effect: reentrant gradient "
             "checkpointing hides them; use torch's other form (use_reentrant=False) or none"
         )
     return logits, regularizer.weight * penalty
 
 
 def combine(loss: Tensor, penalty: Tensor | None, labels: Tensor, correct: Tensor) -> Outcome:
-    """Cross-entropy plus weighted regularizer as an outcome."""
+    """The outcome for a cross-entropy loss and a weighted regularizer."""
     outcome = Outcome(loss, labels, correct, {"cross_entropy": loss.detach()})
     if penalty is not None:
         outcome.add("regularizer", penalty)

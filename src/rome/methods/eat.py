@@ -1,4 +1,4 @@
-"""E-AT: attack the threats that the model withstands least more often."""
+"""E-AT: attack more often under the threats to which the model is least robust."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from rome.threats import PerExample, Threat
 
 
 class EAT(MinMaxMethod):
-    """E-AT: each batch, or each example, meets one threat, drawn in proportion to its error so far.
+    """E-AT: each batch, or each example, is attacked under one threat, drawn in proportion to its error so far.
 
     Croce and Hein, "Adversarial robustness against multiple and single lp-threat models via quick fine-tuning of robust
-    classifiers" (ICML 2022). The probability of threat p is proportional to 1 - acc_p, where acc_p is the share of the
-    training examples attacked under p, since the beginning and over all processes, that the attack did not fool (APGD:
-    at none of its iterates). The draw is even until every threat has fooled the model once: before, a threat whose
-    error is 0 by chance would never be drawn again.
+    classifiers" (ICML 2022). The probability of threat p is proportional to 1 - acc_p, where acc_p is the share of
+    training examples that the model classified correctly under attack (APGD: at all iterates), among all those attacked
+    under p since the beginning, in all processes. The draw is uniform until every threat has fooled the model at least
+    once: otherwise, a threat whose error is 0 by chance would never be drawn again.
     """
 
     kind = "eat"
     papers = ("croce2022adversarial",)
     threats: tuple[str, ...] = Field(default=("Linf", "L1"), min_length=2)
-    """Names of the threats to train on, among the config's. Linf and L1 are the extremes, between them lies L2."""
+    """Names of the threats to train on, among the config's. Linf and L1 are the extremes, with L2 between them."""
     per: Literal["example", "batch"] | None = None
-    """``batch`` is the original. ``example`` draws for each example with the same probabilities, stratified. None: per
-    example where a regularizer wants several threats in a batch, else per batch (docs/decisions/msd-eat-ramp.md)."""
+    """A threat for each example, drawn with stratification and the same probabilities, or one for the whole batch, as
+    in the paper. None: per example if there is a regularizer, which needs several threats in a batch, otherwise per
+    batch (docs/decisions/msd-eat-ramp.md)."""
     _seen: list[int] = PrivateAttr(default_factory=list)
     """Examples attacked so far, by threat."""
     _robust: list[int] = PrivateAttr(default_factory=list)
-    """Those of them that the attack did not fool."""
+    """Those of them that the model classified correctly under attack."""
     _new: Tensor | None = PrivateAttr(default=None)
-    """(2, threats): what this process adds to both in the current update."""
+    """(2, threats), the counts that this process adds to both in the current update."""
     _drawn: int | None = PrivateAttr(default=None)
-    """The threat of the current update's batch."""
+    """The threat of all batches of the current update."""
 
     @field_validator("threats")
     @classmethod
@@ -65,7 +66,7 @@ class EAT(MinMaxMethod):
         return Examples(found.images, y, labels)
 
     def probabilities(self) -> Tensor:
-        """With what probability each threat is drawn in the current update: float64 (threats,)."""
+        """The probability of each threat in the current update: float64 (threats,)."""
         seen, robust = torch.tensor([self._seen, self._robust], dtype=torch.float64)
         errors = (seen - robust) / seen.clamp(min=1)
         if not bool((errors > 0).all()):
@@ -73,7 +74,8 @@ class EAT(MinMaxMethod):
         return errors / errors.sum()
 
     def _draw(self, context: TrainContext, n: int) -> Tensor:
-        """The threats of this process's n examples. Accumulation steps of an update share probabilities, or threat."""
+        """Draw the threats of this process's n examples. All accumulation steps of an update have the same
+        probabilities, or the same threat."""
         stream = context.threat_stream
         per = self.per or ("batch" if context.regularizer is None else "example")
         if per == "example":
@@ -99,7 +101,7 @@ class EAT(MinMaxMethod):
 def stratified(probabilities: Tensor, n: int, stream: Stream) -> Tensor:
     """n draws in random order, the same in every process: i occurs n probabilities[i] times, rounded up or down.
 
-    Systematic sampling: n equally spaced points with a common random offset, so that each draw alone has the
+    Systematic sampling: n equally spaced points with a common random offset, so that each single draw has the given
     probabilities.
     """
     points = (torch.arange(n, dtype=torch.float64) + stream.number()) / n

@@ -1,4 +1,4 @@
-"""RANDOM, AVG and MAX: three ways to join the losses of several threats (paper 3, Eq. 1)."""
+"""RANDOM, AVG and MAX: three ways to combine the losses of several threats (paper 3, Eq. 1)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rome.threats import PerExample
 
 
 class Random(MinMaxMethod):
-    """RANDOM (SAT): each example, or each batch, meets one threat drawn uniformly (Madaan et al. 2021).
+    """RANDOM (SAT): each example, or each batch, is attacked under one threat drawn uniformly (Madaan et al. 2021).
 
-    ``per: example`` draws stratified: every threat gets an equal share of the global batch, in random order, and the
-    whole mixture is attacked at once (docs/decisions/random-per-example.md). ``per: batch`` is the original: one
-    threat for all.
+    ``per: example`` draws with stratification: every threat gets an equal share of the global batch, in random order,
+    and the whole mixture is attacked at once (docs/decisions/random-per-example.md). ``per: batch`` is the original:
+    one threat for all examples.
     """
 
     kind = "random"
@@ -28,7 +28,7 @@ class Random(MinMaxMethod):
     per: Literal["example", "batch"] = "example"
     """A threat for each example, or one for the whole batch."""
     _drawn: int | None = PrivateAttr(default=None)
-    """The threat of the current update's batch."""
+    """The threat of all batches of the current update."""
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         if self.per == "batch":
@@ -46,19 +46,19 @@ class Random(MinMaxMethod):
 
 
 def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
-    """A threat for each of this process's n examples: every threat gets an equal share of the global batch, in random
-    order; int64 (n,) on the CPU."""
-    first = int(stream.permutation(threats)[0])  # decides which threats get the examples that do not divide evenly
+    """Draw a threat for each of this process's n examples: every threat gets an equal share of the global batch, in
+    random order; int64 (n,) on the CPU."""
+    first = int(stream.permutation(threats)[0])  # decides which threats get the remainder of the division
     drawn = (stream.permutation(n * stream.world) + first) % threats
     return drawn[stream.rank * n : (stream.rank + 1) * n]
 
 
-class _Every(MinMaxMethod):
-    """Attacks every example under every threat; one forward over all of them."""
+class _AllThreats(MinMaxMethod):
+    """Base of methods that attack every example under every threat, with one training forward over all of them."""
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         threats = len(context.threats)
-        # example by example, so that the draws of a process's examples are a slice of the global batch's
+        # example by example, so that the random numbers of a process are a slice of those of the global batch
         mixture = PerExample(context.threats, torch.arange(threats).repeat(len(x)))
         images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
         images = context.attack(context.attacked, images, labels, mixture, generator=context.attack_stream)
@@ -72,11 +72,11 @@ class _Every(MinMaxMethod):
 
     @abstractmethod
     def join(self, losses: Tensor) -> Tensor:
-        """Losses (threats, B) to a scalar."""
+        """Reduce the losses (threats, B) to a scalar."""
 
 
-class Average(_Every):
-    """AVG: the mean of the threats' losses, one step (Tramèr and Boneh 2019)."""
+class Average(_AllThreats):
+    """AVG: the mean of the losses under all threats (Tramèr and Boneh 2019)."""
 
     kind = "avg"
     papers = ("tramer2019adversarial",)
@@ -85,12 +85,12 @@ class Average(_Every):
         return losses.mean()
 
 
-class Maximum(_Every):
+class Maximum(_AllThreats):
     """MAX: for each example, or each batch, the threat with the largest loss (Tramèr and Boneh 2019).
 
-    ``per: example`` is the published code of this method, and Eq. 1 with its expectation over examples. ``per: batch``
-    takes the threat with the largest mean loss over the global batch ("the worst-case threat at each iteration"); under
-    gradient accumulation each accumulation step has its own.
+    ``per: example`` is what the method's published code does, and Eq. 1 with its expectation over examples.
+    ``per: batch`` takes the threat with the largest mean loss over the global batch ("the worst-case threat at each
+    iteration"); with gradient accumulation, each accumulation step has its own.
     """
 
     kind = "max"

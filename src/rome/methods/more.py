@@ -1,4 +1,4 @@
-"""MORE: train experts for one threat each, then their gate."""
+"""MORE: train one expert for each threat, then their gate."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from rome.threats import PerExample, Threat
 
 
 class MORE(Method):
-    """MORE: a network for each threat, trained on it alone; then a gate network and the experts' last layers.
+    """MORE: a network for each threat, trained on that threat only; then a gate network and the experts' last layers.
 
-    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), as the paper compares with it: experts
-    for L1, L2 and Linf and none for clean images. First stage: in every update, expert p trains on the whole batch,
-    attacked under threat p through expert p alone. The loss is the sum of the experts' cross-entropies, so each has the
-    gradient of adversarial training on its threat by itself. Second stage: their bodies are frozen, in evaluation mode;
-    the gate and the experts' classifiers train as RANDOM does, per example, on attacks against the mixture itself. (The
-    authors' code makes these against an untrained network.) A regularizer on the gates enters in the second stage.
+    Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586), in the form that the paper compares with:
+    experts for L1, L2 and Linf and none for clean images. First stage: in every update, expert p trains on the whole
+    batch, attacked under threat p through expert p alone. The loss is the sum of the experts' cross-entropies, so each
+    expert gets the gradient of adversarial training on its own threat. Second stage: the experts' bodies are frozen, in
+    evaluation mode; the gate and the experts' classifiers are trained like RANDOM, per example, on attacks against the
+    mixture itself. (The authors' code attacks an untrained network instead.) A regularizer on the gates is used in the
+    second stage only.
 
-    Natural epochs train the first expert, and all networks start from it. A learning-rate curve for each stage is one
-    schedule with two ramps, in the config.
+    Natural epochs train the first expert, and all experts then start from its weights. For a learning-rate curve in
+    each stage, give the config a single schedule with two ramps.
     """
 
     kind = "more"
@@ -36,7 +37,7 @@ class MORE(Method):
     own_natural = True
     partial_gradients = True
     expert_epochs: int | None = Field(default=None, ge=1)
-    """Epochs of the first stage, after natural ones; null: half of those the method has, rounded down."""
+    """Epochs of the first stage, after the natural ones; null: half of the non-natural epochs, rounded down."""
 
     def stages(self, epochs: range) -> tuple[range, ...]:
         first = len(epochs) // 2 if self.expert_epochs is None else self.expert_epochs
@@ -44,15 +45,15 @@ class MORE(Method):
 
     def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
         super().suits(threats, experts, epochs)
-        _one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
+        _check_one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
         if not all(self.stages(epochs)):
             raise UserError(
-                f"it needs epochs for the experts and epochs for the gate, and has {len(epochs)} (epochs less "
+                f"it needs epochs for the experts and epochs for the gate, but has {len(epochs)} (epochs minus "
                 f"natural_epochs) with expert_epochs {self.expert_epochs or 'null'}; raise epochs or lower the others"
             )
 
     def prepare(self, context: TrainContext) -> None:
-        _one_each(context.threats, mixture_of(context.attacked).experts)
+        _check_one_each(context.threats, mixture_of(context.attacked).experts)
 
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         mixture = mixture_of(context.attacked)
@@ -60,7 +61,7 @@ class MORE(Method):
             with mixture.apart(0):
                 return Random().loss(replace(context, regularizer=None), x, y)
         if context.epoch in self.stages(context.epochs)[0]:
-            return self._each_alone(context, mixture, x, y)
+            return self._expert_loss(context, mixture, x, y)
         mixture.freeze_bodies()
         return Random().loss(context, x, y)
 
@@ -68,8 +69,8 @@ class MORE(Method):
         if 0 < epoch == context.epochs.start:
             mixture_of(context.attacked).follow_first()
 
-    def _each_alone(self, context: TrainContext, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
-        """All experts in one forward, so that processes wait for each other once."""
+    def _expert_loss(self, context: TrainContext, mixture: ModelMixture, x: Tensor, y: Tensor) -> Outcome:
+        """The loss of all experts, each under its own threat, in one forward, so that processes synchronize once."""
         images = []
         for expert, threat in enumerate(context.threats):
             with mixture.apart(expert):
@@ -86,15 +87,16 @@ def mixture_of(model: nn.Module) -> ModelMixture:
     """The mixture of networks in a model.
 
     Raises:
-        UserError: it has none.
+        UserError: the model has none.
     """
     found = next((module for module in model.modules() if isinstance(module, ModelMixture)), None)
     if found is None:
-        raise UserError("method more trains a mixture of networks, and this model is none; set experts.kind=more")
+        raise UserError("method more trains a mixture of networks, but this model has none; set experts.kind=more")
     return found
 
 
-def _one_each(threats: tuple[Threat, ...], experts: int) -> None:
+def _check_one_each(threats: tuple[Threat, ...], experts: int) -> None:
+    """Raise UserError unless there is one expert for each threat."""
     if len(threats) != experts:
         raise UserError(
             f"it trains one expert for each of the {len(threats)} threats, not {experts}; "

@@ -1,4 +1,4 @@
-"""MSD: train on the worst point of one path through the union of the threats."""
+"""MSD: train on the worst point of a path through the union of the threats."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
 _PATH = {"L1": 5 / 3, "L2": 200 / 51, "Linf": 5 / 2}
-"""Length of all steps together, in radii. 20 steps under CIFAR-10's 12, 0.5, 8/255 are Madaan et al.'s steps of 1.0,
-25/255, 1/255; other radii and numbers of steps cover as much of their balls."""
+"""Total length of all steps, in radii. For CIFAR-10's radii 12, 0.5, 8/255 and 20 steps, this gives the step sizes of
+Madaan et al., 1.0, 25/255, 1/255; with other radii or numbers of steps, the path covers as much of the balls."""
 
 
 class MSD(MinMaxMethod):
-    """MSD: the worst point of a path that takes, step by step, the worst of all norms' steepest steps.
+    """MSD: the worst point of a path that in each step takes the worst of the steepest steps in all norms.
 
     Maini et al., "Adversarial robustness against the union of multiple perturbation models" (ICML 2020), with the
-    settings of Madaan et al. 2021. For the regularizer an example counts to the threat whose step led to it.
+    settings of Madaan et al. 2021. For the regularizer, an example's threat is the one whose step led to it.
     """
 
     kind = "msd"
@@ -34,18 +34,19 @@ class MSD(MinMaxMethod):
     steps: int = Field(default=20, ge=1)
     """Iterations; the paper's setting for ImageNet is 40."""
     step_size: StepSize | dict[Norm, StepSize] | None = None
-    """In the units of the norm (L1: mass per step); None takes 5/3, 200/51 and 5/2 radii over all steps for L1, L2 and
-    Linf."""
+    """Step size, in the units of the norm (L1: mass per step). None: all steps together cover 5/3, 200/51 and 5/2 radii
+    in L1, L2 and Linf."""
     percentile: Number = Field(default=99, ge=0, lt=100)
-    """L1: only coordinates whose gradient reaches this percentile of its absolute values move."""
+    """In L1, a step moves only coordinates whose absolute gradient reaches this percentile."""
 
     def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         for threat in threats:
             if not isinstance(threat, LpBall):
-                raise UserError(f"it steps along Lp norms, and {threat.name} is no Lp ball; leave it out of threats")
+                raise UserError(f"it takes steps in Lp norms, but {threat.name} is not an Lp ball; leave it out")
         return threats
 
     def step_size_for(self, threat: LpBall) -> float:
+        """The step size for a threat, by default such that all steps together have the length in :data:`_PATH`."""
         return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:

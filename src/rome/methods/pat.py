@@ -1,4 +1,4 @@
-"""Perceptual adversarial training, and variation regularisation on top of it (paper 5.2, Table 2)."""
+"""Perceptual adversarial training (PAT), and PAT with variation regularization (paper 5.2, Table 2)."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from rome.threats import Perceptual, PerExample, Threat
 class PAT(MinMaxMethod):
     """PAT: cross-entropy on Fast-LPA examples (Laidlaw et al. 2021), each inside one of the perceptual threats.
 
-    Only examples that the model, in evaluation mode, classifies correctly are attacked; the others are trained on as
-    they are. Every threat gets an equal share of the global batch, as in RANDOM, and all are attacked at once. Attack
-    and threats of the config do not matter here; they are what the model is evaluated with.
+    Only examples that the model classifies correctly in evaluation mode are attacked; it is trained on the others as
+    they are. Every threat gets an equal share of the global batch, as in RANDOM, and all are attacked at once. The
+    attack and the threats of the config have no effect on training; they are used to evaluate the model.
     """
 
     kind = "pat"
     papers: ClassVar[tuple[str, ...]] = ("laidlaw2021perceptual",)
     own_attack: ClassVar[str] = "fast-lpa"
     features: Names = Field(default=("self", "runs/alexnet"), min_length=1)
-    """The networks that measure, one for each threat: ``self``, the model in training, and trained ones, each a run's
-    folder or a safetensors file of ours. The paper's two are ``self`` and an AlexNet."""
+    """The networks that measure distances, one for each threat: ``self`` for the model being trained, otherwise the
+    folder of a run or a safetensors file saved by rome. The paper uses ``self`` and an AlexNet."""
     layers: Names = ()
-    """Of ``self``: which modules to take activations from (see
-    :func:`rome.attacks.perceptual.features.feature_layers`)."""
+    """The modules of ``self`` whose activations are compared; empty: those of
+    :func:`rome.attacks.perceptual.features.feature_layers`."""
     bound: Number = Field(default=0.5, gt=0)
-    """Perceptual distance allowed; 0.5 on CIFAR-10, 0.25 on ImageNet-100."""
+    """The largest perceptual distance allowed; 0.5 on CIFAR-10, 0.25 on ImageNet-100."""
     steps: int = Field(default=10, ge=1)
-    """Of Fast-LPA."""
+    """Steps of Fast-LPA."""
     _threats: tuple[Perceptual, ...] = PrivateAttr(default=())
-    """With their networks in hand."""
+    """The threats with their networks loaded."""
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
     """SHA-256 of each network's file."""
 
@@ -54,7 +54,7 @@ class PAT(MinMaxMethod):
         names = [threat.name for threat in found]
         if len(set(names)) < len(names):
             raise UserError(
-                f"features {', '.join(self.features)} are threats of the same name ({', '.join(names)}); name each "
+                f"features {', '.join(self.features)} give threats of the same name ({', '.join(names)}); name each "
                 "network once, or rename a folder"
             )
         return found
@@ -68,7 +68,7 @@ class PAT(MinMaxMethod):
                 found.append(loaded(threat, device))
             except UserError as error:
                 raise UserError(f"{self.kind}: {error}, in a config by method.features=[self, PATH]") from error
-        Perception(context.attacked, [(threat, ALL) for threat in found])  # refuses layers that are not there
+        Perception(context.attacked, [(threat, ALL) for threat in found])  # raises UserError if layers do not exist
         self._threats = tuple(found)
         self._hashes = {name: file_hash(weights_file(name)) for name in self.features if name != "self"}
 
@@ -85,22 +85,22 @@ class PAT(MinMaxMethod):
     def load_state(self, state: dict[str, Any]) -> None:
         for name, found in self._hashes.items():
             if state["networks"][name] != found:
-                raise UserError(f"{name} is not the network this run began with; restore it, or start the run anew")
+                raise UserError(f"{name} is not the network that this run started with; restore it, or start anew")
 
 
 class VR(PAT):
     """PAT+VR: PAT plus the variation of the logits inside the threat (Dai et al. 2022, "Formulating robustness against
     unforeseen attacks").
 
-    ``loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2``, where x' and x'' are found by a Fast-LPA that raises
-    this distance. The three images of an example have one threat and one search; the regularizer of RoME sees x_adv
-    alone.
+    ``loss = CE(f(x_adv), y) + weight * mean |f(x') - f(x'')|_2``, where x' and x'' are found by a Fast-LPA that
+    increases this distance. The three images of an example share a threat and a search; RoME's regularizer uses only
+    x_adv.
     """
 
     kind = "vr"
     papers = ("dai2022formulating", "laidlaw2021perceptual")
     weight: Number = Field(default=0.1, ge=0)
-    """lambda."""
+    """The weight of the variation, lambda."""
 
     def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
         labels = equal_shares(context.threat_stream, len(x), len(self._threats))

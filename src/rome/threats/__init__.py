@@ -1,6 +1,6 @@
-"""Which perturbations are allowed: Lp balls, perceptual distances, and what an attack bounds by itself.
+"""Threats, the sets of allowed perturbations: Lp balls, perceptual distances, and sets bounded by the attack itself.
 
-Imports nothing of rome but core.
+Imports nothing from rome except core.
 """
 
 from rome.threats.base import AnyImage as AnyImage

@@ -38,14 +38,14 @@ class LpBall(Threat):
     eps: Number = Field(ge=0)
     """The radius, for images in [0, 1]: ``8/255``."""
     label: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._+-]*)?$")
-    """The name of the column; empty: the norm, and with it the radius where other balls have the same norm."""
+    """The name of the threat's column; empty: the norm, followed by the radius if other balls have the same norm."""
 
     @model_validator(mode="after")
     def _smaller_than_the_box(self) -> Self:
         if self.norm == "Linf" and self.eps > 1:
             raise ValueError(
-                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; a radius counted in "
-                f"steps of 8-bit images is a fraction of 255: {self.eps:g}/255"
+                f"the Linf radius {self.eps:g} exceeds 1, the whole range of images in [0, 1]; write a radius in "
+                f"levels of 8-bit images as a fraction of 255: {self.eps:g}/255"
             )
         return self
 
@@ -55,35 +55,35 @@ class LpBall(Threat):
 
     @property
     def radius(self) -> str:
-        """``8/255`` where a radius in Linf is a whole number of grey levels below 1, otherwise the number."""
+        """The radius as text: ``8/255`` if a Linf radius below 1 is a whole number of grey levels, else the number."""
         levels = round(255 * self.eps)
         if self.norm == "Linf" and 0 < levels < 255 and math.isclose(levels / 255, self.eps, rel_tol=1e-6):
             return f"{levels}/255"
         return f"{self.eps:g}"
 
     def setting(self, value: Value | dict[Norm, Value] | None, default: Value) -> Value:
-        """A setting for this ball: the one value for all norms, that of its norm, or else the default."""
+        """A setting's value for this ball: the single value for all norms, or that of its norm, or else the default."""
         if isinstance(value, dict):
             return value.get(self.norm, default)
         return default if value is None else value
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Onto ball and box. L1: exact on their intersection; Linf: likewise; L2: the ball, then the box, which stays
-        inside the ball but is not always the nearest point (as in AutoAttack)."""
+        """Project onto the ball and the box. L1 and Linf: exactly onto their intersection. L2: onto the ball, then onto
+        the box, which gives a point of both, but not always the nearest one (as in AutoAttack)."""
         origin = x.flatten(1)
         delta = x_adv.flatten(1) - origin
         delta = project_l1(delta, self.eps, -origin, 1 - origin) if self.norm == "L1" else self.shortened(delta)
         return self.shifted(origin, delta).view_as(x)
 
     def shortened(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation in the ball, whatever the box: (B, D) -> (B, D)."""
+        """The nearest perturbation in the ball, ignoring the box: (B, D) -> (B, D)."""
         return {"L1": project_l1, "L2": project_l2, "Linf": project_linf}[self.norm](delta, self.eps)
 
     def steepest(self, gradient: Tensor, point: Tensor, percentile: float) -> Tensor:
-        """The direction of length 1 in the norm in which the loss rises fastest: (B, D), from its gradient (B, D).
+        """The direction (B, D) of unit length in this norm in which the loss rises fastest, given its gradient (B, D).
 
-        In L1 and L2 the coordinates that would leave the box at ``point`` (B, D) stay; in L1 only those whose gradient
-        reaches the percentile move (:func:`~rome.threats.projections.top_signs`).
+        In L1 and L2, coordinates that would leave the box at ``point`` (B, D) do not move; in L1, only those move whose
+        gradient reaches the percentile (:func:`~rome.threats.projections.top_signs`).
         """
         if self.norm == "Linf":
             return signs(gradient)
@@ -91,8 +91,8 @@ class LpBall(Threat):
         return unit(gradient) if self.norm == "L2" else top_signs(gradient, percentile)
 
     def random(self, noise: Tensor) -> Tensor:
-        """Random perturbations (B, D) from U[0, 1) (B, D), as in Tramèr and Boneh: uniform in the Linf ball, a Gaussian
-        direction of L2 length eps, a Laplace direction of L1 length eps."""
+        """Random perturbations (B, D) made from U[0, 1) noise (B, D), as in Tramèr and Boneh: uniform in the Linf ball,
+        a Gaussian direction of L2 length eps, a Laplace direction of L1 length eps."""
         u = (2 * noise - 1).clamp(-1 + 1e-6, 1 - 1e-6)
         if self.norm == "Linf":
             return self.eps * u
@@ -103,10 +103,10 @@ class LpBall(Threat):
         return delta * (self.eps / delta.abs().sum(dim=1, keepdim=True))
 
     def shifted(self, x: Tensor, delta: Tensor) -> Tensor:
-        """``x + delta`` in the box, for ``delta`` inside the ball: (B, ...) twice -> (B, ...).
+        """``x + delta``, clamped to the box, for a ``delta`` inside the ball: (B, ...), (B, ...) -> (B, ...).
 
-        Each sum is rounded, in float32 by up to 3e-8: over 150,528 coordinates 0.0045 in L1. Where that leaves the
-        ball, sums are rounded towards ``x`` instead, so that no coordinate moves further than its delta.
+        Each sum is rounded, in float32 by up to 3e-8: over 150,528 coordinates that is 0.0045 in L1. If the result
+        would leave the ball, sums are rounded towards ``x`` instead, so that no coordinate moves beyond its delta.
         """
         moved = (x + delta).clamp_(0, 1)
         if self.norm == "Linf":
@@ -121,18 +121,18 @@ class LpBall(Threat):
         return torch.linalg.vector_norm(delta.flatten(1), ord={"L1": 1, "L2": 2, "Linf": math.inf}[self.norm], dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        # Linf: x + eps is rounded to a float below 1, off by a unit in the last place of 1; no sum of such errors
+        # Linf: x + eps, below 1, is rounded by up to a unit in the last place of 1; such errors do not add up
         rounding = torch.finfo(x.dtype).eps if self.norm == "Linf" else 0.0
         return super().contains(x_adv, x) & (self.size(x_adv, x) <= self.eps * (1 + RTOL) + rounding)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float64 where the device has it."""
+    """The tensor in float64, if the device supports it."""
     return x if x.device.type == "mps" else x.double()
 
 
 class Unperturbed(LpBall):
-    """No perturbation at all: the ball of radius 0, under the name ``clean``."""
+    """No perturbation: the ball of radius 0, named ``clean``."""
 
     kind = "none"
     norm: Norm = "Linf"
@@ -144,7 +144,8 @@ class Unperturbed(LpBall):
 
 
 def labelled(threats: Iterable[Threat]) -> tuple[Threat, ...]:
-    """The threats in their order; balls of one norm that have no label get their radius as one: ``Linf-8_255``."""
+    """The threats in their order; several balls of one norm without a label get labels with their radii:
+    ``Linf-8_255``."""
     given = tuple(threats)
     bare = Counter(threat.norm for threat in given if isinstance(threat, LpBall) and threat.name == threat.norm)
     return tuple(
@@ -156,7 +157,7 @@ def labelled(threats: Iterable[Threat]) -> tuple[Threat, ...]:
 
 
 class Budgets(tuple[LpBall, ...]):
-    """Several threats in a fixed order; ``budgets["Linf"]`` finds one by name."""
+    """Several Lp balls in a fixed order; ``budgets["Linf"]`` finds one by name."""
 
     def __getitem__(self, key: str | int) -> LpBall:  # type: ignore[override]
         if not isinstance(key, str):
@@ -168,7 +169,7 @@ class Budgets(tuple[LpBall, ...]):
 
 
 def budgets(l1: float, l2: float, linf: float) -> Budgets:
-    """The three Lp balls with these radii, in the paper's order L1, L2, Linf."""
+    """Three Lp balls with these radii, in the paper's order L1, L2, Linf."""
     return Budgets((LpBall(norm="L1", eps=l1), LpBall(norm="L2", eps=l2), LpBall(norm="Linf", eps=linf)))
 
 

@@ -16,18 +16,17 @@ from rome.threats.base import Threat
 class Perceptual(Threat):
     """All images in [0,1] whose perceptual distance d to the original is at most ``bound`` (Laidlaw et al. 2021).
 
-    d compares the activations of a network (:mod:`rome.attacks.perceptual.features`), so the threat alone can measure
-    nothing: what it checks is the box. The network that d needs is the attacked model itself, or one that attacks read
-    from a file.
+    d compares the activations of a network (:mod:`rome.attacks.perceptual.features`), so the threat alone cannot
+    compute it and checks only the box. The network is the attacked model itself, or one that attacks load from a file.
     """
 
     kind = "perceptual"
     bound: Number = Field(ge=0)
-    """Largest distance."""
+    """The largest distance allowed."""
     features: str = Field(default="self", min_length=1)
-    """The network: ``self`` for the attacked model, or the folder of a run or a safetensors file of ours."""
+    """The network: ``self`` for the attacked model, or a run's folder or a safetensors file saved by rome."""
     layers: tuple[str, ...] = ()
-    """The modules of its backbone to take activations from; none: those of
+    """The modules of its backbone whose activations are compared; empty: those of
     :func:`rome.attacks.perceptual.features.feature_layers`."""
     _network: nn.Module | None = PrivateAttr(default=None)
 
@@ -40,16 +39,16 @@ class Perceptual(Threat):
 
     @property
     def network(self) -> nn.Module | None:
-        """The network in hand; None: not read yet, or the attacked model."""
+        """The loaded network; None: not loaded yet, or the attacked model."""
         return self._network
 
     def measured_by(self, network: nn.Module) -> Self:
-        """This threat with its network in hand, so that attacks need not read it at every call."""
+        """Return this threat with a loaded network, so that attacks need not load it at every call."""
         threat = self.model_copy()
         threat._network = network
         return threat
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         raise UserError(
-            f"{self.name} needs a network to measure with: call rome.attacks.perceptual.features.measure(threat, ...)"
+            f"{self.name} cannot measure without a network: call rome.attacks.perceptual.features.measure(threat, ...)"
         )

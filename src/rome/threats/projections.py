@@ -1,4 +1,4 @@
-"""Geometry of Lp balls, row by row, on tensors (B, D): exact Euclidean projections, and directions of steepest ascent.
+"""Geometry of Lp balls for each row of tensors (B, D): exact Euclidean projections, and directions of steepest ascent.
 
 Nothing here waits for the device: the number of operations does not depend on the values.
 """
@@ -28,7 +28,7 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
     The solution is sign(y_i) min(max(|y_i| - t, 0), b_i), where b_i is the room the box leaves in the direction of
     y_i and t = 0 if that is already inside the ball, otherwise the root of a decreasing piecewise linear function of t
     (Croce and Hein, "Mind the box", ICML 2021, prop. 2.1). Its 2D breakpoints are sorted, its value at all of them is
-    one cumulative sum, and the root lies on the last piece that starts above eps. Sums are taken in float64.
+    one cumulative sum, and the root is on the last piece that starts above eps. Sums are computed in float64.
 
     Args:
         delta: the point to project.
@@ -44,9 +44,9 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
         at_zero = size.shape[1]
     else:
         room = torch.minimum(torch.where(delta > 0, upper, -lower).clamp_(min=0), size)
-        # a breakpoint is a difference: in float32 it would be off by |y| 6e-8, much if the room is small
+        # a breakpoint is a difference: in float32 its error would be |y| 6e-8, which is large if the room is small
         breaks, order = torch.cat([size.to(wide) - room, size.to(wide)], dim=1).sort(dim=1)
-        turns = torch.where(order < size.shape[1], 1.0, -1.0)  # a term starts to shrink, a term is gone
+        turns = torch.where(order < size.shape[1], 1.0, -1.0)  # a term starts to shrink, or reaches 0
         at_zero = 0
     shrinking = at_zero + turns.cumsum(dim=1)  # number of terms that shrink right of each breakpoint; exact
     breaks = breaks.to(wide)
@@ -67,15 +67,15 @@ def project_l1(delta: Tensor, eps: float, lower: Tensor | None = None, upper: Te
 
 
 def signs(gradient: Tensor) -> Tensor:
-    """The sign of a gradient, NaN where it is NaN: torch gives 0 there, and an attack would stand still unnoticed."""
+    """The sign of a gradient, NaN where it is NaN: torch returns 0 there, and an attack would stop moving unnoticed."""
     return torch.where(gradient.isnan(), gradient, gradient.sign())
 
 
 def unit(gradient: Tensor) -> Tensor:
-    """Each example's gradient (B, ...) at L2 length 1, however small its numbers are; one of zeros stays."""
+    """Each example's gradient (B, ...) scaled to L2 length 1, however small its values are; zeros stay zeros."""
     flat = gradient.flatten(1)
     tiny = torch.finfo(flat.dtype).tiny
-    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could be zero
+    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)  # or its squares could underflow
     return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
 
 

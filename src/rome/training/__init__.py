@@ -1,3 +1,3 @@
 """The training loop, its log and its validation.
 
-May import runs and what stands below, not evaluation."""
+May import runs and the packages below it, not evaluation."""

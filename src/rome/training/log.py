@@ -1,4 +1,4 @@
-"""What an update did: summed over accumulation steps and processes, averaged over an epoch, written to the log."""
+"""Statistics of updates: summed over accumulation steps and processes, averaged over an epoch, written to the log."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rome.methods import Outcome
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did, over all processes."""
+    """Statistics of one update, over all processes."""
 
     number: int
-    """Updates so far, from 1."""
+    """Updates so far, including this one."""
     epoch: float
-    """Epochs so far."""
+    """Epochs so far, including fractions."""
     loss: float
     parts: dict[str, float]
     accuracy: dict[str, float]
-    """Training accuracy under each threat of this update, 0..1."""
+    """Training accuracy (0 to 1) under each threat that occurred in this update."""
     lr: float
     images_per_second: float
 
 
 class Tally:
-    """Sums over accumulation steps and processes, read once an update."""
+    """Sums over accumulation steps and processes, read once per update."""
 
     def __init__(self, threats: int, device: torch.device) -> None:
         self.threats, self.device = threats, device
@@ -49,27 +49,29 @@ class Tally:
     def read(
         self, fabric: Any, accumulate: int, news: Sequence[int]
     ) -> tuple[float, dict[str, float], dict[int, float], list[int]]:
-        """Mean loss and parts, accuracy by threat, and the largest of each of the news of any process."""
+        """Mean loss, mean parts, accuracy by threat, and the elementwise maximum of ``news`` over all processes.
+
+        Args:
+            accumulate: number of outcomes that were added.
+            news: numbers of this process that all processes are to know.
+        """
         means = torch.stack([self.loss, *self.parts.values()]) / accumulate
-        told = len(means) + self.correct.numel()
+        end = len(means) + self.correct.numel()
         row = torch.cat([means, self.correct.flatten(), torch.tensor([float(each) for each in news]).to(self.device)])
         if fabric.world_size > 1:
             gathered = [torch.empty_like(row) for _ in range(fabric.world_size)]
             torch.distributed.all_gather(gathered, row)
             rows = torch.stack(gathered)
-            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : told].sum(0), rows[:, told:].amax(0)])
+            row = torch.cat([rows[:, : len(means)].mean(0), rows[:, len(means) : end].sum(0), rows[:, end:].amax(0)])
         values = row.tolist()
-        right, seen = values[len(means) : told][: self.threats], values[len(means) : told][self.threats :]
+        right, seen = values[len(means) : end][: self.threats], values[len(means) : end][self.threats :]
         accuracy = {i: right[i] / seen[i] for i in range(self.threats) if seen[i]}
         parts = dict(zip(self.parts, values[1 : len(means)], strict=True))
-        return values[0], parts, accuracy, [int(each) for each in values[told:]]
-
-
-def finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+        return values[0], parts, accuracy, [int(each) for each in values[end:]]
 
 
 def log_line(update: Update) -> dict[str, Any]:
+    """An update as a line of the log."""
     return {
         "update": update.number,
         "epoch": update.epoch,
@@ -82,7 +84,7 @@ def log_line(update: Update) -> dict[str, Any]:
 
 
 def epoch_means(updates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the log lines of an epoch's updates; each threat over the updates in which it occurred."""
+    """Means over the log lines of an epoch's updates; for each threat, over the updates in which it occurred."""
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -101,6 +103,7 @@ def epoch_means(updates: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scalars(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The floats of a log line, with their keys; the keys of nested dicts are joined by ``/``."""
     for key, value in line.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{key}/")

@@ -1,12 +1,13 @@
-"""The training loop: any method, any model, one or many processes, and it survives a kill.
+"""The training loop, for any method, any model and any number of processes. It survives a kill.
 
 All random numbers of an update are a function of the seed and the update's number, drawn for the global batch. So a
-run that is killed and resumed, or spread over processes, computes what one undisturbed process computes.
+run that is killed and resumed, or distributed over processes, computes what a single undisturbed process computes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from rome.runs.folder import Run
 from rome.runs.loggers import Tracking, tracking
 from rome.runs.saving import Saver
 from rome.threats import Unperturbed
-from rome.training.log import Tally, Update, epoch_means, finite, log_line, scalars
+from rome.training.log import Tally, Update, epoch_means, log_line, scalars
 from rome.training.step import Step
 from rome.training.validation import Validator
 
@@ -44,7 +45,7 @@ class NonFiniteLossError(UserError):
 
 
 class Progress(Protocol):
-    """What shows the training to a person."""
+    """A display of the training's progress."""
 
     def update(self, update: Update) -> None: ...
     def epoch(self, summary: dict[str, Any]) -> None: ...
@@ -53,7 +54,7 @@ class Progress(Protocol):
 
 @dataclass
 class Position:
-    """Where the run stands."""
+    """How far a run is: finished epochs, finished updates of the current epoch, and training time in seconds."""
 
     epoch: int = 0
     step: int = 0
@@ -61,20 +62,22 @@ class Position:
 
 
 def natural(method: Method, context: TrainContext) -> tuple[Method, TrainContext]:
-    """Training without perturbations. The regularizer stays: what parts threats is 0, for there
-    are no two, and losses on the use of experts (load balancing, importance) go on."""
+    """The method and context for natural training, without perturbations. The regularizer stays: a term that separates
+    threats is 0, since there is only one, and losses on the use of experts (load balancing, importance) still act."""
     method = method if method.own_natural else Random()
     return method, replace(context, attack=PGD(steps=0, random_start=False), threats=(Unperturbed(),))
 
 
 def statistics(model: nn.Module) -> Iterator[Tensor]:
-    """The running statistics of BatchNorm."""
+    """The running statistics of all BatchNorm layers."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             yield from module.buffers()
 
 
 class Loop:
+    """The training of one run from a position on, with ``steps`` updates per epoch."""
+
     def __init__(
         self,
         config: Config,
@@ -95,18 +98,19 @@ class Loop:
         self.team = Team(fabric.global_rank, fabric.world_size)
         self.saver = Saver(run, config.checkpoint.minutes)
         self.signal = 0
-        """The signal this process got."""
+        """The signal that this process received; 0: none."""
         self.agreed = 0
-        """The signal that every process knows of since the latest update."""
+        """The signal that all processes know of since the last update; 0: none."""
         self.due = False
-        """Whether every process knows since then that a checkpoint is due, by the first one's clock."""
+        """Whether a checkpoint is due by the first process's clock, as all processes know since the last update."""
         self.problem: UserError | None = None
-        """Why the first process cannot write any more; nothing is saved from then on."""
+        """Why the first process can no longer write; from then on nothing is saved."""
         self.log_file: Any = None
         self.tracked = Tracking()
 
     @property
     def updates(self) -> int:
+        """Number of finished updates."""
         return self.position.epoch * self.steps + self.position.step
 
     def run_all(self, shown: Progress | None) -> None:
@@ -124,7 +128,7 @@ class Loop:
     def _epoch(self, shown: Progress | None) -> None:
         config, epoch = self.config, self.position.epoch
         if config.workers:
-            self._settle()  # they are forked, and the thread that writes could hold a lock then
+            self._settle()  # workers are forked, and the writing thread could hold a lock then
         batches = self.split.batches(
             self._order(epoch, self.position.step),
             augment_seed=derive_seed(config.seed, "augment", epoch) if config.data.augment else None,
@@ -160,7 +164,8 @@ class Loop:
             shown.epoch(summary)
 
     def _validate(self, shown: Progress | None) -> None:
-        """Before the checkpoint, which keeps what was found; its time is not counted as training."""
+        """Validate if it is due. This precedes the checkpoint, which includes the result; its time is not counted as
+        training time."""
         epoch = self.position.epoch
         if self.validator is None or not self.validator.due(epoch):
             return
@@ -178,7 +183,7 @@ class Loop:
             shown.validation(line)
 
     def _logged(self) -> list[dict[str, Any]]:
-        """The updates of this epoch that were done before the run was interrupted."""
+        """The log lines of this epoch's updates from before the run was interrupted."""
         if not self.position.step or self.fabric.global_rank:
             return []
         first = self.position.epoch * self.steps
@@ -186,21 +191,21 @@ class Loop:
 
     @property
     def _stop(self) -> int:
-        """The signal to stop at: all processes at the same update, so that none waits for another."""
+        """The signal to stop for. All processes stop at the same update, so that none waits for another."""
         return self.agreed if self.fabric.world_size > 1 else self.signal
 
     def _interrupted(self) -> Interrupted:
-        self._settle()  # whoever ended before would have the first process killed
+        self._settle()  # if another process ended earlier, the launcher would kill the first one
         name = signal.Signals(self._stop).name
         return Interrupted(
-            exit_code(self._stop), f"stopped by {name}; go on with: rome train --resume {self.run.folder}"
+            exit_code(self._stop), f"stopped by {name}; continue with: rome train --resume {self.run.folder}"
         )
 
     def _settle(self) -> None:
-        """Wait until what the first process saves is on the disk.
+        """Wait until the first process has written everything to disk.
 
         Raises:
-            UserError: it cannot be, in every process.
+            UserError: it cannot; raised in every process.
         """
 
         def settled() -> None:
@@ -210,18 +215,18 @@ class Loop:
 
         self.team.first(settled)
 
-    def _news(self) -> tuple[int, int, int]:
-        """What this process has to tell the others at the end of an update: its signal, whether a checkpoint is due,
-        and whether something could not be written."""
+    def _flags(self) -> tuple[int, int, int]:
+        """The values that this process shares with the others at the end of an update: its signal, whether a checkpoint
+        is due, and whether something could not be written."""
         if self.fabric.global_rank:
             return self.signal, 0, 0
-        with self._noted():
+        with self._failure_recorded():
             self.saver.check()
         return self.signal, self.saver.due(), self.problem is not None
 
     @contextmanager
-    def _noted(self) -> Iterator[None]:
-        """What the first process cannot write ends all of them after the next update, and not itself alone."""
+    def _failure_recorded(self) -> Iterator[None]:
+        """Record an error of writing in the first process, to end all processes together after the next update."""
         try:
             yield
         except UserError as error:
@@ -237,25 +242,25 @@ class Loop:
         context.lr = lr
         set_lr(self.optimizer, lr)
 
-        # attacks run beside DistributedDataParallel, which would do this for the training forward alone
+        # attacks bypass DistributedDataParallel, which would do this only for the training forward
         follow_first(statistics(context.attacked))
         tally = Tally(len(context.threats), self.fabric.device)
         try:
-            with checked_later() as settle:  # a GPU has all of the update queued before anything waits for it
+            with checked_later() as settle:  # a GPU has the whole update queued before anything waits for it
                 for part in range(config.accumulate):
-                    settle()  # the images of the last part are free then
+                    settle()  # frees the images of the previous part
                     x, y = next(batches)
                     tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 settle()
-        except FloatingPointError as error:  # the attack met gradients that are not finite
+        except FloatingPointError as error:  # gradients in the attack are not finite
             raise self._diverged(str(error), lr) from error
-        loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._news())
+        loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._flags())
         self.due = bool(due)
         if failed:
             self._settle()
-        if not all(map(finite, (loss, *parts.values()))):
+        if not all(map(math.isfinite, (loss, *parts.values()))):
             raise self._diverged(f"the loss became {loss}", lr)
         method.update_end(context)
         seconds = time.perf_counter() - started
@@ -279,7 +284,7 @@ class Loop:
         )
 
     def _order(self, epoch: int, first: int) -> list[Tensor]:
-        """This process's share of every micro-batch from update ``first`` of the epoch on."""
+        """This process's share of the example indices of every micro-batch, from update ``first`` of the epoch on."""
         order = stream(self.config.seed, f"order:{epoch}").permutation(len(self.split))
         micro = self.config.batch_size // self.config.accumulate
         share, rank = micro // self.fabric.world_size, self.fabric.global_rank
@@ -287,7 +292,8 @@ class Loop:
         return [order[start + rank * share : start + (rank + 1) * share] for start in starts]
 
     def _checkpoint(self) -> None:
-        """Replace the checkpoint, unless the weights are not finite: nothing could go on from those."""
+        """Save a checkpoint, replacing the last one, unless the weights are not finite and training could not continue
+        from them."""
         if not torch.stack([p.isfinite().all() for p in self.context.attacked.parameters()]).all():
             raise self._diverged("weights became infinite or NaN", self.optimizer.param_groups[0]["lr"])
         if self.fabric.global_rank or self.problem is not None:
@@ -302,7 +308,7 @@ class Loop:
             "method": self.config.method.state(),
         }
         best = {} if self.validator is None else {"best": self.validator.best}
-        with self._noted():
+        with self._failure_recorded():
             self.saver.save(state, constant=best, log=self.log_file.fileno())
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -310,11 +316,11 @@ class Loop:
             return
         text = json.dumps(line).encode() + b"\n"
         try:
-            while text:  # a disk that fills up takes a part at first
+            while text:  # a disk that fills up first takes a part of it
                 text = text[self.log_file.write(text) :]
         except OSError as error:
             self.problem = UserError(
-                f"{self.run.log_file} cannot be written ({error.strerror}): make room and go on with --resume"
+                f"{self.run.log_file} cannot be written ({error.strerror}): make room and continue with --resume"
             )
         self.tracked.numbers({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
 
@@ -333,12 +339,12 @@ class Loop:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first signal ends after the current update with a checkpoint; a second SIGINT at once."""
+        """Stop with a checkpoint after the current update on the first signal, and at once on a second SIGINT."""
 
-        def ask(number: int, frame: Any) -> None:
+        def stop(number: int, frame: Any) -> None:
             if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        with handled(ask, (signal.SIGINT, *HANDLED)):
+        with handled(stop, (signal.SIGINT, *HANDLED)):
             yield

@@ -1,4 +1,4 @@
-"""Showing a training run: a bar on a terminal, one line an epoch elsewhere."""
+"""Progress of a training run: a bar on a terminal, elsewhere one line per epoch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from rome.training.loop import Progress
 
 @contextmanager
 def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
-    """Loss, accuracy under each threat, images per second and time left, on standard error."""
+    """Show loss, accuracy under each threat, images per second and time left on standard error.
+
+    Args:
+        total: updates of the whole run.
+        done: updates finished before, in a run that is resumed.
+    """
     console = Console(stderr=True)
     if own := config.method.own_attack:
         note = f"{config.method.kind} attacks with {own}; attack: {config.attack.kind} has no effect"
@@ -31,20 +36,20 @@ def show_training(config: Config, total: int, done: int) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _Lines(config, total, done)
         return
-    whole = Column(no_wrap=True)
+    unbroken = Column(no_wrap=True)
     columns = (
         TextColumn("{task.description}", "bold", markup=False, table_column=Column(no_wrap=True, max_width=24)),
         BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total} updates", table_column=whole),
-        TimeRemainingColumn(table_column=whole),
-        TextColumn("left", table_column=whole),
+        TextColumn("{task.completed}/{task.total} updates", table_column=unbroken),
+        TimeRemainingColumn(table_column=unbroken),
+        TextColumn("left", table_column=unbroken),
     )
     with _TwoLines(*columns, console=console) as bar:
         yield _Bar(bar, config, total, done)
 
 
 class _TwoLines(Bar):
-    """How far a training is on one line, and on the next what it measures, so that both fit on a narrow terminal."""
+    """A progress bar on one line and the measurements on the next, so that both fit on a narrow terminal."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -53,6 +58,8 @@ class _TwoLines(Bar):
 
 
 class _Bar:
+    """Progress on a terminal: a bar with moving averages, and a line for each validation."""
+
     def __init__(self, bar: Bar, config: Config, total: int, done: int) -> None:
         self.bar, self.config = bar, config
         self.task = bar.add_task(config.name, total=total, completed=done, facts="")
@@ -63,11 +70,11 @@ class _Bar:
             self.seen.pop(Unperturbed().name, None)
         for name, value in {"loss": update.loss, **update.accuracy}.items():
             self.seen[name] = 0.9 * self.seen.get(name, value) + 0.1 * value
-        facts = f"loss {self.seen['loss']:.3f} · " + accuracies(
-            {name: value for name, value in self.seen.items() if name != "loss"}
+        accuracy = accuracies({name: value for name, value in self.seen.items() if name != "loss"})
+        facts = (
+            f"epoch {math.ceil(update.epoch)}/{self.config.epochs} · loss {self.seen['loss']:.3f} · {accuracy} · "
+            f"{update.images_per_second:.0f} img/s"
         )
-        facts += f" · {update.images_per_second:.0f} img/s"
-        facts = f"epoch {math.ceil(update.epoch)}/{self.config.epochs} · {facts}"
         self.bar.update(self.task, completed=update.number, facts=facts)
 
     def epoch(self, summary: dict[str, Any]) -> None:
@@ -78,6 +85,8 @@ class _Bar:
 
 
 class _Lines:
+    """Progress without a terminal: a line for each epoch and each validation."""
+
     def __init__(self, config: Config, total: int, done: int) -> None:
         self.config, self.total, self.first, self.started = config, total, done, time.monotonic()
 
@@ -99,12 +108,12 @@ class _Lines:
 
 
 def validated(config: Config, found: dict[str, Any]) -> str:
-    """A validation in one line."""
+    """The result of a validation on one line."""
     values = {"clean": found["clean"], **found["robust"], "union": found["union"]}
     best = ", the best so far" if found["best"] else ""
     return f"{config.name}: held out after {found['epoch']}/{config.epochs}  {accuracies(values)}{best}"
 
 
 def accuracies(values: dict[str, float]) -> str:
-    """``L1 52.1% L2 68.8%``."""
+    """Format accuracies as ``L1 52.1% L2 68.8%``."""
     return " ".join(f"{name} {value:.1%}" for name, value in values.items())

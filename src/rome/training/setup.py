@@ -1,4 +1,4 @@
-"""``train``: what a config says becomes model, data, method and folder, and the loop runs on them."""
+"""``train``: set up model, data, method and folder from a config, and run the training loop."""
 
 from __future__ import annotations
 
@@ -44,27 +44,29 @@ def train(
     progress: Callable[[Config, int, int], Any] | None = None,
     trust_code: bool = False,
 ) -> Run:
-    """Train as the config says, into a folder.
+    """Train a model as described by a config, and save it in a folder.
 
     Args:
         config: from :func:`rome.runs.config.load`.
         out: the run's folder (see :mod:`rome.runs.folder`).
-        resume: go on from the folder's checkpoint, or start if there is none yet.
-        overwrite: remove what an earlier run left there.
-        progress: makes a context manager with a :class:`Progress`, given config, total updates and updates done.
-        trust_code: let the file of a network that measures distances run the code that it names
+        resume: continue from the folder's checkpoint, or start if there is none yet.
+        overwrite: remove the files of an earlier run in the folder.
+        progress: called with the config, the total number of updates and the number already done; returns a context
+            manager that yields a :class:`~rome.training.loop.Progress`.
+        trust_code: allow the file of a network that measures perceptual distances to run the code that it names
             (:mod:`rome.core.trust`).
 
     Returns:
         The finished run.
 
     Raises:
-        UserError: bad settings, data or folder, or a non-finite loss.
-        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, or another process is gone; resume with ``resume=True``.
+        UserError: invalid settings, data or folder, or a non-finite loss.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 was received, or another process ended; continue with
+            ``resume=True``.
     """
     run = Run(out)
     try:
-        with noticing(f"another process of this training ended; go on with: rome train --resume {out}"):
+        with noticing(f"another process of this training ended; continue with: rome train --resume {out}"):
             _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
     finally:
         run.release()
@@ -80,7 +82,7 @@ def _train(
     check_settings(config)
     fabric = _fabric(config)
     rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
-    _check_agreed(fabric, config)  # nobody ends over a mistake while others still look for the first process
+    _check_agreed(fabric, config)  # no process may end with an error while others still connect to the first
     start = assemble(config, fabric.device, rank=rank, world=world)
     model, optimizer, context = start.model, start.optimizer, start.context
     checkpoint = _prepare(fabric, run, config, resume=resume, overwrite=overwrite, data=start.whole)
@@ -121,20 +123,20 @@ def _train(
 
 
 def _graphs(config: Config, device: torch.device) -> Graphs | None:
-    """Where the model's captured functions are to be, if there are to be some."""
+    """The container for the model's CUDA graphs, if the config and the device allow any."""
     return Graphs() if config.graphs and device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from."""
+    """The data, model, optimizer and method that a training starts from."""
 
     whole: Split
     """All training examples."""
     split: Split
-    """Those that are trained on."""
+    """The examples to train on."""
     held: Split | None
-    """Those that are held out for validation."""
+    """The examples held out for validation, if any."""
     steps: int
     """Updates in an epoch."""
     model: nn.Module
@@ -143,14 +145,14 @@ class Start:
 
 
 def assemble(config: Config, device: torch.device, *, rank: int = 0, world: int = 1) -> Start:
-    """Data, model, optimizer and method, tried on a few images; nothing is written.
+    """Create data, model, optimizer and method, and try the model on a few images. Nothing is written.
 
     Raises:
-        UserError: the training could not start.
+        UserError: the training cannot start.
     """
     micro = config.batch_size // config.accumulate
     if micro % world:
-        raise UserError(f"{world} processes do not divide batch_size/accumulate = {micro}; change one of them")
+        raise UserError(f"batch_size/accumulate = {micro} is not a multiple of the {world} processes; change either")
     whole = split = config.data.open("train")
     held = None
     if config.validation is not None:
@@ -175,19 +177,19 @@ def assemble(config: Config, device: torch.device, *, rank: int = 0, world: int 
 
 
 def check_settings(config: Config) -> None:
-    """Raise UserError, every mistake a line, where this machine or its packages lack what the config names."""
+    """Raise UserError, with a line for every mistake, if this machine or its packages lack what the config needs."""
     found = []
     for logger in config.loggers:
         try:
             logger.check()
         except UserError as error:
             found.append(str(error))
-    if config.device == "cuda" and not torch.cuda.is_available():
-        found.append("device: cuda, but torch sees no CUDA device; use device=auto or device=cpu")
-    elif config.graphs is True and (kind := pick_device(config.device).type) != "cuda":
-        found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        found.append("device: mps, but torch sees none; use device=auto or device=cpu")
+    try:
+        kind = pick_device(config.device).type
+        if config.graphs is True and kind != "cuda":
+            found.append(f"graphs: true needs a CUDA device, and this run is on {kind}; use graphs: auto")
+    except UserError as error:
+        found.append(str(error))
     if found:
         raise UserError("\n".join(found))
 
@@ -195,11 +197,11 @@ def check_settings(config: Config) -> None:
 def train_context(
     config: Config, model: nn.Module, device: torch.device, *, rank: int = 0, world: int = 1
 ) -> TrainContext:
-    """What the config's method works with, for this one of ``world`` processes; the model then saves memory as the
-    config says.
+    """The context for the config's method in this one of ``world`` processes. Also sets up the memory savings that the
+    config requests for the model.
 
     Raises:
-        UserError: the model cannot.
+        UserError: the model does not support these memory savings, or the method these threats.
     """
     if config.activation_checkpointing:
         checkpoint_blocks(model)
@@ -218,7 +220,7 @@ def train_context(
 
 
 def _check_one_image(model: nn.Module, x: Tensor) -> None:
-    """Raise UserError if a training forward of one image fails: BatchNorm has no statistics of one value."""
+    """Raise UserError if a training forward of one image fails: BatchNorm cannot compute statistics of one value."""
     try:
         model(x)
     except ValueError as error:
@@ -231,7 +233,8 @@ def _check_one_image(model: nn.Module, x: Tensor) -> None:
 def _prepare(
     fabric: Any, run: Run, config: Config, *, resume: bool, overwrite: bool, data: Split
 ) -> dict[str, Any] | None:
-    """The first process makes the folder ready; what it finds wrong is raised in every process, so that none waits."""
+    """Prepare the folder in the first process, and return the checkpoint, if any, in every process. An error is raised
+    in every process, so that none waits."""
     checkpoint = None
 
     def ready() -> bool:
@@ -239,16 +242,16 @@ def _prepare(
         checkpoint = run.prepare(config, resume=resume, overwrite=overwrite, data=data)
         return checkpoint is not None
 
-    goes_on = Team(fabric.global_rank, fabric.world_size).first(ready)
-    return run.load_checkpoint() if goes_on and checkpoint is None else checkpoint
+    resumes = Team(fabric.global_rank, fabric.world_size).first(ready)
+    return run.load_checkpoint() if resumes and checkpoint is None else checkpoint
 
 
 def _check_agreed(fabric: Any, config: Config) -> None:
-    """Raise UserError in every process if one has other settings than the first, such as the seed of its own task."""
+    """Raise UserError in every process if their settings differ, such as a seed that depends on the task."""
     own = config.dump()
     if total(torch.tensor(float(fabric.broadcast(own) != own), device=fabric.device)):
         raise UserError(
-            "the processes were given different settings, but they train one model together: start different runs one "
+            "the processes were given different settings, but together they train one model: start different runs one "
             "after the other, or with rome sweep"
         )
 
@@ -262,24 +265,24 @@ def _fabric(config: Config) -> Any:
         from lightning_fabric.plugins.environments.lightning import LightningEnvironment
         from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
         from lightning_fabric.strategies.ddp import DDPStrategy
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells every process's number
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # or every process would print its rank
 
     world = launched_together()
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if world > 1 else 1
     strategy: Any = "auto"
     devices: Any = 1
     if world > 1:
-        own = own_device(pick_device(config.device))  # Fabric takes the one at the local number
+        own = own_device(pick_device(config.device))  # Fabric takes the one at the index of the local rank
         strategy = DDPStrategy(parallel_devices=[own] * local, find_unused_parameters=config.method.partial_gradients)
-        devices = "auto"  # which are the strategy's
+        devices = "auto"  # those of the strategy
     fabric = Fabric(
         accelerator=config.device,
         devices=devices,
         num_nodes=world // local,
         strategy=strategy,
-        # not what Lightning takes for one: a shell of SLURM has the variables of a job of several processes
+        # not chosen by Lightning: a shell in a SLURM job has the variables of several processes
         plugins=[TorchElasticEnvironment() if world > 1 else LightningEnvironment()],
-        precision="32-true",  # bf16 is autocast in _update: Fabric's plugin would round the adversarial images too
+        precision="32-true",  # bf16 is autocast in Step: Fabric's plugin would also round the adversarial images
     )
     fabric.launch()
     return fabric

@@ -1,4 +1,4 @@
-"""One micro-batch: the attack, the training forward and the gradients; on a GPU replayed as CUDA graphs."""
+"""One micro-batch: attack, training forward and gradients, replayed as CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from rome.runs.config import Config
 
 
 class Step:
-    """Computes loss and gradients of micro-batches, of which ``config.accumulate`` make an update.
+    """Loss and gradients of micro-batches, of which ``config.accumulate`` make an update.
 
-    Attacks find the graphs of the model by themselves (:func:`rome.attacks.engine.graphed`). Forward and backward of
-    the objective are a graph where one process trains with a method whose objective is separate from its attack.
+    Attacks find the model's graphs by themselves (:func:`rome.attacks.engine.graphed`). The objective's forward and
+    backward pass is captured as a graph if a single process trains with a method whose objective is separate from its
+    attack.
     """
 
     def __init__(self, config: Config, fabric: Any) -> None:
         self.config, self.fabric = config, fabric
 
     def __call__(self, method: Method, context: TrainContext, x: Tensor, y: Tensor, *, last: bool) -> Outcome:
-        """Attack a batch (B, C, H, W) and add the gradients of its loss to those of the parameters.
+        """Attack a batch (B, C, H, W), and add the gradients of its loss to those of the parameters.
 
         Args:
-            last: whether it is the last micro-batch of the update.
+            last: whether this is the last micro-batch of the update.
 
         Raises:
-            FloatingPointError: the attack met gradients that are not finite.
+            FloatingPointError: gradients in the attack are not finite.
         """
         kind, parts = self.fabric.device.type, self.config.accumulate
         with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -59,7 +60,7 @@ class Step:
             return outcome.loss.detach(), outcome.correct, outcome.parts, gradients
 
         images, y, labels, more = examples
-        loss, correct, named, gradients = graphs.call(
+        loss, correct, terms, gradients = graphs.call(
             (repr(method), repr(context.threats), repr(context.regularizer)),
             differentiate,
             images,
@@ -74,6 +75,6 @@ class Step:
                 continue
             if parameter.grad is not None:
                 parameter.grad += gradient
-            else:  # the graph's own memory, which its next replay fills anew
+            else:  # the graph's own memory, which its next replay overwrites
                 parameter.grad = gradient if parts == 1 else gradient.clone()
-        return Outcome(loss, labels, correct, named)
+        return Outcome(loss, labels, correct, terms)

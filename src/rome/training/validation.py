@@ -1,8 +1,8 @@
-"""Robustness on held-out training examples while training goes on: a curve over time, and the best weights.
+"""Robustness on held-out training examples during training: a curve over time, and the best weights.
 
 Adversarial training overfits: test robustness peaks and then falls while training robustness still rises, so the field
-reports the best checkpoint (Rice, Wong and Kolter, "Overfitting in adversarially robust deep learning", ICML 2020). To
-choose it on test images would be to train on them; the examples here are taken out of the training set instead.
+reports the best checkpoint (Rice, Wong and Kolter, "Overfitting in adversarially robust deep learning", ICML 2020).
+Choosing it on test images would amount to training on them; here, examples are held out of the training set instead.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rome.threats import PerExample
 
 
 def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
-    """The training examples without ``n`` of them, and these: a draw of the stream ``validation``.
+    """Split training examples at random (stream ``validation``) into those to train on and ``n`` held-out ones.
 
     Raises:
-        UserError: so many would leave nothing to train on.
+        UserError: that would leave nothing to train on.
     """
     if n >= len(split):
         raise UserError(f"validation.n={n} takes all {len(split)} training examples; make it smaller")
@@ -37,16 +37,16 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
 
 
 class Validator:
-    """Attacks the held-out examples under every threat of the config and keeps the best weights.
+    """Attacks the held-out examples under every threat of the config, and keeps the best weights.
 
-    An example is robust if neither it nor any iterate of APGD is misclassified; under a threat that brings an attack if
-    neither it nor what that one finds is. No random numbers of the run are drawn, and the model is in evaluation mode
-    meanwhile, with its flags and BatchNorm statistics as they were afterwards: on one process training goes on as if
-    nothing had happened. Several processes share the examples out; the first one's BatchNorm statistics, which are
-    those that are saved, go to all of them before.
+    An example is robust if neither it nor any iterate of APGD is misclassified; under a threat that brings its own
+    attack, if neither the example nor that attack's result is. Validation draws no random numbers of the run, and
+    restores the model's mode, flags and BatchNorm statistics: in a single process, training continues as if nothing had
+    happened. Several processes divide the examples among them; before that, all of them take over the BatchNorm
+    statistics of the first process, which are the ones that are saved.
 
     Args:
-        config: with ``validation``.
+        config: must have ``validation``.
         held: the held-out examples.
     """
 
@@ -55,10 +55,10 @@ class Validator:
         self.config, self.held, self.run, self.fabric = config, held, run, fabric
         self.every, self.attack = config.validation.every, APGD(steps=config.validation.steps)
         self.best: dict[str, Any] | None = None
-        """Epoch, union, average and weights (on the CPU) of the best validation so far; on the first process alone."""
+        """Epoch, union, average and weights (on the CPU) of the best validation so far; first process only."""
 
     def due(self, epoch: int) -> bool:
-        """Whether to validate after this many epochs: every so many, and at the end."""
+        """Whether to validate after this many epochs: after every ``self.every`` epochs, and at the end."""
         return epoch % self.every == 0 or epoch == self.config.epochs
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Validator:
         return {"clean": clean, "robust": dict(zip(names, robust, strict=True)), "average": average, "union": union}
 
     def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """bool (2 + threats, B): right as they are, under each threat, and under all."""
+        """bool (2 + threats, B), whether each example is classified correctly: clean, under each threat, under all."""
         threats = self.config.threats
         with frozen(model), torch.no_grad():
             clean = model(x).argmax(dim=1) == y
@@ -94,9 +94,9 @@ class Validator:
         return torch.cat([clean[None], robust, robust.all(dim=0)[None]])
 
     def keep(self, model: nn.Module, epoch: int, found: dict[str, Any]) -> bool:
-        """Save the weights as ``best.safetensors`` if their union is the largest so far; True if it is.
+        """Save the weights as ``best.safetensors`` if their union is the largest so far, and return whether it is.
 
-        Of equal unions the larger mean over threats counts, of equal ones the earlier epoch.
+        Ties are decided by the larger mean over the threats, then by the earlier epoch.
         """
         if self.fabric.global_rank:
             return False
@@ -109,7 +109,7 @@ class Validator:
         return True
 
     def restore(self, model: nn.Module, best: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint: ``best.safetensors`` as it was then, whatever a killed process left there."""
+        """Resume from a checkpoint: restore ``best.safetensors`` as it was then, whatever a killed process left."""
         self.best = best
         if self.fabric.global_rank:
             return
