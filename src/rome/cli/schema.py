@@ -14,17 +14,17 @@ from rome.core.console import say
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="The file to write; standard output if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
     imports: Annotated[
-        str | None, typer.Option(help="Python modules of your own whose attacks, methods ... it is to name: a,b.")
+        str | None, typer.Option(help="Your own Python modules, such as a,b, whose attacks, methods ... to include.")
     ] = None,
 ) -> None:
-    """Write a JSON schema of configs, from which editors complete and check YAML files."""
+    """Write a JSON schema of configs, with which editors complete and check YAML files."""
     from rome.core.files import replace_file
-    from rome.runs.schema import schema as found
+    from rome.runs.schema import schema as make_schema
     from rome.runs.schema import written
 
-    text = written(found(names_in(imports)))
+    text = written(make_schema(names_in(imports)))
     if out is None:
         print(text, end="")
         return
