@@ -224,6 +224,16 @@ def test_wrong_usage_is_answered_like_any_other_mistake(arguments: list[str], me
     assert ended.err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--out", "."], "a directory"), (["--imports", "nowhere"], "--imports nowhere: ModuleNotFoundError: No module")],
+)
+def test_a_mistake_with_the_schema_is_one_line(arguments: list[str], message: str, rome: Any) -> None:
+    ended = rome("schema", *arguments)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert message in ended.err
+
+
 def test_alone_it_helps(rome: Any) -> None:
     ended = rome()
     assert (ended.code, ended.err) == (2, "")

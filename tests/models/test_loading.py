@@ -290,6 +290,9 @@ def test_the_normalisation_that_timm_keeps_beside_weights_for_the_hub_is_taken(t
     kept = vit()
     load_weights(kept, tmp_path, keep_normalization=True)
     assert torch.equal(kept.mean, vit().mean)
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [null], "std": [1]}}')
+    load_weights(kept, tmp_path)
+    assert torch.equal(kept.mean, vit().mean), "one without numbers is ignored"
 
 
 def test_a_normalisation_that_is_given_stands(save: Callable[..., Path], theirs: dict[str, Tensor]) -> None:

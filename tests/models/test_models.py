@@ -497,6 +497,13 @@ def test_starting_weights_must_cover_the_backbone(tmp_path: Path) -> None:
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__blocks__2__attn__qkv__weight=torch.ones(1)))
 
 
+def test_a_model_is_not_saved_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", tmp_path):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\): check the path"):
+            save_model(tiny(0), folder)
+
+
 def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
     save_experts(grown(), tmp_path / "e.safetensors")
     with pytest.raises(UserError, match=r"qkv\.A is \(6, 32\) in the file, \(12, 32\) in the model"):

@@ -65,8 +65,8 @@ class ModelSettings(Settings):
         for key, purpose in _WEIGHTS_OPTIONS.items():
             if self.weights is None and getattr(self, key):
                 raise ValueError(f"model.{key} {purpose} of model.weights, which is not set; set it too")
-        if twice := sorted(self.args.keys() & type(self).model_fields.keys() - {"args"}):
-            raise ValueError(f"args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
+        if fields := sorted(self.args.keys() & type(self).model_fields.keys() - {"args"}):
+            raise ValueError(f"args: {', '.join(fields)} is a setting of the model itself; write model.{fields[0]}")
         return self
 
     def without_weights(self) -> Self:
@@ -151,9 +151,7 @@ def untrained(settings: ModelSettings) -> Classifier:
         ) from error
     except Exception as error:  # a user's function can raise anything
         hint = "; null removes an inherited setting that the model does not take (model.img_size=null)" if sizes else ""
-        all_args = ", ".join(
-            f"{key}={value}" for key, value in {**sizes, "in_chans": channels, **settings.args}.items()
-        )
+        all_args = ", ".join(f"{key}={value}" for key, value in {**options, "in_chans": channels}.items())
         raise UserError(f"model {name} cannot be built with {all_args}: {first_line(error)}{hint}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
@@ -198,10 +196,11 @@ def build_model(
     if settings.weights is not None and not keeps_experts:
         _load_start(model, settings)
     images, name, side = torch.zeros(2, *shape), f"model {settings.name}", settings.img_size
-    unequal = (
-        f"the data has images of {shape[-1]} pixels, and model.img_size is {side}: make them equal (data.size={side})"
-    )
-    hint = "set model.img_size and model.patch_size" if side in (None, shape[-1]) else unequal
+    hint = "set model.img_size and model.patch_size"
+    if side not in (None, shape[-1]):
+        hint = (
+            f"the data has images of {shape[-1]} pixels, not model.img_size={side}: make them equal (data.size={side})"
+        )
     with tried(model):
         outputs = ask(model, images, name=name, hint=hint).shape[1]
         ask(model.train(), images, name=f"{name} in training mode")  # some models also return auxiliary logits in it

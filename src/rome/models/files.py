@@ -189,11 +189,13 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
 def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
     own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}  # clones: weights may be tied
     try:
-        file = Path(path).expanduser()
+        file = Path(path).expanduser().absolute()
         replace_with(file, lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
         trust.record(file, metadata)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({first_line(error)}): is the disk full?") from error
+        raise UserError(
+            f"{path} cannot be written ({first_line(error)}): check the path and the free disk space"
+        ) from error
 
 
 def _own_experts(model: nn.Module) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def _timm_normalization(file: Path) -> tuple[Tensor, Tensor] | None:
     try:
         config = parse_json((file.parent / "config.json").read_bytes())["pretrained_cfg"]
         mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     return (mean, std) if mean.shape == std.shape and bool((std > 0).all()) else None
 
