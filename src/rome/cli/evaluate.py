@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 RoutingName = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 
-BESIDE_RUN = ("data", "budgets")
-"""Options for a model without a run that also apply to a run, where they replace what its config says."""
+_RUN_OPTIONS = ("data", "budgets")
+"""Options for a model without a run that also apply to a run, whose config they then override."""
 
 
 @app.command()
@@ -101,14 +101,14 @@ def evaluate(
         "overwrite": overwrite,
     }
     if len(targets or ()) > 1 or (launcher, jobs, gpus_per_job) != (None, None, None):
-        model_options = [name for name, value in named.items() if value is not None and name not in BESIDE_RUN]
+        model_options = [name for name, value in named.items() if value is not None and name not in _RUN_OPTIONS]
         if not targets or out is not None or model_options:
             raise UserError(
                 "several runs, --jobs, --gpus-per-job and --launcher go with runs alone (rome evaluate RUN ...), "
                 "without --out and --model; each result is saved next to its model"
             )
         _evaluate_several(
-            targets, settings | {name: named[name] for name in BESIDE_RUN}, launcher, jobs, gpus_per_job, as_json
+            targets, settings | {name: named[name] for name in _RUN_OPTIONS}, launcher, jobs, gpus_per_job, as_json
         )
         return
     from rome.core.distributed import launched
@@ -118,24 +118,18 @@ def evaluate(
         from rome.evaluation.named import named_config
         from rome.evaluation.run import evaluate_saved
 
-        own = {name: named.pop(name) for name in BESIDE_RUN} if target and named["model"] is None else {}
+        run_options = {name: named.pop(name) for name in _RUN_OPTIONS} if target and named["model"] is None else {}
         config = named_config(named, target)
         if (target is None) == (config is None) or (config is not None and routing is not None):
             raise UserError(
                 "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
                 "(rome evaluate --model NAME --data DATA, without --routing)"
             )
-        report, folder = evaluate_saved(
-            config or target or "",
-            **own,
-            out=out,
-            team=team,
-            **settings,
-        )
+        report, folder = evaluate_saved(config or target or "", **run_options, out=out, team=team, **settings)
     if not team.is_main:
         return
-    kept = report.settings["provenance"]
-    _show([(kept.get("model", kept["config"])["name"], report)], as_json)
+    provenance = report.settings["provenance"]
+    _show([(provenance.get("model", provenance["config"])["name"], report)], as_json)
     if not as_json:
         say(f"saved in {folder}")
     report.require_complete()
@@ -155,7 +149,7 @@ def _show(rows: Sequence[tuple[str, Report]], as_json: bool) -> None:
 
 
 def _evaluate_several(
-    targets: Sequence[str],
+    targets: list[str],
     settings: dict[str, Any],
     launcher: str | None,
     jobs: int | None,

@@ -34,14 +34,7 @@ def push(
     from rome.report.push import push as push_run
 
     where = push_run(
-        run,
-        repo,
-        dry_run=dry_run,
-        public=public,
-        revision=revision,
-        tag=tag,
-        license=license,
-        trust_code=trust_code,
+        run, repo, dry_run=dry_run, public=public, revision=revision, tag=tag, license=license, trust_code=trust_code
     )
     if license is None:
         say("the model card says that no licence is named; name one with --license, such as --license mit")

@@ -104,9 +104,8 @@ def find(
     strange = [name for name in inside if name.removeprefix(start) not in own]
     pairs = [] if channels is None else _normalizations(strange + outside, start, tensors, channels)
     taken = {name for pair in pairs for name in pair}
-    known = taken | {
-        other + name for other in fitting if other != start for name in own
-    }  # equal to those taken, or in a remark
+    # tensors of the other fitting prefixes are equal to those taken, or already named in a remark
+    known = taken | {other + name for other in fitting if other != start for name in own}
     outside = [name for name in outside if name not in known]
     if outside and fitting:
         place = f"the weights under {start.rstrip('.')}" if start else "the weights"
@@ -174,9 +173,7 @@ def _one_normalization(
 ) -> tuple[Tensor, Tensor]:
     mean, std = (tensors[name] for name in pairs[0])
     if not all(_equal(mean, tensors[m]) and _equal(std, tensors[s]) for m, s in pairs):
-        raise UserError(
-            f"{source} holds several normalisations: {', '.join(m for m, _ in pairs)}; save only one of them"
-        )
+        raise UserError(f"{source} holds several normalisations: {', '.join(m for m, _ in pairs)}; save one of them")
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and (mean.abs() <= 1).all()):
         raise UserError(
             f"{source} normalises with mean {numbers(mean)} and std {numbers(std)}, which is not for images in [0, 1]; "

@@ -79,7 +79,7 @@ def load_weights(
     head = tuple(f"{layer}." for layer in head_names(model))
     if drop_head and not head:
         raise UserError("this model has no Linear layer, so it is unknown which layer is its head")
-    # the file's model may be nested differently in other modules than this one, so its experts go to the whole model
+    # the file's model may be nested more or less deeply than this one, so its experts are added to the whole model
     saved = [{key: value for key, value in each.items() if key != PART} for each in metadata.get("experts") or []]
     left_out = head if drop_head else ()
     if drop_experts and saved:
@@ -263,9 +263,9 @@ def read_tensors(path: str | Path, *, follow: bool = False) -> tuple[dict[str, A
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(("metadata", *map(str, first["loc"])))
-        raise UserError(f"{file} was not written by rome: {where}: {first['msg']}; train or copy it again") from error
+        raise UserError(f"{file} has invalid {where}: {first['msg']}; train or copy it again") from error
     except Unreadable as error:
-        raise UserError(f"{file} was not written by rome: metadata: {error}; train or copy it again") from error
+        raise UserError(f"{file} has invalid metadata: {error}; train or copy it again") from error
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is not a readable safetensors file ({first_line(error)}); train or copy it again"
@@ -291,9 +291,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(
-                f"{file}: {name} is not a dense tensor of numbers (sparse, quantized or meta); save dense tensors"
-            )
+            raise UserError(f"{file}: {name} is sparse, quantized or meta; save dense tensors with numbers")
     return tensors
 
 
