@@ -607,7 +607,7 @@ def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
     [
         (["a", "b", "--out", "x"], "(rome evaluate RUN ...), without --out and --model"),
         (["a", "b", "--model", "resnet_18"], "(rome evaluate RUN ...), without --out and --model"),
-        (["--jobs", "2"], "--jobs, --gpus-per-job and --launcher go with runs alone (rome evaluate RUN ...)"),
+        (["--jobs", "2"], "--jobs, --gpus-per-job and --launcher work only for runs (rome evaluate RUN ...)"),
         (["a", "b", "--launcher", "slurm"], "--launcher: unknown launcher kind 'slurm'"),
         (["a", "--jobs", "0"], "--jobs"),
     ],

@@ -562,7 +562,7 @@ class Trap:
 
 def test_nothing_in_a_checkpoint_is_executed(save: Callable[..., Path], tmp_path: Path) -> None:
     file = save({"state_dict": {}, "trap": Trap(tmp_path / "executed")})
-    with pytest.raises(UserError, match=r"theirs\.pt holds code \(\S+\), and rome loads tensors alone"):
+    with pytest.raises(UserError, match=r"theirs\.pt holds code \(\S+\), and rome loads only tensors"):
         load_weights(tiny(), file)
     assert not (tmp_path / "executed").exists()
 
@@ -605,7 +605,7 @@ def test_files_that_are_not_there_or_hold_something_else(tmp_path: Path) -> None
     with pytest.raises(UserError, match="there is no model at"):
         load_weights(tiny(), tmp_path / "nowhere")
     save_experts(rome.add_experts(vit(), rank=2), tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="holds experts alone, without a backbone"):
+    with pytest.raises(UserError, match="holds only experts, without a backbone"):
         load_weights(vit(), tmp_path / "e.safetensors")
 
 

@@ -518,7 +518,7 @@ def test_a_model_without_experts_has_none_to_save(tmp_path: Path) -> None:
 
 def test_a_whole_model_is_not_read_as_experts(tmp_path: Path) -> None:
     save_model(grown(), tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="holds a whole model, not experts alone"):
+    with pytest.raises(UserError, match="holds a whole model, not only experts"):
         load_experts(tiny(), tmp_path / "m.safetensors")
 
 
@@ -546,7 +546,7 @@ def test_a_recipe_that_json_cannot_hold_does_not_lose_the_weights(tmp_path: Path
 
 def test_experts_alone_are_not_a_model(tmp_path: Path) -> None:
     save_experts(grown(), tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="holds experts alone"):
+    with pytest.raises(UserError, match="holds only experts"):
         load_model(tmp_path / "e.safetensors")
 
 

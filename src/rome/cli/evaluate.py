@@ -104,7 +104,7 @@ def evaluate(
         model_options = [name for name, value in named.items() if value is not None and name not in _RUN_OPTIONS]
         if not targets or out is not None or model_options:
             raise UserError(
-                "several runs, --jobs, --gpus-per-job and --launcher go with runs alone (rome evaluate RUN ...), "
+                "several runs, --jobs, --gpus-per-job and --launcher work only for runs (rome evaluate RUN ...), "
                 "without --out and --model; each result is saved next to its model"
             )
         _evaluate_several(

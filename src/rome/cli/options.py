@@ -27,7 +27,7 @@ Launcher = Annotated[
 Jobs = Annotated[int | None, typer.Option(min=1, help="Jobs run at the same time; default 1.", rich_help_panel=_JOBS)]
 GpusPerJob = Annotated[
     int | None,
-    typer.Option(min=0, help="GPUs for each job; 1 if not given, where there are any.", rich_help_panel=_JOBS),
+    typer.Option(min=0, help="GPUs for each job; 1 if not given and the machine has any.", rich_help_panel=_JOBS),
 ]
 
 

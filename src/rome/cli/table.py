@@ -49,7 +49,7 @@ def table(
         lines = [line for line in lines if line.measured]
     if not runs:
         what = "configs or runs to measure, such as experiments/table6/*.yaml" if number == "6" else "evaluated runs"
-        say(f"these are the paper's numbers alone; name {what}: rome table {number} ...")
+        say(f"only the paper's numbers are shown; to add yours, name {what}: rome table {number} ...")
     if not lines:
         raise UserError("--filled leaves no row: name runs")
     print(render(f"Table {number.upper()}", lines, form, about=about), end="")

@@ -73,7 +73,7 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
     """
     metadata, tensors = read_tensors(path)
     if metadata.get("format") not in (None, "experts"):
-        raise UserError(f"{path} holds a whole model, not experts alone; use rome.load_model(path, model)")
+        raise UserError(f"{path} holds a whole model, not only experts; use rome.load_model(path, model)")
     if not metadata.get("experts") and not expert_state(model):
         raise UserError(f"{path} does not say which experts it holds; add them with rome.add_experts(model, ...) first")
 
@@ -116,15 +116,15 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
         path: the file, a run's folder, or a model on the Hub: ``hf://USER/NAME`` or ``hf://USER/NAME@REVISION`` for a
             commit, branch or tag (:mod:`rome.models.hub`).
         model: your own module to load into; None builds the model from the metadata in the file.
-        trust_code: also build a model whose file names code to run, if no training of yours on this machine wrote the
-            file (:mod:`rome.core.trust`).
+        trust_code: run code that the file names for building the model, even if none of your trainings on this machine
+            wrote the file (:mod:`rome.core.trust`).
 
     Raises:
         UserError: the file was not written by :func:`save_model`, or does not fit.
     """
     metadata, tensors = read_tensors(path, follow=model is None)
     if metadata.get("format") == "experts":
-        raise UserError(f"{path} holds experts alone, without a backbone; use rome.load_experts(model, path)")
+        raise UserError(f"{path} holds only experts, without a backbone; use rome.load_experts(model, path)")
     built = model is None
     if not metadata and built:
         raise UserError(

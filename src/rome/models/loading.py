@@ -74,7 +74,7 @@ def load_weights(
     file = weights_file(source)
     metadata, tensors = read_weights(file)
     if metadata.get("format") == "experts":
-        raise UserError(f"{file} holds experts alone, without a backbone; use rome.load_experts(model, path)")
+        raise UserError(f"{file} holds only experts, without a backbone; use rome.load_experts(model, path)")
     name = str(source)
     head = tuple(f"{layer}." for layer in head_names(model))
     if drop_head and not head:
@@ -188,7 +188,7 @@ def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read rome's metadata, empty in other files, and the tensors from a file of weights.
 
     Raises:
-        UserError: the file is missing, or not readable as tensors alone.
+        UserError: the file is missing, or not readable without running code.
     """
     if file.name.endswith(".index.json"):
         return {}, _read_shards(file)
@@ -197,9 +197,9 @@ def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             start = opened.read(9)
     except OSError:
         start = b""
-    ours = start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
+    is_safetensors = start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
     pickled = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
-    if not ours and (pickled or file.suffix in CHECKPOINTS):
+    if not is_safetensors and (pickled or file.suffix in CHECKPOINTS):
         return {}, read_checkpoint(file)
     return read_tensors(file)
 

@@ -45,7 +45,7 @@ def load_pickle(file: Path, advice: str = "copy it again") -> Any:
         named = [refused[1]] if refused else _names(program)
         if named:
             raise UserError(
-                f"{file} holds code ({printable(some(named))}), and rome loads tensors alone, so none of it was run: "
+                f"{file} holds code ({printable(some(named))}), and rome loads only tensors, so none of it was run: "
                 "if you trust it, load it with torch, torch.save(model.state_dict(), ...) and give that file"
             ) from error
         raise UserError(f"{file} cannot be read (it is not a checkpoint of torch.save); {advice}") from error
