@@ -23,7 +23,7 @@ def check(
         typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", min=0, help="Memory of the GPU to train on; else of the GPU here.")
+        float | None, typer.Option(metavar="GB", min=0, help="Memory of the GPU to train on; this GPU's if not given.")
     ] = None,
     as_json: options.Json = False,
     trust_code: options.TrustCode = False,

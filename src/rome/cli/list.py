@@ -57,9 +57,9 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
     pattern: Annotated[
-        str, typer.Argument(help="Only matching names: 'vit_*'; for experiments a part: 'table4'.")
+        str, typer.Argument(help="Only names like 'vit_*'; for experiments a part like 'table4'.")
     ] = "*",
-    cost: Annotated[bool, typer.Option("--cost", help="Experiments: estimate their costs; some seconds each.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="Estimate what experiments cost; some seconds each.")] = False,
 ) -> None:
     """List the methods, attacks, models, data, ... that configs can name."""
     from rich.text import Text

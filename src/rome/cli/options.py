@@ -24,7 +24,7 @@ Launcher = Annotated[
         rich_help_panel=_JOBS,
     ),
 ]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Jobs run at the same time; default 1.", rich_help_panel=_JOBS)]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Jobs at the same time; 1 if not given.", rich_help_panel=_JOBS)]
 GpusPerJob = Annotated[
     int | None,
     typer.Option(min=0, help="GPUs for each job; 1 if not given and the machine has any.", rich_help_panel=_JOBS),
@@ -40,15 +40,15 @@ _MODEL_OPTIONS: dict[str, Any] = {
     "model": _model_option(str, "A timm name, hf://USER/NAME, path.py:function, TorchScript or torch.export file."),
     "data": _model_option(
         str,
-        "digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With a run: where its "
-        "data is now.",
+        "digits, cifar10:PATH, a folder of images or of Parquet files, or a .parquet file. With rome evaluate "
+        "RUN: where the run's data is now.",
     ),
     "weights": _model_option(str, "A weights file or hf://USER/NAME; timm's pretrained weights if not given."),
     "weights_key": _model_option(str, "Which model to take if --weights holds several, such as state_dict."),
     "budgets": _model_option(
         str,
-        "Threats: cifar10, imagenet, digits, or balls such as L2=0.5,Linf=4/255,Linf=8/255. With a run: instead of its "
-        "config's threats.",
+        "Threats: cifar10, imagenet, digits, or balls such as L2=0.5,Linf=4/255,Linf=8/255. With rome evaluate RUN: "
+        "instead of those in the run's config.",
     ),
     "num_classes": _model_option(int, "Number of logits; the data's number of classes if not given.", min=2),
     "img_size": _model_option(int, "Height and width of the images, in pixels.", min=1),

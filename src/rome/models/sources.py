@@ -49,7 +49,9 @@ def make_backbone(
     if name.startswith(ROBUSTBENCH):
         return robustbench_model(name.removeprefix(ROBUSTBENCH), num_classes=num_classes, **options)
     if pretrained and (names_code(name) or name in BACKBONES):
-        raise UserError(f"model.pretrained is for timm's models, not {name}; set model.weights to a file")
+        raise UserError(
+            f"model.pretrained is for timm's models, not {name}; give its weights (model.weights, --weights)"
+        )
     if names_code(name):
         place = name.rpartition(":")[0]
         with neighbours(Path(place).resolve().parent) if place.endswith(".py") else nullcontext():
