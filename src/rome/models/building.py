@@ -145,9 +145,8 @@ def untrained(settings: ModelSettings) -> Classifier:
         raise
     except OSError as error:
         raise UserError(
-            f"the weights of {name} cannot be downloaded: {first_line(error)}. Without a network, set "
-            "model.pretrained=false and model.weights=FILE, or copy another machine's cache and set HF_HOME to it and "
-            "HF_HUB_OFFLINE=1"
+            f"the weights of {name} cannot be downloaded: {first_line(error)}. Offline, set model.pretrained=false and "
+            "model.weights=FILE, or HF_HUB_OFFLINE=1 and HF_HOME to a copy of another machine's cache"
         ) from error
     except Exception as error:  # a user's function can raise anything
         hint = "; null removes an inherited setting that the model does not take (model.img_size=null)" if sizes else ""

@@ -82,8 +82,7 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
         if not any_backbone and metadata.get("moved", True) and metadata.get("beside") != fingerprint(target):
             raise UserError(
                 f"{path} holds experts that were trained together with the model's other weights, and this model has "
-                "different ones: save the whole model (rome.save_model), or load the experts anyway with "
-                "any_backbone=True"
+                "different ones: save the whole model (rome.save_model), or load them anyway with any_backbone=True"
             )
         fit(target, tensors, expected=expected, path=path)
 

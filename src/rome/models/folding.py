@@ -106,8 +106,8 @@ def _after_normalizing(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
 
 def _fixed(module: nn.BatchNorm2d) -> bool:
     """Whether a module normalises by fixed statistics, and is called without hooks."""
-    known = type(module) in (nn.BatchNorm2d, BatchNormAct2d) and not _hooked(module)
-    return known and module.running_mean is not None and not module.training
+    plain = type(module) in (nn.BatchNorm2d, BatchNormAct2d) and not _hooked(module)
+    return plain and module.running_mean is not None and not module.training
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +280,8 @@ class Inspection:
         if top in self._packages or top in _VERSIONED or top in sys.stdlib_module_names:
             return
         version = getattr(sys.modules.get(top), "__version__", None)
-        try:
-            version = version or importlib.metadata.version(top)
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            return
-        self._packages[top] = str(version)
+        with suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            self._packages[top] = str(version or importlib.metadata.version(top))
 
     def _first_visit(self, owner: object, key: object) -> bool:
         """Whether this is the first call for an owner and a key."""
