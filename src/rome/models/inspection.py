@@ -72,8 +72,8 @@ class Inspection:
         if _is_plain(value) and len(shown := repr(value)) <= 60:
             return shown
         digest = self.of(value)
-        own = isinstance(value, Known) and not is_users(value)
-        return name_of(value) if own and not getattr(value, "__closure__", None) else _shown(digest)
+        from_library = isinstance(value, Known) and not is_users(value)
+        return name_of(value) if from_library and not getattr(value, "__closure__", None) else _shown(digest)
 
     def of(self, value: object) -> str:
         """SHA-256 of a value, including everything it refers to and the code of the user's functions and classes."""
