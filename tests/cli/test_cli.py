@@ -147,7 +147,7 @@ def test_alone_it_says_what_to_do_first_and_which_version_it_is(rome: Any) -> No
                 "--loggers",
             ],
         ),
-        ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}"]),  # brackets would be taken for markup
+        ("evaluate", ["{kind:corruptions,path:CIFAR-10-C}", "hf://user/name@revision"]),  # not taken for markup
         ("report", ["runs", "--out", "report.html", "--union", "--robustbench"]),
         ("cost", ["config", "--no-timing", "--repeats", "--layers", "--json"]),
         ("check", ["config", "key=value", "--json", "missing"]),
@@ -189,6 +189,8 @@ def test_models_are_listed_by_pattern(rome: Any) -> None:
     assert "vit_tiny_patch16_224" in ended.out
     assert all(line.startswith("vit_tiny_patch16_") for line in ended.out.splitlines())
     assert rome("list", "models", "no-such-*").code == 2
+    assert [line.split()[0] for line in rome("list", "suites", "a*").out.splitlines()] == ["all", "apgd", "autoattack"]
+    assert rome("list", "suites", "no-such-*").code == 2
     both = rome("list", "models", "*resnet*18*").out
     lines = [line for line in both.splitlines() if not line.startswith(" ")]
     assert lines[0].startswith("preact_resnet_18"), "own models come first"
@@ -210,8 +212,8 @@ def test_experiments_are_listed_with_the_papers_numbers(rome: Any) -> None:
     [
         (["list", "experiment"], "family cannot be 'experiment'. Did you mean 'experiments'? Valid: attacks, data,"),
         (["evaluate", "x", "--routing", "invers"], "--routing cannot be 'invers'. Did you mean 'inverse'?"),
-        (["trian"], "no such command 'trian'. Did you mean 'train'? (rome --help says more)"),
-        (["train"], "missing argument 'config' (rome train --help says more)"),
+        (["trian"], "no such command 'trian'. Did you mean 'train'? (see rome --help)"),
+        (["train"], "missing argument 'config' (see rome train --help)"),
         (["evaluate", "x", "--n", "0"], "invalid value for '--n'"),
         (["table", "--formt", "html"], "there is no option --formt. Did you mean '--format'?"),
     ],
@@ -220,6 +222,16 @@ def test_wrong_usage_is_answered_like_any_other_mistake(arguments: list[str], me
     ended = rome(*arguments)
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert ended.err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--out", "."], "a directory"), (["--imports", "nowhere"], "--imports nowhere: ModuleNotFoundError: No module")],
+)
+def test_a_mistake_with_the_schema_is_one_line(arguments: list[str], message: str, rome: Any) -> None:
+    ended = rome("schema", *arguments)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert message in ended.err
 
 
 def test_alone_it_helps(rome: Any) -> None:
@@ -256,8 +268,8 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "natural_epochs=9"], "natural_epochs: 9 exceeds epochs 1; set both: natural_epochs=0"),
         (["tiny.yaml", "method=rome"], "kind of experts, a separate setting: experts=low-rank. Valid: avg, eat"),
         (["tiny.yaml", "attack=random"], "kind of method, a separate setting: method=random. Valid: apgd"),
-        (["tiny.yaml", "--epochs", "3"], "there is no option --epochs; settings of a config have no dashes: epochs=3"),
-        (["tiny.yaml", "--batch-size=3"], "settings of a config have no dashes: batch_size=3"),
+        (["tiny.yaml", "--epochs", "3"], "there is no option --epochs; write config settings without dashes: epochs=3"),
+        (["tiny.yaml", "--batch-size=3"], "write config settings without dashes: batch_size=3"),
         (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
         (["other.safetensors"], "other.safetensors is a file of weights: rome evaluate other.safetensors, or model.we"),
         (["net.py"], "a config is a YAML file; net.py is a program: name its function, net.py:net"),
@@ -431,7 +443,7 @@ def test_what_the_checkpoint_was_started_from_is_not_needed(rome: Any, tmp_path:
         (["runs/tiny", "--device", "tpu"], "unknown device 'tpu'"),
         (["other.safetensors"], "holds no config"),
         (["runs/tiny/config.yaml"], "runs/tiny/config.yaml is a config: rome train runs/tiny/config.yaml"),
-        (["runs/tiny", "--batch-size", "\N{SUPERSCRIPT TWO}"], "give a number from 1, or auto"),
+        (["runs/tiny", "--batch-size", "\N{SUPERSCRIPT TWO}"], "give a positive integer, or auto"),
         (["cut.safetensors"], "is not a readable safetensors file"),
     ],
 )
@@ -593,8 +605,9 @@ def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a", "b", "--out", "x"], "several runs are evaluated without --out and --model"),
-        (["a", "b", "--model", "resnet_18"], "several runs are evaluated without --out and --model"),
+        (["a", "b", "--out", "x"], "(rome evaluate RUN ...), without --out and --model"),
+        (["a", "b", "--model", "resnet_18"], "(rome evaluate RUN ...), without --out and --model"),
+        (["--jobs", "2"], "--jobs, --gpus-per-job and --launcher work only for runs (rome evaluate RUN ...)"),
         (["a", "b", "--launcher", "slurm"], "--launcher: unknown launcher kind 'slurm'"),
         (["a", "--jobs", "0"], "--jobs"),
     ],

@@ -422,7 +422,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "fixed.pt2"], "exported for batches of exactly 3.*dynamic batch.*torch.export.Dim"),
         (
             ["--model", "sixteen.pt2"],
-            "exported for batches of up to 16, and this one has 30 images: give --batch-size 16",
+            "exported for batches of up to 16 images, not 30: set --batch-size 16",
         ),
         (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
         (["--model", "constant.pt2"], "has no gradient with respect to its images"),
@@ -469,7 +469,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "typo.py:net"], "cannot be imported: NameError: name 'tocrh' is not defined"),
         (["--model", "late.py:net"], "cannot be built with .*: name 'tocrh' is not defined"),
         (["--model", "traced.pt", "--cases", "Lnf"], "no case 'Lnf'"),
-        (["--model", "traced.pt", "--batch-size", "big"], "--batch-size 'big': give a number from 1, or auto"),
+        (["--model", "traced.pt", "--batch-size", "big"], "--batch-size 'big': give a positive integer, or auto"),
         (["--model", "traced.pt", "--n", "361"], "--n 361 exceeds the 360 test examples of digits"),
         (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
         (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
@@ -495,7 +495,7 @@ def test_a_batch_that_an_export_takes_is_enough(call: Any) -> None:
 
 def test_junk_is_no_export(call: Any, tmp_path: Path) -> None:
     (tmp_path / "junk.pt2").write_bytes(b"not a zip")
-    assert "junk.pt2 is not a file of torch.export.save" in call("--model", "junk.pt2", "--data", "digits").err
+    assert "junk.pt2 was not written by torch.export.save" in call("--model", "junk.pt2", "--data", "digits").err
 
 
 def test_weights_bring_their_experts_and_their_normalisation(tmp_path: Path) -> None:

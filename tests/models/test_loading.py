@@ -119,10 +119,10 @@ def layouts(state: dict[str, Tensor]) -> dict[str, tuple[Any, str]]:
     lightning = {"state_dict": prefixed(state, "model.net.") | {"criterion.weight": torch.ones(10)}, "epoch": 3}
     moments = {"state": {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.ones(3)}}}
     return {
-        "AveragedModel": (swa, "those under module are taken; left out: n_averaged"),
+        "AveragedModel": (swa, "the weights under module are loaded; left out: n_averaged"),
         "MadryLab": ({"model": madry}, "normalisation of .*: mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5"),
         "Sequential": (sequential, "normalisation of .*: mean 0.25, 0.25, 0.25, std 0.5, 0.5, 0.5"),
-        "Lightning": (lightning, r"under state_dict\.model\.net are taken; left out: state_dict\.criterion\.weight"),
+        "Lightning": (lightning, r"under state_dict\.model\.net are loaded; left out: state_dict\.criterion\.weight"),
         "optimizer": ({"model_state": state, "optimizer": moments}, r"left out: optimizer \(2 tensors\)"),
         "BYOL": ({"state_dict": prefixed(state, "encoder.") | {"proj.0.weight": torch.ones(2)}}, "state_dict.proj.0"),
         "args": ({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, ""),
@@ -154,7 +154,7 @@ def test_averaged_weights_are_taken_where_timm_takes_them(tmp_path: Path) -> Non
     (remark,) = load_weights(model, file)
     reference = timm.create_model("resnet10t", num_classes=4, checkpoint_path=str(file))
     assert same(copied(model.backbone), copied(reference))
-    assert "averaged weights (state_dict_ema) are taken" in remark
+    assert "averaged weights (state_dict_ema) are loaded" in remark
     assert "--weights-key" in remark
     chosen = create_model("resnet10t", num_classes=4, weights=file, weights_key="state_dict")
     assert same(copied(chosen.backbone), copied(raw))
@@ -290,6 +290,9 @@ def test_the_normalisation_that_timm_keeps_beside_weights_for_the_hub_is_taken(t
     kept = vit()
     load_weights(kept, tmp_path, keep_normalization=True)
     assert torch.equal(kept.mean, vit().mean)
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [null], "std": [1]}}')
+    load_weights(kept, tmp_path)
+    assert torch.equal(kept.mean, vit().mean), "one without numbers is ignored"
 
 
 def test_a_normalisation_that_is_given_stands(save: Callable[..., Path], theirs: dict[str, Tensor]) -> None:
@@ -311,7 +314,7 @@ def test_a_normalisation_that_is_given_stands(save: Callable[..., Path], theirs:
 def test_weights_of_a_model_built_with_other_arguments_are_told(tmp_path: Path) -> None:
     save_model(tiny(activation="relu"), tmp_path / "m.safetensors")
     remarks = load_weights(tiny(), tmp_path / "m.safetensors")
-    assert f"{tmp_path / 'm.safetensors'} was saved of a model with activation=relu (here None)" in remarks
+    assert f"{tmp_path / 'm.safetensors'} was saved from a model with activation=relu (here None)" in remarks
 
 
 def test_counters_that_old_checkpoints_lack_are_not_missed(
@@ -374,7 +377,7 @@ def test_experts_come_with_the_weights_or_are_dropped_on_purpose(tmp_path: Path)
         assert torch.equal(model.eval()(x), source.eval()(x))
         dropped = vit(weights=tmp_path / f"{name}.safetensors", drop_experts=True)
         assert torch.equal(dropped.eval()(x), plain.eval()(x))
-    with pytest.raises(UserError, match=r"proj\.A, .* not in the model; it seems to have experts, whose settings"):
+    with pytest.raises(UserError, match=r"proj\.A, .* not in the model; it seems to have experts, but only a file"):
         vit(weights=tmp_path / "bare.pt")
 
 
@@ -443,7 +446,7 @@ def test_what_was_changed_after_it_was_built_is_not_built_again_as_it_was(
         model.backbone.blocks[0].mlp.act = nn.ReLU()
         return model
 
-    file, message = tmp_path / "m.safetensors", r"was saved of a model with .*1 ReLU \(here 0\)"
+    file, message = tmp_path / "m.safetensors", r"was saved from a model with .*1 ReLU \(here 0\)"
     source, x = rome.add_experts(changed(), rank=2).eval(), torch.rand(2, 3, 32, 32)
     save_model(source, file)
     with pytest.raises(UserError, match=f"{message}.*pass the module to load it into"):
@@ -509,7 +512,7 @@ def test_another_number_of_classes_says_what_to_do(build: Any, head: str, tmp_pa
             build(num_classes=4, weights=file)
         assert f"backbone.{head}.bias is (10,) in the file, (4,) in the model" in str(error.value)
         assert str(error.value).endswith(
-            "only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
+            "only the head differs: set model.drop_head=true (drop_head=True) to start with a new one"
         )
         fresh = build(seed=5, num_classes=4)
         model = build(seed=5, num_classes=4, weights=file, drop_head=True)
@@ -537,10 +540,10 @@ def test_timm_knows_which_layers_are_the_head() -> None:
 
 
 def test_a_head_that_cannot_be_dropped(save: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"drop_head drops the last layer of model\.weights, and there are none"):
+    with pytest.raises(UserError, match=r"drop_head drops the last layer of model\.weights, which is not set"):
         tiny(drop_head=True)
     conv = nn.Conv2d(3, 2, 1)
-    with pytest.raises(UserError, match="which layer is its head to drop is unknown"):
+    with pytest.raises(UserError, match="it is unknown which layer is its head"):
         load_weights(conv, save(copied(conv)), drop_head=True)
 
 
@@ -559,7 +562,7 @@ class Trap:
 
 def test_nothing_in_a_checkpoint_is_executed(save: Callable[..., Path], tmp_path: Path) -> None:
     file = save({"state_dict": {}, "trap": Trap(tmp_path / "executed")})
-    with pytest.raises(UserError, match=r"theirs\.pt holds code \(\S+\), and rome loads tensors alone"):
+    with pytest.raises(UserError, match=r"theirs\.pt holds code \(\S+\), and rome loads only tensors"):
         load_weights(tiny(), file)
     assert not (tmp_path / "executed").exists()
 
@@ -602,7 +605,7 @@ def test_files_that_are_not_there_or_hold_something_else(tmp_path: Path) -> None
     with pytest.raises(UserError, match="there is no model at"):
         load_weights(tiny(), tmp_path / "nowhere")
     save_experts(rome.add_experts(vit(), rank=2), tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="holds experts alone, without a backbone"):
+    with pytest.raises(UserError, match="holds only experts, without a backbone"):
         load_weights(vit(), tmp_path / "e.safetensors")
 
 
@@ -721,7 +724,7 @@ def test_robustbenchs_settings_are_the_models_arguments(robustbench: list[dict[s
         (
             GOWAL,
             {"num_classes": 7},
-            r"has cifar10's 10 classes, not 7; .*model\.weights, and set model\.drop_head=true",
+            r"has cifar10's 10 classes, not 7; .*model\.weights to its file, and model\.drop_head=true",
         ),
         (GOWAL, {"threat": "L2"}, "cannot be built with .*threat=L2.*threat"),
         ("robustbench:Gowal", {}, "RobustBench has no model 'Gowal' for cifar10 and Linf; .*robustbench.github.io"),

@@ -192,7 +192,10 @@ def test_a_neighbour_that_another_module_shadows_is_refused(tmp_path: Path, monk
     already = ModuleType("helper_x")
     monkeypatch.setitem(sys.modules, "helper_x", already)
     create_model(f"{tmp_path}/other.py:net", num_classes=4)  # does not ask for it
-    with pytest.raises(UserError, match=r"the module helper_x in .* has the name of another, which is in use; rename"):
+    with pytest.raises(
+        UserError,
+        match=r"the module helper_x in .* has the same name as another module, which is already imported; rename",
+    ):
         create_model(f"{tmp_path}/mine.py:net", num_classes=4)
     assert sys.modules["helper_x"] is already
 
@@ -236,7 +239,7 @@ def test_a_name_like_no_other_is_refused_too() -> None:
         ("vit_tiny_patch16_224", {"embed_dim": 31}, r"cannot be built with .*embed_dim=31"),
         ("resnet10t", {"patch_size": 4}, r"cannot be built with patch_size=4"),
         ("{own}:means", {"width": 2}, r"cannot be built with .*width=2"),
-        ("{own}:means", {"mean": (0.1, 0.2)}, r"model\.mean has 2 values but images have 3 channels"),
+        ("{own}:means", {"mean": (0.1, 0.2)}, r"model\.mean has 2 values but the images have 3 channels"),
         ("{own}:means", {"std": (0.1, 0.0, 1)}, r"model\.std must be positive"),
         ("{own}:number", {}, r"returned a int, not a torch module"),
         ("{own}:constant", {}, r"cannot be built"),
@@ -312,7 +315,7 @@ def test_auxiliary_logits_in_training_mode_are_refused_before_training(tmp_path:
 
 
 def test_outputs_must_be_one_logit_a_class(own: Path) -> None:
-    with pytest.raises(UserError, match=r"gives 3 classes, and the data has 10"):
+    with pytest.raises(UserError, match=r"outputs 3 classes, and the data has 10"):
         build_model(ModelSettings(name=f"{own}:means"), None, classes=10, shape=(3, 32, 32))
 
 
@@ -389,14 +392,16 @@ def test_experts_belong_to_the_weights_they_were_saved_beside(
     before = {name: value.clone() for name, value in other.state_dict().items()}
     load_experts(other, file)  # trained beside frozen weights, they may stand beside others
     assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
-    assert "the model has other weights than those" in capsys.readouterr().err
+    assert "the model has other weights than the one that these experts were saved from" in capsys.readouterr().err
     moved = grown(0)
     with torch.no_grad():
         moved.backbone.head.bias += 1
     save_experts(moved, file)
     for target in (tiny(0), grown(0)):  # where they started
         start = {name: value.clone() for name, value in target.state_dict().items()}
-        with pytest.raises(UserError, match="trained together with the weights beside them, and the model has others"):
+        with pytest.raises(
+            UserError, match="trained together with the model's other weights, and this model has different ones"
+        ):
             load_experts(target, file)
         assert target.state_dict().keys() == start.keys()
         assert all(torch.equal(target.state_dict()[name], value) for name, value in start.items())
@@ -446,7 +451,7 @@ def test_a_file_loads_into_your_own_module(tmp_path: Path) -> None:
     target = mlp()
     assert load_model(tmp_path / "m.safetensors", target) is target  # gets its experts first
     assert same(target, source)
-    with pytest.raises(UserError, match=r"cannot be built from what it says .*; pass the module"):
+    with pytest.raises(UserError, match=r"cannot be built from the file's metadata .*; pass the module"):
         load_model(tmp_path / "m.safetensors")
 
 
@@ -492,6 +497,13 @@ def test_starting_weights_must_cover_the_backbone(tmp_path: Path) -> None:
         load_weights(tiny(1), changed(tmp_path / "m.safetensors", backbone__blocks__2__attn__qkv__weight=torch.ones(1)))
 
 
+def test_a_model_is_not_saved_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", tmp_path):
+        with pytest.raises(UserError, match=r"cannot be written \(.*\): check the path"):
+            save_model(tiny(0), folder)
+
+
 def test_experts_of_another_size_are_refused(tmp_path: Path) -> None:
     save_experts(grown(), tmp_path / "e.safetensors")
     with pytest.raises(UserError, match=r"qkv\.A is \(6, 32\) in the file, \(12, 32\) in the model"):
@@ -506,7 +518,7 @@ def test_a_model_without_experts_has_none_to_save(tmp_path: Path) -> None:
 
 def test_a_whole_model_is_not_read_as_experts(tmp_path: Path) -> None:
     save_model(grown(), tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="holds a whole model, not experts alone"):
+    with pytest.raises(UserError, match="holds a whole model, not only experts"):
         load_experts(tiny(), tmp_path / "m.safetensors")
 
 
@@ -534,7 +546,7 @@ def test_a_recipe_that_json_cannot_hold_does_not_lose_the_weights(tmp_path: Path
 
 def test_experts_alone_are_not_a_model(tmp_path: Path) -> None:
     save_experts(grown(), tmp_path / "e.safetensors")
-    with pytest.raises(UserError, match="holds experts alone"):
+    with pytest.raises(UserError, match="holds only experts"):
         load_model(tmp_path / "e.safetensors")
 
 

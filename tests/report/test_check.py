@@ -58,7 +58,7 @@ def test_everything_that_is_missing_is_said_at_once(rome: Any, tmp_path: Path, m
     ended = rome("check", write_yaml(tmp_path / "some.yaml", {**changed(), **changes}))
     assert ended.code == 2
     first, *rest = ended.err.strip().splitlines()
-    assert first == "error: it cannot be trained here:"
+    assert first == "error: this config cannot be trained here:"
     for line, words in zip(rest, ["rome-robust[wandb]", "no CUDA device", "lost.safetensors", "nowhere"], strict=True):
         assert words in line
     assert "GMACs" in ended.out, "what can be counted without them is"

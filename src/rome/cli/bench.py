@@ -17,17 +17,20 @@ from rome.core.trust import opens_files
 @opens_files
 def bench(
     models: Annotated[
-        Path, typer.Argument(metavar="MODELS.yaml", help="A list of models, with their data and budgets.")
+        Path, typer.Argument(metavar="MODELS.yaml", help="A list of models, with their data and threats.")
     ],
     suite: Annotated[
-        str | None, typer.Option(help="For all models, instead of the list's: apgd, autoattack, apgd,unseen ...")
+        str | None, typer.Option(help="Suite for all models, instead of the list's: apgd, autoattack, apgd,unseen ...")
     ] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="First N test examples, instead of the list's.")] = None,
-    data: Annotated[str | None, typer.Option(help="Instead of the list's: digits, cifar10:PATH, a folder ...")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="First N test examples, instead of the list's N.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data for all models, instead of the list's: digits, cifar10:PATH, a folder ...")
+    ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Instead of the list's: cifar10, or Linf=2/255,Linf=4/255,Linf=8/255.")
+        str | None,
+        typer.Option(help="Threats for all models, instead of the list's: cifar10, or Linf=2/255,Linf=4/255 ..."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for evaluations and leaderboard.")] = Path("bench"),
+    out: Annotated[Path, typer.Option(help="Folder for the evaluations and the leaderboard.")] = Path("bench"),
     device: options.Device = None,
     overwrite: options.Overwrite = False,
     jobs: options.Jobs = None,
@@ -35,8 +38,10 @@ def bench(
     launcher: options.Launcher = None,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Evaluate every model of a list, each in a process of its own, and write a leaderboard; goes on where it was
-    stopped."""
+    """Evaluate every model in a list and write a leaderboard.
+
+    Each model is evaluated in its own process. After an interruption, the same command continues where it stopped.
+    """
     from rome.report.bench import gather_models, jobs_of, read_models
     from rome.runs.launchers import chosen_launcher, require_done
 

@@ -23,28 +23,28 @@ def check(
         typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", min=0, help="Of the GPU to fit; else the one here, if there is one.")
+        float | None, typer.Option(metavar="GB", min=0, help="Memory of the GPU to train on; this GPU's if not given.")
     ] = None,
     as_json: options.Json = False,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Say without training what a config amounts to, what it costs, and what is missing to train it here.
+    """Check a config without training: what it resolves to, what it costs, and what is missing to train it here.
 
-    Exit code 2 if it could not be trained.
+    The exit code is 2 if it cannot be trained here.
     """
     import yaml
 
-    from rome.report.check import check as checked
+    from rome.report.check import check as check_config
     from rome.report.check import lines
     from rome.runs.config import load
 
-    found = checked(load(config, overrides or ()), None if memory is None else memory * 1e9)
+    found = check_config(load(config, overrides or ()), None if memory is None else memory * 1e9)
     if as_json:
         facts = {"config": found.config.dump(), "cost": found.cost, "missing": found.missing, "remarks": found.remarks}
         print(json.dumps(facts))
     else:
         print(yaml.safe_dump(found.config.dump(), sort_keys=False, allow_unicode=True, default_flow_style=None), end="")
-        for line in lines(found):  # as comments, so that the whole is a config
+        for line in lines(found):  # as comments, so that the output is a valid config
             print(f"# {line}")
     if found.missing:
-        raise UserError("it cannot be trained here:\n" + "\n".join(f"- {each}" for each in found.missing))
+        raise UserError("this config cannot be trained here:\n" + "\n".join(f"- {each}" for each in found.missing))

@@ -17,19 +17,22 @@ from rome.core.trust import opens_files
 @opens_files
 def cost(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value]...", help="YAML files, then changes.")],
-    timing: Annotated[bool, typer.Option(help="Measure seconds per update and latency too.")] = True,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed updates; the median counts.")] = 3,
-    layers: Annotated[bool, typer.Option("--layers", help="Only say which layers get experts; a dry run.")] = False,
+    timing: Annotated[bool, typer.Option(help="Also measure seconds per update and latency.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed updates; their median is reported.")] = 3,
+    layers: Annotated[bool, typer.Option("--layers", help="Only list the layers that would get experts.")] = False,
     as_json: options.Json = False,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Parameters, multiply-accumulates, memory, seconds per update and latency of configs (Table 6), timed in turn."""
+    """Show parameters, multiply-accumulates, memory, seconds per update and latency of configs (Table 6).
+
+    Several configs are timed in turn, so that the load of the machine affects them alike.
+    """
     from rome.report.cost import compare, plan, show_costs, show_plan
     from rome.runs.config import files_and_changes, load
 
     files, overrides = files_and_changes(configs)
     if not files or (layers and len(files) > 1):
-        raise UserError("name one config, such as experiments/table1/rome-random-pgd.yaml, or several to compare")
+        raise UserError("name a config, such as experiments/table1/rome-random-pgd.yaml; --layers takes only one")
     loaded = [load(file, overrides) for file in files]
     if layers:
         found = plan(loaded[0])

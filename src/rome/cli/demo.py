@@ -1,4 +1,4 @@
-"""``rome demo``: the whole program on data that comes with it."""
+"""``rome demo``: training, evaluation and report on the digits that come with rome."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ SHORT = (
     *("epochs=14", "natural_epochs=9", "batch_size=64", "optimizer.lr=3e-3", "attack.steps=3"),
     "evaluation.suite.iterations=10",
 )
-"""What makes the experiments short enough to be trained with three seeds each."""
+"""Overrides that make the experiments short enough to train each with three seeds."""
 SEEDS = "seed=0,1,2"
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Train RANDOM and RoME+RANDOM on real digits with three seeds each, attack all, set them side by side."""
+    """Train RANDOM and RoME+RANDOM on real digits with three seeds each, attack all models and compare them."""
     import os
     import shutil
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 RoutingName = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 
-BESIDE_RUN = ("data", "budgets")
-"""Options that name a model's surroundings, and beside a run replace what its config says."""
+_RUN_OPTIONS = ("data", "budgets")
+"""Options for a model without a run that also apply to a run, whose config they then override."""
 
 
 @app.command()
@@ -34,43 +34,47 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[TARGET]...",
-            help="A run's folder, a model.safetensors of ours, or hf://USER/NAME[@REVISION]; several are evaluated "
-            "each in a process of its own.",
+            help="A run's folder, a model.safetensors written by rome, hf://USER/NAME or hf://USER/NAME@REVISION; each "
+            "of several is evaluated in its own process.",
         ),
     ] = None,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="apgd, autoattack, lp, unseen, corruptions, all; several: apgd,unseen; or settings as in a config: "
+            help="apgd, autoattack, lp, unseen, corruptions or all; several: apgd,unseen; or settings as in a config: "
             "'{kind: corruptions, path: CIFAR-10-C}'."
         ),
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="The network that measures for PPGD and LPA: a run, a file, or self; runs/alexnet."),
+        typer.Option(
+            help="Network that measures distances in PPGD and LPA: a run, a file or self; runs/alexnet if not given."
+        ),
     ] = None,
-    cases: Annotated[str | None, typer.Option(help="Run only these columns of the suite now: L2,Linf.")] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's if not given.")] = None,
+    cases: Annotated[str | None, typer.Option(help="Run only these cases of the suite now, such as L2,Linf.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="First N test examples; the config's N if not given.")] = None,
     batch_size: Annotated[
-        str | None, typer.Option(help="Examples at a time; auto halves them where memory does not suffice.")
+        str | None, typer.Option(help="Examples per batch; auto halves a batch that does not fit in memory.")
     ] = None,
     device: options.Device = None,
     routing: Annotated[
-        RoutingName | None, typer.Option(help="Gate weights: the learned ones, or those of the paper's Table 5.")
+        RoutingName | None, typer.Option(help="Gate weights: learned, or a replacement from the paper's Table 5.")
     ] = None,
     checks: Annotated[
         bool | None,
-        typer.Option("--checks/--no-checks", help="Look for masked gradients; if not given, where that costs little."),
+        typer.Option("--checks/--no-checks", help="Check for masked gradients; by default where that costs little."),
     ] = None,
     save_images: Annotated[
         Literal["none", "fooled", "all"] | None,
-        typer.Option(help="Keep nobody's adversarial images, those that fooled the model, or those of all examples."),
+        typer.Option(help="Adversarial images to save: none, those that fooled the model, or all."),
     ] = None,
     loggers: Annotated[
         str | None,
-        typer.Option(help="Log the result to these too: wandb,csv; the config's if not given. rome list loggers."),
+        typer.Option(
+            help="Also log the result to: wandb,csv; the config's loggers if not given. See rome list loggers."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the result; beside the model if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; next to the model if not given.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     jobs: options.Jobs = None,
@@ -78,9 +82,10 @@ def evaluate(
     launcher: options.Launcher = None,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Attack a model under every threat; goes on where an earlier call was killed.
+    """Attack a model under every threat and report its clean and robust accuracies.
 
-    Under torchrun or srun, on as many processes as they start, with the same result.
+    After an interruption, the same command continues where it stopped.
+    Under torchrun or srun, the work is spread over their processes, with the same result.
     """
     settings: dict[str, Any] = {
         "suite": suite,
@@ -96,37 +101,35 @@ def evaluate(
         "overwrite": overwrite,
     }
     if len(targets or ()) > 1 or (launcher, jobs, gpus_per_job) != (None, None, None):
-        if out is not None or any(value is not None for name, value in named.items() if name not in BESIDE_RUN):
-            raise UserError("several runs are evaluated without --out and --model; results lie beside their models")
+        model_options = [name for name, value in named.items() if value is not None and name not in _RUN_OPTIONS]
+        if not targets or out is not None or model_options:
+            raise UserError(
+                "several runs, --jobs, --gpus-per-job and --launcher work only for runs (rome evaluate RUN ...), "
+                "without --out and --model; each result is saved next to its model"
+            )
         _evaluate_several(
-            targets or [], settings | {name: named[name] for name in BESIDE_RUN}, launcher, jobs, gpus_per_job, as_json
+            targets, settings | {name: named[name] for name in _RUN_OPTIONS}, launcher, jobs, gpus_per_job, as_json
         )
         return
     from rome.core.distributed import launched
 
     target = next(iter(targets or ()), None)
-    with launched() as team:  # first: whatever fails now fails in every process
+    with launched() as team:  # first, so that any failure below ends every process
         from rome.evaluation.named import named_config
         from rome.evaluation.run import evaluate_saved
 
-        own = {name: named.pop(name) for name in BESIDE_RUN} if target and named["model"] is None else {}
+        run_options = {name: named.pop(name) for name in _RUN_OPTIONS} if target and named["model"] is None else {}
         config = named_config(named, target)
         if (target is None) == (config is None) or (config is not None and routing is not None):
             raise UserError(
                 "name what to evaluate: either a run's folder (rome evaluate RUN), or any model and its data "
                 "(rome evaluate --model NAME --data DATA, without --routing)"
             )
-        report, folder = evaluate_saved(
-            config or target or "",
-            **own,
-            out=out,
-            team=team,
-            **settings,
-        )
+        report, folder = evaluate_saved(config or target or "", **run_options, out=out, team=team, **settings)
     if not team.is_main:
         return
-    kept = report.settings["provenance"]
-    _show([(kept.get("model", kept["config"])["name"], report)], as_json)
+    provenance = report.settings["provenance"]
+    _show([(provenance.get("model", provenance["config"])["name"], report)], as_json)
     if not as_json:
         say(f"saved in {folder}")
     report.require_complete()
@@ -146,7 +149,7 @@ def _show(rows: Sequence[tuple[str, Report]], as_json: bool) -> None:
 
 
 def _evaluate_several(
-    targets: Sequence[str],
+    targets: list[str],
     settings: dict[str, Any],
     launcher: str | None,
     jobs: int | None,
@@ -184,5 +187,5 @@ def _batch_size(text: str | None) -> int | Literal["auto"] | None:
     if text == "auto":
         return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch-size {text!r}: give a number from 1, or auto")
+        raise UserError(f"--batch-size {text!r}: give a positive integer, or auto")
     return int(text)

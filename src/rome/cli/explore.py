@@ -17,7 +17,7 @@ from rome.core.trust import opens_files
 @opens_files
 def explore(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN2]", help="A finished run, or two to compare.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this one let other machines in.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; any other address lets other machines connect.")] = (
         "127.0.0.1"
     ),
     port: Annotated[
@@ -26,7 +26,7 @@ def explore(
     device: options.Device = None,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Look at a run in the browser: attack an image, see prediction, perturbation, expert maps and gates."""
+    """Explore a run in the browser: attack an image and see the prediction, perturbation, expert maps and gates."""
     from rome.report.explore import open_explorers
     from rome.report.explore.page import serve
 

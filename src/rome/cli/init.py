@@ -14,13 +14,13 @@ from rome.core.console import say
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where the copies go.")] = Path("experiments"),
+    folder: Annotated[Path, typer.Argument(help="Folder for the copies.")] = Path("experiments"),
     patterns: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATTERN]...", help="Only some: 'table4', 'digits/rome-*'.")
+        list[str] | None, typer.Argument(metavar="[PATTERN]...", help="Copy only these: 'table4', 'digits/rome-*'.")
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Copy the experiments that come with rome, to change them. `rome train experiments/...` works without a copy."""
+    """Copy the experiments that come with rome, to edit them. `rome train experiments/...` works without a copy."""
     from rome.runs.experiments import copy_to
 
     copies = copy_to(folder, patterns or ["*"], overwrite)

@@ -1,7 +1,8 @@
-"""``rome list``: what configs can name."""
+"""``rome list``: the names that configs accept."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Annotated, Literal
 
 import typer
@@ -13,23 +14,21 @@ Family = Literal["methods", "attacks", "models", "data", "suites", "loggers", "l
 
 
 def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
-    """Names of a family and a line on each.
+    """Names in a family, each with a one-line description.
 
     Args:
-        pattern: only names like ``vit_*``; of experiments a part such as ``table4``.
+        pattern: only names that match, such as ``vit_*``; for experiments a part of the name, such as ``table4``.
 
     Raises:
-        UserError: no model or experiment matches.
+        UserError: nothing in the family matches.
     """
     if family == "models":
-        from fnmatch import filter as matching
-
         import timm
 
         from rome.core.component import summary
         from rome.models.backbones import BACKBONES
 
-        own = [(name, f"own: {summary(BACKBONES[name])}") for name in matching(BACKBONES, pattern)]
+        own = [(name, f"own: {summary(BACKBONES[name])}") for name in BACKBONES if fnmatch(name, pattern)]
         found = [*own, *((name, "timm") for name in timm.list_models(pattern))]
         hint = "'vit_*' or '*resnet*'"
     elif family == "experiments":
@@ -47,21 +46,22 @@ def choices(family: Family, pattern: str = "*") -> list[tuple[str, str]]:
         families = {"methods": Method, "attacks": Attack, "data": Data, "suites": Suite, "loggers": Logger}
         families["launchers"] = Launcher
         members = families[family].members()
-        return [(kind, member.summary()) for kind, member in members.items()]
+        found = [(kind, member.summary()) for kind, member in members.items() if fnmatch(kind, pattern)]
+        hint = ", ".join(members)
     if not found:
-        raise UserError(f"no {family[:-1]} matches {pattern!r}; try {hint}")
+        raise UserError(f"nothing in {family} matches {pattern!r}; try {hint}")
     return found
 
 
 @app.command("list")
 def list_(
     family: Annotated[Family, typer.Argument(help="What to list.")],
-    pattern: Annotated[str, typer.Argument(help="Only names like 'vit_*'; of experiments a part, 'table4'.")] = "*",
-    cost: Annotated[
-        bool, typer.Option("--cost", help="Of experiments: what they cost; some seconds for each.")
-    ] = False,
+    pattern: Annotated[
+        str, typer.Argument(help="Only names like 'vit_*'; for experiments a part like 'table4'.")
+    ] = "*",
+    cost: Annotated[bool, typer.Option("--cost", help="Estimate what experiments cost; some seconds each.")] = False,
 ) -> None:
-    """List what configs can name."""
+    """List the methods, attacks, models, data, ... that configs can name."""
     from rich.text import Text
 
     from rome.core.console import print_table

@@ -10,23 +10,30 @@ import typer
 from rome.cli.app import app
 from rome.cli.options import names_in
 from rome.core.console import say
+from rome.core.errors import UserError, first_line
 
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="The file to write; standard output if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; standard output if not given.")] = None,
     imports: Annotated[
-        str | None, typer.Option(help="Python modules of your own whose attacks, methods ... it is to name: a,b.")
+        str | None, typer.Option(help="Your own Python modules, such as a,b, whose attacks, methods ... to include.")
     ] = None,
 ) -> None:
-    """Write a JSON schema of configs, from which editors complete and check YAML files."""
+    """Write a JSON schema of configs, with which editors complete and check YAML files."""
     from rome.core.files import replace_file
-    from rome.runs.schema import schema as found
+    from rome.core.trust import import_own
+    from rome.runs.schema import schema as make_schema
     from rome.runs.schema import written
 
-    text = written(found(names_in(imports)))
+    for module in names_in(imports):
+        try:
+            import_own(module)
+        except Exception as error:  # a user's module can raise anything
+            raise UserError(f"--imports {module}: {type(error).__name__}: {first_line(error)}") from error
+    text = written(make_schema(names_in(imports)))
     if out is None:
         print(text, end="")
         return
-    replace_file(out, text.encode())
+    replace_file(out.absolute(), text.encode())
     say(f"{out}\nnext: name it in the first line of a config: # yaml-language-server: $schema={out}")

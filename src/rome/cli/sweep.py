@@ -17,15 +17,23 @@ from rome.core.trust import opens_files
 @app.command()
 @opens_files
 def sweep(
-    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=a,b,c]...", help="YAML files, then axes.")],
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [key=a,b,c]...", help="YAML files, then settings with the values to combine."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the runs and sweep.csv.")] = Path("runs/sweep"),
     jobs: options.Jobs = None,
     gpus_per_job: options.GpusPerJob = None,
     launcher: options.Launcher = None,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Train and evaluate every combination of configs and values, each in a process of its own; goes on where it was
-    stopped. Started on several machines that share OUT, each takes other runs."""
+    """Train and evaluate every combination of configs and values, each in its own process.
+
+    After an interruption, the same command continues where it stopped.
+    Started on several machines that share the folder OUT, each machine takes different runs.
+    """
     from rome.report import sweep as grid
     from rome.runs.config import files_and_changes
     from rome.runs.launchers import chosen_launcher, require_done

@@ -19,26 +19,29 @@ def train(
     config: Annotated[
         Path,
         typer.Argument(
-            help="YAML file, such as experiments/digits/rome-random.yaml; with --resume also a run's folder."
+            help="YAML file, such as experiments/digits/rome-random.yaml; with --resume, also a run's folder."
         ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value]...", help="Changes to the config, such as attack.steps=5."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; runs/NAME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")] = False,
     overwrite: options.Overwrite = False,
     trust_code: options.TrustCode = False,
 ) -> None:
-    """Train a model as a config says. Under torchrun or srun, on as many processes as they start."""
+    """Train a model as a config describes.
+
+    Under torchrun or srun, the training is spread over the processes that they start.
+    """
     from rome.runs.config import load
     from rome.runs.folder import Run
     from rome.training.progress import show_training
     from rome.training.setup import train as run_training
 
     if resume and config.is_dir():
-        out, spec = out or config, Run(config).config  # not without leave where it names code of others
+        out, spec = out or config, Run(config).config  # refuses code named by others without --trust-code
         spec = load(config / "config.yaml", overrides) if overrides else spec
     else:
         spec = load(config, overrides or ())

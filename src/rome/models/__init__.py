@@ -1,4 +1,4 @@
-"""Models: logits from images in [0, 1], normalisation inside; building, saving and loading them.
+"""Models that map images in [0, 1] to logits, with the normalisation inside: building, saving and loading them.
 
 May import experts, data, threats and core.
 """

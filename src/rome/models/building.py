@@ -1,4 +1,4 @@
-"""Building models: by name, or as a config says for its data."""
+"""Building models by name, or from a config for a data set."""
 
 from __future__ import annotations
 
@@ -20,73 +20,76 @@ from rome.models.hub import on_hub, pinned
 from rome.models.loading import holds_experts, load_weights
 from rome.models.sources import ROBUSTBENCH, TWINS, expected_normalization, make_backbone
 
-_OF_WEIGHTS = {
-    "weights_key": "names a part",
+_WEIGHTS_OPTIONS = {
+    "weights_key": "selects a part",
     "drop_head": "drops the last layer",
     "drop_experts": "drops the experts",
 }
-"""Settings that mean something beside ``weights`` alone, and what they do."""
+"""Settings that need ``weights``, and what they do."""
 
 
 class ModelSettings(Settings):
-    """The ``model`` part of a config, and the arguments of :func:`create_model`."""
+    """The ``model`` section of a config, and the settings of :func:`create_model`."""
 
     name: str
-    """One of :mod:`rome.models.backbones`, a timm model, ``file.py:function`` / ``package.module:function`` that
-    returns a module, or ``robustbench:NAME``; ``rome list models`` names the first two."""
+    """A backbone in :mod:`rome.models.backbones` or a timm model (``rome list models``), ``file.py:function`` or
+    ``package.module:function`` that returns a module, or ``robustbench:NAME``."""
     num_classes: int | None = Field(default=None, ge=2)
-    """None takes the data set's."""
+    """Number of classes; None takes the data set's."""
     img_size: int | None = Field(default=None, ge=1)
-    """Side of the images in pixels, for models that are built for one size."""
+    """Height and width of the images in pixels, for models that are built for one size."""
     patch_size: int | None = Field(default=None, ge=1)
-    """Of timm's transformers; None is the model's own."""
+    """Side of a patch in pixels, for timm's transformers; None keeps the model's default."""
     in_chans: int | None = Field(default=None, ge=1)
-    """Channels of the images; None takes the data set's."""
+    """Number of image channels; None takes the data set's."""
     pretrained: bool = False
-    """Start from timm's weights."""
+    """Start from timm's pretrained weights."""
     mean: tuple[float, ...] | None = None
-    """Of the normalisation inside the model, by channel, for images in [0, 1]; None is that of the weights, or 0.5."""
+    """Channel means for normalising images in [0, 1] inside the model; None takes those of the weights, or 0.5."""
     std: tuple[float, ...] | None = None
-    """Goes with ``mean``."""
+    """Channel standard deviations of the normalisation; None as for ``mean``."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model or the function, such as ``depth: 6``."""
     weights: str | None = None
-    """What to start from: a run's folder, a safetensors file, ``hf://USER/NAME``, a checkpoint of ``torch.save`` or
+    """Weights to start from: a run's folder, a safetensors file, ``hf://USER/NAME``, a checkpoint of ``torch.save`` or
     ``pyautoattack``; see :func:`rome.models.load_weights`."""
     weights_key: str | None = None
-    """Where in ``weights``, if it holds several models: ``state_dict``, ``teacher``."""
+    """Which model to take if ``weights`` holds several, such as ``state_dict`` or ``teacher``."""
     drop_head: bool = False
-    """Leave the last layer of ``weights`` out and start it anew, for other classes."""
+    """Leave out the last layer of ``weights`` and initialise it anew, for other classes."""
     drop_experts: bool = False
-    """Leave the experts of ``weights`` out; otherwise the config must have the same, and they go on."""
+    """Leave out the experts of ``weights``; otherwise the config must have the same, and they train on."""
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        for key, purpose in _OF_WEIGHTS.items():
+    def _check_combination(self) -> Self:
+        for key, purpose in _WEIGHTS_OPTIONS.items():
             if self.weights is None and getattr(self, key):
-                raise ValueError(f"model.{key} {purpose} of model.weights, and there are none; name them")
-        if twice := sorted(self.args.keys() & type(self).model_fields.keys() - {"args"}):
-            raise ValueError(f"args: {', '.join(twice)} is a setting of the model itself; write model.{twice[0]}")
+                raise ValueError(f"model.{key} {purpose} of model.weights, which is not set; set it too")
+        if fields := sorted(self.args.keys() & type(self).model_fields.keys() - {"args"}):
+            raise ValueError(f"args: {', '.join(fields)} is a setting of the model itself; write model.{fields[0]}")
         return self
 
     def without_weights(self) -> Self:
-        """The same without weights to start from."""
-        start = ("pretrained", "weights", *_OF_WEIGHTS)
+        """Return the settings without weights to start from."""
+        start = ("pretrained", "weights", *_WEIGHTS_OPTIONS)
         return self.model_copy(update={key: type(self).model_fields[key].default for key in start})
 
     def pinned(self) -> Self:
-        """The same with the commits of what is loaded from the Hub, which a branch may leave behind.
+        """Return the settings with models on the Hub pinned to their current commits, since a branch may move on.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: a model cannot be downloaded.
         """
         return self.model_copy(
             update={key: pinned(at) for key in ("name", "weights") if on_hub(at := getattr(self, key))}
         )
 
     def architecture_only(self) -> Self:
-        """The same for counting parameters and operations: also without RobustBench's package where the architecture
-        has another name too."""
+        """Return settings without weights, for counting parameters and operations.
+
+        A RobustBench model gets the name of its architecture in timm or rome, if it has one, so that RobustBench need
+        not be installed.
+        """
         zoo, _, name = self.name.rpartition(":")
         twin = TWINS.get((self.args.get("dataset", "cifar10"), name)) if f"{zoo}:" == ROBUSTBENCH else None
         renamed = {} if twin is None else {"name": twin, "args": {}}
@@ -96,22 +99,22 @@ class ModelSettings(Settings):
 def create_model(
     name: str, *, num_classes: int, in_chans: int = 3, weights: str | Path | None = None, **settings: Any
 ) -> Classifier:
-    """A model by name, or your own, as a classifier of images in [0, 1].
+    """Create a classifier of images in [0, 1] from a model's name or from your own function.
 
     Args:
         name: one of
 
-            - :mod:`rome.models.backbones`: ``resnet_18``, ``preact_resnet_18``, ``wide_resnet_28_10``, ...;
+            - a backbone in :mod:`rome.models.backbones`: ``resnet_18``, ``wide_resnet_28_10``, ...;
             - a timm model, optionally with a weight tag (``vit_base_patch16_224.augreg_in21k``);
             - ``file.py:function`` / ``package.module:function``, called with ``num_classes`` and ``args``;
             - ``robustbench:NAME``, a model of RobustBench's zoo with its weights, if that package is installed;
               ``args``: ``dataset="cifar10"``, ``threat_model="Linf"``, ``model_dir="models"``.
         num_classes: number of logits.
-        in_chans: image channels.
-        weights: what to start from, with its experts if it has some; see :func:`rome.models.load_weights`. What there
-            is to say of it goes to standard error.
-        settings: those of :class:`ModelSettings`, and further arguments of the model or the function
-            (``depth=6, embed_dim=192``). Position and patch embeddings of pretrained weights are resampled by timm.
+        in_chans: number of image channels.
+        weights: weights to start from, with their experts if they have any; see :func:`rome.models.load_weights`, whose
+            remarks go to standard error.
+        settings: settings of :class:`ModelSettings`, and further arguments of the model or the function
+            (``depth=6, embed_dim=192``). timm resamples position and patch embeddings of pretrained weights.
 
     Raises:
         UserError: unknown name, an argument that the model does not take, or weights that do not fit.
@@ -121,12 +124,12 @@ def create_model(
     chosen = ModelSettings(name=name, num_classes=num_classes, in_chans=in_chans, weights=start, args=settings, **own)
     model = untrained(chosen)
     if weights is not None:
-        _start(model, chosen)
+        _load_start(model, chosen)
     return model
 
 
 def untrained(settings: ModelSettings) -> Classifier:
-    """The model of settings that have ``num_classes``, without their ``weights``.
+    """Build the model that settings with ``num_classes`` describe, without loading their ``weights``.
 
     Raises:
         UserError: unknown name, or an argument that the model does not take.
@@ -142,14 +145,12 @@ def untrained(settings: ModelSettings) -> Classifier:
         raise
     except OSError as error:
         raise UserError(
-            f"the weights of {name} cannot be had: {first_line(error)}. Without network: model.pretrained=false with "
-            "model.weights=FILE, or the folder of another machine's cache in HF_HOME and HF_HUB_OFFLINE=1"
+            f"the weights of {name} cannot be downloaded: {first_line(error)}. Offline, set model.pretrained=false and "
+            "model.weights=FILE, or HF_HUB_OFFLINE=1 and HF_HOME to a copy of another machine's cache"
         ) from error
-    except Exception as error:  # whatever a function of yours does
-        hint = "; what a config inherits and it does not take goes with null (model.img_size=null)" if sizes else ""
-        all_args = ", ".join(
-            f"{key}={value}" for key, value in {**sizes, "in_chans": channels, **settings.args}.items()
-        )
+    except Exception as error:  # a user's function can raise anything
+        hint = "; null removes an inherited setting that the model does not take (model.img_size=null)" if sizes else ""
+        all_args = ", ".join(f"{key}={value}" for key, value in {**options, "in_chans": channels}.items())
         raise UserError(f"model {name} cannot be built with {all_args}: {first_line(error)}{hint}") from error
     if not isinstance(backbone, nn.Module):
         raise UserError(f"{name} returned a {type(backbone).__name__}, not a torch module")
@@ -163,8 +164,8 @@ def untrained(settings: ModelSettings) -> Classifier:
     return model
 
 
-def _start(model: Classifier, settings: ModelSettings) -> None:
-    """Load the weights to start from, and say what there is to say of them."""
+def _load_start(model: Classifier, settings: ModelSettings) -> None:
+    """Load the weights to start from, and print the remarks on them."""
     remarks = load_weights(
         model,
         str(settings.weights),
@@ -180,7 +181,7 @@ def _start(model: Classifier, settings: ModelSettings) -> None:
 def build_model(
     settings: ModelSettings, experts: Experts | None, *, classes: int, shape: tuple[int, int, int]
 ) -> Classifier:
-    """The model of a config for a data set of that many classes and image shape (C, H, W), with its experts.
+    """Build a config's model, with its experts, for a data set with ``classes`` classes and images of shape (C, H, W).
 
     Raises:
         UserError: the settings do not fit the data, each other, or the starting weights.
@@ -189,32 +190,33 @@ def build_model(
         raise UserError(f"model.num_classes is {settings.num_classes} but the data has {classes} classes; leave it out")
     if settings.in_chans not in (None, shape[0]):
         raise UserError(f"model.in_chans is {settings.in_chans} but the data has {shape[0]} channels; leave it out")
-    goes_on = trains_on(settings, experts)
+    keeps_experts = trains_on(settings, experts)
     model = untrained(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
-    if settings.weights is not None and not goes_on:
-        _start(model, settings)
+    if settings.weights is not None and not keeps_experts:
+        _load_start(model, settings)
     images, name, side = torch.zeros(2, *shape), f"model {settings.name}", settings.img_size
-    apart = (
-        f"images of {shape[-1]} pixels come from the data, model.img_size is {side}: make them equal (data.size={side})"
-    )
-    hint = "set model.img_size and model.patch_size" if side in (None, shape[-1]) else apart
+    hint = "set model.img_size and model.patch_size"
+    if side not in (None, shape[-1]):
+        hint = (
+            f"the data has images of {shape[-1]} pixels, not model.img_size={side}: make them equal (data.size={side})"
+        )
     with tried(model):
         outputs = ask(model, images, name=name, hint=hint).shape[1]
-        ask(model.train(), images, name=f"{name} in training mode")  # where some give auxiliary logits too
+        ask(model.train(), images, name=f"{name} in training mode")  # some models also return auxiliary logits in it
     if outputs != classes:
-        raise UserError(f"{name} gives {outputs} classes, and the data has {classes}")
+        raise UserError(f"{name} outputs {outputs} classes, and the data has {classes}")
     if experts is not None:
         experts.inject(model, images)
-    if goes_on:
+    if keeps_experts:
         try:
-            _start(model, settings)
+            _load_start(model, settings)
         except UserError as error:
             raise UserError(f"{error} (model.drop_experts=true starts with new experts)") from error
     return model.train()
 
 
 def trains_on(settings: ModelSettings, experts: Experts | None) -> bool:
-    """Whether the experts of the starting weights are those that are trained.
+    """Whether training continues with the experts of the starting weights.
 
     Raises:
         UserError: the weights have experts and the config has none; or the weights cannot be read.
@@ -234,4 +236,4 @@ def _per_channel(values: Sequence[float], channels: int, name: str) -> tuple[flo
         return tuple(values)
     if len(values) == 1 or channels == 1:
         return (sum(values) / len(values),) * channels
-    raise UserError(f"model.{name} has {len(values)} values but images have {channels} channels")
+    raise UserError(f"model.{name} has {len(values)} values but the images have {channels} channels")

@@ -1,4 +1,4 @@
-"""A backbone with its normalisation in front of it."""
+"""The model class: a backbone with input normalisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """A backbone behind its normalisation: images (B, C, H, W) in [0, 1] to logits (B, classes)."""
+    """A backbone with input normalisation: maps images (B, C, H, W) in [0, 1] to logits (B, classes)."""
 
     mean: Tensor
     std: Tensor

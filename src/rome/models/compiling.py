@@ -1,4 +1,4 @@
-"""Compiling the repeated blocks of a model."""
+"""Compilation of a model's repeated blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from rome.experts.fused import mixture
 
 
 def repeated_blocks(model: nn.Module, whole: type[nn.Module] | tuple[()] = ()) -> list[nn.Module]:
-    """The members of every list of modules of one class that have modules inside; of nested lists the inner ones.
+    """Return a model's repeated blocks, such as the blocks of a transformer.
+
+    These are the members of each list of two or more modules of one class, if they contain modules themselves. Where
+    lists are nested, the innermost counts.
 
     Args:
-        whole: a class of modules whose own lists do not count.
+        whole: a class of modules that are not searched for blocks.
     """
     found: list[nn.Module] = []
     for child in model.children():
@@ -30,13 +33,13 @@ def repeated_blocks(model: nn.Module, whole: type[nn.Module] | tuple[()] = ()) -
 
 
 def compile_blocks(model: nn.Module) -> int:
-    """Compile a model in place, at its next call; returns the number of blocks.
+    """Compile a model in place, at its next call, and return the number of its repeated blocks.
 
-    Blocks of one shape share a program, so a deep transformer is ready after the time that one of its blocks takes. A
-    model without repeated blocks is compiled as a whole (0). Nothing that is saved changes.
+    Blocks of the same shape share one compiled program, so a deep transformer compiles as fast as one of its blocks. A
+    model without repeated blocks is compiled as a whole (returns 0). Saved weights do not change.
     """
     blocks = repeated_blocks(model)
-    # or beta, which differs from block to block, would be part of the program that they share
+    # otherwise beta, which differs from block to block, would become part of the program that the blocks share
     uncompiled: Any = torch.compiler.disable(mixture)  # type: ignore[no-untyped-call]  # imports the compiler: not above
     for block in blocks or [model]:
         for layer in block.modules() if blocks else ():

@@ -1,4 +1,4 @@
-"""Modules saved with their code: TorchScript (.pt, .ts) and torch.export (.pt2)."""
+"""Modules saved together with their code: TorchScript (.pt, .ts) and torch.export (.pt2)."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ HOW_TO_EXPORT = (
 
 
 def is_saved_module(name: str) -> bool:
-    """Whether a model's name is that of a saved module, and not of a timm model or a function."""
-    return Path(name).suffix in PROGRAMS and not on_hub(name)  # never of a function: its name has no dot
+    """Whether a model's name is the file of a saved module, and not a timm model or a function."""
+    return Path(name).suffix in PROGRAMS and not on_hub(name)  # a function's name ends in no such suffix
 
 
 class SavedModule(nn.Module):
-    """A module from a file, for inference: it stays in evaluation mode, for what was exported cannot change its mode.
+    """A module loaded from a file, for inference. It stays in evaluation mode: exported code cannot change its mode.
 
-    Its code is the file's, so the file's hash is part of its state.
+    Its code is in the file, so the file's hash is part of its state.
 
     Raises:
-        UserError: no such file, not readable, or exported for one image or a fixed number of them.
+        UserError: the file is missing or not readable, or the module was exported for a fixed batch size.
     """
 
     identified_by_state = True
-    """Its state identifies it; what is inside need not be looked at."""
+    """Its state alone identifies it; its submodules need not be inspected."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         if not file.is_file():
             raise UserError(
-                f"there is no file {file}; --model is a timm model, path.py:function or a file (.pt, .ts, .pt2)"
+                f"there is no file {file}; --model takes a timm model, path.py:function or a file (.pt, .ts, .pt2)"
             )
-        self.file, self.digest, self.most = file, file_hash(file), None
+        self.file, self.digest, self.max_batch = file, file_hash(file), None
         self.program: Any = None
         if file.suffix == EXPORTED:
-            self.program = _exported(file)
-            self.most = _largest_batch(self.program, file)
-        self._take(_scripted(file) if self.program is None else self.program.module())
+            self.program = _load_program(file)
+            self.max_batch = _largest_batch(self.program, file)
+        self._set_inner(_load_script(file) if self.program is None else self.program.module())
 
-    def _take(self, inner: nn.Module) -> None:
+    def _set_inner(self, inner: nn.Module) -> None:
         self.inner, self.training = inner, False
         for module in inner.modules():
             module.training = False
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.most is not None and len(images) > self.most:
+        if self.max_batch is not None and len(images) > self.max_batch:
             raise UserError(
-                f"{self.file} was exported for batches of up to {self.most}, and this one has {len(images)} images: "
-                f"give --batch-size {self.most}, or export it with a dynamic batch: {HOW_TO_EXPORT}"
+                f"{self.file} was exported for batches of up to {self.max_batch} images, not {len(images)}: set "
+                f"--batch-size {self.max_batch}, or export it with a dynamic batch: {HOW_TO_EXPORT}"
             )
         return self.inner(images)
 
@@ -74,13 +74,13 @@ class SavedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0)).device
-        if device.type != "cpu":  # graphs and frozen constants name devices, which .to() does not change
+        if device.type != "cpu":  # .to() does not change devices named in graphs and frozen constants
             if self.program is None:
-                self._take(_scripted(self.file, device))
+                self._set_inner(_load_script(self.file, device))
             else:
                 from torch.export.passes import move_to_device_pass
 
-                self._take(move_to_device_pass(self.program, str(device)).module())
+                self._set_inner(move_to_device_pass(self.program, str(device)).module())
             return self
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -88,50 +88,50 @@ class SavedModule(nn.Module):
         return {"sha256": self.digest}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
-        """Nothing to do: the file was read already."""
+        """Do nothing: the file is already loaded."""
 
 
-def _scripted(file: Path, device: torch.device | str = "cpu") -> nn.Module:
+def _load_script(file: Path, device: torch.device | str = "cpu") -> nn.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would rather have modules exported
+            warnings.simplefilter("ignore")  # torch recommends torch.export instead
             return torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{file} is not a TorchScript module ({last_line(error)}); for a file of weights give the model's name "
-            f"with --model and the file with --weights"
+            f"{file} is not a TorchScript module ({last_line(error)}); if it is a file of weights, give the model's "
+            f"name with --model and the file with --weights"
         ) from error
 
 
-def _exported(file: Path) -> Any:
+def _load_program(file: Path) -> Any:
     if not zipfile.is_zipfile(file):
-        raise UserError(f"{file} is not a file of torch.export.save; write it again: {HOW_TO_EXPORT}")
-    logging.disable()  # it logs tracebacks, and what is wrong with a file is in the exception
+        raise UserError(f"{file} was not written by torch.export.save; write it with: {HOW_TO_EXPORT}")
+    logging.disable()  # torch also logs a traceback of the exception
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.load(str(file))
-    except Exception as error:  # it raises almost any kind
+    except Exception as error:  # almost any kind
         raise UserError(
-            f"{file} is not a file of torch.export.save that this torch can read: {last_line(error)}"
+            f"{file} cannot be read as a file of torch.export.save by this version of torch: {last_line(error)}"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _largest_batch(program: Any, file: Path) -> int | None:
-    """How many images an exported program takes at once; None where it is any number."""
+    """Largest batch that an exported program accepts; None if any size is accepted."""
     names = program.graph_signature.user_inputs
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(inputs) != 1:
-        raise UserError(f"{file} was exported with {len(inputs)} inputs; rome gives one: a batch of images")
+        raise UserError(f"{file} was exported with {len(inputs)} inputs; rome passes one, a batch of images")
     batch = inputs[0].meta["val"].shape[0]
     bounds = None if isinstance(batch, int) else program.range_constraints.get(batch.node.expr)
     lower = 0 if bounds is None else int(bounds.lower)
-    if isinstance(batch, int) or lower > 2:  # 2: what torch writes for "any"
+    if isinstance(batch, int) or lower > 2:  # torch writes 2 for any size
         wrong = f"exactly {batch}" if isinstance(batch, int) else f"at least {lower}"
         raise UserError(
-            f"{file} was exported for batches of {wrong}, and attacks need batches of any size; export it with a "
+            f"{file} was exported for batches of {wrong}, but attacks need batches of any size; export it with a "
             f"dynamic batch: {HOW_TO_EXPORT}"
         )
     return int(bounds.upper) if bounds is not None and bounds.upper < 1_000_000 else None

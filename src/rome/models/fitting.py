@@ -1,4 +1,4 @@
-"""Which tensors of a file are a model's, and whether they fit it: by name, by shape and by type of number."""
+"""Finding a model's tensors in a file, and checking that names, shapes and number types fit the model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from rome.models.classifier import Classifier
 TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys of a checkpoint in the order in which timm's ``load_state_dict`` prefers them: averaged weights first."""
 NORMALIZATIONS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}
-"""Last parts of the names under which others keep their normalisation (``0.mean``, ``normalizer.new_mean``)."""
+"""Last parts of the names of mean and std in other projects' checkpoints (``0.mean``, ``normalizer.new_mean``)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SHOWN = 3
+"""Number of tensors that a message names; the others are counted."""
 
 
 def within(model: nn.Module) -> tuple[nn.Module, str]:
-    """The part of a model that others would save, and what stands before its names in ours."""
+    """Return the part of a model that other projects would save, and the prefix of its names in rome's models."""
     inner = unwrapped(model)
     return (unwrapped(inner.backbone), "backbone.") if isinstance(inner, Classifier) else (inner, "")
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that give the logits: as timm knows them, otherwise the last Linear layer."""
+    """Names of the layers that output the logits: according to timm, otherwise the last Linear layer."""
     backbone, inside = within(model)
     networks = {inside: backbone}
     if isinstance(backbone, ModelMixture):
@@ -47,17 +48,18 @@ def _head(network: nn.Module) -> list[str]:
     return [bare_name(network, name) for name in linears[-1:]]
 
 
-# Where in a file a model's tensors lie
+# Finding a model's tensors in a file
 
 
 class FoundWeights(NamedTuple):
     """The tensors of a file that belong to a model."""
 
     tensors: dict[str, Tensor]
-    """Under the names of the model's backbone; also those that it does not have."""
+    """Tensors below the chosen prefix, under the names of the model's backbone, including names it does not have."""
     normalization: tuple[Tensor, Tensor] | None
-    """Mean and std, each of one or as many values as images have channels."""
+    """Mean and std, each with one value or one per image channel."""
     remarks: list[str]
+    """What a reader of results should know, such as what was left out."""
 
 
 def find(
@@ -69,23 +71,23 @@ def find(
     key: str | None = None,
     channels: int | None = None,
 ) -> FoundWeights:
-    """Find a model in a file: below the prefix under which all names are there that it needs.
+    """Find a model in a file: the prefix below which the file has all names that the model needs.
 
     Args:
-        tensors: of the file; a checkpoint's keys are parts of the names (``state_dict.module.fc.weight``).
-        own: the model's.
-        required: the names among them that must be there.
-        key: look below this prefix alone.
-        channels: of the images; None for a model that has no place for a normalisation.
+        tensors: all tensors of the file; a checkpoint's keys are parts of the names (``state_dict.module.fc.weight``).
+        own: the model's tensors.
+        required: the names in ``own`` that the file must have.
+        key: search only below this prefix.
+        channels: number of image channels; None for a model that cannot take over a normalisation.
 
     Returns:
-        What lies below the prefix, or below the one with most of the names where none has all. What lies elsewhere is
-        named in the remarks, but for a normalisation beside the prefix.
+        The tensors below the prefix, or below the prefix with most of the names if none has all. Tensors elsewhere are
+        named in the remarks, except for a normalisation near the prefix.
 
     Raises:
-        UserError: several such sets of tensors differ, and it is not timm's layout, or there is nothing below the key.
+        UserError: several such sets of tensors differ, and the layout is not timm's, or there is nothing below the key.
     """
-    counts: Counter[str] = Counter(start for name in tensors for start, rest in _cuts(name) if rest in required)
+    counts: Counter[str] = Counter(start for name in tensors for start, rest in _splits(name) if rest in required)
     if key is not None:
         counts = Counter({s: n for s, n in counts.items() if (s.startswith(f"{key}.") if key else not s)})
         if not counts:
@@ -102,11 +104,12 @@ def find(
     strange = [name for name in inside if name.removeprefix(start) not in own]
     pairs = [] if channels is None else _normalizations(strange + outside, start, tensors, channels)
     taken = {name for pair in pairs for name in pair}
-    known = taken | {other + name for other in fitting if other != start for name in own}  # equal, or in a remark
+    # tensors of the other fitting prefixes are equal to those taken, or already named in a remark
+    known = taken | {other + name for other in fitting if other != start for name in own}
     outside = [name for name in outside if name not in known]
     if outside and fitting:
-        place = f"those under {start.rstrip('.')}" if start else "the weights"
-        remarks.append(f"{source}: {place} are taken; left out: {_groups(outside, start)}")
+        place = f"the weights under {start.rstrip('.')}" if start else "the weights"
+        remarks.append(f"{source}: {place} are loaded; left out: {_groups(outside, start)}")
     return FoundWeights(
         {name.removeprefix(start): tensors[name] for name in inside if name not in taken},
         _one_normalization(pairs, tensors, source) if pairs else None,
@@ -121,8 +124,8 @@ def _choose(
     required: Collection[str],
     source: str,
 ) -> tuple[str, list[str]]:
-    """One of the prefixes under which a model is complete, and what to say of it; where they differ, the one that timm
-    would take."""
+    """Choose one of the prefixes below which a model is complete: the one that timm would take if their tensors differ.
+    Return it with remarks."""
 
     def strangers(start: str) -> int:
         return sum(name.startswith(start) and name.removeprefix(start) not in own for name in tensors)
@@ -141,18 +144,18 @@ def _choose(
     if len(by_key) < len(different) or not by_key.keys() <= set(TIMM) or not preferred.startswith(TIMM[:2]):
         raise UserError(
             f"{source} holds {len(different)} sets of weights that fit the model and differ: {', '.join(names)}; {how} "
-            "to the one that is meant"
+            "to the one to load"
         )
     taken = preferred.rstrip(".")
     rest = ", ".join(name for name in names if name != taken)
-    remark = f"{source}: the averaged weights ({taken}) are taken, as timm does; {how} to {rest} for the others"
+    remark = f"{source}: the averaged weights ({taken}) are loaded, as in timm; {how} to {rest} for the others"
     return preferred, [remark]
 
 
 def _normalizations(
     names: Collection[str], start: str, tensors: Mapping[str, Tensor], channels: int
 ) -> list[tuple[str, str]]:
-    """Names of mean and std beside a prefix, or one module away from it; the nearest, and several that are as near."""
+    """Names of mean and std next to a prefix or one module away from it; only the nearest pairs."""
     near: dict[int, list[tuple[str, str]]] = {}
     for name in names:
         place, dot, leaf = name.rpartition(".")
@@ -174,24 +177,24 @@ def _one_normalization(
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and (mean.abs() <= 1).all()):
         raise UserError(
             f"{source} normalises with mean {numbers(mean)} and std {numbers(std)}, which is not for images in [0, 1]; "
-            "save it without, and give mean and std (model.mean, --mean)"
+            "save it without them, and set mean and std (model.mean, --mean)"
         )
     return mean, std
 
 
 def numbers(values: Tensor) -> str:
-    """``0.5, 0.25``."""
+    """Format values as ``0.5, 0.25``."""
     return ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
 
 
-def _cuts(name: str) -> Iterator[tuple[str, str]]:
-    """A name cut in two at its beginning and behind every dot."""
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the splits of a name into prefix and rest: an empty prefix, and one ending at each dot."""
     for at in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
         yield name[:at], name[at:]
 
 
 def _groups(names: Collection[str], start: str) -> str:
-    """``optimizer (62 tensors), criterion.weight``: names up to where they leave the prefix."""
+    """Summarise names by their first part outside the prefix: ``optimizer (62 tensors), criterion.weight``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -205,7 +208,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-# Whether they fit
+# Checking and copying tensors
 
 
 def fit(
@@ -220,14 +223,15 @@ def fit(
     """Copy tensors into a model, all or none.
 
     Args:
-        tensors: under the model's names, as :func:`bare_state` gives them.
-        expected: names that must be there; every tensor must be in the model too.
-        path: for the message.
-        head: prefixes of the last layer's names; where nothing else is wrong, the message says how to drop it.
-        hint: the end of the message otherwise.
+        tensors: tensors under the model's names, as returned by :func:`bare_state`; all of them must be in the model.
+        expected: names that must be in ``tensors``.
+        path: of the file, for the message.
+        head: prefixes of the last layer's names; if only these do not fit and there is no hint, the message says how to
+            drop the layer.
+        hint: end of the message.
 
     Raises:
-        UserError: a tensor is missing, too many, of another shape or type of number, or not finite.
+        UserError: a tensor is missing, unexpected, not finite, or of a different shape or number type.
     """
     own = bare_state(model)
     both = sorted(set(tensors) & set(own))
@@ -246,7 +250,7 @@ def fit(
     if problems:
         only = head and not others and all(n.startswith(head) for n in (*missing, *unexpected, *resized, *broken))
         if only and not hint:
-            hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start it anew"
+            hint = "; only the head differs: set model.drop_head=true (drop_head=True) to start with a new one"
         raise UserError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
     with torch.no_grad():
         for name in both:
@@ -254,7 +258,7 @@ def fit(
 
 
 def _kind(tensor: Tensor) -> str:
-    """The type of number: those of one kind are converted, others are not what the model means by its tensors."""
+    """Number type of a tensor: tensors of the same type are converted to the model's precision, others are refused."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return "no numbers" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
     if tensor.dtype in FLOATS:
@@ -263,7 +267,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _sound(tensor: Tensor, own: Tensor) -> bool:
-    """Whether all numbers are finite, also in the model's precision; or as in the model, such as masks of -inf."""
+    """Whether all numbers are finite in the model's precision, or equal to the model's, such as a mask of -inf."""
     if tensor.dtype not in FLOATS:
         return True
     cast = tensor.to(own.dtype)
@@ -275,5 +279,5 @@ def _each(what: str, lines: list[str]) -> list[str]:
 
 
 def _some(names: list[str]) -> str:
-    """``a is``, ``a, b are``, ``a, b, c and 7 more are``."""
+    """Format names as ``a is``, ``a, b are`` or ``a, b, c and 7 more are``."""
     return f"{some(names, SHOWN)} {'is' if len(names) == 1 else 'are'}"

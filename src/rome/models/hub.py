@@ -1,6 +1,6 @@
-"""Models on the Hugging Face Hub, named ``hf://USER/NAME`` or ``hf://USER/NAME@REVISION``, as files on this machine.
+"""Models on the Hugging Face Hub, named ``hf://USER/NAME`` or ``hf://USER/NAME@REVISION``, and their local files.
 
-huggingface_hub downloads and caches them, and obeys its own variables: ``HF_TOKEN``, ``HF_HUB_CACHE``,
+huggingface_hub downloads and caches them, and reads its environment variables: ``HF_TOKEN``, ``HF_HUB_CACHE``,
 ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``. Only safetensors and timm's ``config.json`` are fetched, never a pickle.
 """
 
@@ -18,25 +18,23 @@ WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"
 
 
 class OnHub(NamedTuple):
-    """A repository, and the commit, branch or tag of it; None is its main branch."""
+    """A repository on the Hub and a commit, branch or tag of it; None is its main branch."""
 
     repository: str
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> OnHub:
-        """What ``USER/NAME``, with or without ``hf://`` before it and ``@REVISION`` behind it, stands for.
+        """Parse ``USER/NAME``, optionally with ``hf://`` before it and ``@REVISION`` after it.
 
         Raises:
-            UserError: it has another form.
+            UserError: the text has a different form.
         """
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         repository, at, revision = text.removeprefix(PREFIX).partition("@")
-        form = (
-            f"{text!r} is no repository of the Hub: give USER/NAME; to load, hf://USER/NAME or hf://USER/NAME@REVISION"
-        )
+        form = f"{text!r} is not a repository on the Hub: give USER/NAME; to load, hf://USER/NAME or hf://USER/NAME@REVISION"
         try:
             validate_repo_id(repository)
         except HFValidationError as error:
@@ -47,7 +45,7 @@ class OnHub(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without the user."""
+        """Name of the repository without the user."""
         return self.repository.partition("/")[2]
 
     def __str__(self) -> str:
@@ -55,16 +53,16 @@ class OnHub(NamedTuple):
 
 
 def on_hub(source: object) -> TypeGuard[str]:
-    """Whether a source of weights, or a model's name, is one of the Hub."""
+    """Whether a source of weights or a model's name is on the Hub."""
     return isinstance(source, str) and source.startswith(PREFIX)
 
 
 def local_file(source: str | Path) -> Path:
-    """The path that a source stands for: of a model of the Hub that of its weights in the cache, downloaded first if
-    they are not there. timm's ``config.json`` lies beside them where the repository has one.
+    """Return the local path of a source. Weights on the Hub are in the cache, and downloaded first if they are missing
+    there, together with timm's ``config.json`` if the repository has one.
 
     Raises:
-        UserError: no such repository, no access to it, no such file in it, or no connection.
+        UserError: the repository or the file in it does not exist, access is denied, or there is no connection.
     """
     if not on_hub(source):
         return Path(source).expanduser()
@@ -81,27 +79,27 @@ def local_file(source: str | Path) -> Path:
     repository, revision = wanted
     with explained(wanted):
         if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(repository, WEIGHTS, revision=revision) is None:
-            # fails at once where there is no connection, which a download looks for half a minute
+            # fails at once without a connection; a download would retry for half a minute
             get_hf_file_metadata(hf_hub_url(repository, WEIGHTS, revision=revision))
         file = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
         commit = file.parent.name  # snapshots/COMMIT/FILE
         if try_to_load_from_cache(repository, TIMM_CONFIG, revision=commit) is None:
-            with suppress(RemoteEntryNotFoundError):  # which is remembered, as a file is
+            with suppress(RemoteEntryNotFoundError):  # a missing file is cached too
                 hf_hub_download(repository, TIMM_CONFIG, revision=commit)
     return file
 
 
 def pinned(source: str) -> str:
-    """The same source with the commit that it stands for now as its revision."""
+    """Return the source with its current commit as the revision."""
     return str(OnHub(OnHub.parse(source).repository, local_file(source).parent.name))
 
 
 @contextmanager
 def explained(what: OnHub) -> Iterator[None]:
-    """Inside, what goes wrong with the Hub ends in one line.
+    """Turn any error of the Hub in the context into a UserError of one line.
 
     Raises:
-        UserError: instead of any other error.
+        UserError: instead of the original error.
     """
     from huggingface_hub import constants, errors
 
@@ -120,23 +118,23 @@ def explained(what: OnHub) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
-            f"{what}: the repository has no revision {what.revision}; name a branch, tag or commit"
+            f"{what}: the repository has no revision {what.revision}; give a branch, tag or commit"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         raise UserError(
-            f"{what} is not in the cache ({constants.HF_HUB_CACHE}), and {why}: download it where there is a "
-            f"connection (hf download {what.repository}), and name its {WEIGHTS}"
+            f"{what} is not in the cache ({constants.HF_HUB_CACHE}), and {why}: download it on a machine with a "
+            f"connection (hf download {what.repository}), and give the path of its {WEIGHTS}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
-            f"{what} has no {WEIGHTS}, and rome reads no other file of the Hub, as a pickle (.bin, .pt) could run code"
+            f"{what} has no {WEIGHTS}; rome loads nothing else from the Hub, as a pickle (.bin, .pt) could run code"
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             does = "has no permission for this" if status == 403 else "is not valid"
-            raise UserError(f"{what}: the token {does}; use another one ({login})") from error
+            raise UserError(f"{what}: the token {does}; use a different one ({login})") from error
         raise UserError(f"{what}: {constants.ENDPOINT} answered {status}: {first_line(error)}") from error
-    except Exception as error:  # whatever a connection can raise
+    except Exception as error:  # a connection can raise anything
         raise UserError(f"{what}: {first_line(error)} ({constants.ENDPOINT})") from error

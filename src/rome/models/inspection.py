@@ -1,9 +1,9 @@
-"""What a value is and which code of the user's it runs, as texts and hashes that another process finds again.
+"""Identification of values and of the user's code that they run, by texts and hashes that other processes reproduce.
 
 Code is followed from object to object: from a class to its methods, from a function to its defaults, its closure, the
-globals and modules that it names, and on from there. What is hashed is the compiled code in memory, not the file, which
-may have been edited since it was imported. Python's library, installed packages and rome itself are known by their
-versions and not followed; nor is what a function reads while it runs, such as files and environment variables.
+globals and modules that it names, and on from there. The hash is that of the compiled code in memory, not of the file,
+which may have been edited since it was imported. Python's library, installed packages and rome itself are identified by
+their versions and not followed; nor is anything that a function reads while it runs, such as files or the environment.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,69 +38,69 @@ _DESCRIPTORS = (types.FunctionType, property, staticmethod, classmethod, functoo
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _VERSIONED = {"rome", "torch", "numpy", "timm", "pydantic"}
-"""Packages of which every evaluation keeps the version, or that compute nothing."""
+"""Packages that are not recorded here: every evaluation records their versions anyway, or they compute nothing."""
 
 
 class Inspection:
-    """Follows values; afterwards :attr:`code` has what was found on the way."""
+    """Hashes values and follows the code that they run; afterwards :attr:`code` lists the code that was found."""
 
     def __init__(self) -> None:
         self.unknown: dict[str, None] = {}
-        """Objects that cannot be distinguished from others of their kind, each with its place."""
+        """Places and types of objects that cannot be told apart from others of their type (an ordered set)."""
         self._files: defaultdict[str, set[str]] = defaultdict(set)
         self._values: defaultdict[str, set[str]] = defaultdict(set)
         self._packages: dict[str, str] = {}
         self._where = ""
-        self._kept: list[object] = []  # an id is an object's own only while it lives
-        self._known: dict[int, str] = {}
+        self._alive: list[object] = []  # ids are unique only among objects that are alive
+        self._hashes: dict[int, str] = {}
         self._active: list[int] = []
         self._paths: dict[int, str] = {}
         self._followed: set[tuple[int, object]] = set()
 
     @property
     def code(self) -> dict[str, str]:
-        """``file.py``: hash of its code; ``file.py:NAME``: a global or an attribute of a class; ``package``: its
-        version; ``python``, whose versions compile differently, if there is code of the user's."""
+        """The code found so far: ``file.py`` with the hash of its code, ``file.py:NAME`` with the value of a global or
+        class attribute, ``package`` with its version, and ``python`` with its version if any code is the user's, since
+        versions of Python compile differently."""
         files = {name: _shown(_hash(*sorted(parts))) for name, parts in self._files.items()}
         values = {name: " or ".join(sorted(texts)) for name, texts in self._values.items()}
         python = {"python": ".".join(map(str, sys.version_info[:2]))} if files else {}
         return dict(sorted({**files, **values, **self._packages, **python}.items()))
 
     def text(self, value: object) -> str:
-        """The value itself where it is short and plain, its name if it is a library's, otherwise its hash."""
-        shown = repr(value)[:61] if _is_plain(value) else "x" * 61
-        if len(shown) <= 60:
+        """Return the value itself if it is short and plain, its name if it is a library's, otherwise its hash."""
+        if _is_plain(value) and len(shown := repr(value)) <= 60:
             return shown
         digest = self.of(value)
-        own = isinstance(value, Known) and not is_users(value)
-        return name_of(value) if own and not getattr(value, "__closure__", None) else _shown(digest)
+        from_library = isinstance(value, Known) and not is_users(value)
+        return name_of(value) if from_library and not getattr(value, "__closure__", None) else _shown(digest)
 
     def of(self, value: object) -> str:
-        """SHA-256 of a value, of whatever it refers to and, for functions and classes of the user's, of their code."""
+        """SHA-256 of a value, including everything it refers to and the code of the user's functions and classes."""
         key = id(value)
         if key in self._paths:
             return _hash("module", self._paths[key])
         if key in self._active:
             return _hash("within", len(self._active) - self._active.index(key))
-        if key not in self._known:
-            self._kept.append(value)
+        if key not in self._hashes:
+            self._alive.append(value)
             self._active.append(key)
             try:
-                self._known[key] = _hash(type(value).__qualname__, *self._parts(value))
+                self._hashes[key] = _hash(type(value).__qualname__, *self._parts(value))
             except RecursionError:
-                self._known[key] = self._unidentified(value)
+                self._hashes[key] = self._unidentified(value)
             finally:
                 self._active.pop()
-        return self._known[key]
+        return self._hashes[key]
 
     def _parts(self, value: Any) -> Iterable[str]:
-        """What makes the value what it is."""
+        """Texts and hashes that together identify a value among those of its type."""
         kind = type(value)
         if kind in _PLAIN:
             return (repr(value),)
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if isinstance(value, torch.device):  # processes that evaluate together have one each
+        if isinstance(value, torch.device):  # each process of an evaluation has its own
             return (value.type,)
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return value.dtype.str, str(value.shape), hashlib.sha256(value.tobytes()).hexdigest()
@@ -143,10 +144,10 @@ class Inspection:
             return ()
         if callable(getattr(value, "__wrapped__", None)):
             return (self.of(value.__wrapped__),)
-        return self._reduced(value)
+        return self._pickled_parts(value)
 
-    def _reduced(self, value: Any) -> Iterable[str]:
-        """Any other object as pickle would take it apart."""
+    def _pickled_parts(self, value: Any) -> Iterable[str]:
+        """Parts of any other object, as pickle would take it apart."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -158,7 +159,7 @@ class Inspection:
                 held = list(items or ()), dict(pairs or ())
         except RecursionError:
             raise
-        except Exception:  # anything: it is code of others
+        except Exception:  # other people's code can raise anything
             return (self._unidentified(value),)
         return [self.of(part) for part in (made, arguments, state, *held)]
 
@@ -195,7 +196,7 @@ class Inspection:
             yield f"{name} {self.of(value)}"
 
     def _patched(self, cls: type) -> list[str]:
-        """Functions of the user's in the place of a library's."""
+        """Hashes of the user's functions that replace methods of a library's class."""
         own = {name: each for name, each in vars(cls).items() if isinstance(each, types.FunctionType)}
         foreign = "" if cls.__module__ == "builtins" else cls.__module__
         return [f"{name} {self.of(each)}" for name, each in own.items() if foreign and is_users(each)]
@@ -218,16 +219,16 @@ class Inspection:
         return [*map(str, parts), *map(self.of, code.co_consts)]
 
     def _follow(self, function: types.FunctionType) -> None:
-        """To the globals and modules that a function names."""
+        """Follow the globals and modules that a function names."""
         code, space = function.__code__, function.__globals__
-        if not self._new(code, id(space)):
+        if not self._first_visit(code, id(space)):
             return
         place, names = file_of(function), names_in(code)
         self._files[place].add(f"{function.__qualname__} {self.of(code)}")
         for name in sorted(names.read & space.keys()):
             self._global(place, name, space[name], names.others)
-        for wish in names.imports:
-            self._imported(place, wish, space, names.others)
+        for statement in names.imports:
+            self._imported(place, statement, space, names.others)
 
     def _global(self, place: str, name: str, value: Any, others: frozenset[str]) -> None:
         before, self._where = self._where, f"{place}:{name}"
@@ -242,7 +243,7 @@ class Inspection:
         self._where = before
 
     def _module(self, module: types.ModuleType, names: frozenset[str]) -> None:
-        """To what code names of a module."""
+        """Follow the names of a module that code may use."""
         if not is_users(module):
             self._package(module.__name__)
             return
@@ -250,12 +251,12 @@ class Inspection:
         if file.endswith((".so", ".pyd")):
             self._files[file_of(module)].add(hashlib.sha256(Path(file).read_bytes()).hexdigest())
         for name in sorted(names & vars(module).keys()):
-            if not is_special(name) and self._new(module, name):
+            if not is_special(name) and self._first_visit(module, name):
                 self._global(file_of(module), name, vars(module)[name], names)
 
-    def _imported(self, place: str, wish: Import, space: Mapping[str, Any], others: frozenset[str]) -> None:
-        """To what a function will import while it runs. A module of the user's is imported now, to be looked at."""
-        name, level, wanted = wish
+    def _imported(self, place: str, statement: Import, space: Mapping[str, Any], others: frozenset[str]) -> None:
+        """Follow what a function imports while it runs. The user's modules are imported now, to be inspected."""
+        name, level, wanted = statement
         try:
             full = importlib.util.resolve_name("." * level + name, space.get("__package__") or "")
             top = full.partition(".")[0]
@@ -269,7 +270,7 @@ class Inspection:
             for each in wanted if module is not None else ():
                 if not hasattr(module, each):
                     importlib.import_module(f"{full}.{each}")
-        except Exception as error:  # whatever its code raises
+        except Exception as error:  # its code can raise anything
             self._files[place].add(f"{name} cannot be imported: {type(error).__name__}")
             return
         self._module(module or sys.modules[top], others | set(wanted))
@@ -279,15 +280,12 @@ class Inspection:
         if top in self._packages or top in _VERSIONED or top in sys.stdlib_module_names:
             return
         version = getattr(sys.modules.get(top), "__version__", None)
-        try:
-            version = version or importlib.metadata.version(top)
-        except (importlib.metadata.PackageNotFoundError, ValueError):
-            return
-        self._packages[top] = str(version)
+        with suppress(importlib.metadata.PackageNotFoundError, ValueError):
+            self._packages[top] = str(version or importlib.metadata.version(top))
 
-    def _new(self, owner: object, key: object) -> bool:
-        """Whether one is here for the first time."""
-        self._kept.append(owner)
+    def _first_visit(self, owner: object, key: object) -> bool:
+        """Whether this is the first call for an owner and a key."""
+        self._alive.append(owner)
         seen = (id(owner), key) in self._followed
         self._followed.add((id(owner), key))
         return not seen
@@ -295,17 +293,18 @@ class Inspection:
     # -------- modules of torch
 
     def model(self, model: nn.Module) -> dict[str, Any]:
-        """What a module computes with beside its tensors.
+        """Describe what a module's output depends on besides its tensors.
 
         Returns:
-            ``layers``: how many there are of each class. ``structure``: hash of their names and classes, in order.
-            ``attributes``: ``Class.name``: the attribute in all modules of the class, the value where it is one.
+            ``layers``: number of modules of each class. ``structure``: hash of their names and classes, in order.
+            ``attributes``: by ``Class.name``, the attribute's value if it is the same in all modules of the class,
+            otherwise a hash of its values.
         """
         tree = list(walk(model))
         first = {id(module): path for path, module in reversed(tree)}
         fresh = [(path, module) for path, module in tree if first[id(module)] == path and id(module) not in self._paths]
         self._paths |= {id(module): path for path, module in fresh}
-        self._kept.append(model)
+        self._alive.append(model)
         held: defaultdict[str, dict[str, object]] = defaultdict(dict)
         for path, module in fresh:
             for name, value in attributes(module):
@@ -317,8 +316,8 @@ class Inspection:
             before, self._where = self._where, name
             texts = {path: self.text(value) for path, value in values.items()}
             self._where = before
-            alone = set(texts.values())
-            texts_of[name] = alone.pop() if len(alone) == 1 else _shown(_hash(*map(str, texts.items())))
+            distinct = set(texts.values())
+            texts_of[name] = distinct.pop() if len(distinct) == 1 else _shown(_hash(*map(str, texts.items())))
         for _, module in fresh:
             self.of(type(module))
         return {

@@ -1,4 +1,4 @@
-"""A torch module as a tree, whatever wraps it: names, tensors, and what it has beside these."""
+"""Submodules, tensors and other attributes of a torch module, whatever wraps it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rome.core.wrappers import bare_name, unwrapped
 from rome.experts.state import BESIDE
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_compile_kwargs", "_is_torch_compile", BESIDE}
-"""Attributes that every module has (tensors, submodules, mode, hooks), and what no answer depends on."""
+"""Attributes that every module has (tensors, submodules, mode, hooks), or that do not affect outputs."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules, those that occur twice too, without what wraps them; a script's parts are its own."""
+    """Yield names and modules without wrappers, shared modules repeatedly. TorchScript modules are not entered."""
     model = unwrapped(model)
     yield path, model
     if not isinstance(model, torch.jit.ScriptModule) and not getattr(model, "identified_by_state", False):
@@ -32,28 +32,28 @@ def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_counts(model: nn.Module) -> dict[str, int]:
-    """How many modules of each class there are among those that hold no others."""
+    """Number of modules of each class, among modules without submodules."""
     leaves = (module for _, module in walk(model) if not module._modules)
     return dict(sorted(Counter(type(module).__qualname__ for module in leaves).items()))
 
 
 def tensors(model: nn.Module) -> dict[str, Any]:
-    """Parameters, buffers, also those that a checkpoint leaves out, and extra state, under the names they have in a
-    model that nothing wraps."""
+    """Parameters, all buffers (also those that a checkpoint leaves out) and extra state, under their names in the
+    unwrapped model."""
     inner = unwrapped(model)
     entries = {**dict(inner.named_buffers()), **inner.state_dict()}
     return dict(sorted((bare_name(inner, name), value) for name, value in entries.items()))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The content of a tensor, in order."""
+    """Content of a tensor in row-major order."""
     dense = tensor.detach().cpu() if tensor.layout is torch.strided else tensor.detach().cpu().to_dense()
     flat = dense.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """What a module has beside tensors and submodules."""
+    """Yield names and values of a module's attributes other than tensors and submodules."""
     if isinstance(module, torch.jit.ScriptModule):
         yield "script", _script(module)
         return
@@ -69,7 +69,7 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _script(module: Any) -> str:
-    """Hash of code and attributes of a scripted or traced module, without the numbers that a process gives classes."""
+    """Hash of the code and attributes of a scripted or traced module, without the class numbers of this process."""
     buffer = io.BytesIO()
     torch.jit.save(module, buffer)
     with zipfile.ZipFile(buffer) as archive:

@@ -1,4 +1,4 @@
-"""Backbones of our own: normalised images to logits. ``rome.create_model`` and ``model.name`` know them by name."""
+"""rome's own backbones, from normalised images to logits. ``rome.create_model`` and ``model.name`` take their names."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ _BUILDERS: tuple[Callable[..., Backbone], ...] = (
     wide_resnet_trades,
 )
 BACKBONES = {builder.__name__: builder for builder in _BUILDERS}
-"""Builders by name. Each takes ``num_classes``, ``in_chans`` and its own arguments; what it builds says in
-``normalization`` which normalisation it expects."""
+"""Builders by name. Each takes ``num_classes``, ``in_chans`` and its own arguments, and returns a module whose
+attribute ``normalization`` is the normalisation it expects."""

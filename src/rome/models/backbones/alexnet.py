@@ -13,13 +13,13 @@ FEATURE_LAYERS = ("features.1", "features.4", "features.7", "features.9", "featu
 
 
 def alexnet_cifar(*, num_classes: int = 10, in_chans: int = 3) -> Backbone:
-    """AlexNet for 32x32 images, the usual bound of perceptual attacks on CIFAR-10; 23,272,266 parameters.
+    """AlexNet for 32x32 images, the usual network of perceptual distances on CIFAR-10; 23,272,266 parameters.
 
     Five 3x3 convolutions with ReLU, pooled after the first, second and fifth (maps of 16, 8, 4, 4, 4 pixels, and 2x2 at
-    the end), then three linear layers. Names of weights and sizes are those of ``CifarAlexNet`` in perceptual-advex
-    (``perceptual_advex/models.py``), whose checkpoint loads: ``features.0``, ``classifier.6``.
+    the end), then three linear layers. The names and sizes of the weights (``features.0``, ``classifier.6``) are those
+    of ``CifarAlexNet`` in perceptual-advex (``perceptual_advex/models.py``), whose checkpoint can be loaded.
     """
-    features = nn.Sequential(  # ReLUs are not in place: a hook's tensor stays what the hook saw
+    features = nn.Sequential(  # ReLUs are not in place, so that tensors kept by hooks do not change
         nn.Conv2d(in_chans, 64, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(64, 192, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),

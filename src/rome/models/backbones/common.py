@@ -1,4 +1,4 @@
-"""What the backbones share: normalisations, activations, convolutions, groups of blocks, a sequence of named parts."""
+"""Parts shared by the backbones: normalisations, activations, convolutions, groups of blocks, and their base class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Normalization(NamedTuple):
-    """Mean and standard deviation of each channel that a backbone's input is expected to be normalised with."""
+    """Per-channel mean and standard deviation with which a backbone expects its input to be normalised."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -25,10 +25,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "s
 
 
 def make_activation(name: str) -> nn.Module:
-    """A new module: relu, silu (x sigmoid(x), also called Swish) or softplus (log(1 + exp(x)), beta = 1).
+    """Return a new activation module: relu, silu (x sigmoid(x), also called Swish) or softplus (log(1 + exp(x))).
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is none of these.
     """
     if name not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; choose {', '.join(_ACTIVATIONS)}")
@@ -36,21 +36,21 @@ def make_activation(name: str) -> nn.Module:
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, *, padding: int = 1) -> nn.Conv2d:
-    """3x3 convolution without bias: a normalisation follows."""
+    """Return a 3x3 convolution without bias, for use before a normalisation."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
+    """Return a 1x1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
 def groups(
     block: Callable[[int, int, int], nn.Module], blocks: int, channels: Sequence[int]
 ) -> Iterator[nn.Sequential]:
-    """Groups of so many blocks, each from one of the numbers of channels to the next.
+    """Yield groups of ``blocks`` blocks each; group i maps ``channels[i]`` to ``channels[i + 1]`` channels.
 
-    ``block(in_channels, out_channels, stride)`` makes one; all groups but the first begin with a stride of 2.
+    ``block(in_channels, out_channels, stride)`` builds one block. All groups but the first begin with a stride of 2.
     """
     for group, (inputs, outputs) in enumerate(pairwise(channels)):
         rest = (block(outputs, outputs, 1) for _ in range(blocks - 1))
@@ -58,19 +58,19 @@ def groups(
 
 
 class Pool(nn.Module):
-    """The mean over positions, (B, C, H, W) to (B, C): any image size, and at 32 pixels what fixed windows give."""
+    """Global average pooling, (B, C, H, W) to (B, C), for any image size; at 32 pixels, equal to fixed windows."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean((2, 3))
 
 
 class Backbone(nn.Sequential):
-    """Parts that run one after the other, by the names that their weights have."""
+    """A sequence of parts, named as in the published checkpoints."""
 
     feature_layers: tuple[str, ...] = ()
-    """Modules whose outputs make perceptual features; none: see :mod:`rome.attacks.perceptual.features`."""
+    """Modules whose outputs are the perceptual features; if empty, see :mod:`rome.attacks.perceptual.features`."""
     unused: tuple[str, ...] = ()
-    """Beginnings of names that published checkpoints hold and the network does not need."""
+    """Prefixes of names in published checkpoints that the network does not need."""
 
     def __init__(self, parts: OrderedDict[str, nn.Module], normalization: Normalization = IDENTITY) -> None:
         super().__init__(parts)

@@ -1,7 +1,8 @@
 """ResNet-18 for small images (He et al. 2016, arXiv:1512.03385, with the 3x3 stem that is usual for CIFAR), and its
-pre-activation form as multi-norm training uses it (He et al. 2016, arXiv:1603.05027; E-AT, RAMP).
+pre-activation form (He et al. 2016, arXiv:1603.05027) as used in multi-norm training (E-AT, RAMP).
 
-Both have four groups of two blocks at w, w, 2w, 4w, 8w channels, no max pooling, and take images in [0, 1] as they are.
+Both have four groups of two blocks with w, 2w, 4w and 8w channels and no max pooling, and take unnormalised images in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rome.models.backbones.common import Backbone, Pool, conv1x1, conv3x3, group
 
 
 class BasicBlock(nn.Module):
-    """relu(x' + bn(conv(relu(bn(conv(x)))))), where x' is x, or bn(1x1 conv(x)) where the shape changes."""
+    """relu(x' + bn(conv(relu(bn(conv(x)))))), where x' is x, or bn(1x1 conv(x)) if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """x' + conv(act(bn(conv(a)))) with a = act(bn(x)); x' is x, or a 1x1 convolution of a where the shape changes."""
+    """x' + conv(act(bn(conv(a)))) with a = act(bn(x)); x' is x, or a 1x1 convolution of a if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: str) -> None:
         super().__init__()
@@ -55,9 +56,9 @@ class PreActBlock(nn.Module):
 def resnet_18(*, num_classes: int = 10, in_chans: int = 3, width: int = 64) -> Backbone:
     """ResNet-18 for small images: 3x3 stem, no max pooling, no normalisation of the input.
 
-    11,173,962 parameters with 10 classes. Names of weights are those of the ResNet-18 that AutoAttack's repository
-    (fra31/auto-attack, ``examples``) and RobustBench use: ``conv1``, ``layer1.0.bn2``, ``layer2.0.shortcut.0``,
-    ``linear``. ``weights: pyautoattack`` loads the ones that pyautoattack ships.
+    11,173,962 parameters with 10 classes. The names of the weights (``conv1``, ``layer1.0.bn2``,
+    ``layer2.0.shortcut.0``, ``linear``) are those of the ResNet-18 in AutoAttack's repository (fra31/auto-attack,
+    ``examples``) and in RobustBench. ``weights: pyautoattack`` loads the weights that come with pyautoattack.
     """
     parts = OrderedDict[str, nn.Module](
         conv1=conv3x3(in_chans, width),
@@ -76,8 +77,8 @@ def preact_resnet_18(
     """Pre-activation ResNet-18 of E-AT and RAMP: softplus (or relu) in the blocks, no normalisation of the input.
 
     11,172,170 parameters with 10 classes. The last activation is ReLU whatever the blocks use, as in E-AT
-    (fra31/robust-finetuning, ``model_zoo/fast_models.py``), whose names the weights have: ``layer1.0.bn1``,
-    ``layer2.0.shortcut.0``, ``bn``, ``linear``.
+    (fra31/robust-finetuning, ``model_zoo/fast_models.py``). The names of the weights (``layer1.0.bn1``,
+    ``layer2.0.shortcut.0``, ``bn``, ``linear``) are E-AT's too.
     """
     parts = OrderedDict[str, nn.Module](
         conv1=conv3x3(in_chans, width),

@@ -1,4 +1,4 @@
-"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv:1605.07146) of DeepMind and RobustBench, and that of TRADES."""
+"""Wide ResNets (Zagoruyko and Komodakis 2016, arXiv:1605.07146) as in DeepMind's code, RobustBench and TRADES."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rome.models.backbones.common import (
 
 
 class WideBlock(nn.Module):
-    """x' + conv(act(bn(conv(a)))) with a = act(bn(x)); x' is x, or a 1x1 convolution of a where channels change.
+    """x' + conv(act(bn(conv(a)))) with a = act(bn(x)); x' is x, or a 1x1 convolution of a if channels change.
 
-    A stride of 2 pads right and below only, as TensorFlow's ``SAME`` does for even sizes.
+    With a stride of 2, only the right and bottom edges are padded, as TensorFlow's ``SAME`` does for even sizes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activation: str) -> None:
@@ -43,7 +43,7 @@ class WideBlock(nn.Module):
 
 
 class TradesBlock(nn.Module):
-    """As :class:`WideBlock`, with ReLU and a stride of 2 that pads on all sides."""
+    """Like :class:`WideBlock`, with ReLU, and with padding on all sides also at a stride of 2."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -64,9 +64,10 @@ def wide_resnet(
 ) -> Backbone:
     """Wide ResNet of any depth (6n + 4) and width, such as ``args: {depth: 34, width: 20}``; SiLU by default.
 
-    Expects CIFAR-10's normalisation. Names of weights are those of RobustBench's ``DMWideResNet``
+    Expects CIFAR-10's normalisation. The names of the weights (``init_conv``, ``layer.0.block.0.conv_0``,
+    ``batchnorm``, ``logits``) are those of RobustBench's ``DMWideResNet``
     (``model_zoo/architectures/dm_wide_resnet.py``; first in deepmind-research, ``adversarial_robustness/pytorch``), so
-    its checkpoints load: ``init_conv``, ``layer.0.block.0.conv_0``, ``batchnorm``, ``logits``.
+    its checkpoints can be loaded.
     """
     blocks, channels = _sizes(depth, width)
     parts = OrderedDict[str, nn.Module](
@@ -93,13 +94,13 @@ def wide_resnet_94_16(*, num_classes: int = 10, in_chans: int = 3, activation: s
 def wide_resnet_trades(*, depth: int = 34, width: int = 10, num_classes: int = 10, in_chans: int = 3) -> Backbone:
     """Wide ResNet of TRADES (Zhang et al. 2019, arXiv:1901.08573), AWP, MART, RST and others; 46,160,474 parameters.
 
-    It differs from :func:`wide_resnet` in ReLU, in padding on all sides and in taking images in [0, 1] as they are, so
-    the weights of one do not serve the other. Names of weights are those of TRADES' ``models/wideresnet.py``:
-    ``conv1``, ``block1.layer.0.conv1``, ``bn1``, ``fc``. Published checkpoints hold more (:attr:`Backbone.unused`):
-    TRADES builds a ``sub_block1`` and never calls it.
+    Unlike :func:`wide_resnet` it uses ReLU, pads on all sides, and takes unnormalised images in [0, 1], so the weights
+    of one do not suit the other. The names of the weights (``conv1``, ``block1.layer.0.conv1``, ``bn1``, ``fc``) are
+    those of TRADES' ``models/wideresnet.py``. Published checkpoints also hold a ``sub_block1``, which TRADES builds but
+    never calls (:attr:`Backbone.unused`).
     """
     blocks, channels = _sizes(depth, width)
-    trades = groups(TradesBlock, blocks, channels)  # made one by one, behind the first convolution
+    trades = groups(TradesBlock, blocks, channels)  # lazily, so that the first convolution is initialised before them
     parts = OrderedDict[str, nn.Module](
         conv1=conv3x3(in_chans, channels[0]),
         **{f"block{number}": part for number, part in enumerate(_inside("layer", trades), start=1)},
@@ -114,12 +115,12 @@ def wide_resnet_trades(*, depth: int = 34, width: int = 10, num_classes: int = 1
 
 
 def _sizes(depth: int, width: int) -> tuple[int, list[int]]:
-    """Blocks in each of three groups, and channels behind the stem and the groups."""
+    """Number of blocks in each of the three groups, and of channels after the stem and after each group."""
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"a Wide ResNet's depth is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
     return (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
 
 
 def _inside(name: str, made: Iterable[nn.Sequential]) -> Iterator[nn.Sequential]:
-    """Each group under the name that weights have there."""
+    """Wrap each group in a module in which it has the name used by the published weights."""
     return (nn.Sequential(OrderedDict({name: blocks})) for blocks in made)
