@@ -20,15 +20,15 @@ from rome.experts.placement import joins_late, matches_end
 class MixtureFFN(NetworkMixture):
     """o_i = sum_k w_ik FFN_k(h_i) over the ``top`` experts with the largest gates, their weights scaled to sum to 1.
 
-    For a softmax gate that is the softmax over the chosen scores. Every expert starts as a copy of the block's own
-    network (sparse upcycling, Komatsuzaki et al. 2023), so the function does not change; or all start at random. A
-    token visits ``top`` experts only: tokens are sorted by expert, which waits for the device once a layer.
+    With a softmax gate these weights are the softmax over the selected scores. Every expert starts as a copy of the
+    block's own network (sparse upcycling, Komatsuzaki et al. 2023), so the function does not change; or all start at
+    random. Only ``top`` experts process a token: tokens are sorted by expert, which waits for the device once a layer.
     ``top=None`` mixes all experts.
 
     Args:
-        ffn: the network to multiply, (B, T, d) to (B, T, d_out).
-        top: experts for each token.
-        start: ``random`` takes modules for which :func:`without_start` finds nothing.
+        ffn: the network to replicate, (B, T, d) to (B, T, d_out).
+        top: experts per token.
+        start: ``random`` needs a network for which :func:`without_start` returns nothing.
         gating: see :meth:`MixtureLayer.init_gating`.
     """
 
@@ -78,18 +78,18 @@ class MixtureFFN(NetworkMixture):
 
 
 class FeedForward(Layerwise):
-    """K copies of each block's feed-forward network, of which a token visits the best (paper 4.1, Fig. 3, Table 6)."""
+    """K copies of each block's feed-forward network, of which each token uses the best (paper 4.1, Fig. 3, Table 6)."""
 
     kind = "ffn"
     gate: Gate = Field(default_factory=Local)
     top: int | None = Field(default=2, ge=1)
-    """Experts for each token; null mixes all of them."""
+    """Experts per token; null mixes all of them."""
     start: Literal["copies", "random"] = "copies"
-    """Every expert starts as the block's own network, or all of them at random as in a vision transformer that nobody
-    has trained: Linear weights normal with deviation 0.02, biases 0."""
+    """Every expert starts as a copy of the block's own network, or all start at random, as in an untrained vision
+    transformer: Linear weights normal with standard deviation 0.02, biases 0."""
     layers: tuple[str, ...] = Field(default=("mlp",), min_length=1)
-    """Names of the feed-forward networks, as in ``low-rank``; those of class attention and of pooling by attention are
-    meant only where the pattern names ``cls_attn_blocks`` or ``attn_pool``."""
+    """The feed-forward networks, named as the layers of ``low-rank``. Those of class attention and attention pooling
+    are selected only by a pattern that names ``cls_attn_blocks`` or ``attn_pool``."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -122,13 +122,12 @@ class FeedForward(Layerwise):
 
 
 def input_size(network: nn.Module) -> int:
-    """d of a feed-forward network."""
+    """Return d, the input size of a feed-forward network."""
     return next(part.in_features for part in network.modules() if isinstance(part, nn.Linear))
 
 
 def without_start(network: nn.Module) -> list[str]:
-    """Names of its parameters that have no random start: neither a Linear layer's nor of a module that can reset its
-    own."""
+    """Return the names of the parameters without a random start: those of modules without ``reset_parameters``."""
     return [
         f"{name}.{parameter}".removeprefix(".")
         for name, module in network.named_modules()

@@ -1,4 +1,4 @@
-"""Which layers of a model hold experts, and how their input makes up an image. Nothing here changes a model."""
+"""Which layers of a model get experts, and how their input makes up an image. Nothing here changes a model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from rome.experts.gated import MixtureLayer
 from rome.experts.gates import PLAIN, Layout
 
 KINDS = (nn.Linear, nn.Conv2d)
-"""What can be named in ``layers``. A pattern means the Linear layers it matches, or if there are none the others."""
-
-
+"""The layers that ``layers`` can name. A pattern selects the Linear layers it matches, or else the convolutions."""
 STEMS = {"stem", "conv_stem", "patch_embed"}
-"""Parts of networks before their first block."""
+"""Names of network parts before the first block."""
 
 
 def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.Module]:
-    """The layers whose names match, in module order.
+    """Return the layers whose names match, by name and in module order.
 
     Args:
         patterns: ends of names (``qkv``, ``attn.proj``) or patterns for ends (``blocks.*.mlp.fc?``). None picks the
-            paper's layers (5.1): the fused QKV and output projections of attention, class attention not among them;
-            in a model without those the 3x3 convolutions behind the stem.
+            paper's layers (5.1): the fused QKV and output projections of attention, except class attention; in a model
+            without those, the 3x3 convolutions after the stem.
 
     Raises:
-        UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
+        UserError: a pattern matches nothing (the message lists possible names), or a match cannot be adapted.
     """
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
     layers = {
@@ -48,10 +46,10 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
 
 
 def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """What replacing modules of any sort needs.
+    """Check that modules, of whatever kind, can be replaced.
 
     Raises:
-        UserError: a module has two names, lies inside another one or holds experts.
+        UserError: a module has two names, is inside another one, or has experts.
     """
     names: dict[int, str] = {}
     ids = {id(module) for module in chosen.values()}
@@ -92,7 +90,7 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _in_stem(name: str) -> bool:
-    """Whether a convolution's name says that it comes before the first block; timm's deep stems are ``conv1.0``..."""
+    """Whether a convolution comes before the first block, by its name; timm's deep stems are ``conv1.0``, ..."""
     parts = name.split(".")
     return bool(STEMS & set(parts)) or any(a == "conv1" and b.isdigit() for a, b in pairwise(parts))
 
@@ -119,23 +117,23 @@ def _ends(layers: Mapping[str, nn.Module]) -> str:
 
 
 def matches_end(name: str, pattern: str) -> bool:
-    """Whether a module's name, or its end from some dot on, matches a pattern."""
+    """Whether a module's name, or its end after any dot, matches a pattern."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
 
 
 def ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules around a module, the nearest first."""
+    """Return the modules around a module, the innermost first."""
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts)))]
 
 
 def channels_last(model: nn.Module, name: str) -> bool:
-    """Whether the network around a module keeps its maps as (B, H, W, C), as timm's Swin does."""
+    """Whether the network around a module has feature maps of shape (B, H, W, C), as timm's Swin does."""
     return any(getattr(parent, "output_fmt", None) == "NHWC" for parent in ancestors(model, name))
 
 
 def sees_class_token(model: nn.Module, name: str) -> bool:
-    """Whether a class token stands before the tokens that a layer sees; register tokens are none."""
+    """Whether a layer's input begins with a class token; register tokens do not count."""
     around = ancestors(model, name)
     own = any(getattr(place, "cls_token", None) is not None for part in around for place in (part, _embeds(part)))
     return own and _prefix(around, name) > 0
@@ -173,10 +171,10 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 
 def layout_of(model: nn.Module, name: str) -> Layout:
-    """How the input of a layer makes up images: windows of windowed attention, class tokens before the patches.
+    """Return how a layer's input makes up images: windows of windowed attention, class tokens before the patches.
 
     Raises:
-        UserError: windowed attention that does not say how it cuts its windows.
+        UserError: windowed attention whose partition into windows is unknown.
     """
     if isinstance(model.get_submodule(name), nn.Conv2d):
         return PLAIN
@@ -194,7 +192,7 @@ def layout_of(model: nn.Module, name: str) -> Layout:
 
 
 def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
-    """Whether timm's Twins or a block of its SAM cuts windows here; not where one window is the whole image."""
+    """Whether this is windowed attention of timm's Twins or SAM whose window is not the whole image."""
     if type(parent).__name__ == "LocallyGroupedAttn":
         return True
     size: Any = getattr(parent, "window_size", 0)
@@ -205,18 +203,18 @@ def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
 
 
 JOINED_LATE = ("cls_attn_blocks", "blocks_token_only")
-"""Blocks of XCiT and CaiT (timm) before which the class token joins; the blocks proper see patches alone."""
+"""Final blocks of timm's XCiT and CaiT, before which the class token is added; the other blocks get patches only."""
 
 
 def joins_late(name: str, pattern: str) -> bool:
-    """Whether a module works for the class token alone, in a part of the model that the pattern does not name."""
+    """Whether a module is in a part that updates the class token alone and that the pattern does not name."""
     return any(part in (*JOINED_LATE, "attn_pool") and part not in pattern for part in name.split("."))
 
 
 def _prefix(around: list[nn.Module], name: str) -> int:
-    """Class and register tokens of a model that says so (``num_prefix_tokens``, timm), in its numbered blocks only.
+    """Return the number of class and register tokens (timm's ``num_prefix_tokens``) before a layer's patches.
 
-    The patch embedding comes before they join, the head after the tokens were pooled.
+    0 outside the numbered blocks: the patch embedding precedes these tokens, and the head follows the pooling.
     """
     for depth, parent in enumerate(reversed(around)):
         count: Any = getattr(parent, "num_prefix_tokens", None)
@@ -227,7 +225,7 @@ def _prefix(around: list[nn.Module], name: str) -> int:
 
 
 def _windows(block: Any, name: str) -> Layout:
-    """The windows of a Swin block: padded to whole windows, cut row by row; a cyclic shift moves no token out."""
+    """Return the layout of a Swin block, padded to whole windows cut row by row; a cyclic shift does not change it."""
     (height, width), (rows, columns) = _resolution_and_window(block, name)
     inside = [row < height and column < width for row, column in _cut(height, width, rows, columns)]
     real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
@@ -235,13 +233,13 @@ def _windows(block: Any, name: str) -> Layout:
 
 
 def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
-    """Height and width of the tokens that a Swin block cuts into windows, and the place of each, counted row by row.
+    """Return height and width of the tokens of a Swin block, and each token's place in them, counted row by row.
 
-    Tokens stand in the order the windows hold them, padding left out. The block rolls its tokens by ``shift_size``
-    towards the start before it cuts.
+    Tokens are in the order of the windows, without padding. Before it cuts, the block rolls its tokens by
+    ``shift_size`` towards the start.
 
     Raises:
-        UserError: the block does not say how it cuts.
+        UserError: the block's partition into windows is unknown.
     """
     (height, width), (rows, columns) = _resolution_and_window(block, name)
     down, across = _pair(getattr(block, "shift_size", 0))
@@ -257,7 +255,7 @@ def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
 
 
 def _cut(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
-    """Row and column of every token of every window, those of padding beyond the height and width."""
+    """Return row and column of every token of every window; padding is beyond the height and width."""
     windows = product(range(math.ceil(height / rows)), range(math.ceil(width / columns)), range(rows), range(columns))
     return [(i * rows + row, j * columns + column) for i, j, row, column in windows]
 
@@ -277,7 +275,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def block_numbers(names: list[str]) -> dict[str, int]:
-    """The block l = 1..L of each layer, for beta(l): layers share a block if their names agree up to the last number.
+    """Return the block l = 1..L of each layer, for beta(l): layers whose names agree up to the last number share one.
 
     ``blocks.3.attn.qkv`` and ``blocks.3.attn.proj`` share a block; a name without a number is a block of its own.
     """

@@ -1,4 +1,4 @@
-"""Where on the image the tokens of an adapted layer lie."""
+"""The positions of an adapted layer's tokens on the image."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from rome.experts.recording import expert_layers
 
 
 class Grid(NamedTuple):
-    """Tokens of a layer as a map over the image."""
+    """The tokens of a layer as a map of the image."""
 
     rows: int
     columns: int
     order: Tensor
-    """int64 (rows * columns,): which token lies at each place, row by row."""
+    """int64 (rows * columns,): the token at each position, row by row."""
 
     def spread(self, values: Tensor) -> Tensor:
-        """(B, T, K) for every recorded token to (B, K, rows, columns)."""
+        """Arrange values (B, T, K) of the recorded tokens as maps (B, K, rows, columns)."""
         return values[:, self.order].transpose(1, 2).reshape(len(values), -1, self.rows, self.columns)
 
 
 REORDERED = ("Nest", "Hiera", "Twins")
-"""Families of timm that group the tokens of an image by blocks."""
+"""timm's model families that do not keep the tokens of an image row by row."""
 
 
 def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) -> Grid:
-    """The map of a layer's recorded gates.
+    """Return how a layer's recorded gates map onto the image.
 
-    Class and register tokens are left out. Windows of windowed attention are put back where they were cut out, cyclic
-    shift undone. Locations of a convolution and patches lie row by row, in the image's proportions.
+    Class and register tokens are left out. Windows of windowed attention are put back in their place, with the cyclic
+    shift undone. Patches and the locations of a convolution are taken row by row, in the image's proportions.
 
     Args:
-        name: of the adapted layer.
+        name: the adapted layer.
         tokens: T of its recorded gates.
-        image: height and width.
+        image: height and width in pixels.
 
     Raises:
-        UserError: one token an image, tokens that fill no such grid, or that stand in another order.
+        UserError: the layer has one token per image, or its tokens do not form such a grid.
     """
     layer = expert_layers(model)[name]
     for part in ancestors(model, name):
