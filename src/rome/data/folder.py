@@ -1,4 +1,4 @@
-"""Folders of image files, decoded while they are used."""
+"""Folders of image files, decoded on demand."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from rome.data.resized import Resized
 
 ROBUSTBENCH = "robustbench"
 COMPARED = 10_000
-"""Images of the same names in train and test whose contents are compared."""
+"""How many images with the same names in train and test are compared by content."""
 
 
 class ImageFolder(Resized):
     """Any folder of images, such as ImageNet: train/CLASS/*.jpg and test/CLASS/*.jpg (or validation, valid, val).
 
-    Images are what torchvision takes for one: .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff and .webp; other and
-    hidden files are counted in the split's remarks. Examples stand in an order that mixes the classes and is the same
-    everywhere (by a hash of CLASS/FILE), so that the first n are a fair sample. All become ``size`` pixels wide and
-    high, as :class:`~rome.data.resized.Resized` says.
+    Images are files with torchvision's extensions: .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff and .webp. Other
+    and hidden files are counted in the split's remarks. The order of the examples mixes the classes and is the
+    same everywhere (by a hash of CLASS/FILE), so that the first n are a fair sample. All images are brought to ``size``
+    x ``size`` pixels, as described in :class:`~rome.data.resized.Resized`.
     """
 
     kind = "folder"
     path: str = Field(min_length=1)
     classes: str | None = None
-    """Use only some class folders: ``imagenet100`` for the paper's 100 of ImageNet-1K's (the list of Tian et al.'s CMC,
-    github.com/HobbitLong/CMC; other lists called ImageNet-100 differ), or a text file with one folder name a line."""
+    """Use only these class folders: ``imagenet100`` for the paper's 100 classes of ImageNet-1K (the list of Tian et
+    al.'s CMC, github.com/HobbitLong/CMC; other lists called ImageNet-100 differ), or a text file with one folder name
+    per line."""
     class_order: Literal["timm", "torchvision", "list"] = "timm"
-    """How classes are numbered: by name with numbers by their value (2 before 10), as timm's reader does; by name as
-    text (10 before 2), as torchvision's ImageFolder does; or as ``classes`` lists them, timm's ``class_map``."""
+    """How classes are numbered: by name with numbers by value (2 before 10), as in timm's reader; by name as text (10
+    before 2), as in torchvision's ImageFolder; or in the order of ``classes``, like timm's ``class_map``."""
     test_split: TestSplit | None = None
-    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
-    labels."""
+    """Name of the test set; null: the first of test, validation, valid and val that exists with labels."""
     files: str | None = None
-    """Test on these images alone, in this order: a text file with one CLASS/FILE a line, or ``robustbench`` for the
-    5,000 of ImageNet's validation set that its leaderboard uses, whose list the package robustbench brings."""
+    """Test on these images only, in this order: a text file with one CLASS/FILE per line, or ``robustbench`` for the
+    5,000 images of ImageNet's validation set on which RobustBench ranks models; their list comes with its package."""
     size: int = Field(224, ge=1)
-    """Side in pixels that all images are brought to."""
+    """Side of all images in pixels, after resizing."""
 
     @model_validator(mode="after")
     def _listed_or_not(self) -> Self:
@@ -106,10 +106,10 @@ class ImageFolder(Resized):
         return opened.described(str(folder), remarks)
 
     def _chosen(self, images: _Images, labels: np.ndarray) -> tuple[np.ndarray, str]:
-        """The rows of the images that ``files`` lists, in its order, and a remark that says which these are.
+        """Return the rows of the images that ``files`` lists, in its order, and a remark about the selection.
 
         Args:
-            labels: of all images, negative where their class is not used.
+            labels: labels of all images, negative for classes that are not used.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -136,7 +136,7 @@ class ImageFolder(Resized):
         )
 
     def _split_folder(self, root: Path, split: SplitName) -> tuple[Path | None, list[str]]:
-        """The folder of a split, None where there is none, and remarks about the choice."""
+        """Return the folder of a split, None if there is none, and remarks about the choice."""
         there = [name for name in NAMES[split] if (root / name).is_dir()]
         if split == "train":
             return (root / there[0] if there else None), []
@@ -144,7 +144,7 @@ class ImageFolder(Resized):
         return (root / name if name else None), remarks
 
     def _numbered(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
-        """The classes by label, and a remark where the possible orders differ."""
+        """Return the classes in the order of their labels, and a remark if other orders number them differently."""
         from timm.utils import natural_key
 
         orders = {"torchvision": sorted(classes)}
@@ -163,7 +163,7 @@ class ImageFolder(Resized):
         )
 
     def _wanted(self, folder: Path) -> set[str]:
-        """The class folders to use in the folder of a split."""
+        """Return the class folders to use in the folder of a split."""
         found = _class_folders(folder)
         if self.classes is None:
             return found
@@ -176,7 +176,7 @@ class ImageFolder(Resized):
         return wanted
 
     def _listed(self, classes: str) -> list[str]:
-        """The class folders that a list names, in its order: one of ours, or a file."""
+        """Return the class folders of a list, in its order: a list that comes with rome, or a file."""
         built_in = _built_in(classes)
         file = built_in if built_in.is_file() else Path(os.path.expanduser(classes))
         if not os.path.isfile(file):
@@ -186,7 +186,7 @@ class ImageFolder(Resized):
 
 @dataclass(frozen=True)
 class _Images(Images):
-    """Files to read, by their number."""
+    """The image files of a folder, by number."""
 
     folder: Path
     listing: Listing
@@ -203,8 +203,10 @@ def _class_folders(folder: Path) -> set[str]:
 
 
 def _in_both(here: _Images, rows: np.ndarray, there: _Images) -> str:
-    """How many images are in another split too, of the same class, name and content; empty where none is. Of very many
-    with the same names the first ones are compared."""
+    """Return a remark about images that are in another split too, with the same class, name and content; or "".
+
+    Of images with the same class and name, the first :data:`COMPARED` are compared.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -225,11 +227,11 @@ def _equal(file: str, other: Path) -> bool:
 
 
 def _lines(file: Path, setting: str, what: str) -> list[str]:
-    """The lines of a list, without empty ones.
+    """Return the lines of a list, without empty ones.
 
     Args:
-        setting: its key and value, for messages.
-        what: stands in a line.
+        setting: key and value of the setting, for messages.
+        what: what each line contains, for messages.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -243,7 +245,7 @@ def _lines(file: Path, setting: str, what: str) -> list[str]:
 
 
 def _robustbench() -> Path:
-    """RobustBench's list of 5,000 validation images, in its package."""
+    """Return the file in RobustBench's package that lists its 5,000 validation images."""
     package = find_spec("robustbench")
     places = [Path(place) for place in package.submodule_search_locations or ()] if package else []
     for place in places:

@@ -1,4 +1,4 @@
-"""Any data set of images in the Hugging Face Hub's Parquet files."""
+"""Any image data set in the Parquet format of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, re
 class Parquet(Resized):
     """Any images in the Hugging Face Hub's Parquet files: train-*.parquet and test-*.parquet (or validation).
 
-    Each has a column ``img`` or ``image`` (bytes, or a struct with bytes) and one of labels, integers from 0.
+    Each file has a column ``img`` or ``image`` (bytes, or a struct with bytes) and a column of labels, integers from 0.
 
-    Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
-    is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
-    they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; up to 512 MiB
-    of encoded ones are held in memory, more are read by row groups. Files in which classes stand together are read in
-    an order that mixes the classes and is the same everywhere, so that the first n are a fair sample; others in their
-    own. Gray images become RGB.
+    Without ``size`` all images must have one size, which they keep; they are decoded once and held in memory.
+    Augmentation is then zero padding by an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size``
+    images are decoded on demand and brought to ``size`` x ``size`` pixels, as described in
+    :class:`~rome.data.resized.Resized`; encoded images of up to 512 MiB in all are held in memory, more are read by row
+    groups. If the files group the classes, examples are put in an order that mixes the classes and is the same
+    everywhere, so that the first n are a fair sample; otherwise they keep their order. Gray images become RGB.
     """
 
     kind = "parquet"
     path: str = Field(min_length=1)
     label: str = "label"
-    """The column of labels; ``fine_label`` of CIFAR-100."""
+    """Name of the column of labels, such as ``fine_label`` for CIFAR-100."""
     test_split: TestSplit | None = None
-    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
-    labels."""
+    """Name of the test set; null: the first of test, validation, valid and val that exists and has labels."""
     size: int | None = Field(None, ge=1)
-    """Side in pixels that images are brought to; None takes them as they are, all of one size."""
+    """Side of all images in pixels, after resizing; null for images that already have one size, which they keep."""
 
     def open(self, split: SplitName) -> Split:
         files, remarks = self._files(split)
@@ -64,12 +63,12 @@ class Parquet(Resized):
         return MemorySplit(images, labels, classes, IMAGENET_MEAN, IMAGENET_STD, augment=self.augment, pad=pad)
 
     def one_size(self) -> bool:
-        """Whether the first test images are all of one size."""
+        """Whether the first test images all have the same size."""
         table = read_tables(self._files("test")[0], self.label)
         return len({table.picture(row).size for row in range(min(len(table), 64))}) == 1
 
     def _files(self, split: SplitName, *, needed: bool = True) -> tuple[list[Path], list[str]]:
-        """The files of a split, and remarks about the choice."""
+        """Return the files of a split, and remarks about the choice."""
         root = Path(os.path.expanduser(self.path))
         if split == "test" and root.is_file():
             return [root], []
@@ -88,12 +87,15 @@ class Parquet(Resized):
         return files, remarks
 
     def _labelled(self, files: list[Path]) -> bool:
-        """Whether some label is neither missing nor secret, as those of some test sets on the Hub."""
+        """Whether any label is neither missing nor withheld (-1), as in some test sets on the Hub."""
         return any(value not in (None, -1) for file in files for value in labels_in(file, self.label)[1])
 
     def _classes(self, table: ImageTable, others: list[Path]) -> tuple[str, ...]:
-        """The classes that the files name, which must be the same in both splits; else the numbers up to the largest
-        label of all files."""
+        """Return the class names in the files, or, without names, the numbers up to the largest label in any file.
+
+        Raises:
+            UserError: the two splits name different classes.
+        """
         largest = int(table.labels.max())
         for file in others:
             names, labels = labels_in(file, self.label)
