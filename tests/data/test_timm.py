@@ -74,7 +74,7 @@ def test_a_class_map_numbers_the_classes(root: Path) -> None:
     found = opened(root, class_map=str(root / "map.txt"))
     assert labelled(found) == by_reference(create_dataset("", str(root), class_map=str(root / "map.txt")))
     assert found.classes == ("class10", "class1")
-    with pytest.raises(UserError, match=r"class_map: .*map\.pkl is no \.txt file"):
+    with pytest.raises(UserError, match=r"class_map: .*map\.pkl is not a \.txt file"):
         opened(root, class_map=str(root / "map.pkl"))
 
 
@@ -131,7 +131,7 @@ def test_samples_of_shards_are_images_with_the_labels_beside_them(shards: Path) 
     assert labelled(opened(shards, "train", name="wds/mine")) == expected
     with pytest.raises(UserError, match=r"lacks 1 of 3 shards, such as .*train-02"):
         opened(shards, "train", name="wds/mine", train_split="train-{00..02}.tar")
-    with pytest.raises(UserError, match="names no files of a split validation"):
+    with pytest.raises(UserError, match="lists no files for a split validation"):
         opened(shards, name="wds/mine")
 
 
@@ -157,11 +157,11 @@ def test_data_sets_of_the_hub_are_read_by_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "hfids/a/b"}, "is a stream, .*: name hfds/a/b"),
+        ({"name": "hfids/a/b"}, "is a stream, .*: use hfds/a/b"),
         ({"name": "tfds/imagenet2012"}, "is a stream"),
         ({"name": "torch/none_such"}, "timm cannot open it: Unknown torchvision dataset none_such"),
         ({"test_split": "none"}, "has no folder none: name it with data.train_split and data.test_split"),
-        ({"path": "/none"}, "data.path: /none is no folder"),
+        ({"path": "/none"}, "data.path: /none is not a folder"),
         ({"name": "wds/x", "test_split": "validation"}, "has no _info.json"),
     ],
 )

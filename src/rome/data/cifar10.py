@@ -46,19 +46,19 @@ class Cifar10(Data):
         in_batches = (root / "cifar-10-batches-py").is_dir()
         if not tables and not self.download and not in_batches:
             raise UserError(
-                f"{root} {'holds no CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
+                f"{root} {'does not contain CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
                 f"cifar-10-batches-py (torchvision) or {split}-*.parquet (Hugging Face Hub); or set data.download=true"
             )
         if tables and (named or not in_batches):
             table, folder = read_tables(tables, classes=len(CIFAR10_CLASSES)), tables[0].parent
             if table.names and table.names != CIFAR10_CLASSES:
                 raise UserError(
-                    f"{tables[0]}: its classes are {', '.join(table.names[:3])}...: another data set; set "
+                    f"{tables[0]}: its classes are {', '.join(table.names[:3])}..., so it is another data set; set "
                     "data.kind=parquet"
                 )
             source, remarks = table.source, table.remarks()
             if len(table) != _IMAGES[split]:
-                remarks.append(f"{folder}: {len(table)} images, where CIFAR-10 has {_IMAGES[split]} to {split}")
+                remarks.append(f"{folder}: {len(table)} images; CIFAR-10 has {_IMAGES[split]} to {split}")
             count = self._count(split, len(table), folder)
             images, labels = table.decoded(range(count), (32, 32)), table.labels
         else:

@@ -122,7 +122,7 @@ class ImageFolder(Resized):
         if found.null_count:
             first = keys[found.is_null().index(True).as_py()]
             raise UserError(
-                f"data.files: {self.files} lists {len(keys)} images, one CLASS/FILE a line; {images.folder} lacks "
+                f"data.files: {self.files} lists {len(keys)} images, one CLASS/FILE per line; {images.folder} lacks "
                 f"{found.null_count} of them, such as {first}"
             )
         rows = found.to_numpy().astype(np.int64)
@@ -253,7 +253,7 @@ def _robustbench() -> Path:
             return file
     raise UserError(
         "data.files: robustbench: its list comes with the package robustbench (1.1 or later), which is not installed "
-        "here: pip install --no-deps robustbench, or give a text file with one CLASS/FILE a line"
+        "here: pip install --no-deps robustbench, or give a text file with one CLASS/FILE per line"
     )
 
 

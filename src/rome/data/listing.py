@@ -105,8 +105,8 @@ def remembered(source: str, make: Callable[[], Found]) -> Found:
         except OSError as error:
             if len(table) >= MANY:
                 say(
-                    f"the list of {source} cannot be kept in {file.parent} ({error.strerror or error}), so each "
-                    "process makes its own: set ROME_CACHE_HOME to a folder that can be written"
+                    f"the list of {source} cannot be cached in {file.parent} ({error.strerror or error}), so each "
+                    "process makes its own: set ROME_CACHE_HOME to a writable folder"
                 )
             return table, facts
     return _read(file, source) or (table, facts)
@@ -143,7 +143,7 @@ def _scan(folder: Path) -> Found:
             if below or hidden(name):
                 rest["hidden"] += 1
             elif ending not in IMG_EXTENSIONS:
-                rest[ending or "without an ending"] += 1
+                rest[ending or "without an extension"] += 1
             else:
                 images.append(os.fsencode(name))
         total += len(files)
@@ -212,14 +212,14 @@ def _read(file: Path, source: str) -> Found | None:
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError, ValueError) as error:
-        say(f"{file} cannot be used ({one_line(error)}): {source} is looked through again")
+        say(f"{file} cannot be used ({one_line(error)}): {source} is searched again")
         return None
     try:
         same = all(os.stat(place).st_mtime_ns == at for place, at in facts["times"].items())
     except OSError:
         same = False
     if not same:
-        say(f"{source} changed since its images were listed: it is looked through again")
+        say(f"{source} changed since its images were listed: it is searched again")
     return (table, facts) if same else None
 
 

@@ -47,8 +47,8 @@ class Parquet(Resized):
         rows = rows[: self._count(split, len(rows), files[0].parent)]
         if split == "train" and self.size is not None and not table.small:
             remarks.append(
-                f"{files[0].parent}: images are read by row groups of up to {np.diff(table.starts).max()}, a whole one "
-                "for each image of a random order; data.kind=timm data.name=hfds/NAME reads single images"
+                f"{files[0].parent}: images are read by row groups of up to {np.diff(table.starts).max()} images, and "
+                "in random order a whole group for each image; data.kind=timm data.name=hfds/NAME reads single images"
             )
         opened = self._opened(table, rows, self._classes(table, [file for file in others if file not in files]))
         same = [f"{mine} and {theirs} are the same file" for mine, theirs in equal_files(files, others)]
@@ -79,7 +79,7 @@ class Parquet(Resized):
             name, remarks = chosen_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
         files = found.get(name, [])
         if needed and not files:
-            state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
+            state = f"has no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
             raise UserError(
                 f"{folder} {state}: data.path must contain train-*.parquet and test-*.parquet (or validation), also in "
                 "a folder data or plain_text"
@@ -103,6 +103,6 @@ class Parquet(Resized):
             if names != table.names:
                 raise UserError(
                     f"{table.files[0]} and {file} differ in the names of their classes ({len(table.names) or 'none'} "
-                    f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
+                    f"and {len(names) or 'none'}): keep only the files of one data set in {file.parent}"
                 )
         return table.names or tuple(map(str, range(largest + 1)))

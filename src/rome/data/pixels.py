@@ -92,11 +92,11 @@ def eight_bits(opened: Image.Image) -> Image.Image:
         white = 1
         if not (values.min() >= 0 and values.max() <= 1):  # also true for NaN
             raise ValueError(
-                f"floats from {values.min():g} to {values.max():g}; black must be 0 and white 1, or save it in 8 bits"
+                f"floats from {values.min():g} to {values.max():g}; black must be 0 and white 1, or save it with 8 bits"
             )
     elif opened.mode == "I" and opened.format not in ("PNG", "PPM"):
         raise ValueError(
-            "integers of 32 bits or with a sign, whose white is unknown; save it in 8 bits, or 16 unsigned"
+            "32-bit or signed integers, whose white is unknown; save it with 8 bits, or with 16 unsigned bits"
         )
     else:
         white = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1

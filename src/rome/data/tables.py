@@ -122,7 +122,7 @@ class ImageTable(Images):
             again = len(self) - pc.count_distinct(images, mode="all").as_py()
             if again <= len(self) // 100:
                 return []
-        return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a piece there twice?"]
+        return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a file there twice?"]
 
 
 def find_tables(root: Path, *names: str) -> list[Path]:
@@ -141,11 +141,11 @@ def find_tables(root: Path, *names: str) -> list[Path]:
         there = {int(piece[1]) for piece in pieces if piece[2] == total}
         if there != set(range(int(total))) or len(files) != int(total):
             raise UserError(
-                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and {int(total)} belong "
-                "together: download what is missing, and remove what is there twice or belongs to another version"
+                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and a complete set has "
+                f"{int(total)}: download missing files, and remove duplicates and files of another version"
             )
     for first, second in equal_files(files, files):
-        raise UserError(f"{first} and {second} are the same piece: remove one of them")
+        raise UserError(f"{first} and {second} have the same content: remove one of them")
     return files
 
 
@@ -172,7 +172,7 @@ def read_tables(files: list[Path], label: str = "label", *, classes: int | None 
     """
     read = [_read(file, label, classes) for file in files]
     if len({each.names for each in read}) > 1:
-        raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
+        raise UserError(f"{files[0].parent}: its files name different classes: remove those of other data sets")
     groups = [(file, group) for file, each in enumerate(read) for group in range(len(each.rows))]
     return ImageTable(
         files=tuple(files),
@@ -249,8 +249,8 @@ def _read(file: Path, label: str, classes: int | None) -> _File:
     wrong = np.flatnonzero((labels < 0) | (labels >= (classes or len(names) or 2**31)))
     if len(wrong) and (labels == -1).all():
         raise UserError(
-            f"{file}: its labels are secret (all are -1), as of some test sets on the Hub; put "
-            "validation-*.parquet beside it, which is read instead"
+            f"{file}: its labels are withheld (all are -1), as in some test sets on the Hub; put "
+            "validation-*.parquet beside it, which is then read instead"
         )
     if len(wrong):
         refuse(f"row {wrong[0]} has the label {given[int(wrong[0])].as_py()}")

@@ -63,12 +63,12 @@ class Timm(Resized):
         name = self.train_split if split == "train" else self.test_split
         root = os.path.expanduser(self.path or "") or None
         if self.class_map is not None and (not self.class_map.endswith(".txt") or not os.path.isfile(self.class_map)):
-            raise UserError(f"data.class_map: {self.class_map} is no .txt file with one class a line")
+            raise UserError(f"data.class_map: {self.class_map} is not a .txt file with one class per line")
         images, labels, classes = self._opened(name, root)
         if not len(labels):
             raise UserError(f"{self._what(name)} has no images")
         if labels.min() < 0:
-            raise UserError(f"{self._what(name)}: label {labels.min()} is none; is this test set without labels?")
+            raise UserError(f"{self._what(name)}: label {labels.min()} is negative; does this test set have no labels?")
         most = max(int(labels.max()) + 1, len(classes))
         classes = classes if len(classes) == most else tuple(map(str, range(most)))
         rows = mixed(labels)
@@ -84,15 +84,15 @@ class Timm(Resized):
         prefix = self.name.partition("/")[0].lower() if "/" in self.name else ""
         if prefix in STREAMS:
             raise UserError(
-                f"data.name: {self.name} is a stream, in which no image can be had by its number, as training that can "
-                f"be repeated needs: name hfds/{self.name.partition('/')[2]}"
+                f"data.name: {self.name} is a stream, whose images cannot be read by number, as reproducible training "
+                f"needs: use hfds/{self.name.partition('/')[2]}"
             )
         if prefix == "hfds" and find_spec("datasets") is None:
             raise UserError(f"data.name: {self.name} needs the package datasets: pip install datasets")
         if prefix not in ("hfds", "torch"):
             if root is None or not os.path.isdir(root):
                 raise UserError(
-                    f"data.path: {root} is no folder; timm reads {self.name or 'folders and tar files'} there"
+                    f"data.path: {root} is not a folder; timm reads {self.name or 'folders and tar files'} there"
                 )
             if prefix == "wds":
                 return self._in_tars(_shards(root, split), _in_samples)
@@ -206,7 +206,7 @@ def _shards(root: str, split: str) -> list[str]:
                 try:
                     files = [str(name) for name in parse_json(info.read_bytes())["splits"][split]["filenames"]]
                 except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{info} names no files of a split {split}") from None
+                    raise UserError(f"{info} lists no files for a split {split}") from None
                 break
     paths = [os.path.join(root, file) for file in files]
     if not paths or (missing := [path for path in paths if not os.path.isfile(path)]):

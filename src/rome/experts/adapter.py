@@ -49,7 +49,7 @@ class Adapters(Bottleneck):
     def check(self, name: str, module: nn.Module) -> None:
         super().check(name, module)
         if not isinstance(module, nn.Linear):
-            raise UserError(f"layer {name} is a convolution; adapters stand behind Linear layers, use kind: low-rank")
+            raise UserError(f"layer {name} is a convolution; adapters are for Linear layers, use kind: low-rank")
 
     def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         return AdapterLinear(module, rank=self.rank, **gating)

@@ -92,11 +92,11 @@ class Layerwise(Experts):
     def _something_to_learn(self) -> Self:
         if self.projection == "trainable" and (self.regularizer is None or not self.regularizer.projects):
             raise ValueError(
-                "projection: trainable learns from a diversification loss with l2 or cosine alone, which is not there; "
+                "projection: trainable needs a diversification loss with distance l2 or cosine, which alone trains it; "
                 "use projection: frozen"
             )
         if isinstance(self.gate, Uniform) and self.regularizer is not None:
-            raise ValueError("gate: uniform learns nothing that a regularizer could change; add regularizer: null")
+            raise ValueError("gate: uniform has no parameters for a regularizer to train; add regularizer: null")
         return self
 
     def check_threats(self, threats: int) -> None:
@@ -111,7 +111,7 @@ class Layerwise(Experts):
         for name, module in chosen.items():
             self.check(name, module)
             if self.gate.needs_class_token and not sees_class_token(model, name):
-                raise UserError(f"gate.pool: cls reads a class token, and layer {name} sees none; use mean")
+                raise UserError(f"gate.pool: cls reads a class token, and the input of layer {name} has none; use mean")
         blocks, made = max(numbers.values()), dict[str, MixtureLayer]()
         for name, module in chosen.items():
             layout = layouts[name]

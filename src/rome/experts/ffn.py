@@ -105,7 +105,7 @@ class FeedForward(Layerwise):
         }
         if not chosen:
             named = ", ".join(self.layers)
-            raise UserError(f"feed-forward networks named {named} do not exist in this model; set experts.layers")
+            raise UserError(f"this model has no feed-forward networks named {named}; set experts.layers")
         return chosen
 
     def width(self, module: nn.Module) -> int:
@@ -113,9 +113,9 @@ class FeedForward(Layerwise):
 
     def check(self, name: str, module: nn.Module) -> None:
         if not any(isinstance(part, nn.Linear) for part in module.modules()):
-            raise UserError(f"{name} has no Linear layer, so it is no feed-forward network; set experts.layers")
-        if self.start == "random" and (lasting := without_start(module)):
-            raise UserError(f"experts.start: random knows no start for {name}.{lasting[0]}; use start: copies")
+            raise UserError(f"{name} has no Linear layer, so it is not a feed-forward network; set experts.layers")
+        if self.start == "random" and (fixed := without_start(module)):
+            raise UserError(f"experts.start: random cannot initialise {name}.{fixed[0]}; use start: copies")
 
     def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         return MixtureFFN(module, top=self.top, start=self.start, **gating)

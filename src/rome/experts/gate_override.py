@@ -39,7 +39,7 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
     for name, layer in layers.items():
         if routing == "none" and not layer.additive:
             raise UserError(
-                f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
+                f"the experts of {name or 'this model'} replace the layer: with routing none nothing would be left"
             )
         if routing.startswith("inverse") and layer.experts < 2:
             raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")

@@ -67,7 +67,7 @@ class ModelMixture(NetworkMixture):
         scores = self.router(x)
         if scores.shape != (x.shape[0], self.experts):
             raise UserError(
-                f"the gate network answers {len(x)} images with {tuple(scores.shape)}, not with {self.experts} weights "
+                f"the gate network returns {tuple(scores.shape)} for {len(x)} images, not {self.experts} weights "
                 "each: its last Linear layer is not its classifier. Give the network get_classifier() and "
                 "reset_classifier(outputs), as timm's have."
             )
@@ -122,11 +122,11 @@ class Networks(Experts):
 
     def place(self, model: nn.Module) -> dict[str, nn.Module]:
         if any(isinstance(module, MixtureLayer) for module in model.modules()):
-            raise UserError("this model has experts already; copies of a whole network go into a model without")
+            raise UserError("this model has experts already; whole networks can be added only to a model without")
         backbone = getattr(model, "backbone", None)
         if not isinstance(backbone, nn.Module):
             raise UserError(
-                f"whole networks take the place of a model's backbone, and this {type(model).__name__} has none; wrap "
+                f"whole networks replace a model's backbone, and this {type(model).__name__} has none; wrap "
                 "it: rome.models.Classifier(model, mean=(0,), std=(1,)), or build it with rome.create_model"
             )
         model.backbone = ModelMixture(backbone, experts=self.experts)

@@ -59,7 +59,7 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     for name, module in chosen.items():
         for inner, part in module.named_modules(prefix=name):
             if isinstance(part, MixtureLayer) or (inner in chosen and inner != name):
-                what = "has experts already" if isinstance(part, MixtureLayer) else "is to hold experts itself"
+                what = "has experts already" if isinstance(part, MixtureLayer) else "is to get experts too"
                 raise UserError(f"layer {name} cannot hold experts: {inner} inside it {what}. Change experts.layers.")
 
 
@@ -82,7 +82,7 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     if attends or not behind_stem:
         reason = "this model has neither fused attention (qkv and proj) nor 3x3 convolutions"
         if attends:
-            reason = "the attention of this model has no fused projection qkv with its proj"
+            reason = "the attention of this model has no fused qkv layer with a proj layer"
         raise UserError(
             f"{reason}, so the layers have to be named (experts.layers); it has layers ending in {_ends(layers)}"
         )
@@ -185,8 +185,8 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     for parent in around:
         if _cuts_foreign_windows(parent, model):
             raise UserError(
-                f"layer {name} sees windows of {type(parent).__name__}, with padding, which are gathered to whole "
-                "images for Swin alone. Leave it out of experts.layers."
+                f"layer {name} gets padded windows of {type(parent).__name__}; windows are joined into images for Swin "
+                "only. Leave it out of experts.layers."
             )
     return Layout(prefix=_prefix(around, name))
 
@@ -264,7 +264,7 @@ def _resolution_and_window(block: Any, name: str) -> tuple[tuple[int, int], tupl
     resolution, window = getattr(block, "input_resolution", None), getattr(block, "window_size", None)
     if resolution is None or window is None or getattr(block, "dynamic_mask", False):
         raise UserError(
-            f"layer {name} sees windows of an image and its block does not say how many, so a global gate cannot "
+            f"layer {name} gets windows of an image, and its block does not declare how many, so a global gate cannot "
             "average over the image. Leave it out of experts.layers."
         )
     return _pair(resolution), _pair(window)

@@ -50,8 +50,8 @@ class GateRecorder:
         missing = [name for layer, name in self._names.items() if layer not in latest]
         if missing:
             raise UserError(
-                f"the experts of {some(missing)} were never called in this forward pass: the model reads the "
-                "layer's weight around its forward. Adapt other layers (experts.layers)."
+                f"the experts of {some(missing)} were never called in this forward pass: the model uses the "
+                "layer's weight without calling the layer. Adapt other layers (experts.layers)."
             )
         return [latest[layer] for layer in self._names]
 
@@ -68,7 +68,7 @@ class GateRecorder:
         for record in self.records:
             if len(record.gates.weights) != images:
                 raise UserError(
-                    f"layer {self._names[record.layer]} sees {len(record.gates.weights)} inputs for {images} images, "
+                    f"layer {self._names[record.layer]} gets {len(record.gates.weights)} inputs for {images} images, "
                     "so its global gate would not average over the image. Leave it out of experts.layers."
                 )
 

@@ -84,7 +84,7 @@ class Diversification(Regularizer):
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
         terms = [term for record in records for term in self._terms(record)]
         if not terms:
-            raise UserError("no gate has a local or a global part, so there is nothing to part; use regularizer: null")
+            raise UserError("no gate has a local or a global part to diversify; use regularizer: null")
         columns = [column for points in terms for column in (points.flatten(1), _length(points))]
         means, counts = group_means(torch.cat(columns, dim=1), labels, threats)
         parts = torch.split(means, [column.shape[1] for column in columns], dim=1)

@@ -34,8 +34,8 @@ def settings_of(model: nn.Module) -> list[dict[str, Any]]:
     for name in expert_names(inner):
         if not any(not part or f"{name}.".startswith(f"{part}.") for part in parts):
             raise UserError(
-                f"the settings of the experts at {name} are unknown, and no file could say how to use its weights: the "
-                "module that rome.add_experts was called with is not in this model; save that one"
+                f"the settings of the experts at {name} are unknown, and without them no file could be loaded: the "
+                "module that rome.add_experts was called with is not in this model; save that module"
             )
     return found
 

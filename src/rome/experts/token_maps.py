@@ -49,7 +49,7 @@ def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) ->
     for part in ancestors(model, name):
         if type(part).__name__ in REORDERED:
             raise UserError(
-                f"the tokens of {type(part).__name__} do not lie row by row: there is no map of layer {name}"
+                f"the tokens of {type(part).__name__} are not ordered row by row: there is no map of layer {name}"
             )
     if tokens == 1:
         raise UserError(f"layer {name} weighs its experts for the image as a whole: there is no map of them")
@@ -61,5 +61,7 @@ def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) ->
     rows = max(round(math.sqrt(patches * image[0] / image[1])), 1)
     columns = patches // rows
     if rows * columns != patches or abs(rows * image[1] - columns * image[0]) >= max(image):
-        raise UserError(f"the {patches} tokens of layer {name} are no grid over images of {image[0]}x{image[1]} pixels")
+        raise UserError(
+            f"the {patches} tokens of layer {name} do not form a grid over images of {image[0]}x{image[1]} pixels"
+        )
     return Grid(rows, columns, torch.arange(layer.layout.prefix, tokens))
