@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def test_a_class_map_numbers_the_classes(root: Path) -> None:
     assert found.classes == ("class10", "class1")
     with pytest.raises(UserError, match=r"class_map: .*map\.pkl is not a \.txt file"):
         opened(root, class_map=str(root / "map.pkl"))
+    for name in ("wds/x", "torch/image_folder"):
+        with pytest.raises(UserError, match=f"class_map does not apply to {name}"):
+            opened(root, name=name, class_map=str(root / "map.txt"))
 
 
 def test_torchvision_datasets_have_their_own_labels(root: Path) -> None:
@@ -116,6 +120,18 @@ def shards(tmp_path: Path) -> Path:
                 add(tar, f"a/sample{number}.json", b"{}")
                 add(tar, f"a/sample{number}.png", png(number))
     return tmp_path
+
+
+def test_a_changed_shard_is_told_in_one_line(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROME_CACHE_HOME", str(shards / "cache"))
+    for hours in (1, 2):
+        for shard in shards.glob("*.tar"):
+            os.utime(shard, (0, 3600 * hours))
+        opened(shards, "train", name="wds/mine", train_split="train-{00..01}.tar")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{shards}/train-00.tar changed since its images were listed: it is searched again")
 
 
 def test_samples_of_shards_are_images_with_the_labels_beside_them(shards: Path) -> None:

@@ -164,7 +164,7 @@ class Data(Component):
 
     @field_validator("path", check_fields=False)
     @classmethod
-    def _possible(cls, path: str | None) -> str | None:
+    def _check_path(cls, path: str | None) -> str | None:
         try:
             os.stat(os.path.expanduser(path or "."))
         except (ValueError, OSError) as error:
@@ -199,7 +199,7 @@ class Data(Component):
         return available if limit is None else limit
 
 
-def chosen_split(
+def choose_split(
     root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
 ) -> tuple[str, list[str]]:
     """Return the name of the test set to use, the first one with labels, and remarks if there was a choice.

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from rome.core.errors import UserError
 from rome.core.files import file_hash
-from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split, one_line
+from rome.data.base import NAMES, Split, SplitName, TestSplit, choose_split, one_line
 from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, listed
 from rome.data.pixels import Images
 from rome.data.resized import Resized
@@ -53,13 +53,13 @@ class ImageFolder(Resized):
     """Side of all images in pixels, after resizing."""
 
     @model_validator(mode="after")
-    def _listed_or_not(self) -> Self:
+    def _check_class_order(self) -> Self:
         if self.class_order == "list" and self.classes is None:
             raise ValueError("class_order=list needs a list: set classes")
         return self
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
-        known = classes if self.classes is None else len(self._listed(self.classes))
+        known = classes if self.classes is None else len(self._class_list(self.classes))
         return super().form() if known is None else ((3, self.size, self.size), known)
 
     def open(self, split: SplitName) -> Split:
@@ -78,26 +78,26 @@ class ImageFolder(Resized):
             raise UserError(f"{listing.misplaced} is not in {folder}/CLASS/: move or remove it")
         if not listing.folders:
             raise UserError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of classes{rest}")
-        classes = self._wanted(folder)
+        classes = self._class_names(folder)
         if empty := sorted(classes - {*listing.folders}):
             raise UserError(f"class folder {folder / empty[0]} has no images{rest}: fill or remove it")
-        if other is not None and (differing := classes ^ self._wanted(other)):
+        if other is not None and (differing := classes ^ self._class_names(other)):
             name = min(differing)
             here, there = (folder, other) if name in classes else (other, folder)
             raise UserError(
                 f"the classes of {folder} and {other} differ in {len(differing)}: {name} is in {here} and not in "
                 f"{there}; both need the same class folders"
             )
-        names, remark = self._numbered(classes)
+        names, remark = self._in_label_order(classes)
         number = {name: label for label, name in enumerate(names)}
         labels = np.array([number.get(name, -1) for name in listing.folders])[listing.places]
         rows = np.flatnonzero(labels >= 0)
         if self.files is not None and split == "test":
-            rows, chosen = self._chosen(images, labels)
+            rows, chosen = self._selected(images, labels)
             remarks.append(chosen)
         if rest:
             remarks.append(f"{folder}: {rest.removeprefix('; ')}")
-        if other is not None and (same := _in_both(images, rows, _Images(other, listed(other)))):
+        if other is not None and (same := _overlap(images, rows, _Images(other, listed(other)))):
             remarks.append(same)
         rows = rows[: self._count(split, len(rows), folder)]
         if remark:
@@ -105,7 +105,7 @@ class ImageFolder(Resized):
         opened = self.resized(images, rows, torch.from_numpy(labels[rows]), names, self.size)
         return opened.described(str(folder), remarks)
 
-    def _chosen(self, images: _Images, labels: np.ndarray) -> tuple[np.ndarray, str]:
+    def _selected(self, images: _Images, labels: np.ndarray) -> tuple[np.ndarray, str]:
         """Return the rows of the images that ``files`` lists, in its order, and a remark about the selection.
 
         Args:
@@ -114,7 +114,7 @@ class ImageFolder(Resized):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        file = _robustbench() if self.files == ROBUSTBENCH else Path(os.path.expanduser(self.files or ""))
+        file = _robustbench_list() if self.files == ROBUSTBENCH else Path(os.path.expanduser(self.files or ""))
         lines = _lines(file, f"data.files: {self.files}", "path")
         keys = [Path(line).as_posix().removeprefix(f"{images.folder.name}/") for line in lines]
         wanted = pa.array(map(os.fsencode, keys), pa.large_binary())
@@ -130,27 +130,25 @@ class ImageFolder(Resized):
         if not len(used):
             raise UserError(f"data.files: {self.files} lists no image of the classes that are used")
         what = f"{len(used)} images" if len(used) == len(rows) else f"{len(used)} of {len(rows)} images (other classes)"
-        return (
-            used,
-            f"{images.folder}: only the {what} that {self.files} lists, in its order (sha256 {file_hash(file)})",
-        )
+        listed_by = f"that {self.files} lists, in its order (sha256 {file_hash(file)})"
+        return used, f"{images.folder}: only the {what} {listed_by}"
 
     def _split_folder(self, root: Path, split: SplitName) -> tuple[Path | None, list[str]]:
         """Return the folder of a split, None if there is none, and remarks about the choice."""
         there = [name for name in NAMES[split] if (root / name).is_dir()]
         if split == "train":
             return (root / there[0] if there else None), []
-        name, remarks = chosen_split(root, there, self.test_split, lambda name: bool(_class_folders(root / name)))
+        name, remarks = choose_split(root, there, self.test_split, lambda name: bool(_class_folders(root / name)))
         return (root / name if name else None), remarks
 
-    def _numbered(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
+    def _in_label_order(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
         """Return the classes in the order of their labels, and a remark if other orders number them differently."""
         from timm.utils import natural_key
 
         orders = {"torchvision": sorted(classes)}
         orders["timm"] = sorted(orders["torchvision"], key=natural_key)
-        if self.classes is not None and (self.class_order == "list" or not _built_in(self.classes).is_file()):
-            orders["list"] = self._listed(self.classes)
+        if self.classes is not None and (self.class_order == "list" or not _built_in_list(self.classes).is_file()):
+            orders["list"] = self._class_list(self.classes)
         mine = orders.pop(self.class_order)
         different = {name: order for name, order in orders.items() if order != mine}
         if not different:
@@ -162,12 +160,12 @@ class ImageFolder(Resized):
             f"weights that were trained with another order set data.class_order={'|'.join(different)}"
         )
 
-    def _wanted(self, folder: Path) -> set[str]:
+    def _class_names(self, folder: Path) -> set[str]:
         """Return the class folders to use in the folder of a split."""
         found = _class_folders(folder)
         if self.classes is None:
             return found
-        wanted = set(self._listed(self.classes))
+        wanted = set(self._class_list(self.classes))
         if missing := sorted(wanted - found):
             raise UserError(
                 f"data.classes: {self.classes} names {len(wanted)} class folders; {folder} lacks {len(missing)} of "
@@ -175,9 +173,9 @@ class ImageFolder(Resized):
             )
         return wanted
 
-    def _listed(self, classes: str) -> list[str]:
+    def _class_list(self, classes: str) -> list[str]:
         """Return the class folders of a list, in its order: a list that comes with rome, or a file."""
-        built_in = _built_in(classes)
+        built_in = _built_in_list(classes)
         file = built_in if built_in.is_file() else Path(os.path.expanduser(classes))
         if not os.path.isfile(file):
             raise UserError(f"data.classes: {classes} is neither imagenet100 nor a file of class folder names")
@@ -191,9 +189,6 @@ class _Images(Images):
     folder: Path
     listing: Listing
 
-    def __getitem__(self, row: int) -> IO[bytes]:
-        return open(self.filename(row), "rb")
-
     def filename(self, row: int) -> str:
         return str(self.folder.joinpath(*self.listing[row]))
 
@@ -202,7 +197,7 @@ def _class_folders(folder: Path) -> set[str]:
     return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)}
 
 
-def _in_both(here: _Images, rows: np.ndarray, there: _Images) -> str:
+def _overlap(here: _Images, rows: np.ndarray, there: _Images) -> str:
     """Return a remark about images that are in another split too, with the same class, name and content; or "".
 
     Of images with the same class and name, the first :data:`COMPARED` are compared.
@@ -214,12 +209,12 @@ def _in_both(here: _Images, rows: np.ndarray, there: _Images) -> str:
     alike = rows[shared.to_numpy(zero_copy_only=False)]
     pa.default_memory_pool().release_unused()
     compared = [here.filename(row) for row in alike[:COMPARED]]
-    same = [name for name in compared if _equal(name, there.folder / Path(name).relative_to(here.folder))]
+    same = [name for name in compared if _same_content(name, there.folder / Path(name).relative_to(here.folder))]
     of = f"{len(rows)} images" if len(compared) == len(alike) else f"{len(compared)} compared images"
     return f"{len(same)} of {of} in {here.folder} are in {there.folder} too, such as {same[0]}" if same else ""
 
 
-def _equal(file: str, other: Path) -> bool:
+def _same_content(file: str, other: Path) -> bool:
     try:
         return filecmp.cmp(file, other, shallow=False)
     except OSError:
@@ -244,7 +239,7 @@ def _lines(file: Path, setting: str, what: str) -> list[str]:
     return found
 
 
-def _robustbench() -> Path:
+def _robustbench_list() -> Path:
     """Return the file in RobustBench's package that lists its 5,000 validation images."""
     package = find_spec("robustbench")
     places = [Path(place) for place in package.submodule_search_locations or ()] if package else []
@@ -257,5 +252,5 @@ def _robustbench() -> Path:
     )
 
 
-def _built_in(classes: str) -> Path:
+def _built_in_list(classes: str) -> Path:
     return Path(__file__).parent / f"{classes}.txt"

@@ -71,7 +71,7 @@ class Listing:
 
 def listed(folder: Path) -> Listing:
     """List the images in a folder of class folders, from the user's cache if no folder in it has changed."""
-    table, facts = remembered(str(folder), lambda: _scan(folder))
+    table, facts = cached(str(folder), lambda: _scan(folder))
     names, places = table.column("name"), table.column("place").to_numpy()
     names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # which copies
     return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
@@ -82,13 +82,14 @@ Found = tuple["pa.Table", dict[str, Any]]
 that the table was made from, by path."""
 
 
-def remembered(source: str, make: Callable[[], Found]) -> Found:
+def cached(source: str, make: Callable[[], Found], *rest: str) -> Found:
     """Return the result of ``make``, from the user's cache if the files and folders it was made from are unchanged.
 
     Args:
-        source: path of the data, with whatever else distinguishes this table from others.
+        source: path of the data, also for messages.
+        rest: whatever else distinguishes this table from others.
     """
-    home, key = user_folder("cache"), os.path.abspath(source)
+    home, key = user_folder("cache"), "\n".join([os.path.abspath(source), *rest])
     if home is None:
         return make()
     file = home / "data" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.arrow"
@@ -172,7 +173,7 @@ def by_hash(digests: bytes | bytearray) -> np.ndarray:
     return np.lexsort(words.T[::-1])
 
 
-def mixed(labels: np.ndarray) -> np.ndarray:
+def mix_classes(labels: np.ndarray) -> np.ndarray:
     """Return the rows in their own order, or, if classes are grouped, in the order of a hash of their numbers.
 
     Classes are grouped if at most half as many neighbours differ in their labels as in a random order. This includes

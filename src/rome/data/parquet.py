@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from rome.core.errors import UserError
-from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split
-from rome.data.listing import mixed
+from rome.data.base import NAMES, Split, SplitName, TestSplit, choose_split
+from rome.data.listing import mix_classes
 from rome.data.memory import MemorySplit
 from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD, Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, read_tables
@@ -43,7 +43,7 @@ class Parquet(Resized):
         files, remarks = self._files(split)
         others, _ = self._files("test" if split == "train" else "train", needed=False)
         table = read_tables(files, self.label)
-        rows = mixed(table.labels.numpy())
+        rows = mix_classes(table.labels.numpy())
         rows = rows[: self._count(split, len(rows), files[0].parent)]
         if split == "train" and self.size is not None and not table.small:
             remarks.append(
@@ -76,7 +76,7 @@ class Parquet(Resized):
         found = {name: files for name in NAMES[split] if (files := find_tables(folder, name))}
         name, remarks = "train", list[str]()
         if split == "test":
-            name, remarks = chosen_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
+            name, remarks = choose_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
         files = found.get(name, [])
         if needed and not files:
             state = f"has no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"

@@ -26,12 +26,12 @@ class Images(ABC):
     """Encoded images by number."""
 
     @abstractmethod
+    def filename(self, row: int, /) -> str:
+        """Return the file of an image, or, if it has no file of its own, its name for messages."""
+
     def __getitem__(self, row: int, /) -> IO[bytes]:
         """Return the opened file of an image."""
-
-    @abstractmethod
-    def filename(self, row: int, /) -> str:
-        """Return the name of an image, for messages."""
+        return open(self.filename(row), "rb")
 
     def picture(self, row: int) -> Image.Image:
         """Return an image decoded in mode RGB, by Pillow because torchvision's decoder crashes on some broken files.

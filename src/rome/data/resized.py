@@ -48,7 +48,7 @@ class Resized(Data):
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _range(cls, ends: tuple[float, float]) -> tuple[float, float]:
+    def _check_range(cls, ends: tuple[float, float]) -> tuple[float, float]:
         if not 0 < ends[0] <= ends[1]:
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
         return ends
@@ -102,7 +102,7 @@ class _ResizedSplit(Split):
         """Yield the images of each part of the order, uint8 (B, C, H, W) on the CPU, pinned for a CUDA device."""
         loader: DataLoader[Tensor | str] = DataLoader(
             files,
-            batch_sampler=_Numbers(order),
+            batch_sampler=_BatchIndices(order),
             collate_fn=_stack,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -114,7 +114,7 @@ class _ResizedSplit(Split):
             yield images.view(len(indices), *self.shape)
 
 
-class _Numbers(Sampler[list[int]]):
+class _BatchIndices(Sampler[list[int]]):
     """Index tensors as lists, made one at a time: all lists of an epoch take ten times the memory of the tensors."""
 
     def __init__(self, order: Sequence[Tensor]) -> None:

@@ -203,7 +203,7 @@ def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[A
         return (), [0]
 
 
-class _File(NamedTuple):
+class _FileInfo(NamedTuple):
     """The contents of a file, without its images."""
 
     column: str
@@ -218,7 +218,7 @@ class _File(NamedTuple):
     names: tuple[str, ...]
 
 
-def _read(file: Path, label: str, classes: int | None) -> _File:
+def _read(file: Path, label: str, classes: int | None) -> _FileInfo:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -266,7 +266,7 @@ def _read(file: Path, label: str, classes: int | None) -> _File:
     ):
         refuse(f"column {column} has no bytes in any row: the images are in other files")
     size = sum(each.total_uncompressed_size for each in images)
-    return _File(path, metadata, [group.num_rows for group in groups], size, labels, names)
+    return _FileInfo(path, metadata, [group.num_rows for group in groups], size, labels, names)
 
 
 def _names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pydantic import Field
 from rome.core.errors import UserError
 from rome.core.plain_data import parse_json
 from rome.data.base import Split, SplitName, one_line
-from rome.data.listing import Found, mixed, remembered
+from rome.data.listing import Found, cached, mix_classes
 from rome.data.pixels import Images, eight_bits
 from rome.data.resized import Resized
 
@@ -53,7 +53,8 @@ class Timm(Resized):
     test_split: str = "validation"
     """The same for the test set. timm also looks for a folder ``val``."""
     class_map: str | None = None
-    """A text file with one class per line, in the order of their labels, like timm's ``--class-map``."""
+    """A text file with one class per line, in the order of their labels, like timm's ``--class-map``; not for ``wds/``
+    and ``torch/``, whose labels are fixed."""
     download: bool = False
     """Let torchvision download missing files."""
     size: int = Field(224, ge=1)
@@ -61,22 +62,26 @@ class Timm(Resized):
 
     def open(self, split: SplitName) -> Split:
         name = self.train_split if split == "train" else self.test_split
+        what = self._describe(name)
         root = os.path.expanduser(self.path or "") or None
-        if self.class_map is not None and (not self.class_map.endswith(".txt") or not os.path.isfile(self.class_map)):
-            raise UserError(f"data.class_map: {self.class_map} is not a .txt file with one class per line")
+        if self.class_map is not None:
+            if self.name.lower().startswith(("wds/", "torch/")):
+                raise UserError(f"data.class_map does not apply to {self.name}, whose labels are fixed; leave it out")
+            if not self.class_map.endswith(".txt") or not os.path.isfile(self.class_map):
+                raise UserError(f"data.class_map: {self.class_map} is not a .txt file with one class per line")
         images, labels, classes = self._opened(name, root)
         if not len(labels):
-            raise UserError(f"{self._what(name)} has no images")
+            raise UserError(f"{what} has no images")
         if labels.min() < 0:
-            raise UserError(f"{self._what(name)}: label {labels.min()} is negative; does this test set have no labels?")
+            raise UserError(f"{what}: label {labels.min()} is negative; does this test set have no labels?")
         most = max(int(labels.max()) + 1, len(classes))
         classes = classes if len(classes) == most else tuple(map(str, range(most)))
-        rows = mixed(labels)
-        rows = rows[: self._count(split, len(rows), self._what(name))]
+        rows = mix_classes(labels)
+        rows = rows[: self._count(split, len(rows), what)]
         opened = self.resized(images, rows, torch.from_numpy(labels[rows]), classes, self.size)
-        return opened.described(self._what(name))
+        return opened.described(what)
 
-    def _what(self, split: str) -> str:
+    def _describe(self, split: str) -> str:
         return " ".join(filter(None, (self.name, self.path, f"({split})")))
 
     def _opened(self, split: str, root: str | None) -> tuple[Images, np.ndarray, tuple[str, ...]]:
@@ -95,9 +100,9 @@ class Timm(Resized):
                     f"data.path: {root} is not a folder; timm reads {self.name or 'folders and tar files'} there"
                 )
             if prefix == "wds":
-                return self._in_tars(_shards(root, split), _in_samples)
+                return self._in_tars(_shards(root, split), _webdataset_members)
             if os.path.isfile(tar := os.path.join(root, f"{split}.tar")):
-                return self._in_tars([tar], self._in_classes)
+                return self._in_tars([tar], self._class_folder_members)
         return self._by_timm(prefix, split, root)
 
     def _by_timm(self, prefix: str, split: str, root: str | None) -> tuple[Images, np.ndarray, tuple[str, ...]]:
@@ -107,7 +112,7 @@ class Timm(Resized):
         try:
             data: Any = create_dataset(self.name, root=root, split=split, **options)
         except Exception as error:  # assertions, and errors of other packages
-            raise UserError(f"{self._what(split)}: timm cannot open it: {one_line(error)}") from None
+            raise UserError(f"{self._describe(split)}: timm cannot open it: {one_line(error)}") from None
         if prefix == "torch":
             targets = getattr(data, "targets", None)
             labels = targets if targets is not None else [data[row][1] for row in range(len(data))]
@@ -131,7 +136,7 @@ class Timm(Resized):
         """Return the images that ``index`` finds inside tar files, their labels and the class names."""
         import pyarrow as pa
 
-        def look() -> Found:
+        def index_tars() -> Found:
             times = {os.path.abspath(tar): os.stat(tar).st_mtime_ns for tar in tars}
             try:
                 members, classes = index(tars)
@@ -141,11 +146,11 @@ class Timm(Resized):
             columns = dict(zip(("tar", "start", "size", "label"), table.T, strict=True))
             return pa.table(columns), {"times": times, "classes": classes}
 
-        table, facts = remembered("\n".join([*tars, str(self.class_map), index.__name__]), look)
+        table, facts = cached(tars[0], index_tars, *tars[1:], str(self.class_map), index.__name__)
         tar, start, size, label = (column.to_numpy() for column in table.columns)
         return _Members(tuple(tars), tar, start, size), label, tuple(facts["classes"])
 
-    def _in_classes(self, tars: list[str]) -> tuple[Sequence[Member], list[str]]:
+    def _class_folder_members(self, tars: list[str]) -> tuple[Sequence[Member], list[str]]:
         """Return the images that timm's reader finds in a tar of class folders, or of such tars, and the classes."""
         from timm.data.readers import reader_image_in_tar
 
@@ -162,7 +167,7 @@ Member = tuple[int, int, int, int]
 """An image in a tar file: number of the tar file, offset in bytes, size in bytes, label."""
 
 
-def _in_samples(tars: list[str]) -> tuple[Sequence[Member], list[str]]:
+def _webdataset_members(tars: list[str]) -> tuple[Sequence[Member], list[str]]:
     """Return the images in WebDataset shards, without class names.
 
     Members whose names agree up to the first dot are one sample, with its label in ``cls``.
@@ -223,9 +228,6 @@ class _Paths(Images):
     names: pa.Array
     """File names, as bytes."""
 
-    def __getitem__(self, row: int) -> IO[bytes]:
-        return open(self.filename(row), "rb")
-
     def filename(self, row: int) -> str:
         return os.fsdecode(self.names[row].as_py())
 
@@ -264,10 +266,7 @@ class _Read(Images):
 @dataclass(frozen=True)
 class _Decoded(Images):
     data: Any
-    """A data set of torchvision: (image, label) by number."""
-
-    def __getitem__(self, row: int) -> IO[bytes]:
-        raise NotImplementedError  # torchvision returns decoded images
+    """A data set of torchvision: (decoded image, label) by number."""
 
     def picture(self, row: int) -> Image.Image:
         try:

@@ -17,7 +17,7 @@ FORWARD, BACKWARD, POOL = 2048, 8192, 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _share(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _beta_of(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """beta, the weight of the global gate."""
     if LEARNED:
         return 1 / (1 + tl.exp(-tl.load(logit).to(tl.float32)))
@@ -68,7 +68,7 @@ def _mix(  # type: ignore[no-untyped-def]
         if part == 0:
             tl.store(v + image * K + k, f, mask=real)
         if LOCAL:
-            share = _share(beta, logit, LEARNED)
+            share = _beta_of(beta, logit, LEARNED)
             g = (1 - share) * g + share * f[None, :]
         else:
             g += f[None, :]
@@ -92,7 +92,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     read += image * tokens * WIDTH
     d_read += image * tokens * WIDTH
     d_mixed += image * tokens * (K * R)
-    share = _share(beta, logit, LEARNED)
+    share = _beta_of(beta, logit, LEARNED)
     total = tl.zeros((WIDE_K,), tl.float32)
     bias = tl.zeros((WIDE_K,), tl.float32)
     along = tl.zeros((WIDE_K,), tl.float32)

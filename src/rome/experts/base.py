@@ -89,7 +89,7 @@ class Layerwise(Experts):
     """K', the output size of the projection."""
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
+    def _check_projection(self) -> Self:
         if self.projection == "trainable" and (self.regularizer is None or not self.regularizer.projects):
             raise ValueError(
                 "projection: trainable needs a diversification loss with distance l2 or cosine, which alone trains it; "

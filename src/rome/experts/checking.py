@@ -26,22 +26,22 @@ def check_experts(model: nn.Module, images: Tensor | None = None) -> None:
     Raises:
         UserError: the check fails, or the model does not accept these images.
     """
-    for batch in usual_images(model) if images is None else [images]:
+    for batch in trial_images(model) if images is None else [images]:
         try:
-            return _look(model, batch)
+            return _check_pass(model, batch)
         except Exception as error:  # a model may raise anything on images of the wrong size
             if images is not None or isinstance(error, UserError):
                 raise failure(error, model, batch) from error
-    FirstPass(model)
+    FirstPassCheck(model)
 
 
-def _look(model: nn.Module, images: Tensor) -> None:
+def _check_pass(model: nn.Module, images: Tensor) -> None:
     with tried(model), record_gates(model) as recorder:
         model(images)
         recorder.check(len(images))
 
 
-class FirstPass:
+class FirstPassCheck:
     """A hook that checks two images of a model's first forward pass and then removes itself.
 
     It is in no state dict, and is copied and pickled with the model. A pass under torch.compile or torch.export is not
@@ -49,9 +49,9 @@ class FirstPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.handle = model.register_forward_pre_hook(self.look, with_kwargs=True)
+        self.handle = model.register_forward_pre_hook(self.check, with_kwargs=True)
 
-    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def check(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Check the pass, even while its gates are being recorded.
 
         If experts were added twice, two hooks wait. The second removes itself during the check by the first, and torch
@@ -68,27 +68,27 @@ class FirstPass:
         try:
             for layer in sinks:  # the gates of the pass itself may be recorded
                 layer.sink = None
-            _look(model, images[:2])
+            _check_pass(model, images[:2])
         except BaseException:
-            FirstPass(model)
+            FirstPassCheck(model)
             raise
         finally:
             for layer, sink in sinks.items():
                 layer.sink = sink
 
 
-def usual_images(model: nn.Module) -> Iterator[Tensor]:
+def trial_images(model: nn.Module) -> Iterator[Tensor]:
     """Yield two zero images of each likely size, the declared sizes first; nothing for models without a convolution."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         return
     attends = any(isinstance(layer, nn.Linear) for layer in expert_layers(model).values())
-    usual = SIZES if attends else sorted(SIZES, key=(224).__eq__)  # a CNN for small images is slow on large ones
-    for height, width in dict.fromkeys([*_named_sizes(model), *((size, size) for size in usual)]):
+    common = SIZES if attends else sorted(SIZES, key=(224).__eq__)  # a CNN for small images is slow on large ones
+    for height, width in dict.fromkeys([*_declared_sizes(model), *((size, size) for size in common)]):
         yield first.weight.new_zeros(2, first.in_channels, height, width)
 
 
-def _named_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+def _declared_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
     """Yield the image sizes that modules declare: patch embeddings, torchvision's ViT, timm's models."""
     for module in model.modules():
         config = getattr(module, "pretrained_cfg", None) or {}

@@ -58,8 +58,8 @@ class MixtureConv2d(nn.Conv2d, MixtureLayer):
     def forward(self, input: Tensor) -> Tensor:
         output = self.base_forward(input)
         shape = (output.shape[2], output.shape[3])
-        where = input if input.shape[2:] == shape else F.adaptive_avg_pool2d(input, shape)
-        weights = self.weigh(where).weights.to(output.dtype).transpose(1, 2)  # (B, K, T)
+        gate_input = input if input.shape[2:] == shape else F.adaptive_avg_pool2d(input, shape)
+        weights = self.weigh(gate_input).weights.to(output.dtype).transpose(1, 2)  # (B, K, T)
         mix = self._dense if self.dense else self._factored
         return output + mix(input, weights).view_as(output)
 
@@ -79,7 +79,7 @@ class MixtureConv2d(nn.Conv2d, MixtureLayer):
         up = self.B.view(self.out_channels * size, self.experts, -1).transpose(0, 1)  # (K, C_out c, r c)
         kernels = up @ self.A.view(self.experts, -1, self.in_channels * size)
         kernels = kernels.view(-1, self.in_channels, size, size)
-        each = F.conv2d(x, kernels, None, self.stride, self._pad, self.dilation)
+        each = F.conv2d(x, kernels, None, self.stride, self.padding, self.dilation)
         return (each.view(x.shape[0], self.experts, self.out_channels, -1) * weights[:, :, None]).sum(dim=1)
 
     def _factored(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -96,25 +96,20 @@ class MixtureConv2d(nn.Conv2d, MixtureLayer):
         """Return the codes A_k x at every output location, per block of the input patch: (B, blocks, K r', H', W')."""
         stride, dilation = self.stride, self.dilation
         if self.form == "peft":
-            return F.conv2d(x, self.A, None, stride, self._pad, dilation).unsqueeze(1)
+            return F.conv2d(x, self.A, None, stride, self.padding, dilation).unsqueeze(1)
         size, channels = self.kernel_size[0], self.in_channels
         codes = []
         for block, (first, end) in enumerate(self._blocks()):
             before = (block * channels - first * size) * size  # entries of the first channel before the block
             filters = F.pad(self.A, (before, (end - first) * size**2 - before - channels * size))
             filters = filters.view(-1, end - first, size, size)
-            codes.append(F.conv2d(x[:, first:end], filters, None, stride, self._pad, dilation))
+            codes.append(F.conv2d(x[:, first:end], filters, None, stride, self.padding, dilation))
         return torch.stack(codes, dim=1)
 
     def _blocks(self) -> list[tuple[int, int]]:
         """Return the range of channels, first and end, that each of the c blocks of an input patch touches."""
         size, channels = self.kernel_size[0], self.in_channels
         return [(block * channels // size, -(-(block + 1) * channels // size)) for block in range(size)]
-
-    @property
-    def _pad(self) -> tuple[int, ...]:
-        assert not isinstance(self.padding, str)
-        return self.padding
 
     def extra_repr(self) -> str:
         own = f"experts={self.experts}, rank={self.rank}, scale={self.scale:g}, form={self.form}"

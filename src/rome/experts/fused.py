@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from rome.experts.gated import LEARNED, MixtureLayer
 from rome.experts.gates import GateModule, Gates, SoftmaxGate
-from rome.experts.operations import MIX, MIX_BACKWARD, mixed_gates, share
+from rome.experts.operations import MIX, MIX_BACKWARD, beta_of, mixed_gates
 
 
 class _Layer(torch.autograd.Function):
@@ -98,7 +98,7 @@ def closed_form(layer: MixtureLayer) -> SoftmaxGate | None:
     gate: GateModule = layer.gate
     if type(gate) is not SoftmaxGate or gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks:
         return None
-    if layer.routing != LEARNED or becomes_a_program():
+    if layer.routing != LEARNED or is_exporting():
         return None
     return gate if gate.pool is None or gate.pool.span is not None else None
 
@@ -118,7 +118,7 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
     tokens = math.prod(input.shape[1:-1]) * windows
     local_bias, global_bias = (None if part is None else part.bias for part in (gate.local, gate.global_))
     first, last = (gate.pool and gate.pool.span) or (0, None)
-    found = _Layer.apply(
+    result = _Layer.apply(
         input,
         weight,
         bias,
@@ -132,9 +132,9 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
         recorded,
     )
     if not recorded:
-        return found, None
-    output, u, v = found
-    weights = mixed_gates(u, v, share(gate.logit, gate.fixed_beta, v.dtype)).expand(-1, tokens, -1)
+        return result, None
+    output, u, v = result
+    weights = mixed_gates(u, v, beta_of(gate.logit, gate.fixed_beta, v.dtype)).expand(-1, tokens, -1)
     return output, Gates(weights, None if local_bias is None else u, None if global_bias is None else v)
 
 
@@ -147,7 +147,7 @@ def _as_autocast(*tensors: Any) -> Any:
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(reduced) for x in tensors)
 
 
-def becomes_a_program() -> bool:
+def is_exporting() -> bool:
     """Whether torch.jit.trace or torch.export is running, whose fixed programs cannot sort tokens by expert."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[no-untyped-call]
 

@@ -51,8 +51,8 @@ class MixtureLayer(nn.Module):
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
         scale: factor of the experts besides the gates: 1 (Eq. 2), or LoRA's alpha / r.
-        routing, fixed_weights: what weights the experts, and the weights (K,) if those are neither the gates nor their
-            inverse; see :func:`rome.experts.set_routing`.
+        routing, fixed_weights: the kind of weights in use, and the weights (K,) themselves if they are neither the
+            gates nor their inverse; see :func:`rome.experts.set_routing`.
         sink: where gates are recorded, or None; see :func:`rome.experts.record_gates`.
         stacked: the result of :meth:`stack`, kept while weights do not change; see :func:`rome.experts.fused.joined`.
     """
@@ -75,8 +75,7 @@ class MixtureLayer(nn.Module):
         projection_dim: int = 0,
         train_projection: bool = False,
     ) -> None:
-        """Set the attributes above, after the experts were created, and take over the device, dtype and mode of
-        ``replaced``.
+        """Set the attributes above, and the device, dtype and mode of ``replaced``; call it after creating the experts.
 
         Args:
             gate: None for a module that computes its gates in another way and calls :meth:`record` itself.
@@ -130,7 +129,7 @@ class MixtureLayer(nn.Module):
         """Return the weights of the experts for an input h of whole images, and record the gates if there is a sink.
 
         Args:
-            scores: of h, if they are known.
+            scores: the scores of h, if they are already computed.
         """
         gates: Gates = self.gate(self.scores(h) if scores is None else scores)
         self.record(gates, h)

@@ -20,12 +20,12 @@ def split(read: Tensor, experts: int, local: bool, global_: bool) -> tuple[Tenso
     return codes.view(*codes.shape[:-1], experts, codes.shape[-1] // experts), local_scores, global_scores
 
 
-def wide(read: Tensor) -> torch.dtype:
+def gate_dtype(read: Tensor) -> torch.dtype:
     """Return the dtype that gates are computed in: float32 or wider."""
     return torch.promote_types(read.dtype, torch.float32)
 
 
-def share(logit: Tensor | None, beta: float, dtype: torch.dtype) -> Tensor | float:
+def beta_of(logit: Tensor | None, beta: float, dtype: torch.dtype) -> Tensor | float:
     """Return beta, the weight of the global gate."""
     return beta if logit is None else logit.to(dtype).sigmoid()
 
@@ -68,14 +68,14 @@ def mix(
     Returns:
         m (B, T, K r) in the dtype of ``read``; u (B, T, K) and v (B, K) in float32 or wider, empty if absent.
     """
-    read, dtype = read.contiguous(), wide(read)
+    read, dtype = read.contiguous(), gate_dtype(read)
     codes, local, global_ = split(read, experts, local_bias is not None, global_bias is not None)
     u = v = read.new_empty(0, dtype=dtype)
     if local_bias is not None:
         u = softmax(local + local_bias.to(dtype))
     if global_bias is not None:
         v = (global_[:, first:last].mean(dim=1, dtype=dtype) + global_bias.to(dtype)).softmax(dim=-1)
-    g = mixed_gates(u, v, share(logit, beta, dtype))
+    g = mixed_gates(u, v, beta_of(logit, beta, dtype))
     mixed = read.new_empty(codes.shape)
     torch.mul(codes, (g if scale == 1 else g * scale).unsqueeze(-1), out=mixed)
     return mixed.flatten(-2), u, v
@@ -100,17 +100,17 @@ def mix_backward(
         The gradient of ``read``, and each image's contribution to those of b, b' and the logit, concatenated:
         (B, 2 K + 1).
     """
-    dtype, experts = wide(read), (u if u.numel() else v).shape[-1]
+    dtype, experts = gate_dtype(read), (u if u.numel() else v).shape[-1]
     parts = u.numel() > 0, v.numel() > 0
     read = read.contiguous()
     d_read, shares = torch.empty_like(read), read.new_zeros(len(read), 2 * experts + 1, dtype=dtype)
     codes, _, _ = split(read, experts, *parts)
     d_codes, d_local, d_global = split(d_read, experts, *parts)
-    d_mixed, beta_ = d_mixed.view(codes.shape), share(logit, beta, dtype)
+    d_mixed, beta_ = d_mixed.view(codes.shape), beta_of(logit, beta, dtype)
     g = mixed_gates(u, v, beta_)
     # if it is precise enough, the result's memory first holds the summands: allocating costs more than multiplying
-    each = torch.mul(d_mixed, codes, out=d_codes) if d_read.dtype == dtype else d_mixed.to(dtype) * codes
-    d_g = each.sum(dim=-1) if scale == 1 else each.sum(dim=-1) * scale
+    products = torch.mul(d_mixed, codes, out=d_codes) if d_read.dtype == dtype else d_mixed.to(dtype) * codes
+    d_g = products.sum(dim=-1) if scale == 1 else products.sum(dim=-1) * scale
     torch.mul(d_mixed, (g if scale == 1 else g * scale).unsqueeze(-1), out=d_codes)
     if u.numel():
         d = d_g * (1 - beta_) if v.numel() else d_g
@@ -141,10 +141,10 @@ def _kernels() -> Any:
     return kernels
 
 
-def _on_cuda(name: str, otherwise: Any, empty: Any) -> Any:
+def _on_cuda(name: str, fallback: Any, empty: Any) -> Any:
     def run(*args: Any) -> Any:
         if args[0].dtype not in (torch.float32, torch.bfloat16, torch.float16) or not args[0].numel() or not _kernels():
-            return otherwise(*args)
+            return fallback(*args)
         results = empty(*args)
         getattr(_kernels(), name)(*results, *args)
         return results
@@ -153,7 +153,7 @@ def _on_cuda(name: str, otherwise: Any, empty: Any) -> Any:
 
 
 def _empty_mix(read: Tensor, local_bias: Any, global_bias: Any, logit: Any, experts: int, *_: Any) -> Any:
-    (images, tokens, width), dtype = read.shape, wide(read)
+    (images, tokens, width), dtype = read.shape, gate_dtype(read)
     local, global_ = local_bias is not None, global_bias is not None
     return (
         read.new_empty(images, tokens, width - experts * (local + global_)),
@@ -164,7 +164,7 @@ def _empty_mix(read: Tensor, local_bias: Any, global_bias: Any, logit: Any, expe
 
 def _empty_backward(d_mixed: Tensor, read: Tensor, u: Tensor, v: Tensor, *_: Any) -> Any:
     experts = (u if u.ndim == 3 else v).shape[-1]
-    return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=wide(read))
+    return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=gate_dtype(read))
 
 
 def _define(name: str, schema: str, function: Any, empty: Any) -> Any:

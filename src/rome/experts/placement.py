@@ -37,7 +37,7 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, KINDS) and not name.startswith(adapted)
     }
-    chosen = _paper_layers(layers) if patterns is None else _named(layers, patterns)
+    chosen = _paper_layers(layers) if patterns is None else _matching(layers, patterns)
     for name, module in chosen.items():
         reason = _refusal(model, name, module)
         if reason:
@@ -95,7 +95,7 @@ def _in_stem(name: str) -> bool:
     return bool(STEMS & set(parts)) or any(a == "conv1" and b.isdigit() for a, b in pairwise(parts))
 
 
-def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+def _matching(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     matches = {pattern: [name for name in layers if matches_end(name, pattern)] for pattern in patterns}
     if missing := [repr(pattern) for pattern, names in matches.items() if not names]:
         raise UserError(
@@ -135,12 +135,8 @@ def channels_last(model: nn.Module, name: str) -> bool:
 def sees_class_token(model: nn.Module, name: str) -> bool:
     """Whether a layer's input begins with a class token; register tokens do not count."""
     around = ancestors(model, name)
-    own = any(getattr(place, "cls_token", None) is not None for part in around for place in (part, _embeds(part)))
-    return own and _prefix(around, name) > 0
-
-
-def _embeds(part: nn.Module) -> Any:
-    return getattr(part, "embeds", None)  # where timm's NaFlexViT keeps its class token
+    places = [*around, *(getattr(part, "embeds", None) for part in around)]  # timm's NaFlexViT has it in ``embeds``
+    return any(getattr(place, "cls_token", None) is not None for place in places) and _prefix(around, name) > 0
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -181,9 +177,9 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     around = ancestors(model, name)
     for inner, outer in pairwise(around):
         if type(inner).__name__.startswith("WindowAttention"):
-            return _windows(outer, name)
+            return _window_layout(outer, name)
     for parent in around:
-        if _cuts_foreign_windows(parent, model):
+        if _has_unsupported_windows(parent, model):
             raise UserError(
                 f"layer {name} gets padded windows of {type(parent).__name__}; windows are joined into images for Swin "
                 "only. Leave it out of experts.layers."
@@ -191,7 +187,7 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     return Layout(prefix=_prefix(around, name))
 
 
-def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
+def _has_unsupported_windows(parent: nn.Module, model: nn.Module) -> bool:
     """Whether this is windowed attention of timm's Twins or SAM whose window is not the whole image."""
     if type(parent).__name__ == "LocallyGroupedAttn":
         return True
@@ -202,13 +198,13 @@ def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
     return size**2 not in patches
 
 
-JOINED_LATE = ("cls_attn_blocks", "blocks_token_only")
+CLASS_TOKEN_BLOCKS = ("cls_attn_blocks", "blocks_token_only")
 """Final blocks of timm's XCiT and CaiT, before which the class token is added; the other blocks get patches only."""
 
 
-def joins_late(name: str, pattern: str) -> bool:
+def for_class_token(name: str, pattern: str) -> bool:
     """Whether a module is in a part that updates the class token alone and that the pattern does not name."""
-    return any(part in (*JOINED_LATE, "attn_pool") and part not in pattern for part in name.split("."))
+    return any(part in (*CLASS_TOKEN_BLOCKS, "attn_pool") and part not in pattern for part in name.split("."))
 
 
 def _prefix(around: list[nn.Module], name: str) -> int:
@@ -220,19 +216,19 @@ def _prefix(around: list[nn.Module], name: str) -> int:
         count: Any = getattr(parent, "num_prefix_tokens", None)
         if isinstance(count, int):
             in_block = any(part.isdigit() for part in name.split(".")[depth:])
-            return count if in_block and not any(hasattr(parent, late) for late in JOINED_LATE) else 0
+            return count if in_block and not any(hasattr(parent, blocks) for blocks in CLASS_TOKEN_BLOCKS) else 0
     return 0
 
 
-def _windows(block: Any, name: str) -> Layout:
+def _window_layout(block: Any, name: str) -> Layout:
     """Return the layout of a Swin block, padded to whole windows cut row by row; a cyclic shift does not change it."""
     (height, width), (rows, columns) = _resolution_and_window(block, name)
-    inside = [row < height and column < width for row, column in _cut(height, width, rows, columns)]
+    inside = [row < height and column < width for row, column in _window_tokens(height, width, rows, columns)]
     real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
     return Layout(windows=len(inside) // (rows * columns), real=real)
 
 
-def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
+def window_positions(block: Any, name: str) -> tuple[int, int, list[int]]:
     """Return height and width of the tokens of a Swin block, and each token's place in them, counted row by row.
 
     Tokens are in the order of the windows, without padding. Before it cuts, the block rolls its tokens by
@@ -248,13 +244,13 @@ def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
         width,
         [
             (row + down) % height * width + (column + across) % width
-            for row, column in _cut(height, width, rows, columns)
+            for row, column in _window_tokens(height, width, rows, columns)
             if row < height and column < width
         ],
     )
 
 
-def _cut(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
+def _window_tokens(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
     """Return row and column of every token of every window; padding is beyond the height and width."""
     windows = product(range(math.ceil(height / rows)), range(math.ceil(width / columns)), range(rows), range(columns))
     return [(i * rows + row, j * columns + column) for i, j, row, column in windows]

@@ -72,7 +72,7 @@ class Diversification(Regularizer):
     subtracts an estimate of this bias from the batch; it is not for methods that give all threats the same images."""
 
     @model_validator(mode="after")
-    def _squared(self) -> Self:
+    def _check_distance(self) -> Self:
         if self.distance != "l2" and (self.estimate != "plain" or self.projected != "sum"):
             raise ValueError("estimate: unbiased and projected: mean are for distance: l2; leave them out")
         return self

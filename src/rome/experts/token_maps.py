@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.core.errors import UserError
-from rome.experts.placement import ancestors, window_places
+from rome.experts.placement import ancestors, window_positions
 from rome.experts.recording import expert_layers
 
 
@@ -55,7 +55,7 @@ def grid_of(model: nn.Module, name: str, tokens: int, image: tuple[int, int]) ->
         raise UserError(f"layer {name} weighs its experts for the image as a whole: there is no map of them")
     for inner, outer in pairwise(ancestors(model, name)):
         if type(inner).__name__.startswith("WindowAttention"):
-            rows, columns, places = window_places(outer, name)
+            rows, columns, places = window_positions(outer, name)
             return Grid(rows, columns, torch.tensor(places).argsort())
     patches = tokens - layer.layout.prefix
     rows = max(round(math.sqrt(patches * image[0] / image[1])), 1)
