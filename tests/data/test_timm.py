@@ -88,6 +88,18 @@ def test_torchvision_datasets_have_their_own_labels(root: Path) -> None:
     assert found.classes == ("class1", "class10", "class2")
 
 
+def test_an_image_that_is_broken_when_labels_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of torchvision without ``targets`` decodes every image to give its label."""
+
+    class Broken(list[Any]):
+        def __getitem__(self, row: Any) -> Any:
+            raise OSError("image file is truncated")
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *args, **options: Broken([0]))
+    with pytest.raises(UserError, match="timm cannot open it: image file is truncated"):
+        opened(root, name="torch/broken")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_members_of_tars_are_read_at_their_place(root: Path, workers: int) -> None:
     with tarfile.open(root / "validation.tar", "w") as tar:

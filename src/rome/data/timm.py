@@ -111,18 +111,18 @@ class Timm(Resized):
         options = {"download": self.download} if prefix == "torch" else {"class_map": self.class_map}
         try:
             data: Any = create_dataset(self.name, root=root, split=split, **options)
-        except Exception as error:  # assertions, and errors of other packages
+            if prefix == "torch":
+                targets = getattr(data, "targets", None)
+                labels = targets if targets is not None else [data[row][1] for row in range(len(data))]
+                return _Decoded(data), np.asarray(labels, dtype=np.int64), tuple(map(str, getattr(data, "classes", ())))
+            reader = data.reader
+            known: dict[Any, int] = reader.class_to_idx or {}
+            classes = tuple(map(str, sorted(known, key=lambda name: known[name])))
+            if prefix == "hfds":
+                targets = reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[reader.label_key]
+                return _Read(reader), np.array(list(targets), dtype=np.int64), classes
+        except Exception as error:  # assertions, labels missing from a class map, and errors of other packages
             raise UserError(f"{self._describe(split)}: timm cannot open it: {one_line(error)}") from None
-        if prefix == "torch":
-            targets = getattr(data, "targets", None)
-            labels = targets if targets is not None else [data[row][1] for row in range(len(data))]
-            return _Decoded(data), np.asarray(labels, dtype=np.int64), tuple(map(str, getattr(data, "classes", ())))
-        reader = data.reader
-        known: dict[Any, int] = reader.class_to_idx or {}
-        classes = tuple(map(str, sorted(known, key=lambda name: known[name])))
-        if prefix == "hfds":
-            targets = reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[reader.label_key]
-            return _Read(reader), np.array(list(targets), dtype=np.int64), classes
         if os.path.samefile(reader.root, root or ""):  # timm reads the whole folder if it has no such split
             raise UserError(f"{root} has no folder {split}: name it with data.train_split and data.test_split")
         import pyarrow as pa

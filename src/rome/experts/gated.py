@@ -158,7 +158,7 @@ class MixtureLayer(nn.Module):
 
 
 class NetworkMixture(MixtureLayer):
-    """Base of mixtures whose experts, ``networks``, replace the network that becomes the first of them."""
+    """Base of mixtures whose experts, ``networks``, replace a network, which becomes the first of them."""
 
     additive = False
     networks: nn.ModuleList
