@@ -132,7 +132,7 @@ class Split(ABC):
 
     @abstractmethod
     def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
-        """:meth:`batches` with its arguments checked."""
+        """Return :meth:`batches`, whose arguments have been checked."""
 
 
 class Subset(Split):
@@ -200,13 +200,13 @@ class Data(Component):
 
 
 def choose_split(
-    root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
+    root: Path, existing: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
 ) -> tuple[str, list[str]]:
     """Return the name of the test set to use, the first one with labels, and remarks if there was a choice.
 
     Args:
         root: folder of the data, for messages.
-        there: the test sets that exist, in the order of :data:`NAMES`; if there are none, the returned name is empty.
+        existing: the test sets that exist, in the order of :data:`NAMES`; if empty, so is the name.
         wanted: the test set named in the config, or None.
         labelled: whether a test set has labels.
 
@@ -214,11 +214,11 @@ def choose_split(
         UserError: the wanted test set does not exist.
     """
     if wanted is not None:
-        if wanted not in there:
-            raise UserError(f"data.test_split: {root} has no {wanted}; it has {', '.join(there) or 'no test set'}")
+        if wanted not in existing:
+            raise UserError(f"data.test_split: {root} has no {wanted}; it has {', '.join(existing) or 'no test set'}")
         return wanted, []
-    usable = [name for name in there if len(there) == 1 or labelled(name)] or list(there)
-    remarks = [f"{root}: {name} has no labels and is not used" for name in there if name not in usable]
+    usable = [name for name in existing if len(existing) == 1 or labelled(name)] or list(existing)
+    remarks = [f"{root}: {name} has no labels and is not used" for name in existing if name not in usable]
     if len(usable) > 1:
         rest = " and ".join(usable[1:])
         remarks.append(

@@ -135,10 +135,10 @@ class ImageFolder(Resized):
 
     def _split_folder(self, root: Path, split: SplitName) -> tuple[Path | None, list[str]]:
         """Return the folder of a split, None if there is none, and remarks about the choice."""
-        there = [name for name in NAMES[split] if (root / name).is_dir()]
+        existing = [name for name in NAMES[split] if (root / name).is_dir()]
         if split == "train":
-            return (root / there[0] if there else None), []
-        name, remarks = choose_split(root, there, self.test_split, lambda name: bool(_class_folders(root / name)))
+            return (root / existing[0] if existing else None), []
+        name, remarks = choose_split(root, existing, self.test_split, lambda name: bool(_class_folders(root / name)))
         return (root / name if name else None), remarks
 
     def _in_label_order(self, classes: set[str]) -> tuple[tuple[str, ...], str]:

@@ -73,7 +73,7 @@ def listed(folder: Path) -> Listing:
     """List the images in a folder of class folders, from the user's cache if no folder in it has changed."""
     table, facts = cached(str(folder), lambda: _scan(folder))
     names, places = table.column("name"), table.column("place").to_numpy()
-    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # which copies
+    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # the latter copies
     return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
 
 

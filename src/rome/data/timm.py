@@ -46,7 +46,7 @@ class Timm(Resized):
 
     kind = "timm"
     name: str = ""
-    """Such as ``hfds/uoft-cs/cifar100``, ``torch/imagenet``, ``wds/imagenet``; empty for a folder or tar files."""
+    """timm's name, such as ``hfds/uoft-cs/cifar100`` or ``torch/imagenet``; empty for a folder or tar files."""
     train_split: str = "train"
     """Name of the split in the reader; for ``wds/`` a name in ``_info.json`` or a pattern such as
     ``train-{0000..0127}.tar``."""

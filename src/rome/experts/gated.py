@@ -90,7 +90,7 @@ class MixtureLayer(nn.Module):
             self.gate = gate
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
         if self.projection is not None:
-            self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
+            self.projection.requires_grad_(False)  # the bias cancels in every distance, so it gets no gradient
             self.projection.weight.requires_grad_(train_projection)
         self.register_buffer("real", positions(layout), persistent=False)
         if gate is not None:

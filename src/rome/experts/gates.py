@@ -67,7 +67,7 @@ class Gate(Component):
 
 
 class GateModule(nn.Module):
-    """Base of the modules that gates build."""
+    """Base of the modules that are built from a :class:`Gate`."""
 
     @abstractmethod
     def rows(self) -> Tensor:

@@ -98,7 +98,7 @@ def add_experts(model: Module, *, gate: Gate | None = None, images: Tensor | Non
 
     Raises:
         UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is unknown or out
-            of range; the model is unchanged then.
+            of range; the model is then left unchanged.
     """
     usual = {"gate": gate or DualScale(), "regularizer": None if isinstance(gate, Uniform) else Diversification()}
     return LowRank(**usual | settings).inject(model, images)

@@ -45,7 +45,7 @@ class Regularizer(Component):
 
 
 class Diversification(Regularizer):
-    """Pushes the mean gates of different threats apart (Eq. 6-8).
+    """A loss that pushes the mean gates of different threats apart (Eq. 6-8).
 
     L_div = mean over l of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p over the
     examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean distance.
