@@ -322,7 +322,7 @@ def test_parquet_may_hold_jpeg_and_come_in_shards(tmp_path: Path) -> None:
     torch.testing.assert_close(x[0], torch.from_numpy(smooth).permute(2, 0, 1) / 255, rtol=0, atol=0.05)
     assert y.tolist() == [1, 2]
     (tmp_path / "train-00000-of-00002.parquet").unlink()
-    with pytest.raises(UserError, match=r"has 1 files train-.* 2 belong together"):
+    with pytest.raises(UserError, match=r"has 1 files train-.* a complete set has 2"):
         Cifar10(path=str(tmp_path)).open("train")
 
 
@@ -370,7 +370,7 @@ GOOD = png(noise(1)[0])
             [GOOD, GOOD],
             [-1, -1],
             {},
-            r"test\.parquet: its labels are secret \(all are -1\).*validation-\*\.parquet",
+            r"test\.parquet: its labels are withheld \(all are -1\).*validation-\*\.parquet",
         ),
         ([GOOD, GOOD], [0, None], {}, r"row 1 has the label None"),
         ([GOOD, GOOD], [0.0, 1.0], {}, r"column label is double"),
@@ -381,7 +381,7 @@ GOOD = png(noise(1)[0])
             [GOOD],
             [0],
             {"metadata": {"huggingface": '{"info": {"features": {"label": {"names": ["0", "1", "2"]}}}}'}},
-            r"its classes are 0, 1, 2\.\.\.: another data set",
+            r"its classes are 0, 1, 2\.\.\., so it is another data set",
         ),
     ],
 )
@@ -633,11 +633,11 @@ def test_pieces_that_are_missing_or_there_twice_are_named(tmp_path: Path, end: s
     assert (len(opened()), opened().remarks, opened().source) == (8, (), f"{first} and 1 more")
     for name in ("test.parquet", "test-00000-of-00002-1b2c.parquet", "test-00000-of-00003.parquet"):
         more = piece(tmp_path, name, 2)
-        with pytest.raises(UserError, match=r"has 3 files test-.* 2 belong together"):
+        with pytest.raises(UserError, match=r"has 3 files test-.* a complete set has 2"):
             opened()
         more.unlink()
     second.write_bytes(first.read_bytes())
-    with pytest.raises(UserError, match=r"00000-of.* and .*00001-of.* are the same piece"):
+    with pytest.raises(UserError, match=r"00000-of.* and .*00001-of.* have the same content"):
         opened()
 
 
@@ -645,7 +645,7 @@ def test_images_that_are_there_twice_are_said(tmp_path: Path) -> None:
     piece(tmp_path, "test.parquet", 0)
     again = piece(tmp_path, "test-again.parquet", 0, 5)  # not byte for byte
     (remark,) = Parquet(path=str(tmp_path)).open("test").remarks
-    assert remark == f"{tmp_path}: 4 of 9 images repeat another one: is a piece there twice?"
+    assert remark == f"{tmp_path}: 4 of 9 images repeat another one: is a file there twice?"
     again.rename(tmp_path / "train.parquet")
     assert not Parquet(path=str(tmp_path)).open("test").remarks
     (tmp_path / "train.parquet").write_bytes((tmp_path / "test.parquet").read_bytes())
@@ -669,9 +669,7 @@ def test_images_may_be_a_column_of_bytes_but_not_of_paths(tmp_path: Path) -> Non
 
 
 def test_a_part_of_cifar10_is_said_to_be_one(parquet: Path) -> None:
-    assert Cifar10(path=str(parquet)).open("test").remarks == (
-        f"{parquet}: 8 images, where CIFAR-10 has 10000 to test",
-    )
+    assert Cifar10(path=str(parquet)).open("test").remarks == (f"{parquet}: 8 images; CIFAR-10 has 10000 to test",)
 
 
 def test_files_of_different_data_are_not_joined(tmp_path: Path) -> None:
@@ -684,8 +682,8 @@ def test_files_of_different_data_are_not_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("tables", r"tables holds no train-\*\.parquet: data\.path must contain train-\*\.parquet and"),
-        ("tables/test.parquet", r"tables holds no train-\*\.parquet"),
+        ("tables", r"tables has no train-\*\.parquet: data\.path must contain train-\*\.parquet and"),
+        ("tables/test.parquet", r"tables has no train-\*\.parquet"),
         ("elsewhere", "elsewhere is neither a folder nor a file"),
     ],
 )
@@ -851,8 +849,8 @@ def test_more_than_eight_bits_are_scaled_and_not_cut(tmp_path: Path, kind: str, 
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (np.full((6, 6), 700, np.int32), "integers of 32 bits or with a sign"),
-        (np.full((6, 6), -7, np.int16), "integers of 32 bits or with a sign"),
+        (np.full((6, 6), 700, np.int32), "32-bit or signed integers"),
+        (np.full((6, 6), -7, np.int16), "32-bit or signed integers"),
         (np.full((6, 6), 200, np.float32), "floats from 200 to 200; black must be 0 and white 1"),
         (np.full((6, 6), -1e-3, np.float32), "floats from -0.001"),
         (np.full((6, 6), np.nan, np.float32), "floats from nan"),
@@ -918,7 +916,7 @@ def test_files_that_are_not_read_are_counted(folder: Path, capsys: pytest.Captur
         (folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "val" / name).write_bytes(GOOD)
     split = ImageFolder(path=str(folder), size=8).open("test")
-    assert split.remarks == (f"{folder}/val: 6 of 12 files are not read: 3 hidden, 2 .gif, 1 without an ending",)
+    assert split.remarks == (f"{folder}/val: 6 of 12 files are not read: 3 hidden, 2 .gif, 1 without an extension",)
     assert capsys.readouterr().err == f"{split.remarks[0]}\n"
     assert ImageFolder(path=str(folder), size=8).open("test").remarks == split.remarks
     assert not capsys.readouterr().err, "once"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,29 @@ def test_a_class_map_numbers_the_classes(root: Path) -> None:
     found = opened(root, class_map=str(root / "map.txt"))
     assert labelled(found) == by_reference(create_dataset("", str(root), class_map=str(root / "map.txt")))
     assert found.classes == ("class10", "class1")
-    with pytest.raises(UserError, match=r"class_map: .*map\.pkl is no \.txt file"):
+    with pytest.raises(UserError, match=r"class_map: .*map\.pkl is not a \.txt file"):
         opened(root, class_map=str(root / "map.pkl"))
+    for name in ("wds/x", "torch/image_folder"):
+        with pytest.raises(UserError, match=f"class_map does not apply to {name}"):
+            opened(root, name=name, class_map=str(root / "map.txt"))
 
 
 def test_torchvision_datasets_have_their_own_labels(root: Path) -> None:
     found = opened(root, name="torch/image_folder")
     assert labelled(found) == by_reference(TorchvisionFolder(root / "validation"))
     assert found.classes == ("class1", "class10", "class2")
+
+
+def test_an_image_that_is_broken_when_labels_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of torchvision without ``targets`` decodes every image to give its label."""
+
+    class Broken(list[Any]):
+        def __getitem__(self, row: Any) -> Any:
+            raise OSError("image file is truncated")
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *args, **options: Broken([0]))
+    with pytest.raises(UserError, match="timm cannot open it: image file is truncated"):
+        opened(root, name="torch/broken")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -118,6 +134,18 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_changed_shard_is_told_in_one_line(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROME_CACHE_HOME", str(shards / "cache"))
+    for hours in (1, 2):
+        for shard in shards.glob("*.tar"):
+            os.utime(shard, (0, 3600 * hours))
+        opened(shards, "train", name="wds/mine", train_split="train-{00..01}.tar")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{shards}/train-00.tar changed since its images were listed: it is searched again")
+
+
 def test_samples_of_shards_are_images_with_the_labels_beside_them(shards: Path) -> None:
     expected = {
         torch.from_numpy(np.array(Image.open(io.BytesIO(png(i))))).permute(2, 0, 1).numpy().tobytes(): i
@@ -131,7 +159,7 @@ def test_samples_of_shards_are_images_with_the_labels_beside_them(shards: Path) 
     assert labelled(opened(shards, "train", name="wds/mine")) == expected
     with pytest.raises(UserError, match=r"lacks 1 of 3 shards, such as .*train-02"):
         opened(shards, "train", name="wds/mine", train_split="train-{00..02}.tar")
-    with pytest.raises(UserError, match="names no files of a split validation"):
+    with pytest.raises(UserError, match="lists no files for a split validation"):
         opened(shards, name="wds/mine")
 
 
@@ -157,11 +185,11 @@ def test_data_sets_of_the_hub_are_read_by_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "hfids/a/b"}, "is a stream, .*: name hfds/a/b"),
+        ({"name": "hfids/a/b"}, "is a stream, .*: use hfds/a/b"),
         ({"name": "tfds/imagenet2012"}, "is a stream"),
         ({"name": "torch/none_such"}, "timm cannot open it: Unknown torchvision dataset none_such"),
         ({"test_split": "none"}, "has no folder none: name it with data.train_split and data.test_split"),
-        ({"path": "/none"}, "data.path: /none is no folder"),
+        ({"path": "/none"}, "data.path: /none is not a folder"),
         ({"name": "wds/x", "test_split": "validation"}, "has no _info.json"),
     ],
 )

@@ -369,7 +369,7 @@ def test_adapters_in_windows_read_the_gate_of_the_whole_image() -> None:
 
 def test_adapters_stand_behind_linear_layers_only() -> None:
     model = small_cnn()
-    with pytest.raises(UserError, match=r"block\.0\.conv1 is a convolution; adapters stand behind Linear"):
+    with pytest.raises(UserError, match=r"block\.0\.conv1 is a convolution; adapters are for Linear"):
         Adapters(rank=2).inject(model)
     assert not expert_layers(model)
 
@@ -478,7 +478,7 @@ def test_experts_that_start_at_random_keep_nothing_of_the_networks() -> None:
     assert not any(bool(network.fc1.bias.any()) for network in layer.networks)
     assert layer.shared == ()
     own = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.PReLU(), Scale(4))})
-    with pytest.raises(UserError, match=r"start: random knows no start for mlp\.2\.factor; use start: copies"):
+    with pytest.raises(UserError, match=r"start: random cannot initialise mlp\.2\.factor; use start: copies"):
         FeedForward(start="random").inject(own)
 
 
@@ -527,10 +527,10 @@ def twice_the_same() -> nn.Module:
 
 
 FFN_REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "no such network": (small_cnn, {}, r"named mlp do not exist in this model; set experts\.layers"),
+    "no such network": (small_cnn, {}, r"no feed-forward networks named mlp; set experts\.layers"),
     "no Linear inside": (timm_model("vit_tiny_patch16_224"), {"layers": ("norm1",)}, r"norm1 has no Linear layer"),
     "one inside another": (
-        timm_model("vit_tiny_patch16_224"), {"layers": ("mlp", "blocks.0")}, r"0\.mlp inside it is to hold experts"
+        timm_model("vit_tiny_patch16_224"), {"layers": ("mlp", "blocks.0")}, r"0\.mlp inside it is to get experts"
     ),
     "one shared by two blocks": (twice_the_same, {}, r"blocks\.0\.mlp and blocks\.1\.mlp are one shared module"),
     "experts already": (lambda: FeedForward().inject(timm_model("vit_tiny_patch16_224")()), {}, "has experts already"),

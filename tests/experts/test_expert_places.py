@@ -159,8 +159,8 @@ def test_swin_b_has_24_blocks_and_can_be_planned_without_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swinv2_cr_tiny_224", r"attn\.qkv sees 8 inputs for 2 images"),
-        ("swinv2_tiny_window8_256", r"attn\.qkv.* never called.*reads the layer's weight around its forward"),
+        ("swinv2_cr_tiny_224", r"attn\.qkv gets 8 inputs for 2 images"),
+        ("swinv2_tiny_window8_256", r"attn\.qkv.* never called.*uses the layer's weight without calling the layer"),
     ],
 )
 def test_windowed_attention_that_cannot_hold_experts_is_refused_when_the_model_is_built(
@@ -215,7 +215,7 @@ def test_experts_that_never_run_or_see_no_images_are_refused_and_the_model_is_as
     model = UNUSED[kind]().train()
     layers = ("first", "second") if kind in ("never called", "folded") else None
     before, modules = list(model.state_dict()), list(model.modules())
-    with pytest.raises(UserError, match=r"never called in this forward pass|sees \d+ inputs for 2 images"):
+    with pytest.raises(UserError, match=r"never called in this forward pass|gets \d+ inputs for 2 images"):
         add_experts(model, rank=2, layers=layers)
     assert list(model.state_dict()) == before
     assert [id(module) for module in model.modules()] == [id(module) for module in modules]
@@ -238,7 +238,7 @@ def test_looking_at_fresh_experts_changes_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(Skipping, "first were never called"), (Folding, r"first sees (8|12) inputs for [23] images")],
+    [(Skipping, "first were never called"), (Folding, r"first gets (8|12) inputs for [23] images")],
 )
 @pytest.mark.parametrize("how", ["plain", "recorded", "copied", "pickled", "given images"])
 def test_where_no_size_is_known_the_first_pass_tells_or_the_images_given(build: Any, message: str, how: str) -> None:
@@ -407,10 +407,10 @@ def test_a_wide_resnet_numbers_its_residual_blocks() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "why"),
     [
-        ("pvt_v2_b0", {}, r"no fused projection qkv.*layers ending in .*kv, proj, q"),
-        ("levit_128s", {}, "no fused projection qkv"),
-        ("samvit_base_patch16_224", {"img_size": 64, "depth": 2}, "sees windows of Block"),
-        ("twins_svt_small", {}, "sees windows of LocallyGroupedAttn"),
+        ("pvt_v2_b0", {}, r"no fused qkv layer.*layers ending in .*kv, proj, q"),
+        ("levit_128s", {}, "no fused qkv layer"),
+        ("samvit_base_patch16_224", {"img_size": 64, "depth": 2}, "gets padded windows of Block"),
+        ("twins_svt_small", {}, "gets padded windows of LocallyGroupedAttn"),
     ],
 )
 def test_attention_of_other_forms_is_refused_and_not_adapted_in_part(name: str, args: Any, why: str) -> None:
@@ -445,7 +445,7 @@ def test_feed_forward_experts_stand_in_the_blocks_and_not_in_class_attention() -
 
 def test_register_tokens_are_no_class_token() -> None:
     build = timm_model("vit_tiny_patch16_224", class_token=False, reg_tokens=2, global_pool="avg")
-    with pytest.raises(UserError, match=r"reads a class token, and layer .* sees none"):
+    with pytest.raises(UserError, match=r"reads a class token, and the input of layer .* has none"):
         LowRank(gate=DualScale(pool="cls")).inject(build())
     with_both = timm_model("vit_tiny_patch16_224", reg_tokens=2)()
     assert LowRank(gate=DualScale(pool="cls")).inject(with_both) is with_both
@@ -455,7 +455,7 @@ def test_tokens_in_another_order_have_no_map() -> None:
     with torch.device("meta"):
         model = add_experts(timm.create_model("nest_tiny", img_size=64))
     name = next(iter(expert_layers(model)))
-    with pytest.raises(UserError, match="tokens of Nest do not lie row by row"):
+    with pytest.raises(UserError, match="tokens of Nest are not ordered row by row"):
         grid_of(model, name, 64, (64, 64))
 
 

@@ -381,7 +381,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "adapted already": (lambda: add_experts(tiny_vit(), rank=2), {}, r"attn.qkv cannot hold .* has experts already"),
     "compiled": (lambda: torch.compile(tiny_vit()), {}, r"compiled already: add the experts first"),
     "rank above a layer's size": (tiny_vit, {"rank": 33}, r"rank 33 exceeds layer blocks\.0\.attn\.qkv.*at most 32"),
-    "windows nobody counts": (lambda: tiny_swin(dynamic=True), {}, r"windows of an image .* does not say how many"),
+    "windows nobody counts": (lambda: tiny_swin(dynamic=True), {}, r"windows of an image, .* not declare how many"),
     "a subclass of Linear": (
         lambda: nn.ModuleDict({"proj": Quantized(8, 8)}), {"layers": "proj"}, r"proj .*a Quantized, not a plain"
     ),

@@ -525,10 +525,10 @@ def test_two_processes_have_every_loss_and_gradient_of_one(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        ({"gate": "uniform"}, r"gate: uniform learns nothing .* add regularizer: null"),
-        ({"projection": "trainable", "regularizer": "load-balancing"}, r"trainable learns from a diversification loss"),
-        ({"projection": "trainable", "regularizer": {"distance": "kl"}}, r"trainable learns .* use projection: frozen"),
-        ({"projection": "trainable", "regularizer": None}, r"trainable learns .* use projection: frozen"),
+        ({"gate": "uniform"}, r"gate: uniform has no parameters .* add regularizer: null"),
+        ({"projection": "trainable", "regularizer": "load-balancing"}, r"trainable needs a diversification loss"),
+        ({"projection": "trainable", "regularizer": {"distance": "kl"}}, r"trainable needs .* use projection: frozen"),
+        ({"projection": "trainable", "regularizer": None}, r"trainable needs .* use projection: frozen"),
         ({"experts": 4, "regularizer": "classification"}, r"experts.regularizer: .* each of the 3 threats, not 4; set"),
         ({"regularizer": {"distance": "cosine", "estimate": "unbiased"}}, r"are for distance: l2; leave them out"),
         ({"regularizer": {"distance": "kl", "projected": "mean"}}, r"are for distance: l2; leave them out"),

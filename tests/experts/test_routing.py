@@ -95,7 +95,7 @@ def test_what_cannot_be_rerouted_is_said() -> None:
         with pytest.raises(UserError, match=f"there is no routing '{wrong}'.*Valid: inverse, inverse-unscaled"):
             set_routing(lone, wrong)  # type: ignore[arg-type]
     ffn = FeedForward(experts=3).inject(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(6, 6))}))
-    with pytest.raises(UserError, match="experts of mlp stand in the layer's place: without them nothing is left"):
+    with pytest.raises(UserError, match="experts of mlp replace the layer: with routing none nothing would be left"):
         set_routing(ffn, "none")
     assert ffn["mlp"].fixed_weights is None
 

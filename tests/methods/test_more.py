@@ -548,5 +548,5 @@ def test_models_that_cannot_be_multiplied_are_refused_and_unchanged(
 
 def test_a_gate_that_does_not_answer_with_a_weight_for_each_expert_is_told() -> None:
     model = Networks().inject(Classifier(Wrong(), (0.5,), (0.5,)))
-    with pytest.raises(UserError, match=r"answers 2 images with \(2, 10\), not with 3 weights each"):
+    with pytest.raises(UserError, match=r"returns \(2, 10\) for 2 images, not 3 weights each"):
         model(torch.rand(2, 1, 8, 8))

@@ -201,7 +201,7 @@ def test_grids_of_patches_and_of_convolutions() -> None:
     assert (grid.rows, grid.columns) == (3, 6)
     values = torch.arange(18.0).view(1, 18, 1)
     assert torch.equal(grid.spread(values)[0, 0], torch.arange(18.0).view(3, 6))
-    with pytest.raises(UserError, match=r"the 15 tokens of layer .* are no grid over images of 8x8"):
+    with pytest.raises(UserError, match=r"the 15 tokens of layer .* do not form a grid over images of 8x8"):
         grid_of(network, name, 15, (8, 8))
 
 

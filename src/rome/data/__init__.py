@@ -1,6 +1,6 @@
-"""Images and labels: the data sets, and batches of them that do not depend on who reads them.
+"""Data sets of images and labels, and batches of them that do not depend on which process reads them.
 
-May import core alone.
+Imports only from ``rome.core``.
 """
 
 from rome.data.base import Data as Data

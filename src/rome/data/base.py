@@ -1,7 +1,7 @@
-"""The contract of every data set: a value (:class:`Data`) that opens into numbered examples (:class:`Split`).
+"""The interface of data sets: settings (:class:`Data`) that open as numbered examples (:class:`Split`).
 
-The caller says which examples make each batch. What augmentation does to an example is a function of a seed and the
-example's number alone, so batch size, workers, ranks and a resumed epoch give the same images.
+The caller chooses the examples of each batch. The augmentation of an example is a function of a seed and the example's
+number alone, so the images do not depend on batch size, workers, ranks, or whether an epoch was resumed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ Floats = tuple[float, ...]
 Batches = Iterator[tuple[Tensor, Tensor]]
 """(x, y): x float32 (B, C, H, W) in [0, 1], contiguous; y int64 (B,)."""
 NAMES: dict[SplitName, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
-"""What folders and files call the splits; of several that are there the first one with labels is used."""
+"""Names of the splits in folders and files; if several exist, the first one with labels is used."""
 
 
 class Pixels:
-    """Images in the memory that they were decoded in, a quarter of that of floats. Indexed like a tensor, it gives
-    those images alone as float32 in [0, 1], with the values that batches of them have.
+    """Images kept as bytes, in a quarter of the memory of floats.
+
+    Indexing it like a tensor converts only the selected images to float32 in [0, 1], with the values of batches.
 
     Args:
         values: uint8 (n, C, H, W).
-        levels: the value that is white.
+        levels: the value of white.
     """
 
     dtype, device = torch.float32, torch.device("cpu")
@@ -60,9 +61,9 @@ class Split(ABC):
         classes: names; label i is ``classes[i]``.
         shape: (C, H, W) of every image.
         labels: int64 (N,) on the CPU.
-        mean, std: of each channel, on the scale [0, 1]: for the normalisation inside the model.
-        source: where the examples are from: a folder, or files.
-        remarks: what readers of the numbers should know: what was chosen among several, what is not read.
+        mean, std: per channel, on the scale [0, 1], for the normalisation inside the model.
+        source: where the examples come from: a folder or files.
+        remarks: what readers of the results should know: choices among several files, files that are not read.
     """
 
     source: str = ""
@@ -74,8 +75,10 @@ class Split(ABC):
         self.classes, self.shape, self.labels, self.mean, self.std = classes, shape, labels, mean, std
 
     def described(self, source: str, remarks: Iterable[str] = ()) -> Self:
-        """This split with its source and remarks. The latter also go to standard error, each once, from the first of
-        several processes."""
+        """Set the source and the remarks, and return this split.
+
+        The first process also prints each remark to standard error, once.
+        """
         self.source, self.remarks = source, tuple(remarks)
         for remark in self.remarks:
             _say_once(remark)
@@ -92,17 +95,17 @@ class Split(ABC):
         device: torch.device | str = "cpu",
         workers: int = 0,
     ) -> Batches:
-        """One batch for each index tensor of ``order``.
+        """Return an iterator over batches, one for each index tensor in ``order``.
 
         Args:
-            order: int64 index tensors (B,), one per batch, values in 0..N-1; they may repeat and differ in length.
-            augment_seed: None for the images as they are. A number (one per epoch) for augmented images, which depend
-                on it and the example's number only. No global random state changes in this process.
-            device: where the batches are wanted.
-            workers: processes that read ahead; data held in memory needs none and ignores this.
+            order: int64 index tensors (B,), one per batch, with values in 0..N-1 that may repeat; B may differ.
+            augment_seed: None for images without augmentation. A number (one per epoch) for augmented images, which
+                depend on it and the example's number only. The global random state of this process does not change.
+            device: the device of the batches.
+            workers: number of processes that read ahead; ignored for data held in memory.
 
         Raises:
-            UserError: at once, an index that is not an example's number; while iterating, a file that cannot be read.
+            UserError: immediately for an invalid index; during iteration for a file that cannot be read.
         """
         numbers = [indices.cpu() for indices in order]
         for number, each in enumerate(numbers):
@@ -115,29 +118,28 @@ class Split(ABC):
         return self._batches(numbers, augment_seed, torch.device(device), workers)
 
     def first(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first ``n`` examples as they are: x float32 (n, C, H, W) in [0, 1], y int64 (n,), on the CPU."""
+        """Return the first ``n`` examples as they are: x float32 (n, C, H, W) in [0, 1], y int64 (n,), on the CPU."""
         ((x, y),) = self.batches([torch.arange(n)])
         return x, y
 
     def stored(self, n: int, *, workers: int = 0) -> tuple[Tensor | Pixels, Tensor]:
-        """The first ``n`` examples, all where there are fewer, with the images as :class:`Pixels` where they were
-        decoded as bytes.
+        """Return the first ``n`` examples, or all if there are fewer; images decoded as bytes stay :class:`Pixels`.
 
         Args:
-            workers: processes that read them, as in :meth:`batches`.
+            workers: as in :meth:`batches`.
         """
         return self.first(min(n, len(self)))
 
     @abstractmethod
     def _batches(self, order: list[Tensor], augment_seed: int | None, device: torch.device, workers: int) -> Batches:
-        """:meth:`batches` with its arguments checked."""
+        """Return :meth:`batches`, whose arguments have been checked."""
 
 
 class Subset(Split):
-    """Some examples of another split, numbered anew. Each one's augmentation is what it is there.
+    """A selection of another split's examples, renumbered, with the same augmentation as there.
 
     Args:
-        numbers: int64 (n,) on the CPU: the examples, by their numbers in ``whole``.
+        numbers: int64 (n,) on the CPU: the numbers of the selected examples in ``whole``.
     """
 
     def __init__(self, whole: Split, numbers: Tensor) -> None:
@@ -152,17 +154,17 @@ class Data(Component):
     """A data set for image classification."""
 
     path: str | None = None
-    """Where the files lie."""
+    """Where the files are."""
     augment: bool = True
     """Whether training images are augmented."""
     train_limit: int | None = Field(None, ge=1)
-    """Use only the first so many training examples."""
+    """Use only this many training examples, the first ones."""
     test_limit: int | None = Field(None, ge=1)
-    """Use only the first so many test examples."""
+    """Use only this many test examples, the first ones."""
 
     @field_validator("path", check_fields=False)
     @classmethod
-    def _possible(cls, path: str | None) -> str | None:
+    def _check_path(cls, path: str | None) -> str | None:
         try:
             os.stat(os.path.expanduser(path or "."))
         except (ValueError, OSError) as error:
@@ -171,24 +173,24 @@ class Data(Component):
         return path
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
-        """Image shape (C, H, W) and number of classes, without the files where the data set fixes them.
+        """Return image shape (C, H, W) and number of classes, without reading files if the data set fixes them.
 
         Args:
-            classes: their number where it is known, for a data set that would have to look into its files.
+            classes: the number of classes, if known, to save data sets from reading it from their files.
         """
         split = self.open("test")
         return split.shape, len(split.classes)
 
     @abstractmethod
     def open(self, split: SplitName) -> Split:
-        """The training or test examples, ready to read.
+        """Open the training or the test examples.
 
         Raises:
-            UserError: files missing, broken or not what this data set consists of.
+            UserError: files are missing, broken, or not those of this data set.
         """
 
     def _count(self, split: SplitName, available: int, where: object) -> int:
-        """How many of the available examples to use."""
+        """Return how many of the available examples to use."""
         limit = self.train_limit if split == "train" else self.test_limit
         if limit is not None and limit > available:
             raise UserError(
@@ -197,26 +199,26 @@ class Data(Component):
         return available if limit is None else limit
 
 
-def chosen_split(
-    root: Path, there: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
+def choose_split(
+    root: Path, existing: Sequence[str], wanted: str | None, labelled: Callable[[str], bool]
 ) -> tuple[str, list[str]]:
-    """Which test set is used: the first that has labels; and remarks, where there was a choice.
+    """Return the name of the test set to use, the first one with labels, and remarks if there was a choice.
 
     Args:
-        root: of the data, for messages.
-        there: those that are there, in the order of :data:`NAMES`; without any, the name is empty.
-        wanted: the one that the config names.
-        labelled: whether a split has labels.
+        root: folder of the data, for messages.
+        existing: the test sets that exist, in the order of :data:`NAMES`; if empty, so is the name.
+        wanted: the test set named in the config, or None.
+        labelled: whether a test set has labels.
 
     Raises:
-        UserError: the one that is wanted is not there.
+        UserError: the wanted test set does not exist.
     """
     if wanted is not None:
-        if wanted not in there:
-            raise UserError(f"data.test_split: {root} has no {wanted}; it has {', '.join(there) or 'no test set'}")
+        if wanted not in existing:
+            raise UserError(f"data.test_split: {root} has no {wanted}; it has {', '.join(existing) or 'no test set'}")
         return wanted, []
-    usable = [name for name in there if len(there) == 1 or labelled(name)] or list(there)
-    remarks = [f"{root}: {name} has no labels and is not used" for name in there if name not in usable]
+    usable = [name for name in existing if len(existing) == 1 or labelled(name)] or list(existing)
+    remarks = [f"{root}: {name} has no labels and is not used" for name in existing if name not in usable]
     if len(usable) > 1:
         rest = " and ".join(usable[1:])
         remarks.append(
@@ -226,5 +228,5 @@ def chosen_split(
 
 
 def one_line(error: Exception) -> str:
-    """What another library said, as part of a message of ours."""
+    """Return the message of another library's error in one line, for use in our messages."""
     return " ".join(str(error).split()) or type(error).__name__

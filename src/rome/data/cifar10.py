@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) from either of the two forms it comes in."""
+"""CIFAR-10 (Krizhevsky 2009), from torchvision's files or the Hub's Parquet files."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _IMAGES: dict[SplitName, int] = {"train": 50_000, "test": 10_000}
 class Cifar10(Data):
     """CIFAR-10 from torchvision's files or the Hugging Face Hub's Parquet files, 32x32 colour.
 
-    ``path`` is the folder that contains ``cifar-10-batches-py``, or a folder with ``train-*.parquet`` and
-    ``test-*.parquet`` (also in its subfolder ``plain_text``; columns ``img`` or ``image``, and ``label``), or one
-    Parquet file: its images are the test set, whatever lies beside it, and ``train-*.parquet`` beside it the training
-    set. With ``download`` torchvision fetches what is missing. Augmentation: zero padding of 4, random crop, horizontal
-    flip.
+    ``path`` is the folder that contains ``cifar-10-batches-py``, a folder with ``train-*.parquet`` and
+    ``test-*.parquet`` (also in a subfolder ``plain_text``; columns ``img`` or ``image``, and ``label``), or one Parquet
+    file: its images are the test set, whatever other files are in its folder, and ``train-*.parquet`` in the
+    same folder is the training set. With ``download`` torchvision fetches missing files. Augmentation: zero padding of
+    4, random crop, horizontal flip.
     """
 
     kind = "cifar10"
     path: str = "data/cifar10"
     download: bool = False
-    """Fetch the files to ``path`` where they are missing."""
+    """Download the files to ``path`` if they are missing."""
 
     def form(self, classes: int | None = None) -> tuple[tuple[int, int, int], int]:
         return (3, 32, 32), len(CIFAR10_CLASSES)
@@ -46,19 +46,19 @@ class Cifar10(Data):
         in_batches = (root / "cifar-10-batches-py").is_dir()
         if not tables and not self.download and not in_batches:
             raise UserError(
-                f"{root} {'holds no CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
+                f"{root} {'does not contain CIFAR-10' if root.is_dir() else 'is not a folder'}: data.path must contain "
                 f"cifar-10-batches-py (torchvision) or {split}-*.parquet (Hugging Face Hub); or set data.download=true"
             )
         if tables and (named or not in_batches):
             table, folder = read_tables(tables, classes=len(CIFAR10_CLASSES)), tables[0].parent
             if table.names and table.names != CIFAR10_CLASSES:
                 raise UserError(
-                    f"{tables[0]}: its classes are {', '.join(table.names[:3])}...: another data set; set "
+                    f"{tables[0]}: its classes are {', '.join(table.names[:3])}..., so it is another data set; set "
                     "data.kind=parquet"
                 )
             source, remarks = table.source, table.remarks()
             if len(table) != _IMAGES[split]:
-                remarks.append(f"{folder}: {len(table)} images, where CIFAR-10 has {_IMAGES[split]} to {split}")
+                remarks.append(f"{folder}: {len(table)} images; CIFAR-10 has {_IMAGES[split]} to {split}")
             count = self._count(split, len(table), folder)
             images, labels = table.decoded(range(count), (32, 32)), table.labels
         else:
@@ -71,12 +71,12 @@ class Cifar10(Data):
 
 
 def _read_batches(root: Path, split: SplitName, download: bool) -> tuple[Tensor, Tensor]:
-    """torchvision's reader, which unpickles nothing before its checksum is right."""
+    """Read CIFAR-10 with torchvision, which verifies the checksum of a file before it unpickles it."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     try:
-        with warnings.catch_warnings():  # the files are from 2009, and numpy says so
+        with warnings.catch_warnings():  # numpy warns about these files of 2009
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             data = CIFAR10(str(root), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:

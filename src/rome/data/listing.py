@@ -1,8 +1,8 @@
-"""The images of a folder of class folders: looked for once, remembered, and held in arrays.
+"""The images of a folder of class folders: searched for once, cached, and held in arrays.
 
-A Python list of a million names takes 300 MB, and every process that reads it copies it, for reading counts references.
-Arrow's arrays take a tenth of that. A list that is remembered lies in a file of the user's cache, whose pages all
-processes of a machine share; the first of them makes it, the others wait for it.
+A Python list of a million names takes 300 MB, and every process that reads it copies it, because reading changes the
+reference counts. Arrow's arrays take a tenth of that. A cached list is a file in the user's cache, whose pages all
+processes of a machine share; the first process makes it, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's, whose import takes longer than the rest of a config."""
+"""torchvision's list, copied because importing it takes longer than everything else in a config."""
 FRESH = 60.0
-"""Seconds. A list of a folder that changed since so little before is not remembered: a further change might leave the
-folder's time as it is, where clocks are coarse or differ."""
+"""Seconds. A folder that changed this recently is not cached: where clocks are coarse or differ, a further change might
+not change the folder's modification time."""
 MANY = 100_000
-"""Images from which on it matters that their list cannot be remembered."""
+"""Number of images from which a list that cannot be cached is worth a message."""
 DIGEST = 64
-"""Bytes of the checksum before a remembered list."""
+"""Bytes of the checksum at the start of a cache file."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images by number, in the order of a hash of CLASS/FILE: one that mixes the classes and is the same everywhere."""
+    """Images by number, in an order that mixes the classes and is the same everywhere: by a hash of CLASS/FILE."""
 
     names: pa.Array
-    """Their files' names, as bytes (large_binary)."""
+    """File names, as bytes (large_binary)."""
     places: np.ndarray
-    """int32 (N,): the class folder of each, by its number in ``folders``."""
+    """int32 (N,): the class folder of each image, as an index into ``folders``."""
     folders: tuple[str, ...]
-    """Class folders with images, by name."""
+    """Class folders with images, sorted by name."""
     rest: str
-    """How many files are not read, of which endings, after a semicolon; empty where there are none."""
+    """A remark on the files that are not read, by extension, starting with a semicolon; empty if all are read."""
     misplaced: str
-    """An image that is not in CLASS/FILE, where timm and torchvision would give it different labels; or empty."""
+    """An image that is not at CLASS/FILE, for which timm and torchvision would give different labels; or empty."""
 
     def __getitem__(self, row: int) -> tuple[str, str]:
-        """Class folder and file name of an image."""
+        """Return class folder and file name of an image."""
         return self.folders[self.places[row]], os.fsdecode(self.names[row].as_py())
 
     def keys(self) -> pa.Array:
-        """CLASS/FILE of all, as bytes."""
+        """Return CLASS/FILE of all images, as bytes."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -70,25 +70,26 @@ class Listing:
 
 
 def listed(folder: Path) -> Listing:
-    """The images in a folder of class folders, from the user's cache where no folder in it changed since."""
-    table, facts = remembered(str(folder), lambda: _scan(folder))
+    """List the images in a folder of class folders, from the user's cache if no folder in it has changed."""
+    table, facts = cached(str(folder), lambda: _scan(folder))
     names, places = table.column("name"), table.column("place").to_numpy()
-    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # which copies
+    names = names.chunk(0) if names.num_chunks == 1 else names.combine_chunks()  # the latter copies
     return Listing(names, places, tuple(facts["folders"]), facts["rest"], facts["misplaced"])
 
 
 Found = tuple["pa.Table", dict[str, Any]]
-"""A table, and facts (JSON) about it; ``times`` has the time (ns) of the last change of each file or folder that it was
-made of, by its path."""
+"""A table, and facts about it that JSON can hold. Fact ``times`` has the modification time (ns) of each file or folder
+that the table was made from, by path."""
 
 
-def remembered(source: str, make: Callable[[], Found]) -> Found:
-    """What ``make`` finds in some folders or files, from the user's cache where these are as they were.
+def cached(source: str, make: Callable[[], Found], *rest: str) -> Found:
+    """Return the result of ``make``, from the user's cache if the files and folders it was made from are unchanged.
 
     Args:
-        source: path of what is looked through, with whatever else tells one such table from another.
+        source: path of the data, also for messages.
+        rest: whatever else distinguishes this table from others.
     """
-    home, key = user_folder("cache"), os.path.abspath(source)
+    home, key = user_folder("cache"), "\n".join([os.path.abspath(source), *rest])
     if home is None:
         return make()
     file = home / "data" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.arrow"
@@ -105,8 +106,8 @@ def remembered(source: str, make: Callable[[], Found]) -> Found:
         except OSError as error:
             if len(table) >= MANY:
                 say(
-                    f"the list of {source} cannot be kept in {file.parent} ({error.strerror or error}), so each "
-                    "process makes its own: set ROME_CACHE_HOME to a folder that can be written"
+                    f"the list of {source} cannot be cached in {file.parent} ({error.strerror or error}), so each "
+                    "process makes its own: set ROME_CACHE_HOME to a writable folder"
                 )
             return table, facts
     return _read(file, source) or (table, facts)
@@ -114,7 +115,7 @@ def remembered(source: str, make: Callable[[], Found]) -> Found:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks and lets this user have them."""
+    """Let in one process at a time, if the file system supports locks and this user may create them."""
     lock = None
     with suppress(OSError, NotImplementedError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _scan(folder: Path) -> Found:
-    """The fields of a :class:`Listing`."""
+    """Search a folder for the fields of a :class:`Listing`."""
     import pyarrow as pa
 
     names, counts, digests = list[Any](), dict[str, int](), bytearray()
@@ -143,7 +144,7 @@ def _scan(folder: Path) -> Found:
             if below or hidden(name):
                 rest["hidden"] += 1
             elif ending not in IMG_EXTENSIONS:
-                rest[ending or "without an ending"] += 1
+                rest[ending or "without an extension"] += 1
             else:
                 images.append(os.fsencode(name))
         total += len(files)
@@ -167,20 +168,22 @@ def _scan(folder: Path) -> Found:
 
 
 def by_hash(digests: bytes | bytearray) -> np.ndarray:
-    """The order of SHA-256 digests that stand one after the other: int64 (N,)."""
+    """Return the order that sorts concatenated SHA-256 digests: int64 (N,)."""
     words = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
     return np.lexsort(words.T[::-1])
 
 
-def mixed(labels: np.ndarray) -> np.ndarray:
-    """Rows in their order, or, where classes stand together, in that of a hash of their numbers: where no more than
-    half as many neighbours differ in their labels as would in a random order, as in pieces sorted each.
+def mix_classes(labels: np.ndarray) -> np.ndarray:
+    """Return the rows in their own order, or, if classes are grouped, in the order of a hash of their numbers.
+
+    Classes are grouped if at most half as many neighbours differ in their labels as in a random order. This includes
+    rows that are sorted in pieces.
 
     Args:
-        labels: int64 (N,) of the rows.
+        labels: int64 (N,), one per row.
     """
     n, counts = len(labels), np.bincount(labels).astype(float)
-    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # of n - 1 pairs
+    expected = n - 1 - float((counts * (counts - 1)).sum()) / n  # differing pairs of neighbours, of n - 1
     if not expected > 0 or (labels[1:] != labels[:-1]).sum() > expected / 2:
         return np.arange(n)
     return by_hash(b"".join(hashlib.sha256(str(row).encode()).digest() for row in range(n)))
@@ -197,7 +200,7 @@ def _write(file: Path, table: pa.Table, facts: dict[str, Any]) -> None:
 
 
 def _read(file: Path, source: str) -> Found | None:
-    """What a file keeps; None where there is none or it is damaged or no longer true."""
+    """Read a cache file; None if there is none, or if it is damaged or outdated."""
     import pyarrow as pa
 
     try:
@@ -210,17 +213,17 @@ def _read(file: Path, source: str) -> Found | None:
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError, ValueError) as error:
-        say(f"{file} cannot be used ({one_line(error)}): {source} is looked through again")
+        say(f"{file} cannot be used ({one_line(error)}): {source} is searched again")
         return None
     try:
         same = all(os.stat(place).st_mtime_ns == at for place, at in facts["times"].items())
     except OSError:
         same = False
     if not same:
-        say(f"{source} changed since its images were listed: it is looked through again")
+        say(f"{source} changed since its images were listed: it is searched again")
     return (table, facts) if same else None
 
 
 def hidden(name: str) -> bool:
-    """What systems and archives leave beside images."""
+    """Whether a file or folder is hidden or was left by an archive, and so holds no images."""
     return name.startswith(".") or name == "__MACOSX"

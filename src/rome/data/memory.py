@@ -1,4 +1,4 @@
-"""Data sets small enough to be held in memory as one tensor, and the smallest of them."""
+"""Data sets small enough to be held in memory as one tensor, and digits, the smallest of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rome.data.base import Batches, Data, Floats, Pixels, Split, SplitName
 
 
 class MemorySplit(Split):
-    """Images held as one tensor; gathered, cropped and flipped as a batch, on the device when that is CUDA.
+    """Images held as one tensor. Batches are gathered, cropped and flipped as a whole, on CUDA devices if wanted there.
 
     Augmentation pads with ``pad`` zeros on every side, crops at random and, with ``flip``, mirrors half of the images.
 
     Args:
-        images: (N, C, H, W) with values 0..levels, usually uint8.
+        images: (N, C, H, W) with values in 0..levels, usually uint8.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MemorySplit(Split):
             yield x.float().div_(self._levels).to(device), labels[chosen].to(device)
 
     def _crop_and_flip(self, x: Tensor, draws: Tensor) -> Tensor:
-        """Each image's own crop and flip from its three numbers in [0, 1): row, column, mirror."""
+        """Crop and flip each image by its own three numbers in [0, 1): row, column, flip."""
         padded = F.pad(x, (self._pad,) * 4)
         crops = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view: (B, C, rows, columns, H, W)
         corner = (draws[:, :2] * (2 * self._pad + 1)).long().clamp_(max=2 * self._pad)
@@ -69,7 +69,7 @@ class MemorySplit(Split):
 
 
 class TensorSplit(MemorySplit):
-    """Images and labels in memory, as they are.
+    """Images and labels in memory, without augmentation.
 
     Args:
         x: float32 (N, C, H, W) in [0, 1].
@@ -81,7 +81,7 @@ class TensorSplit(MemorySplit):
 
 
 class Digits(Data):
-    """Handwritten digits, 8x8 gray, inside scikit-learn: 1,437 to train and 360 to test, nothing to download.
+    """Handwritten digits, 8x8 gray, from scikit-learn: 1,437 to train and 360 to test, nothing to download.
 
     The split is fixed and stratified. Augmentation (off by default) shifts by up to one pixel.
     """

@@ -1,4 +1,4 @@
-"""Any data set of images in the Hugging Face Hub's Parquet files."""
+"""Any image data set in the Parquet format of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from rome.core.errors import UserError
-from rome.data.base import NAMES, Split, SplitName, TestSplit, chosen_split
-from rome.data.listing import mixed
+from rome.data.base import NAMES, Split, SplitName, TestSplit, choose_split
+from rome.data.listing import mix_classes
 from rome.data.memory import MemorySplit
 from rome.data.resized import IMAGENET_MEAN, IMAGENET_STD, Resized
 from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, read_tables
@@ -20,36 +20,35 @@ from rome.data.tables import ImageTable, equal_files, find_tables, labels_in, re
 class Parquet(Resized):
     """Any images in the Hugging Face Hub's Parquet files: train-*.parquet and test-*.parquet (or validation).
 
-    Each has a column ``img`` or ``image`` (bytes, or a struct with bytes) and one of labels, integers from 0.
+    Each file has a column ``img`` or ``image`` (bytes, or a struct with bytes) and a column of labels, integers from 0.
 
-    Without ``size`` the images must be of one size and stay as they are, decoded once and held in memory; augmentation
-    is zero padding of an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size`` they are decoded while
-    they are used and become ``size`` pixels wide and high, as :class:`~rome.data.resized.Resized` says; up to 512 MiB
-    of encoded ones are held in memory, more are read by row groups. Files in which classes stand together are read in
-    an order that mixes the classes and is the same everywhere, so that the first n are a fair sample; others in their
-    own. Gray images become RGB.
+    Without ``size`` all images must have one size, which they keep; they are decoded once and held in memory.
+    Augmentation is then zero padding by an eighth, random crop and horizontal flip, as on CIFAR-10. With ``size``
+    images are decoded on demand and brought to ``size`` x ``size`` pixels, as described in
+    :class:`~rome.data.resized.Resized`; encoded images of up to 512 MiB in all are held in memory, more are read by row
+    groups. If the files group the classes, examples are put in an order that mixes the classes and is the same
+    everywhere, so that the first n are a fair sample; otherwise they keep their order. Gray images become RGB.
     """
 
     kind = "parquet"
     path: str = Field(min_length=1)
     label: str = "label"
-    """The column of labels; ``fine_label`` of CIFAR-100."""
+    """Name of the column of labels, such as ``fine_label`` for CIFAR-100."""
     test_split: TestSplit | None = None
-    """Which one is the test set; without it the first of test, validation, valid and val that is there and has
-    labels."""
+    """Name of the test set; null: the first of test, validation, valid and val that exists and has labels."""
     size: int | None = Field(None, ge=1)
-    """Side in pixels that images are brought to; None takes them as they are, all of one size."""
+    """Side of all images in pixels, after resizing; null for images that already have one size, which they keep."""
 
     def open(self, split: SplitName) -> Split:
         files, remarks = self._files(split)
         others, _ = self._files("test" if split == "train" else "train", needed=False)
         table = read_tables(files, self.label)
-        rows = mixed(table.labels.numpy())
+        rows = mix_classes(table.labels.numpy())
         rows = rows[: self._count(split, len(rows), files[0].parent)]
         if split == "train" and self.size is not None and not table.small:
             remarks.append(
-                f"{files[0].parent}: images are read by row groups of up to {np.diff(table.starts).max()}, a whole one "
-                "for each image of a random order; data.kind=timm data.name=hfds/NAME reads single images"
+                f"{files[0].parent}: images are read by row groups of up to {np.diff(table.starts).max()} images, and "
+                "in random order a whole group for each image; data.kind=timm data.name=hfds/NAME reads single images"
             )
         opened = self._opened(table, rows, self._classes(table, [file for file in others if file not in files]))
         same = [f"{mine} and {theirs} are the same file" for mine, theirs in equal_files(files, others)]
@@ -64,12 +63,12 @@ class Parquet(Resized):
         return MemorySplit(images, labels, classes, IMAGENET_MEAN, IMAGENET_STD, augment=self.augment, pad=pad)
 
     def one_size(self) -> bool:
-        """Whether the first test images are all of one size."""
+        """Whether the first test images all have the same size."""
         table = read_tables(self._files("test")[0], self.label)
         return len({table.picture(row).size for row in range(min(len(table), 64))}) == 1
 
     def _files(self, split: SplitName, *, needed: bool = True) -> tuple[list[Path], list[str]]:
-        """The files of a split, and remarks about the choice."""
+        """Return the files of a split, and remarks about the choice."""
         root = Path(os.path.expanduser(self.path))
         if split == "test" and root.is_file():
             return [root], []
@@ -77,10 +76,10 @@ class Parquet(Resized):
         found = {name: files for name in NAMES[split] if (files := find_tables(folder, name))}
         name, remarks = "train", list[str]()
         if split == "test":
-            name, remarks = chosen_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
+            name, remarks = choose_split(folder, list(found), self.test_split, lambda name: self._labelled(found[name]))
         files = found.get(name, [])
         if needed and not files:
-            state = f"holds no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
+            state = f"has no {split}-*.parquet" if folder.is_dir() else "is neither a folder nor a file"
             raise UserError(
                 f"{folder} {state}: data.path must contain train-*.parquet and test-*.parquet (or validation), also in "
                 "a folder data or plain_text"
@@ -88,12 +87,15 @@ class Parquet(Resized):
         return files, remarks
 
     def _labelled(self, files: list[Path]) -> bool:
-        """Whether some label is neither missing nor secret, as those of some test sets on the Hub."""
+        """Whether any label is neither missing nor withheld (-1), as in some test sets on the Hub."""
         return any(value not in (None, -1) for file in files for value in labels_in(file, self.label)[1])
 
     def _classes(self, table: ImageTable, others: list[Path]) -> tuple[str, ...]:
-        """The classes that the files name, which must be the same in both splits; else the numbers up to the largest
-        label of all files."""
+        """Return the class names in the files, or, without names, the numbers up to the largest label in any file.
+
+        Raises:
+            UserError: the two splits name different classes.
+        """
         largest = int(table.labels.max())
         for file in others:
             names, labels = labels_in(file, self.label)
@@ -101,6 +103,6 @@ class Parquet(Resized):
             if names != table.names:
                 raise UserError(
                     f"{table.files[0]} and {file} differ in the names of their classes ({len(table.names) or 'none'} "
-                    f"and {len(names) or 'none'}): keep the files of one data set in {file.parent}"
+                    f"and {len(names) or 'none'}): keep only the files of one data set in {file.parent}"
                 )
         return table.names or tuple(map(str, range(largest + 1)))

@@ -1,8 +1,8 @@
-"""The pixels of image files as timm's and torchvision's readers give them: ``Image.open(file).convert("RGB")``.
+"""The pixels of image files as in timm's and torchvision's readers: ``Image.open(file).convert("RGB")``.
 
-So transparency and colour profiles are left aside, nothing is turned as its EXIF says, and of several frames the first
-counts. Images of more than 8 bits a channel are the exception: those readers cut their values at 255, which makes them
-white (or, floats in [0, 1], black); here they are scaled.
+Transparency, colour profiles and the EXIF orientation are therefore ignored, and only the first frame is read. Images
+with more than 8 bits per channel are the exception: those readers clip their values at 255, which makes the images
+white (or black, for floats in [0, 1]); here the values are scaled.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ class Images(ABC):
     """Encoded images by number."""
 
     @abstractmethod
-    def __getitem__(self, row: int, /) -> IO[bytes]:
-        """The opened file of an image."""
-
-    @abstractmethod
     def filename(self, row: int, /) -> str:
-        """Its name, for messages."""
+        """Return the file of an image, or, if it has no file of its own, its name for messages."""
+
+    def __getitem__(self, row: int, /) -> IO[bytes]:
+        """Return the opened file of an image."""
+        return open(self.filename(row), "rb")
 
     def picture(self, row: int) -> Image.Image:
-        """The decoded image in mode RGB.
+        """Return an image decoded in mode RGB, by Pillow because torchvision's decoder crashes on some broken files.
 
         Raises:
-            UserError: it is none. Pillow, because torchvision's decoder crashes on some broken files.
+            UserError: the file is not a readable image.
         """
         try:
             with self[row] as file, Image.open(file) as opened:
                 return eight_bits(opened).convert("RGB")
         except UserError:
             raise
-        except Exception as error:  # Pillow raises almost any kind for a broken file
+        except Exception as error:  # Pillow raises almost any exception for a broken file
             problem = "no known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
             where = self.filename(row)
             raise UserError(f"{where}: cannot be read as an image ({problem}); replace or remove it") from None
 
     def decoded(self, rows: Sequence[int] | np.ndarray, size: tuple[int, int] | None = None) -> Tensor:
-        """Images as uint8 (N, 3, H, W).
+        """Return decoded images as uint8 (N, 3, H, W).
 
         Args:
-            size: the width and height that each must have; None: those of the first.
+            size: the width and height that every image must have; None: those of the first image.
 
         Raises:
-            UserError: one is broken or of another size.
+            UserError: an image is broken or has another size.
         """
         wanted = size or self.picture(rows[0]).size
         pixels = np.empty((len(rows), wanted[1], wanted[0], 3), dtype=np.uint8)
-        for place in np.argsort(rows):  # neighbours may be read together
+        for place in np.argsort(rows):  # in this order because neighbours may be read together
             row = rows[place]
             image = self.picture(row)
             if image.size != wanted:
@@ -74,13 +74,13 @@ class Images(ABC):
 
 
 def eight_bits(opened: Image.Image) -> Image.Image:
-    """An opened image with at most 8 bits a channel: itself, or one in mode L whose 255 is the file's white.
+    """Return an opened image with at most 8 bits per channel: the image itself, or one in mode L scaled to white = 255.
 
-    White is 65535 in gray PNG and PGM files of more than 8 bits, the largest number in unsigned TIFF files of 12 or 16,
-    and 1 where values are floats. Pillow reduces colours of 16 bits to 8 by itself.
+    White is 65535 in gray PNG and PGM files of more than 8 bits, the largest value in unsigned TIFF files of 12 or 16
+    bits, and 1 for floats. Pillow itself reduces 16-bit colours to 8 bits.
 
     Raises:
-        ValueError: integers of which no format says what is white, floats outside [0, 1], or a program (EPS).
+        ValueError: integers in a format that does not define white, floats outside [0, 1], or a program (EPS).
     """
     if opened.format == "EPS":
         raise ValueError("PostScript is a program and is not run")
@@ -90,17 +90,17 @@ def eight_bits(opened: Image.Image) -> Image.Image:
     values = np.asarray(opened).astype(np.float64)
     if opened.mode == "F":
         white = 1
-        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+        if not (values.min() >= 0 and values.max() <= 1):  # also true for NaN
             raise ValueError(
-                f"floats from {values.min():g} to {values.max():g}; black must be 0 and white 1, or save it in 8 bits"
+                f"floats from {values.min():g} to {values.max():g}; black must be 0 and white 1, or save it with 8 bits"
             )
     elif opened.mode == "I" and opened.format not in ("PNG", "PPM"):
         raise ValueError(
-            "integers of 32 bits or with a sign, whose white is unknown; save it in 8 bits, or 16 unsigned"
+            "32-bit or signed integers, whose white is unknown; save it with 8 bits, or with 16 unsigned bits"
         )
     else:
         white = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
-    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits only
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow respects only up to 8 bits
         values = white - values
     image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     if "exif" in opened.info:

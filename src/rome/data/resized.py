@@ -1,4 +1,4 @@
-"""Images of any size, decoded and brought to one size by timm while they are used."""
+"""Images of any size, decoded and brought to one size by timm on demand."""
 
 from __future__ import annotations
 
@@ -21,53 +21,54 @@ from rome.data.base import Batches, Data, Pixels, Split
 from rome.data.pixels import Images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's training images, the field's normalisation."""
+"""Mean and standard deviation of ImageNet's training images, the usual normalisation."""
 AT_A_TIME = 64
-"""Images that one worker reads for a set that is held in memory."""
+"""Images that a worker reads at a time for a set that is held in memory."""
 
 
 class Resized(Data):
-    """Data whose images differ in size: what becomes of them.
+    """Base of data sets whose images are brought to one size.
 
-    Augmentation: random resized crop and horizontal flip. Otherwise timm's transform for evaluation: the shorter side
-    is resized to ``size / crop_pct`` and the centre cropped. ``crop_mode: squash`` resizes both sides to that length
-    instead, ``border`` the longer one, and pads with gray. What pixels are is said in :mod:`rome.data.pixels`.
+    Augmentation: random resized crop and horizontal flip. Without augmentation, timm's transform for evaluation: the
+    shorter side is resized to ``size / crop_pct`` and the centre cropped. ``crop_mode: squash`` resizes both sides to
+    that length instead; ``border`` resizes the longer side and pads with gray. For decoding see
+    :mod:`rome.data.pixels`.
     """
 
     crop_pct: Number = Field(0.875, gt=0, le=1.25)
-    """Above 1, as VOLO's 1.15, the resized image is padded with black."""
+    """Share of the resized image that is cropped; above 1, as in VOLO (1.15), the image is padded with black."""
     crop_mode: Literal["center", "squash", "border"] = "center"
-    """Of an image that is not square: its middle, the whole squeezed, or the whole with gray borders."""
+    """What is kept of an image that is not square: its centre, all of it squeezed, or all of it with gray borders."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    """Of the resizing."""
+    """Interpolation of the resizing."""
     scale: tuple[Number, Number] = (0.08, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Range of the random crop's area, as a share of the image."""
     ratio: tuple[Number, Number] = (3 / 4, 4 / 3)
-    """Aspect ratio of the random crop."""
+    """Range of the random crop's aspect ratio."""
 
     @field_validator("scale", "ratio")
     @classmethod
-    def _range(cls, ends: tuple[float, float]) -> tuple[float, float]:
+    def _check_range(cls, ends: tuple[float, float]) -> tuple[float, float]:
         if not 0 < ends[0] <= ends[1]:
             raise ValueError(f"must be a range of positive numbers, the smaller one first, not {list(ends)}")
         return ends
 
     def resized(self, images: Images, rows: np.ndarray, labels: Tensor, classes: tuple[str, ...], size: int) -> Split:
-        """The split of some images.
+        """Return the split of these images, resized.
 
         Args:
-            rows: their numbers there, int64 (N,), in the order of the examples.
-            labels: int64 (N,) of these rows.
-            size: side of what they become, in pixels.
+            rows: numbers of the examples in ``images``, int64 (N,), in the order of the examples.
+            labels: labels of the examples, int64 (N,).
+            size: side of the resized images in pixels.
         """
         from timm.data.transforms_factory import create_transform
 
         common: dict[str, Any] = {
             "input_size": size,
-            "mean": (0.5, 0.5, 0.5),  # the gray of borders, which is that of all timm models with borders
+            "mean": (0.5, 0.5, 0.5),  # the gray of borders, as in all timm models with borders
             "interpolation": self.interpolation,
             "color_jitter": None,
-            "normalize": False,  # and stay uint8: a quarter of the bytes between processes
+            "normalize": False,  # stay uint8: a quarter of the bytes between processes
         }
         plain = create_transform(**common, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
         augmented = create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio)
@@ -76,7 +77,7 @@ class Resized(Data):
 
 
 class _ResizedSplit(Split):
-    """Images read when they are wanted, as uint8, and turned into floats on the device."""
+    """Images read on demand, as uint8, and converted to floats on the device."""
 
     def __init__(self, files: _Files, labels: Tensor, classes: tuple[str, ...], size: int, augmented: Any) -> None:
         super().__init__(classes, (3, size, size), labels, IMAGENET_MEAN, IMAGENET_STD)
@@ -98,14 +99,14 @@ class _ResizedSplit(Split):
         return Pixels(values, 255), self.labels[:n]
 
     def _read(self, files: _Files, order: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Tensor]:
-        """The images of each part of the order, uint8 (B, C, H, W) on the CPU, for that device."""
+        """Yield the images of each part of the order, uint8 (B, C, H, W) on the CPU, pinned for a CUDA device."""
         loader: DataLoader[Tensor | str] = DataLoader(
             files,
-            batch_sampler=_Numbers(order),
+            batch_sampler=_BatchIndices(order),
             collate_fn=_stack,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # otherwise it would draw from the global generator
         )
         for indices, images in zip(order, loader, strict=True):
             if isinstance(images, str):
@@ -113,8 +114,8 @@ class _ResizedSplit(Split):
             yield images.view(len(indices), *self.shape)
 
 
-class _Numbers(Sampler[list[int]]):
-    """Index tensors as lists, made one at a time: those of an epoch would be ten times as large as the tensors."""
+class _BatchIndices(Sampler[list[int]]):
+    """Index tensors as lists, made one at a time: all lists of an epoch take ten times the memory of the tensors."""
 
     def __init__(self, order: Sequence[Tensor]) -> None:
         self.order = order
@@ -125,7 +126,7 @@ class _Numbers(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class _Files(Dataset["Tensor | str"]):
-    """Example i as uint8 (3, H, W), or what is wrong with its file: exceptions change when they leave a worker."""
+    """Example i as uint8 (3, H, W), or an error message, because exceptions change when they leave a worker."""
 
     images: Images
     rows: np.ndarray
@@ -150,7 +151,7 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The global generators of torch (CPU), Python and numpy seeded inside, and as they were afterwards."""
+    """Seed the global generators of torch (CPU), Python and numpy inside, and restore them afterwards."""
     with unchanged_states():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every device
         random.seed(seed)

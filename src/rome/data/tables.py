@@ -1,4 +1,4 @@
-"""Parquet files of images as on the Hugging Face Hub: one row an image, encoded, and its label."""
+"""Parquet files of images, as on the Hugging Face Hub: each row holds an encoded image and its label."""
 
 from __future__ import annotations
 
@@ -28,31 +28,34 @@ _PIECE = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$")
 
 
 HELD = 2**29
-"""Bytes of encoded images that a table may have in all to be held in memory; of larger ones it is one row group."""
+"""Bytes of encoded images up to which a table is held in memory; of a larger table only one row group is held."""
 
 
 @dataclass(frozen=True)
 class ImageTable(Images):
-    """The images of some files as they are encoded, one after the other, and their labels. Row groups are read when an
-    image of theirs is, from files in the memory map that all processes of a machine share."""
+    """The encoded images of several files, in the order of the files, and their labels.
+
+    A row group is read when one of its images is needed, from memory-mapped files that all processes of a machine
+    share.
+    """
 
     files: tuple[Path, ...]
     columns: tuple[str, ...]
-    """Where each file has the bytes."""
+    """The column of the bytes in each file."""
     metadata: tuple[Any, ...]
-    """pyarrow's of each file, which takes longer to read than a row group."""
+    """pyarrow's metadata of each file, kept because reading it takes longer than reading a row group."""
     groups: np.ndarray
-    """int32 (groups, 2): of each row group its file and its number there."""
+    """int32 (groups, 2): file of each row group, and its number in that file."""
     starts: np.ndarray
-    """int64 (groups + 1): the first row of each, and the number of all."""
+    """int64 (groups + 1): first row of each row group, and the total number of rows."""
     size: int
-    """Bytes of all images."""
+    """Total bytes of the images."""
     labels: Tensor
-    """int64 (N,), none of them negative."""
+    """int64 (N,), not negative."""
     names: tuple[str, ...]
-    """Of the classes, as the files say; empty if they do not."""
+    """Class names from the files; empty if these have none."""
     held: dict[int, pa.ChunkedArray] = field(default_factory=dict)
-    """Row groups that were read."""
+    """The row groups in memory, by number."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,7 +68,7 @@ class ImageTable(Images):
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def _read(self, group: int) -> pa.ChunkedArray:
-        """The encoded images of a row group."""
+        """Return the encoded images of a row group."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -87,23 +90,26 @@ class ImageTable(Images):
 
     @property
     def small(self) -> bool:
-        """Whether all images are held in memory once they were read."""
+        """Whether all images stay in memory after they were read."""
         return self.size <= HELD
 
     def filename(self, row: int) -> str:
-        """Its file and its number there."""
+        """Return the file of an image and its row in that file."""
         file = self.groups[self._group_of(row), 0]
         first = self.starts[np.flatnonzero(self.groups[:, 0] == file)[0]]
         return f"{self.files[file]}: row {row - first}"
 
     @property
     def source(self) -> str:
-        """The first file, and how many more."""
+        """The first file, and the number of further files."""
         return f"{self.files[0]}{f' and {len(self.files) - 1} more' if len(self.files) > 1 else ''}"
 
     def remarks(self) -> list[str]:
-        """That more than one of a hundred images is there twice, as where a piece is: by their last bytes (which depend
-        on all pixels in most formats), and then by all. Of a table that is not held in memory nothing is known."""
+        """Return a remark if more than one image in a hundred is a duplicate, as when a file of the set exists twice.
+
+        Images are compared by their last bytes (which in most formats depend on all pixels), and then by all bytes. A
+        table that is not held in memory is not checked.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -116,15 +122,16 @@ class ImageTable(Images):
             again = len(self) - pc.count_distinct(images, mode="all").as_py()
             if again <= len(self) // 100:
                 return []
-        return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a piece there twice?"]
+        return [f"{self.files[0].parent}: {again} of {len(self)} images repeat another one: is a file there twice?"]
 
 
 def find_tables(root: Path, *names: str) -> list[Path]:
-    """The files of the first of these splits that is there, such as ``train-*.parquet``, also in ``plain_text`` and
-    ``data``. Empty where there is none.
+    """Return the files, such as ``train-*.parquet``, of the first of these splits that exists; empty if none does.
+
+    Files are searched for in ``root`` and its subfolders ``plain_text`` and ``data``.
 
     Raises:
-        UserError: some of the pieces they are numbered by are missing or there twice.
+        UserError: some of the numbered pieces of the split are missing, or exist twice.
     """
     found = (sorted(root.joinpath(folder).glob(f"{name}[.-]*parquet")) for name in names for folder in _FOLDERS)
     files = next(filter(None, found), [])
@@ -134,16 +141,16 @@ def find_tables(root: Path, *names: str) -> list[Path]:
         there = {int(piece[1]) for piece in pieces if piece[2] == total}
         if there != set(range(int(total))) or len(files) != int(total):
             raise UserError(
-                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and {int(total)} belong "
-                "together: download what is missing, and remove what is there twice or belongs to another version"
+                f"{files[0].parent} has {len(files)} files {name}-*-of-{total}.parquet, and a complete set has "
+                f"{int(total)}: download missing files, and remove duplicates and files of another version"
             )
     for first, second in equal_files(files, files):
-        raise UserError(f"{first} and {second} are the same piece: remove one of them")
+        raise UserError(f"{first} and {second} have the same content: remove one of them")
     return files
 
 
 def equal_files(some: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Pairs of files with the same content."""
+    """Yield pairs of files with the same content."""
     sizes = {file: file.stat().st_size for file in {*some, *others}}
     for number, first in enumerate(some):
         for second in others[number + 1 :] if some is others else others:
@@ -152,19 +159,20 @@ def equal_files(some: Sequence[Path], others: Sequence[Path]) -> Iterator[tuple[
 
 
 def read_tables(files: list[Path], label: str = "label", *, classes: int | None = None) -> ImageTable:
-    """The images, still encoded, and labels of Parquet files with a column ``img`` or ``image``, of bytes or a struct
-    with bytes. Images are not read yet.
+    """Open Parquet files with a column ``img`` or ``image`` of bytes, or of structs with bytes, and read their labels.
+
+    The images are read later.
 
     Args:
         label: the column of labels, integers from 0.
-        classes: their number; None: that of the names in the files, or any.
+        classes: number of classes; None: the number of class names in the files, or any if there are none.
 
     Raises:
-        UserError: they are not such files, or disagree about the names of the classes.
+        UserError: the files are not of this kind, or name different classes.
     """
     read = [_read(file, label, classes) for file in files]
     if len({each.names for each in read}) > 1:
-        raise UserError(f"{files[0].parent}: its files name different classes: remove what belongs to other data")
+        raise UserError(f"{files[0].parent}: its files name different classes: remove those of other data sets")
     groups = [(file, group) for file, each in enumerate(read) for group in range(len(each.rows))]
     return ImageTable(
         files=tuple(files),
@@ -179,8 +187,10 @@ def read_tables(files: list[Path], label: str = "label", *, classes: int | None 
 
 
 def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[Any]]:
-    """The names of the classes that the Hub writes into a file, empty where it has none, and the labels, read without
-    the images: [0] of a file that cannot be read, which is refused when its images are."""
+    """Return the class names that the Hub wrote into a file, empty if it has none, and the labels, without the images.
+
+    The labels of a file that cannot be read are [0]; the file is refused when its images are read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,22 +203,22 @@ def labels_in(file: Path, label: str = "label") -> tuple[tuple[str, ...], list[A
         return (), [0]
 
 
-class _File(NamedTuple):
-    """What a file says without its images."""
+class _FileInfo(NamedTuple):
+    """The contents of a file, without its images."""
 
     column: str
-    """The one of the images' bytes."""
+    """The column of the images' bytes."""
     metadata: Any
-    """pyarrow's."""
+    """pyarrow's metadata."""
     rows: list[int]
-    """Of each row group."""
+    """Number of rows of each row group."""
     size: int
-    """Bytes of all images."""
+    """Total bytes of the images."""
     labels: np.ndarray
     names: tuple[str, ...]
 
 
-def _read(file: Path, label: str, classes: int | None) -> _File:
+def _read(file: Path, label: str, classes: int | None) -> _FileInfo:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,8 +249,8 @@ def _read(file: Path, label: str, classes: int | None) -> _File:
     wrong = np.flatnonzero((labels < 0) | (labels >= (classes or len(names) or 2**31)))
     if len(wrong) and (labels == -1).all():
         raise UserError(
-            f"{file}: its labels are secret (all are -1), as of some test sets on the Hub; put "
-            "validation-*.parquet beside it, which is read instead"
+            f"{file}: its labels are withheld (all are -1), as in some test sets on the Hub; put "
+            "validation-*.parquet beside it, which is then read instead"
         )
     if len(wrong):
         refuse(f"row {wrong[0]} has the label {given[int(wrong[0])].as_py()}")
@@ -256,11 +266,11 @@ def _read(file: Path, label: str, classes: int | None) -> _File:
     ):
         refuse(f"column {column} has no bytes in any row: the images are in other files")
     size = sum(each.total_uncompressed_size for each in images)
-    return _File(path, metadata, [group.num_rows for group in groups], size, labels, names)
+    return _FileInfo(path, metadata, [group.num_rows for group in groups], size, labels, names)
 
 
 def _names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:
-    """The class names that the Hub writes into a file, if it did."""
+    """Return the class names that the Hub wrote into a file's metadata; empty if there are none."""
     try:
         return tuple(map(str, json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"]))
     except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Whatever timm's readers open, by the names that timm gives it."""
+"""Data sets that timm's readers open, under timm's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pydantic import Field
 from rome.core.errors import UserError
 from rome.core.plain_data import parse_json
 from rome.data.base import Split, SplitName, one_line
-from rome.data.listing import Found, mixed, remembered
+from rome.data.listing import Found, cached, mix_classes
 from rome.data.pixels import Images, eight_bits
 from rome.data.resized import Resized
 
@@ -28,75 +28,81 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-"""Members of a WebDataset's sample that are its image."""
+"""Extensions of the images in a WebDataset sample."""
 STREAMS = ("hfids", "tfds")
 
 
 class Timm(Resized):
-    """Whatever timm's readers open: folders, tar files, WebDataset shards, data sets of the Hub, torchvision's.
+    """Everything that timm's readers open: folders, tar files, WebDataset shards, data sets of the Hub, torchvision's.
 
-    ``name`` is what timm calls it: nothing for a folder with ``train/CLASS/*.jpg`` or with ``train.tar``; ``wds/NAME``
-    for shards of WebDataset in ``path``; ``hfds/USER/NAME`` for a data set of the Hugging Face Hub (package
-    ``datasets``), which lies in Arrow files of its cache or under ``path``; ``torch/NAME`` for torchvision's (cifar100,
-    mnist, imagenet, places365 ...). Every image is read by its number: members of tar files at their place in the file,
-    which is looked up once and remembered. ``hfids/`` and ``tfds/`` are streams and are refused. Where classes stand
-    together, the examples are mixed by a hash of their numbers. All become ``size`` pixels wide and high, as
-    :class:`~rome.data.resized.Resized` says.
+    ``name`` is timm's name: empty for a folder with ``train/CLASS/*.jpg`` or with ``train.tar``; ``wds/NAME`` for
+    WebDataset shards in ``path``; ``hfds/USER/NAME`` for a data set of the Hugging Face Hub (package ``datasets``),
+    whose Arrow files are in its cache or under ``path``; ``torch/NAME`` for torchvision's (cifar100, mnist, imagenet,
+    places365 ...). Every image is read by its number; the positions of images in tar files are looked up once and
+    cached. ``hfids/`` and ``tfds/`` are streams and are refused. If classes are grouped, the examples are mixed by a
+    hash of their numbers. All images are brought to ``size`` x ``size`` pixels, as described in
+    :class:`~rome.data.resized.Resized`.
     """
 
     kind = "timm"
     name: str = ""
-    """Such as ``hfds/uoft-cs/cifar100``, ``torch/imagenet``, ``wds/imagenet``; empty for a folder or tar files."""
+    """timm's name, such as ``hfds/uoft-cs/cifar100`` or ``torch/imagenet``; empty for a folder or tar files."""
     train_split: str = "train"
-    """As the reader names it; of ``wds/`` a name in ``_info.json`` or a pattern: ``train-{0000..0127}.tar``."""
+    """Name of the split in the reader; for ``wds/`` a name in ``_info.json`` or a pattern such as
+    ``train-{0000..0127}.tar``."""
     test_split: str = "validation"
-    """The same of the test set. timm looks for a folder ``val`` too."""
+    """The same for the test set. timm also looks for a folder ``val``."""
     class_map: str | None = None
-    """A text file with one class a line, in the order of their numbers, as timm's ``--class-map``."""
+    """A text file with one class per line, in the order of their labels, like timm's ``--class-map``; not for ``wds/``
+    and ``torch/``, whose labels are fixed."""
     download: bool = False
-    """Let torchvision fetch what is missing."""
+    """Let torchvision download missing files."""
     size: int = Field(224, ge=1)
-    """Side in pixels that all images are brought to."""
+    """Side of all images in pixels, after resizing."""
 
     def open(self, split: SplitName) -> Split:
         name = self.train_split if split == "train" else self.test_split
+        what = self._describe(name)
         root = os.path.expanduser(self.path or "") or None
-        if self.class_map is not None and (not self.class_map.endswith(".txt") or not os.path.isfile(self.class_map)):
-            raise UserError(f"data.class_map: {self.class_map} is no .txt file with one class a line")
+        if self.class_map is not None:
+            if self.name.lower().startswith(("wds/", "torch/")):
+                raise UserError(f"data.class_map does not apply to {self.name}, whose labels are fixed; leave it out")
+            if not self.class_map.endswith(".txt") or not os.path.isfile(self.class_map):
+                raise UserError(f"data.class_map: {self.class_map} is not a .txt file with one class per line")
         images, labels, classes = self._opened(name, root)
         if not len(labels):
-            raise UserError(f"{self._what(name)} has no images")
+            raise UserError(f"{what} has no images")
         if labels.min() < 0:
-            raise UserError(f"{self._what(name)}: label {labels.min()} is none; is this test set without labels?")
+            raise UserError(f"{what}: label {labels.min()} is negative; does this test set have no labels?")
         most = max(int(labels.max()) + 1, len(classes))
         classes = classes if len(classes) == most else tuple(map(str, range(most)))
-        rows = mixed(labels)
-        rows = rows[: self._count(split, len(rows), self._what(name))]
+        rows = mix_classes(labels)
+        rows = rows[: self._count(split, len(rows), what)]
         opened = self.resized(images, rows, torch.from_numpy(labels[rows]), classes, self.size)
-        return opened.described(self._what(name))
+        return opened.described(what)
 
-    def _what(self, split: str) -> str:
+    def _describe(self, split: str) -> str:
         return " ".join(filter(None, (self.name, self.path, f"({split})")))
 
     def _opened(self, split: str, root: str | None) -> tuple[Images, np.ndarray, tuple[str, ...]]:
-        """The images, their labels, int64 (N,), and the names of the classes where they are known."""
+        """Return the images, their labels, int64 (N,), and the class names if they are known."""
         prefix = self.name.partition("/")[0].lower() if "/" in self.name else ""
         if prefix in STREAMS:
             raise UserError(
-                f"data.name: {self.name} is a stream, in which no image can be had by its number, as training that can "
-                f"be repeated needs: name hfds/{self.name.partition('/')[2]}"
+                f"data.name: {self.name} is a stream, whose images cannot be read by number, as reproducible training "
+                f"needs: use hfds/{self.name.partition('/')[2]}"
             )
         if prefix == "hfds" and find_spec("datasets") is None:
             raise UserError(f"data.name: {self.name} needs the package datasets: pip install datasets")
         if prefix not in ("hfds", "torch"):
             if root is None or not os.path.isdir(root):
                 raise UserError(
-                    f"data.path: {root} is no folder; timm reads {self.name or 'folders and tar files'} there"
+                    f"data.path: {root} is not a folder; timm reads {self.name or 'folders and tar files'} there"
                 )
             if prefix == "wds":
-                return self._in_tars(_shards(root, split), _in_samples)
+                return self._in_tars(_shards(root, split), _webdataset_members)
             if os.path.isfile(tar := os.path.join(root, f"{split}.tar")):
-                return self._in_tars([tar], self._in_classes)
+                return self._in_tars([tar], self._class_folder_members)
         return self._by_timm(prefix, split, root)
 
     def _by_timm(self, prefix: str, split: str, root: str | None) -> tuple[Images, np.ndarray, tuple[str, ...]]:
@@ -105,19 +111,19 @@ class Timm(Resized):
         options = {"download": self.download} if prefix == "torch" else {"class_map": self.class_map}
         try:
             data: Any = create_dataset(self.name, root=root, split=split, **options)
-        except Exception as error:  # assertions, and whatever the packages beneath raise
-            raise UserError(f"{self._what(split)}: timm cannot open it: {one_line(error)}") from None
-        if prefix == "torch":
-            targets = getattr(data, "targets", None)
-            labels = targets if targets is not None else [data[row][1] for row in range(len(data))]
-            return _Decoded(data), np.asarray(labels, dtype=np.int64), tuple(map(str, getattr(data, "classes", ())))
-        reader = data.reader
-        known: dict[Any, int] = reader.class_to_idx or {}
-        classes = tuple(map(str, sorted(known, key=lambda name: known[name])))
-        if prefix == "hfds":
-            targets = reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[reader.label_key]
-            return _Read(reader), np.array(list(targets), dtype=np.int64), classes
-        if os.path.samefile(reader.root, root or ""):  # timm takes all of a folder that has no such split
+            if prefix == "torch":
+                targets = getattr(data, "targets", None)
+                labels = targets if targets is not None else [data[row][1] for row in range(len(data))]
+                return _Decoded(data), np.asarray(labels, dtype=np.int64), tuple(map(str, getattr(data, "classes", ())))
+            reader = data.reader
+            known: dict[Any, int] = reader.class_to_idx or {}
+            classes = tuple(map(str, sorted(known, key=lambda name: known[name])))
+            if prefix == "hfds":
+                targets = reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[reader.label_key]
+                return _Read(reader), np.array(list(targets), dtype=np.int64), classes
+        except Exception as error:  # assertions, labels missing from a class map, and errors of other packages
+            raise UserError(f"{self._describe(split)}: timm cannot open it: {one_line(error)}") from None
+        if os.path.samefile(reader.root, root or ""):  # timm reads the whole folder if it has no such split
             raise UserError(f"{root} has no folder {split}: name it with data.train_split and data.test_split")
         import pyarrow as pa
 
@@ -127,10 +133,10 @@ class Timm(Resized):
     def _in_tars(
         self, tars: list[str], index: Callable[[list[str]], tuple[Sequence[Member], list[str]]]
     ) -> tuple[Images, np.ndarray, tuple[str, ...]]:
-        """The images inside tar files, which ``index`` finds, with the names of their classes."""
+        """Return the images that ``index`` finds inside tar files, their labels and the class names."""
         import pyarrow as pa
 
-        def look() -> Found:
+        def index_tars() -> Found:
             times = {os.path.abspath(tar): os.stat(tar).st_mtime_ns for tar in tars}
             try:
                 members, classes = index(tars)
@@ -140,12 +146,12 @@ class Timm(Resized):
             columns = dict(zip(("tar", "start", "size", "label"), table.T, strict=True))
             return pa.table(columns), {"times": times, "classes": classes}
 
-        table, facts = remembered("\n".join([*tars, str(self.class_map), index.__name__]), look)
+        table, facts = cached(tars[0], index_tars, *tars[1:], str(self.class_map), index.__name__)
         tar, start, size, label = (column.to_numpy() for column in table.columns)
         return _Members(tuple(tars), tar, start, size), label, tuple(facts["classes"])
 
-    def _in_classes(self, tars: list[str]) -> tuple[Sequence[Member], list[str]]:
-        """timm's reader of one tar of images, or of tars of images, in folders of classes."""
+    def _class_folder_members(self, tars: list[str]) -> tuple[Sequence[Member], list[str]]:
+        """Return the images that timm's reader finds in a tar of class folders, or of such tars, and the classes."""
         from timm.data.readers import reader_image_in_tar
 
         module: Any = reader_image_in_tar
@@ -158,15 +164,16 @@ class Timm(Resized):
 
 
 Member = tuple[int, int, int, int]
-"""An image in a tar file: the file's number, the first byte there, the number of bytes, the label."""
+"""An image in a tar file: number of the tar file, offset in bytes, size in bytes, label."""
 
 
-def _in_samples(tars: list[str]) -> tuple[Sequence[Member], list[str]]:
-    """The images of WebDataset's shards: members with the same name up to its first dot are a sample, with its
-    label in ``cls``.
+def _webdataset_members(tars: list[str]) -> tuple[Sequence[Member], list[str]]:
+    """Return the images in WebDataset shards, without class names.
+
+    Members whose names agree up to the first dot are one sample, with its label in ``cls``.
 
     Raises:
-        ValueError: a sample has no label, or one that is no number.
+        ValueError: a sample has no label, or one that is not a number.
     """
     members = []
     for number, path in enumerate(tars):
@@ -187,10 +194,10 @@ def _in_samples(tars: list[str]) -> tuple[Sequence[Member], list[str]]:
 
 
 def _shards(root: str, split: str) -> list[str]:
-    """The shards of a split, by WebDataset's ``_info.json`` or a pattern of their names.
+    """Return the shards of a split, named in WebDataset's ``_info.json`` or by a pattern.
 
     Raises:
-        UserError: there is neither, or some are missing.
+        UserError: there are no names, or shards are missing.
     """
     files: list[str] = []
     if split.endswith(".tar"):
@@ -204,7 +211,7 @@ def _shards(root: str, split: str) -> list[str]:
                 try:
                     files = [str(name) for name in parse_json(info.read_bytes())["splits"][split]["filenames"]]
                 except (ValueError, KeyError, TypeError):
-                    raise UserError(f"{info} names no files of a split {split}") from None
+                    raise UserError(f"{info} lists no files for a split {split}") from None
                 break
     paths = [os.path.join(root, file) for file in files]
     if not paths or (missing := [path for path in paths if not os.path.isfile(path)]):
@@ -219,10 +226,7 @@ def _shards(root: str, split: str) -> list[str]:
 @dataclass(frozen=True)
 class _Paths(Images):
     names: pa.Array
-    """Of files, as bytes."""
-
-    def __getitem__(self, row: int) -> IO[bytes]:
-        return open(self.filename(row), "rb")
+    """File names, as bytes."""
 
     def filename(self, row: int) -> str:
         return os.fsdecode(self.names[row].as_py())
@@ -230,7 +234,7 @@ class _Paths(Images):
 
 @dataclass(frozen=True)
 class _Members(Images):
-    """Members of tar files. Each is read from a file of its own opening: processes would move one another's."""
+    """Members of tar files. The file is opened for each read, because processes would share its position."""
 
     tars: tuple[str, ...]
     tar: np.ndarray
@@ -249,7 +253,7 @@ class _Members(Images):
 @dataclass(frozen=True)
 class _Read(Images):
     reader: Any
-    """One of timm's with random access."""
+    """A reader of timm with random access."""
 
     def __getitem__(self, row: int) -> IO[bytes]:
         file: IO[bytes] = self.reader[int(row)][0]
@@ -262,15 +266,12 @@ class _Read(Images):
 @dataclass(frozen=True)
 class _Decoded(Images):
     data: Any
-    """torchvision's: (image, label) by number."""
-
-    def __getitem__(self, row: int) -> IO[bytes]:
-        raise NotImplementedError  # they come decoded
+    """A data set of torchvision: (decoded image, label) by number."""
 
     def picture(self, row: int) -> Image.Image:
         try:
             image: Image.Image = self.data[int(row)][0]
-        except Exception as error:  # Pillow raises almost any kind for a broken file
+        except Exception as error:  # Pillow raises almost any exception for a broken file
             raise UserError(f"{self.filename(row)} cannot be read: {one_line(error)}") from None
         return eight_bits(image).convert("RGB")
 

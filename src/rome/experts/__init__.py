@@ -1,6 +1,6 @@
-"""Experts: low-rank updates beside existing layers, the gates that mix them, the losses that shape the gates.
+"""Experts: low-rank updates beside existing layers, the gates that mix them, and losses on the gates.
 
-May import core alone.
+Imports only from ``rome.core``.
 """
 
 from rome.experts.adapter import AdapterLinear, Adapters

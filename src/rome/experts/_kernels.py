@@ -1,6 +1,6 @@
-"""The operations of :mod:`rome.experts.operations` on CUDA, one Triton kernel each, which reads and writes all once.
+"""The operations of :mod:`rome.experts.operations` on CUDA: one Triton kernel each, with one pass over memory.
 
-They compute in float32, and take the places of their results and then the arguments of the operations of the same
+They compute in float32. Their arguments are the tensors to fill, followed by the arguments of the operation of the same
 name.
 """
 
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 FORWARD, BACKWARD, POOL = 2048, 8192, 64
-"""Entries of the codes that a program of either kernel holds at once, and tokens whose scores it averages at once."""
+"""Entries of the codes that one program of the forward or backward kernel holds at once; tokens averaged at once."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _share(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The share of the global gate."""
+def _beta_of(beta, logit, LEARNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """beta, the weight of the global gate."""
     if LEARNED:
         return 1 / (1 + tl.exp(-tl.load(logit).to(tl.float32)))
     else:
@@ -31,7 +31,7 @@ def _mix(  # type: ignore[no-untyped-def]
     K: tl.constexpr, R: tl.constexpr, LOCAL: tl.constexpr, GLOBAL: tl.constexpr, LEARNED: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """A program for each image and block of tokens; all of an image find v, which reads T K scores only."""
+    """One program per image and block of tokens. Each program computes its image's v, which reads only T K scores."""
     WIDTH: tl.constexpr = K * R + K * LOCAL + K * GLOBAL
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     k = tl.arange(0, WIDE_K)
@@ -68,7 +68,7 @@ def _mix(  # type: ignore[no-untyped-def]
         if part == 0:
             tl.store(v + image * K + k, f, mask=real)
         if LOCAL:
-            share = _share(beta, logit, LEARNED)
+            share = _beta_of(beta, logit, LEARNED)
             g = (1 - share) * g + share * f[None, :]
         else:
             g += f[None, :]
@@ -83,7 +83,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     FROM_U: tl.constexpr, FROM_V: tl.constexpr,
     WIDE_K: tl.constexpr, WIDE_R: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """A program for each image: what v passes on is a sum over its tokens."""
+    """One program per image, because the gradient of v is a sum over the image's tokens."""
     WIDTH: tl.constexpr = K * R + K * LOCAL + K * GLOBAL
     image = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDE_K)
@@ -92,7 +92,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
     read += image * tokens * WIDTH
     d_read += image * tokens * WIDTH
     d_mixed += image * tokens * (K * R)
-    share = _share(beta, logit, LEARNED)
+    share = _beta_of(beta, logit, LEARNED)
     total = tl.zeros((WIDE_K,), tl.float32)
     bias = tl.zeros((WIDE_K,), tl.float32)
     along = tl.zeros((WIDE_K,), tl.float32)
@@ -158,7 +158,7 @@ def _mix_backward(  # type: ignore[no-untyped-def]
 def mix(  # type: ignore[no-untyped-def]
     mixed, u, v, read, local_bias, global_bias, logit, experts, beta, first, last, scale
 ) -> None:  # fmt: skip
-    """Fills the first three."""
+    """Fill the first three arguments."""
     local, global_ = local_bias is not None, global_bias is not None
     images, tokens, codes = mixed.shape
     tiles = _tiles(experts, codes // experts, tokens, FORWARD)
@@ -173,7 +173,7 @@ def mix(  # type: ignore[no-untyped-def]
 def mix_backward(  # type: ignore[no-untyped-def]
     d_read, shares, d_mixed, read, u, v, logit, d_u, d_v, beta, first, last, scale
 ) -> None:  # fmt: skip
-    """Fills the first two."""
+    """Fill the first two arguments."""
     local, global_ = u.numel() > 0, v.numel() > 0
     experts, (images, tokens, codes) = (u if local else v).shape[-1], d_mixed.shape
     d_u, d_v = (d.contiguous() if d is not None and part else None for d, part in ((d_u, local), (d_v, global_)))
@@ -188,7 +188,7 @@ def mix_backward(  # type: ignore[no-untyped-def]
 
 
 def _tiles(experts: int, rank: int, tokens: int, entries: int) -> dict[str, Any]:
-    """Sizes of what a program holds: powers of two."""
+    """Tile sizes of a program, each a power of two."""
     wide_k, wide_r = triton.next_power_of_2(experts), triton.next_power_of_2(rank)
     block = max(min(triton.next_power_of_2(tokens), entries // (wide_k * wide_r)), 1)
     return {"WIDE_K": wide_k, "WIDE_R": wide_r, "BLOCK": block, "POOL": POOL}

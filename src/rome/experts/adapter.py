@@ -18,9 +18,9 @@ from rome.experts.gated_linear import GatedLinear, scale_groups
 class AdapterLinear(GatedLinear):
     """o_i = y_i + sum_k g_ik (U_k gelu(D_k y_i + c_k) + e_k) with y_i = W h_i: bottleneck adapters after the layer.
 
-    Houlsby et al. 2019, mixed by gates that read the layer's own input, as the low-rank experts' do (paper Table 4,
-    "adapter-based experts"). ``D`` (K r, d_out) and ``U`` (d_out, K r) are stacked like A and B, r is the width of the
-    bottleneck. U = 0 and e = 0 at the start, so that the function does not change.
+    The adapters of Houlsby et al. 2019, mixed by gates that read the layer's own input, as the gates of low-rank
+    experts do (paper Table 4, "adapter-based experts"). ``D`` (K r, d_out) and ``U`` (d_out, K r) are stacked like A
+    and B; r is the bottleneck width. U and e are initialised to 0, so adding adapters does not change the function.
     """
 
     biases = ("D_bias", "U_bias")
@@ -42,14 +42,14 @@ class AdapterLinear(GatedLinear):
 
 
 class Adapters(Bottleneck):
-    """K bottleneck adapters (Houlsby et al. 2019) with a gate behind each chosen Linear layer (paper Table 4)."""
+    """K bottleneck adapters (Houlsby et al. 2019) with a gate after each selected Linear layer (paper Table 4)."""
 
     kind = "adapter"
 
     def check(self, name: str, module: nn.Module) -> None:
         super().check(name, module)
         if not isinstance(module, nn.Linear):
-            raise UserError(f"layer {name} is a convolution; adapters stand behind Linear layers, use kind: low-rank")
+            raise UserError(f"layer {name} is a convolution; adapters are for Linear layers, use kind: low-rank")
 
     def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         return AdapterLinear(module, rank=self.rank, **gating)

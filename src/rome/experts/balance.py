@@ -1,4 +1,4 @@
-"""Losses on the gates of conventional mixtures of experts, and gates as threat classifiers (paper Table 4)."""
+"""Losses on gates from conventional mixtures of experts, and gates as threat classifiers (paper Table 4)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from rome.experts.regularizers import Regularizer
 
 
 class MeanOverLayers(Regularizer):
-    """Base of losses that are the mean of a term for each layer."""
+    """Base of the losses that average one term per layer."""
 
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
         return torch.stack([self.term(record, labels, threats) for record in records]).mean()
 
     @abstractmethod
     def term(self, record: Recorded, labels: Tensor, threats: int) -> Tensor:
-        """The loss of one layer's gates, a scalar; arguments as in :meth:`loss`."""
+        """Return the loss on one layer's gates, a scalar; arguments as in :meth:`loss`."""
 
 
 class LoadBalancing(MeanOverLayers):
-    """K sum_k f_k P_k, averaged over layers: f_k the share of tokens whose largest gate is k's, P_k the mean gate.
+    """K sum_k f_k P_k, averaged over layers: f_k the share of tokens with k's gate the largest, P_k the mean gate.
 
-    Fedus et al. 2022 after Shazeer et al. 2017; the coefficient is MoLE's (Wu et al. 2024). It is 1 where f
-    or P is uniform and at least 1 for one-hot gates; where f and P disagree it can be lower. Tokens and examples of the
-    global batch count alike.
+    From Fedus et al. 2022, after Shazeer et al. 2017; the default weight is that of MoLE (Wu et al. 2024). The loss is
+    1 if f or P is uniform, and at least 1 for one-hot gates; if f and P disagree, it can be lower. All tokens of all
+    examples in the global batch count equally.
     """
 
     kind = "load-balancing"
@@ -45,7 +45,7 @@ class LoadBalancing(MeanOverLayers):
 
 
 class Importance(MeanOverLayers):
-    """CV^2 of the experts' summed gates, averaged over layers (Shazeer et al. 2017); 0 where all weigh alike."""
+    """CV^2 of the experts' summed gates, averaged over layers (Shazeer et al. 2017); 0 if all sums are equal."""
 
     kind = "importance"
 
@@ -55,9 +55,9 @@ class Importance(MeanOverLayers):
 
 
 class Classification(MeanOverLayers):
-    """Cross-entropy -log u_ip - log v_p of gates that should name the threat p: expert p for threat p (Table 4).
+    """Cross-entropy -log u_ip - log v_p of gates that classify the threat p: expert p for threat p (Table 4).
 
-    Averaged over examples, tokens and layers; needs as many experts as threats. 0 where there is one threat only.
+    Averaged over examples, tokens and layers; needs as many experts as threats. 0 if there is only one threat.
     """
 
     kind = "classification"

@@ -1,4 +1,4 @@
-"""Putting experts into a model, in place (paper 4.2 and 5.1): the settings a config names under ``experts``."""
+"""Settings of experts (``experts`` in a config), and adding experts to a model in place (paper 4.2 and 5.1)."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ Adapted = TypeVar("Adapted", bound=GatedLinear)
 
 
 class Experts(Component):
-    """Settings of the experts in a backbone."""
+    """Settings of the experts in a model."""
 
     default_kind = "low-rank"
     own_method: ClassVar[bool] = False
-    """Whether only a method made for them trains them (:attr:`rome.methods.Method.own_experts`)."""
+    """Whether these experts need a training method of their own (:attr:`rome.methods.Method.own_experts`)."""
 
     regularizer: Regularizer | None = Field(default_factory=Diversification)
-    """Loss on the gates while training; null for none."""
+    """Loss on the gates during training; null for none."""
 
     def check_threats(self, threats: int) -> None:
-        """Raise UserError if the regularizer does not go with that many threats."""
+        """Raise UserError if the regularizer does not work with this number of threats."""
 
     def inject(self, model: Module, images: Tensor | None = None) -> Module:
         """Add the experts to ``model`` in place and return it.
 
-        A forward pass shows whether the model runs them and whether what they see are images: of ``images``, or of
-        zeros in the size that the model itself names; where it names none, it is the first one that the model makes
-        (:func:`rome.experts.checking.check_experts`).
+        A forward pass checks that the model calls the experts and that each row of their input is an image. It takes
+        ``images``, or zeros of the size that the model declares or of a common size; if there is no such pass, the
+        check waits for the model's first forward pass (:func:`rome.experts.checking.check_experts`).
 
         Args:
-            images: two or more (B, C, H, W) as the model takes them.
+            images: two or more, (B, C, H, W), as the model takes them.
 
         Raises:
-            UserError: they do not fit; the model is unchanged then.
+            UserError: the experts do not fit the model, which is then left unchanged.
         """
         if hasattr(model, "_orig_mod"):
             raise UserError("this model is compiled already: add the experts first, then compile")
@@ -68,35 +68,35 @@ class Experts(Component):
 
     @abstractmethod
     def place(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Put the experts into ``model`` in place; returns the modules whose places they took, by name.
+        """Put the experts into ``model`` in place and return the modules they replaced, by name.
 
         Raises:
-            UserError: they do not fit; the model is unchanged then.
+            UserError: the experts do not fit the model, which is then left unchanged.
         """
 
 
 class Layerwise(Experts):
-    """Base of the kinds that put K experts and a gate at each of several layers."""
+    """Base of the kinds that give each of several layers K experts and a gate."""
 
     experts: int = Field(default=4, ge=1)
-    """K, at each layer."""
+    """K, the number of experts at each layer."""
     gate: Gate = Field(default_factory=DualScale)
-    """What mixes them."""
+    """The gate that mixes the experts."""
     projection: Literal["frozen", "trainable", "none"] = "frozen"
-    """The layer K -> K' of Eq. 7: left at its random start, learned (the literal form, unbounded), or absent. A gate
-    without global part has none."""
+    """The projection K -> K' of Eq. 7: frozen at its random start, learned (the paper's literal form, whose loss is
+    unbounded), or none. A gate without a global part never has one."""
     projection_dim: int = Field(default=100, ge=1)
-    """K' of that layer."""
+    """K', the output size of the projection."""
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
+    def _check_projection(self) -> Self:
         if self.projection == "trainable" and (self.regularizer is None or not self.regularizer.projects):
             raise ValueError(
-                "projection: trainable learns from a diversification loss with l2 or cosine alone, which is not there; "
+                "projection: trainable needs a diversification loss with distance l2 or cosine, which alone trains it; "
                 "use projection: frozen"
             )
         if isinstance(self.gate, Uniform) and self.regularizer is not None:
-            raise ValueError("gate: uniform learns nothing that a regularizer could change; add regularizer: null")
+            raise ValueError("gate: uniform has no parameters for a regularizer to train; add regularizer: null")
         return self
 
     def check_threats(self, threats: int) -> None:
@@ -111,7 +111,7 @@ class Layerwise(Experts):
         for name, module in chosen.items():
             self.check(name, module)
             if self.gate.needs_class_token and not sees_class_token(model, name):
-                raise UserError(f"gate.pool: cls reads a class token, and layer {name} sees none; use mean")
+                raise UserError(f"gate.pool: cls reads a class token, and the input of layer {name} has none; use mean")
         blocks, made = max(numbers.values()), dict[str, MixtureLayer]()
         for name, module in chosen.items():
             layout = layouts[name]
@@ -131,29 +131,34 @@ class Layerwise(Experts):
 
     @abstractmethod
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules to replace, by name."""
+        """Return the modules to replace, by name."""
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise UserError if this module cannot be replaced with these settings."""
 
     @abstractmethod
     def width(self, module: nn.Module) -> int:
-        """Size of what the gate reads at each token."""
+        """Return the number of features that the gate reads at each token."""
 
     @abstractmethod
     def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
-        """What replaces the module, which :meth:`check` let pass. ``gating``: for :meth:`MixtureLayer.init_gating`."""
+        """Return the layer that replaces ``module``, which has passed :meth:`check`.
+
+        Args:
+            gating: the arguments of :meth:`MixtureLayer.init_gating` after ``replaced``.
+        """
 
 
 class Bottleneck(Layerwise):
-    """Base of the kinds whose experts have a rank and stand beside single layers."""
+    """Base of the kinds that adapt single layers by experts of a given rank."""
 
     rank: int = Field(default=16, ge=1)
-    """r of each expert."""
+    """r, the rank (for adapters the bottleneck width) of each expert."""
     layers: Annotated[Names, Field(min_length=1)] | None = None
-    """Names of the layers to adapt: the end of a module's name (``qkv``, ``attn.proj``), or a pattern for its end
-    (``blocks.*.mlp.fc?``): the Linear layers that match, or the convolutions where none does. null picks the paper's:
-    QKV and output projections of attention, else 3x3 convolutions behind the stem."""
+    """The layers to adapt, each given by the end of its name (``qkv``, ``attn.proj``) or by a pattern for that end
+    (``blocks.*.mlp.fc?``). A pattern selects the Linear layers that match it, or convolutions if no Linear layer does.
+    null selects the paper's: the QKV and output projections of attention, or else the 3x3 convolutions after the
+    stem."""
 
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
         return find_layers(model, self.layers)

@@ -1,17 +1,17 @@
-"""Low-rank experts beside a Linear layer as few operations: what they cost is their arithmetic.
+"""Low-rank experts beside a Linear layer in a few operations, so that they cost no more than their arithmetic.
 
-Written with autograd's operations, the gates of one layer are some forty small ones in a forward and backward, and on a
-GPU each is a kernel that takes longer to launch than to run. Here a layer is its plain product, one thin product for
-codes and scores, one operation that makes gates of scores and multiplies codes by them (``rome::mix``), and one product
-that adds the experts; backward one thin product, ``rome::mix_backward``, and one product that adds to the input's
-gradient. The operations are in
+Written with autograd's operations, the gates of one layer take about forty small operations in a forward and backward
+pass, and on a GPU each is a kernel that takes longer to launch than to run. Here the forward pass is the layer's own
+product, one thin product for codes and scores, one operation that turns scores into gates and multiplies the codes by
+them (``rome::mix``), and one product that adds the experts. The backward pass adds one thin product,
+``rome::mix_backward``, and one product that adds to the input's gradient. The two operations are in
 :mod:`rome.experts.operations`.
 
 With codes c (T, K, r) and scores s, s' (T, K) of an image:
 
     u = softmax_k(s + b),  v = softmax_k(mean_t s' + b'),  g = (1 - beta) u + beta v,  m = scale g c
 
-and backward, from dm and from what a loss on the gates gives to u and v:
+and backward, from dm and from the gradients du and dv of a loss on the gates:
 
     dc = scale g dm,  dg = scale sum_r dm c,  du += (1 - beta) dg,  dv += beta sum_t dg,
     ds = u (du - sum_k u du),  ds' = v (dv - sum_k v dv) / n  at the n tokens that v averages over, 0 elsewhere.
@@ -31,11 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from rome.experts.gated import LEARNED, MixtureLayer
 from rome.experts.gates import GateModule, Gates, SoftmaxGate
-from rome.experts.operations import MIX, MIX_BACKWARD, mixed_gates, share
+from rome.experts.operations import MIX, MIX_BACKWARD, beta_of, mixed_gates
 
 
 class _Layer(torch.autograd.Function):
-    """The output of a layer; with ``recorded``, u and v too."""
+    """The output of a layer and, with ``recorded``, u and v."""
 
     @staticmethod
     def forward(
@@ -90,35 +90,35 @@ class _Layer(torch.autograd.Function):
 
 
 def closed_form(layer: MixtureLayer) -> SoftmaxGate | None:
-    """A layer's gate; None where the operations above do not compute what the layer does.
+    """Return a layer's gate, or None if the operations above do not compute what the layer does.
 
-    They do not for gates of another class or with hooks, for padding among the tokens, other routing than the learned
-    one, and in programs of torch.export and torch.jit.trace, which shall run without this package.
+    They do not for gates of another class or with hooks, for padding among the tokens, for routing other than the
+    learned one, and under torch.export and torch.jit.trace, whose programs must run without this package.
     """
     gate: GateModule = layer.gate
     if type(gate) is not SoftmaxGate or gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks:
         return None
-    if layer.routing != LEARNED or becomes_a_program():
+    if layer.routing != LEARNED or is_exporting():
         return None
     return gate if gate.pool is None or gate.pool.span is not None else None
 
 
 def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tuple[Tensor, Gates | None]:
-    """W h + B m of every token h of an input (B windows, ..., d_in), in the precision of autocast.
+    """Return W h + B m for every token h of an input (B windows, ..., d_in), in the precision of autocast.
 
     Args:
         layer: a :class:`rome.experts.MixtureLinear`.
-        stacked: the A_k, the rows of the local and of the global gate, one above the other: (K r + R, d_in).
+        stacked: the A_k above the rows of the local and of the global gate: (K r + R, d_in).
 
     Returns:
-        (B windows, ..., d_out), and the gates if they are recorded.
+        (B windows, ..., d_out), and the gates if they are recorded, else None.
     """
     input, weight, bias, stacked, B = _as_autocast(input, layer.weight, layer.bias, stacked, layer.B)
     windows, recorded = layer.layout.windows, layer.sink is not None
     tokens = math.prod(input.shape[1:-1]) * windows
     local_bias, global_bias = (None if part is None else part.bias for part in (gate.local, gate.global_))
     first, last = (gate.pool and gate.pool.span) or (0, None)
-    found = _Layer.apply(
+    result = _Layer.apply(
         input,
         weight,
         bias,
@@ -132,14 +132,14 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
         recorded,
     )
     if not recorded:
-        return found, None
-    output, u, v = found
-    weights = mixed_gates(u, v, share(gate.logit, gate.fixed_beta, v.dtype)).expand(-1, tokens, -1)
+        return result, None
+    output, u, v = result
+    weights = mixed_gates(u, v, beta_of(gate.logit, gate.fixed_beta, v.dtype)).expand(-1, tokens, -1)
     return output, Gates(weights, None if local_bias is None else u, None if global_bias is None else v)
 
 
 def _as_autocast(*tensors: Any) -> Any:
-    """Tensors as a matrix product under autocast, where it is on, would take them."""
+    """Cast tensors as autocast would for a matrix product, if it is on."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
@@ -147,21 +147,22 @@ def _as_autocast(*tensors: Any) -> Any:
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(reduced) for x in tensors)
 
 
-def becomes_a_program() -> bool:
-    """Inside torch.jit.trace and torch.export, whose fixed programs cannot sort tokens by expert."""
+def is_exporting() -> bool:
+    """Whether torch.jit.trace or torch.export is running, whose fixed programs cannot sort tokens by expert."""
     return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def joined(layers: Iterable[MixtureLayer], fixed: dict[Any, Tensor] | None = None) -> Iterator[Callable[[], None]]:
-    """Inside, no weight changes and none is trained: what layers join of their weights is joined once, not at each
-    forward. What an outer context joined stays: a graph may read it.
+    """Stack the weights of layers once instead of in each forward pass; inside, no weight may change or be trained.
+
+    Stacks made by an outer context are kept, because a graph may read them.
 
     Args:
-        fixed: where the results lie, by layer and precision; those that are missing are added. None: wherever.
+        fixed: tensors to reuse for the stacks, by layer and precision; missing ones are added. None: new tensors.
 
-    Returns:
-        A function that joins them anew, for weights that have changed.
+    Yields:
+        A function that stacks the weights again, for when they have changed.
     """
     mine = [layer for layer in layers if layer.stacked is None]
 

@@ -1,4 +1,4 @@
-"""Other gates than the learned ones at inference: what the experts and their gates are worth (paper 5.4, Table 5)."""
+"""Replacing the learned gates at inference, to measure what experts and gates contribute (paper 5.4, Table 5)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ Routing = Literal["learned", "random", "inverse", "inverse-unscaled", "none"]
 
 
 def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Module:
-    """Replace the gate weights of every adapted layer by others, until the next call; in place.
+    """Replace the gate weights of every adapted layer in place, until the next call.
 
-    ``inverse``: (1 - g) / (K - 1), the inverted weights scaled to sum to 1; ``inverse-unscaled``: 1 - g as the paper
-    writes it, which sums to K - 1, so that the experts weigh three times as much where K = 4 (feed-forward experts of
-    ``top`` divide by the sum in any case). ``random``: weights drawn once for each
-    layer and expert, uniform over the simplex and the same for every image and token, so that the model stays a
-    function of its input. ``none``: no experts at all. ``learned``: back to the gates. What is recorded are the
-    learned gates.
+    ``inverse``: (1 - g) / (K - 1), the inverted weights scaled to sum to 1. ``inverse-unscaled``: 1 - g as the paper
+    writes it, which sums to K - 1, so that K = 4 experts weigh three times as much (feed-forward experts with ``top``
+    divide by the sum in any case). ``random``: weights drawn once for each layer, uniformly from the simplex, and the
+    same for every image and token, so that the model stays a function of its input. ``none``: no experts at all.
+    ``learned``: the gates again. Recorded gates are always the learned ones.
 
     Returns:
         The same model.
 
     Raises:
-        UserError: there is no such routing, or the model has no experts, one expert only and so no inverse, or experts
-            that stand in a layer's place and so cannot be left out. Nothing has changed then.
+        UserError: the routing does not exist, or does not fit the model, which is then left unchanged: it has no
+            experts, a single expert (no inverse), or experts that replace a layer (no ``none``).
     """
     if routing not in get_args(Routing):
         raise UserError(f"there is no routing {routing!r}.{did_you_mean(routing, get_args(Routing))}")
@@ -40,7 +39,7 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
     for name, layer in layers.items():
         if routing == "none" and not layer.additive:
             raise UserError(
-                f"the experts of {name or 'this model'} stand in the layer's place: without them nothing is left"
+                f"the experts of {name or 'this model'} replace the layer: with routing none nothing would be left"
             )
         if routing.startswith("inverse") and layer.experts < 2:
             raise UserError(f"layer {name} has one expert, whose gate has no inverse; use routing none")
@@ -54,5 +53,5 @@ def set_routing(model: nn.Module, routing: Routing, *, seed: int = 0) -> nn.Modu
 
 
 def routing_of(model: nn.Module) -> str:
-    """What :func:`set_routing` set last; where layers differ, all of it, such as ``inverse+learned``."""
+    """Return the routing set by :func:`set_routing`; if layers differ, all of them, such as ``inverse+learned``."""
     return "+".join(sorted({layer.routing for layer in expert_layers(model).values()})) or LEARNED

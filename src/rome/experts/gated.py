@@ -1,4 +1,4 @@
-"""What every layer with gated experts has: a gate, a projection for the diversification loss, and a place to record."""
+"""The base of layers with gated experts: their gate, their projection for L_div, and the recording of gates."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from torch import Tensor, nn
 from rome.experts.gates import PLAIN, GateModule, Gates, Layout, positions, select
 
 MeanOver = Literal["layers", "blocks"]
-"""What L counts in the means over l of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their
-blocks, within which layers are summed."""
+"""What l indexes in the means of Eq. 8 and of the paper's misrouting attack: the layers with gates, or their blocks,
+within which layers are summed."""
 
 LEARNED = "learned"
-"""The routing by the gates themselves."""
+"""The routing by the learned gates."""
 
 
 class Recorded(NamedTuple):
-    """One layer's gates in one forward pass; tokens that hold padding are left out."""
+    """One layer's gates in one forward pass, without padding tokens."""
 
     layer: MixtureLayer
     gates: Gates
 
 
 def count(layers: Collection[MixtureLayer], over: MeanOver) -> int:
-    """L, what divides a sum over all these layers."""
+    """Return L, by which a sum over all these layers is divided."""
     return len(layers) if over == "layers" else len({layer.block for layer in layers})
 
 
 @dataclass
 class Sink:
-    """Where layers put their gates while they are recorded."""
+    """The records that layers append their gates to."""
 
     records: list[Recorded] = field(default_factory=list)
     detached: bool = False
-    """Record gates computed anew from a detached input: a loss on them trains the gates and nothing before them."""
+    """Record gates recomputed from a detached input: a loss on them trains the gates and nothing before them."""
 
 
 class MixtureLayer(nn.Module):
-    """Base of the modules whose K experts are weighed by a gate. Subclasses call :meth:`init_gating`.
+    """Base of the modules with K experts weighted by a gate. Subclasses call :meth:`init_gating`.
 
     Attributes:
         experts: K.
         block: the l = 1..L of Eq. 5 and 8; layers of one block share it.
-        gate: turns scores into gate weights; missing where :meth:`init_gating` got none.
+        gate: turns scores into gate weights; absent if :meth:`init_gating` was given None.
         projection: Linear(K, K') of Eq. 7, or None.
         layout: how the rows of the layer's input make up an image.
-        scale: what multiplies the experts beside the gates: 1 (Eq. 2), or LoRA's alpha / r.
-        routing, fixed_weights: what weighs the experts, and weights (K,) where it is neither the gates nor their
-            inverse; see :func:`rome.experts.set_routing`.
-        sink: set while gates are recorded; see :func:`rome.experts.record_gates`.
-        stacked: what :meth:`stack` gave, while weights do not change; see :func:`rome.experts.fused.joined`.
+        scale: factor of the experts besides the gates: 1 (Eq. 2), or LoRA's alpha / r.
+        routing, fixed_weights: the kind of weights in use, and the weights (K,) themselves if they are neither the
+            gates nor their inverse; see :func:`rome.experts.set_routing`.
+        sink: where gates are recorded, or None; see :func:`rome.experts.record_gates`.
+        stacked: the result of :meth:`stack`, kept while weights do not change; see :func:`rome.experts.fused.joined`.
     """
 
     additive: ClassVar[bool] = True
-    """Whether the experts add to what the layer gives without them; if not, they stand in its place."""
+    """Whether the experts add to the output of the layer they adapt; otherwise they replace the layer."""
     biases: ClassVar[tuple[str, ...]] = ()
-    """Its own parameters that are biases by role, whatever their shape: not decayed."""
+    """Names of the layer's own parameters that act as biases, whatever their shape, and get no weight decay."""
     gate: GateModule
     real: Tensor | None
     fixed_weights: Tensor | None
@@ -75,13 +75,12 @@ class MixtureLayer(nn.Module):
         projection_dim: int = 0,
         train_projection: bool = False,
     ) -> None:
-        """Set the attributes above, once the experts are there; device, type and mode are then those of the module that
-        is replaced.
+        """Set the attributes above, and the device, dtype and mode of ``replaced``; call it after creating the experts.
 
         Args:
-            gate: None for a module that finds its gates in another way and calls :meth:`record` itself.
-            projection_dim: K', size to which the global gate is projected in the diversification loss; 0 for none.
-            train_projection: learn that projection instead of keeping its random start.
+            gate: None for a module that computes its gates in another way and calls :meth:`record` itself.
+            projection_dim: K', the size that the global gate is projected to in L_div; 0 for no projection.
+            train_projection: train the projection instead of keeping its random start.
         """
         self.experts, self.layout, self.block, self.routing = experts, layout, 1, LEARNED
         self.sink: Sink | None = None
@@ -91,7 +90,7 @@ class MixtureLayer(nn.Module):
             self.gate = gate
         self.projection = nn.Linear(experts, projection_dim) if projection_dim else None
         if self.projection is not None:
-            self.projection.requires_grad_(False)  # the bias cancels in every distance: a gradient never reaches it
+            self.projection.requires_grad_(False)  # the bias cancels in every distance, so it gets no gradient
             self.projection.weight.requires_grad_(train_projection)
         self.register_buffer("real", positions(layout), persistent=False)
         if gate is not None:
@@ -101,44 +100,47 @@ class MixtureLayer(nn.Module):
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Names of its tensors that the model has without experts too."""
+        """Names of the layer's tensors that the model also has without experts."""
         return ("weight", "bias")
 
     @property
     def graph_state(self) -> Hashable:
-        """What decides how it computes beside its weights, for graphs that replay it."""
+        """State other than weights that changes the computation, for the graphs that replay it."""
         return self.routing, self.fixed_weights is None
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """What learns to weigh the experts."""
+        """Return the parameters of the gate and of its projection."""
         parts = [self.gate, *([] if self.projection is None else [self.projection])]
         return [parameter for part in parts for parameter in part.parameters()]
 
     def stack(self) -> Tensor | None:
-        """The weights that the layer multiplies its input by at once, one above the other; None where it does not."""
+        """Return the weights that the layer stacks into one product with its input; None if it stacks none."""
         return None
 
     @abstractmethod
     def base_forward(self, input: Tensor) -> Tensor:
-        """What the layer gives without its experts; the first expert's answer where they stand in its place."""
+        """Return the output of the layer without experts, or of the first expert if the experts replace the layer."""
 
     def scores(self, h: Tensor) -> Tensor:
-        """What the gate reads (B, T, R), of the input of whole images."""
+        """Return the scores (B, T, R) of an input h of whole images, from which the gate computes its weights."""
         return F.linear(h, self.gate.rows())
 
     def weigh(self, h: Tensor, scores: Tensor | None = None) -> Gates:
-        """What weighs the experts for the input h of whole images, whose scores are computed where they are missing;
-        gates are recorded where there is a sink."""
+        """Return the weights of the experts for an input h of whole images, and record the gates if there is a sink.
+
+        Args:
+            scores: the scores of h, if they are already computed.
+        """
         gates: Gates = self.gate(self.scores(h) if scores is None else scores)
         self.record(gates, h)
         return self.route(gates)
 
     def record(self, gates: Gates, h: Tensor | None = None) -> None:
-        """Put gates into the sink, if there is one.
+        """Append gates to the sink, if there is one.
 
         Args:
-            h: the gate's input, to compute them again from, detached, for a sink that wants that; None where nothing
-                before the gates could learn.
+            h: the gate's input, from which a detached sink recomputes the gates; None if nothing before the gates has
+                parameters to train.
         """
         if self.sink is not None:
             seen: Gates = self.gate(self.scores(h.detach())) if self.sink.detached and h is not None else gates
@@ -146,7 +148,7 @@ class MixtureLayer(nn.Module):
             self.sink.records.append(Recorded(self, Gates(select(seen.weights, self.real), local, seen.global_)))
 
     def route(self, gates: Gates) -> Gates:
-        """The gates, or what :func:`rome.experts.set_routing` put in their place, times the experts' scale."""
+        """Return the gates, or their replacement by :func:`rome.experts.set_routing`, times the experts' scale."""
         weights = gates.weights
         if self.fixed_weights is not None:
             weights = self.fixed_weights.expand_as(weights)
@@ -156,7 +158,7 @@ class MixtureLayer(nn.Module):
 
 
 class NetworkMixture(MixtureLayer):
-    """Base of mixtures whose experts, ``networks``, stand in the place of the first one."""
+    """Base of mixtures whose experts, ``networks``, replace a network, which becomes the first of them."""
 
     additive = False
     networks: nn.ModuleList

@@ -15,12 +15,12 @@ from rome.experts.gated import MixtureLayer
 class GatedLinear(nn.Linear, MixtureLayer):
     """A Linear layer with K gated experts of rank r.
 
-    ``weight`` and ``bias`` are the very parameters of the layer it replaces, under the same names. Its input has shape
-    (B, ..., d_in) and dimensions in between count as tokens; where windows of an image stand in the batch dimension,
-    they are gathered first.
+    ``weight`` and ``bias`` are the parameters of the replaced layer, under the same names. The input has shape
+    (B, ..., d_in), and the dimensions in between count as tokens. If the batch dimension holds windows of images, these
+    are gathered into images first.
 
     Args:
-        linear: the layer to adapt; shares its parameters.
+        linear: the layer to adapt, whose parameters are shared.
         rank: r.
         gating: see :meth:`MixtureLayer.init_gating`.
     """
@@ -40,7 +40,7 @@ class GatedLinear(nn.Linear, MixtureLayer):
         return F.linear(input, self.weight, self.bias)
 
     def tokens(self, input: Tensor) -> Tensor:
-        """The input as (B, T, d_in)."""
+        """Return the input as (B, T, d_in)."""
         count = math.prod(input.shape[1:-1]) * self.layout.windows
         return input.reshape(input.shape[0] // self.layout.windows, count, self.in_features)
 
@@ -49,6 +49,6 @@ class GatedLinear(nn.Linear, MixtureLayer):
 
 
 def scale_groups(codes: Tensor, weights: Tensor) -> Tensor:
-    """Codes (..., K r), each group of r multiplied by its expert's weight (..., K)."""
+    """Multiply each group of r codes (..., K r) by the weight (..., K) of its expert."""
     grouped = codes.view(*codes.shape[:-1], weights.shape[-1], -1)
     return (grouped * weights.to(codes.dtype).unsqueeze(-1)).flatten(-2)

@@ -1,7 +1,7 @@
-"""How an adapted layer weighs its experts (paper 4.3, Eq. 3-5; the variants of its Table 4).
+"""Gates, which weight the experts of an adapted layer (paper 4.3, Eq. 3-5; the variants of its Table 4).
 
-A gate is split in two so that the layer can read its input once: ``rows`` are weights the layer stacks under its own
-(one matrix product gives expert codes and gate scores together), and ``forward`` turns the scores into weights.
+A gate has two parts so that the layer reads its input only once: ``rows`` are weights that the layer stacks under its
+own, so that one matrix product yields expert codes and gate scores, and ``forward`` turns the scores into gate weights.
 """
 
 from __future__ import annotations
@@ -21,86 +21,86 @@ class Gates(NamedTuple):
     """Gate weights of one layer for a batch of B images with T tokens and K experts; they sum to 1 over K."""
 
     weights: Tensor
-    """g, (B, T, K): what multiplies the experts (Eq. 5)."""
+    """g, (B, T, K): the weights of the experts (Eq. 5)."""
     local: Tensor | None
-    """u, (B, T, K): from each token (Eq. 3); None where the gate has no local part."""
+    """u, (B, T, K): computed from each token (Eq. 3); None if the gate has no local part."""
     global_: Tensor | None
-    """v, (B, K): from the image (Eq. 4); None where the gate has no global part."""
+    """v, (B, K): computed from the image (Eq. 4); None if the gate has no global part."""
 
     def first(self, n: int) -> Gates:
-        """Those of the first n images."""
+        """Return the gates of the first n images."""
         local, global_ = (None if part is None else part[:n] for part in (self.local, self.global_))
         return Gates(self.weights[:n], local, global_)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows that a layer sees make up an image."""
+    """How the rows of a layer's input make up images."""
 
     windows: int = 1
-    """Rows of the batch dimension for each image: the windows of windowed attention."""
+    """Rows of the batch dimension per image: the windows of windowed attention."""
     real: tuple[int, ...] = ()
-    """Positions, among the tokens of all windows, that hold the image and no padding; empty where all do."""
+    """Positions of tokens that are not padding, among those of all windows of an image; empty if none is padding."""
     prefix: int = 0
-    """Class (and register) tokens that stand before the patches."""
+    """Number of class and register tokens before the patches."""
 
 
 PLAIN = Layout()
-"""One row of the batch an image, all tokens real, no class token."""
+"""One batch row per image, no padding, no class token."""
 
 
 class Gate(Component):
-    """Settings of a gate; builds one module for each adapted layer."""
+    """Settings of a gate, from which one module is built for each adapted layer."""
 
     default_kind = "dual-scale"
     has_global: ClassVar[bool] = True
-    """Whether it has a part for the whole image."""
+    """Whether the gate has a global part, computed from the whole image."""
 
     @property
     def needs_class_token(self) -> bool:
-        """Whether it reads a class token."""
+        """Whether the gate reads a class token."""
         return getattr(self, "pool", None) == "cls"
 
     @abstractmethod
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
-        """The gate of a layer in block number ``block`` of 1..``blocks``."""
+        """Return the gate of a layer in block number ``block`` of 1..``blocks``."""
 
 
 class GateModule(nn.Module):
-    """Base of the modules that gates build."""
+    """Base of the modules that are built from a :class:`Gate`."""
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """(R, d_in): weights whose products with the input are the scores."""
+        """Return the weights (R, d_in) whose products with the input are the scores."""
 
     @abstractmethod
     def forward(self, scores: Tensor) -> Gates:
-        """Scores (B, T, R) of whole images to gate weights."""
+        """Return the gate weights for scores (B, T, R) of whole images."""
 
 
 class DualScale(Gate):
-    """Local and global gate, mixed by a coefficient that favours the global one in early blocks (Eq. 3-5).
+    """Local and global gates mixed by a coefficient that favours the global one in early blocks (Eq. 3-5).
 
     beta(l) = sigmoid(s (1 - l/L) - b) with l = 1..L counted in adapted blocks: .841 to .119 for s=4, b=2, L=12.
     """
 
     kind = "dual-scale"
     s: Number = 4.0
-    """How steeply beta falls with depth."""
+    """How steeply beta decreases with depth."""
     b: Number = 2.0
-    """Shifts beta down in all layers."""
+    """Lowers beta in all layers."""
     coefficient: Literal["adaptive", "inverted", "learned"] = "adaptive"
-    """beta(l) as it stands, 1 - beta(l), or a parameter of each layer that starts at beta(l) (Table 4)."""
+    """beta(l) itself, 1 - beta(l), or a parameter of each layer initialised to beta(l) (Table 4)."""
     pool: Literal["mean", "patches", "cls"] = "mean"
-    """What the global gate reads: the mean over all tokens, over all but the class token, or the class token alone."""
+    """Input of the global gate: the mean over all tokens, the mean over the patches alone, or the class token."""
 
     def logit(self, block: int, blocks: int) -> float:
-        """What the sigmoid turns into beta(l)."""
+        """Return the logit of beta(l)."""
         logit = self.s * (1 - block / blocks) - self.b
         return -logit if self.coefficient == "inverted" else logit
 
     def beta(self, block: int, blocks: int) -> float:
-        """The share of the global gate in that block; where it is learned, at the start."""
+        """Return beta(l), the weight of the global gate in this block; its initial value if it is learned."""
         return 1 / (1 + math.exp(-self.logit(block, blocks)))
 
     def build(self, in_features: int, experts: int, *, block: int, blocks: int, layout: Layout = PLAIN) -> GateModule:
@@ -141,7 +141,7 @@ class Uniform(Gate):
 
 
 class Pool(nn.Module):
-    """Scores of the tokens (B, T, R) to the score of the image (B, R)."""
+    """Pooling of token scores (B, T, R) into image scores (B, R)."""
 
     real: Tensor | None
 
@@ -152,7 +152,7 @@ class Pool(nn.Module):
 
     @property
     def span(self) -> tuple[int, int | None] | None:
-        """The first token read and the one behind the last (None for the end); None where they are not in a row."""
+        """First and end of the range of pooled tokens (end None for all the rest); None if they are not contiguous."""
         if self.which == "cls":
             return 0, 1
         return (self.first, None) if self.real is None else None
@@ -162,21 +162,21 @@ class Pool(nn.Module):
 
 
 def positions(layout: Layout) -> Tensor | None:
-    """The positions of the real tokens as an index, int64; None where all are."""
+    """Return the positions of the tokens that are not padding, int64; None if no token is padding."""
     return torch.tensor(layout.real) if layout.real else None
 
 
 def select(values: Tensor, real: Tensor | None) -> Tensor:
-    """(B, T, ...) at the real tokens."""
+    """Return values (B, T, ...) of the tokens ``real`` alone, from :func:`positions`."""
     return values if real is None else values.index_select(1, real)
 
 
 class SoftmaxGate(GateModule):
-    """g_i = (1 - beta) u_i + beta v, where u_i = softmax(local(h_i)), v = softmax(global(mean_i h_i)); or one of both.
+    """g_i = (1 - beta) u_i + beta v, where u_i = softmax(local(h_i)), v = softmax(global(mean_i h_i)); or one of them.
 
-    ``local`` and ``global_`` are Linear(d_in, K) with bias, or None. The mean over all T tokens, the class token among
-    them, is taken after the product, which is the same because the product is linear. beta is a constant, or the
-    sigmoid of a parameter ``logit``.
+    ``local`` and ``global_`` are Linear(d_in, K) with bias, or None. The mean, over the tokens selected by ``pool``, is
+    taken after the product, which is equivalent because the product is linear. beta is a constant, or the sigmoid of
+    the parameter ``logit``.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class SoftmaxGate(GateModule):
 
     @property
     def beta(self) -> float | Tensor:
-        """The share of the global gate where there are both, 0..1."""
+        """Weight of the global gate, 0..1, if the gate has both parts."""
         return self.fixed_beta if self.logit is None else self.logit.sigmoid()
 
     def rows(self) -> Tensor:

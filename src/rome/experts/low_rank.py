@@ -24,17 +24,17 @@ class MixtureLinear(GatedLinear):
     """o_i = W h_i + sum_k g_ik B_k A_k h_i, the sum times :attr:`scale` where that is not 1.
 
     The K experts are one contraction: ``A`` (K r, d_in) holds the A_k one above the other, ``B`` (d_out, K r) the B_k
-    side by side, and the gate scales each group of r codes in between. With B = 0 the output equals the replaced
-    layer's to the last bit.
+    side by side, and the gate scales each group of r codes in between. With B = 0 the output equals that of the
+    replaced layer to the last bit.
     """
 
     combine = staticmethod(mixture)
-    """The fused operation; in a compiled block one that is not compiled."""
+    """The fused operation; compiled blocks set one that is excluded from compilation."""
 
     def make(self, experts: int, rank: int) -> None:
         self.A = nn.Parameter(torch.empty(experts * rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, experts * rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan is d_in, so this is LoRA's start for each A_k
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan-in is d_in, so each A_k is initialised as in LoRA
 
     def stack(self) -> Tensor:
         return torch.cat([self.A, self.gate.rows()])  # expert codes and gate scores in one product
@@ -56,18 +56,18 @@ class MixtureLinear(GatedLinear):
 
 
 class LowRank(Bottleneck):
-    """K low-rank experts with a gate beside each chosen layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
+    """K low-rank experts with a gate beside each selected layer (Eq. 2; the paper's K=4, r=16, QKV and output)."""
 
     kind = "low-rank"
     also_called = ("rome",)
     conv: Literal["loralib", "peft"] = "loralib"
-    """Form of the update beside convolutions; see :class:`rome.experts.MixtureConv2d`."""
+    """Form of the update of convolutions; see :class:`rome.experts.MixtureConv2d`."""
     alpha: Number | None = Field(default=None, gt=0)
-    """Scales the experts by alpha / rank, as LoRA's official implementation does (its default is 1); null: by 1, as
-    Eq. 2 has it."""
+    """Scales the experts by alpha / rank, as LoRA's official implementation does (with alpha 1 by default); null: no
+    scaling, as in Eq. 2."""
     initial_b: Number = Field(default=0, ge=0)
-    """Standard deviation of B at the start. 0, as in LoRA, leaves the model's function unchanged, and cross-entropy
-    has no gradient for the gates until B has grown."""
+    """Standard deviation of B at initialisation. 0, as in LoRA, leaves the model's function unchanged, but the gates
+    get no gradient from the cross-entropy until B has grown."""
 
     def wrap(self, module: Any, gating: dict[str, Any]) -> MixtureLayer:
         layer: MixtureLinear | MixtureConv2d
@@ -87,18 +87,18 @@ def add_experts(model: Module, *, gate: Gate | None = None, images: Tensor | Non
 
     Args:
         model: any module with Linear or Conv2d layers: a timm model, one from :func:`rome.create_model`, your own.
-        gate: how experts are weighed; None is ``DualScale(s=4, b=2)``.
-        images: two or more (B, C, H, W) as the model takes them, to see that it runs the experts. None asks the model
-            for their size; where it does not say, its first forward pass shows it.
-        settings: the others of :class:`LowRank`, such as ``experts`` (K, 4), ``rank`` (r, 16), ``layers`` (the paper's
-            for the model's family), ``projection``, ``conv`` and ``alpha``.
+        gate: the gate that weights the experts; None: ``DualScale(s=4, b=2)``.
+        images: two or more, (B, C, H, W), as the model takes them, to check that it runs the experts. None: zeros of
+            the size that the model declares or of a common size, or the model's first forward pass.
+        settings: other settings of :class:`LowRank`, such as ``experts`` (K, 4), ``rank`` (r, 16), ``layers`` (the
+            paper's for the model's family), ``projection``, ``conv`` and ``alpha``.
 
     Returns:
         The same model.
 
     Raises:
         UserError: nothing matches ``layers``, a match cannot be adapted or never runs, or a setting is unknown or out
-            of range; the model is unchanged then.
+            of range; the model is then left unchanged.
     """
     usual = {"gate": gate or DualScale(), "regularizer": None if isinstance(gate, Uniform) else Diversification()}
     return LowRank(**usual | settings).inject(model, images)

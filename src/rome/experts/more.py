@@ -1,4 +1,4 @@
-"""Whole networks as experts, weighed by a gate network of the same architecture: MORE."""
+"""Whole networks as experts, weighted by a gate network of the same architecture: MORE."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rome.experts.regularizers import Regularizer
 
 
 class ModelMixture(NetworkMixture):
-    """f(x) = sum_i w_i(x) f_i(x) with w = softmax(gate(x)): logits of K networks, weighed for each image.
+    """f(x) = sum_i w_i(x) f_i(x) with w = softmax(gate(x)): logits of K networks, weighted per image.
 
     Cheng et al., "Mixture of robust experts (MORE)" (arXiv 2104.10586; github.com/ChaduCheng/
     Mixture-of-Robust-Experts-MoRE-). ``router``, the gate, is a network of the experts' architecture with K outputs.
-    All start as copies of the network, the router with a fresh classifier; so the function does not change, up
-    to rounding. Its gates are those of one token an image: weights (B, 1, K), local None, global (B, K).
+    All start as copies of the network, the router with a new classifier, so the function does not change, up to
+    rounding. The gates have one token per image: weights (B, 1, K), local None, global (B, K).
 
     Args:
         network: images (B, C, H, W) to logits (B, classes); becomes the first expert.
         experts: K.
 
     Raises:
-        UserError: the network cannot be copied or its classifier not be found; it is unchanged then.
+        UserError: the network cannot be copied, or its classifier is not found; the network is then left unchanged.
     """
 
     def __init__(self, network: nn.Module, *, experts: int) -> None:
@@ -39,13 +39,13 @@ class ModelMixture(NetworkMixture):
         classifiers(network)
         try:
             copies = [copy.deepcopy(network) for _ in range(experts)]
-        except Exception as error:  # whatever the network's own tensors and objects raise
+        except Exception as error:  # the network's own tensors and objects may raise anything
             raise UserError(f"this {type(network).__name__} cannot be copied: {error}") from error
         self.router = with_outputs(copies.pop(), experts)
         self.networks = nn.ModuleList([network, *copies])
         self.init_gating(network, experts, None)
         self.visited: tuple[int, ...] = ()
-        """Set inside :meth:`apart`."""
+        """The experts of the parts of the batch, inside :meth:`apart`."""
 
     @property
     def graph_state(self) -> Hashable:
@@ -55,7 +55,7 @@ class ModelMixture(NetworkMixture):
         return list(self.router.parameters())
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters that the networks exempt from weight decay."""
+        """Return the names of the parameters that the networks exempt from weight decay."""
         own: set[str] = getattr(self.router, "no_weight_decay", set)()
         networks = ("router", *(f"networks.{k}" for k in range(self.experts)))
         return {f"{network}.{name}" for network in networks for name in own}
@@ -67,7 +67,7 @@ class ModelMixture(NetworkMixture):
         scores = self.router(x)
         if scores.shape != (x.shape[0], self.experts):
             raise UserError(
-                f"the gate network answers {len(x)} images with {tuple(scores.shape)}, not with {self.experts} weights "
+                f"the gate network returns {tuple(scores.shape)} for {len(x)} images, not {self.experts} weights "
                 "each: its last Linear layer is not its classifier. Give the network get_classifier() and "
                 "reset_classifier(outputs), as timm's have."
             )
@@ -79,7 +79,7 @@ class ModelMixture(NetworkMixture):
 
     @contextmanager
     def apart(self, *experts: int) -> Iterator[None]:
-        """Inside, without gate: the batch stands in as many equal parts, and each meets one of these experts alone."""
+        """Bypass the gate: inside, the batch consists of equal parts, one for each of these experts alone."""
         before, self.visited = self.visited, experts
         try:
             yield
@@ -87,7 +87,7 @@ class ModelMixture(NetworkMixture):
             self.visited = before
 
     def follow_first(self) -> None:
-        """Give the other experts the first one's weights, and the gate's network too, but for its classifier."""
+        """Copy the first expert's weights to the other experts and, except for its classifier, to the gate network."""
         first, own = self.networks[0].state_dict(), prefixes(self.router)
         for network in self.networks[1:]:
             network.load_state_dict(first)
@@ -96,8 +96,10 @@ class ModelMixture(NetworkMixture):
         )
 
     def freeze_bodies(self) -> None:
-        """Leave the gate and the experts' classifiers to learn; what is before them neither learns nor drops out, and
-        its BatchNorm statistics stay. To be called again whenever :meth:`train` was."""
+        """Freeze the experts except for their classifiers: parameters, dropout and BatchNorm statistics.
+
+        The gate stays trainable. Call this again after each call of :meth:`train`.
+        """
         for network in self.networks:
             network.eval()
             learning = prefixes(network)
@@ -109,22 +111,22 @@ class ModelMixture(NetworkMixture):
 class Networks(Experts):
     """K copies of the whole network, mixed by a gate network of the same architecture (MORE; paper Tables 1, 2, 6).
 
-    They take the place of the model's ``backbone``, behind the normalisation.
+    They replace the model's ``backbone``, after the normalisation.
     """
 
     kind = "more"
     own_method: ClassVar[bool] = True
     experts: int = Field(default=3, ge=1)
-    """Networks, one for each threat."""
+    """Number of networks, one for each threat."""
     regularizer: Regularizer | None = None
 
     def place(self, model: nn.Module) -> dict[str, nn.Module]:
         if any(isinstance(module, MixtureLayer) for module in model.modules()):
-            raise UserError("this model has experts already; copies of a whole network go into a model without")
+            raise UserError("this model has experts already; whole networks can be added only to a model without")
         backbone = getattr(model, "backbone", None)
         if not isinstance(backbone, nn.Module):
             raise UserError(
-                f"whole networks take the place of a model's backbone, and this {type(model).__name__} has none; wrap "
+                f"whole networks replace a model's backbone, and this {type(model).__name__} has none; wrap "
                 "it: rome.models.Classifier(model, mean=(0,), std=(1,)), or build it with rome.create_model"
             )
         model.backbone = ModelMixture(backbone, experts=self.experts)
@@ -132,10 +134,10 @@ class Networks(Experts):
 
 
 def classifiers(network: nn.Module) -> dict[str, nn.Module]:
-    """The last layers of a network by name: what timm's ``get_classifier`` gives, else the last Linear layer.
+    """Return the last layers of a network by name: those of timm's ``get_classifier``, or else the last Linear layer.
 
     Raises:
-        UserError: there is none that could get another number of outputs.
+        UserError: there is no layer whose number of outputs could be changed.
     """
     if _of_timm(network):
         last: Any = network.get_classifier()  # type: ignore[operator]
@@ -153,12 +155,12 @@ def classifiers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def prefixes(network: nn.Module) -> tuple[str, ...]:
-    """What the names of its classifiers' parameters start with."""
+    """Return the prefixes of the parameter names of a network's classifiers."""
     return tuple(f"{name}." for name in classifiers(network))
 
 
 def with_outputs(network: nn.Module, outputs: int) -> nn.Module:
-    """The same network with a fresh classifier of that many outputs, in place."""
+    """Replace a network's classifier in place by a new one with this number of outputs, and return the network."""
     old = classifiers(network)
     like = next(parameter for layer in old.values() for parameter in layer.parameters())
     if _of_timm(network):

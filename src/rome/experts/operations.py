@@ -1,6 +1,6 @@
-"""The two operations of :mod:`rome.experts.fused`: gates of scores and codes times gates, and the gradient of that.
+"""The two operations of :mod:`rome.experts.fused`: gates from scores and codes times gates, and their gradient.
 
-One kernel each on CUDA (:mod:`rome.experts._kernels`), plain torch elsewhere.
+Each is one kernel on CUDA (:mod:`rome.experts._kernels`), plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -14,31 +14,33 @@ from torch import Tensor
 
 
 def split(read: Tensor, experts: int, local: bool, global_: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (..., K, r) and the two kinds of scores (..., K) as views; empty where there are none."""
+    """Return views of the codes (..., K, r) and of the local and global scores (..., K); empty if there are none."""
     sizes = [experts * local, experts * global_]
     codes, local_scores, global_scores = read.split_with_sizes([read.shape[-1] - sum(sizes), *sizes], dim=-1)
     return codes.view(*codes.shape[:-1], experts, codes.shape[-1] // experts), local_scores, global_scores
 
 
-def wide(read: Tensor) -> torch.dtype:
-    """What gates are computed in: float32 at least."""
+def gate_dtype(read: Tensor) -> torch.dtype:
+    """Return the dtype that gates are computed in: float32 or wider."""
     return torch.promote_types(read.dtype, torch.float32)
 
 
-def share(logit: Tensor | None, beta: float, dtype: torch.dtype) -> Tensor | float:
-    """The share of the global gate."""
+def beta_of(logit: Tensor | None, beta: float, dtype: torch.dtype) -> Tensor | float:
+    """Return beta, the weight of the global gate."""
     return beta if logit is None else logit.to(dtype).sigmoid()
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension, by operations that do not begin anew at every row: it is short, and torch's own softmax
-    takes four times as long on a CPU."""
+    """Softmax over the last dimension by operations on the whole tensor.
+
+    The dimension is short, and torch's softmax, which works row by row, takes four times as long on a CPU.
+    """
     e = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
     return e.div_(e.sum(dim=-1, keepdim=True))
 
 
 def mixed_gates(u: Tensor, v: Tensor, beta: Tensor | float) -> Tensor:
-    """g (B, T, K), or (B, 1, K) where there is no u."""
+    """Return g (B, T, K), or (B, 1, K) if there is no u."""
     if not v.numel():
         return u
     return torch.lerp(u, v.unsqueeze(1), beta) if u.numel() else v.unsqueeze(1)
@@ -55,25 +57,25 @@ def mix(
     last: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes times gates.
+    """Return codes times gates, and the gates.
 
     Args:
-        read: (B, T, K r + K per bias): codes, local scores, scores of the image.
-        local_bias, global_bias: b, b' (K,); None where the gate has no such part.
-        logit: a scalar whose sigmoid is beta; None for ``beta``.
-        first, last: the tokens that v averages over.
+        read: (B, T, K r + K per bias): codes, local scores, global scores.
+        local_bias, global_bias: b, b' (K,); None if the gate has no such part.
+        logit: a scalar whose sigmoid is beta; None to use ``beta``.
+        first, last: range of the tokens that v averages over, without ``last``.
 
     Returns:
-        m (B, T, K r) in the type of ``read``; u (B, T, K) and v (B, K) in float32 at least, empty where absent.
+        m (B, T, K r) in the dtype of ``read``; u (B, T, K) and v (B, K) in float32 or wider, empty if absent.
     """
-    read, dtype = read.contiguous(), wide(read)
+    read, dtype = read.contiguous(), gate_dtype(read)
     codes, local, global_ = split(read, experts, local_bias is not None, global_bias is not None)
     u = v = read.new_empty(0, dtype=dtype)
     if local_bias is not None:
         u = softmax(local + local_bias.to(dtype))
     if global_bias is not None:
         v = (global_[:, first:last].mean(dim=1, dtype=dtype) + global_bias.to(dtype)).softmax(dim=-1)
-    g = mixed_gates(u, v, share(logit, beta, dtype))
+    g = mixed_gates(u, v, beta_of(logit, beta, dtype))
     mixed = read.new_empty(codes.shape)
     torch.mul(codes, (g if scale == 1 else g * scale).unsqueeze(-1), out=mixed)
     return mixed.flatten(-2), u, v
@@ -92,22 +94,23 @@ def mix_backward(
     last: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of :func:`mix`.
+    """Return the gradients of :func:`mix`.
 
     Returns:
-        that of ``read``; and each image's share of those of b, b' and the logit, one beside the other, (B, 2 K + 1).
+        The gradient of ``read``, and each image's contribution to those of b, b' and the logit, concatenated:
+        (B, 2 K + 1).
     """
-    dtype, experts = wide(read), (u if u.numel() else v).shape[-1]
+    dtype, experts = gate_dtype(read), (u if u.numel() else v).shape[-1]
     parts = u.numel() > 0, v.numel() > 0
     read = read.contiguous()
     d_read, shares = torch.empty_like(read), read.new_zeros(len(read), 2 * experts + 1, dtype=dtype)
     codes, _, _ = split(read, experts, *parts)
     d_codes, d_local, d_global = split(d_read, experts, *parts)
-    d_mixed, beta_ = d_mixed.view(codes.shape), share(logit, beta, dtype)
+    d_mixed, beta_ = d_mixed.view(codes.shape), beta_of(logit, beta, dtype)
     g = mixed_gates(u, v, beta_)
-    # the result's place first holds what is summed, where that is precise enough: a new one costs more than the product
-    each = torch.mul(d_mixed, codes, out=d_codes) if d_read.dtype == dtype else d_mixed.to(dtype) * codes
-    d_g = each.sum(dim=-1) if scale == 1 else each.sum(dim=-1) * scale
+    # if it is precise enough, the result's memory first holds the summands: allocating costs more than multiplying
+    products = torch.mul(d_mixed, codes, out=d_codes) if d_read.dtype == dtype else d_mixed.to(dtype) * codes
+    d_g = products.sum(dim=-1) if scale == 1 else products.sum(dim=-1) * scale
     torch.mul(d_mixed, (g if scale == 1 else g * scale).unsqueeze(-1), out=d_codes)
     if u.numel():
         d = d_g * (1 - beta_) if v.numel() else d_g
@@ -130,18 +133,18 @@ def mix_backward(
 
 @cache
 def _kernels() -> Any:
-    """The kernels for CUDA; None where Triton is not installed."""
+    """Return the module of CUDA kernels; None if Triton is not installed."""
     if find_spec("triton") is None:
         return None
-    from rome.experts import _kernels as kernels  # late: it imports Triton
+    from rome.experts import _kernels as kernels  # imported late, because it imports Triton
 
     return kernels
 
 
-def _on_cuda(name: str, otherwise: Any, empty: Any) -> Any:
+def _on_cuda(name: str, fallback: Any, empty: Any) -> Any:
     def run(*args: Any) -> Any:
         if args[0].dtype not in (torch.float32, torch.bfloat16, torch.float16) or not args[0].numel() or not _kernels():
-            return otherwise(*args)
+            return fallback(*args)
         results = empty(*args)
         getattr(_kernels(), name)(*results, *args)
         return results
@@ -150,7 +153,7 @@ def _on_cuda(name: str, otherwise: Any, empty: Any) -> Any:
 
 
 def _empty_mix(read: Tensor, local_bias: Any, global_bias: Any, logit: Any, experts: int, *_: Any) -> Any:
-    (images, tokens, width), dtype = read.shape, wide(read)
+    (images, tokens, width), dtype = read.shape, gate_dtype(read)
     local, global_ = local_bias is not None, global_bias is not None
     return (
         read.new_empty(images, tokens, width - experts * (local + global_)),
@@ -161,7 +164,7 @@ def _empty_mix(read: Tensor, local_bias: Any, global_bias: Any, logit: Any, expe
 
 def _empty_backward(d_mixed: Tensor, read: Tensor, u: Tensor, v: Tensor, *_: Any) -> Any:
     experts = (u if u.ndim == 3 else v).shape[-1]
-    return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=wide(read))
+    return read.new_empty(read.shape), read.new_empty(len(read), 2 * experts + 1, dtype=gate_dtype(read))
 
 
 def _define(name: str, schema: str, function: Any, empty: Any) -> Any:

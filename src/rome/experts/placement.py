@@ -1,4 +1,4 @@
-"""Which layers of a model hold experts, and how their input makes up an image. Nothing here changes a model."""
+"""Which layers of a model get experts, and how their input makes up an image. Nothing here changes a model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ from rome.experts.gated import MixtureLayer
 from rome.experts.gates import PLAIN, Layout
 
 KINDS = (nn.Linear, nn.Conv2d)
-"""What can be named in ``layers``. A pattern means the Linear layers it matches, or if there are none the others."""
-
-
+"""The layers that ``layers`` can name. A pattern selects the Linear layers it matches, or else the convolutions."""
 STEMS = {"stem", "conv_stem", "patch_embed"}
-"""Parts of networks before their first block."""
+"""Names of network parts before the first block."""
 
 
 def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str, nn.Module]:
-    """The layers whose names match, in module order.
+    """Return the layers whose names match, by name and in module order.
 
     Args:
         patterns: ends of names (``qkv``, ``attn.proj``) or patterns for ends (``blocks.*.mlp.fc?``). None picks the
-            paper's layers (5.1): the fused QKV and output projections of attention, class attention not among them;
-            in a model without those the 3x3 convolutions behind the stem.
+            paper's layers (5.1): the fused QKV and output projections of attention, except class attention; in a model
+            without those, the 3x3 convolutions after the stem.
 
     Raises:
-        UserError: a pattern matches nothing (the message lists what could match), or a match cannot be adapted.
+        UserError: a pattern matches nothing (the message lists possible names), or a match cannot be adapted.
     """
     adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
     layers = {
@@ -39,7 +37,7 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, KINDS) and not name.startswith(adapted)
     }
-    chosen = _paper_layers(layers) if patterns is None else _named(layers, patterns)
+    chosen = _paper_layers(layers) if patterns is None else _matching(layers, patterns)
     for name, module in chosen.items():
         reason = _refusal(model, name, module)
         if reason:
@@ -48,10 +46,10 @@ def find_layers(model: nn.Module, patterns: tuple[str, ...] | None) -> dict[str,
 
 
 def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """What replacing modules of any sort needs.
+    """Check that modules, of whatever kind, can be replaced.
 
     Raises:
-        UserError: a module has two names, lies inside another one or holds experts.
+        UserError: a module has two names, is inside another one, or has experts.
     """
     names: dict[int, str] = {}
     ids = {id(module) for module in chosen.values()}
@@ -61,7 +59,7 @@ def check_places(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     for name, module in chosen.items():
         for inner, part in module.named_modules(prefix=name):
             if isinstance(part, MixtureLayer) or (inner in chosen and inner != name):
-                what = "has experts already" if isinstance(part, MixtureLayer) else "is to hold experts itself"
+                what = "has experts already" if isinstance(part, MixtureLayer) else "is to get experts too"
                 raise UserError(f"layer {name} cannot hold experts: {inner} inside it {what}. Change experts.layers.")
 
 
@@ -84,7 +82,7 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     if attends or not behind_stem:
         reason = "this model has neither fused attention (qkv and proj) nor 3x3 convolutions"
         if attends:
-            reason = "the attention of this model has no fused projection qkv with its proj"
+            reason = "the attention of this model has no fused qkv layer with a proj layer"
         raise UserError(
             f"{reason}, so the layers have to be named (experts.layers); it has layers ending in {_ends(layers)}"
         )
@@ -92,12 +90,12 @@ def _paper_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _in_stem(name: str) -> bool:
-    """Whether a convolution's name says that it comes before the first block; timm's deep stems are ``conv1.0``..."""
+    """Whether a convolution comes before the first block, by its name; timm's deep stems are ``conv1.0``, ..."""
     parts = name.split(".")
     return bool(STEMS & set(parts)) or any(a == "conv1" and b.isdigit() for a, b in pairwise(parts))
 
 
-def _named(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+def _matching(layers: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     matches = {pattern: [name for name in layers if matches_end(name, pattern)] for pattern in patterns}
     if missing := [repr(pattern) for pattern, names in matches.items() if not names]:
         raise UserError(
@@ -119,30 +117,26 @@ def _ends(layers: Mapping[str, nn.Module]) -> str:
 
 
 def matches_end(name: str, pattern: str) -> bool:
-    """Whether a module's name, or its end from some dot on, matches a pattern."""
+    """Whether a module's name, or its end after any dot, matches a pattern."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
 
 
 def ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules around a module, the nearest first."""
+    """Return the modules around a module, the innermost first."""
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts)))]
 
 
 def channels_last(model: nn.Module, name: str) -> bool:
-    """Whether the network around a module keeps its maps as (B, H, W, C), as timm's Swin does."""
+    """Whether the network around a module has feature maps of shape (B, H, W, C), as timm's Swin does."""
     return any(getattr(parent, "output_fmt", None) == "NHWC" for parent in ancestors(model, name))
 
 
 def sees_class_token(model: nn.Module, name: str) -> bool:
-    """Whether a class token stands before the tokens that a layer sees; register tokens are none."""
+    """Whether a layer's input begins with a class token; register tokens do not count."""
     around = ancestors(model, name)
-    own = any(getattr(place, "cls_token", None) is not None for part in around for place in (part, _embeds(part)))
-    return own and _prefix(around, name) > 0
-
-
-def _embeds(part: nn.Module) -> Any:
-    return getattr(part, "embeds", None)  # where timm's NaFlexViT keeps its class token
+    places = [*around, *(getattr(part, "embeds", None) for part in around)]  # timm's NaFlexViT has it in ``embeds``
+    return any(getattr(place, "cls_token", None) is not None for place in places) and _prefix(around, name) > 0
 
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
@@ -173,28 +167,28 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 
 def layout_of(model: nn.Module, name: str) -> Layout:
-    """How the input of a layer makes up images: windows of windowed attention, class tokens before the patches.
+    """Return how a layer's input makes up images: windows of windowed attention, class tokens before the patches.
 
     Raises:
-        UserError: windowed attention that does not say how it cuts its windows.
+        UserError: windowed attention whose partition into windows is unknown.
     """
     if isinstance(model.get_submodule(name), nn.Conv2d):
         return PLAIN
     around = ancestors(model, name)
     for inner, outer in pairwise(around):
         if type(inner).__name__.startswith("WindowAttention"):
-            return _windows(outer, name)
+            return _window_layout(outer, name)
     for parent in around:
-        if _cuts_foreign_windows(parent, model):
+        if _has_unsupported_windows(parent, model):
             raise UserError(
-                f"layer {name} sees windows of {type(parent).__name__}, with padding, which are gathered to whole "
-                "images for Swin alone. Leave it out of experts.layers."
+                f"layer {name} gets padded windows of {type(parent).__name__}; windows are joined into images for Swin "
+                "only. Leave it out of experts.layers."
             )
     return Layout(prefix=_prefix(around, name))
 
 
-def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
-    """Whether timm's Twins or a block of its SAM cuts windows here; not where one window is the whole image."""
+def _has_unsupported_windows(parent: nn.Module, model: nn.Module) -> bool:
+    """Whether this is windowed attention of timm's Twins or SAM whose window is not the whole image."""
     if type(parent).__name__ == "LocallyGroupedAttn":
         return True
     size: Any = getattr(parent, "window_size", 0)
@@ -204,44 +198,44 @@ def _cuts_foreign_windows(parent: nn.Module, model: nn.Module) -> bool:
     return size**2 not in patches
 
 
-JOINED_LATE = ("cls_attn_blocks", "blocks_token_only")
-"""Blocks of XCiT and CaiT (timm) before which the class token joins; the blocks proper see patches alone."""
+CLASS_TOKEN_BLOCKS = ("cls_attn_blocks", "blocks_token_only")
+"""Final blocks of timm's XCiT and CaiT, before which the class token is added; the other blocks get patches only."""
 
 
-def joins_late(name: str, pattern: str) -> bool:
-    """Whether a module works for the class token alone, in a part of the model that the pattern does not name."""
-    return any(part in (*JOINED_LATE, "attn_pool") and part not in pattern for part in name.split("."))
+def for_class_token(name: str, pattern: str) -> bool:
+    """Whether a module is in a part that updates the class token alone and that the pattern does not name."""
+    return any(part in (*CLASS_TOKEN_BLOCKS, "attn_pool") and part not in pattern for part in name.split("."))
 
 
 def _prefix(around: list[nn.Module], name: str) -> int:
-    """Class and register tokens of a model that says so (``num_prefix_tokens``, timm), in its numbered blocks only.
+    """Return the number of class and register tokens (timm's ``num_prefix_tokens``) before a layer's patches.
 
-    The patch embedding comes before they join, the head after the tokens were pooled.
+    0 outside the numbered blocks: the patch embedding precedes these tokens, and the head follows the pooling.
     """
     for depth, parent in enumerate(reversed(around)):
         count: Any = getattr(parent, "num_prefix_tokens", None)
         if isinstance(count, int):
             in_block = any(part.isdigit() for part in name.split(".")[depth:])
-            return count if in_block and not any(hasattr(parent, late) for late in JOINED_LATE) else 0
+            return count if in_block and not any(hasattr(parent, blocks) for blocks in CLASS_TOKEN_BLOCKS) else 0
     return 0
 
 
-def _windows(block: Any, name: str) -> Layout:
-    """The windows of a Swin block: padded to whole windows, cut row by row; a cyclic shift moves no token out."""
+def _window_layout(block: Any, name: str) -> Layout:
+    """Return the layout of a Swin block, padded to whole windows cut row by row; a cyclic shift does not change it."""
     (height, width), (rows, columns) = _resolution_and_window(block, name)
-    inside = [row < height and column < width for row, column in _cut(height, width, rows, columns)]
+    inside = [row < height and column < width for row, column in _window_tokens(height, width, rows, columns)]
     real = () if all(inside) else tuple(position for position, holds in enumerate(inside) if holds)
     return Layout(windows=len(inside) // (rows * columns), real=real)
 
 
-def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
-    """Height and width of the tokens that a Swin block cuts into windows, and the place of each, counted row by row.
+def window_positions(block: Any, name: str) -> tuple[int, int, list[int]]:
+    """Return height and width of the tokens of a Swin block, and each token's place in them, counted row by row.
 
-    Tokens stand in the order the windows hold them, padding left out. The block rolls its tokens by ``shift_size``
-    towards the start before it cuts.
+    Tokens are in the order of the windows, without padding. Before it cuts, the block rolls its tokens by
+    ``shift_size`` towards the start.
 
     Raises:
-        UserError: the block does not say how it cuts.
+        UserError: the block's partition into windows is unknown.
     """
     (height, width), (rows, columns) = _resolution_and_window(block, name)
     down, across = _pair(getattr(block, "shift_size", 0))
@@ -250,14 +244,14 @@ def window_places(block: Any, name: str) -> tuple[int, int, list[int]]:
         width,
         [
             (row + down) % height * width + (column + across) % width
-            for row, column in _cut(height, width, rows, columns)
+            for row, column in _window_tokens(height, width, rows, columns)
             if row < height and column < width
         ],
     )
 
 
-def _cut(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
-    """Row and column of every token of every window, those of padding beyond the height and width."""
+def _window_tokens(height: int, width: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """Return row and column of every token of every window; padding is beyond the height and width."""
     windows = product(range(math.ceil(height / rows)), range(math.ceil(width / columns)), range(rows), range(columns))
     return [(i * rows + row, j * columns + column) for i, j, row, column in windows]
 
@@ -266,7 +260,7 @@ def _resolution_and_window(block: Any, name: str) -> tuple[tuple[int, int], tupl
     resolution, window = getattr(block, "input_resolution", None), getattr(block, "window_size", None)
     if resolution is None or window is None or getattr(block, "dynamic_mask", False):
         raise UserError(
-            f"layer {name} sees windows of an image and its block does not say how many, so a global gate cannot "
+            f"layer {name} gets windows of an image, and its block does not declare how many, so a global gate cannot "
             "average over the image. Leave it out of experts.layers."
         )
     return _pair(resolution), _pair(window)
@@ -277,7 +271,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def block_numbers(names: list[str]) -> dict[str, int]:
-    """The block l = 1..L of each layer, for beta(l): layers share a block if their names agree up to the last number.
+    """Return the block l = 1..L of each layer, for beta(l): layers whose names agree up to the last number share one.
 
     ``blocks.3.attn.qkv`` and ``blocks.3.attn.proj`` share a block; a name without a number is a block of its own.
     """

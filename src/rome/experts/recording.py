@@ -1,4 +1,4 @@
-"""Reading the gates of a forward pass, explicitly and for as long as a context lasts."""
+"""Recording the gates of forward passes inside a context."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rome.experts.gates import Gates
 
 
 def expert_layers(model: nn.Module) -> dict[str, MixtureLayer]:
-    """The adapted layers of a model by name, in the order of its modules."""
+    """Return the adapted layers of a model by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLayer)}
 
 
 class GateRecorder:
-    """Gates of the forward passes made inside :func:`record_gates`, in the order the layers ran.
+    """Gates of the forward passes inside :func:`record_gates`, in the order the layers ran.
 
     Gates keep their gradient history, so a loss on them trains the gates.
     """
@@ -28,12 +28,12 @@ class GateRecorder:
 
     @property
     def records(self) -> list[Recorded]:
-        """Every record, in the order the layers ran."""
+        """All records, in the order the layers ran."""
         return self._sink.records
 
     @property
     def gates(self) -> dict[str, Gates]:
-        """Layer name to its gates in the latest forward pass.
+        """Gates in the latest forward pass, by the name of the layer.
 
         Raises:
             UserError: a layer did not run.
@@ -41,7 +41,7 @@ class GateRecorder:
         return {self._names[record.layer]: record.gates for record in self.complete()}
 
     def complete(self) -> list[Recorded]:
-        """The latest record of every layer, in module order.
+        """Return the latest record of every layer, in module order.
 
         Raises:
             UserError: a layer did not run: something reads its weight without calling it.
@@ -50,39 +50,39 @@ class GateRecorder:
         missing = [name for layer, name in self._names.items() if layer not in latest]
         if missing:
             raise UserError(
-                f"the experts of {some(missing)} were never called in this forward pass: the model reads the "
-                "layer's weight around its forward. Adapt other layers (experts.layers)."
+                f"the experts of {some(missing)} were never called in this forward pass: the model uses the "
+                "layer's weight without calling the layer. Adapt other layers (experts.layers)."
             )
         return [latest[layer] for layer in self._names]
 
     def check(self, images: int) -> None:
-        """The layers all ran, and each row of what they saw was an image.
+        """Check that all layers ran, and that each row of their input was an image.
 
         Args:
-            images: of each forward pass that was recorded.
+            images: number of images in each recorded forward pass.
 
         Raises:
-            UserError: they did not, so that gates would not weigh the experts of an image.
+            UserError: a layer did not run, or its gates would not be those of images.
         """
         self.complete()
         for record in self.records:
             if len(record.gates.weights) != images:
                 raise UserError(
-                    f"layer {self._names[record.layer]} sees {len(record.gates.weights)} inputs for {images} images, "
+                    f"layer {self._names[record.layer]} gets {len(record.gates.weights)} inputs for {images} images, "
                     "so its global gate would not average over the image. Leave it out of experts.layers."
                 )
 
 
 @contextmanager
 def record_gates(model: nn.Module, *, detached: bool = False) -> Iterator[GateRecorder]:
-    """Record the gates of every adapted layer inside the context; layers keep nothing afterwards.
+    """Record the gates of every adapted layer inside the context; the layers keep nothing afterwards.
 
     Args:
-        detached: record gates computed from a detached input, so that a loss on them reaches the gates alone and not
-            the backbone before them.
+        detached: record gates recomputed from a detached input, so that a loss on them trains the gates alone and not
+            the layers before them.
 
     Raises:
-        UserError: the model has no experts, or is being recorded already.
+        UserError: the model has no experts, or its gates are already being recorded.
     """
     layers = expert_layers(model)
     if not layers:

@@ -1,4 +1,4 @@
-"""Threat-guided gating diversification (paper 4.4, Eq. 6-8), and the contract of every loss on the gates."""
+"""Threat-guided gating diversification (paper 4.4, Eq. 6-8), and the base of all losses on the gates."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from rome.experts.gated import MeanOver, Recorded, count
 
 
 class Regularizer(Component):
-    """A loss on the gates of the training forward, added to the cross-entropy with a weight (Eq. 9)."""
+    """A loss on the gates of the training forward pass, added to the cross-entropy with a weight (Eq. 9)."""
 
     default_kind = "diversification"
 
     weight: Number = Field(default=0.1, ge=0)
-    """lambda."""
+    """lambda, the weight of this loss."""
     gradient: Literal["backbone", "gates"] = "backbone"
-    """Whether the loss trains everything before the gates too (literal), or the gates alone."""
+    """Whether the loss trains everything before the gates too (as the paper writes it), or the gates alone."""
 
     @property
     def projects(self) -> bool:
-        """Whether it reads the layers' projections, so that these may learn."""
+        """Whether the loss uses the projections of the layers, so that they can be trained."""
         return False
 
     def check(self, experts: int, threats: int) -> None:
-        """Raise UserError if gates over that many experts cannot learn from that many threats."""
+        """Raise UserError if the loss does not work with these numbers of experts and threats."""
 
     @abstractmethod
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
-        """Unweighted loss, a scalar; averaged over processes, its gradient is that of the loss of the global batch.
+        """Return the unweighted loss, a scalar; its gradient, averaged over processes, is that of the global batch.
 
         Args:
             records: the gates of every adapted layer for this process's B examples.
@@ -45,34 +45,34 @@ class Regularizer(Component):
 
 
 class Diversification(Regularizer):
-    """Pushes the mean gates of different threats apart (Eq. 6-8).
+    """A loss that pushes the mean gates of different threats apart (Eq. 6-8).
 
     L_div = mean over l of -sum_{p != q} (1/T sum_i d(u_i^p, u_i^q) + d(P v^p, P v^q)), with means u^p, v^p over the
-    examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean distance. A
-    threat without examples drops its pairs; a part that a gate lacks is left out. The local term is bounded, the global
-    one only while P is frozen (docs/decisions/frozen-projection.md).
+    examples of threat p in the global batch, P the layer's projection K -> K' and d the squared Euclidean distance.
+    Pairs with a threat without examples are dropped, as is a part that the gate lacks. The local term is bounded, the
+    global one only while P is frozen (docs/decisions/frozen-projection.md).
     """
 
     kind = "diversification"
     pairs: Literal["ordered", "unordered"] = "ordered"
-    """Literal reading of p != q, or each pair once (half the loss)."""
+    """The literal reading of p != q, or each pair only once (half the loss)."""
     distance: Literal["l2", "cosine", "kl", "wasserstein", "wasserstein-unsorted"] = "l2"
-    """Of Table A5: squared Euclidean; minus the cosine; symmetric KL divergence; L1 between the cumulative sums of the
-    sorted gates, or of the gates as they stand. The last three compare the unprojected v, which is a distribution."""
+    """Distances of Table A5: squared Euclidean; minus the cosine; symmetric KL divergence; L1 between the cumulative
+    sums of the sorted or the unsorted gates. The last three compare the unprojected v, which is a distribution."""
     mean_over: MeanOver = "layers"
-    """The l of the mean: adapted layers, or blocks (literal), in which the losses of ``qkv`` and ``proj`` add up: twice
-    the loss, as twice the weight would be."""
+    """What the mean over l averages: adapted layers, or blocks (literal), in which the losses of ``qkv`` and ``proj``
+    are summed: twice the loss, as with twice the weight."""
     projected: Literal["sum", "mean"] = "sum"
-    """The squared distance of projected gates summed over the K' dimensions (literal) or averaged."""
+    """Whether the squared distance of projected gates is the sum (literal) or the mean over the K' dimensions."""
     tokens: Literal["all", "patches"] = "all"
-    """The tokens i: all T, or without class tokens."""
+    """The tokens i: all T, or all but class and register tokens."""
     estimate: Literal["plain", "unbiased"] = "plain"
-    """The squared distance of two means over few examples is too large by their sampling variances, so that where each
-    threat has images of its own (RANDOM) the plain loss mostly rewards gates that differ between images. ``unbiased``
-    subtracts that part, estimated from the batch; not for methods that give every threat the same images."""
+    """The squared distance of two means over few examples is biased upwards by their sampling variances. If each threat
+    has its own images (RANDOM), the plain loss therefore mostly rewards gates that differ between images. ``unbiased``
+    subtracts an estimate of this bias from the batch; it is not for methods that give all threats the same images."""
 
     @model_validator(mode="after")
-    def _squared(self) -> Self:
+    def _check_distance(self) -> Self:
         if self.distance != "l2" and (self.estimate != "plain" or self.projected != "sum"):
             raise ValueError("estimate: unbiased and projected: mean are for distance: l2; leave them out")
         return self
@@ -84,7 +84,7 @@ class Diversification(Regularizer):
     def loss(self, records: list[Recorded], labels: Tensor, threats: int) -> Tensor:
         terms = [term for record in records for term in self._terms(record)]
         if not terms:
-            raise UserError("no gate has a local or a global part, so there is nothing to part; use regularizer: null")
+            raise UserError("no gate has a local or a global part to diversify; use regularizer: null")
         columns = [column for points in terms for column in (points.flatten(1), _length(points))]
         means, counts = group_means(torch.cat(columns, dim=1), labels, threats)
         parts = torch.split(means, [column.shape[1] for column in columns], dim=1)
@@ -100,9 +100,9 @@ class Diversification(Regularizer):
         return -total / count([record.layer for record in records], self.mean_over) * pairs
 
     def _terms(self, record: Recorded) -> list[Tensor]:
-        """What is compared in one layer: (B, T, K) of the local gates, (B, 1, K') of the global one.
+        """Return the points that are compared in one layer: local gates (B, T, K) and the global gate (B, 1, K').
 
-        Scaled so that the squared distance of two points, summed, is the term of Eq. 6 or 7.
+        They are scaled so that the summed squared distance of two points is the term of Eq. 6 or 7.
         """
         terms = []
         if record.gates.local is not None:
@@ -119,14 +119,14 @@ class Diversification(Regularizer):
 
 
 def _length(points: Tensor) -> Tensor:
-    """Squared length of each example's points: (B, T, K) to (B, 1)."""
+    """Return the squared length of each example's points: (B, T, K) to (B, 1)."""
     return points.flatten(1).square().sum(dim=1, keepdim=True)
 
 
 def pairwise(points: Tensor, distance: str) -> Tensor:
-    """(P, T, K) to (P, P): how far each pair is apart, by one of :class:`Diversification`'s distances.
+    """Return the distances between P points, (P, T, K) to (P, P), by one of :class:`Diversification`'s distances.
 
-    ``l2`` sums the squares over T and K, the others are means over T; the diagonal is 0.
+    ``l2`` sums the squares over T and K, the others average over T; the diagonal is 0.
     """
     a, b = points.unsqueeze(0), points.unsqueeze(1)
     if distance == "l2":
@@ -143,5 +143,5 @@ def pairwise(points: Tensor, distance: str) -> Tensor:
 
 
 def off_diagonal(like: Tensor) -> Tensor:
-    """(P, P), 0 on the diagonal and 1 elsewhere, for P = len(like)."""
+    """Return a (P, P) matrix with 0 on the diagonal and 1 elsewhere, for P = len(like)."""
     return 1 - torch.eye(len(like), dtype=like.dtype, device=like.device)

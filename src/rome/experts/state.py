@@ -1,4 +1,4 @@
-"""What experts add to a model's state, and what they were added with and to."""
+"""The state that experts add to a model, the settings they were added with, and the weights they were added to."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rome.core.wrappers import bare_name, bare_state, unwrapped
 from rome.experts.recording import expert_layers
 
 SETTINGS, BESIDE = "experts_settings", "experts_beside"
-"""Attributes of a module that got experts: their settings, and the :func:`fingerprint` of its other weights then."""
+"""Attributes of a module with experts: their settings, and the :func:`fingerprint` of its other weights."""
 PART = "part"
-"""In saved settings: the name of the module that got the experts, where that is not the whole model."""
+"""Key in saved settings: the name of the module that got the experts, if that is not the whole model."""
 
 
 def settings_of(model: nn.Module) -> list[dict[str, Any]]:
-    """The settings of all experts in a model, those of inner modules first.
+    """Return the settings of all experts in a model, those of inner modules first.
 
     Raises:
-        UserError: a layer has experts that nothing in the model knows the settings of.
+        UserError: a layer has experts whose settings are not recorded in the model.
     """
     inner = unwrapped(model)
     found: list[dict[str, Any]] = []
@@ -34,20 +34,20 @@ def settings_of(model: nn.Module) -> list[dict[str, Any]]:
     for name in expert_names(inner):
         if not any(not part or f"{name}.".startswith(f"{part}.") for part in parts):
             raise UserError(
-                f"the settings of the experts at {name} are unknown, and no file could say how to use its weights: the "
-                "module that rome.add_experts was called with is not in this model; save that one"
+                f"the settings of the experts at {name} are unknown, and without them no file could be loaded: the "
+                "module that rome.add_experts was called with is not in this model; save that module"
             )
     return found
 
 
 def expert_names(model: nn.Module) -> list[str]:
-    """The adapted layers, named as if nothing were wrapped."""
+    """Return the names of the adapted layers, without those of wrappers."""
     inner = unwrapped(model)
     return [bare_name(inner, name) for name in expert_layers(inner)]
 
 
 def expert_state(model: nn.Module) -> dict[str, Tensor]:
-    """What the experts add to a model's state; empty where there are none."""
+    """Return the tensors that experts add to a model's state; empty if there are no experts."""
     state = bare_state(model)
     layers = dict(zip(expert_names(model), expert_layers(unwrapped(model)).values(), strict=True))
     shared = {f"{name}.{key}" for name, layer in layers.items() for key in layer.shared}
@@ -56,20 +56,19 @@ def expert_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def record_settings(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Note on a model that it just got experts. The notes travel with copies and saved files, which are loaded by
-    them."""
+    """Record on a model the experts it just got. Copies and saved files keep the record, which loading uses."""
     object.__setattr__(model, SETTINGS, [*vars(model).get(SETTINGS, []), settings])
     object.__setattr__(model, BESIDE, fingerprint(model))
 
 
 def moved(model: nn.Module) -> bool:
-    """Whether weights beside the experts changed since these were added."""
+    """Whether weights other than the experts' changed since the experts were added."""
     signed = [module for module in unwrapped(model).modules() if BESIDE in vars(module)]
     return any(vars(module)[BESIDE] != fingerprint(module) for module in signed)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all tensors that are not the experts', with their names. Counts of batches do not matter."""
+    """Return the SHA-256 of all tensors other than the experts', with their names and without batch counters."""
     experts, digest = expert_state(model), hashlib.sha256()
     for name, value in sorted(bare_state(model).items()):
         if name not in experts and not name.endswith("num_batches_tracked"):
