@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -93,7 +94,7 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
         return found
 
     try:
-        node = yaml.compose(_short_enough(text, LONGEST_YAML), Loader=yaml.SafeLoader)
+        node = _compose(_short_enough(text, LONGEST_YAML))
         return None if node is None else plain(node, ())
     except Unreadable:
         raise
@@ -101,6 +102,21 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
         mark = getattr(error, "problem_mark", None)
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise Unreadable(f"not valid YAML: {problem}", mark.line + 1 if mark else 0) from error
+
+
+def _compose(text: str) -> Any:
+    """Parse YAML into nodes. libyaml is ten times faster than PyYAML's own parser, but crashes on deep nesting and explains
+    less: such texts, and those with mistakes, are left to PyYAML."""
+    if (loader := getattr(yaml, "CSafeLoader", None)) is not None:
+        with suppress(yaml.YAMLError):
+            depth = 0
+            for event in yaml.parse(text, Loader=loader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > DEEPEST:
+                    break
+            else:
+                return yaml.compose(text, Loader=loader)
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def comment_after(text: str) -> str:
