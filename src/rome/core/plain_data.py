@@ -105,8 +105,8 @@ def parse_yaml(text: str, note: Callable[[Place, int], None] = lambda place, lin
 
 
 def _compose(text: str) -> Any:
-    """Parse YAML into nodes. libyaml is ten times faster than PyYAML's own parser, but crashes on deep nesting and explains
-    less: such texts, and those with mistakes, are left to PyYAML."""
+    """Parse YAML into nodes. libyaml is ten times faster than PyYAML's own parser, but crashes on deep nesting and
+    explains less: such texts, and those with mistakes, are left to PyYAML."""
     if (loader := getattr(yaml, "CSafeLoader", None)) is not None:
         with suppress(yaml.YAMLError):
             depth = 0
