@@ -157,7 +157,7 @@ class CaseRunner:
             if attack.kind == Square.kind and stage > 0 and before - correct.mean() > SQUARE_MARGIN:
                 message = (
                     f"Square, which sees no gradients, lowered the accuracy by {100 * (before - correct.mean()):.1f} "
-                    "points after the white-box attacks: gradients may be masked, the true robustness lower"
+                    "points after the white-box attacks: gradients may be masked, and the true robustness lower"
                 )
                 found.append(warning("black-box-beats-white-box", case.name, attack, int(correct.sum()), message))
         if run and case is not CLEAN_CASE:
