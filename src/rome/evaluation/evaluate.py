@@ -89,8 +89,8 @@ def evaluate(
         x: images, float32 (n, C, H, W) in [0, 1], or the decoded bytes (:class:`rome.data.base.Pixels`), which take a
             quarter of the memory; they may be on the CPU.
         y: labels, int64 (n,).
-        threats: one, several, or a mapping from column names to threats; without a mapping the columns have the threats'
-            own names (``L1``, ``L2``, ``Linf``).
+        threats: one, several, or a mapping from column names to threats; without it, columns have the threats' own
+            names (``L1``, ``L2``, ``Linf``).
         suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),
             ``unseen``, ``corruptions``, ``all``, several of these, or your own :class:`~rome.attacks.suites.Suite`.
         cases: run only these columns of the suite now; the others are ``pending`` in the result, unless ``out`` holds

@@ -60,7 +60,7 @@ def aside(model: Model) -> dict[str, Any]:
 
 
 def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
-    """The user's code that suites, threats and cases run, and the parts of them that cannot be told apart from others."""
+    """The user's code that suites, threats and cases run, and which of their parts cannot be told apart from others."""
     inspection = Inspection()
     for part in parts:
         inspection.of(part)

@@ -47,9 +47,9 @@ def worth_checking(cases: Sequence[Case], n: int) -> bool:
     published, or if its own gradients cost at least ten times as much as the checks.
     """
     tried = [case.threat.searched_by(attack) for case in cases if not case.on_all for attack in case.attacks]
-    if any(isinstance(attack, APGDCE) for attack, _ in tried):
-        return n >= FEWEST
-    return n >= FEWEST and sum(a.steps_for(threat) for a, threat in tried if a.differentiates) >= 10 * GRADIENTS
+    published = any(isinstance(attack, APGDCE) for attack, _ in tried)
+    gradients = sum(attack.steps_for(threat) for attack, threat in tried if attack.differentiates)
+    return n >= FEWEST and (published or gradients >= 10 * GRADIENTS)
 
 
 def run_checks(
