@@ -23,7 +23,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
-    """McNemar's exact p-value (:func:`mcnemar`) for the hypothesis of no difference, adjusted if it is one of several."""
+    """McNemar's exact p-value (:func:`mcnemar`) of no difference, adjusted if it is one of several."""
 
     @property
     def clear(self) -> bool:
