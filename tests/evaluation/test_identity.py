@@ -406,7 +406,7 @@ def test_a_run_is_evaluated_where_its_data_lies_now(pictures: Path, capsys: pyte
     with pytest.raises(UserError, match=r"data.sha256"):
         evaluate_saved("run", data="brighter")
     digits = train(tiny(epochs=1), "digits")
-    with pytest.raises(UserError, match=r"the data of digits \(digits\) lies at no path; leave it out"):
+    with pytest.raises(UserError, match=r"the data of digits \(digits\) has no path; leave --data out"):
         evaluate_saved(digits.folder, data="elsewhere")
 
 

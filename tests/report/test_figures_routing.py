@@ -530,7 +530,7 @@ def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFi
         (["--weights", "x", "--mean", "0.5"], "--weights, --mean can only be given with --model"),
         (
             ["runs/x", "--data", "digits"],
-            "--data can only be given with --model, not with runs/x, which has its own config",
+            "--data can only be given with --model, not with runs/x, which has",
         ),
         (["--model", "test_vit", "--data", "digits"], "the pretrained weights of test_vit"),
     ],

@@ -24,6 +24,8 @@ from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.threats import LpBall
 
 CLEAN, AVERAGE, UNION = "clean", "average", "union"
+_ACCURACIES = (CLEAN, "robust", AVERAGE, UNION, "groups", "unions")
+"""Entries of ``result.json`` that are computed from the matrix, as shares."""
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
 """Entries of ``result.json`` that are neither settings nor computed from the matrix."""
 
@@ -277,17 +279,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Everything but the matrix, as plain data; NaN becomes None."""
         names = (*self.cases, *(() if math.isnan(self.union) else (AVERAGE, UNION)))
-        numbers = {
-            "clean": self.clean,
-            "robust": self.robust,
-            "average": self.average,
-            "union": self.union,
-            "groups": self.groups,
-            "unions": self.unions,
-        }
         return {
             "n": self.n,
-            **{name: _without_nan(value) for name, value in numbers.items()},
+            **{name: _without_nan(getattr(self, name)) for name in _ACCURACIES},
             "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
             **{name: getattr(self, name) for name in _STORED},

@@ -109,9 +109,7 @@ class Store:
                 f"{self.directory} holds an evaluation with other settings ({some(differing, 5, '; ')}): {advice}"
             )
         if indistinct:
-            raise UserError(
-                f"{self.directory} holds an evaluation of {indistinct}, so it may differ from this one: {advice}"
-            )
+            raise UserError(f"{self.directory} holds an evaluation of {indistinct}, which may differ: {advice}")
         before = stored.get("networks", {})
         networks = before | settings["networks"]
         if networks == before:
