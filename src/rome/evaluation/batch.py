@@ -22,12 +22,11 @@ NOT_FINITE = "non-finite-logits"
 
 @runtime_checkable
 class FixedChange(Protocol):
-    """An attack of an ``on_all`` case whose images depend on the example's number, such as the images of CIFAR-10-C,
-    which are read from a file."""
+    """An attack of an ``on_all`` case whose images depend on the example's number, such as those of CIFAR-10-C."""
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
-        """Return the changed images, shaped like ``x`` (B, C, H, W); ``numbers`` int64 (B,) are the examples' positions
-        in the data."""
+        """Return the changed images, like ``x`` (B, C, H, W), of the examples at the positions ``numbers``, int64 (B,),
+        of the data."""
 
 
 class Examples(NamedTuple):
@@ -93,10 +92,10 @@ def warning(check: str, case: str | None, attack: Attack | None, examples: int, 
     return {"check": check, "case": case, "attack": kind, "examples": examples, "message": message}
 
 
-def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_warnings(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge the warnings of all batches into one for each check of each attack, adding up their examples."""
     merged: dict[tuple[str, str | None], dict[str, Any]] = {}
-    for each in found:
+    for each in warnings:
         first = merged.setdefault((each["check"], each["attack"]), {**each, "examples": 0})
         first["examples"] += each["examples"]
     return list(merged.values())

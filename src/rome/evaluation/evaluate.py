@@ -35,14 +35,14 @@ from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.identity import (
     CHANGING,
-    aside,
-    changed,
+    changed_names,
     code_of,
+    facts_without_tensors,
     hash_data,
     hash_model,
     identity,
-    settled,
     versions,
+    without_changing,
 )
 from rome.evaluation.masking import as_warnings, run_checks, worth_checking
 from rome.evaluation.memory import Halving
@@ -131,11 +131,13 @@ def evaluate(
     suite, named = as_suite(suite), as_named(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
     if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
-        raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
+        raise UserError(
+            f"batch_size must be 'auto' or at least 1, seed from 0 to 2^63 - 1, not {batch_size!r} and {seed!r}"
+        )
     check_data(x, y)
     check_mode(model)
-    examples = Examples(x, y, device_of(model, x, device))
-    where, halving = examples.device, Halving(allowed=batch_size == AUTO)
+    device = device_of(model, x, device)
+    examples, halving = Examples(x, y, device), Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
     verbose = bool(progress) and team.is_main
 
@@ -146,22 +148,22 @@ def evaluate(
         "n": len(x),
         "batch_size": size,
         "seed": seed,
-        "device": where.type,
+        "device": device.type,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
         "save_images": save_images,
         "provenance": dict(provenance or {}),
         "environment": {
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "python": platform.python_version(),
         },
     }
     # batches shrink as examples are fooled; padded to a multiple of a quarter of a full batch, they have few shapes
-    graphs = Graphs(whole=False, rows=-(-size // 4)) if where.type == "cuda" else None
-    with _undisturbed(model, where, graphs):
+    graphs = Graphs(whole=False, rows=-(-size // 4)) if device.type == "cuda" else None
+    with _undisturbed(model, device, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
-        settings["model"] = settled(facts, changing)
+        settings["model"] = without_changing(facts, changing)
         known = stored and finished(done) and stored["model"] == settings["model"] and facts["sha256"]
         if stored and known:  # no forward pass is needed
             classes = int(stored["classes"])
@@ -175,13 +177,13 @@ def evaluate(
                 )
             )
             classes = answers[0][0][1]
-            settings["model"] = settled(facts, changing | changed(facts, aside(model)))
+            settings["model"] = without_changing(facts, changing | changed_names(facts, facts_without_tensors(model)))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
         if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         for name, reason in left_out.items() if verbose else ():
             say(f"{name}: left out: it {reason}")
-        wanted = _wanted(cases, [case.name for case in planned])
+        wanted = _cases_to_run(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings["code"], settings["unknown"] = code_of((suite, named, planned))
         settings["networks"] = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
@@ -199,10 +201,10 @@ def evaluate(
                 run = CaseRunner(model, examples, planned, settings, store, watch, halving, team, verbose)
                 report = report or run.report(wanted)
                 if worth_checking(planned, len(x)) if checks is None else checks:
-                    made = done["checks"] if done else []
+                    earlier = done["checks"] if done else []
                     clean = report.correct[:, 0]
                     report.checks.extend(
-                        made or team.first(lambda: run_checks(model, examples, planned, clean, size, halving))
+                        earlier or team.first(lambda: run_checks(model, examples, planned, clean, size, halving))
                     )
                     report.warnings.extend(as_warnings(report.checks))
                 team.first(functools.partial(store.finish, report.arrays(), report.to_json()))
@@ -226,7 +228,7 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
     return kept, left_out
 
 
-def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
+def _cases_to_run(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
     """Names of the suite's cases to run now.
 
     Raises:

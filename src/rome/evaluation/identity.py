@@ -39,18 +39,17 @@ def identity(model: Model) -> dict[str, Any]:
     facts: dict[str, Any] = {"type": type(inner).__name__, "sha256": hash_model(inner)}
     if not isinstance(inner, nn.Module):
         return facts
-    facts |= aside(inner)
+    facts |= facts_without_tensors(inner)
     routing = routing_of(inner)
     return facts if routing == LEARNED else {**facts, "routing": routing}
 
 
 def other_model(model: Model, kept: Mapping[str, Any]) -> list[str]:
     """Differences between a model and the one that the facts ``kept`` in an evaluation's settings describe."""
-    now = settled(identity(model), kept.get(CHANGING, ()))
-    return differences({"model": kept}, {"model": now})
+    return differences({"model": kept}, {"model": without_changing(identity(model), kept.get(CHANGING, ()))})
 
 
-def aside(model: Model) -> dict[str, Any]:
+def facts_without_tensors(model: Model) -> dict[str, Any]:
     """The facts of :func:`identity` that do not come from tensors."""
     inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
@@ -67,15 +66,15 @@ def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
     return inspection.code, list(inspection.unknown)
 
 
-def settled(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
+def without_changing(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
     """Drop the facts that a forward pass is ``changing``: counters and caches, which are not settings."""
     gone = set(changing)
     kept = {part: {name: text for name, text in facts[part].items() if name not in gone} for part in _NAMED & {*facts}}
     return {**facts, **kept, **({CHANGING: sorted(gone)} if gone else {})}
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """Names of the facts that differ between two calls of :func:`aside`."""
+def changed_names(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Names of the facts that differ between two calls of :func:`facts_without_tensors`."""
     return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 

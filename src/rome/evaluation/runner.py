@@ -28,8 +28,8 @@ from rome.evaluation.batch import (
     FixedChange,
     format_error,
     in_whole_levels,
+    merge_warnings,
     recheck,
-    summed,
     warning,
 )
 from rome.evaluation.checks import refuse_not_finite
@@ -165,7 +165,7 @@ class CaseRunner:
                 found.append(warning("black-box-beats-white-box", case.name, attack, int(correct.sum()), message))
         if run and case is not CLEAN_CASE:
             self.watch(case.name, len(dates), len(dates), float(correct.mean()))
-        return Column(correct, after, seconds, summed(found), dates)
+        return Column(correct, after, seconds, merge_warnings(found), dates)
 
     def stage(self, case: Case, stage: int, correct: np.ndarray, *, run: bool, done: int) -> list[BatchResult] | None:
         """Run one attack on all batches of the ``correct`` examples, (n,), each process on its share of the batches.
