@@ -889,5 +889,7 @@ def test_refuses_what_it_does_not_know(model: nn.Module) -> None:
         evaluate(model, x, y, threats=["Linf"])
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         evaluate(model, x, y, batch_size=0)
+    with pytest.raises(UserError, match="save_images must be one of none, fooled, all, not 'wrong'"):
+        evaluate(model, x, y, save_images="wrong")
     with pytest.raises(UserError, match=r"model is on cpu: call model.to\('meta'\)"):
         evaluate(model, x, y, device="meta")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -131,9 +131,9 @@ def evaluate(
     suite, named = as_suite(suite), as_named(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
     if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
-        raise UserError(
-            f"batch_size must be 'auto' or at least 1, seed from 0 to 2^63 - 1, not {batch_size!r} and {seed!r}"
-        )
+        raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
+    if save_images not in get_args(SaveImages):
+        raise UserError(f"save_images must be one of {', '.join(get_args(SaveImages))}, not {save_images!r}")
     check_data(x, y)
     check_mode(model)
     device = device_of(model, x, device)
