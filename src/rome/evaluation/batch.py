@@ -25,8 +25,7 @@ class FixedChange(Protocol):
     """An attack of an ``on_all`` case whose images depend on the example's number, such as those of CIFAR-10-C."""
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
-        """Return the changed images, like ``x`` (B, C, H, W), of the examples at the positions ``numbers``, int64 (B,),
-        of the data."""
+        """Return changed images like ``x`` (B, C, H, W); ``numbers``, int64 (B,), are the examples' positions."""
 
 
 class Examples(NamedTuple):

@@ -215,7 +215,10 @@ def evaluate(
 
 
 def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
-    """Split the cases into those whose attacks all suit images of so many channels, and reasons against the others.
+    """Split the cases by whether all their attacks suit images with this many channels.
+
+    Returns:
+        The suitable cases, and the names of the others with the reasons.
 
     Raises:
         UserError: no case is suitable.

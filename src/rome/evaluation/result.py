@@ -333,8 +333,10 @@ def _source(corruption: Mapping[str, Any], side: int) -> str:
     """Source of the images of a dumped :class:`rome.attacks.Corruption`, for images of this side."""
     if corruption.get("path") is not None:
         return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
-    whose = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
-    return f"corrupted images made here with the severities of {whose}, not its images"
+    benchmark = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[
+        corruption.get("constants") or constants_for(side)
+    ]
+    return f"corrupted images made here with the severities of {benchmark}, not its images"
 
 
 def _without_nan(value: Any) -> Any:

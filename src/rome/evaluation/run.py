@@ -68,7 +68,7 @@ def evaluate_saved(
         settings: defaults for arguments that are None; None for the config's ``evaluation``.
         loggers: kinds of loggers; None for the config's, which do not log a result that was finished before.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-        others: further arguments of :func:`rome.evaluate`, where those not described here are explained, too.
+        others: further arguments of :func:`rome.evaluate`, which also explains those that are not described here.
 
     Returns:
         The report and the folder it was saved in.
@@ -153,6 +153,7 @@ class Opened(NamedTuple):
     remarks: Sequence[str] = ()
     prefix: str = ""
     suffix: str = ""
+    """Prefix and suffix go around SUITE-N in the name of a result's folder."""
     home: Path | None = None
     """The run's folder, whose logs the loggers continue; None for a model that is not in a run."""
     updates: int = 0

@@ -90,7 +90,7 @@ class CaseRunner:
     """Whether to print the error of a failing case at once."""
 
     def report(self, wanted: Collection[str]) -> Report:
-        """Report on all cases that are wanted, which are run, or on disk; the others are pending.
+        """Run the cases that are wanted, and report on them and on those on disk; the others are pending.
 
         Raises:
             StorageError: a finished batch cannot be stored.
