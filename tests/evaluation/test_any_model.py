@@ -448,7 +448,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "traced.pt", "--num-classes", "12"], r"has 10 classes, not 12"),
         (["--model", "traced.pt", "--mean", "0.5"], "--mean and --std go together"),
         (["--model", "traced.pt", "--img-size", "16"], "digits has images of 8 pixels, never resized"),
-        (["--model", "traced.pt", "--mean", "0.5", "--std", "0"], "--std positive"),
+        (["--model", "traced.pt", "--mean", "0.5", "--std", "0"], "--std must be positive"),
         (["--model", "traced.pt", "--mean", "1,2", "--std", "1,1"], "one for each of 1 channels"),
         (
             ["--model", "traced.pt", "--mean", "a", "--std", "1"],

@@ -73,8 +73,8 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
         data = Data.of_kind(given.pop("kind"))(**given)
     except (UserError, PydanticCustomError) as error:
         raise UserError(f"data {text!r}: {str(error).rstrip('.')}; give {_FORMS}") from None
-    as_it_is = isinstance(data, Parquet) and not (img_size or data.size) and data.one_size()
-    return type(data)(**{**settings, **given}) if isinstance(data, Resized) and not as_it_is else data
+    keep_size = isinstance(data, Parquet) and not (img_size or data.size) and data.one_size()
+    return type(data)(**{**settings, **given}) if isinstance(data, Resized) and not keep_size else data
 
 
 def _parse_data(text: str) -> dict[str, Any]:

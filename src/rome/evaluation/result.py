@@ -333,10 +333,8 @@ def _source(corruption: Mapping[str, Any], side: int) -> str:
     """Source of the images of a dumped :class:`rome.attacks.Corruption`, for images of this side."""
     if corruption.get("path") is not None:
         return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
-    benchmark = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[
-        corruption.get("constants") or constants_for(side)
-    ]
-    return f"corrupted images made here with the severities of {benchmark}, not its images"
+    name = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
+    return f"corrupted images made here with the severities of {name}, not its images"
 
 
 def _without_nan(value: Any) -> Any:
