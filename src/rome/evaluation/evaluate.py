@@ -92,7 +92,7 @@ def evaluate(
         threats: one, several, or a mapping from column names to threats; without it, columns have the threats' own
             names (``L1``, ``L2``, ``Linf``).
         suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),
-            ``unseen``, ``corruptions``, ``all``, several of these, or your own :class:`~rome.attacks.suites.Suite`.
+            ``unseen``, ``corruptions``, ``all``, several of these, or a suite of your own.
         cases: run only these columns of the suite now; the others are ``pending`` in the result, unless ``out`` holds
             them already. A later call runs them.
         batch_size: examples per batch. ``auto`` starts at 250 and halves a batch as often as memory requires; the

@@ -36,12 +36,10 @@ def identity(model: Model) -> dict[str, Any]:
     are its type and a hash of None.
     """
     inner = unwrapped(model)
-    facts: dict[str, Any] = {"type": type(inner).__name__, "sha256": hash_model(inner)}
-    if not isinstance(inner, nn.Module):
-        return facts
-    facts |= facts_without_tensors(inner)
-    routing = routing_of(inner)
-    return facts if routing == LEARNED else {**facts, "routing": routing}
+    facts = {"type": type(inner).__name__, "sha256": hash_model(inner), **facts_without_tensors(inner)}
+    if isinstance(inner, nn.Module) and (routing := routing_of(inner)) != LEARNED:
+        facts["routing"] = routing
+    return facts
 
 
 def other_model(model: Model, kept: Mapping[str, Any]) -> list[str]:
