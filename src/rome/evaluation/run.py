@@ -90,9 +90,7 @@ def evaluate_saved(
     for sentence in (*check_files(chosen, cases), *opened.remarks):
         say(sentence)
     if n is not None and n > len(split):
-        raise UserError(
-            f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most {len(split)}"
-        )
+        raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
     x, y = split.stored(n or settings.n or len(split), workers=local_share(config.workers))
     routed = routing or settings.routing
     set_routing(opened.model, routed, seed=settings.seed)
@@ -135,7 +133,7 @@ def evaluate_saved(
 
 @trust.opens_files
 def evaluate_job(target: str, *, trust_code: bool = False, **options: Any) -> str:
-    """Run :func:`evaluate_saved` in a launcher's process, with all processes started; return the result's folder."""
+    """Run :func:`evaluate_saved` for a launcher, as one of the processes it started; return the result's folder."""
     with launched() as team:
         return str(evaluate_saved(target, team=team, **options)[1])
 
@@ -286,7 +284,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
-    """Build the model of an unfinished run's checkpoint; with its config and test set.
+    """Build the model of an unfinished run's checkpoint, and return it with its config and test set.
 
     Raises:
         UserError: the file is no checkpoint, or does not fit the run's config; or as :func:`_with_data`.
