@@ -1,9 +1,9 @@
 """Checks for signs of masked gradients, which make gradient-based attacks fail although adversarial images exist.
 
 The signs are from Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1) and
-Carlini et al., "On evaluating adversarial robustness" (2019): black-box attacks beat white-box ones (which is checked
-while Square runs, in :mod:`rome.evaluation.runner`), more iterations do not help, and an unbounded attack does not reach
-0%. Zero gradients are looked for, too. A check records what it measured and whether it was raised; it proves nothing in
+Carlini et al., "On evaluating adversarial robustness" (2019): black-box attacks beat white-box ones (checked while
+Square runs, in :mod:`rome.evaluation.runner`), more iterations do not help, and an unbounded attack does not reach 0%.
+Zero gradients are looked for, too. A check records what it measured and whether it was raised; it proves nothing in
 either direction.
 """
 

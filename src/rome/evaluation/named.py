@@ -327,9 +327,7 @@ def _create(settings: ModelSettings, outputs: int, channels: int, side: int, mea
     config = _pretrained_cfg(name)
     if settings.pretrained and timm.is_model(name):
         if config is None or not config.has_weights:
-            raise UserError(
-                f"{name} has no pretrained weights: give --weights FILE, or add one of timm's tags (NAME.TAG)"
-            )
+            raise UserError(f"{name} has no pretrained weights: give --weights FILE, or one of timm's tags (NAME.TAG)")
         if config.num_classes != outputs:
             raise UserError(
                 f"the pretrained weights of {name} are for {config.num_classes} classes, not {outputs}, so its head "
