@@ -407,7 +407,7 @@ def test_an_unfinished_run_is_evaluated_by_its_checkpoint(rome: Any, tmp_path: P
     assert "the run is not finished: rome train ... --resume" in refused.err
     ended = rome("evaluate", run.checkpoint_file, "--n", 6, "--json")
     assert ended.code == 0
-    assert "is an unfinished run, after 1 epochs" in ended.err
+    assert "is from an unfinished run, after 1 epochs" in ended.err
     settings = json.loads(ended.out)["settings"]
     assert settings["provenance"]["checkpoint"] == "last.pt"
     assert "holds no finished model" in rome("report", run.folder).err

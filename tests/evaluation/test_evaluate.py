@@ -587,7 +587,7 @@ def test_a_full_disk_ends_the_evaluation_and_the_same_call_goes_on(
 
     tried: list[Path] = []
     monkeypatch.setattr(store, "replace_file", replace)
-    with pytest.raises(UserError, match=rf"{full}.* cannot be written \(No space left on device\): .* goes on with it"):
+    with pytest.raises(UserError, match=rf"{full}.* cannot be written \(No space left on device\): .* continues from"):
         evaluate(model, x, y, **settings)
     assert full in str(tried[-1].relative_to(tmp_path)), "nothing was tried after it"
     assert not (tmp_path / "result.json").exists()
@@ -653,8 +653,8 @@ class _Answers(nn.Module):
     [
         (lambda x: x.softmax(1), "probabilities.*return the logits"),
         (lambda x: x / 0, "not finite for .* of 12 clean images"),
-        (lambda x: x + torch.rand_like(x), "answers the same images differently the second time.*randomised"),
-        (lambda x: nn.functional.dropout(x), "answers the same images differently the second time.*randomised"),
+        (lambda x: x + torch.rand_like(x), "for the same images differ from call to call.*randomised"),
+        (lambda x: nn.functional.dropout(x), "for the same images differ from call to call.*randomised"),
         (lambda x: x[:, 0], r"must return logits \(12, classes >= 2\), not torch.float32 \(12,\)"),
         (lambda x: x[:, :5], "largest label is 9 but the model has 5 classes"),
     ],
@@ -889,5 +889,7 @@ def test_refuses_what_it_does_not_know(model: nn.Module) -> None:
         evaluate(model, x, y, threats=["Linf"])
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         evaluate(model, x, y, batch_size=0)
+    with pytest.raises(UserError, match="save_images must be one of none, fooled, all, not 'wrong'"):
+        evaluate(model, x, y, save_images="wrong")
     with pytest.raises(UserError, match=r"model is on cpu: call model.to\('meta'\)"):
         evaluate(model, x, y, device="meta")

@@ -355,7 +355,7 @@ def test_batches_of_an_earlier_call_are_said_with_their_date(
     again = run(net(), tmp_path, batch_size=2)
     expected = {"batches": count - 1, "of": count, "cases": ["clean", "Linf"]}
     assert {name: again.reused[name] for name in expected} == expected
-    said = f"{count - 1} of {count} batches are those of an earlier call ({again.reused['first']}"
+    said = f"{count - 1} of {count} batches are from an earlier call ({again.reused['first']}"
     assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "result.json").read_text())["reused"] == again.reused
     assert run(net(), tmp_path, batch_size=2).reused == {"result": again.date}
@@ -406,7 +406,7 @@ def test_a_run_is_evaluated_where_its_data_lies_now(pictures: Path, capsys: pyte
     with pytest.raises(UserError, match=r"data.sha256"):
         evaluate_saved("run", data="brighter")
     digits = train(tiny(epochs=1), "digits")
-    with pytest.raises(UserError, match=r"the data of digits \(digits\) lies at no path; leave it out"):
+    with pytest.raises(UserError, match=r"the data of digits \(digits\) has no path; leave --data out"):
         evaluate_saved(digits.folder, data="elsewhere")
 
 

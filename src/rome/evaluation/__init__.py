@@ -1,3 +1,3 @@
-"""Evaluation: every example under every attack of a suite, stored so that a kill loses nothing, and the result.
+"""Evaluation: attack every example with every attack of a suite, store each finished batch, and report the result.
 
-May import runs and what stands below, not training."""
+May import runs and the packages below it, not training."""

@@ -1,4 +1,4 @@
-"""What an attack returned for a batch: checked again, with warnings."""
+"""Recheck the images that an attack returned for a batch, and collect warnings about them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ NOT_FINITE = "non-finite-logits"
 
 @runtime_checkable
 class FixedChange(Protocol):
-    """What an attack of an ``on_all`` case may offer: images that depend on an example's number, such as those of
-    CIFAR-10-C, which are read from a file."""
+    """An attack of an ``on_all`` case whose images depend on the example's number, such as those of CIFAR-10-C."""
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
-        """The changed images, like ``x`` (B, C, H, W); ``numbers`` int64 (B,) are the examples' places in the data."""
+        """Return changed images like ``x`` (B, C, H, W); ``numbers``, int64 (B,), are the examples' positions."""
 
 
 class Examples(NamedTuple):
-    """All images and labels, and where to compute."""
+    """All images and labels, and the device to compute on."""
 
     x: Tensor | Pixels
     y: Tensor
     device: torch.device
 
     def batch(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The images and labels of some examples, on the device."""
+        """Images and labels of the examples with these indices, on the device."""
         rows = torch.from_numpy(part)
         x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
         return x.to(self.device).contiguous(), y.to(self.device)
@@ -46,12 +45,13 @@ class Examples(NamedTuple):
 def recheck(
     model: Model, x: Tensor, y: Tensor, found: Tensor, case: Case, attack: Attack
 ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-    """What an attack returned, made valid, classified anew, with what was wrong with it.
+    """Make the images that an attack returned valid, and classify them again.
 
-    Outside its threat an image is projected back; not finite, or not to be projected, it is replaced by the original.
+    An image outside its threat is projected back; one that is not finite or cannot be projected is replaced by the
+    clean image.
 
     Returns:
-        Images (b, C, H, W), which of them are classified correctly (b,), and warnings.
+        Images (b, C, H, W), which of them are classified correctly (b,), and warnings about those that were invalid.
     """
     if found.shape != x.shape:
         raise RuntimeError(f"the attack returned images {tuple(found.shape)} for {tuple(x.shape)}")
@@ -66,42 +66,44 @@ def recheck(
     logits = model(found).float()
     unclear = ~logits.isfinite().all(dim=1)
     correct = (logits.argmax(1) == y) & ~unclear
-    doubts = {
-        "left-threat": (outside, "they lay outside their threat: projected back and classified anew"),
-        "broken-image": (broken, "they were not finite or could not be projected: replaced by the clean images"),
-        NOT_FINITE: (unclear, "the logits of their adversarial images are not finite: counted as wrong"),
+    problems = {
+        "left-threat": (outside, "the images were outside their threat: projected back and classified again"),
+        "broken-image": (broken, "the images were not finite or could not be projected: replaced by the clean images"),
+        NOT_FINITE: (unclear, "the logits of the adversarial images are not finite: counted as wrong"),
     }
-    counts = {check: (int(which.sum()), message) for check, (which, message) in doubts.items()}
+    counts = {check: (int(which.sum()), message) for check, (which, message) in problems.items()}
     return found, correct, [warning(check, case.name, attack, n, text) for check, (n, text) in counts.items() if n]
 
 
 def in_whole_levels(model: Model, x: Tensor, y: Tensor, images: Tensor, correct: Tensor, threat: LpBall) -> Tensor:
-    """Adversarial images (b, C, H, W), each rounded to whole grey levels k/255 where it then is inside its threat and
-    classified as before, that is ``correct`` or not (b,)."""
+    """Round adversarial images (b, C, H, W) to whole grey levels k/255.
+
+    An image is left as it is where rounding would move it out of its threat or change whether it is ``correct`` (b,).
+    """
     rounded = (images * 255).round() / 255
     same = threat.contains(rounded, x) & ((model(rounded).argmax(1) == y) == correct)
     return torch.where(same.view(-1, 1, 1, 1), rounded, images)
 
 
 def warning(check: str, case: str | None, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:
-    """An entry of :attr:`rome.evaluation.result.Report.warnings`."""
+    """Build an entry of :attr:`rome.evaluation.result.Report.warnings`."""
     kind = attack.kind if attack else None
     return {"check": check, "case": case, "attack": kind, "examples": examples, "message": message}
 
 
-def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One warning for each check of each attack, its examples added up over the batches."""
+def merge_warnings(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the warnings of all batches into one for each check of each attack, adding up their examples."""
     merged: dict[tuple[str, str | None], dict[str, Any]] = {}
-    for each in found:
+    for each in warnings:
         first = merged.setdefault((each["check"], each["attack"]), {**each, "examples": 0})
         first["examples"] += each["examples"]
     return list(merged.values())
 
 
 def format_error(error: Exception) -> str:
-    """An error as a result keeps it."""
+    """The text of an error that is stored in the result."""
     if isinstance(error, UserError):
-        return str(error)  # written to be read as it is
+        return str(error)  # its message needs no type in front
     kind = getattr(error, "kind", type(error).__name__)
     advice = "; try a smaller batch_size, or batch_size='auto'" if out_of_memory(error) else ""
     return f"{kind}: {error}{advice}"

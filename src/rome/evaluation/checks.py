@@ -1,4 +1,4 @@
-"""What is refused before an evaluation starts, because its numbers would be wrong."""
+"""Checks before an evaluation starts: refuse models and data whose numbers would be wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rome.data.base import Pixels
 
 
 def check_data(x: Tensor | Pixels, y: Tensor) -> None:
-    """Images float32 (n, C, H, W) in [0, 1], labels int64 (n,) from 0, n > 0.
+    """Check that images are float32 (n, C, H, W) in [0, 1] and labels int64 (n,) from 0, with n > 0.
 
     Raises:
         UserError: they are not.
@@ -33,10 +33,12 @@ def check_data(x: Tensor | Pixels, y: Tensor) -> None:
 
 
 def check_mode(model: Model) -> None:
-    """No module in training mode, and weights that gradients go through; also of the modules that a function calls.
+    """Check that no module is in training mode and that gradients can pass through the weights.
+
+    For a function, the modules that it refers to are checked.
 
     Raises:
-        UserError: some are, or they have none.
+        UserError: a module is in training mode, or has weights that gradients cannot pass through.
     """
     for network in _networks(model):
         training = [name or type(module).__name__ for name, module in network.named_modules() if module.training]
@@ -52,7 +54,7 @@ def check_mode(model: Model) -> None:
 
 
 def _networks(model: object) -> Iterator[nn.Module]:
-    """The modules that a model is made of, as far as they can be found: itself, or those that a function refers to."""
+    """Yield the modules in a model: the model itself or, for a function, those found in its globals and closure."""
     if isinstance(model, nn.Module):
         yield model
     elif isinstance(model, partial):
@@ -68,10 +70,10 @@ def _networks(model: object) -> Iterator[nn.Module]:
 
 
 def device_of(model: Model, x: Tensor | Pixels, wanted: str | torch.device | None) -> torch.device:
-    """Where to run: on the model's device.
+    """The device to run on: the model's, or for a model without tensors the one wanted, or that of the images.
 
     Raises:
-        UserError: the model is on another device.
+        UserError: the model is not on the device ``wanted``.
     """
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     found = tensors[0].device if tensors else None
@@ -84,16 +86,18 @@ def device_of(model: Model, x: Tensor | Pixels, wanted: str | torch.device | Non
 
 
 def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, repeats: int = 5) -> int:
-    """The model's answers to one batch (B, C, H, W) are logits, finite, repeatable, and no answer depends on the other
-    images; returns the number of classes.
+    """Check the outputs for one batch (B, C, H, W): finite, repeatable logits, each independent of the other images.
 
     Args:
-        labels: of all examples, to see that they fit the classes.
-        last: size of the last batch, where it is another one.
+        labels: the labels of all examples, which must be among the classes.
+        last: size of a smaller last batch; 0 if there is none.
         repeats: how often the same batch is evaluated.
 
+    Returns:
+        The number of classes.
+
     Raises:
-        UserError: they are not.
+        UserError: the outputs do not satisfy this.
     """
     answers = [ask(model, x)]
     with steady(model):
@@ -111,8 +115,8 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
         apart = max((other - scaled[0]).norm(dim=1).max().item() for other in scaled)
         if not apart <= REPEATABLE:
             raise UserError(
-                f"the model answers the same images differently the second time (outputs {apart:.2g} "
-                f"apart, at most {REPEATABLE:g} is rounding): a randomised model cannot be judged by these attacks; "
+                f"the model's outputs for the same images differ from call to call (by {apart:.2g}; rounding explains "
+                f"at most {REPEATABLE:g}): these attacks cannot evaluate a randomised model; "
                 "make its forward deterministic"
             )
         check_company(model, x, sizes=(last,))
@@ -120,21 +124,23 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
 
 
 def check_gradient(model: Model, x: Tensor) -> None:
-    """The logits of images (B, C, H, W) have gradients with respect to them.
+    """Check that the logits have gradients with respect to the images (B, C, H, W).
 
     Raises:
-        UserError: they have none, or the backward fails.
+        UserError: they have none, or the backward pass fails.
     """
     ask(model, x, gradient=True)
 
 
 def refuse_not_finite(bad: int, images: int) -> None:
-    """Raises:
-    UserError: there are clean images whose logits are not finite.
+    """Refuse a model whose logits are not finite for some clean images.
+
+    Raises:
+        UserError: ``bad`` is not 0.
     """
     if bad:
         raise UserError(
-            f"the model's logits are not finite for {bad} of {images} clean images: check its weights and its precision"
+            f"the model's logits are not finite for {bad} of {images} clean images: check its weights and precision"
         )
 
 

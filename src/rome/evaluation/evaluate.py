@@ -1,9 +1,10 @@
-"""Evaluation: cases in, one boolean matrix (examples x cases) out; clean, average and union follow from it.
+"""Evaluate a model: run the cases of a suite and return one boolean matrix (examples x cases).
 
-Every case runs its attacks in order, each on the examples that are still correct, in full batches: the order, the
-batches and the seeds of AutoAttack's ``run_standard_evaluation``, with its per-call checks done once. Each attack on
-each batch is a unit of work of its own, repeatable by itself: its random numbers depend on the seed alone. So units
-may be shared among processes, and a finished one is on disk: an evaluation that was killed goes on where it was.
+Clean accuracy, average and union are computed from the matrix. Every case runs its attacks in order, each on the
+examples that are still correct, in full batches: the order, batches and seeds of AutoAttack's
+``run_standard_evaluation``, with its per-call checks done once. One attack on one batch is a unit of work that can be
+repeated by itself, since its random numbers depend on the seed alone. So units can be shared among processes, and as
+each finished unit is on disk, an evaluation that was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,14 +35,14 @@ from rome.evaluation.batch import Examples
 from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
 from rome.evaluation.identity import (
     CHANGING,
-    aside,
-    changed,
+    changed_names,
     code_of,
+    facts_without_tensors,
     hash_data,
     hash_model,
     identity,
-    settled,
     versions,
+    without_changing,
 )
 from rome.evaluation.masking import as_warnings, run_checks, worth_checking
 from rome.evaluation.memory import Halving
@@ -79,60 +80,64 @@ def evaluate(
 ) -> Report:
     """Attack the model under every threat and report which examples stay correct.
 
-    Runs in float32 without autocast and TF32. Every adversarial image is checked again before it counts: finite,
-    inside its threat (else projected back), and classified anew. The model's flags and the global random states are
-    as before afterwards.
+    Runs in float32 without autocast and TF32. Every adversarial image is checked before it counts: it must be finite
+    and inside its threat (else it is projected back), and is classified again. The model's flags and the global random
+    states are restored afterwards.
 
     Args:
-        model: logits (B, classes) from images in [0, 1], in evaluation mode, deterministic, normalisation inside.
-        x: images, float32 (n, C, H, W) in [0, 1], or as they were decoded (:class:`rome.data.base.Pixels`), a quarter
-            of that; they may lie on the CPU.
+        model: maps images in [0, 1] to logits (B, classes); in evaluation mode, deterministic, normalisation inside.
+        x: images, float32 (n, C, H, W) in [0, 1], or the decoded bytes (:class:`rome.data.base.Pixels`), which take a
+            quarter of the memory; they may be on the CPU.
         y: labels, int64 (n,).
-        threats: one, several, or a mapping from column names; their own names (``L1``, ``L2``, ``Linf``) otherwise.
+        threats: one, several, or a mapping from column names to threats; without it, columns have the threats' own
+            names (``L1``, ``L2``, ``Linf``).
         suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),
-            ``unseen``, ``corruptions``, ``all``, several of them, or a suite of your own.
+            ``unseen``, ``corruptions``, ``all``, several of these, or a suite of your own.
         cases: run only these columns of the suite now; the others are ``pending`` in the result, unless ``out`` holds
             them already. A later call runs them.
-        batch_size: examples at a time. ``auto`` is 250, halved for want of memory, as often as it takes; the result
-            says so.
-        seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
-        device: where the model is; None asks it.
-        out: folder to keep the result and every finished batch in. An evaluation goes on with what it holds, and a
-            finished result is returned at once. What is reused is in ``Report.reused`` and said on standard error.
-            Nothing is reused of a function that is no module, nor of another object that nothing tells from another
-            one: its evaluation is refused unless ``overwrite`` is set.
-        overwrite: throw away what ``out`` holds.
+        batch_size: examples per batch. ``auto`` starts at 250 and halves a batch as often as memory requires; the
+            result has a warning then.
+        seed: seeds the attacks' random starts; the result depends on it, not on how often the run was interrupted.
+        device: the device that the model is on; None for the one found in the model.
+        out: folder for the result and every finished batch. An evaluation continues from the batches in it, and a
+            finished result is returned at once. ``Report.reused`` and a line on standard error say what was reused.
+            If ``out`` holds an evaluation of a function that is no module, or of an object that cannot be told apart
+            from others of its kind, the call is refused unless ``overwrite`` is set.
+        overwrite: delete the evaluation in ``out`` first.
         provenance: JSON data to keep with the result: config, checkpoint, data set.
-        save_images: whose adversarial images are kept in ``out``: ``none``, those of the examples that an attack
-            ``fooled``, or those of ``all`` that it attacked; none of fixed changes, which can be made again. In an Lp
-            ball an image is kept rounded to whole grey levels, in 8 bits, where that is inside the ball and classified
-            the same, and in float32 otherwise.
-        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
-            examples on where they cost less than a tenth of the suite. True also looks where a finished result has
-            none.
+        save_images: which adversarial images are kept in ``out``: ``none``, those of the examples that an attack
+            ``fooled``, or ``all`` that it attacked; never those of fixed changes, which can be made again. For an Lp
+            ball, an image is rounded to whole grey levels and kept in 8 bits where that stays inside the ball and does
+            not change whether it is classified correctly; otherwise it is kept in float32.
+        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so for at least 100
+            examples if the checks cost less than a tenth of the suite. True also adds the checks to a finished result
+            that lacks them.
         team: the processes that share the work (:func:`rome.core.distributed.launched`); each calls this function
-            with the same arguments and gets the same report, which is what one process alone would find.
-        progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
-            :data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows it.
-        trust_code: let the file of a network that measures distances run the code that it names
+            with the same arguments and gets the same report, equal to that of a single process.
+        progress: True shows a bar on a terminal, and one line per case elsewhere; or a function
+            (:data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows progress.
+        trust_code: let the file of a network that measures perceptual distances run the code that it names
             (:mod:`rome.core.trust`).
 
     Raises:
-        UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, answers
-            that depend on the other images of a batch, inputs outside [0, 1] ...), ``out`` holds an evaluation with
-            other settings, of another model or by other code (:mod:`rome.evaluation.identity`), or the disk is full.
+        UserError: the model or the data would make the numbers wrong (training mode, probabilities, random outputs,
+            outputs that depend on the other images of a batch, inputs outside [0, 1] ...); ``out`` holds an evaluation
+            with other settings, of another model or with other code (:mod:`rome.evaluation.identity`); or the disk is
+            full.
         Interrupted: another process of the team ended.
-        Exception: whatever the first attack raised, if every case failed. If only some did, they are in
-            ``Report.failed`` and are tried again by the next call.
+        Exception: the first failed case's error, if every case failed. If only some failed, they are in
+            ``Report.failed`` and the next call tries them again.
     """
     suite, named = as_suite(suite), as_named(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
     if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
         raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
+    if save_images not in get_args(SaveImages):
+        raise UserError(f"save_images must be one of {', '.join(get_args(SaveImages))}, not {save_images!r}")
     check_data(x, y)
     check_mode(model)
-    examples = Examples(x, y, device_of(model, x, device))
-    where, halving = examples.device, Halving(allowed=batch_size == AUTO)
+    device = device_of(model, x, device)
+    examples, halving = Examples(x, y, device), Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
     verbose = bool(progress) and team.is_main
 
@@ -143,48 +148,48 @@ def evaluate(
         "n": len(x),
         "batch_size": size,
         "seed": seed,
-        "device": where.type,
+        "device": device.type,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
         "save_images": save_images,
         "provenance": dict(provenance or {}),
         "environment": {
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "python": platform.python_version(),
         },
     }
-    # a quarter of a batch: examples leave it as they are fooled, and few shapes are to occur
-    graphs = Graphs(whole=False, rows=-(-size // 4)) if where.type == "cuda" else None
-    with _undisturbed(model, where, graphs):
+    # batches shrink as examples are fooled; padded to a multiple of a quarter of a full batch, they have few shapes
+    graphs = Graphs(whole=False, rows=-(-size // 4)) if device.type == "cuda" else None
+    with _undisturbed(model, device, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
-        settings["model"] = settled(facts, changing)
+        settings["model"] = without_changing(facts, changing)
         known = stored and finished(done) and stored["model"] == settings["model"] and facts["sha256"]
-        if stored and known:  # then no forward is needed
+        if stored and known:  # no forward pass is needed
             classes = int(stored["classes"])
         else:
             first, last = np.arange(min(size, len(x))), len(x) % size
             answers = team.together(
                 lambda: halving.run(
-                    f"{CLEAN}/",  # the work that the clean column is
+                    f"{CLEAN}/",  # the name of the clean column's work
                     first,
                     lambda part: check_outputs(model, examples.batch(part)[0], y, last=last),
                 )
             )
             classes = answers[0][0][1]
-            settings["model"] = settled(facts, changing | changed(facts, aside(model)))
+            settings["model"] = without_changing(facts, changing | changed_names(facts, facts_without_tensors(model)))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
         if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         for name, reason in left_out.items() if verbose else ():
             say(f"{name}: left out: it {reason}")
-        wanted = _wanted(cases, [case.name for case in planned])
+        wanted = _cases_to_run(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings["code"], settings["unknown"] = code_of((suite, named, planned))
         settings["networks"] = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
         store.fingerprint = team.agreed(
             fingerprint(settings),
-            "the processes were given different models, data or settings, so they cannot evaluate together: "
+            "the processes were given different models, data or settings, so they cannot share an evaluation: "
             "build the model from the same file or seed in each",
         )
         settings, done = team.first(lambda: (store.open(settings, overwrite=overwrite), store.result()))
@@ -196,10 +201,10 @@ def evaluate(
                 run = CaseRunner(model, examples, planned, settings, store, watch, halving, team, verbose)
                 report = report or run.report(wanted)
                 if worth_checking(planned, len(x)) if checks is None else checks:
-                    made = done["checks"] if done else []
+                    earlier = done["checks"] if done else []
                     clean = report.correct[:, 0]
                     report.checks.extend(
-                        made or team.first(lambda: run_checks(model, examples, planned, clean, size, halving))
+                        earlier or team.first(lambda: run_checks(model, examples, planned, clean, size, halving))
                     )
                     report.warnings.extend(as_warnings(report.checks))
                 team.first(functools.partial(store.finish, report.arrays(), report.to_json()))
@@ -210,10 +215,13 @@ def evaluate(
 
 
 def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
-    """The cases whose attacks all have a meaning on such images, and why the others have none.
+    """Split the cases by whether all their attacks suit images with this many channels.
+
+    Returns:
+        The suitable cases, and the names of the others with the reasons.
 
     Raises:
-        UserError: none has.
+        UserError: no case is suitable.
     """
     reasons = {case.name: next(filter(None, (each.unsuited(channels) for each in case.attacks)), "") for case in cases}
     kept = [case for case in cases if not reasons[case.name]]
@@ -223,25 +231,25 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
     return kept, left_out
 
 
-def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
-    """The columns to run now, among the suite's.
+def _cases_to_run(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
+    """Names of the suite's cases to run now.
 
     Raises:
         UserError: the suite has no such column, or two columns have the same name.
     """
     if len(set(names)) < len(names) or {CLEAN, UNION} & set(names):
-        raise UserError(f"cases need different names, none of them 'clean' or 'union'; these are {names}")
+        raise UserError(f"cases need distinct names other than 'clean' and 'union', not {names}")
     wanted = frozenset(names if chosen is None else [chosen] if isinstance(chosen, str) else chosen)
     for name in sorted(wanted - set(names)):
         raise UserError(f"the suite has no case {name!r}.{did_you_mean(name, names)}")
     if not wanted:
-        raise UserError("no case was named; give at least one, or leave the choice out for all of them")
+        raise UserError("no case was named: name at least one, or leave cases out to run all of them")
     return wanted
 
 
 @contextmanager
 def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
-    """Strict float32, no gradients, no autocast; the model's flags and global random states are restored afterwards."""
+    """Compute in strict float32 without gradients; restore the model's flags and global random states afterwards."""
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]

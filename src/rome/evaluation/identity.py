@@ -1,4 +1,4 @@
-"""What tells one evaluation from another: model, code, data and versions, as an evaluation's settings keep them."""
+"""Identity of an evaluation: the facts about model, code, data and versions that its settings store."""
 
 from __future__ import annotations
 
@@ -22,34 +22,33 @@ from rome.runs.origin import differences
 
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
 _NAMED = {"attributes", CODE}
-"""Facts of a model that have names of their own."""
+"""Facts about a model that are mappings from names to values."""
 _READERS = ("report", "cli")
-"""Parts of rome that no result depends on: they read them, or start what makes them."""
+"""Packages of rome that no result depends on: they only read results, or start the code that computes them."""
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """Class and tensors of a model, what else it computes with (:meth:`rome.models.inspection.Inspection.model`), the
-    user's ``code`` that it runs, what of it is ``unknown``, and its routing where it is not the learned one.
+    """Facts that distinguish a model from others.
 
-    Of a function that is no module there is only its type: its weights cannot be seen.
+    They are its class, the hash of its tensors, the other values it computes with
+    (:meth:`rome.models.inspection.Inspection.model`), the user's ``code`` that it runs, the parts that are ``unknown``,
+    and its routing if that is not the learned one. For a function that is no module, whose weights cannot be seen, they
+    are its type and a hash of None.
     """
     inner = unwrapped(model)
-    facts: dict[str, Any] = {"type": type(inner).__name__, "sha256": hash_model(inner)}
-    if not isinstance(inner, nn.Module):
-        return facts
-    facts |= aside(inner)
-    routing = routing_of(inner)
-    return facts if routing == LEARNED else {**facts, "routing": routing}
+    facts = {"type": type(inner).__name__, "sha256": hash_model(inner), **facts_without_tensors(inner)}
+    if isinstance(inner, nn.Module) and (routing := routing_of(inner)) != LEARNED:
+        facts["routing"] = routing
+    return facts
 
 
 def other_model(model: Model, kept: Mapping[str, Any]) -> list[str]:
-    """In what a model is another than the one of which an evaluation keeps these facts."""
-    now = settled(identity(model), kept.get(CHANGING, ()))
-    return differences({"model": kept}, {"model": now})
+    """Differences between a model and the one that the facts ``kept`` in an evaluation's settings describe."""
+    return differences({"model": kept}, {"model": without_changing(identity(model), kept.get(CHANGING, ()))})
 
 
-def aside(model: Model) -> dict[str, Any]:
-    """The part of :func:`identity` that is not in tensors."""
+def facts_without_tensors(model: Model) -> dict[str, Any]:
+    """The facts of :func:`identity` that do not come from tensors."""
     inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
         return {}
@@ -58,27 +57,27 @@ def aside(model: Model) -> dict[str, Any]:
 
 
 def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
-    """The user's code that suites, threats and attacks run, and what of these cannot be distinguished from others."""
+    """The user's code that suites, threats and cases run, and which of their parts cannot be told apart from others."""
     inspection = Inspection()
     for part in parts:
         inspection.of(part)
     return inspection.code, list(inspection.unknown)
 
 
-def settled(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
-    """The facts without those that a forward changes: counters and caches, which are no settings."""
+def without_changing(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
+    """Drop the facts that a forward pass is ``changing``: counters and caches, which are not settings."""
     gone = set(changing)
     kept = {part: {name: text for name, text in facts[part].items() if name not in gone} for part in _NAMED & {*facts}}
     return {**facts, **kept, **({CHANGING: sorted(gone)} if gone else {})}
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """The names under which two such facts differ."""
+def changed_names(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Names of the facts that differ between two calls of :func:`facts_without_tensors`."""
     return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 
 def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
-    """SHA-256 of images, as floats, and labels: shapes, types and values."""
+    """SHA-256 of the shapes, types and values of images (as floats) and labels."""
     digest = hashlib.sha256()
     for tensor in (x, y):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -88,9 +87,11 @@ def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
 
 
 def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of which
-    gates are inverted; the same whatever ``torch.compile`` or ``DataParallel`` put around it. None for a function that
-    is no module: its weights cannot be seen."""
+    """SHA-256 of a model's tensors: names and values of all parameters and buffers, also those not in a checkpoint.
+
+    It includes how gates are overridden, and does not depend on wrappers (``torch.compile``, ``DataParallel``). None
+    for a function that is no module, whose weights cannot be seen.
+    """
     model = unwrapped(model)
     if not isinstance(model, nn.Module):
         return None
@@ -109,7 +110,7 @@ def hash_model(model: Model) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages whose code determines a result; of a rome that is no release with the hash of its source."""
+    """Versions of the packages whose code determines a result; for a checkout of rome, with the hash of its source."""
     found = {}
     for name in ("rome-robust", "torch", "pyautoattack", "timm", "numpy"):
         try:
@@ -123,7 +124,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-    """Hash of rome's own code where it is used from a checkout, whose version stays while it is edited."""
+    """Hash of rome's code in a checkout, where edits do not change the version; empty for an installed package."""
     folder = Path(__file__).parents[1]
     if {"site-packages", "dist-packages"} & set(folder.parts):
         return ""

@@ -1,9 +1,10 @@
-"""Signs that gradients are masked, so that gradient-based attacks fail although adversarial images exist.
+"""Checks for signs of masked gradients, which make gradient-based attacks fail although adversarial images exist.
 
-Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1) and Carlini et al., "On
-evaluating adversarial robustness" (2019) name them: black-box attacks beat white-box ones (that one is seen while
-Square runs), more iterations do not help, and an unbounded attack does not reach 0%. Every check is data: what it
-measured and whether it was raised; it proves nothing, in either direction.
+The signs are from Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1) and
+Carlini et al., "On evaluating adversarial robustness" (2019): black-box attacks beat white-box ones (checked while
+Square runs, in :mod:`rome.evaluation.runner`), more iterations do not help, and an unbounded attack does not reach 0%.
+Zero gradients are looked for, too. A check records what it measured and whether it was raised; it proves nothing in
+either direction.
 """
 
 from __future__ import annotations
@@ -25,27 +26,30 @@ from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
 
 FEWEST = 100
-"""Default number of examples for the checks."""
+"""Fewest examples of an evaluation for which the checks run by default."""
 SAMPLE, SHARE = 64, 16
-"""The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
-they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
+"""The checks use at most 64 of the correctly classified examples, and at most a 16th of all examples. They cost 131
+gradients for each example used, and APGD at least 100 for each of all examples: less than a tenth of APGD's cost."""
 STEPS = (10, 100)
 GRADIENTS = 131 / SHARE
-"""Of the checks, for each example of an evaluation."""
+"""Gradients that the checks cost per example of the evaluation."""
 WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
-"""A ball that holds the whole box around every image."""
+"""A ball that contains the whole box [0, 1] around every image."""
 ZERO_SHARE = 0.05
 LEFT = 0.01
 P = 0.05
 
 
 def worth_checking(cases: Sequence[Case], n: int) -> bool:
-    """Whether the checks are made by default: examples enough, and a suite that is published with or one whose own
-    search by gradients costs ten times as much."""
+    """Whether the checks run by default.
+
+    They do with at least :data:`FEWEST` examples, if the suite runs AutoAttack's APGD-CE, with which results are
+    published, or if its own gradients cost at least ten times as much as the checks.
+    """
     tried = [case.threat.searched_by(attack) for case in cases if not case.on_all for attack in case.attacks]
-    if any(isinstance(attack, APGDCE) for attack, _ in tried):
-        return n >= FEWEST
-    return n >= FEWEST and sum(a.steps_for(threat) for a, threat in tried if a.differentiates) >= 10 * GRADIENTS
+    published = any(isinstance(attack, APGDCE) for attack, _ in tried)
+    gradients = sum(attack.steps_for(threat) for attack, threat in tried if attack.differentiates)
+    return n >= FEWEST and (published or gradients >= 10 * GRADIENTS)
 
 
 def run_checks(
@@ -56,16 +60,16 @@ def run_checks(
     batch_size: int = SAMPLE,
     halving: Halving | None = None,
 ) -> list[dict[str, Any]]:
-    """The checks on a frozen model.
+    """Run the checks on a frozen model.
 
     Args:
-        cases: of the evaluation; the ball of one of them is used.
+        cases: the evaluation's cases; the ball of one of them is used.
         clean: bool (n,), which examples are classified correctly.
-        batch_size: examples at a time.
+        batch_size: examples per batch.
 
     Returns:
-        For each check its name under ``check``, how many ``examples`` it looked at, what it measured under ``values``
-        (shares), whether it was ``raised``, and a ``message``.
+        For each check its name under ``check``, the number of ``examples`` used, the measured ``values`` (shares, and
+        a p-value), whether it was ``raised``, and a ``message``.
     """
     part = np.flatnonzero(clean)[: min(SAMPLE, max(len(clean) // SHARE, 1))]
     if not len(part):
@@ -98,20 +102,18 @@ def run_checks(
         p = mcnemar(only_many, only_few)
         values = {str(STEPS[0]): float(few.mean()), str(STEPS[1]): float(many.mean()), "p": p}
         message = (
-            f"APGD under {ball.name} leaves {counted(few.mean())} right with {STEPS[0]} iterations "
+            f"APGD under {ball.name} leaves {counted(few.mean())} correct with {STEPS[0]} iterations "
             f"and {counted(many.mean())} with {STEPS[1]}"
         )
         checks.append(found("more-steps", values, only_many > only_few and p < P, message))
     left = float(robust(WIDE, WIDE_STEPS).mean())
-    message = (
-        f"APGD that may change the image at will (Linf, eps 1, {WIDE_STEPS} iterations) leaves {counted(left)} right"
-    )
+    message = f"unbounded APGD (Linf, eps 1, {WIDE_STEPS} iterations) leaves {counted(left)} examples correct"
     checks.append(found("unbounded-attack", {"share": left}, left > LEFT, message))
     return checks
 
 
 def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> Tensor:
-    """Whom APGD leaves right: bool (B,). So it does where it meets gradients that are not finite."""
+    """Which examples stay correct under APGD, bool (B,); those with gradients that are not finite count as correct."""
     try:
         return APGD(steps=steps).run(model, x, y, threat).robust
     except FloatingPointError:
@@ -121,20 +123,20 @@ def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> T
 
 
 def _cross_entropy_gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
-    """What attacks on the cross-entropy see in float32: it is zero also where the model is very confident."""
+    """The gradient that attacks on the cross-entropy get in float32, which is also zero for very confident outputs."""
     odds, _, gradient = loss_and_gradient(model, x, y)
     return gradient * odds.sigmoid().view(-1, 1, 1, 1)
 
 
 def _useless(gradient: Tensor) -> Tensor:
-    """Whose gradient leads nowhere, as it is zero or not finite somewhere: bool (B,)."""
+    """Which gradients are of no use to an attack, being zero everywhere or not finite somewhere: bool (B,)."""
     flat = gradient.flatten(1)
     return (flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)
 
 
 def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
-    advice = "gradients may be masked, the true robustness lower"
+    """The checks that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
+    advice = "gradients may be masked, and the true robustness lower"
     return [
         warning(check["check"], None, None, check["examples"], f"{check['message']}: {advice}")
         for check in checks
@@ -143,6 +145,6 @@ def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ball(cases: Sequence[Case]) -> LpBall | None:
-    """The Linf ball under attack if there is one, otherwise the first Lp ball."""
+    """The first Linf ball of the cases, otherwise their first Lp ball; None if they have no ball."""
     balls = [case.threat for case in cases if isinstance(case.threat, LpBall) and case.threat.eps > 0]
     return next((ball for ball in balls if ball.norm == "Linf"), balls[0] if balls else None)

@@ -1,4 +1,4 @@
-"""What an evaluation found: one boolean matrix, and everything that follows from it."""
+"""The result of an evaluation: one boolean matrix, and the accuracies computed from it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.threats import LpBall
 
 CLEAN, AVERAGE, UNION = "clean", "average", "union"
+_ACCURACIES = (CLEAN, "robust", AVERAGE, UNION, "groups", "unions")
+"""Entries of ``result.json`` that are computed from the matrix, as shares."""
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
-"""What of ``result.json`` is no settings and does not follow from the matrix."""
+"""Entries of ``result.json`` that are neither settings nor computed from the matrix."""
 
 
 class _Named(BaseModel):
@@ -33,7 +35,7 @@ class _Named(BaseModel):
 
 
 class _Settings(BaseModel):
-    """The form of what readers want of ``settings.json``, as far as it is there."""
+    """The entries of ``settings.json`` that readers use, each of them optional, for validation."""
 
     suite: dict[str, Any] = {}
     threats: dict[str, Any] = {}
@@ -50,12 +52,12 @@ class _Settings(BaseModel):
 
 @dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
 class Report:
-    """Accuracies derived from ``correct``; all are shares in [0, 1].
+    """Result of an evaluation. Accuracies are derived from ``correct``, as shares in [0, 1].
 
-    Columns are of two sorts. Under an *attack* an example that is wrong without one is wrong; ``average`` and
-    ``union`` are over these. A fixed change of the images (a case with ``on_all``, such as a corruption) may turn a
-    wrong answer into a right one, and counts in its group's mean alone. Where a case failed or has not been run it has
-    no column, and what it is part of is NaN.
+    There are two kinds of columns. Under an *attack*, an example that is misclassified without an attack counts as
+    wrong; ``average`` and ``union`` are over these columns. A fixed change of the images (a case with ``on_all``, such
+    as a corruption) may turn a wrong prediction into a correct one, and counts only in its group's mean. A case that
+    failed or has not been run has no column, and every average or union that includes it is NaN.
     """
 
     correct: np.ndarray
@@ -65,26 +67,28 @@ class Report:
     labels: np.ndarray
     """int64 (n,): the true classes."""
     indices: np.ndarray
-    """int64 (n,): position of each example in the data given."""
+    """int64 (n,): position of each example in the data that was evaluated."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What determines the result, and its provenance."""
+    """The settings that determine the result, and its provenance."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
-    """Each with the ``check`` that raised it, ``case``, ``attack``, how many ``examples``, and a ``message``."""
+    """Each has the ``check`` that raised it, ``case``, ``attack``, number of ``examples``, and a ``message``."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Case -> what went wrong."""
+    """Case -> error message."""
     pending: tuple[str, ...] = ()
     """Cases of the suite that have not been run yet."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Case -> attack -> accuracy once that attack, too, has run."""
+    """Case -> attack -> accuracy after the case's attacks up to this one."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Case -> time its attacks took, over all the processes that worked on it."""
+    """Case -> time its attacks took, summed over the processes."""
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.run_checks`)."""
+    """Results of the checks for masked gradients (:func:`rome.evaluation.masking.run_checks`)."""
     date: str = ""
-    """When it was finished."""
+    """When the evaluation was finished."""
     reused: dict[str, Any] = field(default_factory=dict)
-    """What no call before this one would have had to run: ``result``, the date of one that is returned whole; or how
-    many ``batches`` ``of`` all, in which ``cases``, are of earlier calls, the ``first`` and the ``last`` of what date.
+    """Work reused from earlier calls; empty if there is none.
+
+    Either ``result``, the date of a finished result that is returned as it is; or ``batches``, the number reused ``of``
+    all, with their ``cases`` and the dates of the ``first`` and the ``last``.
     """
 
     def __post_init__(self) -> None:
@@ -111,19 +115,21 @@ class Report:
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """The cases that are attacks, also those that are missing."""
+        """The cases that are attacks, including those without a column."""
         return tuple(name for name, case in self._planned.items() if not case.get("on_all", False))
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing among the classes; 0 where their number is unknown."""
+        """Accuracy of guessing a class; 0 if the number of classes is unknown."""
         classes = self.settings.get("classes", 0)
         return 1 / classes if classes else 0.0
 
     @property
     def guesses(self) -> str:
-        """That guessing would reach its accuracy without an attack (the lower end of its interval), or else under all;
-        empty where it would not."""
+        """Remark that the model is no better than guessing; empty if it is better.
+
+        It compares the lower end of the clean accuracy's interval, and then the union, with :attr:`chance`.
+        """
         clean, chance = self.interval(CLEAN)[0], self.chance
         for value, least, when in ((self.clean, clean, "without an"), (self.union, self.union, "under every")):
             if least <= chance > 0:
@@ -133,22 +139,22 @@ class Report:
 
     @property
     def average(self) -> float:
-        """Mean accuracy over the attacks; NaN where one is missing."""
+        """Mean accuracy over the attacks; NaN if one is missing."""
         return self._mean(self.attacks)
 
     @property
     def union(self) -> float:
-        """Share of the examples that are correct without an attack and under every one; NaN where one is missing."""
+        """Share of the examples that are correct without an attack and under every attack; NaN if one is missing."""
         return self.union_of(self.attacks) if self._complete(self.attacks) else math.nan
 
     @property
     def groups(self) -> dict[str, float]:
-        """Group -> mean accuracy over its cases; NaN where one is missing."""
+        """Group -> mean accuracy over its cases; NaN if one is missing."""
         return {group: self._mean(names) for group, names in self.members.items()}
 
     @property
     def members(self) -> dict[str, tuple[str, ...]]:
-        """Group -> its cases, also those that are missing."""
+        """Group -> its cases, including those without a column."""
         found: dict[str, tuple[str, ...]] = {}
         for name, case in self._planned.items():
             if group := case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else ""):
@@ -157,7 +163,7 @@ class Report:
 
     @property
     def unions(self) -> dict[str, float]:
-        """Group of several attacks -> their union; NaN where one is missing."""
+        """Group of several attacks -> their union; NaN if one is missing."""
         return {
             group: self.union_of(names) if self._complete(names) else math.nan
             for group, names in self.members.items()
@@ -166,7 +172,7 @@ class Report:
 
     @property
     def corruptions(self) -> tuple[str, ...]:
-        """Where the corrupted images that were shown come from, in a sentence each; none without corruptions."""
+        """Sources of the corrupted images, one phrase each; empty without corruptions."""
         height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
         shown = [self._planned[name].get("attacks", [{}])[0] for name in self.cases[1:]]
         made = [attack for attack in shown if attack.get("kind") == Corruption.kind]
@@ -179,20 +185,20 @@ class Report:
 
     @property
     def reuse(self) -> str:
-        """:attr:`reused` in words; empty where everything was run now."""
+        """:attr:`reused` in words; empty if nothing was reused."""
         if "result" in self.reused:
-            return f"this is the result of {self.reused['result']}; no attack was run now"
+            return f"this is the result of {self.reused['result']}; no attack was run again"
         if not self.reused:
             return ""
         dates = " to ".join(dict.fromkeys((self.reused["first"], self.reused["last"])))
         count = f"{self.reused['batches']} of {self.reused['of']} batches"
-        return f"{count} are those of an earlier call ({dates}): {', '.join(self.reused['cases'])}"
+        return f"{count} are from an earlier call ({dates}): {', '.join(self.reused['cases'])}"
 
     def require_complete(self) -> None:
-        """Nothing, where no case failed.
+        """Check that no case failed.
 
         Raises:
-            Incomplete: some did.
+            Incomplete: some failed.
         """
         if self.failed:
             raise Incomplete(
@@ -201,7 +207,7 @@ class Report:
             )
 
     def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
-        """bool (n,): correct without an attack and under all of these cases; None: under every attack.
+        """Which examples are correct without an attack and under all of these cases (None: every attack), bool (n,).
 
         Raises:
             UserError: one of them is not in the report.
@@ -217,7 +223,7 @@ class Report:
         return np.asarray(self.correct[:, columns].all(axis=1))
 
     def union_of(self, cases: Iterable[str]) -> float:
-        """The union over some of the cases: the share that is correct without an attack and under each of them.
+        """Union over these cases: the share of examples correct without an attack and under each of them.
 
         Raises:
             UserError: one of them is not in the report.
@@ -225,18 +231,18 @@ class Report:
         return float(self.right(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN for one of these that is NaN.
+        """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN if the accuracy is NaN.
 
-        Wilson's score interval (:func:`rome.evaluation.statistics.wilson`). It covers the choice of the examples, not
-        of the training seed.
+        It is Wilson's score interval (:func:`rome.evaluation.statistics.wilson`), and accounts for the choice of the
+        examples, not of the training seed.
 
         Raises:
-            UserError: no such column.
+            UserError: there is no such column.
         """
         if name in (AVERAGE, UNION):
-            of = self.union_interval if name == UNION else self.mean_interval
-            return of(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
-        self.right((name,))  # is it there?
+            interval = self.union_interval if name == UNION else self.mean_interval
+            return interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
+        self.right((name,))  # raises for an unknown name
         return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
     def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
@@ -248,14 +254,16 @@ class Report:
         return wilson(int(self.right(cases).sum()), self.n)
 
     def mean_interval(self, cases: Iterable[str]) -> tuple[float, float]:
-        """95% interval of the mean over some cases, which share their examples
+        """95% interval of the mean accuracy over these cases, which share their examples
         (:func:`rome.evaluation.statistics.wilson_mean`)."""
         return wilson_mean(self.correct[:, [self.cases.index(case) for case in cases]].mean(axis=1))
 
     @cached_property
     def _planned(self) -> dict[str, Mapping[str, Any]]:
-        """The cases, also those that are missing, in the order of the suite, each with its description as
-        :meth:`rome.attacks.suites.base.Case.dump` gives it; empty where unknown."""
+        """Cases, including those without a column, in the suite's order -> their descriptions.
+
+        A description is that of :meth:`rome.attacks.suites.base.Case.dump`; empty if unknown.
+        """
         described = {case["name"]: case for case in self.settings.get("cases", ())}
         known = (*self.cases[1:], *self.failed, *self.pending)
         order = [*(name for name in described if name in known), *known]
@@ -269,19 +277,11 @@ class Report:
         return float(np.mean([robust[name] for name in names])) if self._complete(names) else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the matrix, as plain data; what is unavailable is None."""
+        """Everything but the matrix, as plain data; NaN becomes None."""
         names = (*self.cases, *(() if math.isnan(self.union) else (AVERAGE, UNION)))
-        numbers = {
-            "clean": self.clean,
-            "robust": self.robust,
-            "average": self.average,
-            "union": self.union,
-            "groups": self.groups,
-            "unions": self.unions,
-        }
         return {
             "n": self.n,
-            **{name: _available(value) for name, value in numbers.items()},
+            **{name: _without_nan(getattr(self, name)) for name in _ACCURACIES},
             "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
             **{name: getattr(self, name) for name in _STORED},
@@ -290,7 +290,7 @@ class Report:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The matrix with its names, as ``matrix.npz`` holds it."""
+        """The matrix, its columns, labels and indices, as ``matrix.npz`` stores them."""
         return {
             "correct": self.correct,
             "cases": np.array(self.cases),
@@ -300,10 +300,10 @@ class Report:
 
     @staticmethod
     def load(directory: str | Path) -> Report:
-        """The finished evaluation in a folder.
+        """Load the finished evaluation in a folder.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is damaged.
         """
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
@@ -319,26 +319,26 @@ class Report:
                     **{name: result[name] for name in _STORED},
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            said = first_line(error)
+            reason = first_line(error)
             if isinstance(error, ValidationError):
                 place, message = next(iter(mistakes(error).items()))
-                said = f"{'.'.join(map(str, place))}: {message}"
+                reason = f"{'.'.join(map(str, place))}: {message}"
             raise UserError(
-                f"the evaluation in {folder} is damaged ({said}): remove {RESULT} and evaluate again; "
+                f"the evaluation in {folder} is damaged ({reason}): remove {RESULT} and evaluate again; "
                 "finished batches are kept"
             ) from None
 
 
 def _source(corruption: Mapping[str, Any], side: int) -> str:
-    """What a dumped :class:`rome.attacks.Corruption` does to images of this side."""
+    """Source of the images of a dumped :class:`rome.attacks.Corruption`, for images of this side."""
     if corruption.get("path") is not None:
         return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
-    whose = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
-    return f"corrupted images made here with the severities of {whose}, not its images"
+    name = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
+    return f"corrupted images made here with the severities of {name}, not its images"
 
 
-def _available(value: Any) -> Any:
-    """The number, or each of several by name; None where it is NaN."""
+def _without_nan(value: Any) -> Any:
+    """Replace NaN by None in a number, or in each value of a mapping."""
     if isinstance(value, dict):
-        return {name: _available(each) for name, each in value.items()}
+        return {name: _without_nan(each) for name, each in value.items()}
     return None if math.isnan(value) else value

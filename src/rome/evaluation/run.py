@@ -1,4 +1,4 @@
-"""Evaluating what a run saved or a config names: model, data and settings, and where the result goes."""
+"""Evaluate a model that a run saved or a config names: open it and its data, and choose the result's folder."""
 
 from __future__ import annotations
 
@@ -54,38 +54,38 @@ def evaluate_saved(
     """Evaluate a model on the test set of its config.
 
     Args:
-        target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, a model of the Hub
-            (``hf://USER/NAME``; the result names its commit), or the config of a model that no run made
+        target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, a model on the Hub
+            (``hf://USER/NAME``; the result names its commit), or the config of a model that was not trained by a run
             (:func:`rome.evaluation.named.named_config`).
-        data: where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
-        budgets: other threats than the config's: ``cifar10``, ``Linf=4/255,Linf=8/255``
+        data: path of the data on this machine; None for the one in the ``config.yaml`` of the run's folder.
+        budgets: threats that replace the config's: ``cifar10``, ``Linf=4/255,Linf=8/255``
             (:func:`rome.evaluation.named.named_budgets`).
-        features: the network that measures perceptual distances in the suite; None takes the suite's.
+        features: the network that measures perceptual distances in the suite; None for the suite's own.
         routing: replaces the gates (:func:`rome.experts.set_routing`).
-        out: folder of the result; None: ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for a
-            run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
-            a model that no run on this machine made; under other budgets ``evaluation-budgets/SUITE-N-BUDGETS``.
-        settings: what holds where an argument is None; without it the config's ``evaluation``.
-        loggers: kinds of loggers; None takes the config's, and leaves out results that were there already.
+        out: folder for the result; by default ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for
+            a run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N``
+            for a model without a run on this machine, and with other budgets ``evaluation-budgets/SUITE-N-BUDGETS``.
+        settings: defaults for arguments that are None; None for the config's ``evaluation``.
+        loggers: kinds of loggers; None for the config's, which do not log a result that was finished before.
         trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-        others: arguments of :func:`rome.evaluate`, as are those without a word here.
+        others: further arguments of :func:`rome.evaluate`, which also explains those that are not described here.
 
     Returns:
         The report and the folder it was saved in.
 
     Raises:
-        UserError: no such model, no config in it, or a setting that does not fit.
+        UserError: there is no such model, it has no config, or a setting does not fit it.
     """
     opened = open_target(target, data)
     config, split = opened.config, opened.split
     if budgets is not None and (threats := named_budgets(budgets)) != config.threats:
         config = config.model_copy(update={"threats": threats})
         names = "+".join(f"{t.norm}-{t.radius}" if isinstance(t, LpBall) else t.name for t in threats)
-        if opened.home is not None:  # reports read one result of a suite there
+        if opened.home is not None:  # a report expects one result per suite in the usual folder
             opened = opened._replace(folder=opened.folder.with_name(f"{opened.folder.name}-budgets"))
         opened = opened._replace(suffix=f"{opened.suffix}-{names.replace('/', '_')}")
     settings = settings or config.evaluation
-    followed = chosen_loggers(config, loggers) if team.is_main else ()
+    used_loggers = chosen_loggers(config, loggers) if team.is_main else ()
     chosen = with_features(_suite(suite, settings.suite), features)
     for sentence in (*check_files(chosen, cases), *opened.remarks):
         say(sentence)
@@ -120,47 +120,48 @@ def evaluate_saved(
         progress=True,
         **others,
     )
-    if followed and (loggers is not None or "result" not in report.reused):
+    if used_loggers and (loggers is not None or "result" not in report.reused):
         label = f"{opened.folder.name}/{name}"
-        track(followed, opened.home or folder, config, report, x, folder, label, opened.updates)
+        track(used_loggers, opened.home or folder, config, report, x, folder, label, opened.updates)
     if "model" in opened.facts and not on_hub(config.model.name) and report.interval("clean")[0] <= report.chance:
         say(
-            f"{report.guesses}: are the normalisation (--mean, --std), the image size and the order of the classes "
-            "those it was trained with?"
+            f"{report.guesses}: was the model trained with this normalisation (--mean, --std), image size and order of "
+            "classes?"
         )
     return report, folder
 
 
 @trust.opens_files
 def evaluate_job(target: str, *, trust_code: bool = False, **options: Any) -> str:
-    """:func:`evaluate_saved` as a launcher calls it, in as many processes as there are; returns the result's folder."""
+    """Run :func:`evaluate_saved` for a launcher, as one of the processes it started; return the result's folder."""
     with launched() as team:
         return str(evaluate_saved(target, team=team, **options)[1])
 
 
 class Opened(NamedTuple):
-    """What is evaluated."""
+    """A model opened for evaluation, and where its results go."""
 
     model: nn.Module
     config: Config
     split: Split
     folder: Path
-    """Where results go."""
+    """Folder of the results, each in a folder of its own."""
     facts: dict[str, Any]
-    """JSON data for the result's provenance: ``checkpoint`` and its hash of a run, ``model`` of another model."""
+    """JSON data for the result's provenance: a run's ``checkpoint`` and its hash, or ``model`` for other models."""
     remarks: Sequence[str] = ()
     prefix: str = ""
     suffix: str = ""
+    """Prefix and suffix go around SUITE-N in the name of a result's folder."""
     home: Path | None = None
-    """The run's folder, which its loggers go on in; None of a model that lies in no run."""
+    """The run's folder, whose logs the loggers continue; None for a model that is not in a run."""
     updates: int = 0
-    """That the weights were trained for, as far as the log says."""
+    """Number of updates that the weights were trained for, according to the log; 0 if unknown."""
 
 
 def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
-    """The model in evaluation mode, its config and its test set; arguments and errors are :func:`evaluate_saved`'s."""
+    """Open a model in evaluation mode, its config and test set; arguments and errors are :func:`evaluate_saved`'s."""
     if on_hub(target):
-        target = _from_hub(target, data)
+        target = _hub_config(target, data)
     if isinstance(target, Config):
         target = target.model_copy(update={"model": target.model.pinned()})
         split = target.data.open("test")
@@ -173,35 +174,36 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
         file = Run(file).model_file
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
-    if file.suffix == ".pt":  # a folder of its own, or reports would take it for the finished model's
+    if file.suffix == ".pt":  # its own folder, so that reports do not take its results for the finished model's
         model, config, split = _from_checkpoint(run, file, data)
         place, suffix = run.folder / "evaluation-unfinished", f"-{digest[:8]}"
         return Opened(model, config, split, place, facts, suffix=suffix, home=run.folder, updates=_updates(run, file))
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
-            f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
+            f"{file} holds no config, so its model and data are unknown; name them: rome evaluate --model NAME "
             f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
         )
-    config = parse(metadata["config"])  # first: it imports what the model may be built of
-    config, split = _located(config, file, data)
+    config = parse(metadata["config"])  # before loading the model: it imports the code that the model may need
+    config, split = _current_data(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
     home = run.folder if run.config_file.is_file() else None
     return Opened(load_model(file), config, split, place, facts, home=home, updates=_updates(run, file))
 
 
 def _updates(run: Run, file: Path) -> int:
-    """The updates that a run's weights are the result of; 0 without its log."""
+    """Number of updates that a run's weights were trained for; 0 without its log."""
     lines = [line for line in run.log() if line.get("best") or file != run.best_file]
     return int(lines[-1]["update"]) if lines else 0
 
 
 def _suite(name: str | None, configured: Suite) -> Suite:
-    """The suite or suites of that text (:func:`rome.attacks.suites.composed.listed`): what is named alone has the
-    config's settings where it has one of that name.
+    """Parse the suites named on the command line (:func:`rome.attacks.suites.composed.listed`).
+
+    A suite that is named without settings gets the config's settings if the config has a suite of that name.
 
     Raises:
-        UserError: no such suite.
+        UserError: there is no such suite.
     """
     if name is None:
         return configured
@@ -214,37 +216,37 @@ def _suite(name: str | None, configured: Suite) -> Suite:
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])
 
 
-def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
-    """The config with the data where it lies now, and its test set; raises what :func:`_opened` does."""
+def _current_data(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
+    """The config with the data's current path, and its test set; errors are those of :func:`_with_data`."""
     run = Run(file.parent)
-    elsewhere = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
-    known = (run.origin.get("data") or {}).get("classes")
-    return _opened(config, data or run.data_path or config.data.path, str(run.folder), known, elsewhere)
+    advice = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
+    classes = (run.origin.get("data") or {}).get("classes")
+    return _with_data(config, data or run.data_path or config.data.path, str(run.folder), classes, advice)
 
 
-def _opened(
-    config: Config, path: str | None, owner: str, classes: list[str] | None, elsewhere: str
+def _with_data(
+    config: Config, path: str | None, owner: str, classes: list[str] | None, advice: str
 ) -> tuple[Config, Split]:
-    """A config with another path of its data, and its test set.
+    """The config with this path of its data, and its test set.
 
     Args:
         owner: the model, for messages.
-        classes: that it was trained on, where they are known.
-        elsewhere: how to say where the data lies.
+        classes: the classes that the model was trained on; None if unknown.
+        advice: how to give the path if the data has moved, for messages.
 
     Raises:
-        UserError: it is not there, has no path, or has other classes.
+        UserError: the data is not there, cannot have a path, or has other classes.
     """
     if path != config.data.path:
         if type(config.data).model_fields["path"].annotation is type(None):
-            raise UserError(f"--data {path}: the data of {owner} ({config.data.kind}) lies at no path; leave it out")
+            raise UserError(f"--data {path}: the data of {owner} ({config.data.kind}) has no path; leave --data out")
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     try:
         split = config.data.open("test")
     except UserError as error:
         if path is None or Path(path).expanduser().exists():
             raise
-        raise UserError(f"{error}. If it lies elsewhere now: {elsewhere}") from None
+        raise UserError(f"{error}. If it has moved: {advice}") from None
     if classes not in (None, list(split.classes)):
         raise UserError(
             f"{path} has other classes than {owner} was trained on: {_listed(split.classes)} instead of "
@@ -253,25 +255,26 @@ def _opened(
     return config, split
 
 
-def _from_hub(source: str, data: str | None) -> Config:
-    """The config that evaluates a model of the Hub as the one it was trained with would, with the commit that the
-    source stands for now.
+def _hub_config(source: str, data: str | None) -> Config:
+    """Make a config that evaluates a model on the Hub with its training config's data, threats and settings.
+
+    It names the commit that the source refers to now.
 
     Raises:
-        UserError: no such model, or not one of ours, or what :func:`_opened` raises.
+        UserError: there is no such model, or rome did not push it; or as :func:`_with_data`.
     """
     commit = pinned(source)
     metadata, _ = read_tensors(commit, follow=True)
     if not metadata.get("config"):
         raise UserError(
-            f"{source} holds no config of rome's, so its data is unknown; name its architecture and the data: "
+            f"{source} holds no config of rome's, so its model and data are unknown; name them: "
             f"rome evaluate --model NAME --weights {source} --data DATA"
         )
     config = parse(metadata["config"])
-    elsewhere = f"rome evaluate {source} --data PATH"
+    advice = f"rome evaluate {source} --data PATH"
     if data is None and config.data.path == PATH:
-        raise UserError(f"where the data of {source} ({config.data.kind}) lies on this machine is unknown: {elsewhere}")
-    config, _ = _opened(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
+        raise UserError(f"the path of the data of {source} ({config.data.kind}) on this machine is unknown: {advice}")
+    config, _ = _with_data(config, data or config.data.path, source, metadata.get("classes"), advice)
     kept = {name: getattr(config, name) for name in ("imports", "data", "threats", "device", "evaluation")}
     return Config(name=named_after(source), model=ModelSettings(name=commit), **kept)
 
@@ -281,13 +284,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
+    """Build the model of an unfinished run's checkpoint, and return it with its config and test set.
+
+    Raises:
+        UserError: the file is no checkpoint, or does not fit the run's config; or as :func:`_with_data`.
+    """
     if file not in (run.checkpoint_file, run.before_file) or not file.is_file():
         raise UserError(
-            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours; "
-            "models of others go by --model and --data"
+            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors that rome saved; "
+            "for other models give --model and --data"
         )
     state: dict[str, Any] = run.load_checkpoint(file)
-    config, split = _located(run.config, file, data)
+    config, split = _current_data(run.config, file, data)
     untrained = config.model.without_weights()  # the checkpoint has all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     try:
@@ -295,5 +303,5 @@ def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module,
         done = int(state["epoch"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} does not fit its config.yaml ({first_line(error)}); restore it") from error
-    say(f"{file} is an unfinished run, after {done} epochs")
+    say(f"{file} is from an unfinished run, after {done} epochs")
     return model.eval(), config, split

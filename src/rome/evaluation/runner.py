@@ -1,4 +1,4 @@
-"""An evaluation under way: clean images, then case after case, each attack on those that are still correct."""
+"""Run an evaluation: the clean images, then case after case, each attack on the examples that are still correct."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from rome.evaluation.batch import (
     FixedChange,
     format_error,
     in_whole_levels,
+    merge_warnings,
     recheck,
-    summed,
     warning,
 )
 from rome.evaluation.checks import refuse_not_finite
@@ -41,11 +41,11 @@ from rome.models.folding import Fold, foldable, folded
 from rome.threats import AnyImage, LpBall
 
 SQUARE_MARGIN = 0.002
-"""A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""
+"""Largest drop in accuracy by Square after the white-box attacks that raises no warning (AutoAttack's threshold)."""
 
 
 class Unchanged(Attack):
-    """The images as they are. It has no kind, so no config names it."""
+    """Leaves the images as they are. It has no kind, so that no config can name it."""
 
     searches = (AnyImage, "leaves images as they are")
 
@@ -54,19 +54,19 @@ class Unchanged(Attack):
 
 
 CLEAN_CASE = Case(name=CLEAN, threat=AnyImage(), attacks=(Unchanged.model_construct(),), on_all=True)
-"""The first column."""
+"""The case of the first column: the clean images."""
 
 
 class Column(NamedTuple):
-    """What a case found; the fields are those of a :class:`rome.evaluation.result.Report`."""
+    """Result of a case; its fields become those of a :class:`rome.evaluation.result.Report`."""
 
     correct: np.ndarray
-    """bool (n,)."""
+    """bool (n,): the examples that are correct after the case."""
     after: dict[str, float]
     seconds: float
     warnings: list[dict[str, Any]]
     dates: list[str]
-    """When its batches were run, one for each; empty for one that is run now."""
+    """For each of its batches the date it was run; an empty string for one that is run now."""
 
 
 @dataclass
@@ -77,34 +77,37 @@ class CaseRunner:
     examples: Examples
     cases: list[Case]
     settings: dict[str, Any]
-    """Of the evaluation; used are ``batch_size``, ``seed``, ``save_images`` and ``networks``: case -> SHA-256 of the
-    file whose network measures for it. A batch that another one measured is done again."""
+    """The evaluation's settings, of which ``batch_size``, ``seed``, ``save_images`` and ``networks`` are used.
+
+    ``networks`` maps a case to the SHA-256 of the network file that measures its perceptual distances; a batch measured
+    by a different network is run again.
+    """
     store: Store
     watch: ProgressCallback
     halving: Halving
     team: Team
     verbose: bool
-    """Whether a case that fails is named on standard error at once."""
+    """Whether to print the error of a failing case at once."""
 
     def report(self, wanted: Collection[str]) -> Report:
-        """All cases that are wanted or on disk; the others are pending.
+        """Run the cases that are wanted, and report on them and on those on disk; the others are pending.
 
         Raises:
-            StorageError: a finished batch cannot be kept.
-            Exception: whatever the first case raised, if none of them ended well.
+            StorageError: a finished batch cannot be stored.
+            Exception: the first failed case's error, if no case succeeded.
         """
         clean = self.column(CLEAN_CASE, np.ones(len(self.examples.x), dtype=bool), run=True)
         assert clean is not None
-        bad = [each["examples"] for each in clean.warnings if each["check"] == NOT_FINITE]
-        refuse_not_finite(sum(bad), len(clean.correct))
+        bad = sum(each["examples"] for each in clean.warnings if each["check"] == NOT_FINITE)
+        refuse_not_finite(bad, len(clean.correct))
         columns, errors, pending = {CLEAN: clean}, dict[str, Exception](), list[str]()
         for case in self.cases:
             start = np.ones_like(clean.correct) if case.on_all else clean.correct
             try:
                 column = self.column(case, start, run=case.name in wanted)
-            except (Interrupted, StorageError):  # there is no sense in going on
+            except (Interrupted, StorageError):  # the other cases could not be run or stored either
                 raise
-            except Exception as error:  # the other cases go on; this one is reported and tried again next time
+            except Exception as error:  # run the other cases; this one is reported, and the next call tries it again
                 if out_of_memory(error):
                     free(error)
                 errors[case.name] = error
@@ -134,9 +137,9 @@ class CaseRunner:
         )
 
     def column(self, case: Case, correct: np.ndarray, *, run: bool) -> Column | None:
-        """Which examples are still correct after all attacks of a case, of those that are correct before: bool (n,).
+        """Run all attacks of a case on the examples that are ``correct``, bool (n,), before it.
 
-        Without ``run``: None unless every batch of the case is on disk.
+        Without ``run``, only read it from disk; None unless every batch is there.
         """
         correct = correct.copy()
         after: dict[str, float] = {}
@@ -157,16 +160,19 @@ class CaseRunner:
             if attack.kind == Square.kind and stage > 0 and before - correct.mean() > SQUARE_MARGIN:
                 message = (
                     f"Square, which sees no gradients, lowered the accuracy by {100 * (before - correct.mean()):.1f} "
-                    "points after the white-box attacks: gradients may be masked, the true robustness lower"
+                    "points after the white-box attacks: gradients may be masked, and the true robustness lower"
                 )
                 found.append(warning("black-box-beats-white-box", case.name, attack, int(correct.sum()), message))
         if run and case is not CLEAN_CASE:
             self.watch(case.name, len(dates), len(dates), float(correct.mean()))
-        return Column(correct, after, seconds, summed(found), dates)
+        return Column(correct, after, seconds, merge_warnings(found), dates)
 
     def stage(self, case: Case, stage: int, correct: np.ndarray, *, run: bool, done: int) -> list[BatchResult] | None:
-        """One attack on all batches of what is correct, each process on its share of them."""
-        left, indices, size = correct.copy(), np.flatnonzero(correct), self.settings["batch_size"]
+        """Run one attack on all batches of the ``correct`` examples, (n,), each process on its share of the batches.
+
+        None as for :meth:`column`; ``done`` is the number of the case's batches in earlier stages.
+        """
+        remaining, indices, size = correct.copy(), np.flatnonzero(correct), self.settings["batch_size"]
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
         def work() -> dict[int, BatchResult]:
@@ -175,20 +181,21 @@ class CaseRunner:
                 unit = self.unit(case, stage, index, parts[index], run=run)
                 if unit is None:
                     break
-                units[index] = replace(unit, images=None)  # they stay with the process
-                left[parts[index]] = unit.correct
-                over = done + min(index - self.team.rank + self.team.world, len(parts))  # the others are about as far
-                later = (len(case.attacks) - stage - 1) * -(-int(left.sum()) // size)
+                units[index] = replace(unit, images=None)  # they are not sent to the other processes
+                remaining[parts[index]] = unit.correct
+                # the other processes are about as far as this one
+                finished = done + min(index - self.team.rank + self.team.world, len(parts))
+                later = (len(case.attacks) - stage - 1) * -(-int(remaining.sum()) // size)
                 total = done + len(parts) + later
-                if run and case is not CLEAN_CASE and over < total:  # the last call of a case is the case's own
-                    self.watch(case.name, over, total, float(left.mean()))
+                if run and case is not CLEAN_CASE and finished < total:  # column() makes a case's last call
+                    self.watch(case.name, finished, total, float(remaining.mean()))
             return units
 
         units = {index: unit for share in self.team.together(work) for index, unit in share.items()}
         return [units[index] for index in range(len(parts))] if len(units) == len(parts) else None
 
     def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
-        """One attack on one batch, from disk if it is there."""
+        """Run one attack on one batch, or read it from disk; None without ``run`` if it is not there."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind or case.name}-{index:05d}"
         keep: SaveImages = "none" if case.on_all else self.settings["save_images"]  # a fixed change can be made again
         unit, network = self.store.read(key, part), self.settings["networks"].get(case.name)
@@ -206,15 +213,15 @@ class CaseRunner:
 
     @cached_property
     def folds(self) -> list[Fold]:
-        """What the model's convolutions compute for its normalisations during attacks; images are judged without."""
-        few = min(2, len(self.examples.x), self.settings["batch_size"])  # no more than the model is known to take
+        """BatchNorms that the convolutions before them compute during attacks; images are rechecked without folding."""
+        few = min(2, len(self.examples.x), self.settings["batch_size"])  # a batch size that the model is known to take
         return foldable(self.model, self.examples.batch(np.arange(few))[0])
 
     def attack(self, case: Case, stage: int, part: np.ndarray, *, keep: SaveImages) -> BatchResult:
         """Run a case's attack number ``stage`` on the examples ``part`` (b,).
 
-        The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in
-        float32 before they count.
+        The random numbers depend on the seed alone. The adversarial images are rechecked (:func:`recheck`) before they
+        count.
         """
         attack = case.attacks[stage]
         start = time.perf_counter()
@@ -241,8 +248,8 @@ class CaseRunner:
         warnings += [warning(each.check, case.name, attack, each.examples, each.message) for each in noticed]
         if len(pieces) > 1:
             message = (
-                f"memory did not suffice for {self.settings['batch_size']} examples at a time: run in batches of at "
-                f"most {max(len(piece) for piece, _ in pieces)}, whose random starts are others"
+                f"there was not enough memory for {self.settings['batch_size']} examples at a time: run in batches of "
+                f"at most {max(len(piece) for piece, _ in pieces)}, whose random starts differ"
             )
             warnings.append(warning("out-of-memory", case.name, attack, len(part), message))
         facts = {"seconds": time.perf_counter() - start, "warnings": warnings}
@@ -250,7 +257,7 @@ class CaseRunner:
 
 
 def _reused(columns: dict[str, Column]) -> dict[str, Any]:
-    """What earlier calls ran, as in a report."""
+    """Build :attr:`rome.evaluation.result.Report.reused`."""
     taken = {name: list(filter(None, column.dates)) for name, column in columns.items()}
     dates = sorted(date for some in taken.values() for date in some)
     if not dates:

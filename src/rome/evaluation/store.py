@@ -1,14 +1,13 @@
-"""Finished work on disk: one file for each batch of each attack, written whole or not at all.
+"""Store finished work on disk: one file for each batch of each attack, written completely or not at all.
 
-    settings.json                        what determines the result, and where it came from
+    settings.json                        what determines the result, and its provenance
     batches/CASE/0-apgd-ce-00003.safetensors
-                                         one attack on one batch: indices, correct, images of those it fooled or of
-                                         all (where all pixels are whole grey levels in uint8, else in float32;
-                                         ``whole_levels`` says which); the case ``clean`` holds what is right without
-                                         an attack
+                                         one attack on one batch: indices, correct, and the images it fooled or all
+                                         (in uint8 those whose pixels are all whole grey levels, else in float32;
+                                         ``whole_levels`` says which); the case ``clean`` holds the unattacked batches
     matrix.npz, result.json              written last
 
-A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
+If the process is killed at any moment, every file is complete or absent; one whose checksum is wrong counts as absent.
 """
 
 from __future__ import annotations
@@ -41,38 +40,38 @@ WHOLE_LEVELS, _UINT8, _FLOAT32 = "whole_levels", "images_uint8", "images_float32
 
 @dataclass
 class BatchResult:
-    """What one attack did to one batch."""
+    """Result of one attack on one batch."""
 
     indices: np.ndarray
-    """int64 (b,): which examples."""
+    """int64 (b,): the positions of the batch's examples in the data."""
     correct: np.ndarray
     """bool (b,): which of them are still classified correctly."""
     images: Tensor | None = None
-    """float32 (k, C, H, W): the images of those that are not, or of all, in order; None if images are not kept."""
+    """float32 (k, C, H, W): images of the misclassified examples, or of all, in order; None if images are not kept."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """JSON data: ``seconds`` and ``warnings``, and the ``date`` of one that was read."""
+    """JSON data: ``seconds`` and ``warnings``; if read from disk, also the ``date`` it was written."""
 
 
 class StorageError(UserError):
-    """Nothing more can be kept, so going on would be in vain."""
+    """A file of the evaluation cannot be written, so continuing is pointless."""
 
 
 class Store:
-    """The folder of one evaluation; with ``directory`` None nothing is kept."""
+    """The folder of one evaluation; if ``directory`` is None, nothing is stored."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.fingerprint = ""
-        """Of the settings; a unit written under others counts as absent."""
+        """Hash of the settings (:func:`fingerprint`); a unit written under another one counts as absent."""
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of what is there, None where nothing is."""
+        """The stored settings; None if there are none."""
         if self.directory is None or not (self.directory / SETTINGS).exists():
             return None
         return read_json(self.directory / SETTINGS)
 
     def result(self) -> dict[str, Any] | None:
-        """The result of these settings, None where there is none or one of others."""
+        """The stored result for the stored settings; None if there is none, or if it belongs to other settings."""
         stored = self.settings()
         if self.directory is None or stored is None:
             return None
@@ -84,30 +83,33 @@ class Store:
         return result if same else None
 
     def open(self, settings: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
-        """Begin or go on with these settings; returns the stored ones, with the networks that measure now.
+        """Start or continue an evaluation with these settings.
+
+        Returns:
+            The settings in the folder, with the current hashes of the networks that measure perceptual distances.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while nobody can tell whether it is
-                one of the same model and attacks.
+            UserError: the folder holds an evaluation with other settings, or one that may be of another model or other
+                attacks because these cannot be identified.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
             return settings
         for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
             remove_partials(folder)
-        unseen = _unseen(settings)
+        indistinct = _indistinct(settings)
         stored = None if overwrite else self.settings()
         if stored is None:
             make_folder(self.directory)
-            self._clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
+            self._clear(batches=overwrite or bool(indistinct))  # batches without settings may be of any model
             return self._save(settings)
-        advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
+        advice = "choose another folder (--out), or overwrite=True (--overwrite) to delete that evaluation"
         if differing := differences(stored, settings):
             raise UserError(
                 f"{self.directory} holds an evaluation with other settings ({some(differing, 5, '; ')}): {advice}"
             )
-        if unseen:
-            raise UserError(f"{self.directory} holds an evaluation of {unseen}, so this may be another one: {advice}")
+        if indistinct:
+            raise UserError(f"{self.directory} holds an evaluation of {indistinct}, which may differ: {advice}")
         before = stored.get("networks", {})
         networks = before | settings["networks"]
         if networks == before:
@@ -115,26 +117,29 @@ class Store:
         return self._save({**settings, "save_images": stored["save_images"], "networks": networks})
 
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """These settings, once they are in the folder."""
+        """Write the settings to the folder, and return them."""
         assert self.directory is not None
         _keep(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
         trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
         return settings
 
     def _clear(self, *, batches: bool) -> None:
-        """Remove an earlier evaluation's files, and nothing else; its batches only on request: each says which settings
-        it is of."""
+        """Remove the files of an earlier evaluation, and nothing else.
+
+        Its ``batches`` may stay, as the fingerprint in their checksums shows which settings they belong to.
+        """
         assert self.directory is not None
         stored = (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ()
-        settings = self.directory / SETTINGS  # last: without it the rest would be taken as new
+        settings = self.directory / SETTINGS  # last: the settings show whose the other files are
         for path in (self.directory / RESULT, self.directory / MATRIX, *stored, settings):
             path.unlink(missing_ok=True)
 
     def path(self, key: str) -> Path | None:
+        """The file of a unit, whose ``key`` is such as ``Linf/0-apgd-ce-00003``; None if nothing is stored."""
         return self.directory / BATCHES / f"{key}.safetensors" if self.directory else None
 
     def read(self, key: str, indices: np.ndarray) -> BatchResult | None:
-        """The finished unit of this name for exactly these examples; None where it is absent or damaged."""
+        """The finished unit with this key for exactly these examples; None if it is absent or damaged."""
         path = self.path(key)
         if path is None or not path.exists():
             return None
@@ -151,6 +156,7 @@ class Store:
         return BatchResult(indices, tensors["correct"].numpy(), images, json.loads(facts))
 
     def write(self, key: str, unit: BatchResult) -> None:
+        """Store a finished unit under its key, with the date."""
         path = self.path(key)
         if path is None:
             return
@@ -169,7 +175,7 @@ class Store:
         return digest.hexdigest()
 
     def finish(self, arrays: Mapping[str, np.ndarray], result: dict[str, Any]) -> None:
-        """The matrix, then the readable result, whose presence means that the evaluation is finished."""
+        """Write the matrix, then the readable result, whose presence means that the evaluation is finished."""
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
@@ -178,16 +184,16 @@ class Store:
 
 
 def finished(result: Mapping[str, Any] | None) -> bool:
-    """Whether every case is in a result."""
+    """Whether there is a result and it includes every case."""
     return result is not None and not result["failed"] and not result.get("pending")
 
 
-def _unseen(settings: Mapping[str, Any]) -> str:
-    """What of an evaluation cannot be distinguished from another's; empty where everything can."""
+def _indistinct(settings: Mapping[str, Any]) -> str:
+    """The parts of an evaluation that cannot be distinguished from another's, in words; empty if all can."""
     unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
     if settings["model"]["sha256"] is None:
-        return "a function, whose weights cannot be seen (those of a torch module can)"
-    return f"what cannot be distinguished from others of its kind ({', '.join(unknown)})" if unknown else ""
+        return "a function, whose weights cannot be compared (those of a torch module can)"
+    return f"objects that cannot be distinguished from others of their kind ({', '.join(unknown)})" if unknown else ""
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -197,14 +203,14 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def example_images(directory: str | Path, case: str, k: int | None = None) -> tuple[np.ndarray, Tensor]:
-    """The first ``k`` adversarial images kept for a case, by the order of the examples; None is all of them.
+    """Read the first ``k`` successful adversarial images kept for a case, in the order of the examples; None: all.
 
     Returns:
-        The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU. Each one is
+        The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU. All of them are
         misclassified; there may be fewer than ``k``.
 
     Raises:
-        UserError: no such case, the images were not kept, or a file of them is damaged.
+        UserError: there is no such case, its images were not kept, or a file is damaged.
     """
     places: list[tuple[int, Path, int]] = []
     files = sorted((Path(directory) / BATCHES / case).glob("*.safetensors"))
@@ -215,8 +221,8 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
                 why = f"the images of {case!r} were not kept (save_images)"
                 continue
             indices, fooled = file.get_tensor("indices"), (~file.get_tensor("correct")).nonzero().flatten()
-            alone = len(file.get_tensor(WHOLE_LEVELS)) == len(fooled)  # and not among those of all
-            rows = range(len(fooled)) if alone else fooled.tolist()
+            only_fooled = len(file.get_tensor(WHOLE_LEVELS)) == len(fooled)  # or the images of all
+            rows = range(len(fooled)) if only_fooled else fooled.tolist()
             places += [(index, path, row) for row, index in zip(rows, indices[fooled].tolist(), strict=True)]
     if why:
         raise UserError(f"{why}: evaluate into this folder with save_images='fooled' (--save-images fooled)")
@@ -226,7 +232,7 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
 
 
 def _image(path: Path, row: int | None) -> Tensor:
-    """One image (1, C, H, W) of a batch's file, or none (0, C, H, W)."""
+    """Read image number ``row`` of a batch's file, (1, C, H, W); with None no image, (0, C, H, W)."""
     with _opened(path) as file:
         whole = file.get_tensor(WHOLE_LEVELS)
         kind = _UINT8 if row is None or whole[row] else _FLOAT32
@@ -236,14 +242,14 @@ def _image(path: Path, row: int | None) -> Tensor:
 
 
 def _packed(images: Tensor) -> dict[str, Tensor]:
-    """Images (k, C, H, W) without loss: in uint8 those whose pixels are all whole grey levels, the others as they
-    are."""
+    """Pack images (k, C, H, W) without loss: in uint8 if all pixels are whole grey levels, otherwise in float32."""
     levels = (images * 255).round()
     whole = (levels / 255 == images).flatten(1).all(dim=1)
     return {WHOLE_LEVELS: whole, _UINT8: levels[whole].to(torch.uint8), _FLOAT32: images[~whole].contiguous()}
 
 
 def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The images (k, C, H, W) that :func:`_packed` packed."""
     whole = tensors[WHOLE_LEVELS]
     images = torch.empty(len(whole), *tensors[_FLOAT32].shape[1:])
     images[whole] = tensors[_UINT8].float() / 255
@@ -253,7 +259,7 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A batch's file.
+    """Open a batch's file.
 
     Raises:
         UserError: it is damaged.
@@ -272,14 +278,16 @@ def _keep(path: Path, content: bytes) -> None:
         replace_file(path, content)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}): make room for it; what was written before is kept, "
-            "and the same command goes on with it"
+            f"{path} cannot be written ({error.strerror or error}): make room for it; finished batches are kept, "
+            "and the same command continues from them"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the file is absent or damaged.
+    """Read a JSON object from a file of an evaluation.
+
+    Raises:
+        UserError: the file is absent or damaged.
     """
     try:
         content = parse_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What an evaluation found, for the loggers of the run that it evaluated (:mod:`rome.runs.loggers`)."""
+"""Log an evaluation's accuracies and pictures with the loggers of the evaluated run (:mod:`rome.runs.loggers`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from rome.runs.config import Config
 from rome.runs.loggers import Logger, tracking
 
 PICTURED = 8
-"""Examples in a picture."""
+"""Most examples in a picture."""
 SIDE = 64
-"""Pixels; smaller images are enlarged by a whole factor."""
+"""Side of an image in a picture, in pixels; smaller images are enlarged by a whole factor up to it."""
 
 
 def chosen_loggers(config: Config, names: Sequence[str] | None) -> tuple[Logger, ...]:
-    """The loggers of these names, or those of the config whose packages are here: the run may be somebody else's.
+    """The loggers of these kinds, or with None those of the config whose packages are installed.
+
+    A config may be somebody else's, so a logger of it that cannot be used is skipped with a remark.
 
     Raises:
-        UserError: no such logger, or the package of one of the names is not installed.
+        UserError: no such kind, or the package of one of the ``names`` is not installed.
     """
     if names is not None:
         try:
@@ -45,7 +47,7 @@ def chosen_loggers(config: Config, names: Sequence[str] | None) -> tuple[Logger,
             logger.check()
             usable.append(logger)
         except UserError as error:
-            say(f"{error}; the evaluation goes on without it")
+            say(f"{error}; the evaluation continues without it")
     return tuple(usable)
 
 
@@ -59,14 +61,14 @@ def track(
     label: str,
     step: int,
 ) -> None:
-    """Log accuracies and pictures.
+    """Log the accuracies and pictures of an evaluation.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         x: the images that were attacked, (n, C, H, W) in [0, 1].
-        images: the folder of the evaluation, with the adversarial images.
-        label: the group of the names: ``evaluation/apgd-1000``.
-        step: updates that the model was trained for.
+        images: the evaluation's folder, which holds the adversarial images.
+        label: prefix of the logged names, such as ``evaluation/apgd-1000``.
+        step: number of updates that the model was trained for.
     """
     with tracking(loggers, folder, config.name, config.dump()) as tracked:
         found = {"clean": report.clean, **report.robust, "average": report.average, "union": report.union}
@@ -78,8 +80,11 @@ def track(
 
 
 def picture(x: Tensor | Pixels, images: Path, case: str) -> np.ndarray | None:
-    """Rows of originals, adversarial images, and their difference on a scale of its own around gray: uint8 (H, W, 3).
-    None where no images were kept or no example was fooled."""
+    """Draw a row of clean images, one of adversarial images, and one of their differences: uint8 (H, W, 3).
+
+    Each difference is centred on grey and scaled to its own largest value. None if no images were kept or no example
+    was fooled.
+    """
     from torchvision.utils import make_grid
 
     try:
