@@ -1,3 +1,3 @@
-"""Evaluation: every example under every attack of a suite, stored so that a kill loses nothing, and the result.
+"""Evaluation of every example under every attack of a suite, with results stored so that a kill loses nothing.
 
-May import runs and what stands below, not training."""
+May import ``runs`` and the packages below it, but not ``training``."""

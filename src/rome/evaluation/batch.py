@@ -1,4 +1,4 @@
-"""What an attack returned for a batch: checked again, with warnings."""
+"""Checks and corrections of the adversarial images that an attack returned for a batch, with warnings."""
 
 from __future__ import annotations
 
@@ -22,22 +22,29 @@ NOT_FINITE = "non-finite-logits"
 
 @runtime_checkable
 class FixedChange(Protocol):
-    """What an attack of an ``on_all`` case may offer: images that depend on an example's number, such as those of
+    """Optional interface of attacks in ``on_all`` cases whose images depend on an example's index, such as those of
     CIFAR-10-C, which are read from a file."""
 
     def images(self, x: Tensor, y: Tensor, numbers: Tensor, source: Stream) -> Tensor:
-        """The changed images, like ``x`` (B, C, H, W); ``numbers`` int64 (B,) are the examples' places in the data."""
+        """Return the changed images, shaped like ``x`` (B, C, H, W).
+
+        Args:
+            x: the clean images.
+            y: labels, int64 (B,).
+            numbers: indices of the examples in the data, int64 (B,).
+            source: random numbers.
+        """
 
 
 class Examples(NamedTuple):
-    """All images and labels, and where to compute."""
+    """All images and labels, and the device to compute on."""
 
     x: Tensor | Pixels
     y: Tensor
     device: torch.device
 
     def batch(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The images and labels of some examples, on the device."""
+        """Return the images and labels of the examples with indices ``part``, on the device."""
         rows = torch.from_numpy(part)
         x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
         return x.to(self.device).contiguous(), y.to(self.device)
@@ -46,12 +53,17 @@ class Examples(NamedTuple):
 def recheck(
     model: Model, x: Tensor, y: Tensor, found: Tensor, case: Case, attack: Attack
 ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-    """What an attack returned, made valid, classified anew, with what was wrong with it.
+    """Make the images that an attack returned valid, and classify them again.
 
-    Outside its threat an image is projected back; not finite, or not to be projected, it is replaced by the original.
+    An image outside its threat is projected back; one that is not finite or cannot be projected is replaced by the
+    clean image.
+
+    Args:
+        x: the clean images (b, C, H, W).
+        found: the images that the attack returned, shaped like ``x``.
 
     Returns:
-        Images (b, C, H, W), which of them are classified correctly (b,), and warnings.
+        The valid images, bool (b,) which of them are classified correctly, and warnings.
     """
     if found.shape != x.shape:
         raise RuntimeError(f"the attack returned images {tuple(found.shape)} for {tuple(x.shape)}")
@@ -76,21 +88,21 @@ def recheck(
 
 
 def in_whole_levels(model: Model, x: Tensor, y: Tensor, images: Tensor, correct: Tensor, threat: LpBall) -> Tensor:
-    """Adversarial images (b, C, H, W), each rounded to whole grey levels k/255 where it then is inside its threat and
-    classified as before, that is ``correct`` or not (b,)."""
+    """Round adversarial images (b, C, H, W) to whole grey levels k/255, except those that would leave their threat or
+    change whether they are classified correctly (``correct``, (b,))."""
     rounded = (images * 255).round() / 255
     same = threat.contains(rounded, x) & ((model(rounded).argmax(1) == y) == correct)
     return torch.where(same.view(-1, 1, 1, 1), rounded, images)
 
 
 def warning(check: str, case: str | None, attack: Attack | None, examples: int, message: str) -> dict[str, Any]:
-    """An entry of :attr:`rome.evaluation.result.Report.warnings`."""
+    """Return an entry for :attr:`rome.evaluation.result.Report.warnings`."""
     kind = attack.kind if attack else None
     return {"check": check, "case": case, "attack": kind, "examples": examples, "message": message}
 
 
 def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One warning for each check of each attack, its examples added up over the batches."""
+    """Merge the warnings of all batches into one for each check and attack, with the total number of examples."""
     merged: dict[tuple[str, str | None], dict[str, Any]] = {}
     for each in found:
         first = merged.setdefault((each["check"], each["attack"]), {**each, "examples": 0})
@@ -99,9 +111,9 @@ def summed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_error(error: Exception) -> str:
-    """An error as a result keeps it."""
+    """Return the message that a result stores for an exception."""
     if isinstance(error, UserError):
-        return str(error)  # written to be read as it is
+        return str(error)  # its message is complete
     kind = getattr(error, "kind", type(error).__name__)
     advice = "; try a smaller batch_size, or batch_size='auto'" if out_of_memory(error) else ""
     return f"{kind}: {error}{advice}"

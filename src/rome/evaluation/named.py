@@ -1,6 +1,6 @@
-"""Models that no run made, and their data, as a command line names them: a config in memory.
+"""Models that rome did not train, and their data, named on the command line: options become a config in memory.
 
-``rome evaluate --model NAME --data DATA`` evaluates the config that :func:`named_config` makes of its options.
+``rome evaluate --model NAME --data DATA`` evaluates the config that :func:`named_config` makes from its options.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rome.runs.reading import Places
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 
 TRIED = 3
-"""Images on which a model is tried before anything else."""
+"""Number of images on which a model is tried first."""
 
 _FORMS = (
     "digits; cifar10:PATH; a folder with test/CLASS/*.jpg (or val), with test-*.parquet or with cifar-10-batches-py; a "
@@ -54,16 +54,16 @@ _FORMS = (
 
 
 def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Data:
-    """The data set that ``digits``, ``KIND:PATH``, a folder, a Parquet file or settings in braces name; what a folder
-    holds is seen by its content.
+    """Return the data set named by ``digits``, ``KIND:PATH``, a folder, a Parquet file or settings in braces. The kind
+    of a folder is recognised by its content.
 
     Args:
-        img_size: the side, in pixels, that images are to have.
-        settings: how a model wants images to be resized: for folders of images, and for Parquet files where
-            ``img_size`` is given or their images differ in size; others stay as they are.
+        img_size: height and width in pixels to resize images to.
+        settings: how the model expects images to be resized. Applies to folders of images, and to Parquet files if
+            ``img_size`` is given or their images differ in size; other data is not resized.
 
     Raises:
-        UserError: no such data set or folder, or one of unknown content.
+        UserError: no such data set or folder, or its content is not recognised.
     """
     given = _given(text)
     if img_size is not None:
@@ -77,7 +77,7 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
 
 
 def _given(text: str) -> dict[str, Any]:
-    """What a text says of a data set: its kind, and settings."""
+    """Parse a data set named on the command line into its kind and settings."""
     if text.lstrip().startswith("{"):
         try:
             (given,) = listed(text)
@@ -94,7 +94,7 @@ def _given(text: str) -> dict[str, Any]:
 
 
 def _content(path: str) -> str:
-    """The kind of data that lies at a path."""
+    """Recognise the kind of data at a path by its content."""
     folder = Path(os.path.expanduser(path))
     is_table = folder.suffix == ".parquet" and os.path.isfile(folder)
     if not is_table and not os.path.isdir(folder):
@@ -105,7 +105,9 @@ def _content(path: str) -> str:
     if folder.name == "cifar-10-batches-py" or (folder / "cifar-10-batches-py").is_dir():
         return Cifar10.kind
     if tables := [folder] if is_table else find_tables(folder, *NAMES["test"]):
-        return Cifar10.kind if labels_in(tables[0])[0] == CIFAR10_CLASSES else Parquet.kind  # as the Hub names them
+        return (
+            Cifar10.kind if labels_in(tables[0])[0] == CIFAR10_CLASSES else Parquet.kind
+        )  # with the class names of the Hub
     tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
@@ -113,17 +115,17 @@ def _content(path: str) -> str:
 
 
 def named_budgets(text: str) -> tuple[Threat, ...]:
-    """The threats that ``L2=0.5,Linf=8/255`` or a name, such as ``cifar10``, stand for. A norm may have several radii,
-    which are then in the names: ``Linf-4_255``.
+    """Parse threats written as ``L2=0.5,Linf=8/255`` or as the name of budgets, such as ``cifar10``. If a norm has
+    several radii, its threats are named by radius: ``Linf-4_255``.
 
     Raises:
-        UserError: no such budgets.
+        UserError: invalid or unknown budgets.
     """
     return parse_threats(_balls(text), f"--budgets {text}: ")
 
 
 def _balls(text: str | None) -> Any:
-    """Balls as a config says them; a name as it is."""
+    """Balls as plain data of a config; names of budgets are returned unchanged."""
     if text is None or "=" not in text:
         return text
     balls = [part.partition("=") for part in text.split(",")]
@@ -131,14 +133,14 @@ def _balls(text: str | None) -> Any:
 
 
 def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
-    """How a timm model wants files of images to be resized, as settings of an image folder: what
-    ``timm.data.resolve_data_config`` says of its weights, and at their test size what it says of that; a model of ours
-    from the Hub as it was trained.
+    """Return how a model expects image files to be resized, as settings of an image folder: for a timm model what
+    ``timm.data.resolve_data_config`` gives for its weights (at their test size, if ``img_size`` is that); for a model
+    pushed to the Hub by rome the settings of its training data.
 
     Raises:
-        UserError: it wants images that are not square.
+        UserError: the model expects images that are not square.
     """
-    if on_hub(name):  # what its own data was resized by
+    if on_hub(name):  # how its training data was resized
         data = (read_tensors(name)[0].get("config") or {}).get("data") or {}
         return {key: data[key] for key in ("size", "crop_pct", "crop_mode", "interpolation") if key in data}
     config = _pretrained(name)
@@ -157,7 +159,7 @@ def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
 
 
 def _of_another_size(name: str, size: int) -> str:
-    """A remark where images have the size of the weights' training, and timm validates them at another one."""
+    """A remark if images have the size the weights were trained at, but timm validates them at another; else empty."""
     config = _pretrained(name)
     if config is None or config.test_input_size is None or size != config.input_size[-1]:
         return ""
@@ -167,7 +169,7 @@ def _of_another_size(name: str, size: int) -> str:
 
 
 def _pretrained(name: str) -> Any:
-    """What timm knows of the weights of a model of that name; None where it has no such model."""
+    """timm's configuration of the pretrained weights of a model; None if timm has no such model."""
     if names_code(name) or is_saved_module(name) or not timm.is_model(name):
         return None
     try:
@@ -178,15 +180,15 @@ def _pretrained(name: str) -> Any:
 
 
 def named_config(options: Mapping[str, Any], also: object = None) -> Config | None:
-    """The config that the options of a command make, by name; None where none of them is given.
+    """Make a config from command-line options; None if all of them are None.
 
     Args:
         options: ``model``, ``data``, ``weights``, ``weights_key``, ``budgets``, ``num_classes``, ``img_size``,
-            ``patch_size``, ``mean`` and ``std``, as they are typed.
-        also: what else the command names, for the message.
+            ``patch_size``, ``mean`` and ``std``, as typed by the user.
+        also: the run or config that the command names too, for the message.
 
     Raises:
-        UserError: ``model`` without ``data``, other options without ``model``, or values that are not valid.
+        UserError: ``model`` without ``data``, other options without ``model``, or invalid values.
     """
     said = {name: value for name, value in options.items() if value is not None}
     if not said:
@@ -223,7 +225,7 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
 
 
 def named_after(name: str) -> str:
-    """What results of a model are called by."""
+    """Name for the results of a model."""
     if on_hub(name):
         own = OnHub.parse(name).repository
     else:
@@ -232,7 +234,7 @@ def named_after(name: str) -> str:
 
 
 def command(config: Config) -> str:
-    """The command that evaluates such a config."""
+    """Return the command line that evaluates a config made by :func:`named_config`."""
     model, data = config.model, config.data
     given = {name: getattr(data, name) for name, field in type(data).model_fields.items()}
     given = {name: value for name, value in given.items() if value != type(data).model_fields[name].default}
@@ -250,13 +252,13 @@ def command(config: Config) -> str:
 
 
 def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """The model of such a config in evaluation mode, tried on the first images of the data.
+    """Build the model of a config made by :func:`named_config`, in evaluation mode, and try it on the first images.
 
     Returns:
-        The model, what the result keeps of it (JSON), and what its reader should know.
+        The model, facts about it to store with the result (JSON), and remarks for the user.
 
     Raises:
-        UserError: unknown, unreadable, or it does not take such images or give so many logits.
+        UserError: the model is unknown or unreadable, does not accept such images, or has another number of classes.
     """
     settings, name = config.model, config.model.name
     channels, side = split.shape[0], split.shape[-1]
@@ -308,7 +310,7 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
 
 
 def _from_hub(name: str, mean: object, std: object) -> Classifier:
-    """A model that rome pushed, which brings its normalisation."""
+    """Load a model pushed to the Hub by rome, which includes its normalisation."""
     if mean is not None or std is not None:
         raise UserError(f"{name} brings its normalisation: leave --mean and --std out")
     model = load_model(name)
@@ -317,7 +319,7 @@ def _from_hub(name: str, mean: object, std: object) -> Classifier:
 
 
 def _architecture(settings: ModelSettings, outputs: int, channels: int, side: int, mean: Any, std: Any) -> Classifier:
-    """The model without the weights of a file; timm's with those of its tag."""
+    """Build a model by name, without weights from a file; a timm model has the pretrained weights of its tag."""
     name, plain = settings.name, mean is None and names_code(settings.name)
     config = _pretrained(name)
     if settings.pretrained and timm.is_model(name):

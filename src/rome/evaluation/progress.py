@@ -1,4 +1,4 @@
-"""How an evaluation says how far it is."""
+"""Progress of an evaluation: a bar, lines, or a callback."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 ProgressCallback = Callable[[str, int, int, float], None]
-"""Called after every batch with: case, batches done in it, batches in it as far as known (it shrinks while attacks
-succeed, and equals those done in the last call of a case), accuracy so far."""
+"""Called after every batch with the case, its batches done, its estimated number of batches (which shrinks as attacks
+succeed, and equals the batches done in the case's last call), and its accuracy so far."""
 
 
 SHOWN_BARS = 12
-"""Cases on a terminal at a time."""
+"""Most cases shown on a terminal at a time."""
 
 
 @contextmanager
 def watching(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
-    """The function to call after every batch: the caller's, a bar on a terminal, one line a case elsewhere, nothing."""
+    """Yield the function to call after every batch: the caller's own; for True, a bar on a terminal or else one line
+    per case; for False, one that does nothing."""
     if callable(progress):
         yield progress
     elif not progress:

@@ -1,4 +1,4 @@
-"""An evaluation under way: clean images, then case after case, each attack on those that are still correct."""
+"""Running an evaluation: the clean images, then each case, with each attack on the examples still correct."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from rome.models.folding import Fold, foldable, folded
 from rome.threats import AnyImage, LpBall
 
 SQUARE_MARGIN = 0.002
-"""A black-box attack that lowers the accuracy by more than this after the white-box ones (AutoAttack's threshold)."""
+"""Drop in accuracy by a black-box attack after the white-box ones, above which a warning is given (AutoAttack's)."""
 
 
 class Unchanged(Attack):
-    """The images as they are. It has no kind, so no config names it."""
+    """Leaves images unchanged. It has no kind, so configs cannot name it."""
 
     searches = (AnyImage, "leaves images as they are")
 
@@ -54,44 +54,44 @@ class Unchanged(Attack):
 
 
 CLEAN_CASE = Case(name=CLEAN, threat=AnyImage(), attacks=(Unchanged.model_construct(),), on_all=True)
-"""The first column."""
+"""The case of the first column."""
 
 
 class Column(NamedTuple):
-    """What a case found; the fields are those of a :class:`rome.evaluation.result.Report`."""
+    """Result of a case; the fields are those of :class:`rome.evaluation.result.Report`."""
 
     correct: np.ndarray
-    """bool (n,)."""
+    """bool (n,): examples classified correctly under the case."""
     after: dict[str, float]
     seconds: float
     warnings: list[dict[str, Any]]
     dates: list[str]
-    """When its batches were run, one for each; empty for one that is run now."""
+    """Date of each batch; empty text for a batch that this call ran."""
 
 
 @dataclass
 class CaseRunner:
-    """Runs the cases and fills a report."""
+    """Runs the cases and collects their results in a report."""
 
     model: Model
     examples: Examples
     cases: list[Case]
     settings: dict[str, Any]
-    """Of the evaluation; used are ``batch_size``, ``seed``, ``save_images`` and ``networks``: case -> SHA-256 of the
-    file whose network measures for it. A batch that another one measured is done again."""
+    """Settings of the evaluation; used are ``batch_size``, ``seed``, ``save_images`` and ``networks``: case -> SHA-256
+    of the file with the network that measures its distances. A batch measured by a different network is run again."""
     store: Store
     watch: ProgressCallback
     halving: Halving
     team: Team
     verbose: bool
-    """Whether a case that fails is named on standard error at once."""
+    """Report a case that fails on standard error at once."""
 
     def report(self, wanted: Collection[str]) -> Report:
-        """All cases that are wanted or on disk; the others are pending.
+        """Return the result of all cases in ``wanted`` or on disk; the others are pending.
 
         Raises:
-            StorageError: a finished batch cannot be kept.
-            Exception: whatever the first case raised, if none of them ended well.
+            StorageError: a finished batch cannot be stored.
+            Exception: that of the first case, if every case failed.
         """
         clean = self.column(CLEAN_CASE, np.ones(len(self.examples.x), dtype=bool), run=True)
         assert clean is not None
@@ -102,9 +102,9 @@ class CaseRunner:
             start = np.ones_like(clean.correct) if case.on_all else clean.correct
             try:
                 column = self.column(case, start, run=case.name in wanted)
-            except (Interrupted, StorageError):  # there is no sense in going on
+            except (Interrupted, StorageError):  # continuing would be useless
                 raise
-            except Exception as error:  # the other cases go on; this one is reported and tried again next time
+            except Exception as error:  # the other cases continue; the next call tries this one again
                 if out_of_memory(error):
                     free(error)
                 errors[case.name] = error
@@ -134,9 +134,10 @@ class CaseRunner:
         )
 
     def column(self, case: Case, correct: np.ndarray, *, run: bool) -> Column | None:
-        """Which examples are still correct after all attacks of a case, of those that are correct before: bool (n,).
+        """Run all attacks of a case on the examples that are correct before it, bool (n,).
 
-        Without ``run``: None unless every batch of the case is on disk.
+        Args:
+            run: run batches that are not on disk; without it, return None unless all of them are.
         """
         correct = correct.copy()
         after: dict[str, float] = {}
@@ -165,7 +166,12 @@ class CaseRunner:
         return Column(correct, after, seconds, summed(found), dates)
 
     def stage(self, case: Case, stage: int, correct: np.ndarray, *, run: bool, done: int) -> list[BatchResult] | None:
-        """One attack on all batches of what is correct, each process on its share of them."""
+        """Run one attack of a case on the correct examples, batch by batch; the processes share the batches.
+
+        Args:
+            stage: the attack's index in the case.
+            done: number of batches that earlier attacks of the case had, for the progress.
+        """
         left, indices, size = correct.copy(), np.flatnonzero(correct), self.settings["batch_size"]
         parts = [indices[i : i + size] for i in range(0, len(indices), size)]
 
@@ -175,12 +181,14 @@ class CaseRunner:
                 unit = self.unit(case, stage, index, parts[index], run=run)
                 if unit is None:
                     break
-                units[index] = replace(unit, images=None)  # they stay with the process
+                units[index] = replace(unit, images=None)  # not sent to the other processes
                 left[parts[index]] = unit.correct
-                over = done + min(index - self.team.rank + self.team.world, len(parts))  # the others are about as far
+                over = done + min(
+                    index - self.team.rank + self.team.world, len(parts)
+                )  # assuming that the others progress at the same rate
                 later = (len(case.attacks) - stage - 1) * -(-int(left.sum()) // size)
                 total = done + len(parts) + later
-                if run and case is not CLEAN_CASE and over < total:  # the last call of a case is the case's own
+                if run and case is not CLEAN_CASE and over < total:  # the last call of a case is in column()
                     self.watch(case.name, over, total, float(left.mean()))
             return units
 
@@ -188,9 +196,10 @@ class CaseRunner:
         return [units[index] for index in range(len(parts))] if len(units) == len(parts) else None
 
     def unit(self, case: Case, stage: int, index: int, part: np.ndarray, *, run: bool) -> BatchResult | None:
-        """One attack on one batch, from disk if it is there."""
+        """Run one attack on the batch ``part``, or read its result from disk; None if it is absent and ``run`` is
+        False."""
         key = f"{case.name}/{stage}-{case.attacks[stage].kind or case.name}-{index:05d}"
-        keep: SaveImages = "none" if case.on_all else self.settings["save_images"]  # a fixed change can be made again
+        keep: SaveImages = "none" if case.on_all else self.settings["save_images"]  # fixed changes can be made again
         unit, network = self.store.read(key, part), self.settings["networks"].get(case.name)
         if unit is not None and network and unit.facts.get("network", network) != network:
             unit = None
@@ -206,15 +215,18 @@ class CaseRunner:
 
     @cached_property
     def folds(self) -> list[Fold]:
-        """What the model's convolutions compute for its normalisations during attacks; images are judged without."""
-        few = min(2, len(self.examples.x), self.settings["batch_size"])  # no more than the model is known to take
+        """BatchNorm layers folded into convolutions during attacks; images are classified without folding."""
+        few = min(2, len(self.examples.x), self.settings["batch_size"])  # no larger than batches the model accepted
         return foldable(self.model, self.examples.batch(np.arange(few))[0])
 
     def attack(self, case: Case, stage: int, part: np.ndarray, *, keep: SaveImages) -> BatchResult:
-        """Run a case's attack number ``stage`` on the examples ``part`` (b,).
+        """Run the attack with index ``stage`` of a case on the examples ``part`` (b,).
 
-        The random numbers depend on the seed alone. The adversarial images are made valid and classified anew in
-        float32 before they count.
+        Random numbers depend on the seed only. Adversarial images are made valid and classified again in float32 before
+        they count.
+
+        Args:
+            keep: which images to return.
         """
         attack = case.attacks[stage]
         start = time.perf_counter()
@@ -250,7 +262,7 @@ class CaseRunner:
 
 
 def _reused(columns: dict[str, Column]) -> dict[str, Any]:
-    """What earlier calls ran, as in a report."""
+    """Value of :attr:`rome.evaluation.result.Report.reused`: the batches that earlier calls ran."""
     taken = {name: list(filter(None, column.dates)) for name, column in columns.items()}
     dates = sorted(date for some in taken.values() for date in some)
     if not dates:

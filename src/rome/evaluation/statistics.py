@@ -1,4 +1,4 @@
-"""How sure a share is, and a difference of two shares on the same examples."""
+"""Confidence intervals and tests for accuracies, and for differences between accuracies on the same examples."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ import numpy as np
 from scipy.stats import binomtest, ttest_ind
 
 LEVEL = 0.05
-"""Of false claims in one table or report, whatever their number."""
+"""Probability of any false claim in one table or report, however many claims it makes."""
 
 
 class Difference(NamedTuple):
-    """Of two accuracies on the same examples, with a 95% interval; shares, not percent."""
+    """Difference of two accuracies on the same examples, with its 95% interval; shares, not percent."""
 
     value: float
     low: float
     high: float
     p: float
-    """McNemar's exact p-value of no difference (:func:`mcnemar`), adjusted where it is one of several."""
+    """McNemar's exact p-value (:func:`mcnemar`), adjusted if the difference is one of several."""
 
     @property
     def clear(self) -> bool:
-        """Whether the exact test rejects that there is no difference."""
+        """Whether the exact test rejects the hypothesis of no difference."""
         return self.p < LEVEL
 
     @property
     def said(self) -> str:
-        """``p = 0.4``."""
+        """The p-value as text, such as ``p = 0.4``."""
         return "p < 0.0001" if self.p < 0.0001 else f"p = {self.p:.2g}"
 
 
 def wilson(correct: float, n: float) -> tuple[float, float]:
-    """95% score interval of a share of n examples (Wilson 1927)."""
+    """Return Wilson's 95% score interval (1927) of the share ``correct / n``."""
     z, share = NormalDist().inv_cdf(1 - LEVEL / 2), correct / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # the ends of none and all are 0 and 1, which rounding would miss by a hair
+    # exactly 0 and 1 at the extremes, in spite of rounding
     return middle - half if correct else 0.0, middle + half if correct < n else 1.0
 
 
 def wilson_mean(shares: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean m of one share in [0, 1] for each example, (n,).
+    """Return the 95% interval of the mean m of ``shares``, (n,), one value in [0, 1] per example.
 
-    :func:`wilson` with the effective number of examples n m (1 - m) / variance (Korn and Graubard 1998): never wider
-    than that of n answers right or wrong, and equal to it where all shares are 0 or 1. Where all are alike, it is n.
+    It is :func:`wilson` with the effective sample size n m (1 - m) / variance (Korn and Graubard 1998): never wider
+    than the interval for n right or wrong answers, and equal to it if all shares are 0 or 1. If all shares are equal,
+    the effective sample size is n.
     """
     mean, variance = float(shares.mean()), float(shares.var())
     n = len(shares) * (mean * (1 - mean) / variance if variance else 1.0)
@@ -58,18 +59,20 @@ def wilson_mean(shares: np.ndarray) -> tuple[float, float]:
 
 @functools.cache
 def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p-value for b examples that only one of two models gets right and c that only the other does.
+    """Return the exact two-sided p-value of McNemar's test (1947) of no difference between two models, where b examples
+    are classified correctly by the first model only and c by the second only.
 
-    Under the hypothesis of no difference b is binomial, one half of b + c (McNemar 1947; the exact form).
+    Under the hypothesis, b is binomial with b + c trials and probability 1/2.
     """
     return float(binomtest(b, b + c).pvalue) if b + c else 1.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number by Holm's step-down procedure (1979).
+    """Adjust p-values for multiple tests by Holm's step-down procedure (1979).
 
-    With p_(1) <= ... <= p_(m): the largest of min(1, (m - j + 1) p_(j)) over j <= i. Rejecting what lies below .05
-    makes one or more false rejections with probability .05 at most, however the tests depend on each other.
+    With p_(1) <= ... <= p_(m), the i-th becomes the largest of min(1, (m - j + 1) p_(j)) over j <= i. Rejecting
+    adjusted values below .05 makes any false rejection with probability at most .05, however the tests depend on each
+    other.
     """
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
@@ -79,19 +82,20 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def paired_differences(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Difference]:
-    """Of all that are claimed together: p-values adjusted by :func:`holm`, intervals that hold together with 95%
-    (Bonferroni)."""
+    """Return the differences of several pairs that are reported together: p-values adjusted by :func:`holm`, and
+    simultaneous 95% intervals (Bonferroni)."""
     found = [paired_difference(a, b, comparisons=len(pairs)) for a, b in pairs]
     adjusted = holm([each.p for each in found])
     return [each._replace(p=p) for each, p in zip(found, adjusted, strict=True)]
 
 
 def welch(a: Sequence[float], b: Sequence[float], *, comparisons: int = 1) -> tuple[float, float, float]:
-    """Mean of ``a`` minus mean of ``b``, two values at least each, with Welch's 95% interval (1947); its ends are NaN
-    where all values of each are equal, which says nothing of how far others would not be.
+    """Return the mean of ``a`` minus the mean of ``b``, at least two values each, and the ends of Welch's 95% interval
+    (1947). The ends are NaN if all values of ``a`` are equal and all of ``b`` too, which gives no estimate of the
+    spread.
 
     Args:
-        comparisons: how many intervals hold together with 95%, this one among them.
+        comparisons: number of simultaneous 95% intervals, including this one.
     """
     difference = statistics.fmean(a) - statistics.fmean(b)
     if statistics.pstdev(a) == statistics.pstdev(b) == 0:
@@ -101,13 +105,13 @@ def welch(a: Sequence[float], b: Sequence[float], *, comparisons: int = 1) -> tu
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, *, comparisons: int = 1) -> Difference:
-    """The share of ``a`` minus that of ``b``, bool (n,) each, with Agresti and Min's interval (2005).
+    """Return the accuracy of ``a`` minus that of ``b``, bool (n,) each, with Agresti and Min's interval (2005).
 
-    With b and c examples that only one of the two gets right, half an example added to each cell of the 2 x 2 table:
-    d = (b - c) / (n + 2), standard error sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
+    For b examples that only ``a`` has right and c that only ``b`` has, half an example is added to each cell of the 2 x
+    2 table: d = (b - c) / (n + 2), with standard error sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2).
 
     Args:
-        comparisons: how many intervals hold together with 95%, this one among them.
+        comparisons: number of simultaneous 95% intervals, including this one.
     """
     z = NormalDist().inv_cdf(1 - LEVEL / comparisons / 2)
     only_a, only_b, n = int((a & ~b).sum()), int((~a & b).sum()), len(a) + 2
