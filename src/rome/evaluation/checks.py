@@ -1,4 +1,4 @@
-"""What is refused before an evaluation starts, because its numbers would be wrong."""
+"""Checks before an evaluation starts, which refuse data and models that would give wrong numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rome.data.base import Pixels
 
 
 def check_data(x: Tensor | Pixels, y: Tensor) -> None:
-    """Images float32 (n, C, H, W) in [0, 1], labels int64 (n,) from 0, n > 0.
+    """Check that images are float32 (n, C, H, W) in [0, 1], and labels int64 (n,) from 0, with n > 0.
 
     Raises:
         UserError: they are not.
@@ -33,10 +33,11 @@ def check_data(x: Tensor | Pixels, y: Tensor) -> None:
 
 
 def check_mode(model: Model) -> None:
-    """No module in training mode, and weights that gradients go through; also of the modules that a function calls.
+    """Check that no module is in training mode, and that gradients can flow through the weights; if the model is a
+    function, check the modules that it refers to.
 
     Raises:
-        UserError: some are, or they have none.
+        UserError: a module is in training mode, or its weights are unusable.
     """
     for network in _networks(model):
         training = [name or type(module).__name__ for name, module in network.named_modules() if module.training]
@@ -52,7 +53,8 @@ def check_mode(model: Model) -> None:
 
 
 def _networks(model: object) -> Iterator[nn.Module]:
-    """The modules that a model is made of, as far as they can be found: itself, or those that a function refers to."""
+    """Yield the modules that a model consists of, as far as they can be found: itself, or those a function refers
+    to."""
     if isinstance(model, nn.Module):
         yield model
     elif isinstance(model, partial):
@@ -68,10 +70,10 @@ def _networks(model: object) -> Iterator[nn.Module]:
 
 
 def device_of(model: Model, x: Tensor | Pixels, wanted: str | torch.device | None) -> torch.device:
-    """Where to run: on the model's device.
+    """Return the device to run on, which is the model's.
 
     Raises:
-        UserError: the model is on another device.
+        UserError: the model is not on the ``wanted`` device.
     """
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     found = tensors[0].device if tensors else None
@@ -84,12 +86,12 @@ def device_of(model: Model, x: Tensor | Pixels, wanted: str | torch.device | Non
 
 
 def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, repeats: int = 5) -> int:
-    """The model's answers to one batch (B, C, H, W) are logits, finite, repeatable, and no answer depends on the other
-    images; returns the number of classes.
+    """Check that the model's outputs for a batch (B, C, H, W) are finite, repeatable logits and do not depend on the
+    other images of the batch; return the number of classes.
 
     Args:
-        labels: of all examples, to see that they fit the classes.
-        last: size of the last batch, where it is another one.
+        labels: labels of all examples, which must fit the classes.
+        last: size of the last batch, if it differs; else 0.
         repeats: how often the same batch is evaluated.
 
     Raises:
@@ -120,18 +122,16 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
 
 
 def check_gradient(model: Model, x: Tensor) -> None:
-    """The logits of images (B, C, H, W) have gradients with respect to them.
+    """Check that the logits of images (B, C, H, W) have gradients with respect to the images.
 
     Raises:
-        UserError: they have none, or the backward fails.
+        UserError: they have none, or the backward pass fails.
     """
     ask(model, x, gradient=True)
 
 
 def refuse_not_finite(bad: int, images: int) -> None:
-    """Raises:
-    UserError: there are clean images whose logits are not finite.
-    """
+    """Raise UserError if the logits of any (``bad`` > 0) of so many clean images are not finite."""
     if bad:
         raise UserError(
             f"the model's logits are not finite for {bad} of {images} clean images: check its weights and its precision"

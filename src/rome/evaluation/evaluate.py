@@ -1,9 +1,9 @@
-"""Evaluation: cases in, one boolean matrix (examples x cases) out; clean, average and union follow from it.
+"""Evaluation of a model under a suite's cases: one boolean matrix (examples x cases), from which all numbers follow.
 
-Every case runs its attacks in order, each on the examples that are still correct, in full batches: the order, the
-batches and the seeds of AutoAttack's ``run_standard_evaluation``, with its per-call checks done once. Each attack on
-each batch is a unit of work of its own, repeatable by itself: its random numbers depend on the seed alone. So units
-may be shared among processes, and a finished one is on disk: an evaluation that was killed goes on where it was.
+Every case runs its attacks in order, each on the examples that are still correct, in full batches: the order, batches
+and seeds of AutoAttack's ``run_standard_evaluation``, with its per-call checks done once. Each attack on each batch is
+a separate, reproducible unit of work, whose random numbers depend on the seed only. Hence units can be shared among
+processes, and as each finished one is stored, a killed evaluation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -77,53 +77,55 @@ def evaluate(
     progress: ProgressCallback | bool = False,
     trust_code: bool = False,
 ) -> Report:
-    """Attack the model under every threat and report which examples stay correct.
+    """Attack the model under every threat and report which examples remain correctly classified.
 
-    Runs in float32 without autocast and TF32. Every adversarial image is checked again before it counts: finite,
-    inside its threat (else projected back), and classified anew. The model's flags and the global random states are
-    as before afterwards.
+    Runs in float32 without autocast and TF32. Every adversarial image is checked before it counts: it must be finite
+    and inside its threat (else it is projected back), and is classified again. The model's flags and the global random
+    states are restored afterwards.
 
     Args:
-        model: logits (B, classes) from images in [0, 1], in evaluation mode, deterministic, normalisation inside.
-        x: images, float32 (n, C, H, W) in [0, 1], or as they were decoded (:class:`rome.data.base.Pixels`), a quarter
-            of that; they may lie on the CPU.
+        model: returns logits (B, classes) for images in [0, 1]; in evaluation mode, deterministic, and with the
+            normalisation inside.
+        x: images, float32 (n, C, H, W) in [0, 1], or as decoded (:class:`rome.data.base.Pixels`), which takes a quarter
+            of the memory; they may be on the CPU.
         y: labels, int64 (n,).
-        threats: one, several, or a mapping from column names; their own names (``L1``, ``L2``, ``Linf``) otherwise.
+        threats: one, several, or a mapping from column names to threats; without a mapping, columns have the threats'
+            own names (``L1``, ``L2``, ``Linf``).
         suite: ``apgd`` (E-AT's and RAMP's protocol), ``autoattack`` (all four attacks), ``lp`` (a quick look),
             ``unseen``, ``corruptions``, ``all``, several of them, or a suite of your own.
-        cases: run only these columns of the suite now; the others are ``pending`` in the result, unless ``out`` holds
-            them already. A later call runs them.
-        batch_size: examples at a time. ``auto`` is 250, halved for want of memory, as often as it takes; the result
-            says so.
-        seed: of the attacks' random starts; the result depends on it, not on how often the run was interrupted.
-        device: where the model is; None asks it.
-        out: folder to keep the result and every finished batch in. An evaluation goes on with what it holds, and a
-            finished result is returned at once. What is reused is in ``Report.reused`` and said on standard error.
-            Nothing is reused of a function that is no module, nor of another object that nothing tells from another
-            one: its evaluation is refused unless ``overwrite`` is set.
-        overwrite: throw away what ``out`` holds.
-        provenance: JSON data to keep with the result: config, checkpoint, data set.
-        save_images: whose adversarial images are kept in ``out``: ``none``, those of the examples that an attack
-            ``fooled``, or those of ``all`` that it attacked; none of fixed changes, which can be made again. In an Lp
-            ball an image is kept rounded to whole grey levels, in 8 bits, where that is inside the ball and classified
-            the same, and in float32 otherwise.
-        checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so from 100
-            examples on where they cost less than a tenth of the suite. True also looks where a finished result has
-            none.
+        cases: names of the suite's cases to run now; the others are ``pending`` in the result, unless ``out`` has them
+            already. A later call can run them. None: all cases.
+        batch_size: examples per batch. ``auto`` is 250, halved as often as needed when memory runs out, which the
+            result records.
+        seed: seed of the attacks' random starts. The result depends on it, but not on interruptions.
+        device: the device to run on, where the model must be; None: the model's.
+        out: folder in which to store the result and every finished batch. Finished batches of the same evaluation are
+            reused, and a finished result is returned at once; ``Report.reused`` and a message on standard error say so.
+            Nothing is reused for a model that is a function and not a module, nor for other objects that cannot be told
+            apart from others of their kind: then a folder with an evaluation is refused unless ``overwrite`` is set.
+        overwrite: discard an evaluation in ``out``.
+        provenance: JSON data to store with the result: config, checkpoint, data set.
+        save_images: which adversarial images are kept in ``out``: ``none``, those that ``fooled`` the model, or those
+            of ``all`` attacked examples; those of fixed changes are never kept, as they can be made again. Images in an
+            Lp ball are kept in 8 bits, rounded to whole grey levels, if this keeps them inside the ball and does not
+            change whether they are classified correctly; otherwise in float32.
+        checks: whether to check for masked gradients (:mod:`rome.evaluation.masking`). None: only with at least 100
+            examples, and if the checks cost less than a tenth of the suite. True adds them also to a finished result
+            without them.
         team: the processes that share the work (:func:`rome.core.distributed.launched`); each calls this function
-            with the same arguments and gets the same report, which is what one process alone would find.
-        progress: True shows a bar on a terminal and one line a case elsewhere; or a function (see
-            :data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows it.
-        trust_code: let the file of a network that measures distances run the code that it names
+            with the same arguments and gets the same report, which is the one that a single process would get.
+        progress: True shows a bar on a terminal, and one line per case elsewhere; or a function
+            (:data:`rome.evaluation.progress.ProgressCallback`). Only the first process shows it.
+        trust_code: allow the file of a network that measures distances to run the code that it names
             (:mod:`rome.core.trust`).
 
     Raises:
-        UserError: what was given would make the numbers wrong (training mode, probabilities, random outputs, answers
+        UserError: the arguments would make the numbers wrong (training mode, probabilities, random outputs, answers
             that depend on the other images of a batch, inputs outside [0, 1] ...), ``out`` holds an evaluation with
             other settings, of another model or by other code (:mod:`rome.evaluation.identity`), or the disk is full.
         Interrupted: another process of the team ended.
-        Exception: whatever the first attack raised, if every case failed. If only some did, they are in
-            ``Report.failed`` and are tried again by the next call.
+        Exception: that of the first case, if every case failed. If only some failed, they are in ``Report.failed``, and
+            the next call tries them again.
     """
     suite, named = as_suite(suite), as_named(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
@@ -153,20 +155,20 @@ def evaluate(
             "python": platform.python_version(),
         },
     }
-    # a quarter of a batch: examples leave it as they are fooled, and few shapes are to occur
+    # padded to quarters of a batch: it shrinks as examples are fooled, and few shapes should occur
     graphs = Graphs(whole=False, rows=-(-size // 4)) if where.type == "cuda" else None
     with _undisturbed(model, where, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
         settings["model"] = settled(facts, changing)
         known = stored and finished(done) and stored["model"] == settings["model"] and facts["sha256"]
-        if stored and known:  # then no forward is needed
+        if stored and known:  # then no forward pass is needed
             classes = int(stored["classes"])
         else:
             first, last = np.arange(min(size, len(x))), len(x) % size
             answers = team.together(
                 lambda: halving.run(
-                    f"{CLEAN}/",  # the work that the clean column is
+                    f"{CLEAN}/",  # the same work as the clean column
                     first,
                     lambda part: check_outputs(model, examples.batch(part)[0], y, last=last),
                 )
@@ -210,10 +212,11 @@ def evaluate(
 
 
 def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
-    """The cases whose attacks all have a meaning on such images, and why the others have none.
+    """Return the cases whose attacks all apply to images with so many channels, and for each other case the reason why
+    it does not apply.
 
     Raises:
-        UserError: none has.
+        UserError: no case applies.
     """
     reasons = {case.name: next(filter(None, (each.unsuited(channels) for each in case.attacks)), "") for case in cases}
     kept = [case for case in cases if not reasons[case.name]]
@@ -224,10 +227,10 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
 
 
 def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
-    """The columns to run now, among the suite's.
+    """Names of the suite's cases to run now.
 
     Raises:
-        UserError: the suite has no such column, or two columns have the same name.
+        UserError: the suite has no such case, none is chosen, or two cases have the same name.
     """
     if len(set(names)) < len(names) or {CLEAN, UNION} & set(names):
         raise UserError(f"cases need different names, none of them 'clean' or 'union'; these are {names}")
@@ -241,7 +244,8 @@ def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
 
 @contextmanager
 def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
-    """Strict float32, no gradients, no autocast; the model's flags and global random states are restored afterwards."""
+    """Run the body in strict float32, without gradients and autocast; afterwards restore the model's flags and the
+    global random states."""
     backends: Any = torch.backends
     products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
     precisions = [product.fp32_precision for product in products]

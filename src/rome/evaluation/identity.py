@@ -1,4 +1,4 @@
-"""What tells one evaluation from another: model, code, data and versions, as an evaluation's settings keep them."""
+"""Facts that identify an evaluation and are stored in its settings: model, code, data and versions."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from rome.runs.origin import differences
 
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
 _NAMED = {"attributes", CODE}
-"""Facts of a model that have names of their own."""
+"""Facts of a model that are mappings from names."""
 _READERS = ("report", "cli")
-"""Parts of rome that no result depends on: they read them, or start what makes them."""
+"""Parts of rome that results do not depend on, since they only read results or start the commands that make them."""
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """Class and tensors of a model, what else it computes with (:meth:`rome.models.inspection.Inspection.model`), the
-    user's ``code`` that it runs, what of it is ``unknown``, and its routing where it is not the learned one.
+    """Return the facts that identify a model: its class, a hash of its tensors, what else it computes with
+    (:meth:`rome.models.inspection.Inspection.model`), the user's ``code`` that it runs, parts that are ``unknown``, and
+    its routing unless that is the learned one.
 
-    Of a function that is no module there is only its type: its weights cannot be seen.
+    For a function that is not a module, only its type is known, since its weights cannot be seen.
     """
     inner = unwrapped(model)
     facts: dict[str, Any] = {"type": type(inner).__name__, "sha256": hash_model(inner)}
@@ -43,13 +44,13 @@ def identity(model: Model) -> dict[str, Any]:
 
 
 def other_model(model: Model, kept: Mapping[str, Any]) -> list[str]:
-    """In what a model is another than the one of which an evaluation keeps these facts."""
+    """Differences between a model and the one that an evaluation stored the facts ``kept`` about."""
     now = settled(identity(model), kept.get(CHANGING, ()))
     return differences({"model": kept}, {"model": now})
 
 
 def aside(model: Model) -> dict[str, Any]:
-    """The part of :func:`identity` that is not in tensors."""
+    """The part of :func:`identity` that does not come from tensors."""
     inner = unwrapped(model)
     if not isinstance(inner, nn.Module):
         return {}
@@ -58,7 +59,7 @@ def aside(model: Model) -> dict[str, Any]:
 
 
 def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
-    """The user's code that suites, threats and attacks run, and what of these cannot be distinguished from others."""
+    """Return the user's code that suites, threats and attacks run, and which parts of them cannot be identified."""
     inspection = Inspection()
     for part in parts:
         inspection.of(part)
@@ -66,19 +67,19 @@ def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
 
 
 def settled(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
-    """The facts without those that a forward changes: counters and caches, which are no settings."""
+    """Return the facts without those named in ``changing``: counters and caches, which a forward pass changes."""
     gone = set(changing)
     kept = {part: {name: text for name, text in facts[part].items() if name not in gone} for part in _NAMED & {*facts}}
     return {**facts, **kept, **({CHANGING: sorted(gone)} if gone else {})}
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
-    """The names under which two such facts differ."""
+    """Names of the facts that differ between two calls of :func:`aside`."""
     return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 
 def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
-    """SHA-256 of images, as floats, and labels: shapes, types and values."""
+    """Return the SHA-256 of the shapes, types and values of the images, as floats, and labels."""
     digest = hashlib.sha256()
     for tensor in (x, y):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -88,9 +89,9 @@ def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
 
 
 def hash_model(model: Model) -> str | None:
-    """SHA-256 of the names and values of all parameters and buffers, also those a checkpoint leaves out, and of which
-    gates are inverted; the same whatever ``torch.compile`` or ``DataParallel`` put around it. None for a function that
-    is no module: its weights cannot be seen."""
+    """Return the SHA-256 of the names and values of all parameters and buffers, including those that checkpoints omit,
+    and of the routing of the gates. It does not depend on wrappers such as ``torch.compile`` or ``DataParallel``. None
+    for a function that is not a module, whose weights cannot be seen."""
     model = unwrapped(model)
     if not isinstance(model, nn.Module):
         return None
@@ -100,7 +101,7 @@ def hash_model(model: Model) -> str | None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
-        else:  # a module's extra state
+        else:  # the extra state of a module
             digest.update(Inspection().of(value).encode())
     for name, layer in expert_layers(model).items():
         if layer.routing != LEARNED or layer.scale != 1:
@@ -109,7 +110,8 @@ def hash_model(model: Model) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages whose code determines a result; of a rome that is no release with the hash of its source."""
+    """Versions of the packages whose code determines a result; that of rome has a hash of its source if it is used from
+    a checkout."""
     found = {}
     for name in ("rome-robust", "torch", "pyautoattack", "timm", "numpy"):
         try:
@@ -123,7 +125,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-    """Hash of rome's own code where it is used from a checkout, whose version stays while it is edited."""
+    """Hash of rome's own code in a checkout, where edits do not change the version; empty for an installed package."""
     folder = Path(__file__).parents[1]
     if {"site-packages", "dist-packages"} & set(folder.parts):
         return ""

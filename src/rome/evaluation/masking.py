@@ -1,9 +1,9 @@
-"""Signs that gradients are masked, so that gradient-based attacks fail although adversarial images exist.
+"""Checks for masked gradients, with which gradient-based attacks fail although adversarial images exist.
 
-Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1) and Carlini et al., "On
-evaluating adversarial robustness" (2019) name them: black-box attacks beat white-box ones (that one is seen while
-Square runs), more iterations do not help, and an unbounded attack does not reach 0%. Every check is data: what it
-measured and whether it was raised; it proves nothing, in either direction.
+The signs are those of Athalye et al., "Obfuscated gradients give a false sense of security" (ICML 2018, section 3.1)
+and Carlini et al., "On evaluating adversarial robustness" (2019): black-box attacks beat white-box ones (seen while
+Square runs), more iterations do not help, and an unbounded attack does not reach 0%. Each check reports its
+measurements and whether it was raised; neither outcome is a proof.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from rome.evaluation.statistics import mcnemar
 from rome.threats import LpBall
 
 FEWEST = 100
-"""Default number of examples for the checks."""
+"""Least number of examples with which the checks are made by default."""
 SAMPLE, SHARE = 64, 16
-"""The checks look at 64 of the examples that are classified correctly, but at no more than a 16th of all examples:
-they cost 131 gradients each, and APGD at least 100 for every one of them, so the checks cost below a tenth of it."""
+"""The checks use up to 64 correctly classified examples, but at most a 16th of all examples. They need 131 gradients
+for each of them, and APGD at least 100 for every example, so the checks cost less than a tenth of APGD."""
 STEPS = (10, 100)
 GRADIENTS = 131 / SHARE
-"""Of the checks, for each example of an evaluation."""
+"""Most gradients that the checks need, per example of the evaluation."""
 WIDE, WIDE_STEPS = LpBall(norm="Linf", eps=1), 20
-"""A ball that holds the whole box around every image."""
+"""A ball that contains the whole box [0, 1] around every image, and the iterations of the attack in it."""
 ZERO_SHARE = 0.05
 LEFT = 0.01
 P = 0.05
 
 
 def worth_checking(cases: Sequence[Case], n: int) -> bool:
-    """Whether the checks are made by default: examples enough, and a suite that is published with or one whose own
-    search by gradients costs ten times as much."""
+    """Whether the checks are made by default: with enough examples, for suites with APGD-CE (as published results use),
+    and for others whose gradients cost ten times as much as the checks'."""
     tried = [case.threat.searched_by(attack) for case in cases if not case.on_all for attack in case.attacks]
     if any(isinstance(attack, APGDCE) for attack, _ in tried):
         return n >= FEWEST
@@ -56,16 +56,16 @@ def run_checks(
     batch_size: int = SAMPLE,
     halving: Halving | None = None,
 ) -> list[dict[str, Any]]:
-    """The checks on a frozen model.
+    """Run the checks on a frozen model.
 
     Args:
-        cases: of the evaluation; the ball of one of them is used.
-        clean: bool (n,), which examples are classified correctly.
-        batch_size: examples at a time.
+        cases: the evaluation's cases; the Lp ball of one of them is used.
+        clean: bool (n,): examples classified correctly when clean.
+        batch_size: examples per batch.
 
     Returns:
-        For each check its name under ``check``, how many ``examples`` it looked at, what it measured under ``values``
-        (shares), whether it was ``raised``, and a ``message``.
+        For each check its name (``check``), the number of ``examples`` used, the measured ``values``, whether it was
+        ``raised``, and a ``message``.
     """
     part = np.flatnonzero(clean)[: min(SAMPLE, max(len(clean) // SHARE, 1))]
     if not len(part):
@@ -111,7 +111,7 @@ def run_checks(
 
 
 def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> Tensor:
-    """Whom APGD leaves right: bool (B,). So it does where it meets gradients that are not finite."""
+    """Return bool (B,): examples still classified correctly under APGD, including those with non-finite gradients."""
     try:
         return APGD(steps=steps).run(model, x, y, threat).robust
     except FloatingPointError:
@@ -121,19 +121,19 @@ def _robust(model: Model, x: Tensor, y: Tensor, threat: LpBall, steps: int) -> T
 
 
 def _cross_entropy_gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
-    """What attacks on the cross-entropy see in float32: it is zero also where the model is very confident."""
+    """Gradient of the cross-entropy as attacks see it in float32, where it vanishes for very confident models."""
     odds, _, gradient = loss_and_gradient(model, x, y)
     return gradient * odds.sigmoid().view(-1, 1, 1, 1)
 
 
 def _useless(gradient: Tensor) -> Tensor:
-    """Whose gradient leads nowhere, as it is zero or not finite somewhere: bool (B,)."""
+    """Return bool (B,): examples whose gradient is all zero or somewhere not finite."""
     flat = gradient.flatten(1)
     return (flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)
 
 
 def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were raised, as entries of :attr:`rome.evaluation.result.Report.warnings`."""
+    """Return the raised checks as entries of :attr:`rome.evaluation.result.Report.warnings`."""
     advice = "gradients may be masked, the true robustness lower"
     return [
         warning(check["check"], None, None, check["examples"], f"{check['message']}: {advice}")
@@ -143,6 +143,6 @@ def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ball(cases: Sequence[Case]) -> LpBall | None:
-    """The Linf ball under attack if there is one, otherwise the first Lp ball."""
+    """The Linf ball among the cases' threats if there is one, otherwise the first Lp ball; None without Lp balls."""
     balls = [case.threat for case in cases if isinstance(case.threat, LpBall) and case.threat.eps > 0]
     return next((ball for ball in balls if ball.norm == "Linf"), balls[0] if balls else None)

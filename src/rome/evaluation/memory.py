@@ -1,4 +1,4 @@
-"""Batches that do not fit in memory: how to tell, and how to go on with their halves."""
+"""Halving of batches that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def free(error: BaseException) -> None:
-    """Let go of the tensors that filled the memory: the frames of the traceback hold them."""
+    """Free the tensors that filled the memory, which the error's traceback keeps alive."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
@@ -23,23 +23,25 @@ def free(error: BaseException) -> None:
 
 
 class Halving:
-    """Runs work on batches; with ``allowed``, one that does not fit in memory is run as two halves, and so on.
+    """Runs work on batches; if ``allowed``, a batch that does not fit in memory is run as two halves, recursively.
 
-    What did not fit once is not tried again: later batches are halved until they are no larger than what did. The
-    pieces depend on a batch's size and the memory alone.
+    A size that did not fit is not tried again: later batches are halved until they are smaller. How a batch is divided
+    depends only on its size and on the memory.
     """
 
     def __init__(self, allowed: bool) -> None:
         self.allowed = allowed
         self.largest: dict[str, int] = {}
-        """Work -> largest batch not known to be too large."""
+        """Name of the work -> largest batch size not known to be too large."""
 
     def run(self, name: str, part: np.ndarray, work: Callable[[np.ndarray], T]) -> list[tuple[np.ndarray, T]]:
-        """The pieces of ``part`` (b,) with what ``work`` made of each, in order.
+        """Run ``work`` on the examples ``part`` (b,); return its pieces in order, each with the result for it.
+
+        Args:
+            name: identifies the work, whose memory use :attr:`largest` remembers.
 
         Raises:
-            Exception: whatever ``work`` raises, unless it is for want of memory and halving is allowed; for want of
-                memory on a single example too.
+            Exception: whatever ``work`` raises, except out-of-memory errors that halving avoids.
         """
         if len(part) <= self.largest.get(name, len(part)):
             try:

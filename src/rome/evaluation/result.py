@@ -1,4 +1,4 @@
-"""What an evaluation found: one boolean matrix, and everything that follows from it."""
+"""The result of an evaluation: one boolean matrix, and the numbers derived from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rome.threats import LpBall
 
 CLEAN, AVERAGE, UNION = "clean", "average", "union"
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
-"""What of ``result.json`` is no settings and does not follow from the matrix."""
+"""Fields read back from ``result.json``; all others are derived from the matrix or are settings."""
 
 
 class _Named(BaseModel):
@@ -33,7 +33,7 @@ class _Named(BaseModel):
 
 
 class _Settings(BaseModel):
-    """The form of what readers want of ``settings.json``, as far as it is there."""
+    """Types of the entries of ``settings.json`` that are read later; all are optional."""
 
     suite: dict[str, Any] = {}
     threats: dict[str, Any] = {}
@@ -50,12 +50,12 @@ class _Settings(BaseModel):
 
 @dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
 class Report:
-    """Accuracies derived from ``correct``; all are shares in [0, 1].
+    """Result of an evaluation: the matrix ``correct`` and the accuracies derived from it, all shares in [0, 1].
 
-    Columns are of two sorts. Under an *attack* an example that is wrong without one is wrong; ``average`` and
-    ``union`` are over these. A fixed change of the images (a case with ``on_all``, such as a corruption) may turn a
-    wrong answer into a right one, and counts in its group's mean alone. Where a case failed or has not been run it has
-    no column, and what it is part of is NaN.
+    Columns are of two kinds. Under an *attack*, an example that is misclassified when clean counts as misclassified;
+    ``average`` and ``union`` are over the attacks. A fixed change of the images (a case with ``on_all``, such as a
+    corruption) may turn a wrong answer into a right one, and only counts in the mean of its group. A case that failed
+    or has not been run has no column, and every average or union that would include it is NaN.
     """
 
     correct: np.ndarray
@@ -65,27 +65,27 @@ class Report:
     labels: np.ndarray
     """int64 (n,): the true classes."""
     indices: np.ndarray
-    """int64 (n,): position of each example in the data given."""
+    """int64 (n,): index of each example in the data that was passed."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What determines the result, and its provenance."""
+    """Settings that determine the result, and its provenance."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
-    """Each with the ``check`` that raised it, ``case``, ``attack``, how many ``examples``, and a ``message``."""
+    """Warnings, each with its ``check``, ``case``, ``attack``, number of ``examples``, and a ``message``."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Case -> what went wrong."""
+    """Cases that failed -> error message."""
     pending: tuple[str, ...] = ()
     """Cases of the suite that have not been run yet."""
     after: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Case -> attack -> accuracy once that attack, too, has run."""
+    """Case -> attack -> accuracy after this attack and those before it."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Case -> time its attacks took, over all the processes that worked on it."""
+    """Case -> seconds that its attacks took, summed over all processes."""
     checks: list[dict[str, Any]] = field(default_factory=list)
-    """What the checks for masked gradients measured (:func:`rome.evaluation.masking.run_checks`)."""
+    """Results of the checks for masked gradients (:func:`rome.evaluation.masking.run_checks`)."""
     date: str = ""
-    """When it was finished."""
+    """Date and time at which the evaluation finished."""
     reused: dict[str, Any] = field(default_factory=dict)
-    """What no call before this one would have had to run: ``result``, the date of one that is returned whole; or how
-    many ``batches`` ``of`` all, in which ``cases``, are of earlier calls, the ``first`` and the ``last`` of what date.
-    """
+    """Work of earlier calls that this call did not repeat; empty if there was none. Either ``result``, the date of a
+    finished result that was returned as it is; or how many ``batches`` ``of`` all were reused, in which ``cases``, and
+    the dates of the ``first`` and ``last`` of them."""
 
     def __post_init__(self) -> None:
         rows, columns = self.correct.shape
@@ -101,29 +101,29 @@ class Report:
 
     @property
     def clean(self) -> float:
-        """Accuracy without an attack."""
+        """Accuracy on clean images."""
         return float(self.correct[:, 0].mean())
 
     @property
     def robust(self) -> dict[str, float]:
-        """Accuracy under each case."""
+        """Case -> accuracy, for all cases but ``clean``."""
         return {name: float(self.correct[:, 1 + i].mean()) for i, name in enumerate(self.cases[1:])}
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """The cases that are attacks, also those that are missing."""
+        """Names of the cases that are attacks, including those that failed or are pending."""
         return tuple(name for name, case in self._planned.items() if not case.get("on_all", False))
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing among the classes; 0 where their number is unknown."""
+        """Accuracy of guessing among the classes; 0 if their number is unknown."""
         classes = self.settings.get("classes", 0)
         return 1 / classes if classes else 0.0
 
     @property
     def guesses(self) -> str:
-        """That guessing would reach its accuracy without an attack (the lower end of its interval), or else under all;
-        empty where it would not."""
+        """A sentence if the model is no better than guessing on clean images (by the lower end of the interval), or
+        else under the union of all attacks; empty if it is better."""
         clean, chance = self.interval(CLEAN)[0], self.chance
         for value, least, when in ((self.clean, clean, "without an"), (self.union, self.union, "under every")):
             if least <= chance > 0:
@@ -133,22 +133,23 @@ class Report:
 
     @property
     def average(self) -> float:
-        """Mean accuracy over the attacks; NaN where one is missing."""
+        """Mean accuracy over the attacks; NaN if one of them is missing."""
         return self._mean(self.attacks)
 
     @property
     def union(self) -> float:
-        """Share of the examples that are correct without an attack and under every one; NaN where one is missing."""
+        """Share of examples classified correctly both when clean and under every attack; NaN if an attack is
+        missing."""
         return self.union_of(self.attacks) if self._complete(self.attacks) else math.nan
 
     @property
     def groups(self) -> dict[str, float]:
-        """Group -> mean accuracy over its cases; NaN where one is missing."""
+        """Group -> mean accuracy over its cases; NaN if one of them is missing."""
         return {group: self._mean(names) for group, names in self.members.items()}
 
     @property
     def members(self) -> dict[str, tuple[str, ...]]:
-        """Group -> its cases, also those that are missing."""
+        """Group -> names of its cases, including those that failed or are pending."""
         found: dict[str, tuple[str, ...]] = {}
         for name, case in self._planned.items():
             if group := case.get("group", LP if case.get("threat", {}).get("kind") == LpBall.kind else ""):
@@ -157,7 +158,7 @@ class Report:
 
     @property
     def unions(self) -> dict[str, float]:
-        """Group of several attacks -> their union; NaN where one is missing."""
+        """Group of several attacks -> accuracy under their union; NaN if one of them is missing."""
         return {
             group: self.union_of(names) if self._complete(names) else math.nan
             for group, names in self.members.items()
@@ -166,7 +167,7 @@ class Report:
 
     @property
     def corruptions(self) -> tuple[str, ...]:
-        """Where the corrupted images that were shown come from, in a sentence each; none without corruptions."""
+        """Sentences that say where the corrupted images came from; empty without corruptions."""
         height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
         shown = [self._planned[name].get("attacks", [{}])[0] for name in self.cases[1:]]
         made = [attack for attack in shown if attack.get("kind") == Corruption.kind]
@@ -179,7 +180,7 @@ class Report:
 
     @property
     def reuse(self) -> str:
-        """:attr:`reused` in words; empty where everything was run now."""
+        """:attr:`reused` in words; empty if this call ran everything."""
         if "result" in self.reused:
             return f"this is the result of {self.reused['result']}; no attack was run now"
         if not self.reused:
@@ -189,11 +190,7 @@ class Report:
         return f"{count} are those of an earlier call ({dates}): {', '.join(self.reused['cases'])}"
 
     def require_complete(self) -> None:
-        """Nothing, where no case failed.
-
-        Raises:
-            Incomplete: some did.
-        """
+        """Raise :class:`rome.core.errors.Incomplete` if any case failed."""
         if self.failed:
             raise Incomplete(
                 f"{len(self.failed)} of {len(self._planned)} cases failed: {', '.join(self.failed)}; the same command "
@@ -201,10 +198,10 @@ class Report:
             )
 
     def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
-        """bool (n,): correct without an attack and under all of these cases; None: under every attack.
+        """Return bool (n,): examples classified correctly when clean and under all of ``cases``; None: every attack.
 
         Raises:
-            UserError: one of them is not in the report.
+            UserError: one of the cases is not in the report.
         """
         columns = [0]
         for case in self.attacks if cases is None else cases:
@@ -217,30 +214,31 @@ class Report:
         return np.asarray(self.correct[:, columns].all(axis=1))
 
     def union_of(self, cases: Iterable[str]) -> float:
-        """The union over some of the cases: the share that is correct without an attack and under each of them.
+        """Return the accuracy under the union of some cases: the share of examples classified correctly when clean and
+        under each of them.
 
         Raises:
-            UserError: one of them is not in the report.
+            UserError: one of the cases is not in the report.
         """
         return float(self.right(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN for one of these that is NaN.
+        """Return the 95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN if the accuracy is.
 
-        Wilson's score interval (:func:`rome.evaluation.statistics.wilson`). It covers the choice of the examples, not
-        of the training seed.
+        It is Wilson's score interval (:func:`rome.evaluation.statistics.wilson`), which covers the random choice of the
+        examples but not that of the training seed.
 
         Raises:
-            UserError: no such column.
+            UserError: no such case in the report.
         """
         if name in (AVERAGE, UNION):
             of = self.union_interval if name == UNION else self.mean_interval
             return of(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
-        self.right((name,))  # is it there?
+        self.right((name,))  # raises if it is not there
         return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
     def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
-        """95% interval of :meth:`union_of`.
+        """Return the 95% interval of :meth:`union_of`.
 
         Raises:
             UserError: one of the cases is not in the report.
@@ -248,14 +246,14 @@ class Report:
         return wilson(int(self.right(cases).sum()), self.n)
 
     def mean_interval(self, cases: Iterable[str]) -> tuple[float, float]:
-        """95% interval of the mean over some cases, which share their examples
+        """Return the 95% interval of the mean accuracy over some cases, which share their examples
         (:func:`rome.evaluation.statistics.wilson_mean`)."""
         return wilson_mean(self.correct[:, [self.cases.index(case) for case in cases]].mean(axis=1))
 
     @cached_property
     def _planned(self) -> dict[str, Mapping[str, Any]]:
-        """The cases, also those that are missing, in the order of the suite, each with its description as
-        :meth:`rome.attacks.suites.base.Case.dump` gives it; empty where unknown."""
+        """All cases in the order of the suite, including those that failed or are pending, each with its description
+        (:meth:`rome.attacks.suites.base.Case.dump`), which is empty if unknown."""
         described = {case["name"]: case for case in self.settings.get("cases", ())}
         known = (*self.cases[1:], *self.failed, *self.pending)
         order = [*(name for name in described if name in known), *known]
@@ -269,7 +267,7 @@ class Report:
         return float(np.mean([robust[name] for name in names])) if self._complete(names) else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the matrix, as plain data; what is unavailable is None."""
+        """Return everything but the matrix as plain data; numbers that are NaN become None."""
         names = (*self.cases, *(() if math.isnan(self.union) else (AVERAGE, UNION)))
         numbers = {
             "clean": self.clean,
@@ -290,7 +288,7 @@ class Report:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The matrix with its names, as ``matrix.npz`` holds it."""
+        """Return the matrix with its names, as stored in ``matrix.npz``."""
         return {
             "correct": self.correct,
             "cases": np.array(self.cases),
@@ -300,10 +298,10 @@ class Report:
 
     @staticmethod
     def load(directory: str | Path) -> Report:
-        """The finished evaluation in a folder.
+        """Load the finished evaluation in a folder.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is damaged.
         """
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
@@ -330,7 +328,7 @@ class Report:
 
 
 def _source(corruption: Mapping[str, Any], side: int) -> str:
-    """What a dumped :class:`rome.attacks.Corruption` does to images of this side."""
+    """Say where the images of a dumped :class:`rome.attacks.Corruption` come from, for clean images of this side."""
     if corruption.get("path") is not None:
         return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
     whose = {"cifar10-c": "CIFAR-10-C", "imagenet-c": "ImageNet-C"}[corruption.get("constants") or constants_for(side)]
@@ -338,7 +336,7 @@ def _source(corruption: Mapping[str, Any], side: int) -> str:
 
 
 def _available(value: Any) -> Any:
-    """The number, or each of several by name; None where it is NaN."""
+    """Replace NaN by None, in a number or in a mapping of numbers."""
     if isinstance(value, dict):
         return {name: _available(each) for name, each in value.items()}
     return None if math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Evaluating what a run saved or a config names: model, data and settings, and where the result goes."""
+"""Evaluation of a saved run or of a model that a config names, and the folder its result is stored in."""
 
 from __future__ import annotations
 
@@ -51,37 +51,39 @@ def evaluate_saved(
     trust_code: bool = False,
     **others: Any,
 ) -> tuple[Report, Path]:
-    """Evaluate a model on the test set of its config.
+    """Evaluate a saved model on the test set of its config.
 
     Args:
         target: a run's folder, its ``last.pt`` or ``best.safetensors``, a ``model.safetensors``, a model of the Hub
-            (``hf://USER/NAME``; the result names its commit), or the config of a model that no run made
+            (``hf://USER/NAME``; the result records its commit), or the config of a model that rome did not train
             (:func:`rome.evaluation.named.named_config`).
-        data: where the data lies now; without it, where the ``config.yaml`` of the run's folder says.
-        budgets: other threats than the config's: ``cifar10``, ``Linf=4/255,Linf=8/255``
+        data: path of the data; None: the one in the ``config.yaml`` of the run's folder.
+        budgets: threats that replace the config's: ``cifar10``, ``Linf=4/255,Linf=8/255``
             (:func:`rome.evaluation.named.named_budgets`).
-        features: the network that measures perceptual distances in the suite; None takes the suite's.
+        suite: name of a suite, several, or settings, as on the command line; None: the suite in ``settings``.
+        features: the network that measures perceptual distances in the suite; None: the suite's.
+        n: number of test examples, from the first; None: as in ``settings``.
         routing: replaces the gates (:func:`rome.experts.set_routing`).
         out: folder of the result; None: ``evaluation/SUITE-N`` beside the model, ``evaluation-best/SUITE-N`` for a
             run's ``best.safetensors``, ``evaluation-unfinished`` for its ``last.pt``, ``evaluations/NAME-SUITE-N`` for
-            a model that no run on this machine made; under other budgets ``evaluation-budgets/SUITE-N-BUDGETS``.
-        settings: what holds where an argument is None; without it the config's ``evaluation``.
-        loggers: kinds of loggers; None takes the config's, and leaves out results that were there already.
-        trust_code: let files run the code that they name (:mod:`rome.core.trust`).
-        others: arguments of :func:`rome.evaluate`, as are those without a word here.
+            a model without a run on this machine; with ``budgets``, ``evaluation-budgets/SUITE-N-BUDGETS``.
+        settings: defaults of arguments that are None; without it, the config's ``evaluation``.
+        loggers: kinds of loggers; None: the config's, and only for results that did not exist before.
+        trust_code: allow files to run the code that they name (:mod:`rome.core.trust`).
+        others: arguments of :func:`rome.evaluate`, as are those not described here.
 
     Returns:
-        The report and the folder it was saved in.
+        The report and the folder in which it was saved.
 
     Raises:
-        UserError: no such model, no config in it, or a setting that does not fit.
+        UserError: no such model, no config in it, or an invalid setting.
     """
     opened = open_target(target, data)
     config, split = opened.config, opened.split
     if budgets is not None and (threats := named_budgets(budgets)) != config.threats:
         config = config.model_copy(update={"threats": threats})
         names = "+".join(f"{t.norm}-{t.radius}" if isinstance(t, LpBall) else t.name for t in threats)
-        if opened.home is not None:  # reports read one result of a suite there
+        if opened.home is not None:  # reports expect one result per suite in the original folder
             opened = opened._replace(folder=opened.folder.with_name(f"{opened.folder.name}-budgets"))
         opened = opened._replace(suffix=f"{opened.suffix}-{names.replace('/', '_')}")
     settings = settings or config.evaluation
@@ -133,32 +135,36 @@ def evaluate_saved(
 
 @trust.opens_files
 def evaluate_job(target: str, *, trust_code: bool = False, **options: Any) -> str:
-    """:func:`evaluate_saved` as a launcher calls it, in as many processes as there are; returns the result's folder."""
+    """Call :func:`evaluate_saved` in all processes that a launcher started; return the result's folder."""
     with launched() as team:
         return str(evaluate_saved(target, team=team, **options)[1])
 
 
 class Opened(NamedTuple):
-    """What is evaluated."""
+    """A model to evaluate, with its config, test set and folders."""
 
     model: nn.Module
     config: Config
     split: Split
     folder: Path
-    """Where results go."""
+    """Folder in which results are stored, each in a folder of its own."""
     facts: dict[str, Any]
-    """JSON data for the result's provenance: ``checkpoint`` and its hash of a run, ``model`` of another model."""
+    """JSON data for the result's provenance: ``checkpoint`` and its hash for a run, otherwise ``model``."""
     remarks: Sequence[str] = ()
+    """Sentences to show to the user."""
     prefix: str = ""
+    """Start of the result's name."""
     suffix: str = ""
+    """End of the result's name."""
     home: Path | None = None
-    """The run's folder, which its loggers go on in; None of a model that lies in no run."""
+    """The run's folder, in which its loggers continue; None for a model outside a run."""
     updates: int = 0
-    """That the weights were trained for, as far as the log says."""
+    """Number of updates that the weights were trained for; 0 if unknown."""
 
 
 def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
-    """The model in evaluation mode, its config and its test set; arguments and errors are :func:`evaluate_saved`'s."""
+    """Open a model in evaluation mode, its config and its test set; for arguments and errors see
+    :func:`evaluate_saved`."""
     if on_hub(target):
         target = _from_hub(target, data)
     if isinstance(target, Config):
@@ -173,7 +179,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
         file = Run(file).model_file
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
-    if file.suffix == ".pt":  # a folder of its own, or reports would take it for the finished model's
+    if file.suffix == ".pt":  # a separate folder, or reports would take the result for the finished model's
         model, config, split = _from_checkpoint(run, file, data)
         place, suffix = run.folder / "evaluation-unfinished", f"-{digest[:8]}"
         return Opened(model, config, split, place, facts, suffix=suffix, home=run.folder, updates=_updates(run, file))
@@ -183,7 +189,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
             f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
             f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
         )
-    config = parse(metadata["config"])  # first: it imports what the model may be built of
+    config = parse(metadata["config"])  # first, since it imports modules that the model may need
     config, split = _located(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
     home = run.folder if run.config_file.is_file() else None
@@ -191,14 +197,14 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
 
 
 def _updates(run: Run, file: Path) -> int:
-    """The updates that a run's weights are the result of; 0 without its log."""
+    """Number of updates that a run's weights were trained for; 0 without a log."""
     lines = [line for line in run.log() if line.get("best") or file != run.best_file]
     return int(lines[-1]["update"]) if lines else 0
 
 
 def _suite(name: str | None, configured: Suite) -> Suite:
-    """The suite or suites of that text (:func:`rome.attacks.suites.composed.listed`): what is named alone has the
-    config's settings where it has one of that name.
+    """Parse one or more suites (:func:`rome.attacks.suites.composed.listed`). A suite given by name only has the
+    settings of the config's suite of that name, if there is one.
 
     Raises:
         UserError: no such suite.
@@ -215,7 +221,7 @@ def _suite(name: str | None, configured: Suite) -> Suite:
 
 
 def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
-    """The config with the data where it lies now, and its test set; raises what :func:`_opened` does."""
+    """Return a run's config with the current path of its data, and its test set; for errors see :func:`_opened`."""
     run = Run(file.parent)
     elsewhere = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
     known = (run.origin.get("data") or {}).get("classes")
@@ -225,15 +231,15 @@ def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Spli
 def _opened(
     config: Config, path: str | None, owner: str, classes: list[str] | None, elsewhere: str
 ) -> tuple[Config, Split]:
-    """A config with another path of its data, and its test set.
+    """Return a config with the given path of its data, and its test set.
 
     Args:
         owner: the model, for messages.
-        classes: that it was trained on, where they are known.
-        elsewhere: how to say where the data lies.
+        classes: names of the classes that the model was trained on; None if unknown.
+        elsewhere: how the user can name another path, for messages.
 
     Raises:
-        UserError: it is not there, has no path, or has other classes.
+        UserError: the data is not there, is of a kind without a path, or has other classes.
     """
     if path != config.data.path:
         if type(config.data).model_fields["path"].annotation is type(None):
@@ -254,11 +260,11 @@ def _opened(
 
 
 def _from_hub(source: str, data: str | None) -> Config:
-    """The config that evaluates a model of the Hub as the one it was trained with would, with the commit that the
-    source stands for now.
+    """Return a config that evaluates a model of the Hub as its training config would, pinned to the current commit of
+    ``source``.
 
     Raises:
-        UserError: no such model, or not one of ours, or what :func:`_opened` raises.
+        UserError: no such model, or it was not pushed by rome; for others see :func:`_opened`.
     """
     commit = pinned(source)
     metadata, _ = read_tensors(commit, follow=True)
@@ -288,7 +294,7 @@ def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module,
         )
     state: dict[str, Any] = run.load_checkpoint(file)
     config, split = _located(run.config, file, data)
-    untrained = config.model.without_weights()  # the checkpoint has all weights
+    untrained = config.model.without_weights()  # the checkpoint contains all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     try:
         model.load_state_dict(state["model"])

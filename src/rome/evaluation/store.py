@@ -1,14 +1,13 @@
-"""Finished work on disk: one file for each batch of each attack, written whole or not at all.
+"""Storage of an evaluation: one file for each batch of each attack, written atomically.
 
-    settings.json                        what determines the result, and where it came from
+    settings.json                        settings that determine the result, and its provenance
     batches/CASE/0-apgd-ce-00003.safetensors
-                                         one attack on one batch: indices, correct, images of those it fooled or of
-                                         all (where all pixels are whole grey levels in uint8, else in float32;
-                                         ``whole_levels`` says which); the case ``clean`` holds what is right without
-                                         an attack
+                                         one attack on one batch: indices, correct, and the images that fooled the
+                                         model or all images (uint8 if all pixels are whole grey levels, else float32;
+                                         ``whole_levels`` says which); the case ``clean`` is without an attack
     matrix.npz, result.json              written last
 
-A kill at any moment leaves files that are complete or absent; a file whose checksum is wrong counts as absent.
+A kill at any moment leaves files that are complete or absent; a file with a wrong checksum counts as absent.
 """
 
 from __future__ import annotations
@@ -41,38 +40,38 @@ WHOLE_LEVELS, _UINT8, _FLOAT32 = "whole_levels", "images_uint8", "images_float32
 
 @dataclass
 class BatchResult:
-    """What one attack did to one batch."""
+    """Result of one attack on one batch."""
 
     indices: np.ndarray
-    """int64 (b,): which examples."""
+    """int64 (b,): indices of the examples."""
     correct: np.ndarray
-    """bool (b,): which of them are still classified correctly."""
+    """bool (b,): examples still classified correctly."""
     images: Tensor | None = None
-    """float32 (k, C, H, W): the images of those that are not, or of all, in order; None if images are not kept."""
+    """float32 (k, C, H, W): images of the misclassified examples, or of all, in order; None if images are not kept."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """JSON data: ``seconds`` and ``warnings``, and the ``date`` of one that was read."""
+    """JSON data: ``seconds``, ``warnings`` and, for a result read from disk, its ``date``."""
 
 
 class StorageError(UserError):
-    """Nothing more can be kept, so going on would be in vain."""
+    """A result cannot be written, so it is useless to continue."""
 
 
 class Store:
-    """The folder of one evaluation; with ``directory`` None nothing is kept."""
+    """The folder of one evaluation; if ``directory`` is None, nothing is stored."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.fingerprint = ""
-        """Of the settings; a unit written under others counts as absent."""
+        """Hash of the settings (:func:`fingerprint`); batches written under other settings count as absent."""
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of what is there, None where nothing is."""
+        """The stored settings; None if there are none."""
         if self.directory is None or not (self.directory / SETTINGS).exists():
             return None
         return read_json(self.directory / SETTINGS)
 
     def result(self) -> dict[str, Any] | None:
-        """The result of these settings, None where there is none or one of others."""
+        """The stored result; None if there is none, or if it belongs to settings other than the stored ones."""
         stored = self.settings()
         if self.directory is None or stored is None:
             return None
@@ -84,11 +83,11 @@ class Store:
         return result if same else None
 
     def open(self, settings: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
-        """Begin or go on with these settings; returns the stored ones, with the networks that measure now.
+        """Start or continue an evaluation with these settings; return the stored settings, with the current networks.
 
         Raises:
-            UserError: the folder holds an evaluation with other settings, or any while nobody can tell whether it is
-                one of the same model and attacks.
+            UserError: the folder holds an evaluation with other settings, or one that cannot be compared because the
+                model or attacks cannot be identified.
         """
         self.fingerprint = fingerprint(settings)
         if self.directory is None:
@@ -99,7 +98,7 @@ class Store:
         stored = None if overwrite else self.settings()
         if stored is None:
             make_folder(self.directory)
-            self._clear(batches=overwrite or bool(unseen))  # without their settings, results may be anyone's
+            self._clear(batches=overwrite or bool(unseen))  # without their settings, results may be of anything
             return self._save(settings)
         advice = "choose another folder (--out), or overwrite=True (--overwrite) to throw that evaluation away"
         if differing := differences(stored, settings):
@@ -115,18 +114,18 @@ class Store:
         return self._save({**settings, "save_images": stored["save_images"], "networks": networks})
 
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """These settings, once they are in the folder."""
+        """Write the settings to the folder and return them."""
         assert self.directory is not None
         _keep(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
         trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
         return settings
 
     def _clear(self, *, batches: bool) -> None:
-        """Remove an earlier evaluation's files, and nothing else; its batches only on request: each says which settings
-        it is of."""
+        """Remove the files of an earlier evaluation and nothing else; its batches only on request, since each of them
+        is tied to its settings by a checksum."""
         assert self.directory is not None
         stored = (self.directory / BATCHES).glob("**/*.safetensors*") if batches else ()
-        settings = self.directory / SETTINGS  # last: without it the rest would be taken as new
+        settings = self.directory / SETTINGS  # last: without it, the rest would seem to be new
         for path in (self.directory / RESULT, self.directory / MATRIX, *stored, settings):
             path.unlink(missing_ok=True)
 
@@ -134,7 +133,7 @@ class Store:
         return self.directory / BATCHES / f"{key}.safetensors" if self.directory else None
 
     def read(self, key: str, indices: np.ndarray) -> BatchResult | None:
-        """The finished unit of this name for exactly these examples; None where it is absent or damaged."""
+        """Read the stored result of the batch ``key`` for exactly these examples; None if it is absent or damaged."""
         path = self.path(key)
         if path is None or not path.exists():
             return None
@@ -169,21 +168,21 @@ class Store:
         return digest.hexdigest()
 
     def finish(self, arrays: Mapping[str, np.ndarray], result: dict[str, Any]) -> None:
-        """The matrix, then the readable result, whose presence means that the evaluation is finished."""
+        """Write the matrix, then the result, whose presence marks the evaluation as finished."""
         if self.directory is not None:
             buffer = io.BytesIO()
-            np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
+            np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub mistakes allow_pickle for a key
             _keep(self.directory / MATRIX, buffer.getvalue())
             _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
 
 def finished(result: Mapping[str, Any] | None) -> bool:
-    """Whether every case is in a result."""
+    """Whether a result contains every case."""
     return result is not None and not result["failed"] and not result.get("pending")
 
 
 def _unseen(settings: Mapping[str, Any]) -> str:
-    """What of an evaluation cannot be distinguished from another's; empty where everything can."""
+    """Describe the parts of an evaluation that cannot be told apart from others; empty if there are none."""
     unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
     if settings["model"]["sha256"] is None:
         return "a function, whose weights cannot be seen (those of a torch module can)"
@@ -191,20 +190,20 @@ def _unseen(settings: Mapping[str, Any]) -> str:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings that determine a result."""
+    """Return the SHA-256 of the settings that determine a result."""
     compared = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def example_images(directory: str | Path, case: str, k: int | None = None) -> tuple[np.ndarray, Tensor]:
-    """The first ``k`` adversarial images kept for a case, by the order of the examples; None is all of them.
+    """Return the first ``k`` misclassified adversarial images kept for a case, in the order of the examples; None: all.
 
     Returns:
-        The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU. Each one is
-        misclassified; there may be fewer than ``k``.
+        The examples' indices, int64 (k,), and the images, float32 (k, C, H, W) in [0, 1] on the CPU; there may be fewer
+        than ``k``.
 
     Raises:
-        UserError: no such case, the images were not kept, or a file of them is damaged.
+        UserError: no such case, its images were not kept, or a file is damaged.
     """
     places: list[tuple[int, Path, int]] = []
     files = sorted((Path(directory) / BATCHES / case).glob("*.safetensors"))
@@ -215,7 +214,7 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
                 why = f"the images of {case!r} were not kept (save_images)"
                 continue
             indices, fooled = file.get_tensor("indices"), (~file.get_tensor("correct")).nonzero().flatten()
-            alone = len(file.get_tensor(WHOLE_LEVELS)) == len(fooled)  # and not among those of all
+            alone = len(file.get_tensor(WHOLE_LEVELS)) == len(fooled)  # if only images of fooled examples were kept
             rows = range(len(fooled)) if alone else fooled.tolist()
             places += [(index, path, row) for row, index in zip(rows, indices[fooled].tolist(), strict=True)]
     if why:
@@ -226,7 +225,7 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
 
 
 def _image(path: Path, row: int | None) -> Tensor:
-    """One image (1, C, H, W) of a batch's file, or none (0, C, H, W)."""
+    """Image number ``row`` of a batch's file, (1, C, H, W); for None, no image, (0, C, H, W)."""
     with _opened(path) as file:
         whole = file.get_tensor(WHOLE_LEVELS)
         kind = _UINT8 if row is None or whole[row] else _FLOAT32
@@ -236,8 +235,7 @@ def _image(path: Path, row: int | None) -> Tensor:
 
 
 def _packed(images: Tensor) -> dict[str, Tensor]:
-    """Images (k, C, H, W) without loss: in uint8 those whose pixels are all whole grey levels, the others as they
-    are."""
+    """Pack images (k, C, H, W) without loss: as uint8 if all their pixels are whole grey levels, else as float32."""
     levels = (images * 255).round()
     whole = (levels / 255 == images).flatten(1).all(dim=1)
     return {WHOLE_LEVELS: whole, _UINT8: levels[whole].to(torch.uint8), _FLOAT32: images[~whole].contiguous()}
@@ -253,7 +251,7 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A batch's file.
+    """Open a batch's file.
 
     Raises:
         UserError: it is damaged.
@@ -278,8 +276,10 @@ def _keep(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the file is absent or damaged.
+    """Read a JSON file that contains an object.
+
+    Raises:
+        UserError: the file is absent or damaged.
     """
     try:
         content = parse_json(path.read_bytes())

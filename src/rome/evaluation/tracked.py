@@ -1,4 +1,4 @@
-"""What an evaluation found, for the loggers of the run that it evaluated (:mod:`rome.runs.loggers`)."""
+"""Logging of an evaluation's result to the loggers of the evaluated run (:mod:`rome.runs.loggers`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from rome.runs.config import Config
 from rome.runs.loggers import Logger, tracking
 
 PICTURED = 8
-"""Examples in a picture."""
+"""Number of examples in a picture."""
 SIDE = 64
-"""Pixels; smaller images are enlarged by a whole factor."""
+"""Images with fewer pixels per side are enlarged by a whole factor."""
 
 
 def chosen_loggers(config: Config, names: Sequence[str] | None) -> tuple[Logger, ...]:
-    """The loggers of these names, or those of the config whose packages are here: the run may be somebody else's.
+    """Return the loggers with these names; for None, those of the config whose packages are installed, since the run
+    may come from somebody else.
 
     Raises:
-        UserError: no such logger, or the package of one of the names is not installed.
+        UserError: unknown logger, or the package of a named logger is not installed.
     """
     if names is not None:
         try:
@@ -59,14 +60,14 @@ def track(
     label: str,
     step: int,
 ) -> None:
-    """Log accuracies and pictures.
+    """Log an evaluation's accuracies and pictures.
 
     Args:
-        folder: of the run.
-        x: the images that were attacked, (n, C, H, W) in [0, 1].
-        images: the folder of the evaluation, with the adversarial images.
-        label: the group of the names: ``evaluation/apgd-1000``.
-        step: updates that the model was trained for.
+        folder: the run's folder.
+        x: the clean images, (n, C, H, W) in [0, 1].
+        images: the evaluation's folder, with the adversarial images.
+        label: prefix of the logged names, such as ``evaluation/apgd-1000``.
+        step: number of updates that the model was trained for.
     """
     with tracking(loggers, folder, config.name, config.dump()) as tracked:
         found = {"clean": report.clean, **report.robust, "average": report.average, "union": report.union}
@@ -78,8 +79,8 @@ def track(
 
 
 def picture(x: Tensor | Pixels, images: Path, case: str) -> np.ndarray | None:
-    """Rows of originals, adversarial images, and their difference on a scale of its own around gray: uint8 (H, W, 3).
-    None where no images were kept or no example was fooled."""
+    """Draw rows of clean images, adversarial images, and their differences, each scaled to its own maximum around gray:
+    uint8 (H, W, 3). None if no images were kept or no example was fooled."""
     from torchvision.utils import make_grid
 
     try:
