@@ -517,8 +517,8 @@ def test_auto_halves_what_does_not_fit(error: Exception | None, tmp_path: Path) 
     found = evaluate(model, x, y, threats=LINF, suite="lp", batch_size="auto", out=tmp_path)
     assert (found.correct == plain.correct).all()
     assert [w["message"] for w in found.warnings if w["check"] == "out-of-memory"] == [
-        "memory did not suffice for 250 examples at a time: run in batches of at most "
-        f"{largest}, whose random starts are others"
+        "out of memory with 250 examples per batch: ran in batches of at most "
+        f"{largest}, which have different random starts"
         for largest in (5, 4)
     ]
     warnings = {(w["check"], w["attack"]): w["examples"] for w in found.warnings if w["check"] == "out-of-memory"}

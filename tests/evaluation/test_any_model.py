@@ -444,7 +444,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
             ["--model", "resnet18.nonsense", "--weights", "net.pth"],
             r"resnet18.nonsense: Invalid pretrained tag \(nonsense\) for resnet18\.",
         ),
-        (["--model", "traced.pt", "--weights", "net.pth"], "holds its weights already"),
+        (["--model", "traced.pt", "--weights", "net.pth"], "already contains its weights"),
         (["--model", "traced.pt", "--num-classes", "12"], r"gives 10 classes, not 12"),
         (["--model", "traced.pt", "--mean", "0.5"], "--mean and --std go together"),
         (["--model", "traced.pt", "--img-size", "16"], "digits has images of 8 pixels, never resized"),
@@ -473,8 +473,8 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "traced.pt", "--n", "361"], "--n 361 exceeds the 360 test examples of digits"),
         (["--model", "traced.pt", "--routing", "none"], "name what to evaluate"),
         (["runs/x", "--model", "traced.pt"], "name what to evaluate"),
-        (["runs/x", "--mean", "0.5"], "--mean go with --model, not with runs/x"),
-        ([], "--data go with --model$"),
+        (["runs/x", "--mean", "0.5"], "--mean: only valid with --model, not with runs/x, which has a config"),
+        ([], "--data: only valid with --model$"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments: list[str], message: str, call: Any, tmp_path: Path) -> None:
@@ -594,8 +594,8 @@ def test_data_is_known_by_its_content(tmp_path: Path) -> None:
         ("{kind: foldr, path: x}", "unknown data kind 'foldr'. Did you mean 'folder'"),
         ("{kind: folder", "not valid YAML"),
         ("{kind: folder, path: x, splitt: y}", "splitt: unknown key. Did you mean 'test_split'"),
-        ("empty", "empty holds no data that is known by its content; give digits"),
-        ("flat", "flat holds no data that is known by its content"),
+        ("empty", "empty contains no data of a known kind; give digits"),
+        ("flat", "flat contains no data of a known kind"),
         ("batches", "rename it to cifar-10-batches-py"),
     ],
 )
@@ -625,7 +625,7 @@ def test_a_folder_is_read_as_a_timm_model_wants_it() -> None:
     assert preprocessing("net.pt2", 96) == {"size": 96}
     tall = "vit_base_patch16_sapiens2"
     if timm.is_model(tall):  # in new versions
-        with pytest.raises(UserError, match=r"reads images of 768 x 1024 pixels, not square ones: give --img-size"):
+        with pytest.raises(UserError, match=r"expects images of 768 x 1024 pixels, not square ones: give --img-size"):
             preprocessing(tall, None)
 
 

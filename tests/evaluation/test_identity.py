@@ -355,7 +355,7 @@ def test_batches_of_an_earlier_call_are_said_with_their_date(
     again = run(net(), tmp_path, batch_size=2)
     expected = {"batches": count - 1, "of": count, "cases": ["clean", "Linf"]}
     assert {name: again.reused[name] for name in expected} == expected
-    said = f"{count - 1} of {count} batches are those of an earlier call ({again.reused['first']}"
+    said = f"{count - 1} of {count} batches come from earlier calls ({again.reused['first']}"
     assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "result.json").read_text())["reused"] == again.reused
     assert run(net(), tmp_path, batch_size=2).reused == {"result": again.date}
@@ -406,7 +406,7 @@ def test_a_run_is_evaluated_where_its_data_lies_now(pictures: Path, capsys: pyte
     with pytest.raises(UserError, match=r"data.sha256"):
         evaluate_saved("run", data="brighter")
     digits = train(tiny(epochs=1), "digits")
-    with pytest.raises(UserError, match=r"the data of digits \(digits\) lies at no path; leave it out"):
+    with pytest.raises(UserError, match=r"the data of digits \(digits\) has no path; leave it out"):
         evaluate_saved(digits.folder, data="elsewhere")
 
 
@@ -461,7 +461,7 @@ def test_code_that_changed_before_a_run_goes_on_is_said_and_kept(
     assert "other code" not in capsys.readouterr().err
     own.EXTRA = 1
     run = train(config(), tmp_path / "run", resume=True)
-    assert "run goes on with other code: own_pgd.py:EXTRA: 0 there, 1 now" in capsys.readouterr().err
+    assert "run continues with different code: own_pgd.py:EXTRA: 0 there, 1 now" in capsys.readouterr().err
     assert [text.partition(" (")[0] for text in run.origin["changed"]] == ["own_pgd.py:EXTRA: 0 there, 1 now"]
     assert run.other_code(code_facts(config())) == []
     own.EXTRA = 2

@@ -527,8 +527,8 @@ def test_a_command_line_names_any_model(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ([], "name at least one run's folder, or a model and its data: --model NAME --data DATA"),
         (["--model", "test_vit"], "--model test_vit needs --data"),
-        (["--weights", "x", "--mean", "0.5"], "--weights, --mean go with --model"),
-        (["runs/x", "--data", "digits"], "--data go with --model, not with runs/x, whose config says it"),
+        (["--weights", "x", "--mean", "0.5"], "--weights, --mean: only valid with --model"),
+        (["runs/x", "--data", "digits"], "--data: only valid with --model, not with runs/x, which has a config"),
         (["--model", "test_vit", "--data", "digits"], "the pretrained weights of test_vit"),
     ],
 )

@@ -347,7 +347,7 @@ def test_an_evaluation_of_a_pushed_model_needs_its_data_and_classes(runs: Path, 
     with pytest.raises(UserError, match="has other classes than hf://alice/net was trained on"):
         evaluate_saved("hf://alice/net", data=str(other))
     push(runs / "plain", "alice/plain")
-    with pytest.raises(UserError, match="lies at no path; leave it out"):
+    with pytest.raises(UserError, match="has no path; leave it out"):
         evaluate_saved("hf://alice/plain", data="somewhere")
 
 

@@ -79,7 +79,7 @@ def recheck(
     unclear = ~logits.isfinite().all(dim=1)
     correct = (logits.argmax(1) == y) & ~unclear
     doubts = {
-        "left-threat": (outside, "they lay outside their threat: projected back and classified anew"),
+        "left-threat": (outside, "they were outside their threat: projected back and classified again"),
         "broken-image": (broken, "they were not finite or could not be projected: replaced by the clean images"),
         NOT_FINITE: (unclear, "the logits of their adversarial images are not finite: counted as wrong"),
     }

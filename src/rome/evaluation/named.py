@@ -111,7 +111,7 @@ def _content(path: str) -> str:
     tests = [folder / name for name in NAMES["test"] if (folder / name).is_dir()]
     if any(entry.is_dir() for test in tests for entry in test.iterdir()):
         return ImageFolder.kind
-    raise UserError(f"{folder} holds no data that is known by its content; give {_FORMS}")
+    raise UserError(f"{folder} contains no data of a known kind; give {_FORMS}")
 
 
 def named_budgets(text: str) -> tuple[Threat, ...]:
@@ -152,7 +152,7 @@ def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
     _, height, width = wanted["input_size"]
     if img_size is None and height != width:
         raise UserError(
-            f"--model {name}: it reads images of {width} x {height} pixels, not square ones: give --img-size"
+            f"--model {name}: it expects images of {width} x {height} pixels, not square ones: give --img-size"
         )
     resizing = {key: wanted[key] for key in ("crop_pct", "crop_mode", "interpolation")}
     return {"size": img_size or width, **resizing}
@@ -195,7 +195,8 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
         return None
     if "model" not in said:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in said)
-        raise UserError(f"{names} go with --model{'' if also is None else f', not with {also}, whose config says it'}")
+        other = "" if also is None else f", not with {also}, which has a config"
+        raise UserError(f"{names}: only valid with --model{other}")
     name, side = said["model"], said.get("img_size")
     if "data" not in said:
         raise UserError(f"--model {name} needs --data: digits, cifar10:PATH, a folder or a .parquet file")
@@ -206,7 +207,7 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     if not saved and os.path.isfile(name):
         raise UserError(f"--model {name}: {what_is(Path(name))}")
     if saved and weights is not None:
-        raise UserError(f"{name} holds its weights already: leave --weights out")
+        raise UserError(f"{name} already contains its weights: leave out --weights")
     if ("mean" in said) != ("std" in said):
         raise UserError("--mean and --std go together: give both, or neither")
     places: Places = {("model", key): f"--{key} {said[key]}: " for key in ("mean", "std") if key in said}
@@ -312,7 +313,7 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
 def _from_hub(name: str, mean: object, std: object) -> Classifier:
     """Load a model pushed to the Hub by rome, which includes its normalisation."""
     if mean is not None or std is not None:
-        raise UserError(f"{name} brings its normalisation: leave --mean and --std out")
+        raise UserError(f"{name} includes its normalisation: leave out --mean and --std")
     model = load_model(name)
     assert isinstance(model, Classifier)
     return model

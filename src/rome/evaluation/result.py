@@ -187,7 +187,7 @@ class Report:
             return ""
         dates = " to ".join(dict.fromkeys((self.reused["first"], self.reused["last"])))
         count = f"{self.reused['batches']} of {self.reused['of']} batches"
-        return f"{count} are those of an earlier call ({dates}): {', '.join(self.reused['cases'])}"
+        return f"{count} come from earlier calls ({dates}): {', '.join(self.reused['cases'])}"
 
     def require_complete(self) -> None:
         """Raise :class:`rome.core.errors.Incomplete` if any case failed."""

@@ -186,7 +186,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     metadata, _ = read_tensors(file, follow=True)
     if not metadata.get("config"):
         raise UserError(
-            f"{file} holds no config, so its data set is unknown; name them: rome evaluate --model NAME "
+            f"{file} holds no config; name its architecture and the data: rome evaluate --model NAME "
             f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
         )
     config = parse(metadata["config"])  # first, since it imports modules that the model may need
@@ -243,14 +243,14 @@ def _opened(
     """
     if path != config.data.path:
         if type(config.data).model_fields["path"].annotation is type(None):
-            raise UserError(f"--data {path}: the data of {owner} ({config.data.kind}) lies at no path; leave it out")
+            raise UserError(f"--data {path}: the data of {owner} ({config.data.kind}) has no path; leave it out")
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     try:
         split = config.data.open("test")
     except UserError as error:
         if path is None or Path(path).expanduser().exists():
             raise
-        raise UserError(f"{error}. If it lies elsewhere now: {elsewhere}") from None
+        raise UserError(f"{error}. If it is elsewhere now: {elsewhere}") from None
     if classes not in (None, list(split.classes)):
         raise UserError(
             f"{path} has other classes than {owner} was trained on: {_listed(split.classes)} instead of "
@@ -276,7 +276,7 @@ def _from_hub(source: str, data: str | None) -> Config:
     config = parse(metadata["config"])
     elsewhere = f"rome evaluate {source} --data PATH"
     if data is None and config.data.path == PATH:
-        raise UserError(f"where the data of {source} ({config.data.kind}) lies on this machine is unknown: {elsewhere}")
+        raise UserError(f"where the data of {source} ({config.data.kind}) is on this machine is unknown: {elsewhere}")
     config, _ = _opened(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
     kept = {name: getattr(config, name) for name in ("imports", "data", "threats", "device", "evaluation")}
     return Config(name=named_after(source), model=ModelSettings(name=commit), **kept)
@@ -289,8 +289,8 @@ def _listed(names: Sequence[str]) -> str:
 def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
     if file not in (run.checkpoint_file, run.before_file) or not file.is_file():
         raise UserError(
-            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors of ours; "
-            "models of others go by --model and --data"
+            f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors written by "
+            "rome; for other models give --model and --data"
         )
     state: dict[str, Any] = run.load_checkpoint(file)
     config, split = _located(run.config, file, data)

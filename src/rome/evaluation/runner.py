@@ -253,8 +253,8 @@ class CaseRunner:
         warnings += [warning(each.check, case.name, attack, each.examples, each.message) for each in noticed]
         if len(pieces) > 1:
             message = (
-                f"memory did not suffice for {self.settings['batch_size']} examples at a time: run in batches of at "
-                f"most {max(len(piece) for piece, _ in pieces)}, whose random starts are others"
+                f"out of memory with {self.settings['batch_size']} examples per batch: ran in batches of at most "
+                f"{max(len(piece) for piece, _ in pieces)}, which have different random starts"
             )
             warnings.append(warning("out-of-memory", case.name, attack, len(part), message))
         facts = {"seconds": time.perf_counter() - start, "warnings": warnings}

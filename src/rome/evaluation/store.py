@@ -106,7 +106,7 @@ class Store:
                 f"{self.directory} holds an evaluation with other settings ({some(differing, 5, '; ')}): {advice}"
             )
         if unseen:
-            raise UserError(f"{self.directory} holds an evaluation of {unseen}, so this may be another one: {advice}")
+            raise UserError(f"{self.directory} holds an evaluation of {unseen}, so it may be a different one: {advice}")
         before = stored.get("networks", {})
         networks = before | settings["networks"]
         if networks == before:
@@ -270,8 +270,8 @@ def _keep(path: Path, content: bytes) -> None:
         replace_file(path, content)
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}): make room for it; what was written before is kept, "
-            "and the same command goes on with it"
+            f"{path} cannot be written ({error.strerror or error}): make room; finished work is kept, and the "
+            "same command continues from there"
         ) from error
 
 

@@ -46,7 +46,7 @@ def chosen_loggers(config: Config, names: Sequence[str] | None) -> tuple[Logger,
             logger.check()
             usable.append(logger)
         except UserError as error:
-            say(f"{error}; the evaluation goes on without it")
+            say(f"{error}; the evaluation continues without it")
     return tuple(usable)
 
 

@@ -234,7 +234,7 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     """
     places = places or {}
     if not isinstance(data, dict):
-        raise UserError("a config is a mapping of keys to values")
+        raise UserError("a config must be a mapping of keys to values")
     modules = data.get("imports")
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:

@@ -165,14 +165,14 @@ class Run:
             raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
         elif self.config_file.exists() and not resume:
             raise UserError(
-                f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
+                f"{self.folder} holds an unfinished run; pass --resume to continue or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
         code, changed = code_facts(config), list[str]()
         if resume and self.has_checkpoint and (found := self.other_code(code)):
             # Announced and not refused: a bug may have been fixed, but the weights come from both versions.
-            say(f"{self.folder} goes on with other code: {'; '.join(found)}")
+            say(f"{self.folder} continues with different code: {'; '.join(found)}")
             changed = [f"{text} ({now()})" for text in found]
         origin = {
             "data": None if data is None else data_facts(data),
@@ -221,10 +221,10 @@ class Run:
         try:
             replace_with(self.checkpoint_file, write)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            kept = "The checkpoint before it is kept" if self.has_checkpoint else "There is none before it"
+            kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no earlier checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
-                "and go on with --resume"
+                "and continue with --resume"
             ) from error
 
     def _latest(self) -> dict[str, Any]:
@@ -239,8 +239,8 @@ class Run:
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
             say(
-                f"{self.checkpoint_file} cannot be used ({damage}): going on from the one before it, of update "
-                f"{state['update']}; {done - state['update']} updates are done again"
+                f"{self.checkpoint_file} cannot be used ({damage}): continuing from the previous one, of update "
+                f"{state['update']}; {done - state['update']} updates are repeated"
             )
             return state
         return self.load_checkpoint()

@@ -72,7 +72,7 @@ def what_is(path: Path, wanted: str = "") -> str:
             return f"{path} is a file of weights: rome evaluate {path}, or model.weights={path} in a config"
         if path.suffix == ".py":
             return f"{path} is a program: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
-        return f"{path} is a file that is neither config nor weights"
+        return f"{path} is neither a config nor a weights file"
     folder = located(path.parent)
     beside = folder.iterdir() if folder.is_dir() else ()
     near = nearest(path, [str(path.parent / each.name) for each in beside if each.suffix == path.suffix])

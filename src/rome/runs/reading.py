@@ -54,7 +54,7 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -
     except ValueError as error:  # not text
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values")
+        raise UserError(f"{path}: a config must be a mapping of keys to values")
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")

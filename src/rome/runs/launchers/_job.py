@@ -34,7 +34,7 @@ def work(job: Job, processes: int, patience: float) -> int:
     def lose(compromise: object) -> None:
         """Kill everything: another machine has taken over the job, so nothing more may be written here. Files on disk
         are complete."""
-        print(f"error: {owner(lease)} took {job.folder} over", file=sys.stderr, flush=True)
+        print(f"error: {owner(lease)} took over {job.folder}", file=sys.stderr, flush=True)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)
         os._exit(HELD)

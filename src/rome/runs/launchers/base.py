@@ -115,7 +115,7 @@ class Launcher(Component):
     """Runs jobs: on this machine, or in the queue of a cluster."""
 
     default_kind: ClassVar[str] = "local"
-    stopped: ClassVar[str] = "stopped; the same command goes on"
+    stopped: ClassVar[str] = "stopped; the same command continues"
     """Message when a signal stops the command."""
 
     @abstractmethod
@@ -199,7 +199,7 @@ class _Following:
             if handle := self.launcher.found(self.jobs[number]):
                 self._begin(number, handle)
         if self.running and self.launcher.waits():
-            print(f"{len(self.running)} run already or wait in the queue", file=sys.stderr, flush=True)
+            print(f"{len(self.running)} are already running or queued", file=sys.stderr, flush=True)
         looks = 0
         while self.waiting or self.running or self.elsewhere:
             room = len(self.waiting) if limit is None else limit - len(self.running)
@@ -216,8 +216,8 @@ class _Following:
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
             if not self.launcher.waits():
-                there = f"{len(self.running)} run or wait in the queue"
-                print(f"{there}; the same command shows how far they are", file=sys.stderr)
+                there = f"{len(self.running)} are running or queued"
+                print(f"{there}; the same command shows their progress", file=sys.stderr)
                 return
             time.sleep(POLL)
             for number, handle in list(self.running.items()):
@@ -272,9 +272,9 @@ class _Following:
             self.waiting.append(number)  # then it turns out to be held by another process
         elif code == REQUEUE:
             self.waiting.append(number)
-            self._say(number, "stopped and saved; it goes on")
+            self._say(number, "stopped and saved; it will continue")
         elif code < 0:
-            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command goes on")
+            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command continues")
         elif code:
             self._fail(number, handle.reason or job.reason() or f"exit code {code}")
         else:

@@ -30,7 +30,7 @@ class Submitit(Launcher):
     """SLURM through submitit: job arrays, at most --jobs at a time, requeued at preemption and at the time limit."""
 
     kind = "submitit"
-    stopped = "stopped waiting; what is in the queue goes on, and the same command waits for it again (scancel ends it)"
+    stopped = "stopped waiting; queued jobs continue, and the same command waits for them again (scancel ends them)"
 
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """Where jobs run. To try without SLURM: ``local`` runs them in processes on this machine, ``debug`` one after the

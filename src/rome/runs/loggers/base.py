@@ -125,7 +125,7 @@ class Tracking:
                 yield
         except Exception as error:  # libraries may raise anything
             self.writers.pop(kind, None)
-            say(f"loggers: {kind} failed ({first_line(error)}); the work goes on without it")
+            say(f"loggers: {kind} failed ({first_line(error)}); continuing without it")
 
 
 @contextmanager
