@@ -281,7 +281,8 @@ def test_a_finished_run_is_not_touched_unless_told(undisturbed: Run, tmp_path: P
 
 def test_overwrite_starts_anew_and_leaves_other_files(stopped: Run) -> None:
     (stopped.folder / "notes.txt").write_text("mine")
-    (stopped.folder / "evaluation").mkdir()
+    for name in ("evaluation", "evaluation-budgets", "evaluation-best-budgets"):
+        (stopped.folder / name).mkdir()
     assert prepare(stopped, overwrite=True, seed=5) is None
     stopped.release()
     assert sorted(path.name for path in stopped.folder.iterdir()) == ["config.yaml", "notes.txt", "origin.json"]

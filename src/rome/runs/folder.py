@@ -11,7 +11,7 @@
   (:mod:`rome.runs.loggers`)
 - ``train.lock``: held while a process trains in the folder; ``train.soft.lock`` on file systems without locks
 - ``evaluation/SUITE/``: results of ``rome evaluate``; those of the best weights are in ``evaluation-best/``, those of
-  ``last.pt`` in ``evaluation-unfinished/``
+  ``last.pt`` in ``evaluation-unfinished/``, and those under other budgets in folders with ``-budgets`` appended
 """
 
 from __future__ import annotations
@@ -306,9 +306,10 @@ class Run:
 
     def _clear(self) -> None:
         """Remove the files of a run and nothing else; the config last, since without it the folder holds no run."""
-        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
-        for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
-            shutil.rmtree(folder, ignore_errors=True)
+        weights, budgets = ("", "-best", "-unfinished"), ("", "-budgets")
+        evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
+        for name in (tensorboard.FOLDER, "wandb", *evaluations):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         files = (
             self.checkpoint_file,
             self.before_file,

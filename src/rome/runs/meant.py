@@ -14,7 +14,8 @@ from rome.runs.shipped import located
 
 DEEPEST = 3
 """Largest number of parts in the dotted names that are searched: nesting has no end, as threats contain attacks."""
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Endings of files with weights."""
 
 
 def explained(message: str, key: str, override: str, root: type[Settings]) -> str:
@@ -68,7 +69,7 @@ def what_is(path: Path, wanted: str = "") -> str:
     if path.is_file():
         if path.suffix in (".yaml", ".yml"):
             return f"{path} is a config: rome train {path}"
-        if path.suffix in _WEIGHTS:
+        if path.suffix in WEIGHTS:
             return f"{path} is a file of weights: rome evaluate {path}, or model.weights={path} in a config"
         if path.suffix == ".py":
             return f"{path} is a program: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"

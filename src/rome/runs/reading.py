@@ -13,7 +13,7 @@ from typing import Any
 
 from rome.core.errors import UserError
 from rome.core.plain_data import Unreadable, comment_after, parse_yaml
-from rome.runs.meant import what_is
+from rome.runs.meant import WEIGHTS, what_is
 from rome.runs.shipped import located
 
 Places = dict[tuple[str | int, ...], str]
@@ -37,7 +37,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
 
 
 def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -> dict[str, Any]:
-    if not path.is_file() or path.suffix in (".safetensors", ".pt", ".py"):
+    if not path.is_file() or path.suffix in (*WEIGHTS, ".py"):
         found = what_is(path, "config ")
         raise UserError(f"{place}a config is a YAML file; {found}" if path.exists() else f"{place}{found}")
     if path.resolve() in seen:

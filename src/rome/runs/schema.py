@@ -77,8 +77,7 @@ class _Builder:
         documented = _documented(cls)
         properties = {}
         for name, field in cls.model_fields.items():
-            found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
-            found = self._followed(found)
+            found = self._followed({key: value for key, value in made["properties"][name].items() if key not in _NOISE})
             for each in field.metadata:  # pydantic drops limits of numbers that may be written as fractions
                 limits = {key: getattr(each, limit, None) for key, limit in _LIMITS.items()}
                 found |= {key: value for key, value in limits.items() if value is not None}

@@ -46,10 +46,10 @@ class _MLflowWriter(Writer):
         experiment = self.client.get_experiment_by_name(settings.experiment)
         number = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
         self.id = self.client.create_run(number, run_name=run.name).info.run_id
-        settled = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(run.config).items()
-        }
-        parameters = [Param(key, text) for key, text in settled.items()]
+        parameters = [
+            Param(key, value if isinstance(value, str) else json.dumps(value))
+            for key, value in flatten(run.config).items()
+        ]
         for first in range(0, len(parameters), 100):
             self.client.log_batch(self.id, params=parameters[first : first + 100])
 
