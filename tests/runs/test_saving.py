@@ -168,7 +168,7 @@ def test_where_the_last_is_damaged_the_one_before_counts(
     if damage == "missing":
         run.checkpoint_file.unlink()
     assert run.has_checkpoint
-    assert run._latest()["update"] == 3
+    assert run._load_latest()["update"] == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run.checkpoint_file} cannot be used (")
     assert line.endswith("continuing from the previous one, of update 3; 6 updates are repeated")

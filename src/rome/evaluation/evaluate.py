@@ -157,7 +157,7 @@ def evaluate(
     }
     # padded to quarters of a batch: it shrinks as examples are fooled, and few shapes should occur
     graphs = Graphs(whole=False, rows=-(-size // 4)) if where.type == "cuda" else None
-    with _undisturbed(model, where, graphs):
+    with _strict_float32(model, where, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
         settings["model"] = settled(facts, changing)
@@ -175,12 +175,12 @@ def evaluate(
             )
             classes = answers[0][0][1]
             settings["model"] = settled(facts, changing | changed(facts, aside(model)))
-        planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
+        planned, left_out = _applicable_cases(suite.cases(named, classes), x.shape[1])
         if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         for name, reason in left_out.items() if verbose else ():
             say(f"{name}: left out: it {reason}")
-        wanted = _wanted(cases, [case.name for case in planned])
+        wanted = _chosen_cases(cases, [case.name for case in planned])
         settings |= {"classes": classes, "cases": [case.dump() for case in planned], "left_out": left_out}
         settings["code"], settings["unknown"] = code_of((suite, named, planned))
         settings["networks"] = {case.name: digest for case in planned if (digest := network_hash(case.threat))}
@@ -211,7 +211,7 @@ def evaluate(
     return report
 
 
-def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
+def _applicable_cases(cases: list[Case], channels: int) -> tuple[list[Case], dict[str, str]]:
     """Return the cases whose attacks all apply to images with so many channels, and for each other case the reason why
     it does not apply.
 
@@ -226,7 +226,7 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
     return kept, left_out
 
 
-def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
+def _chosen_cases(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
     """Names of the suite's cases to run now.
 
     Raises:
@@ -243,7 +243,7 @@ def _wanted(chosen: Iterable[str] | None, names: list[str]) -> frozenset[str]:
 
 
 @contextmanager
-def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
+def _strict_float32(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
     """Run the body in strict float32, without gradients and autocast; afterwards restore the model's flags and the
     global random states."""
     backends: Any = torch.backends

@@ -21,7 +21,7 @@ from rome.models.module_tree import tensor_bytes, tensors
 from rome.runs.origin import differences
 
 CODE, UNKNOWN, CHANGING = "code", "unknown", "changing"
-_NAMED = {"attributes", CODE}
+_MAPPINGS = {"attributes", CODE}
 """Facts of a model that are mappings from names."""
 _READERS = ("report", "cli")
 """Parts of rome that results do not depend on, since they only read results or start the commands that make them."""
@@ -69,13 +69,15 @@ def code_of(parts: Iterable[object]) -> tuple[dict[str, str], list[str]]:
 def settled(facts: Mapping[str, Any], changing: Iterable[str]) -> dict[str, Any]:
     """Return the facts without those named in ``changing``: counters and caches, which a forward pass changes."""
     gone = set(changing)
-    kept = {part: {name: text for name, text in facts[part].items() if name not in gone} for part in _NAMED & {*facts}}
+    kept = {
+        part: {name: text for name, text in facts[part].items() if name not in gone} for part in _MAPPINGS & {*facts}
+    }
     return {**facts, **kept, **({CHANGING: sorted(gone)} if gone else {})}
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     """Names of the facts that differ between two calls of :func:`aside`."""
-    return {name for part in _NAMED for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
+    return {name for part in _MAPPINGS for name, _ in before.get(part, {}).items() ^ after.get(part, {}).items()}
 
 
 def hash_data(x: Tensor | Pixels, y: Tensor) -> str:
@@ -118,13 +120,13 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    if source := _source():
+    if source := _source_hash():
         found["rome-robust"] += f"+{source}"
     return found
 
 
 @functools.cache
-def _source() -> str:
+def _source_hash() -> str:
     """Hash of rome's own code in a checkout, where edits do not change the version; empty for an installed package."""
     folder = Path(__file__).parents[1]
     if {"site-packages", "dist-packages"} & set(folder.parts):

@@ -88,10 +88,10 @@ def run_checks(
     def counted(share: float) -> str:
         return f"{round(share * len(part))} of {len(part)}"
 
-    zero = float(every(lambda x, y: _useless(_cross_entropy_gradient(model, x, y))).mean())
+    zero = float(every(lambda x, y: _unusable_gradient(_cross_entropy_gradient(model, x, y))).mean())
     message = f"the input gradient of the loss is exactly zero or not finite for {counted(zero)}"
     checks = [found("zero-input-gradients", {"share": zero}, zero > ZERO_SHARE, message)]
-    ball = _ball(cases)
+    ball = _main_ball(cases)
     if ball is not None:
         few, many = (robust(ball, steps) for steps in STEPS)
         only_many, only_few = int((many & ~few).sum()), int((few & ~many).sum())
@@ -126,7 +126,7 @@ def _cross_entropy_gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
     return gradient * odds.sigmoid().view(-1, 1, 1, 1)
 
 
-def _useless(gradient: Tensor) -> Tensor:
+def _unusable_gradient(gradient: Tensor) -> Tensor:
     """Return bool (B,): examples whose gradient is all zero or somewhere not finite."""
     flat = gradient.flatten(1)
     return (flat == 0).all(dim=1) | ~flat.isfinite().all(dim=1)
@@ -142,7 +142,7 @@ def as_warnings(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _ball(cases: Sequence[Case]) -> LpBall | None:
+def _main_ball(cases: Sequence[Case]) -> LpBall | None:
     """The Linf ball among the cases' threats if there is one, otherwise the first Lp ball; None without Lp balls."""
     balls = [case.threat for case in cases if isinstance(case.threat, LpBall) and case.threat.eps > 0]
     return next((ball for ball in balls if ball.norm == "Linf"), balls[0] if balls else None)

@@ -65,7 +65,7 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
     Raises:
         UserError: no such data set or folder, or its content is not recognised.
     """
-    given = _given(text)
+    given = _parse_data(text)
     if img_size is not None:
         settings["size"] = img_size
     try:
@@ -76,24 +76,24 @@ def named_data(text: str, *, img_size: int | None = None, **settings: Any) -> Da
     return type(data)(**{**settings, **given}) if isinstance(data, Resized) and not as_it_is else data
 
 
-def _given(text: str) -> dict[str, Any]:
+def _parse_data(text: str) -> dict[str, Any]:
     """Parse a data set named on the command line into its kind and settings."""
     if text.lstrip().startswith("{"):
         try:
             (given,) = listed(text)
         except ValueError as error:
             raise UserError(f"data: {error}") from None
-        return given if "kind" in given else {"kind": _content(str(given.get("path", ""))), **given}
+        return given if "kind" in given else {"kind": _data_kind(str(given.get("path", ""))), **given}
     kind, colon, path = text.partition(":")
     if kind in Data.members():
         return {"kind": kind, **({"path": path} if colon else {})}
     path_like = len(kind) == 1 or {"/", "\\"} & set(kind)  # C:\x, ./a:b
     if colon and not path_like and not os.path.exists(os.path.expanduser(text)):
         raise UserError(f"unknown data {text!r}; give {_FORMS}")
-    return {"kind": _content(text), "path": text}
+    return {"kind": _data_kind(text), "path": text}
 
 
-def _content(path: str) -> str:
+def _data_kind(path: str) -> str:
     """Recognise the kind of data at a path by its content."""
     folder = Path(os.path.expanduser(path))
     is_table = folder.suffix == ".parquet" and os.path.isfile(folder)
@@ -121,10 +121,10 @@ def named_budgets(text: str) -> tuple[Threat, ...]:
     Raises:
         UserError: invalid or unknown budgets.
     """
-    return parse_threats(_balls(text), f"--budgets {text}: ")
+    return parse_threats(_plain_threats(text), f"--budgets {text}: ")
 
 
-def _balls(text: str | None) -> Any:
+def _plain_threats(text: str | None) -> Any:
     """Balls as plain data of a config; names of budgets are returned unchanged."""
     if text is None or "=" not in text:
         return text
@@ -143,7 +143,7 @@ def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
     if on_hub(name):  # how its training data was resized
         data = (read_tensors(name)[0].get("config") or {}).get("data") or {}
         return {key: data[key] for key in ("size", "crop_pct", "crop_mode", "interpolation") if key in data}
-    config = _pretrained(name)
+    config = _pretrained_cfg(name)
     if config is None:
         return {} if img_size is None else {"size": img_size}
     tested = img_size is not None and img_size == (config.test_input_size or (0,))[-1]
@@ -158,9 +158,9 @@ def preprocessing(name: str, img_size: int | None) -> dict[str, Any]:
     return {"size": img_size or width, **resizing}
 
 
-def _of_another_size(name: str, size: int) -> str:
+def _size_remark(name: str, size: int) -> str:
     """A remark if images have the size the weights were trained at, but timm validates them at another; else empty."""
-    config = _pretrained(name)
+    config = _pretrained_cfg(name)
     if config is None or config.test_input_size is None or size != config.input_size[-1]:
         return ""
     test = config.test_input_size[-1]
@@ -168,7 +168,7 @@ def _of_another_size(name: str, size: int) -> str:
     return said if test != size else ""
 
 
-def _pretrained(name: str) -> Any:
+def _pretrained_cfg(name: str) -> Any:
     """timm's configuration of the pretrained weights of a model; None if timm has no such model."""
     if names_code(name) or is_saved_module(name) or not timm.is_model(name):
         return None
@@ -190,17 +190,17 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
     Raises:
         UserError: ``model`` without ``data``, other options without ``model``, or invalid values.
     """
-    said = {name: value for name, value in options.items() if value is not None}
-    if not said:
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
         return None
-    if "model" not in said:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+    if "model" not in given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         other = "" if also is None else f", not with {also}, which has a config"
         raise UserError(f"{names}: only valid with --model{other}")
-    name, side = said["model"], said.get("img_size")
-    if "data" not in said:
+    name, side = given["model"], given.get("img_size")
+    if "data" not in given:
         raise UserError(f"--model {name} needs --data: digits, cifar10:PATH, a folder or a .parquet file")
-    saved, weights = is_saved_module(name) or on_hub(name), said.get("weights")
+    saved, weights = is_saved_module(name) or on_hub(name), given.get("weights")
     function = names_code(name) and not saved
     if function and {"/", "\\", "."} & set(name.rpartition(":")[2]):  # the colon is one of a path
         raise UserError(f"--model {name}: a function is named path.py:function; files are .pt, .ts or .pt2")
@@ -208,18 +208,18 @@ def named_config(options: Mapping[str, Any], also: object = None) -> Config | No
         raise UserError(f"--model {name}: {what_is(Path(name))}")
     if saved and weights is not None:
         raise UserError(f"{name} already contains its weights: leave out --weights")
-    if ("mean" in said) != ("std" in said):
+    if ("mean" in given) != ("std" in given):
         raise UserError("--mean and --std go together: give both, or neither")
-    places: Places = {("model", key): f"--{key} {said[key]}: " for key in ("mean", "std") if key in said}
-    places["threats",] = f"--budgets {said.get('budgets', '')}: "
-    model = {key: said.get(key) for key in ("num_classes", "img_size", "patch_size", "weights", "weights_key")}
-    model |= {key: said[key].split(",") for key in ("mean", "std") if key in said}
+    places: Places = {("model", key): f"--{key} {given[key]}: " for key in ("mean", "std") if key in given}
+    places["threats",] = f"--budgets {given.get('budgets', '')}: "
+    model = {key: given.get(key) for key in ("num_classes", "img_size", "patch_size", "weights", "weights_key")}
+    model |= {key: given[key].split(",") for key in ("mean", "std") if key in given}
     model |= {"name": name, "pretrained": not function and not saved and weights is None}
     plain = {
         "name": named_after(name),
-        "data": named_data(said["data"], img_size=side, **preprocessing(name, side)),
+        "data": named_data(given["data"], img_size=side, **preprocessing(name, side)),
         "model": model,
-        "threats": _balls(said.get("budgets")),
+        "threats": _plain_threats(given.get("budgets")),
         "loggers": [],
     }
     return parse(plain, places)
@@ -280,19 +280,19 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
     facts: dict[str, Any] = {"name": Path(name).name if saved else name, "normalisation": None}
     remarks: list[str] = []
     if on_hub(name):
-        model = _from_hub(name, mean, std)
+        model = _load_from_hub(name, mean, std)
         facts["sha256"] = file_hash(weights_file(name))
     elif saved:
         inner = SavedModule(Path(name))
         model = Classifier(inner, mean or (0.0,), std or (1.0,))
         facts["sha256"] = inner.digest
     else:
-        model = _architecture(settings, outputs, channels, side, mean, std)
+        model = _create_by_name(settings, outputs, channels, side, mean, std)
     if settings.weights is not None:
         remarks = load_weights(model, settings.weights, key=settings.weights_key, keep_normalization=mean is not None)
         facts |= {"weights": settings.weights, "weights_sha256": file_hash(weights_file(settings.weights))}
     elif settings.img_size is None:
-        remarks += filter(None, [_of_another_size(name, side)])
+        remarks += filter(None, [_size_remark(name, side)])
     bare = bool((model.mean == 0).all() and (model.std == 1).all())
     if bare and mean is None and (saved or names_code(name)) and not on_hub(name):
         remarks.append(
@@ -310,7 +310,7 @@ def build_named(config: Config, split: Split) -> tuple[nn.Module, dict[str, Any]
     return model, facts, remarks
 
 
-def _from_hub(name: str, mean: object, std: object) -> Classifier:
+def _load_from_hub(name: str, mean: object, std: object) -> Classifier:
     """Load a model pushed to the Hub by rome, which includes its normalisation."""
     if mean is not None or std is not None:
         raise UserError(f"{name} includes its normalisation: leave out --mean and --std")
@@ -319,10 +319,10 @@ def _from_hub(name: str, mean: object, std: object) -> Classifier:
     return model
 
 
-def _architecture(settings: ModelSettings, outputs: int, channels: int, side: int, mean: Any, std: Any) -> Classifier:
+def _create_by_name(settings: ModelSettings, outputs: int, channels: int, side: int, mean: Any, std: Any) -> Classifier:
     """Build a model by name, without weights from a file; a timm model has the pretrained weights of its tag."""
     name, plain = settings.name, mean is None and names_code(settings.name)
-    config = _pretrained(name)
+    config = _pretrained_cfg(name)
     if settings.pretrained and timm.is_model(name):
         if config is None or not config.has_weights:
             raise UserError(f"{name} has no pretrained weights: give --weights FILE, or a tag (NAME.TAG) of timm's")

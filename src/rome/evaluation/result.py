@@ -28,11 +28,11 @@ _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date"
 """Fields read back from ``result.json``; all others are derived from the matrix or are settings."""
 
 
-class _Named(BaseModel):
+class _StoredCase(BaseModel):
     name: str
 
 
-class _Settings(BaseModel):
+class _StoredSettings(BaseModel):
     """Types of the entries of ``settings.json`` that are read later; all are optional."""
 
     suite: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class _Settings(BaseModel):
     data: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     environment: dict[str, Any] = {}
-    cases: list[_Named] = []
+    cases: list[_StoredCase] = []
     n: int = 0
     seed: int = 0
     batch_size: int = 0
@@ -171,7 +171,7 @@ class Report:
         height, width = self.settings.get("data", {}).get("shape", (0, 0))[-2:]
         shown = [self._planned[name].get("attacks", [{}])[0] for name in self.cases[1:]]
         made = [attack for attack in shown if attack.get("kind") == Corruption.kind]
-        return tuple(dict.fromkeys(_source(attack, max(height, width)) for attack in made))
+        return tuple(dict.fromkeys(_image_source(attack, max(height, width)) for attack in made))
 
     @property
     def suite(self) -> str:
@@ -279,7 +279,7 @@ class Report:
         }
         return {
             "n": self.n,
-            **{name: _available(value) for name, value in numbers.items()},
+            **{name: _nan_to_none(value) for name, value in numbers.items()},
             "corruptions": list(self.corruptions),
             "intervals": {name: list(self.interval(name)) for name in names},
             **{name: getattr(self, name) for name in _STORED},
@@ -306,7 +306,7 @@ class Report:
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
-            _Settings.model_validate(settings)
+            _StoredSettings.model_validate(settings)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],
@@ -327,7 +327,7 @@ class Report:
             ) from None
 
 
-def _source(corruption: Mapping[str, Any], side: int) -> str:
+def _image_source(corruption: Mapping[str, Any], side: int) -> str:
     """Say where the images of a dumped :class:`rome.attacks.Corruption` come from, for clean images of this side."""
     if corruption.get("path") is not None:
         return f"corrupted images read from CIFAR-10-C in {corruption['path']}"
@@ -335,8 +335,8 @@ def _source(corruption: Mapping[str, Any], side: int) -> str:
     return f"corrupted images made here with the severities of {whose}, not its images"
 
 
-def _available(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     """Replace NaN by None, in a number or in a mapping of numbers."""
     if isinstance(value, dict):
-        return {name: _available(each) for name, each in value.items()}
+        return {name: _nan_to_none(each) for name, each in value.items()}
     return None if math.isnan(value) else value

@@ -88,7 +88,7 @@ def evaluate_saved(
         opened = opened._replace(suffix=f"{opened.suffix}-{names.replace('/', '_')}")
     settings = settings or config.evaluation
     followed = chosen_loggers(config, loggers) if team.is_main else ()
-    chosen = with_features(_suite(suite, settings.suite), features)
+    chosen = with_features(_parse_suites(suite, settings.suite), features)
     for sentence in (*check_files(chosen, cases), *opened.remarks):
         say(sentence)
     if n is not None and n > len(split):
@@ -166,7 +166,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     """Open a model in evaluation mode, its config and its test set; for arguments and errors see
     :func:`evaluate_saved`."""
     if on_hub(target):
-        target = _from_hub(target, data)
+        target = _config_from_hub(target, data)
     if isinstance(target, Config):
         target = target.model_copy(update={"model": target.model.pinned()})
         split = target.data.open("test")
@@ -180,7 +180,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
     run, digest = Run(file.parent), file_hash(file) if file.is_file() else ""
     facts = {"checkpoint": file.name, "checkpoint_sha256": digest}
     if file.suffix == ".pt":  # a separate folder, or reports would take the result for the finished model's
-        model, config, split = _from_checkpoint(run, file, data)
+        model, config, split = _open_checkpoint(run, file, data)
         place, suffix = run.folder / "evaluation-unfinished", f"-{digest[:8]}"
         return Opened(model, config, split, place, facts, suffix=suffix, home=run.folder, updates=_updates(run, file))
     metadata, _ = read_tensors(file, follow=True)
@@ -190,7 +190,7 @@ def open_target(target: str | Path | Config, data: str | None = None) -> Opened:
             f"--weights {file} --data DATA (or use rome.evaluate(model, x, y) in Python)"
         )
     config = parse(metadata["config"])  # first, since it imports modules that the model may need
-    config, split = _located(config, file, data)
+    config, split = _open_run_data(config, file, data)
     place = run.folder / ("evaluation-best" if file == run.best_file else "evaluation")
     home = run.folder if run.config_file.is_file() else None
     return Opened(load_model(file), config, split, place, facts, home=home, updates=_updates(run, file))
@@ -202,7 +202,7 @@ def _updates(run: Run, file: Path) -> int:
     return int(lines[-1]["update"]) if lines else 0
 
 
-def _suite(name: str | None, configured: Suite) -> Suite:
+def _parse_suites(name: str | None, configured: Suite) -> Suite:
     """Parse one or more suites (:func:`rome.attacks.suites.composed.listed`). A suite given by name only has the
     settings of the config's suite of that name, if there is one.
 
@@ -220,15 +220,15 @@ def _suite(name: str | None, configured: Suite) -> Suite:
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])
 
 
-def _located(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
-    """Return a run's config with the current path of its data, and its test set; for errors see :func:`_opened`."""
+def _open_run_data(config: Config, file: Path, data: str | None) -> tuple[Config, Split]:
+    """Return a run's config with the current path of its data, and its test set; for errors see :func:`_open_data`."""
     run = Run(file.parent)
     elsewhere = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
     known = (run.origin.get("data") or {}).get("classes")
-    return _opened(config, data or run.data_path or config.data.path, str(run.folder), known, elsewhere)
+    return _open_data(config, data or run.data_path or config.data.path, str(run.folder), known, elsewhere)
 
 
-def _opened(
+def _open_data(
     config: Config, path: str | None, owner: str, classes: list[str] | None, elsewhere: str
 ) -> tuple[Config, Split]:
     """Return a config with the given path of its data, and its test set.
@@ -253,18 +253,18 @@ def _opened(
         raise UserError(f"{error}. If it is elsewhere now: {elsewhere}") from None
     if classes not in (None, list(split.classes)):
         raise UserError(
-            f"{path} has other classes than {owner} was trained on: {_listed(split.classes)} instead of "
-            f"{_listed(classes or ())}"
+            f"{path} has other classes than {owner} was trained on: {_count_and_names(split.classes)} instead of "
+            f"{_count_and_names(classes or ())}"
         )
     return config, split
 
 
-def _from_hub(source: str, data: str | None) -> Config:
+def _config_from_hub(source: str, data: str | None) -> Config:
     """Return a config that evaluates a model of the Hub as its training config would, pinned to the current commit of
     ``source``.
 
     Raises:
-        UserError: no such model, or it was not pushed by rome; for others see :func:`_opened`.
+        UserError: no such model, or it was not pushed by rome; for others see :func:`_open_data`.
     """
     commit = pinned(source)
     metadata, _ = read_tensors(commit, follow=True)
@@ -277,23 +277,23 @@ def _from_hub(source: str, data: str | None) -> Config:
     elsewhere = f"rome evaluate {source} --data PATH"
     if data is None and config.data.path == PATH:
         raise UserError(f"where the data of {source} ({config.data.kind}) is on this machine is unknown: {elsewhere}")
-    config, _ = _opened(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
+    config, _ = _open_data(config, data or config.data.path, source, metadata.get("classes"), elsewhere)
     kept = {name: getattr(config, name) for name in ("imports", "data", "threats", "device", "evaluation")}
     return Config(name=named_after(source), model=ModelSettings(name=commit), **kept)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _count_and_names(names: Sequence[str]) -> str:
     return f"{len(names)} ({some(names, 5)})"
 
 
-def _from_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
+def _open_checkpoint(run: Run, file: Path, data: str | None) -> tuple[nn.Module, Config, Split]:
     if file not in (run.checkpoint_file, run.before_file) or not file.is_file():
         raise UserError(
             f"there is no model at {file}; give a run's folder, its last.pt, or a model.safetensors written by "
             "rome; for other models give --model and --data"
         )
     state: dict[str, Any] = run.load_checkpoint(file)
-    config, split = _located(run.config, file, data)
+    config, split = _open_run_data(run.config, file, data)
     untrained = config.model.without_weights()  # the checkpoint contains all weights
     model = build_model(untrained, config.experts, classes=len(split.classes), shape=split.shape)
     try:

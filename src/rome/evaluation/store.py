@@ -94,7 +94,7 @@ class Store:
             return settings
         for folder in (self.directory, *(self.directory / BATCHES).glob("**/")):
             remove_partials(folder)
-        unseen = _unseen(settings)
+        unseen = _unidentifiable(settings)
         stored = None if overwrite else self.settings()
         if stored is None:
             make_folder(self.directory)
@@ -116,7 +116,7 @@ class Store:
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Write the settings to the folder and return them."""
         assert self.directory is not None
-        _keep(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+        _write_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
         trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
         return settings
 
@@ -146,7 +146,7 @@ class Store:
             return None
         if digest != self._digest(tensors, facts) or not np.array_equal(tensors["indices"].numpy(), indices):
             return None
-        images = _unpacked(tensors) if WHOLE_LEVELS in tensors else None
+        images = _unpack(tensors) if WHOLE_LEVELS in tensors else None
         return BatchResult(indices, tensors["correct"].numpy(), images, json.loads(facts))
 
     def write(self, key: str, unit: BatchResult) -> None:
@@ -155,10 +155,10 @@ class Store:
             return
         tensors = {"indices": torch.from_numpy(unit.indices), "correct": torch.from_numpy(unit.correct)}
         if unit.images is not None:
-            tensors |= _packed(unit.images)
+            tensors |= _pack(unit.images)
         facts = json.dumps({**unit.facts, "date": now()})
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
-        _keep(path, safetensors.torch.save(tensors, metadata))
+        _write_file(path, safetensors.torch.save(tensors, metadata))
 
     def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
@@ -172,8 +172,8 @@ class Store:
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub mistakes allow_pickle for a key
-            _keep(self.directory / MATRIX, buffer.getvalue())
-            _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+            _write_file(self.directory / MATRIX, buffer.getvalue())
+            _write_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
 
 def finished(result: Mapping[str, Any] | None) -> bool:
@@ -181,7 +181,7 @@ def finished(result: Mapping[str, Any] | None) -> bool:
     return result is not None and not result["failed"] and not result.get("pending")
 
 
-def _unseen(settings: Mapping[str, Any]) -> str:
+def _unidentifiable(settings: Mapping[str, Any]) -> str:
     """Describe the parts of an evaluation that cannot be told apart from others; empty if there are none."""
     unknown = [*settings["model"].get("unknown", ()), *settings["unknown"]]
     if settings["model"]["sha256"] is None:
@@ -209,7 +209,7 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
     files = sorted((Path(directory) / BATCHES / case).glob("*.safetensors"))
     why = "" if files else f"no case {case!r} in {directory}"
     for path in files:
-        with _opened(path) as file:
+        with _open_batch(path) as file:
             if WHOLE_LEVELS not in file.keys():  # noqa: SIM118
                 why = f"the images of {case!r} were not kept (save_images)"
                 continue
@@ -220,13 +220,13 @@ def example_images(directory: str | Path, case: str, k: int | None = None) -> tu
     if why:
         raise UserError(f"{why}: evaluate into this folder with save_images='fooled' (--save-images fooled)")
     chosen = sorted(places)[:k]
-    images = [_image(path, row) for _, path, row in chosen] or [_image(files[0], None)]
+    images = [_read_image(path, row) for _, path, row in chosen] or [_read_image(files[0], None)]
     return np.array([index for index, _, _ in chosen], dtype=np.int64), torch.cat(images)
 
 
-def _image(path: Path, row: int | None) -> Tensor:
+def _read_image(path: Path, row: int | None) -> Tensor:
     """Image number ``row`` of a batch's file, (1, C, H, W); for None, no image, (0, C, H, W)."""
-    with _opened(path) as file:
+    with _open_batch(path) as file:
         whole = file.get_tensor(WHOLE_LEVELS)
         kind = _UINT8 if row is None or whole[row] else _FLOAT32
         place = 0 if row is None else int((whole[:row] == whole[row]).sum())
@@ -234,14 +234,14 @@ def _image(path: Path, row: int | None) -> Tensor:
     return images.float() / 255 if kind == _UINT8 else images
 
 
-def _packed(images: Tensor) -> dict[str, Tensor]:
+def _pack(images: Tensor) -> dict[str, Tensor]:
     """Pack images (k, C, H, W) without loss: as uint8 if all their pixels are whole grey levels, else as float32."""
     levels = (images * 255).round()
     whole = (levels / 255 == images).flatten(1).all(dim=1)
     return {WHOLE_LEVELS: whole, _UINT8: levels[whole].to(torch.uint8), _FLOAT32: images[~whole].contiguous()}
 
 
-def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
+def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
     whole = tensors[WHOLE_LEVELS]
     images = torch.empty(len(whole), *tensors[_FLOAT32].shape[1:])
     images[whole] = tensors[_UINT8].float() / 255
@@ -250,7 +250,7 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_batch(path: Path) -> Iterator[Any]:
     """Open a batch's file.
 
     Raises:
@@ -265,7 +265,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _keep(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     try:
         replace_file(path, content)
     except OSError as error:

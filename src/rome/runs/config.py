@@ -195,7 +195,7 @@ class Config(Settings):
         return self.model_dump(mode="json")
 
 
-def _place(places: Places, path: tuple[str | int, ...]) -> str:
+def _nearest_place(places: Places, path: tuple[str | int, ...]) -> str:
     """Where a value is written, or else the nearest mapping around it."""
     while path and path not in places:
         path = path[:-1]
@@ -241,14 +241,14 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
             import_own(module)
         except Exception as error:  # a user's module may raise anything
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
-            raise UserError(f"{_place(places, ('imports',))}imports: {problem}") from error
+            raise UserError(f"{_nearest_place(places, ('imports',))}imports: {problem}") from error
     try:
         config = Config.model_validate(data)
         found: dict[tuple[str | int, ...], str] = dict(_contradictions(config))
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        raise UserError("\n".join(_explained(places, path, message) for path, message in found.items()))
+        raise UserError("\n".join(_format_mistake(places, path, message) for path, message in found.items()))
     return config
 
 
@@ -268,13 +268,13 @@ def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
     try:
         return _Threats.model_validate({"threats": value}).threats
     except ValidationError as error:
-        lines = [_explained({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
+        lines = [_format_mistake({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
         raise UserError("\n".join(lines)) from None
 
 
-def _explained(places: Places, path: tuple[str | int, ...], message: str) -> str:
+def _format_mistake(places: Places, path: tuple[str | int, ...], message: str) -> str:
     """One line about a mistake: where it is, what is wrong, and what is valid."""
-    place, key = _place(places, path), str(path[-1]) if path else ""
+    place, key = _nearest_place(places, path), str(path[-1]) if path else ""
     override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
     return f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}"
 

@@ -37,7 +37,7 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
     """
     rows = []
     for path in files(pattern):
-        facts = _plain(path)
+        facts = _read_merged(path)
         text = facts["about"]
         if paper := facts.get("paper"):
             numbers = ", ".join(f"{name} {value:g}" for name, value in paper.get("numbers", {}).items())
@@ -47,11 +47,11 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _plain(path: Path) -> dict[str, Any]:
+def _read_merged(path: Path) -> dict[str, Any]:
     """A file merged with its parents at the top level only, which suffices for values that are not nested."""
     data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     parent = data.get("extends")
-    return {**_plain((path.parent / parent).resolve()), **data} if parent else data
+    return {**_read_merged((path.parent / parent).resolve()), **data} if parent else data
 
 
 def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:

@@ -47,7 +47,7 @@ CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 FREE_KEYS |= {"checkpoint"}
 """Config keys that do not affect the trained weights, so a resumed run may change them."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+_UNSUPPORTED_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Error numbers of file systems without locks."""
 
 
@@ -137,7 +137,7 @@ class Run:
             others = () if self.config_file.exists() else self.folder.iterdir()
             if any(file.suffix not in (".partial", ".lock") for file in others):  # a run killed early leaves these
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            return self._ready(config, resume=resume, overwrite=overwrite, data=data)
+            return self._prepare_claimed(config, resume=resume, overwrite=overwrite, data=data)
         except BaseException as error:
             self.release()
             if isinstance(error, OSError) and (line := explain(error)):
@@ -153,12 +153,14 @@ class Run:
             ):  # filelock warns of one of these errors and falls back itself
                 self._lock.acquire()
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _UNSUPPORTED_LOCKS:
                 raise
             self._lock = SoftFileLock(self.folder / "train.soft.lock", timeout=0)
             self._lock.acquire()
 
-    def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
+    def _prepare_claimed(
+        self, config: Config, *, resume: bool, overwrite: bool, data: Split | None
+    ) -> dict[str, Any] | None:
         if overwrite and not resume:
             self._clear()
         elif self.finished:
@@ -184,7 +186,7 @@ class Run:
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
-        return self._latest() if self.has_checkpoint else None
+        return self._load_latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
         """Differences between the user's current code and the code this run started with."""
@@ -227,14 +229,14 @@ class Run:
                 "and continue with --resume"
             ) from error
 
-    def _latest(self) -> dict[str, Any]:
+    def _load_latest(self) -> dict[str, Any]:
         """The checkpoint to resume from; if the last one is damaged, the previous one replaces it.
 
         Raises:
             UserError: as :meth:`load_checkpoint`, if both are damaged.
         """
-        damage = _damage(self.checkpoint_file)
-        if damage and not _damage(self.before_file):
+        damage = _describe_damage(self.checkpoint_file)
+        if damage and not _describe_damage(self.before_file):
             os.replace(self.before_file, self.checkpoint_file)
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
@@ -253,7 +255,7 @@ class Run:
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
-        if damage := _damage(file):
+        if damage := _describe_damage(file):
             raise UserError(f"{file} cannot be read ({damage}); restore it, or {advice}")
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(f"{file} is not a checkpoint of this version; {advice}")
@@ -322,7 +324,7 @@ class Run:
             file.unlink(missing_ok=True)
 
 
-def _damage(checkpoint: Path) -> str:
+def _describe_damage(checkpoint: Path) -> str:
     """Say how a file of ``torch.save``, a zip with a CRC-32 for each part, is damaged; empty if it is intact."""
     try:
         with zipfile.ZipFile(checkpoint) as parts:

@@ -48,7 +48,7 @@ class Optimizer(Component):
             groups = list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
         if self.experts_lr == self.gates_lr == 1:
             return groups
-        scale = self._scales(model)
+        scale = self._lr_factors(model)
         split = []
         for group in groups:
             for factor in dict.fromkeys(scale.get(p, 1.0) for p in group["params"]):
@@ -56,7 +56,7 @@ class Optimizer(Component):
                 split.append({**group, "params": members, "lr_scale": factor})
         return split
 
-    def _scales(self, model: nn.Module) -> dict[nn.Parameter, float]:
+    def _lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
         """Learning-rate factor of every parameter that experts add."""
         scales: dict[nn.Parameter, float] = {}
         for layer in expert_layers(model).values():

@@ -31,7 +31,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     """
     places: Places = {}
     data = _read(located(path), places, ())
-    for text in sorted(overrides, key=_depth):
+    for text in sorted(overrides, key=_override_order):
         data = _merge(data, _override(text, places))
     return data, places
 
@@ -81,7 +81,7 @@ def _override(text: str, places: Places) -> dict[str, Any]:
     return dict(result)
 
 
-def _depth(override: str) -> int:
+def _override_order(override: str) -> int:
     """Sort key of overrides: those that replace a whole mapping (``attack=apgd``, ``attack.kind=apgd``,
     ``model.name=...``) come before those that change a part of it, which they would otherwise undo."""
     parts = override.partition("=")[0].strip().split(".")

@@ -56,7 +56,7 @@ class Saver:
             UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        copied, arrived = _on_host(state)
+        copied, arrived = _copy_to_host(state)
         copied |= constant or {}
 
         def write() -> None:
@@ -87,7 +87,7 @@ class Saver:
         self._pool.shutdown()
 
 
-def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+def _copy_to_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
     """Start to copy a state to the host's memory; return the copy and a function that waits until it is complete.
 
     A GPU copies asynchronously into pinned memory between two updates."""

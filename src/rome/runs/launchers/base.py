@@ -169,7 +169,7 @@ class Launcher(Component):
         left = {number: job for number, job in enumerate(jobs, 1) if not job.done()}
         if len(left) < len(jobs):
             print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already", file=sys.stderr)
-        following = _Following(self, len(jobs), left)
+        following = _JobQueue(self, len(jobs), left)
         with handled(_stop):
             try:
                 following.all(limit, at_once=at_once, gpus=gpus)
@@ -183,7 +183,7 @@ class Launcher(Component):
         return following.failed
 
 
-class _Following:
+class _JobQueue:
     """The jobs of one call, by number: waiting to be started, running, or held by another process."""
 
     def __init__(self, launcher: Launcher, total: int, jobs: dict[int, Job]) -> None:

@@ -88,11 +88,11 @@ class Logger(Component):
             )
 
 
-def _alone(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict, Logger)) else value
 
 
-Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_alone, json_schema_input_type=Logger | tuple[Logger, ...])]
+Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_as_list, json_schema_input_type=Logger | tuple[Logger, ...])]
 """Several loggers, or one."""
 
 
