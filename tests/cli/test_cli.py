@@ -272,6 +272,7 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "--batch-size=3"], "write config settings without dashes: batch_size=3"),
         (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
         (["other.safetensors"], "other.safetensors is a file of weights: rome evaluate other.safetensors, or model.we"),
+        (["net.ckpt"], "a config is a YAML file; net.ckpt is a file of weights"),
         (["net.py"], "a config is a YAML file; net.py is a program: name its function, net.py:net"),
         (["run"], "run is the folder of a run: rome train --resume run, or rome evaluate run"),
         (["orphan.yaml"], "orphan.yaml:1: extends: there is no config absent.yaml."),
@@ -315,6 +316,7 @@ def test_a_mistake_ends_train_with_2_and_a_reason(
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     (tmp_path / "words.pt").write_text("words")
     (tmp_path / "net.py").write_text("def net(num_classes): ...")
+    (tmp_path / "net.ckpt").write_bytes(b"PK\x03\x04\x80")
     (tmp_path / "orphan.yaml").write_text("extends: absent.yaml")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()

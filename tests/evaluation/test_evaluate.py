@@ -376,14 +376,14 @@ def test_a_failing_case_does_not_lose_the_others(model: nn.Module, tmp_path: Pat
 def evaluate_and_die(folder: Path) -> None:
     """Killed with the settings, ten clean batches and four attacked ones on disk."""
     torch.set_num_threads(THREADS)
-    keep, kept = store._keep, itertools.count(1)
+    keep, kept = store._write_file, itertools.count(1)
 
     def keep_and_die(*what: Any) -> None:
         keep(*what)
         if next(kept) == 15:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store._keep = keep_and_die
+    store._write_file = keep_and_die
     evaluate(trained(), *digits(40), threats=DIGITS[1:], suite=QUICK, batch_size=4, out=folder)
 
 

@@ -162,7 +162,7 @@ def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp
     wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 3)
     os.kill(child.process.pid, signal.SIGTERM)
     ended = child.wait()
-    assert (ended.code, ended.err) == (REQUEUE, "stopped; the same command goes on\n")
+    assert (ended.code, ended.err) == (REQUEUE, "stopped; the same command continues\n")
     assert run.checkpoint_file.exists()
     assert "stopped by SIGTERM" in run.folder.with_name("tiny-seed=0.log").read_text()
     assert not (tmp_path / "out" / "tiny-seed=1").exists()

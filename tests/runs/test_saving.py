@@ -122,7 +122,7 @@ def test_what_the_thread_cannot_write_is_said_by_the_next_call(
         saver.save(state(2))
         assert saver._writing is not None
         saver._writing.exception()  # it is over
-        with pytest.raises(UserError, match=r"last\.pt cannot be written .*make room and go on with --resume"):
+        with pytest.raises(UserError, match=r"last\.pt cannot be written .*make room and continue with --resume"):
             call()
         saver.check()  # said once
     saver.save(state(2))
@@ -168,10 +168,10 @@ def test_where_the_last_is_damaged_the_one_before_counts(
     if damage == "missing":
         run.checkpoint_file.unlink()
     assert run.has_checkpoint
-    assert run._latest()["update"] == 3
+    assert run._load_latest()["update"] == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run.checkpoint_file} cannot be used (")
-    assert line.endswith("going on from the one before it, of update 3; 6 updates are done again")
+    assert line.endswith("continuing from the previous one, of update 3; 6 updates are repeated")
     assert run.load_checkpoint()["update"] == 3, "for every process that reads it now"
     run.save_checkpoint(state(4))
     assert [run.load_checkpoint(file)["update"] for file in (run.before_file, run.checkpoint_file)] == [3, 4]

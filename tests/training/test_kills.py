@@ -13,7 +13,7 @@ import pytest
 
 from helpers.tiny_runs import STEPS, changed, rome, same, tiny, updates, watched, weights, without_times, write_yaml
 from rome.runs.config import load
-from rome.runs.folder import Run, _damage
+from rome.runs.folder import Run, _describe_damage
 from rome.runs.saving import Saver
 from rome.training.setup import train
 
@@ -59,7 +59,7 @@ def test_a_hundred_kills_at_random_moments(tmp_path: Path) -> None:
             continue
         kills += 1
         for file in (run.checkpoint_file, run.before_file):
-            assert not file.exists() or not _damage(file)
+            assert not file.exists() or not _describe_damage(file)
         saved = run.load_checkpoint()["update"] if run.has_checkpoint else 0
         seen = [line["update"] for line in updates(run.log())]
         assert seen == list(range(1, len(seen) + 1)), "no gap, no repeat"

@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_of_that_very_update(
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--out", str(run.folder)])
     assert ended.value.code == 2, "an unfinished run needs --resume"
-    assert "pass --resume to go on or --overwrite" in capsys.readouterr().err
+    assert "pass --resume to continue or --overwrite" in capsys.readouterr().err
     assert_as_undisturbed(resume(run), undisturbed)
 
 
@@ -281,7 +281,8 @@ def test_a_finished_run_is_not_touched_unless_told(undisturbed: Run, tmp_path: P
 
 def test_overwrite_starts_anew_and_leaves_other_files(stopped: Run) -> None:
     (stopped.folder / "notes.txt").write_text("mine")
-    (stopped.folder / "evaluation").mkdir()
+    for name in ("evaluation", "evaluation-budgets", "evaluation-best-budgets"):
+        (stopped.folder / name).mkdir()
     assert prepare(stopped, overwrite=True, seed=5) is None
     stopped.release()
     assert sorted(path.name for path in stopped.folder.iterdir()) == ["config.yaml", "notes.txt", "origin.json"]
@@ -304,7 +305,7 @@ def test_two_processes_do_not_train_in_one_folder(stopped: Run) -> None:
 
 def test_an_unfinished_run_needs_resume_or_overwrite(stopped: Run) -> None:
     before = contents(stopped.folder)
-    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to go on or --overwrite"):
+    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to continue or --overwrite"):
         prepare(stopped)
     assert contents(stopped.folder) == before
     assert prepare(stopped, resume=True)["step"] == 2
@@ -417,12 +418,12 @@ def test_a_full_disk_before_any_checkpoint_promises_none(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", full)
     run = Run(tmp_path)
-    with pytest.raises(UserError, match=r"There is none before it; make room and go on with --resume"):
+    with pytest.raises(UserError, match=r"There is no earlier checkpoint; make room and continue with --resume"):
         run.save_checkpoint({})
     monkeypatch.undo()
     run.save_checkpoint({})
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="The checkpoint before it is kept"):
+    with pytest.raises(UserError, match="The previous checkpoint is kept"):
         run.save_checkpoint({})
 
 

@@ -1,3 +1,3 @@
-"""What a run is: its config, its optimizer, its folder, and the experiments that come with rome.
+"""A run: its config, optimizer, folder, loggers and launchers, and the experiments shipped with rome.
 
-May import methods and what stands below."""
+May import ``methods`` and the packages below it."""

@@ -1,6 +1,6 @@
-"""One YAML file and ``key=value`` overrides become a validated, frozen config.
+"""Validated, frozen configs from a YAML file and ``key=value`` overrides.
 
-Every mistake is reported at once, with file, line and nearest name.
+All mistakes are reported together, each with its file, line and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rome.runs.reading import Places, read_config
 from rome.threats import NAMED_BUDGETS, LpBall, Threat, labelled
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
-"""The budgets a data set is attacked with unless the config says otherwise."""
+"""Kind of data -> name of the budgets it is attacked with unless the config sets ``threats``."""
 
 
 def _threats(value: Any, info: ValidationInfo) -> Any:
@@ -40,7 +40,7 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
                 f"is missing; data kind {data.kind!r} has no budgets of its own; give cifar10, imagenet or digits, or "
                 "balls such as {norm: L2, eps: 0.5}"
             )
-        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # data that is none is a mistake already
+        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # invalid data is reported already
     if isinstance(value, str):
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
@@ -71,126 +71,132 @@ class Evaluation(Settings):
     """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
     suite: SuiteChoice = Field(default_factory=lambda: Suite.of_kind("apgd")())
-    """A name, settings, or a list of these: ``[apgd, unseen]``."""
+    """The suite of attacks: a name, settings, or a list of these such as ``[apgd, unseen]``."""
     n: int | None = Field(default=1000, ge=1)
-    """First n test examples; null for all."""
+    """Evaluate on the first n test examples; null: on all of them."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
-    """``auto``: 250, halved where memory does not suffice."""
+    """Examples per batch; ``auto``: 250, halved whenever memory runs out."""
     seed: Seed = 0
-    """Of the attacks' random starts."""
+    """Seed of the attacks' random starts."""
     save_images: SaveImages = "fooled"
-    """Whose adversarial images are kept: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
+    """Which adversarial images are kept: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
     routing: Routing = "learned"
-    """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
+    """Gate weights to evaluate with: ``learned``, or a replacement such as ``random``, ``inverse``, or ``none``, which
+    switches the experts off (Table 5)."""
 
 
 class Checkpoint(Settings):
-    """The ``checkpoint`` part of a config: from where a run goes on that was stopped or killed.
+    """The ``checkpoint`` part of a config: how often to save the state from which a stopped or killed run resumes.
 
-    Each epoch ends in a checkpoint, and a signal in another one; these are the ones between, for long epochs.
+    A checkpoint is always written at the end of each epoch and when a signal stops the run; this part adds checkpoints
+    within long epochs.
     """
 
     minutes: float | None = Field(default=15, gt=0)
-    """From one checkpoint to the next within an epoch, which is what a kill costs at most; null: at the end of epochs
-    alone."""
+    """Minutes between checkpoints within an epoch, and so the most work that a kill can cost; null: checkpoints only at
+    the end of epochs."""
 
 
 class Validation(Settings):
-    """The ``validation`` part of a config: training examples held out, attacked while training goes on.
+    """The ``validation`` part of a config: attack held-out training examples during training.
 
-    The weights with the largest union on them are kept as ``best.safetensors`` (:mod:`rome.training.validation`).
+    The weights with the highest union accuracy on them are kept as ``best.safetensors``
+    (:mod:`rome.training.validation`).
     """
 
     n: int = Field(default=256, ge=1)
-    """Examples to hold out of training."""
+    """Number of training examples to hold out."""
     every: int = Field(default=1, ge=1)
-    """Epochs from one validation to the next; the last epoch always ends in one."""
+    """Validate every so many epochs, and always after the last one."""
     steps: int = Field(default=10, ge=1)
-    """Of APGD under each Lp ball."""
+    """APGD iterations under each Lp ball."""
 
 
 class Paper(Settings):
-    """Which result of the paper a config reproduces, and the paper's numbers in percent."""
+    """The result of the paper that a config reproduces, with the paper's numbers in percent."""
 
     table: str
-    """Such as ``Table 1``."""
+    """The paper's table, such as ``Table 1``."""
     row: str
-    """Its name in the paper."""
+    """The row's name in the paper."""
     numbers: dict[str, float] = Field(default_factory=dict)
-    """Column -> percent."""
+    """The paper's numbers: column -> percent."""
 
 
 class Config(Settings):
-    """Everything that determines a run."""
+    """All settings of a run: data, model, training and evaluation."""
 
     name: Annotated[str, AfterValidator(check_name)] = ""
-    """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
+    """Name in tables, and of the run's folder unless --out is given; if empty, the config file's name."""
     about: str = ""
-    """A sentence for ``rome list experiments``."""
+    """One-sentence description, shown by ``rome list experiments``."""
     seed: Seed = 0
-    """Of everything random in the training: start, order, augmentation, attacks."""
+    """Seed of everything random in training: initial weights, order of examples, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
-    """Passes over the training examples."""
+    """Number of passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
-    """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
-    that are not pretrained. All of them: standard training."""
+    """Number of epochs at the start that train on clean images, where losses that separate threats are zero: a warm
+    start for models that are not pretrained. Equal to ``epochs``: standard training."""
     batch_size: int = Field(default=64, ge=1)
-    """Examples per update, over all processes and accumulation steps."""
+    """Examples per update, summed over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
-    """Forward and backward passes per update; must divide the batch."""
+    """Gradient accumulation: forward and backward passes per update; must divide ``batch_size``."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """``auto``: the best there is."""
+    """Device to train and evaluate on; ``auto``: the fastest one available."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of training alone; evaluation is fp32."""
+    """Numeric precision of training; evaluation always runs in fp32."""
     activation_checkpointing: bool = False
-    """Store only the input of each block in the training forward and recompute the rest in the backward pass: the same
-    results with less memory, for one more forward pass an update. Attacks have ``attack_batch_size``."""
+    """Store only the input of each block in the training forward pass and recompute the rest in the backward pass: the
+    same results with less memory, at the cost of one more forward pass per update. For the memory of attacks see
+    ``attack_batch_size``."""
     attack_batch_size: int | None = Field(default=None, ge=1)
-    """Images that PGD, APGD and MSD differentiate at once in training, with the same results but for rounding: less
-    memory where a method attacks more images than fit. null: all that a method attacks."""
+    """Images that PGD, APGD and MSD differentiate at once in training. Smaller values need less memory where a method
+    attacks more images than fit, and give the same results up to rounding. null: all images that a method attacks."""
     compile: bool = False
-    """Compile the model for training, block by block."""
+    """Compile the model for training with ``torch.compile``, block by block."""
     graphs: Literal["auto"] | bool = "auto"
-    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
+    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: whenever training on CUDA."""
     workers: int = Field(default=0, ge=0)
-    """Processes that read images on each machine, shared out among those that train there (of any, each has at least
-    one), where images are read while they are used: folders, timm's readers, and Parquet files with a size."""
+    """Worker processes per machine that read images, divided among the training processes there (each gets at least one
+    unless this is 0). They serve data that is read during training: folders, timm's readers, and Parquet files with a
+    ``size``."""
     imports: tuple[str, ...] = ()
-    """Python modules to import first: they register attacks, methods, data sets by subclassing."""
+    """Python modules to import first, which register attacks, methods or data sets of your own by subclassing."""
     data: Data
-    """The data set: ``rome list data``."""
+    """The data set; ``rome list data`` shows the kinds."""
     model: ModelSettings
     """The classifier and the weights it starts from."""
     experts: Experts | None = None
-    """Experts beside the model's layers; null: none, the baseline."""
+    """Experts to add beside the model's layers; null: none, as in the baselines."""
     method: Method = Field(default_factory=Random)
-    """How threats are combined in training: ``rome list methods``."""
+    """How threats are combined in training; ``rome list methods`` shows the kinds."""
     attack: Attack = Field(default_factory=PGD)
-    """What searches the threats in training: ``rome list attacks``."""
+    """The attack that searches Lp balls in training; ``rome list attacks`` shows the kinds."""
     threats: Threats = ()
-    """Those of :data:`DATA_BUDGETS` if none are named."""
+    """The threats to train and evaluate on: names of budgets or a list; if empty, the data set's own budgets
+    (:data:`DATA_BUDGETS`)."""
     optimizer: Optimizer = Field(default_factory=AdamW)
-    """``adamw`` or ``sgd``, with the peak learning rate."""
+    """The optimizer, ``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
-    """The learning rate over the training."""
+    """How the learning rate changes during training."""
     validation: Validation | None = None
-    """Null: none, and nothing is held out."""
+    """Validation under attack during training; null: none, and no examples are held out."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    """When the state of the run is saved, beside the end of each epoch."""
+    """How often to save the run's state within an epoch, in addition to its end."""
     loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
-    """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
+    """Where to log training and evaluation in addition to ``log.jsonl``: one logger or a list; ``[]`` for none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
     """The defaults of ``rome evaluate``."""
     paper: Paper | None = None
-    """The row of the paper that this reproduces."""
+    """The row of the paper that this config reproduces, if any."""
 
     def dump(self) -> dict[str, Any]:
-        """Plain data that :func:`parse` turns into the same config."""
+        """Return plain data from which :func:`parse` makes the same config."""
         return self.model_dump(mode="json")
 
 
-def _place(places: Places, path: tuple[str | int, ...]) -> str:
-    """The place of a value, or of the nearest mapping around it."""
+def _nearest_place(places: Places, path: tuple[str | int, ...]) -> str:
+    """Where a value is written, or else the nearest mapping around it."""
     while path and path not in places:
         path = path[:-1]
     return places.get(path, "")
@@ -199,10 +205,11 @@ def _place(places: Places, path: tuple[str | int, ...]) -> str:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply ``key=value`` overrides such as ``attack.steps=5`` or ``model.args.depth=6``.
 
-    Kinds and names are set before what belongs to them, whatever their order; of two for one key the last counts.
+    Overrides of a ``kind`` or ``name`` are applied before those of the settings that belong to it, whatever their
+    order; if a key is set twice, the last one counts.
 
     Raises:
-        UserError: every mistake, one line each, with file, line and nearest name.
+        UserError: the config has mistakes; one line for each, with file, line and nearest valid name.
     """
     data, places = read_config(path, overrides)
     if data.get("name") in (None, ""):
@@ -211,34 +218,37 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What names a file or folder that is there, or has no "=", and the changes ``key=value``."""
+    """Split arguments into paths (existing files or folders, and whatever has no "=") and ``key=value`` overrides."""
     changes = [text for text in texts if "=" in text and not os.path.exists(text)]
     return [text for text in texts if text not in changes], changes
 
 
 def parse(data: dict[str, Any], places: Places | None = None) -> Config:
-    """Validate plain data.
+    """Validate plain data and return the config.
+
+    Args:
+        places: where each value is written, for messages.
 
     Raises:
-        UserError: every mistake, one line each.
+        UserError: the config has mistakes; one line for each.
     """
     places = places or {}
     if not isinstance(data, dict):
-        raise UserError("a config is a mapping of keys to values")
+        raise UserError("a config must be a mapping of keys to values")
     modules = data.get("imports")
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
             import_own(module)
-        except Exception as error:  # whatever the user's module raises
+        except Exception as error:  # a user's module may raise anything
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
-            raise UserError(f"{_place(places, ('imports',))}imports: {problem}") from error
+            raise UserError(f"{_nearest_place(places, ('imports',))}imports: {problem}") from error
     try:
         config = Config.model_validate(data)
         found: dict[tuple[str | int, ...], str] = dict(_contradictions(config))
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        raise UserError("\n".join(_explained(places, path, message) for path, message in found.items()))
+        raise UserError("\n".join(_format_mistake(places, path, message) for path, message in found.items()))
     return config
 
 
@@ -247,30 +257,30 @@ class _Threats(Settings):
 
 
 def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
-    """A config's threats alone.
+    """Validate the ``threats`` of a config on their own.
 
     Args:
-        place: where the value stands, for messages.
+        place: where the value is written, for messages.
 
     Raises:
-        UserError: every mistake, one line each.
+        UserError: the threats have mistakes; one line for each.
     """
     try:
         return _Threats.model_validate({"threats": value}).threats
     except ValidationError as error:
-        lines = [_explained({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
+        lines = [_format_mistake({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
         raise UserError("\n".join(lines)) from None
 
 
-def _explained(places: Places, path: tuple[str | int, ...], message: str) -> str:
-    """A mistake in a line: where, what, and what is valid."""
-    place, key = _place(places, path), str(path[-1]) if path else ""
+def _format_mistake(places: Places, path: tuple[str | int, ...], message: str) -> str:
+    """One line about a mistake: where it is, what is wrong, and what is valid."""
+    place, key = _nearest_place(places, path), str(path[-1]) if path else ""
     override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
     return f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that do not go together: where, and why."""
+    """Yield settings that contradict each other: their path in the config, and why."""
     if config.batch_size % config.accumulate:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:

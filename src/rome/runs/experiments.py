@@ -1,4 +1,4 @@
-"""The configs that come with rome: the rows of the paper's tables, and small versions of them."""
+"""The configs shipped with rome: the rows of the paper's tables, and small versions of them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rome.core.plain_data import parse_yaml
 from rome.runs.shipped import folder
 
 SCHEMA = "schema.json"
-"""Beside them: by which editors check them (:mod:`rome.runs.schema`)."""
+"""File beside the experiments with which editors check them (:mod:`rome.runs.schema`)."""
 
 
 def files(pattern: str = "*") -> list[Path]:
-    """Every experiment, or those whose path has a part like the pattern (``table4``, ``rome-*``); files whose name
-    starts with an underscore are shared bases."""
+    """All experiments, or those whose path contains a match of the pattern (``table4``, ``rome-*``). Files whose name
+    starts with an underscore are shared bases and left out."""
     found = sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
     return [path for path in found if fnmatch.fnmatch(path_of(path), f"*{pattern}*")]
 
 
 def path_of(path: Path) -> str:
-    """``experiments/table1/max-pgd.yaml``, wherever rome is installed."""
+    """Path of an experiment as users write it, ``experiments/table1/max-pgd.yaml``, wherever rome is installed."""
     return str("experiments" / path.relative_to(folder()))
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
-    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above.
+    """Paths and descriptions of the experiments, with the paper's numbers if any; ``pattern`` as in :func:`files`.
 
-    Read as plain data: to validate them would take the import of torch.
+    The files are read as plain data, since validating them would import torch.
     """
     rows = []
     for path in files(pattern):
-        facts = _plain(path)
+        facts = _read_merged(path)
         text = facts["about"]
         if paper := facts.get("paper"):
             numbers = ", ".join(f"{name} {value:g}" for name, value in paper.get("numbers", {}).items())
@@ -47,19 +47,19 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _plain(path: Path) -> dict[str, Any]:
-    """A file and what it extends, joined at the top level only: enough for what is not nested."""
+def _read_merged(path: Path) -> dict[str, Any]:
+    """A file merged with its parents at the top level only, which suffices for values that are not nested."""
     data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     parent = data.get("extends")
-    return {**_plain((path.parent / parent).resolve()), **data} if parent else data
+    return {**_read_merged((path.parent / parent).resolve()), **data} if parent else data
 
 
 def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:
-    """Copy the experiments that any of the patterns matches, with the bases that they extend and the schema that they
-    name; returns the copies.
+    """Copy the experiments that match any of the patterns, with the bases they extend and the schema; return the
+    paths of the copies.
 
     Raises:
-        UserError: a pattern matches none, or other files stand where the copies would.
+        UserError: a pattern matches nothing, or different files exist where the copies would go.
     """
     chosen = {folder() / SCHEMA}
     for pattern in patterns:
@@ -67,7 +67,7 @@ def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False
         if not found:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*' (rome list experiments)")
         for file in found:
-            while file not in chosen:  # its bases, up to one that is there already
+            while file not in chosen:  # and its bases, up to one already chosen
                 chosen.add(file)
                 parent = parse_yaml(file.read_text(encoding="utf-8")).get("extends")
                 file = file if parent is None else Path(normpath(file.parent / parent))

@@ -1,17 +1,17 @@
-"""A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
+"""A run's folder: its files, and checkpoints that survive a kill at any moment.
 
 - ``config.yaml``: the resolved config
-- ``origin.json``: what distinguishes its data and the user's code from others (:mod:`rome.runs.origin`)
-- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the one before it,
-  which counts where ``last.pt`` is damaged
-- ``model.safetensors``: the finished model, config in its metadata
-- ``best.safetensors``: the weights that did best in validation, if there is one
-- ``log.jsonl``: one line an update, one an epoch, one a validation
-- ``tensorboard/``, ``metrics.csv``, ``wandb/``: what loggers write; ``loggers.json``: the ids by which trackers know
-  the run (:mod:`rome.runs.loggers`)
-- ``train.lock``: there while a process trains in the folder; ``train.soft.lock`` where the file system has no locks
-- ``evaluation/SUITE/``: what ``rome evaluate`` found; of the best weights in ``evaluation-best/``, of ``last.pt`` in
-  ``evaluation-unfinished/``
+- ``origin.json``: facts that identify its data and the user's code (:mod:`rome.runs.origin`)
+- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the previous
+  checkpoint, used if ``last.pt`` is damaged
+- ``model.safetensors``: the finished model, with the config in its metadata
+- ``best.safetensors``: the weights with the best validation result, if the run validates
+- ``log.jsonl``: one line per update, per epoch and per validation
+- ``tensorboard/``, ``metrics.csv``, ``wandb/``: output of loggers; ``loggers.json``: the run's ids in trackers
+  (:mod:`rome.runs.loggers`)
+- ``train.lock``: held while a process trains in the folder; ``train.soft.lock`` on file systems without locks
+- ``evaluation/SUITE/``: results of ``rome evaluate``; those of the best weights are in ``evaluation-best/``, those of
+  ``last.pt`` in ``evaluation-unfinished/``, and those under other budgets in folders with ``-budgets`` appended
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from rome.runs.origin import code_facts, data_facts, differences, other_data
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 FREE_KEYS |= {"checkpoint"}
-"""Config keys that do not change what is computed, so a resumed run may change them."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a file system without locks answers."""
+"""Config keys that do not affect the trained weights, so a resumed run may change them."""
+_UNSUPPORTED_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Error numbers of file systems without locks."""
 
 
 class Run:
@@ -80,7 +80,7 @@ class Run:
         return parse(trust.check(self.config_file, {"config": self.written()})["config"])
 
     def written(self) -> Any:
-        """What ``config.yaml`` says, as plain data that nobody has followed.
+        """The content of ``config.yaml`` as plain data, not validated and without running any code that it names.
 
         Raises:
             UserError: the folder holds no run.
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def data_path(self) -> str | None:
-        """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
+        """``data.path`` in the config file, which users may have corrected since the start; None if it has none."""
         with suppress(UserError, OSError, KeyError, TypeError):
             path = self.written()["data"]["path"]
             return path if isinstance(path, str) else None
@@ -102,8 +102,8 @@ class Run:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """``data`` and ``code`` that it was started with, and in which code was ``changed`` on the way; empty where
-        nobody wrote it down."""
+        """Facts about the ``data`` and ``code`` that the run started with, and the code ``changed`` since; empty if not
+        recorded."""
         try:
             return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -112,14 +112,16 @@ class Run:
     def prepare(
         self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
     ) -> dict[str, Any] | None:
-        """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
+        """Claim the folder and prepare it for this config; return the checkpoint to resume from, if there is one.
 
         Args:
-            data: all training examples; None leaves out whether they are those it was started with.
+            resume: continue an unfinished run.
+            overwrite: remove a run that is in the folder.
+            data: all training examples; None skips the check that they are those the run started with.
 
         Raises:
-            UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
-                read.
+            UserError: the folder is in use by another process, holds other files, a different or finished run, or a
+                checkpoint that cannot be read.
         """
         try:
             make_folder(self.folder)
@@ -133,9 +135,9 @@ class Run:
             raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
         try:
             others = () if self.config_file.exists() else self.folder.iterdir()
-            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
+            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run killed early leaves these
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            return self._ready(config, resume=resume, overwrite=overwrite, data=data)
+            return self._prepare_claimed(config, resume=resume, overwrite=overwrite, data=data)
         except BaseException as error:
             self.release()
             if isinstance(error, OSError) and (line := explain(error)):
@@ -143,32 +145,36 @@ class Run:
             raise
 
     def _claim(self) -> None:
-        """Take the lock: the system's, which ends with the process; where the file system has none, a file's existence,
-        which a process that is killed on another machine leaves behind."""
+        """Acquire the system's lock, which ends with the process; on file systems without locks, create a lock
+        file instead, which a process killed on another machine leaves behind."""
         try:
-            with warnings.catch_warnings(action="ignore"):  # filelock does the same by itself for one of the answers
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # filelock warns of one of these errors and falls back itself
                 self._lock.acquire()
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _UNSUPPORTED_LOCKS:
                 raise
             self._lock = SoftFileLock(self.folder / "train.soft.lock", timeout=0)
             self._lock.acquire()
 
-    def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
+    def _prepare_claimed(
+        self, config: Config, *, resume: bool, overwrite: bool, data: Split | None
+    ) -> dict[str, Any] | None:
         if overwrite and not resume:
             self._clear()
         elif self.finished:
             raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
         elif self.config_file.exists() and not resume:
             raise UserError(
-                f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
+                f"{self.folder} holds an unfinished run; pass --resume to continue or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
         code, changed = code_facts(config), list[str]()
         if resume and self.has_checkpoint and (found := self.other_code(code)):
-            # Said and not refused: a fault may have been mended, but the weights come from both.
-            say(f"{self.folder} goes on with other code: {'; '.join(found)}")
+            # Announced and not refused: a bug may have been fixed, but the weights come from both versions.
+            say(f"{self.folder} continues with different code: {'; '.join(found)}")
             changed = [f"{text} ({now()})" for text in found]
         origin = {
             "data": None if data is None else data_facts(data),
@@ -180,15 +186,15 @@ class Run:
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
-        return self._latest() if self.has_checkpoint else None
+        return self._load_latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
-        """In what the user's code is another than the one that this run was started with."""
+        """Differences between the user's current code and the code this run started with."""
         kept = self.origin
         return differences({"code": kept["code"]}, {"code": code}) if kept else []
 
     def release(self) -> None:
-        """Give up the claim of :meth:`prepare`, if there is one."""
+        """Release the lock that :meth:`prepare` acquired, if it is held."""
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
@@ -198,11 +204,11 @@ class Run:
         return self.checkpoint_file.exists() or self.before_file.exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one step, and keep the one before; a kill leaves the old or the new one, never a
-        part.
+        """Replace the checkpoint atomically and keep the previous one; a kill leaves the old or the new file, never a
+        partial one.
 
         Raises:
-            UserError: it cannot be written; the others stay.
+            UserError: it cannot be written; earlier checkpoints are kept.
         """
 
         def write(partial: Path) -> None:
@@ -216,47 +222,47 @@ class Run:
 
         try:
             replace_with(self.checkpoint_file, write)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
-            kept = "The checkpoint before it is kept" if self.has_checkpoint else "There is none before it"
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no earlier checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
-                "and go on with --resume"
+                "and continue with --resume"
             ) from error
 
-    def _latest(self) -> dict[str, Any]:
-        """The checkpoint to go on from: where the last one is damaged the one before, which takes its place.
+    def _load_latest(self) -> dict[str, Any]:
+        """The checkpoint to resume from; if the last one is damaged, the previous one replaces it.
 
         Raises:
-            UserError: as :meth:`load_checkpoint`, where both are damaged.
+            UserError: as :meth:`load_checkpoint`, if both are damaged.
         """
-        damage = _damage(self.checkpoint_file)
-        if damage and not _damage(self.before_file):
+        damage = _describe_damage(self.checkpoint_file)
+        if damage and not _describe_damage(self.before_file):
             os.replace(self.before_file, self.checkpoint_file)
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
             say(
-                f"{self.checkpoint_file} cannot be used ({damage}): going on from the one before it, of update "
-                f"{state['update']}; {done - state['update']} updates are done again"
+                f"{self.checkpoint_file} cannot be used ({damage}): continuing from the previous one, of update "
+                f"{state['update']}; {done - state['update']} updates are repeated"
             )
             return state
         return self.load_checkpoint()
 
     def load_checkpoint(self, file: Path | None = None) -> dict[str, Any]:
-        """The last checkpoint, or the one in ``file``, on the CPU.
+        """Load the last checkpoint, or the one in ``file``, to the CPU.
 
         Raises:
-            UserError: it cannot be read, its checksums are wrong, or another version wrote it.
+            UserError: it cannot be read, a checksum is wrong, or a different version of rome wrote it.
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
-        if damage := _damage(file):
+        if damage := _describe_damage(file):
             raise UserError(f"{file} cannot be read ({damage}); restore it, or {advice}")
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(f"{file} is not a checkpoint of this version; {advice}")
         return state
 
     def rewind_log(self, updates: int) -> None:
-        """Drop log lines of updates after the checkpoint, and a line that a kill cut short."""
+        """Remove the log lines of updates after the checkpoint, and a line that a kill truncated."""
         if not self.log_file.exists():
             return
         kept = [json.dumps(line) for line in self.log() if line["update"] <= updates]
@@ -268,19 +274,19 @@ class Run:
             return []
         lines = []
         for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # a kill cut it short
+            with suppress(json.JSONDecodeError):  # truncated by a kill
                 lines.append(json.loads(line))
         return lines
 
     def check_same(self, config: Config, data: Split | None = None) -> None:
-        """Raise UserError unless the folder's run was started with these settings, but for what changes no result.
+        """Raise UserError unless the folder's run was started with these settings, except for :data:`FREE_KEYS`.
 
-        The path of the data is such, while what lies there is the same.
+        The path of the data may differ too, if it holds the same data.
 
         Args:
-            data: all training examples; None opens them if their path is another.
+            data: all training examples; None opens them if their path has changed.
         """
-        pinned = config.model_copy(update={"model": config.model.pinned()})  # as a run's own config is
+        pinned = config.model_copy(update={"model": config.model.pinned()})  # as in a run's own config
         old, new = flatten(self.written()), flatten(pinned.dump())
         changed = {
             key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
@@ -301,10 +307,11 @@ class Run:
             )
 
     def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
-        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
-        for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove the files of a run and nothing else; the config last, since without it the folder holds no run."""
+        weights, budgets = ("", "-best", "-unfinished"), ("", "-budgets")
+        evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
+        for name in (tensorboard.FOLDER, "wandb", *evaluations):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         files = (
             self.checkpoint_file,
             self.before_file,
@@ -317,8 +324,8 @@ class Run:
             file.unlink(missing_ok=True)
 
 
-def _damage(checkpoint: Path) -> str:
-    """What is wrong with a file of ``torch.save``, which is a zip with a CRC-32 of each part; empty: nothing."""
+def _describe_damage(checkpoint: Path) -> str:
+    """Say how a file of ``torch.save``, a zip with a CRC-32 for each part, is damaged; empty if it is intact."""
     try:
         with zipfile.ZipFile(checkpoint) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
@@ -329,5 +336,5 @@ def _damage(checkpoint: Path) -> str:
         return "it is missing"
     except zipfile.BadZipFile:
         return "it is cut short or overwritten"
-    except Exception as error:  # a damaged file raises almost any kind
+    except Exception as error:  # damaged files raise almost any exception
         return first_line(error)

@@ -15,23 +15,24 @@ from rome.experts import expert_layers
 
 
 class Optimizer(Component):
-    """Settings of an optimizer."""
+    """An optimizer and its settings."""
 
     default_kind = "adamw"
     lr: Number = Field(gt=0)
     """Peak learning rate; the schedule multiplies it."""
     weight_decay: Number = Field(default=0.05, ge=0)
-    """Decoupled from the gradient in AdamW, added to it in SGD."""
+    """Weight decay: decoupled from the gradient in AdamW, added to it in SGD."""
     decay_all: bool = False
-    """Decay biases and norms too. False leaves out 1-D parameters and those the model names (DeiT's recipe)."""
+    """Apply weight decay to biases and norms too; false: exempt 1-D parameters and those that the model names, as in
+    DeiT's recipe."""
     experts_lr: Number = Field(default=1, gt=0)
-    """Factor on the learning rate of what experts add to a model, but for their gates."""
+    """Factor on the learning rate of the parameters that experts add to a model, except their gates."""
     gates_lr: Number = Field(default=1, gt=0)
-    """Factor on the learning rate of gates."""
+    """Factor on the learning rate of the gates."""
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the parameters that require a gradient."""
+        """Build the optimizer of the parameters that require a gradient."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups with and without weight decay; ``lr_scale`` is a group's factor on the learning rate."""
@@ -47,7 +48,7 @@ class Optimizer(Component):
             groups = list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
         if self.experts_lr == self.gates_lr == 1:
             return groups
-        scale = self._scales(model)
+        scale = self._lr_factors(model)
         split = []
         for group in groups:
             for factor in dict.fromkeys(scale.get(p, 1.0) for p in group["params"]):
@@ -55,11 +56,11 @@ class Optimizer(Component):
                 split.append({**group, "params": members, "lr_scale": factor})
         return split
 
-    def _scales(self, model: nn.Module) -> dict[nn.Parameter, float]:
-        """The factor of every parameter that experts bring."""
+    def _lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Learning-rate factor of every parameter that experts add."""
         scales: dict[nn.Parameter, float] = {}
         for layer in expert_layers(model).values():
-            kept = layer.shared if layer.additive else ()  # experts in a layer's place are peers, the first as well
+            kept = layer.shared if layer.additive else ()  # experts that replace a layer are all alike
             shared = {layer.get_parameter(name) for name in kept if name in dict(layer.named_parameters())}
             scales |= {p: self.experts_lr for p in layer.parameters() if p not in shared}
             scales |= dict.fromkeys(layer.gate_parameters(), self.gates_lr)
@@ -75,7 +76,7 @@ class AdamW(Optimizer):
     kind = "adamw"
     lr: Number = Field(default=1e-3, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay rates of the running means of gradients and their squares."""
+    """Decay rates of the running means of the gradients and of their squares."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = next(model.parameters()).is_cuda
@@ -89,23 +90,24 @@ class SGD(Optimizer):
     lr: Number = Field(default=0.05, gt=0)
     weight_decay: Number = Field(default=5e-4, ge=0)
     momentum: Number = Field(default=0.9, ge=0, lt=1)
-    """Share of the last step that is kept; 0 is none."""
+    """Fraction of the previous step that is carried over; 0: no momentum."""
     nesterov: bool = False
-    """Nesterov's form of it."""
+    """Use Nesterov momentum."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.groups(model), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class Schedule(Settings):
-    """Factor on the learning rate, linear between points (share of the training, factor).
+    """Factor on the learning rate, linearly interpolated between points (fraction of the training, factor).
 
-    The default is the paper's for every data set (A1): warm-up over the first fifth, to 0.05 at four fifths, to 0.001
-    at the end: epochs 4, 16, 20 on CIFAR-10 and 1, 4, 5 on ImageNet. It starts from 0 and moves at every update.
+    The default is the paper's for every data set (A1): warm-up from 0 to 1 over the first fifth of the training, then
+    down to 0.05 at four fifths and to 0.001 at the end; these are epochs 4, 16 and 20 on CIFAR-10 and 1, 4 and 5 on
+    ImageNet. The factor changes at every update.
     """
 
     points: tuple[tuple[Number, Number], ...] = ((0, 0), (0.2, 1), (0.8, 0.05), (1, 0.001))
-    """``[share, factor]`` each, from share 0 to share 1."""
+    """Points ``[fraction, factor]``, from fraction 0 of the training to fraction 1."""
 
     @field_validator("points")
     @classmethod
@@ -118,7 +120,7 @@ class Schedule(Settings):
         return points
 
     def factor(self, share: float) -> float:
-        """The factor after that share (0..1) of the updates."""
+        """Return the factor after the given fraction (0 to 1) of the updates."""
         for (left, start), (right, end) in pairwise(self.points):
             if share <= right and right > left:
                 return start + (end - start) * max(share - left, 0) / (right - left)

@@ -1,4 +1,4 @@
-"""What a run was started with that its config does not say: the data that lies at a path, and the user's code."""
+"""Facts about a run's start that its config does not contain: the data found at its path, and the user's code."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from rome.models.sources import own_function
 from rome.runs.config import Config
 
 LOOKED_AT, CLOSE = 16, 0.01
-"""Images whose mean brightness is compared, on the scale [0, 1], and how far it may differ: libraries that read JPEG
-files agree to about 0.001."""
+"""Number of images whose mean brightness in [0, 1] is compared, and the largest accepted difference. (JPEG decoders
+agree to about 0.001.)"""
 _LEAST_FIRST = get_args(SaveImages)
 NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
-"""Settings of an evaluation that do not determine its result."""
+"""Settings of an evaluation that its result does not depend on."""
 
 
 def data_facts(split: Split) -> dict[str, Any]:
-    """What tells training data from other data at the cost of a few images: classes, labels and some brightnesses."""
+    """Facts that tell training data from other data while reading only a few images: classes, labels, some mean
+    brightnesses."""
     rows = torch.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).long()
     ((images, _),) = split.batches([rows])
     return {
@@ -40,7 +41,7 @@ def data_facts(split: Split) -> dict[str, Any]:
 
 
 def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what these facts are of other data; empty where of the same."""
+    """Say how two sets of facts about data differ; empty if they describe the same data."""
     for name in ("classes", "examples", "shape", "labels"):
         if kept[name] != now[name]:
             return f"its {name} differ"
@@ -49,7 +50,7 @@ def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def code_facts(config: Config) -> dict[str, str]:
-    """The user's code that a config names: of attacks, methods, data sets and all else that has a kind, and of the
+    """The user's code that a config refers to: that of attacks, methods, data sets and other components, and of the
     function that builds the model."""
     inspection = Inspection()
     inspection.of(config)
@@ -59,7 +60,7 @@ def code_facts(config: Config) -> dict[str, str]:
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What determines the result and is not the same, as 'name: stored there, now here'."""
+    """Differences in settings that determine the result, each as 'name: OLD there, NEW now'."""
     there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
     names = [name for name in {**there, **here} if name.split(".")[0] not in NOT_COMPARED]
     found = [

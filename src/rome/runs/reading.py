@@ -1,8 +1,8 @@
-"""A YAML file, its parents and ``key=value`` overrides become plain data that knows where each value stands.
+"""Read a YAML file, its parents and ``key=value`` overrides as plain data, with the place of each value.
 
-A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
-names another ``kind`` replaces the parent's whole, as ``paper`` always does; another ``model.name`` drops the parent's
-``model.args``.
+A file may inherit from one parent with ``extends: base.yaml``. Mappings are merged; everything else replaces the
+parent's value. A mapping with a different ``kind`` replaces the parent's mapping as a whole, as ``paper`` always does;
+a different ``model.name`` drops the parent's ``model.args``.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Any
 
 from rome.core.errors import UserError
 from rome.core.plain_data import Unreadable, comment_after, parse_yaml
-from rome.runs.meant import what_is
+from rome.runs.meant import WEIGHTS, what_is
 from rome.runs.shipped import located
 
 Places = dict[tuple[str | int, ...], str]
-"""Where in files and arguments the values of a config stand, for messages."""
+"""Path of a value in the config -> file and line, or override, where it is written; for messages."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
-    """What a config file and overrides say, not validated.
+    """Read a config file and apply overrides, without validating the result.
 
-    Kinds and names are set before what belongs to them, whatever the overrides' order; of two for one key the last
-    counts.
+    Overrides of a ``kind`` or ``name`` are applied before those of the settings that belong to it, whatever their
+    order; if a key is set twice, the last one counts.
 
     Raises:
-        UserError: a file that is missing or no mapping in YAML, or an override that is none.
+        UserError: a file is missing or is not a YAML mapping, or an override is not ``key=value``.
     """
     places: Places = {}
     data = _read(located(path), places, ())
-    for text in sorted(overrides, key=_depth):
+    for text in sorted(overrides, key=_override_order):
         data = _merge(data, _override(text, places))
     return data, places
 
 
 def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -> dict[str, Any]:
-    if not path.is_file() or path.suffix in (".safetensors", ".pt", ".py"):
+    if not path.is_file() or path.suffix in (*WEIGHTS, ".py"):
         found = what_is(path, "config ")
         raise UserError(f"{place}a config is a YAML file; {found}" if path.exists() else f"{place}{found}")
     if path.resolve() in seen:
@@ -54,7 +54,7 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -
     except ValueError as error:  # not text
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values")
+        raise UserError(f"{path}: a config must be a mapping of keys to values")
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
@@ -81,9 +81,9 @@ def _override(text: str, places: Places) -> dict[str, Any]:
     return dict(result)
 
 
-def _depth(override: str) -> int:
-    """How deep an override reaches. What replaces a mapping (``attack=apgd``, ``attack.kind=apgd``, ``model.name=...``)
-    goes before what changes a part of it, or it would take that away again."""
+def _override_order(override: str) -> int:
+    """Sort key of overrides: those that replace a whole mapping (``attack=apgd``, ``attack.kind=apgd``,
+    ``model.name=...``) come before those that change a part of it, which they would otherwise undo."""
     parts = override.partition("=")[0].strip().split(".")
     return len(parts) - (parts[-1] in ("kind", "name"))
 
@@ -93,7 +93,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         return change
     merged = dict(base)
     if change.get("name", base.get("name")) != base.get("name"):
-        merged.pop("args", None)  # they are of the model of that name
+        merged.pop("args", None)  # these belong to the model of that name
     for key, value in change.items():
         old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
         if isinstance(value, dict) and isinstance(old, str):

@@ -1,7 +1,6 @@
-"""Checkpoints written while training goes on: copied to the host's memory at once, and to the disk by a thread.
+"""Checkpoints written in the background: copied to the host's memory at once, then written to disk by a thread.
 
-There is one write at a time. What is copied is what the training held at that update: nothing that it changes later
-reaches the file.
+Only one write is in progress at a time. The copy is a snapshot of that update, so later changes never reach the file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ class Saver:
     """Writes a run's checkpoints in the background.
 
     Args:
-        minutes: from the end of one checkpoint to the beginning of the next (:meth:`due`); None: none is ever due.
+        minutes: time between checkpoints (:meth:`due`); None: none is ever due.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, run: Run, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,27 +41,27 @@ class Saver:
         return self._writing is not None and not self._writing.done()
 
     def due(self) -> bool:
-        """Whether a checkpoint is to be made now, because the last one is so long ago and none is being written."""
+        """Whether to save a checkpoint now: the last one is ``minutes`` old and none is being written."""
         return self.minutes is not None and not self.busy and self.clock() - self.latest >= 60 * self.minutes
 
     def save(self, state: dict[str, Any], *, constant: dict[str, Any] | None = None, log: int | None = None) -> None:
-        """Begin to write a checkpoint, once the one before is written.
+        """Start to write a checkpoint, after waiting for the previous one.
 
         Args:
-            state: numbers, text, containers and tensors on any device.
-            constant: more of it, which nobody changes any more.
-            log: descriptor of a file that must be on the disk before the checkpoint is.
+            state: numbers, text, containers and tensors on any device; copied.
+            constant: further state that never changes again; not copied.
+            log: descriptor of a file that must reach the disk before the checkpoint does.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        copied, arrived = _on_host(state)
+        copied, arrived = _copy_to_host(state)
         copied |= constant or {}
 
         def write() -> None:
             if log is not None:
-                with suppress(OSError):  # no file of a disk
+                with suppress(OSError):  # not a file on a disk
                     os.fsync(log)
             arrived()
             self.run.save_checkpoint(copied)
@@ -70,29 +70,30 @@ class Saver:
         self.latest = self.clock()
 
     def check(self) -> None:
-        """Raise UserError if a checkpoint could not be written."""
+        """Raise UserError if the last checkpoint could not be written; return at once while it is being written."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """The same, once it is written."""
+        """Wait for the checkpoint being written; raise UserError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Finish the write under way; an error of it is of no interest any more."""
+        """Wait for the write in progress, ignore its errors, and end the thread."""
         with suppress(UserError):
             self.wait()
         self._pool.shutdown()
 
 
-def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """A copy in the host's memory, and what waits until it is complete: a GPU copies into pinned memory between two
-    updates, and nothing waits for it here."""
+def _copy_to_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Start to copy a state to the host's memory; return the copy and a function that waits until it is complete.
+
+    A GPU copies asynchronously into pinned memory between two updates."""
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     memo = {id(each): each.detach().to("cpu", non_blocking=True, copy=True) for each in tensors}
-    copied = copy.deepcopy(state, memo)  # containers keep what they say beside their tensors, such as versions
+    copied = copy.deepcopy(state, memo)  # keeps attributes of containers, such as versions
     if not cuda_in_use():
         return copied, lambda: None
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""A JSON schema of configs, from which editors complete and check YAML files (``rome schema``).
+"""The JSON schema of configs, with which editors complete and check YAML files (``rome schema``).
 
-A family of components is a mapping whose ``kind`` decides what else it may hold, or the name of a kind alone. Since a
-file may leave to the one that it ``extends`` what it likes, nothing below the top level is required; a mapping without
-``kind`` may hold the settings of every kind.
+A component is a mapping whose ``kind`` decides which other settings it may have, or the name of a kind alone. As a file
+may inherit any setting from the one that it ``extends``, nothing below the top level is required, and a mapping without
+``kind`` may have the settings of every kind.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from rome.runs.config import Config
 
 REFERENCE = "#/definitions/{model}"
 _LIMITS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}
-_NOISE = ("title", "default", "required", "discriminator")
-"""What pydantic says of a setting, and is said otherwise here or not at all."""
+_IGNORED = ("title", "default", "required", "discriminator")
+"""Keys of pydantic's schemas that are left out or written differently here."""
 
 
 def schema(modules: Iterable[str] = ()) -> dict[str, Any]:
-    """The schema, of draft 7, which all editors know.
+    """Return the schema, in draft 7, which all editors support.
 
     Args:
-        modules: whose components it names beside rome's; each is imported.
+        modules: Python modules to import, whose components are included besides rome's.
 
     Raises:
         Exception: whatever importing a module raises.
     """
     packages = {"rome", *(import_own(name).__name__.partition(".")[0] for name in modules)}
-    return _Builder(packages).built()
+    return _Builder(packages).build()
 
 
 def written(found: dict[str, Any]) -> str:
-    """The schema as the text of a file."""
+    """The schema as text to write to a file."""
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 class _Builder:
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
-        self.classes = {cls.__name__: cls for cls in _below(Settings)}
+        self.classes = {cls.__name__: cls for cls in _subclasses(Settings)}
         self.definitions: dict[str, Any] = {}
 
-    def built(self) -> dict[str, Any]:
+    def build(self) -> dict[str, Any]:
         own = self._settings(Config)
         own["properties"] = {
             "extends": {"type": "string", "description": "A file to inherit from, beside this one."},
@@ -68,55 +68,56 @@ class _Builder:
         }
 
     def _settings(self, cls: type[Settings]) -> dict[str, Any]:
-        """What a group of settings may hold, each with its description and default."""
+        """The schema of a class of settings, each with its description and default."""
         made = cls.model_json_schema(ref_template=REFERENCE)
         for name in made.get("$defs", ()):
             if name not in self.definitions and not issubclass(self.classes[name], Component):
-                self.definitions[name] = {}  # it may hold itself
+                self.definitions[name] = {}  # the class may refer to itself
                 self.definitions[name] = self._settings(self.classes[name])
-        documented = _documented(cls)
+        documented = _attribute_docs(cls)
         properties = {}
         for name, field in cls.model_fields.items():
-            found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
-            found = self._followed(found)
-            for each in field.metadata:  # pydantic leaves limits out where a fraction may stand for the number
+            found = self._with_references(
+                {key: value for key, value in made["properties"][name].items() if key not in _IGNORED}
+            )
+            for each in field.metadata:  # pydantic drops limits of numbers that may be written as fractions
                 limits = {key: getattr(each, limit, None) for key, limit in _LIMITS.items()}
                 found |= {key: value for key, value in limits.items() if value is not None}
             if name in documented:
                 found["description"] = documented[name]
-            default = None if field.is_required() else _plain(field.get_default(call_default_factory=True))
+            default = None if field.is_required() else _plain_default(field.get_default(call_default_factory=True))
             if not field.is_required() and default not in ((), [], {}, ""):
                 found["default"] = default
             properties[name] = found
         return {
             "type": "object",
-            "description": _words(inspect.getdoc(cls) or ""),
+            "description": _plain_text(inspect.getdoc(cls) or ""),
             "properties": properties,
             "additionalProperties": False,
         }
 
-    def _followed(self, part: Any) -> Any:
-        """A part of a schema with references in the place of families."""
+    def _with_references(self, part: Any) -> Any:
+        """A part of pydantic's schema, in which references replace components."""
         if isinstance(part, list):
-            return [self._followed(each) for each in part]
+            return [self._with_references(each) for each in part]
         if not isinstance(part, dict):
             return part
         if FAMILY in part:
             return {"$ref": REFERENCE.format(model=self._family(self.classes[part[FAMILY]]))}
         if "$ref" in part and issubclass(member := self.classes[part["$ref"].rpartition("/")[2]], Component):
             return self._member(member)
-        renamed = {"prefixItems": "items"}  # as draft 7 calls it
-        return {renamed.get(key, key): self._followed(value) for key, value in part.items() if key != "title"}
+        renamed = {"prefixItems": "items"}  # its name in draft 7
+        return {renamed.get(key, key): self._with_references(value) for key, value in part.items() if key != "title"}
 
     def _family(self, cls: type[Any]) -> str:
-        """The name of a family's definition, which is made if it is not there."""
+        """Name of the definition of a family of components, which is added if it is missing."""
         name = cls.__name__
         if name in self.definitions:
             return name
-        self.definitions[name] = {}  # members may hold members
+        self.definitions[name] = {}  # a component may contain others of its family
         found = cls.members().items()
         members = {kind: member for kind, member in found if member.__module__.partition(".")[0] in self.packages}
-        kinds = [{"const": kind, "description": _words(member.summary())} for kind, member in members.items()]
+        kinds = [{"const": kind, "description": _plain_text(member.summary())} for kind, member in members.items()]
         cases, every = [], dict[str, list[Any]]()
         for kind, member in members.items():
             definition = f"{name}.{kind}"
@@ -133,7 +134,7 @@ class _Builder:
         any_kind = {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in every.items()}
         self.definitions[name] = {
             "title": cls.__name__.lower(),
-            "description": _words(inspect.getdoc(cls) or ""),
+            "description": _plain_text(inspect.getdoc(cls) or ""),
             "anyOf": [*kinds, {"type": "object", "title": f"settings of one {cls.__name__.lower()}"}],
             "if": {"type": "object"},
             "then": {
@@ -146,44 +147,44 @@ class _Builder:
         return name
 
     def _member(self, cls: type[Any]) -> dict[str, Any]:
-        """Of a setting that takes one kind alone."""
+        """The schema of a setting that accepts a single kind."""
         family = self._family(cls.family())
         return {"$ref": REFERENCE.format(model=f"{family}.{cls.kind}")}
 
 
-def _below(cls: type[Any]) -> Iterator[type[Any]]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for below in cls.__subclasses__():
         yield below
-        yield from _below(below)
+        yield from _subclasses(below)
 
 
-def _plain(value: Any) -> Any:
-    """A default as a config would say it: a component by its kind alone where it has no other settings."""
+def _plain_default(value: Any) -> Any:
+    """A default as one would write it in a config: a component with default settings by its kind alone."""
     if isinstance(value, Component):
         try:
             usual = type(value)()
-        except Exception:  # it has settings without a default
+        except Exception:  # some settings have no default
             return value.dump()
         return value.kind if value == usual else value.dump()
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain_default(each) for each in value]
     if isinstance(value, Settings):
         return {}
     return to_jsonable_python(value)
 
 
-def _documented(cls: type[Any]) -> dict[str, str]:
-    """The settings of a class and its bases with the text that follows them in the source."""
+def _attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """The attribute docstrings of a class and its bases: setting -> text."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
-            found |= _documented_in(base.__module__).get(base.__name__, {})
+            found |= _attribute_docs_of_module(base.__module__).get(base.__name__, {})
     return found
 
 
 @functools.cache
-def _documented_in(module: str) -> dict[str, dict[str, str]]:
-    """Class -> setting -> text, of all classes in a module."""
+def _attribute_docs_of_module(module: str) -> dict[str, dict[str, str]]:
+    """The attribute docstrings of all classes in a module: class -> setting -> text."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
         if not isinstance(node, ast.ClassDef):
@@ -191,12 +192,12 @@ def _documented_in(module: str) -> dict[str, dict[str, str]]:
         for line, text in pairwise(node.body):
             match line, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                    found.setdefault(node.name, {})[name] = _words(inspect.cleandoc(said))
+                    found.setdefault(node.name, {})[name] = _plain_text(inspect.cleandoc(said))
     return found
 
 
-def _words(text: str) -> str:
-    """A docstring's first paragraphs without the marks of reStructuredText."""
+def _plain_text(text: str) -> str:
+    """A docstring up to its sections (``Args:``), as plain text with Markdown's backticks."""
     text = text.partition("\n\nArgs:")[0].partition("\n\nAttributes:")[0]
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))

@@ -1,6 +1,6 @@
-"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
+"""Run one job in its own process: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
 
-With one process the function is called here; with several, torchrun starts this module again for each, with
+With one process, the function is called here; with several, torchrun starts this module once for each of them, with
 PROCESSES 0.
 """
 
@@ -26,14 +26,15 @@ from rome.runs.launchers.base import HELD, Job, owner
 
 
 def work(job: Job, processes: int, patience: float) -> int:
-    """Claim the job and do it; the exit code."""
+    """Acquire the job's lease and run it; return the exit code."""
     if processes == 0:
-        return _called(job)
+        return _call(job)
     children: list[subprocess.Popen[bytes]] = []
 
     def lose(compromise: object) -> None:
-        """Another machine has taken the job over, so nothing more may be written; what is there is whole."""
-        print(f"error: {owner(lease)} took {job.folder} over", file=sys.stderr, flush=True)
+        """Kill everything: another machine has taken over the job, so nothing more may be written here. Files on disk
+        are complete."""
+        print(f"error: {owner(lease)} took over {job.folder}", file=sys.stderr, flush=True)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)
         os._exit(HELD)
@@ -45,10 +46,10 @@ def work(job: Job, processes: int, patience: float) -> int:
         say(f"{owner(lease)} works on {job.folder}")
         return HELD
     with held:
-        return _called(job) if processes == 1 else _together(job, processes, children)
+        return _call(job) if processes == 1 else _call_with_torchrun(job, processes, children)
 
 
-def _called(job: Job) -> int:
+def _call(job: Job) -> int:
     module, _, name = job.call.partition(":")
     result = getattr(importlib.import_module(module), name)(**job.arguments)
     if result is not None and is_first():
@@ -56,14 +57,14 @@ def _called(job: Job) -> int:
     return 0
 
 
-def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]]) -> int:
+def _call_with_torchrun(job: Job, processes: int, children: list[subprocess.Popen[bytes]]) -> int:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     stopped: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
         for child in children:
-            child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
+            child.send_signal(signal.SIGTERM)  # torchrun forwards this signal to its workers
 
     for number in (signal.SIGINT, *HANDLED):
         signal.signal(number, forward)
@@ -75,7 +76,7 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
 
 def main(arguments: list[str]) -> Any:
     folder, processes, patience, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one and sent to all of a job
+    if hasattr(signal, "SIGUSR2"):  # submitit's signal, for the parent process, but sent to the whole job
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
         sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))

@@ -1,12 +1,12 @@
-"""The contract of every launcher: jobs go in, and what went wrong comes out.
+"""The interface of all launchers: they run jobs and report which ones failed, and why.
 
-A :class:`Job` is a function with arguments as JSON data, called in a process of its own that goes on where an earlier
-one was stopped. Launchers differ in where that process starts (:meth:`Launcher.start`); this module decides which jobs
-are left to do, follows them and prints a line for each.
+A :class:`Job` is a function with JSON arguments, called in a process of its own, which continues where an earlier one
+stopped. Launchers differ in where that process runs (:meth:`Launcher.start`); this module decides which jobs are left
+to do, follows them and prints a line for each.
 
 The process holds a lease beside the job's folder while it works, so the same command may run on several machines that
-share the folder: each takes other jobs, waits for those of the others, and takes over what a dead machine left
-(docs/decisions/locks.md).
+share the folder: each takes different jobs, waits for those of the others, and takes over the jobs of a machine that
+died (docs/decisions/locks.md).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from rome.core.plain_data import Unreadable, parse_yaml
 from rome.core.signals import exit_code, handled
 
 HELD = 76
-"""Exit code of a job that another process works on."""
+"""Exit code of a job that another process is working on."""
 LEASE = 60.0
-"""Seconds without a sign of life after which another machine may take a job over. All machines must agree."""
+"""Seconds without a sign of life after which another machine may take over a job. Must be equal on all machines."""
 POLL = 0.05
-"""Seconds between two looks at the jobs that run, and, 40 times that, at those of others."""
+"""Seconds between checks of running jobs; jobs of other processes are checked every 40 times that."""
 
 
 @dataclass(frozen=True)
@@ -43,44 +43,44 @@ class Job:
     """A function to call in a process of its own."""
 
     folder: Path
-    """What the job is called. ``FOLDER.log`` (standard error), ``FOLDER.lock`` and ``FOLDER.json`` (what the function
-    returned, unless None) lie beside it; the folder itself belongs to the function."""
+    """The folder that the function writes to, which identifies the job. Beside it are ``FOLDER.log`` (standard error),
+    ``FOLDER.lock`` and ``FOLDER.json`` (the function's return value, unless None)."""
     call: str
-    """``package.module:function``. Called again, it must go on where it was stopped and repeat nothing that is
-    finished, for machines that start at one moment may call it one after the other. With several GPUs it is called in
-    as many processes, which torchrun started."""
+    """The function, ``package.module:function``. When called again, it must continue where it stopped and not repeat
+    finished work, since machines that start at the same moment may call it one after the other. With several GPUs it is
+    called in as many processes, started by torchrun."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments, JSON data."""
+    """Keyword arguments of the function, JSON data."""
     name: str = ""
-    """What it is called in the lines on it; its folder where empty."""
+    """Name in progress messages; if empty, the folder."""
     done: Callable[[], bool] = lambda: False
-    """Whether there is nothing left to do; raises UserError where the folder holds something else."""
+    """Return whether there is nothing left to do; raise UserError if the folder holds something else."""
     summary: Callable[[], str] = lambda: "done"
-    """What to say of a job that has ended well."""
+    """Return the message about the job once it has succeeded."""
 
     def beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     def command(self, processes: int, patience: float = 0.5) -> list[str]:
-        """The command line that works on it, with ``processes`` processes.
+        """The command line that runs the job in so many processes.
 
         Args:
-            patience: seconds to wait for a claim of somebody else, who may only be looking whether it is free.
+            patience: seconds to wait for another process's lease, which may merely be a check whether the job is free.
         """
         words = [str(self.folder), str(processes), str(patience), self.call, json.dumps(dict(self.arguments))]
         return [sys.executable, "-m", "rome.runs.launchers._job", *words]
 
     def lease(self, **options: Any) -> SoftFileLease:
-        """The claim to the job, not yet acquired."""
+        """The lease on the job, not yet acquired."""
         return SoftFileLease(self.beside("lock"), lease_duration=LEASE, **options)
 
     def result(self) -> Any:
-        """What the function returned when it was last called; None where it returned nothing."""
+        """Return value of the function's last call; None if it returned nothing."""
         file = self.beside("json")
         return json.loads(file.read_bytes()) if file.exists() else None
 
     def reason(self) -> str:
-        """Why it failed, by its log: the last error, or the last line."""
+        """Why the job failed, from its log: the last line with an error, or else the last line."""
         try:
             lines = self.beside("log").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -94,29 +94,29 @@ class Handle(ABC):
     """A job that was started."""
 
     gpus: Sequence[str] = ()
-    """Those that are its own, as CUDA_VISIBLE_DEVICES names them."""
+    """GPUs assigned to the job, as named in CUDA_VISIBLE_DEVICES."""
     reason: str = ""
-    """Why it failed, where that is not in the job's log."""
+    """Why the job failed, if its log does not say."""
 
     @abstractmethod
     def poll(self) -> int | None:
-        """The exit code; None while it runs or waits to."""
+        """The exit code; None while the job is queued or running."""
 
     @abstractmethod
     def stop(self, number: int | None) -> None:
-        """The command is stopped: end the job in order and wait for it, or leave it to go on by itself.
+        """Called when the command is stopped: end the job cleanly and wait for it, or let it continue by itself.
 
         Args:
-            number: of the signal; None where the terminal sent it to the job, too.
+            number: of the signal; None if the terminal has sent it to the job too.
         """
 
 
 class Launcher(Component):
-    """Where jobs run."""
+    """Runs jobs: on this machine, or in the queue of a cluster."""
 
     default_kind: ClassVar[str] = "local"
-    stopped: ClassVar[str] = "stopped; the same command goes on"
-    """Said when a signal stops the command."""
+    stopped: ClassVar[str] = "stopped; the same command continues"
+    """Message when a signal stops the command."""
 
     @abstractmethod
     def start(
@@ -125,40 +125,40 @@ class Launcher(Component):
         """Start jobs.
 
         Args:
-            running: those that run already.
-            at_once: how many jobs run at a time, all calls together.
-            gpus: for each job; None: one where there are any.
+            running: jobs that are running already.
+            at_once: how many jobs may run at a time, over all calls.
+            gpus: number per job; None: one if there are any.
         """
 
     def check(self, *, at_once: int | None, gpus: int | None) -> int | None:
-        """Raise UserError, before anything is started, where this launcher cannot work so.
+        """Raise UserError, before anything starts, if this launcher cannot work with these settings.
 
         Returns:
-            How many jobs may be started and not ended; None: any number, for something else puts them in a queue.
+            How many started jobs may be unfinished at a time; None: any number, since something else queues them.
         """
         return at_once
 
     def found(self, job: Job) -> Handle | None:
-        """A job that an earlier call started and that still runs or waits, where the launcher knows."""
+        """Handle of the job if an earlier command started it and it is still queued or running, as far as is known."""
         return None
 
     def waits(self) -> bool:
-        """Whether the command stays until the jobs have ended."""
+        """Whether the command waits until the jobs have ended."""
         return True
 
     def run(self, jobs: Sequence[Job], *, at_once: int | None = None, gpus: int | None = None) -> dict[Path, str]:
-        """Do what is left of the jobs.
+        """Run the jobs that are not finished yet.
 
         Args:
             at_once: how many run at a time; None: one, or as many as the launcher's queue allows.
-            gpus: for each job; None: one where there are any. With several, torchrun starts a process for each.
+            gpus: number per job; None: one if there are any. With several, torchrun starts a process for each.
 
         Returns:
-            Folder -> what went wrong, for the jobs that failed.
+            Folder -> reason, for the jobs that failed.
 
         Raises:
-            UserError: the launcher cannot work so, or a finished job is another one than asked for.
-            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2.
+            UserError: the launcher cannot work with these settings, or the folder of a job holds something else.
+            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 arrived.
         """
         at_once = at_once and min(at_once, max(1, len(jobs)))
         limit = self.check(at_once=at_once, gpus=gpus)
@@ -169,7 +169,7 @@ class Launcher(Component):
         left = {number: job for number, job in enumerate(jobs, 1) if not job.done()}
         if len(left) < len(jobs):
             print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already", file=sys.stderr)
-        following = _Following(self, len(jobs), left)
+        following = _JobQueue(self, len(jobs), left)
         with handled(_stop):
             try:
                 following.all(limit, at_once=at_once, gpus=gpus)
@@ -183,8 +183,8 @@ class Launcher(Component):
         return following.failed
 
 
-class _Following:
-    """The jobs of one call, each by its number: waiting to be started, running, or with another process."""
+class _JobQueue:
+    """The jobs of one call, by number: waiting to be started, running, or held by another process."""
 
     def __init__(self, launcher: Launcher, total: int, jobs: dict[int, Job]) -> None:
         self.launcher, self.total, self.jobs = launcher, total, jobs
@@ -199,7 +199,7 @@ class _Following:
             if handle := self.launcher.found(self.jobs[number]):
                 self._begin(number, handle)
         if self.running and self.launcher.waits():
-            print(f"{len(self.running)} run already or wait in the queue", file=sys.stderr, flush=True)
+            print(f"{len(self.running)} are already running or queued", file=sys.stderr, flush=True)
         looks = 0
         while self.waiting or self.running or self.elsewhere:
             room = len(self.waiting) if limit is None else limit - len(self.running)
@@ -216,8 +216,8 @@ class _Following:
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
             if not self.launcher.waits():
-                there = f"{len(self.running)} run or wait in the queue"
-                print(f"{there}; the same command shows how far they are", file=sys.stderr)
+                there = f"{len(self.running)} are running or queued"
+                print(f"{there}; the same command shows their progress", file=sys.stderr)
                 return
             time.sleep(POLL)
             for number, handle in list(self.running.items()):
@@ -238,7 +238,7 @@ class _Following:
         self.began.setdefault(number, time.monotonic())
 
     def _free(self, number: int) -> bool:
-        """Whether no other process works on the job. If one does, the job is theirs until it ends or dies."""
+        """Whether no other process is working on the job. If one is, the job remains with it until it ends or dies."""
         job = self.jobs[number]
         lease = self.elsewhere.get(number) or job.lease()
         try:
@@ -250,7 +250,7 @@ class _Following:
                 return False
         except Timeout:
             if number not in self.elsewhere:
-                # this very one asks again, for it remembers since when there was no sign of life
+                # kept and asked again: it remembers how long there has been no sign of life
                 self.elsewhere[number] = lease
                 self._say(number, f"{owner(lease)} works on it; waiting")
             return False
@@ -269,12 +269,12 @@ class _Following:
         del self.running[number]
         job = self.jobs[number]
         if code == HELD:
-            self.waiting.append(number)  # where it is found to be with another process
+            self.waiting.append(number)  # then it turns out to be held by another process
         elif code == REQUEUE:
             self.waiting.append(number)
-            self._say(number, "stopped and saved; it goes on")
+            self._say(number, "stopped and saved; it will continue")
         elif code < 0:
-            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command goes on")
+            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command continues")
         elif code:
             self._fail(number, handle.reason or job.reason() or f"exit code {code}")
         else:
@@ -290,13 +290,13 @@ class _Following:
 
 
 def owner(lease: SoftFileLease) -> str:
-    """Who holds a lease."""
+    """The process that holds a lease, for messages."""
     known = lease.owner
     return "another process" if known is None else f"process {known.pid} on {known.hostname.partition('?')[0]}"
 
 
 def require_done(failed: Mapping[Any, str], jobs: int) -> None:
-    """Raise UserError, a line for each, if some of so many jobs failed."""
+    """Raise UserError if any of so many jobs failed, with a line for each; ``failed`` maps a name to the reason."""
     if failed:
         reasons = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {jobs} failed; the same command tries them again\n{reasons}")
@@ -307,10 +307,10 @@ def _stop(number: int, frame: object) -> None:
 
 
 def chosen_launcher(text: str | None) -> Launcher:
-    """The launcher of a name (``submitit``) or of settings as YAML (``{kind: submitit, partition: gpu}``).
+    """Parse a launcher's name (``submitit``) or its settings as YAML (``{kind: submitit, partition: gpu}``).
 
     Raises:
-        UserError: no such launcher, or not these settings.
+        UserError: unknown launcher, or invalid settings.
     """
     try:
         return TypeAdapter(Launcher).validate_python({} if text is None else parse_yaml(text))

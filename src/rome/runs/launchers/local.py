@@ -1,4 +1,4 @@
-"""Processes on this machine."""
+"""Jobs as processes on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Local(Launcher):
-    """Processes on this machine, each with GPUs and CPU cores of its own."""
+    """Processes on this machine, which divide its GPUs and CPU cores among themselves."""
 
     kind = "local"
 
@@ -52,13 +52,13 @@ class _Process(Handle):
         return self.process.poll()
 
     def stop(self, number: int | None) -> None:
-        if number is not None:  # where a terminal sent the signal, the process has it too
+        if number is not None:  # otherwise the terminal has sent the signal to the process too
             self.process.terminate()
         self.process.wait()
 
 
 def shared_gpus(jobs: int, running: Sequence[Handle], gpus: int | None) -> list[list[str] | None]:
-    """GPUs for each of so many new jobs, the least used first; None where there are none and nobody said how many."""
+    """GPUs for each of so many new jobs, the least used first; None if there are no GPUs and ``gpus`` is None."""
     there, uses = visible_gpus(), Counter(gpu for handle in running for gpu in handle.gpus)
     shares: list[list[str] | None] = []
     for _ in range(jobs):
@@ -69,7 +69,7 @@ def shared_gpus(jobs: int, running: Sequence[Handle], gpus: int | None) -> list[
 
 
 def seeing(gpus: Sequence[str] | None) -> dict[str, str]:
-    """The variable that shows a process these GPUs only."""
+    """The environment variable that restricts a process to these GPUs; no variable for None."""
     return {} if gpus is None else {GPUS: ",".join(gpus)}
 
 
@@ -79,19 +79,19 @@ def start_process(job: Job, processes: int, environment: dict[str, str]) -> subp
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them (numbers, UUIDs or names of MIG
-    instances), without making CUDA ready in this process."""
+    """GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES (numbers, UUIDs or MIG instances). Does not
+    initialise CUDA."""
     if GPUS in os.environ:
         names = [name.strip() for name in os.environ[GPUS].split(",")]
         for place, name in enumerate(names):
-            if name in ("", "-1", "NoDevFiles"):  # CUDA reads no further; the last is SLURM's word for none
+            if name in ("", "-1", "NoDevFiles"):  # CUDA stops reading here; SLURM writes NoDevFiles for none
                 return names[:place]
         return names
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]  # asks NVML
+    return [str(number) for number in range(torch.cuda.device_count())]  # through NVML
 
 
 def cores() -> int:
-    """CPU cores that this process may use: a container or a job of SLURM may have fewer than the machine."""
+    """Number of CPU cores that this process may use; a container or SLURM job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

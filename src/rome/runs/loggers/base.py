@@ -1,8 +1,8 @@
-"""The contract of every logger: settings (:class:`Logger`) that open into a :class:`Writer`, and what keeps one that
-fails from ending the work that it follows.
+"""The interface of all loggers: settings (:class:`Logger`) that open a :class:`Writer`, and :class:`Tracking`, which
+keeps a failing logger from ending the work.
 
-Where a tracker sends to is said by its own environment variables and login and never by a config, so that a config
-from elsewhere sends nothing to strangers.
+A tracker's server is set by its own environment variables and login, never by a config, so that a config from somebody
+else cannot send your results to strangers.
 """
 
 from __future__ import annotations
@@ -28,58 +28,59 @@ from rome.core.files import replace_file
 from rome.core.plain_data import parse_json
 
 IDS = "loggers.json"
-"""The file in a run's folder that says by which id each tracker knows the run."""
+"""File in a run's folder with the run's id in each tracker."""
 Status = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run that is followed."""
+    """The run that is logged."""
 
     folder: Path
     name: str
     config: dict[str, Any]
     after: int | None = None
-    """Numbers of later updates are of work that was lost and is done again; None: none was."""
+    """The update that a resumed run continues from: values logged for later updates are void, since that work is done
+    again. None: nothing is void."""
     id: str = ""
-    """What :attr:`Writer.id` was when the run was opened before; empty: it is new."""
+    """:attr:`Writer.id` of the run when it was opened before; empty for a new run."""
 
     @property
     def unique_name(self) -> str:
-        """For trackers that know a run by its name alone."""
+        """Name with a random suffix, for trackers that identify runs by name only."""
         return f"{self.name}-{uuid4().hex[:6]}"
 
 
 class Writer(ABC):
-    """An open run of a tracker. Whatever its methods raise ends the logging and nothing else."""
+    """An open run of a tracker. Exceptions of its methods end the logging and nothing else."""
 
     id: str = ""
-    """By which the tracker finds the run again; empty where the run's folder is all it takes."""
+    """The run's id in the tracker; empty if the run's folder suffices to find it again."""
 
     @abstractmethod
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name (``epoch/accuracy/L1``) after ``step`` updates."""
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
-        """Log an image, uint8 (H, W, 3); a tracker that shows none leaves this out."""
+        """Log an image, uint8 (H, W, 3); does nothing unless overridden."""
 
     @abstractmethod
     def close(self, status: Status) -> None:
-        """Write what is left; the run may be opened again."""
+        """Write remaining values and close; the run may be opened again."""
 
 
 class Logger(Component):
-    """Where the numbers of a run are followed."""
+    """A logger of a run's numbers and pictures, and its settings."""
 
     package: ClassVar[str] = ""
-    """What must be installed, which is also the name of the extra that brings it."""
+    """Package that must be installed; also the name of the extra of rome-robust that installs it."""
 
     @abstractmethod
     def open(self, run: Tracked) -> Writer:
-        """Start a run, or go on with the one of :attr:`Tracked.id`."""
+        """Start a run, or continue the one with :attr:`Tracked.id`."""
 
     def check(self) -> None:
-        """Raise UserError if its package is not installed."""
+        """Raise UserError if the logger's package is not installed."""
         if self.package and find_spec(self.package) is None:
             raise UserError(
                 f"loggers: {self.kind} needs the package {self.package}, which is not installed: "
@@ -87,16 +88,16 @@ class Logger(Component):
             )
 
 
-def _alone(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict, Logger)) else value
 
 
-Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_alone, json_schema_input_type=Logger | tuple[Logger, ...])]
+Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_as_list, json_schema_input_type=Logger | tuple[Logger, ...])]
 """Several loggers, or one."""
 
 
 class Tracking:
-    """The writers that are open; one that raises an error is named in a line and left out from then on."""
+    """The open writers; one that raises an exception is reported and not used any more."""
 
     def __init__(self) -> None:
         self.writers: dict[str, Writer] = {}
@@ -117,24 +118,27 @@ class Tracking:
 
     @contextmanager
     def survived(self, kind: str) -> Iterator[None]:
-        """Errors inside take the logger out. Standard output is for results: what a library prints goes beside it."""
+        """Drop the logger if the body raises an exception. What libraries print goes to standard error, since standard
+        output is for results."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # whatever a library raises
+        except Exception as error:  # libraries may raise anything
             self.writers.pop(kind, None)
-            say(f"loggers: {kind} failed ({first_line(error)}); the work goes on without it")
+            say(f"loggers: {kind} failed ({first_line(error)}); continuing without it")
 
 
 @contextmanager
 def tracking(
     loggers: Iterable[Logger], folder: Path, name: str, config: dict[str, Any], *, after: int | None = None
 ) -> Iterator[Tracking]:
-    """Open the loggers of a run, each where it was if it was open before, and close them at the end.
+    """Open a run's loggers, continuing those that were open before, and close them at the end.
 
     Args:
-        name: of the run; that of its folder where it is empty.
-        folder: of the run; the file :data:`IDS` there is read and written, and local trackers write beside it.
+        loggers: to open.
+        folder: the run's folder, in which :data:`IDS` is read and written and local trackers write their files.
+        name: the run's name; if empty, that of its folder.
+        config: the run's config, as plain data.
         after: see :attr:`Tracked.after`.
     """
     tracked, file = Tracking(), folder / IDS

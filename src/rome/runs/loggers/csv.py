@@ -1,4 +1,4 @@
-"""One CSV file in the run's folder, a number a line: what any program reads."""
+"""One CSV file in the run's folder, with one value per line, for any program to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "metrics.csv"
 
 
 class Csv(Logger):
-    """A file metrics.csv in the run's folder, with columns update, name and value."""
+    """A file metrics.csv in the run's folder, with the columns update, name and value."""
 
     kind = "csv"
 
@@ -27,7 +27,7 @@ class _CsvWriter(Writer):
             replace_file(path, (",".join(columns) + "\n").encode())
         elif run.after is not None:
             with path.open(newline="", encoding="utf-8") as file:
-                whole = (row for row in csv.DictReader(file) if row["value"])  # a kill may cut the last one short
+                whole = (row for row in csv.DictReader(file) if row["value"])  # a kill may truncate the last row
                 rows = [row for row in whole if int(row["update"]) <= run.after]
             replace_file(path, (csv_text(rows) if rows else ",".join(columns) + "\n").encode())
         self.file = path.open("a", newline="", encoding="utf-8")

@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Logger):
-    """Event files in the run's folder: tensorboard --logdir runs."""
+    """TensorBoard event files in the run's folder; to view them: tensorboard --logdir runs."""
 
     kind = "tensorboard"
 

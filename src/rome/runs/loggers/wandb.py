@@ -16,16 +16,16 @@ AXIS = "updates"
 
 
 class Wandb(Logger):
-    """Weights & Biases; WANDB_MODE=offline writes into the run's folder, and wandb sync sends it later."""
+    """Weights & Biases; with WANDB_MODE=offline it writes to the run's folder, for a later upload by wandb sync."""
 
     kind = "wandb"
     package = "wandb"
     project: str = "rome"
-    """What runs are collected in."""
+    """Name of the project that runs are added to."""
     group: str | None = None
-    """Shown together: the seeds of one setting, say."""
+    """Name of a group of runs shown together, such as the seeds of one setting."""
     tags: Names = ()
-    """Words to find the run by."""
+    """Tags of the run, to filter by."""
 
     def open(self, run: Tracked) -> Writer:
         return _WandbWriter(self, run)
@@ -46,9 +46,9 @@ class _WandbWriter(Writer):
             resume="allow",
             config=run.config,
             dir=None if "WANDB_DIR" in os.environ else run.folder,
-            settings=wandb.Settings(console="off"),  # it would record the progress bar
+            settings=wandb.Settings(console="off"),  # which would record the progress bar
         )
-        # Steps of wandb's own cannot go back, and so could not show again what a kill undid.
+        # wandb's own steps cannot go back, so they could not log again the updates that a kill undid.
         self.run.define_metric(AXIS)
         self.run.define_metric("*", step_metric=AXIS)
 
