@@ -667,7 +667,7 @@ def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path:
     torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
     hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
     options = {"model": str(tmp_path / "pets.pt"), "data": str(tmp_path / "pets")}
-    with pytest.raises(UserError, match=r"threats: is missing; data kind 'parquet' has no budgets of its own; give"):
+    with pytest.raises(UserError, match=r"threats: is missing; data kind 'parquet' has no default budgets; give"):
         named_config(options)
     config = named_config({**options, "budgets": "L2=0.5"})
     assert config is not None

@@ -366,7 +366,7 @@ def test_a_config_is_a_mapping(tmp_path: Path) -> None:
     for text in ["", "# nothing", "- a\n- b", "just words", "5"]:
         with case(text):
             file = child(tmp_path, text)
-            assert refused(file) == [f"{file}: a config is a mapping of keys to values"]
+            assert refused(file) == [f"{file}: a config must be a mapping of keys to values"]
 
 
 def test_a_missing_config_answers_with_the_nearest_file(folder: Path) -> None:
@@ -400,7 +400,7 @@ def test_data_without_budgets_of_its_own_needs_threats() -> None:
     class Nothing(rome.data.Digits):
         kind = "nothing"
 
-    with pytest.raises(UserError, match="threats: is missing; data kind 'nothing' has no budgets of its own"):
+    with pytest.raises(UserError, match="threats: is missing; data kind 'nothing' has no default budgets"):
         parse({**TINY, "data": {"kind": "nothing"}})
     assert parse({**TINY, "data": {"kind": "nothing"}, "threats": "digits"}).threats == tuple(DIGITS)
 

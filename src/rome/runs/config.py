@@ -1,6 +1,6 @@
-"""One YAML file and ``key=value`` overrides become a validated, frozen config.
+"""The config of a run: validated and frozen, built from one YAML file and ``key=value`` overrides.
 
-Every mistake is reported at once, with file, line and nearest name.
+All mistakes are reported at once, each with its file, its line and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rome.runs.reading import Places, read_config
 from rome.threats import NAMED_BUDGETS, LpBall, Threat, labelled
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
-"""The budgets a data set is attacked with unless the config says otherwise."""
+"""The budgets used for each kind of data set if the config names no threats."""
 
 
 def _threats(value: Any, info: ValidationInfo) -> Any:
@@ -37,10 +37,10 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
         data = info.data.get("data")
         if data is not None and data.kind not in DATA_BUDGETS:
             raise ValueError(
-                f"is missing; data kind {data.kind!r} has no budgets of its own; give cifar10, imagenet or digits, or "
+                f"is missing; data kind {data.kind!r} has no default budgets; give cifar10, imagenet or digits, or "
                 "balls such as {norm: L2, eps: 0.5}"
             )
-        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # data that is none is a mistake already
+        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # invalid data is reported separately
     if isinstance(value, str):
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
@@ -71,126 +71,130 @@ class Evaluation(Settings):
     """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
     suite: SuiteChoice = Field(default_factory=lambda: Suite.of_kind("apgd")())
-    """A name, settings, or a list of these: ``[apgd, unseen]``."""
+    """The attack suite: a name, settings, or a list of these such as ``[apgd, unseen]``."""
     n: int | None = Field(default=1000, ge=1)
-    """First n test examples; null for all."""
+    """Evaluate the first n test examples; null for all."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
-    """``auto``: 250, halved where memory does not suffice."""
+    """Examples per batch; ``auto``: 250, halved for as long as memory runs out."""
     seed: Seed = 0
-    """Of the attacks' random starts."""
+    """Seed for the attacks' random starts."""
     save_images: SaveImages = "fooled"
-    """Whose adversarial images are kept: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
+    """Which adversarial images to save: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
     routing: Routing = "learned"
-    """Other gate weights than the learned ones: ``random``, ``inverse``, or ``none`` for no experts (Table 5)."""
+    """Gate weights to use: ``learned``, or, as in Table 5, ``random``, ``inverse`` or ``none`` (without experts)."""
 
 
 class Checkpoint(Settings):
-    """The ``checkpoint`` part of a config: from where a run goes on that was stopped or killed.
+    """The ``checkpoint`` part of a config: how often to save the state that a stopped or killed run resumes from.
 
-    Each epoch ends in a checkpoint, and a signal in another one; these are the ones between, for long epochs.
+    A checkpoint is always saved at the end of each epoch and when a signal stops the run; these settings add
+    checkpoints within long epochs.
     """
 
     minutes: float | None = Field(default=15, gt=0)
-    """From one checkpoint to the next within an epoch, which is what a kill costs at most; null: at the end of epochs
-    alone."""
+    """Minutes between checkpoints within an epoch, and so the most training that a killed run loses; null: save only
+    at the end of each epoch."""
 
 
 class Validation(Settings):
-    """The ``validation`` part of a config: training examples held out, attacked while training goes on.
+    """The ``validation`` part of a config: measure robustness during training on held-out training examples.
 
-    The weights with the largest union on them are kept as ``best.safetensors`` (:mod:`rome.training.validation`).
+    The weights with the highest union accuracy are kept as ``best.safetensors`` (:mod:`rome.training.validation`).
     """
 
     n: int = Field(default=256, ge=1)
-    """Examples to hold out of training."""
+    """Training examples to hold out."""
     every: int = Field(default=1, ge=1)
-    """Epochs from one validation to the next; the last epoch always ends in one."""
+    """Epochs between validations; the last epoch is always validated."""
     steps: int = Field(default=10, ge=1)
-    """Of APGD under each Lp ball."""
+    """Steps of APGD under each Lp ball."""
 
 
 class Paper(Settings):
-    """Which result of the paper a config reproduces, and the paper's numbers in percent."""
+    """The result of the paper that a config reproduces, with the paper's numbers in percent."""
 
     table: str
-    """Such as ``Table 1``."""
+    """The paper's table, such as ``Table 1``."""
     row: str
-    """Its name in the paper."""
+    """Name of the row in that table."""
     numbers: dict[str, float] = Field(default_factory=dict)
-    """Column -> percent."""
+    """The paper's numbers in percent, by column."""
 
 
 class Config(Settings):
     """Everything that determines a run."""
 
     name: Annotated[str, AfterValidator(check_name)] = ""
-    """Shown in tables, and what the run's folder is called unless --out says; the file's name if empty."""
+    """Name of the run in tables, and of its folder unless ``--out`` is given; if empty, the config file's name."""
     about: str = ""
-    """A sentence for ``rome list experiments``."""
+    """One sentence about the config, shown by ``rome list experiments``."""
     seed: Seed = 0
-    """Of everything random in the training: start, order, augmentation, attacks."""
+    """Seed for everything random in training: initialization, order of the examples, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
-    """The first so many of the epochs train on unperturbed images, without loss that parts threats: a start for models
-    that are not pretrained. All of them: standard training."""
+    """Number of initial epochs, out of ``epochs``, that train on clean images, without any loss that separates threats:
+    a warm-up for models that are not pretrained. Equal to ``epochs``: standard training."""
     batch_size: int = Field(default=64, ge=1)
-    """Examples per update, over all processes and accumulation steps."""
+    """Examples per update, summed over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
-    """Forward and backward passes per update; must divide the batch."""
+    """Gradient accumulation: forward and backward passes per update; must divide ``batch_size``."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """``auto``: the best there is."""
+    """Device to run on; ``auto``: the fastest one available."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of training alone; evaluation is fp32."""
+    """Numerical precision of training; evaluation always uses fp32."""
     activation_checkpointing: bool = False
-    """Store only the input of each block in the training forward and recompute the rest in the backward pass: the same
-    results with less memory, for one more forward pass an update. Attacks have ``attack_batch_size``."""
+    """Store only the input of each block in the training forward pass and recompute the rest in the backward pass: the
+    same results with less memory, at the cost of one more forward pass per update. To save memory in attacks, set
+    ``attack_batch_size``."""
     attack_batch_size: int | None = Field(default=None, ge=1)
-    """Images that PGD, APGD and MSD differentiate at once in training, with the same results but for rounding: less
-    memory where a method attacks more images than fit. null: all that a method attacks."""
+    """Images that PGD, APGD and MSD process at once in training: lower it if a method attacks more images than fit into
+    memory. The results are the same up to rounding. null: all images that the method attacks."""
     compile: bool = False
     """Compile the model for training, block by block."""
     graphs: Literal["auto"] | bool = "auto"
-    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: on CUDA."""
+    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: only on CUDA devices."""
     workers: int = Field(default=0, ge=0)
-    """Processes that read images on each machine, shared out among those that train there (of any, each has at least
-    one), where images are read while they are used: folders, timm's readers, and Parquet files with a size."""
+    """Processes per machine that read images, divided among the training processes on it (at least one each, unless 0).
+    Used only by data sets whose images are read during training: folders, timm's readers, and Parquet files with a
+    size."""
     imports: tuple[str, ...] = ()
-    """Python modules to import first: they register attacks, methods, data sets by subclassing."""
+    """Python modules to import first; the attacks, methods and data sets they define become valid kinds."""
     data: Data
-    """The data set: ``rome list data``."""
+    """The data set; ``rome list data`` shows the kinds."""
     model: ModelSettings
-    """The classifier and the weights it starts from."""
+    """The classifier and its initial weights."""
     experts: Experts | None = None
-    """Experts beside the model's layers; null: none, the baseline."""
+    """Experts to add to the model's layers; null: none, the baseline."""
     method: Method = Field(default_factory=Random)
-    """How threats are combined in training: ``rome list methods``."""
+    """How training combines the threats; ``rome list methods`` shows the kinds."""
     attack: Attack = Field(default_factory=PGD)
-    """What searches the threats in training: ``rome list attacks``."""
+    """The attack that finds adversarial examples in training; ``rome list attacks`` shows the kinds."""
     threats: Threats = ()
-    """Those of :data:`DATA_BUDGETS` if none are named."""
+    """The threats to train against: ``cifar10``, ``imagenet``, ``digits``, or a list such as
+    ``[{norm: linf, eps: 8/255}]``. If empty, the usual budgets for the data set."""
     optimizer: Optimizer = Field(default_factory=AdamW)
     """``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
-    """The learning rate over the training."""
+    """The learning rate over the course of training."""
     validation: Validation | None = None
-    """Null: none, and nothing is held out."""
+    """Measure robustness on held-out training examples during training; null: hold out nothing."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    """When the state of the run is saved, beside the end of each epoch."""
+    """When to save the state of the run, in addition to the end of each epoch."""
     loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
-    """Where training and evaluation can be followed, besides ``log.jsonl``; one may be named alone, ``[]`` is none."""
+    """Loggers for training and evaluation, in addition to ``log.jsonl``: one, or a list; ``[]`` for none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    """The defaults of ``rome evaluate``."""
+    """Default settings for ``rome evaluate``."""
     paper: Paper | None = None
-    """The row of the paper that this reproduces."""
+    """The row of the paper that this config reproduces."""
 
     def dump(self) -> dict[str, Any]:
-        """Plain data that :func:`parse` turns into the same config."""
+        """Return plain data that :func:`parse` turns back into the same config."""
         return self.model_dump(mode="json")
 
 
 def _place(places: Places, path: tuple[str | int, ...]) -> str:
-    """The place of a value, or of the nearest mapping around it."""
+    """Return the file and line of a value, or of the nearest mapping around it."""
     while path and path not in places:
         path = path[:-1]
     return places.get(path, "")
@@ -199,10 +203,11 @@ def _place(places: Places, path: tuple[str | int, ...]) -> str:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply ``key=value`` overrides such as ``attack.steps=5`` or ``model.args.depth=6``.
 
-    Kinds and names are set before what belongs to them, whatever their order; of two for one key the last counts.
+    Overrides of kinds and names are applied before those of their settings, in whatever order they are given. If a key
+    is overridden twice, the last value counts.
 
     Raises:
-        UserError: every mistake, one line each, with file, line and nearest name.
+        UserError: all mistakes, one per line, each with its file, its line and the nearest valid name.
     """
     data, places = read_config(path, overrides)
     if data.get("name") in (None, ""):
@@ -211,20 +216,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What names a file or folder that is there, or has no "=", and the changes ``key=value``."""
+    """Split arguments into files or folders (existing paths, or texts without "=") and ``key=value`` changes."""
     changes = [text for text in texts if "=" in text and not os.path.exists(text)]
     return [text for text in texts if text not in changes], changes
 
 
 def parse(data: dict[str, Any], places: Places | None = None) -> Config:
-    """Validate plain data.
+    """Build a config from plain data.
 
     Raises:
-        UserError: every mistake, one line each.
+        UserError: all mistakes, one per line.
     """
     places = places or {}
     if not isinstance(data, dict):
-        raise UserError("a config is a mapping of keys to values")
+        raise UserError("a config must be a mapping of keys to values")
     modules = data.get("imports")
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
@@ -247,13 +252,13 @@ class _Threats(Settings):
 
 
 def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
-    """A config's threats alone.
+    """Parse threats given outside of a config.
 
     Args:
-        place: where the value stands, for messages.
+        place: where the value was given, for error messages.
 
     Raises:
-        UserError: every mistake, one line each.
+        UserError: all mistakes, one per line.
     """
     try:
         return _Threats.model_validate({"threats": value}).threats
@@ -263,14 +268,14 @@ def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
 
 
 def _explained(places: Places, path: tuple[str | int, ...], message: str) -> str:
-    """A mistake in a line: where, what, and what is valid."""
+    """Format a mistake as one line: where it is, what is wrong, and what is valid."""
     place, key = _place(places, path), str(path[-1]) if path else ""
     override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
     return f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that do not go together: where, and why."""
+    """Yield the key of each setting that conflicts with another one, and the reason."""
     if config.batch_size % config.accumulate:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:
