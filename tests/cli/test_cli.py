@@ -260,7 +260,7 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "--batch-size=3"], "settings of a config have no dashes: batch_size=3"),
         (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
         (["other.safetensors"], "other.safetensors is a file of weights: rome evaluate other.safetensors, or model.we"),
-        (["net.py"], "a config is a YAML file; net.py is a program: name its function, net.py:net"),
+        (["net.py"], "a config is a YAML file; net.py is a Python file: name its function, net.py:net"),
         (["run"], "run is the folder of a run: rome train --resume run, or rome evaluate run"),
         (["orphan.yaml"], "orphan.yaml:1: extends: there is no config absent.yaml."),
         (["tiny.yaml", "model.name=net.py:nte"], "net.py has no function 'nte'. Did you mean 'net'? Valid: net."),

@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_of_that_very_update(
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--out", str(run.folder)])
     assert ended.value.code == 2, "an unfinished run needs --resume"
-    assert "pass --resume to go on or --overwrite" in capsys.readouterr().err
+    assert "pass --resume to continue it or --overwrite" in capsys.readouterr().err
     assert_as_undisturbed(resume(run), undisturbed)
 
 
@@ -304,7 +304,7 @@ def test_two_processes_do_not_train_in_one_folder(stopped: Run) -> None:
 
 def test_an_unfinished_run_needs_resume_or_overwrite(stopped: Run) -> None:
     before = contents(stopped.folder)
-    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to go on or --overwrite"):
+    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to continue it or --overwrite"):
         prepare(stopped)
     assert contents(stopped.folder) == before
     assert prepare(stopped, resume=True)["step"] == 2
@@ -417,12 +417,12 @@ def test_a_full_disk_before_any_checkpoint_promises_none(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", full)
     run = Run(tmp_path)
-    with pytest.raises(UserError, match=r"There is none before it; make room and go on with --resume"):
+    with pytest.raises(UserError, match=r"There is no previous checkpoint; make room and go on with --resume"):
         run.save_checkpoint({})
     monkeypatch.undo()
     run.save_checkpoint({})
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="The checkpoint before it is kept"):
+    with pytest.raises(UserError, match="The previous checkpoint is kept"):
         run.save_checkpoint({})
 
 

@@ -1,3 +1,3 @@
-"""What a run is: its config, its optimizer, its folder, and the experiments that come with rome.
+"""Everything that defines a run: its config, its optimizer, its folder, and the experiments that come with rome.
 
-May import methods and what stands below."""
+May import methods and the packages below them."""

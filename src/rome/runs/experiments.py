@@ -15,25 +15,27 @@ from rome.core.plain_data import parse_yaml
 from rome.runs.shipped import folder
 
 SCHEMA = "schema.json"
-"""Beside them: by which editors check them (:mod:`rome.runs.schema`)."""
+"""The JSON schema in the experiments folder, with which editors check the configs (:mod:`rome.runs.schema`)."""
 
 
 def files(pattern: str = "*") -> list[Path]:
-    """Every experiment, or those whose path has a part like the pattern (``table4``, ``rome-*``); files whose name
-    starts with an underscore are shared bases."""
+    """List all experiments, or those with the pattern (``table4``, ``rome-*``) anywhere in their path.
+
+    Files whose name starts with an underscore are shared bases and left out.
+    """
     found = sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
     return [path for path in found if fnmatch.fnmatch(path_of(path), f"*{pattern}*")]
 
 
 def path_of(path: Path) -> str:
-    """``experiments/table1/max-pgd.yaml``, wherever rome is installed."""
+    """Return the path by which users name an experiment, such as ``experiments/table1/max-pgd.yaml``."""
     return str("experiments" / path.relative_to(folder()))
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
-    """Path and description of the experiments, with the paper's numbers where it has some; ``pattern`` as above.
+    """Path and description of each experiment that matches (:func:`files`), with the paper's numbers if there are any.
 
-    Read as plain data: to validate them would take the import of torch.
+    The configs are read as plain data, because validating them would import torch.
     """
     rows = []
     for path in files(pattern):
@@ -48,18 +50,20 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
 
 @functools.cache
 def _plain(path: Path) -> dict[str, Any]:
-    """A file and what it extends, joined at the top level only: enough for what is not nested."""
+    """Read a file and its parents, merged at the top level only, which is enough for keys that are not nested."""
     data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     parent = data.get("extends")
     return {**_plain((path.parent / parent).resolve()), **data} if parent else data
 
 
 def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:
-    """Copy the experiments that any of the patterns matches, with the bases that they extend and the schema that they
-    name; returns the copies.
+    """Copy the experiments that match any of the patterns, with the bases they extend and the schema they refer to.
+
+    Returns:
+        Paths of the copies.
 
     Raises:
-        UserError: a pattern matches none, or other files stand where the copies would.
+        UserError: a pattern matches no experiment, or a copy would replace a different file.
     """
     chosen = {folder() / SCHEMA}
     for pattern in patterns:
@@ -67,7 +71,7 @@ def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False
         if not found:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*' (rome list experiments)")
         for file in found:
-            while file not in chosen:  # its bases, up to one that is there already
+            while file not in chosen:  # follow `extends` up to a base that is already chosen
                 chosen.add(file)
                 parent = parse_yaml(file.read_text(encoding="utf-8")).get("extends")
                 file = file if parent is None else Path(normpath(file.parent / parent))

@@ -1,17 +1,17 @@
-"""A run's folder: what lies in it, and checkpoints that a kill at any moment cannot break.
+"""The folder of a run, with checkpoints that survive a kill at any moment.
 
 - ``config.yaml``: the resolved config
-- ``origin.json``: what distinguishes its data and the user's code from others (:mod:`rome.runs.origin`)
-- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the one before it,
-  which counts where ``last.pt`` is damaged
-- ``model.safetensors``: the finished model, config in its metadata
-- ``best.safetensors``: the weights that did best in validation, if there is one
-- ``log.jsonl``: one line an update, one an epoch, one a validation
-- ``tensorboard/``, ``metrics.csv``, ``wandb/``: what loggers write; ``loggers.json``: the ids by which trackers know
-  the run (:mod:`rome.runs.loggers`)
-- ``train.lock``: there while a process trains in the folder; ``train.soft.lock`` where the file system has no locks
-- ``evaluation/SUITE/``: what ``rome evaluate`` found; of the best weights in ``evaluation-best/``, of ``last.pt`` in
-  ``evaluation-unfinished/``
+- ``origin.json``: fingerprints of the training data and the user's code (:mod:`rome.runs.origin`)
+- ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the previous
+  checkpoint, used if ``last.pt`` is damaged
+- ``model.safetensors``: the finished model, with the config in its metadata
+- ``best.safetensors``: the weights that did best in validation, if the run has one
+- ``log.jsonl``: one line per update, per epoch and per validation
+- ``tensorboard/``, ``metrics.csv``, ``wandb/``: output of the loggers; ``loggers.json``: the run's ids in the trackers
+  (:mod:`rome.runs.loggers`)
+- ``train.lock``: present while a process trains in the folder; ``train.soft.lock`` if the file system has no locks
+- ``evaluation/SUITE/``: results of ``rome evaluate``; those for the best weights are in ``evaluation-best/``, those for
+  ``last.pt`` in ``evaluation-unfinished/``
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from rome.runs.origin import code_facts, data_facts, differences, other_data
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 FREE_KEYS |= {"checkpoint"}
-"""Config keys that do not change what is computed, so a resumed run may change them."""
+"""Config keys that may change when a run is resumed, because they do not affect its weights."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a file system without locks answers."""
+"""Error numbers by which a file system reports that it has no locks."""
 
 
 class Run:
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The resolved config this run was started with.
+        """The resolved config that this run was started with.
 
         Raises:
             UserError: the folder holds no run.
@@ -80,7 +80,7 @@ class Run:
         return parse(trust.check(self.config_file, {"config": self.written()})["config"])
 
     def written(self) -> Any:
-        """What ``config.yaml`` says, as plain data that nobody has followed.
+        """Read ``config.yaml`` as plain data; no code that it names is imported.
 
         Raises:
             UserError: the folder holds no run.
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def data_path(self) -> str | None:
-        """Where its config file says that the data lies, which a person may have corrected; None where it does not."""
+        """The path of the data in ``config.yaml``, which the user may have edited; None if there is none."""
         with suppress(UserError, OSError, KeyError, TypeError):
             path = self.written()["data"]["path"]
             return path if isinstance(path, str) else None
@@ -102,8 +102,8 @@ class Run:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """``data`` and ``code`` that it was started with, and in which code was ``changed`` on the way; empty where
-        nobody wrote it down."""
+        """Facts about the ``data`` and ``code`` that the run started with, and the code that was ``changed`` when it was
+        resumed; empty if they were not recorded."""
         try:
             return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -112,14 +112,16 @@ class Run:
     def prepare(
         self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
     ) -> dict[str, Any] | None:
-        """Claim the folder and make it ready for this config; the checkpoint to go on from, if there is one.
+        """Lock the folder and prepare it for training with this config.
 
         Args:
-            data: all training examples; None leaves out whether they are those it was started with.
+            data: all training examples; if None, they are not compared with those that the run started with.
+
+        Returns:
+            The checkpoint to resume from, if there is one.
 
         Raises:
-            UserError: it holds another run, a finished one, one that is being trained, or a checkpoint that cannot be
-                read.
+            UserError: the folder holds a different run, a finished run, a run in training, or an unreadable checkpoint.
         """
         try:
             make_folder(self.folder)
@@ -143,10 +145,10 @@ class Run:
             raise
 
     def _claim(self) -> None:
-        """Take the lock: the system's, which ends with the process; where the file system has none, a file's existence,
-        which a process that is killed on another machine leaves behind."""
+        """Acquire the operating system's lock, which ends with the process. If the file system has none, use a lock
+        file, which stays behind if a process on another machine is killed."""
         try:
-            with warnings.catch_warnings(action="ignore"):  # filelock does the same by itself for one of the answers
+            with warnings.catch_warnings(action="ignore"):  # for some of _NO_LOCKS, filelock falls back with a warning
                 self._lock.acquire()
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -161,21 +163,21 @@ class Run:
             raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
         elif self.config_file.exists() and not resume:
             raise UserError(
-                f"{self.folder} holds an unfinished run; pass --resume to go on or --overwrite to start anew"
+                f"{self.folder} holds an unfinished run; pass --resume to continue it or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
         code, changed = code_facts(config), list[str]()
         if resume and self.has_checkpoint and (found := self.other_code(code)):
-            # Said and not refused: a fault may have been mended, but the weights come from both.
-            say(f"{self.folder} goes on with other code: {'; '.join(found)}")
+            # Reported but allowed: the user may have fixed a bug, but the weights come from both versions.
+            say(f"{self.folder} continues with changed code: {'; '.join(found)}")
             changed = [f"{text} ({now()})" for text in found]
         origin = {
             "data": None if data is None else data_facts(data),
             "code": code,
             "changed": [*self.origin.get("changed", ()), *changed],
         }
-        remove_partials(self.folder, age=0)  # no other process trains here
+        remove_partials(self.folder, age=0)  # they are stale, since no other process trains here
         dumped = config.dump()
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
@@ -183,12 +185,12 @@ class Run:
         return self._latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
-        """In what the user's code is another than the one that this run was started with."""
+        """Differences between the user's current code and the code that this run started with."""
         kept = self.origin
         return differences({"code": kept["code"]}, {"code": code}) if kept else []
 
     def release(self) -> None:
-        """Give up the claim of :meth:`prepare`, if there is one."""
+        """Release the lock that :meth:`prepare` acquired, if it is held."""
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
@@ -198,11 +200,10 @@ class Run:
         return self.checkpoint_file.exists() or self.before_file.exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint in one step, and keep the one before; a kill leaves the old or the new one, never a
-        part.
+        """Replace the checkpoint atomically and keep the previous one; a kill never leaves a partial file.
 
         Raises:
-            UserError: it cannot be written; the others stay.
+            UserError: the checkpoint cannot be written; earlier ones are kept.
         """
 
         def write(partial: Path) -> None:
@@ -211,23 +212,23 @@ class Run:
                 self.before_file.unlink(missing_ok=True)
                 try:
                     os.link(self.checkpoint_file, self.before_file)
-                except OSError:  # a file system without hard links: for a moment there is no last.pt
+                except OSError:  # no hard links on this file system: last.pt is missing for a moment
                     os.replace(self.checkpoint_file, self.before_file)
 
         try:
             replace_with(self.checkpoint_file, write)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk as the latter
-            kept = "The checkpoint before it is kept" if self.has_checkpoint else "There is none before it"
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+            kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no previous checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
                 "and go on with --resume"
             ) from error
 
     def _latest(self) -> dict[str, Any]:
-        """The checkpoint to go on from: where the last one is damaged the one before, which takes its place.
+        """Load the checkpoint to resume from; if ``last.pt`` is damaged, replace it by ``before.pt``.
 
         Raises:
-            UserError: as :meth:`load_checkpoint`, where both are damaged.
+            UserError: both are damaged (:meth:`load_checkpoint`).
         """
         damage = _damage(self.checkpoint_file)
         if damage and not _damage(self.before_file):
@@ -235,17 +236,17 @@ class Run:
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
             say(
-                f"{self.checkpoint_file} cannot be used ({damage}): going on from the one before it, of update "
-                f"{state['update']}; {done - state['update']} updates are done again"
+                f"{self.checkpoint_file} cannot be used ({damage}): resuming from the previous checkpoint, at update "
+                f"{state['update']}; {done - state['update']} updates are repeated"
             )
             return state
         return self.load_checkpoint()
 
     def load_checkpoint(self, file: Path | None = None) -> dict[str, Any]:
-        """The last checkpoint, or the one in ``file``, on the CPU.
+        """Load the last checkpoint, or the one in ``file``, to the CPU.
 
         Raises:
-            UserError: it cannot be read, its checksums are wrong, or another version wrote it.
+            UserError: it cannot be read, has a wrong checksum, or was written by another version.
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
@@ -256,7 +257,7 @@ class Run:
         return state
 
     def rewind_log(self, updates: int) -> None:
-        """Drop log lines of updates after the checkpoint, and a line that a kill cut short."""
+        """Drop the log lines after this update, and any line that a kill cut short."""
         if not self.log_file.exists():
             return
         kept = [json.dumps(line) for line in self.log() if line["update"] <= updates]
@@ -273,14 +274,14 @@ class Run:
         return lines
 
     def check_same(self, config: Config, data: Split | None = None) -> None:
-        """Raise UserError unless the folder's run was started with these settings, but for what changes no result.
+        """Raise UserError if the folder's run was started with different settings that affect the weights.
 
-        The path of the data is such, while what lies there is the same.
+        The path of the data may differ if the data are the same.
 
         Args:
-            data: all training examples; None opens them if their path is another.
+            data: all training examples; if None, they are opened if their path has changed.
         """
-        pinned = config.model_copy(update={"model": config.model.pinned()})  # as a run's own config is
+        pinned = config.model_copy(update={"model": config.model.pinned()})  # like the stored config
         old, new = flatten(self.written()), flatten(pinned.dump())
         changed = {
             key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
@@ -296,12 +297,12 @@ class Run:
             data = config.data.open("train")
         if kept and data is not None and (what := other_data(kept, data_facts(data))):
             raise UserError(
-                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what}):"
-                " restore it (data.path may name another place), or use another --out"
+                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what});"
+                " restore the data (data.path may be a different path), or use another --out"
             )
 
     def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else; the config last, for without it the folder holds no run."""
+        """Remove only the files that a run writes; the config last, because without it the folder holds no run."""
         evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
         for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
             shutil.rmtree(folder, ignore_errors=True)
@@ -318,16 +319,16 @@ class Run:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a file of ``torch.save``, which is a zip with a CRC-32 of each part; empty: nothing."""
+    """Describe the damage to a file of ``torch.save``, a zip with a CRC-32 for each part; empty if it is intact."""
     try:
         with zipfile.ZipFile(checkpoint) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                return "it is compressed, as no file of torch.save is"
+                return "it is compressed, which torch.save never does"
             wrong = parts.testzip()
             return "" if wrong is None else f"the checksum of {wrong} is wrong"
     except FileNotFoundError:
         return "it is missing"
     except zipfile.BadZipFile:
         return "it is cut short or overwritten"
-    except Exception as error:  # a damaged file raises almost any kind
+    except Exception as error:  # damage can raise almost any exception
         return first_line(error)

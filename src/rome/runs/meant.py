@@ -1,4 +1,4 @@
-"""What a mistaken setting or path may have stood for: where settings of that name are, and what lies at a path."""
+"""Hints for invalid settings and paths: where settings of that name exist, and what was found at a path."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from rome.core.errors import nearest, some
 from rome.runs.shipped import located
 
 DEEPEST = 3
-"""Parts of the dotted names that are looked at: threats hold attacks, and these others."""
+"""Maximum number of parts in the dotted names of :func:`dotted`, which would otherwise recurse forever: threats hold
+attacks, which hold threats."""
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def explained(message: str, key: str, override: str, root: type[Settings]) -> str:
-    """The message about a setting, with what was meant.
+    """Add a hint about the probable intention to an error message about a setting.
 
     Args:
-        key: the setting's own name, without those around it.
-        override: the argument ``key=value`` it comes from, or empty.
-        root: the settings of the whole.
+        key: last part of the setting's dotted name.
+        override: the ``key=value`` argument that set it, or empty.
+        root: class of the complete config.
     """
     if message.startswith(UNKNOWN_KEY):
         paths = sorted(
@@ -38,11 +39,13 @@ def explained(message: str, key: str, override: str, root: type[Settings]) -> st
 
 
 def dotted(settings: type[Settings], prefix: str = "") -> Iterator[str]:
-    """Names of all settings that an override can change, ``optimizer.lr``; of a family those of every member."""
+    """Yield the names of all settings that an override can change, such as ``optimizer.lr``, for every kind."""
     for name, field in settings.model_fields.items():
         path = f"{prefix}{name}"
         yield path
-        named = path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple  # a part of a list has none
+        named = (
+            path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple
+        )  # no dotted name for items of a list
         inner = [part for part in types_in(field.annotation) if isinstance(part, type) and issubclass(part, Settings)]
         for part in inner if named else ():
             for member in [part, *(part.members().values() if issubclass(part, Component) else ())]:
@@ -50,10 +53,10 @@ def dotted(settings: type[Settings], prefix: str = "") -> Iterator[str]:
 
 
 def what_is(path: Path, wanted: str = "") -> str:
-    """What lies at a path and what takes it, in a sentence; where nothing does, the nearest name beside it.
+    """Describe what is at a path and which command takes it, or suggest the nearest name if the path does not exist.
 
     Args:
-        wanted: what was looked for, such as ``config`` and a space.
+        wanted: description of what was expected, with a trailing space, such as ``"config "``.
     """
     if path.is_dir():
         configs = sorted(each.name for each in path.glob("*.yaml") if not each.name.startswith("_"))
@@ -68,7 +71,7 @@ def what_is(path: Path, wanted: str = "") -> str:
         if path.suffix in _WEIGHTS:
             return f"{path} is a file of weights: rome evaluate {path}, or model.weights={path} in a config"
         if path.suffix == ".py":
-            return f"{path} is a program: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
+            return f"{path} is a Python file: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
         return f"{path} is a file that is neither config nor weights"
     folder = located(path.parent)
     beside = folder.iterdir() if folder.is_dir() else ()
@@ -77,7 +80,7 @@ def what_is(path: Path, wanted: str = "") -> str:
 
 
 def functions_in(file: Path) -> list[str]:
-    """Names of the functions and classes of a program, which is not run."""
+    """List the public functions and classes in a Python file without running it."""
     with suppress(OSError, SyntaxError, ValueError):
         body = ast.parse(file.read_bytes()).body
         return [each.name for each in body if isinstance(each, ast.FunctionDef | ast.ClassDef) and each.name[0] != "_"]

@@ -1,8 +1,8 @@
-"""A YAML file, its parents and ``key=value`` overrides become plain data that knows where each value stands.
+"""Merge a YAML file, its parents and ``key=value`` overrides into plain data, with the place where each value was set.
 
-A file may name one parent with ``extends: base.yaml``; mappings merge, everything else replaces, and a mapping that
-names another ``kind`` replaces the parent's whole, as ``paper`` always does; another ``model.name`` drops the parent's
-``model.args``.
+A file may inherit from one parent with ``extends: base.yaml``. Mappings are merged with the parent's; all other values
+replace the parent's, and so do ``paper`` and mappings with a different ``kind``. A different ``model.name`` drops the
+parent's ``model.args``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from rome.runs.meant import what_is
 from rome.runs.shipped import located
 
 Places = dict[tuple[str | int, ...], str]
-"""Where in files and arguments the values of a config stand, for messages."""
+"""Path of a value in the config -> where it was set (file and line, or override), as the prefix of a message."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
-    """What a config file and overrides say, not validated.
+    """Read a config file and its overrides without validating the values.
 
-    Kinds and names are set before what belongs to them, whatever the overrides' order; of two for one key the last
-    counts.
+    The overrides are applied as in :func:`rome.runs.config.load`.
+
+    Returns:
+        The merged data, and where each value was set.
 
     Raises:
-        UserError: a file that is missing or no mapping in YAML, or an override that is none.
+        UserError: a file is missing or not a YAML mapping, or an override is not ``key=value``.
     """
     places: Places = {}
     data = _read(located(path), places, ())
@@ -54,7 +56,7 @@ def _read(path: Path, places: Places, seen: tuple[Path, ...], place: str = "") -
     except ValueError as error:  # not text
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values")
+        raise UserError(f"{path}: a config must be a mapping of keys to values")
     parent = data.pop("extends", None)
     if not isinstance(parent, str | None):
         raise UserError(f"{own[('extends',)]}extends: name one parent file, not {parent!r}")
@@ -82,8 +84,9 @@ def _override(text: str, places: Places) -> dict[str, Any]:
 
 
 def _depth(override: str) -> int:
-    """How deep an override reaches. What replaces a mapping (``attack=apgd``, ``attack.kind=apgd``, ``model.name=...``)
-    goes before what changes a part of it, or it would take that away again."""
+    """Sort key for overrides: the depth of the mapping that they change. Those that replace a whole mapping
+    (``attack=apgd``, ``attack.kind=apgd``, ``model.name=...``) are applied before those that change a part of it, which
+    would otherwise be lost."""
     parts = override.partition("=")[0].strip().split(".")
     return len(parts) - (parts[-1] in ("kind", "name"))
 
@@ -93,9 +96,9 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         return change
     merged = dict(base)
     if change.get("name", base.get("name")) != base.get("name"):
-        merged.pop("args", None)  # they are of the model of that name
+        merged.pop("args", None)  # they belong to the previous model
     for key, value in change.items():
-        old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
+        old = None if key == "paper" else merged.get(key)  # the paper's numbers are valid for one row only
         if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
         merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value

@@ -1,7 +1,6 @@
-"""Checkpoints written while training goes on: copied to the host's memory at once, and to the disk by a thread.
+"""Asynchronous checkpoints: the state is copied to host memory at once and written to disk by a background thread.
 
-There is one write at a time. What is copied is what the training held at that update: nothing that it changes later
-reaches the file.
+Only one write runs at a time. The copy is a snapshot: changes that training makes afterwards do not reach the file.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from rome.runs.folder import Run
 
 
 class Saver:
-    """Writes a run's checkpoints in the background.
+    """Background writer for a run's checkpoints.
 
     Args:
-        minutes: from the end of one checkpoint to the beginning of the next (:meth:`due`); None: none is ever due.
+        minutes: minimum time between two checkpoints (:meth:`due`); None: none is ever due.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, run: Run, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,19 +41,19 @@ class Saver:
         return self._writing is not None and not self._writing.done()
 
     def due(self) -> bool:
-        """Whether a checkpoint is to be made now, because the last one is so long ago and none is being written."""
+        """Whether to save a checkpoint now: the last one was saved ``minutes`` ago and no write is in progress."""
         return self.minutes is not None and not self.busy and self.clock() - self.latest >= 60 * self.minutes
 
     def save(self, state: dict[str, Any], *, constant: dict[str, Any] | None = None, log: int | None = None) -> None:
-        """Begin to write a checkpoint, once the one before is written.
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
             state: numbers, text, containers and tensors on any device.
-            constant: more of it, which nobody changes any more.
-            log: descriptor of a file that must be on the disk before the checkpoint is.
+            constant: further entries of the state that never change again, so that no copy is needed.
+            log: descriptor of a file that must be on disk before the checkpoint.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
         copied, arrived = _on_host(state)
@@ -61,7 +61,7 @@ class Saver:
 
         def write() -> None:
             if log is not None:
-                with suppress(OSError):  # no file of a disk
+                with suppress(OSError):  # not a file on disk
                     os.fsync(log)
             arrived()
             self.run.save_checkpoint(copied)
@@ -70,29 +70,31 @@ class Saver:
         self.latest = self.clock()
 
     def check(self) -> None:
-        """Raise UserError if a checkpoint could not be written."""
+        """Raise UserError if the last checkpoint could not be written, without waiting for a write in progress."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """The same, once it is written."""
+        """Wait for the write in progress; raise UserError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Finish the write under way; an error of it is of no interest any more."""
+        """Wait for the write in progress, ignoring its errors, and stop the thread."""
         with suppress(UserError):
             self.wait()
         self._pool.shutdown()
 
 
 def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """A copy in the host's memory, and what waits until it is complete: a GPU copies into pinned memory between two
-    updates, and nothing waits for it here."""
+    """Copy the state to host memory; return the copy and a function that waits until it is complete.
+
+    A GPU copies asynchronously, so that training need not wait.
+    """
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     memo = {id(each): each.detach().to("cpu", non_blocking=True, copy=True) for each in tensors}
-    copied = copy.deepcopy(state, memo)  # containers keep what they say beside their tensors, such as versions
+    copied = copy.deepcopy(state, memo)  # keeps attributes of containers, such as a state dict's metadata
     if not cuda_in_use():
         return copied, lambda: None
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Where the configs that come with rome lie, and which file a path such as ``experiments/digits/max.yaml`` means."""
+"""Location of the configs that come with rome, and resolution of paths such as ``experiments/digits/max.yaml``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rome.core.errors import UserError
 
 
 def folder() -> Path:
-    """The experiments of the checkout, or of the installed package.
+    """Return the experiments folder of the checkout, or of the installed package.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no such folder.
     """
     package = Path(__file__).parents[1]
     for place in (package.parents[1] / "experiments", package / "_experiments"):
@@ -21,10 +21,9 @@ def folder() -> Path:
 
 
 def located(path: str | Path, beside: Path = Path()) -> Path:
-    """The path below ``beside`` as it is, or where nothing lies there, what comes with rome under the same name.
+    """Resolve a path relative to ``beside``; if nothing exists there, ``experiments/...`` is a config that rome ships.
 
-    A path ``experiments/...`` means the same everywhere, so that a wheel needs no checkout; a file of the user's own
-    under that name counts first.
+    So these paths work everywhere, also with an installed wheel. A user's own file of that name takes precedence.
     """
     own, parts = beside / path, Path(path).parts
     if own.exists() or parts[:1] != ("experiments",):
