@@ -43,9 +43,7 @@ def dotted(settings: type[Settings], prefix: str = "") -> Iterator[str]:
     for name, field in settings.model_fields.items():
         path = f"{prefix}{name}"
         yield path
-        named = (
-            path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple
-        )  # no dotted name for items of a list
+        named = path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple  # items of a list have none
         inner = [part for part in types_in(field.annotation) if isinstance(part, type) and issubclass(part, Settings)]
         for part in inner if named else ():
             for member in [part, *(part.members().values() if issubclass(part, Component) else ())]:

@@ -1,7 +1,7 @@
-"""A JSON schema of configs, from which editors complete and check YAML files (``rome schema``).
+"""The JSON schema of configs, with which editors complete and check YAML files (``rome schema``).
 
-A family of components is a mapping whose ``kind`` decides what else it may hold, or the name of a kind alone. Since a
-file may leave to the one that it ``extends`` what it likes, nothing below the top level is required; a mapping without
+A component is written as the name of its kind, or as a mapping whose ``kind`` determines the other valid keys. A file
+may leave any setting to the file that it ``extends``, so nothing below the top level is required, and a mapping without
 ``kind`` may hold the settings of every kind.
 """
 
@@ -26,24 +26,24 @@ from rome.runs.config import Config
 REFERENCE = "#/definitions/{model}"
 _LIMITS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}
 _NOISE = ("title", "default", "required", "discriminator")
-"""What pydantic says of a setting, and is said otherwise here or not at all."""
+"""Keys of pydantic's schemas that are dropped or computed differently here."""
 
 
 def schema(modules: Iterable[str] = ()) -> dict[str, Any]:
-    """The schema, of draft 7, which all editors know.
+    """Build the schema, in draft 7, which all editors support.
 
     Args:
-        modules: whose components it names beside rome's; each is imported.
+        modules: modules to import, whose components are included in addition to rome's.
 
     Raises:
-        Exception: whatever importing a module raises.
+        Exception: any exception from importing a module.
     """
     packages = {"rome", *(import_own(name).__name__.partition(".")[0] for name in modules)}
     return _Builder(packages).built()
 
 
 def written(found: dict[str, Any]) -> str:
-    """The schema as the text of a file."""
+    """Format the schema as the text of a file."""
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -56,7 +56,10 @@ class _Builder:
     def built(self) -> dict[str, Any]:
         own = self._settings(Config)
         own["properties"] = {
-            "extends": {"type": "string", "description": "A file to inherit from, beside this one."},
+            "extends": {
+                "type": "string",
+                "description": "A config file to inherit from; its path is relative to this file.",
+            },
             **own["properties"],
         }
         return {
@@ -68,18 +71,18 @@ class _Builder:
         }
 
     def _settings(self, cls: type[Settings]) -> dict[str, Any]:
-        """What a group of settings may hold, each with its description and default."""
+        """Schema of a settings class: its properties with their descriptions and defaults."""
         made = cls.model_json_schema(ref_template=REFERENCE)
         for name in made.get("$defs", ()):
             if name not in self.definitions and not issubclass(self.classes[name], Component):
-                self.definitions[name] = {}  # it may hold itself
+                self.definitions[name] = {}  # before the recursion, as it may contain itself
                 self.definitions[name] = self._settings(self.classes[name])
         documented = _documented(cls)
         properties = {}
         for name, field in cls.model_fields.items():
             found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
             found = self._followed(found)
-            for each in field.metadata:  # pydantic leaves limits out where a fraction may stand for the number
+            for each in field.metadata:  # pydantic omits limits where a fraction is valid, too
                 limits = {key: getattr(each, limit, None) for key, limit in _LIMITS.items()}
                 found |= {key: value for key, value in limits.items() if value is not None}
             if name in documented:
@@ -96,7 +99,7 @@ class _Builder:
         }
 
     def _followed(self, part: Any) -> Any:
-        """A part of a schema with references in the place of families."""
+        """Replace component families in a part of pydantic's schema by references."""
         if isinstance(part, list):
             return [self._followed(each) for each in part]
         if not isinstance(part, dict):
@@ -105,15 +108,15 @@ class _Builder:
             return {"$ref": REFERENCE.format(model=self._family(self.classes[part[FAMILY]]))}
         if "$ref" in part and issubclass(member := self.classes[part["$ref"].rpartition("/")[2]], Component):
             return self._member(member)
-        renamed = {"prefixItems": "items"}  # as draft 7 calls it
+        renamed = {"prefixItems": "items"}  # its name in draft 7
         return {renamed.get(key, key): self._followed(value) for key, value in part.items() if key != "title"}
 
     def _family(self, cls: type[Any]) -> str:
-        """The name of a family's definition, which is made if it is not there."""
+        """Return the name of a family's definition, creating the definition if necessary."""
         name = cls.__name__
         if name in self.definitions:
             return name
-        self.definitions[name] = {}  # members may hold members
+        self.definitions[name] = {}  # before the recursion, as members may contain members
         found = cls.members().items()
         members = {kind: member for kind, member in found if member.__module__.partition(".")[0] in self.packages}
         kinds = [{"const": kind, "description": _words(member.summary())} for kind, member in members.items()]
@@ -146,7 +149,7 @@ class _Builder:
         return name
 
     def _member(self, cls: type[Any]) -> dict[str, Any]:
-        """Of a setting that takes one kind alone."""
+        """Reference for a setting that takes only one kind."""
         family = self._family(cls.family())
         return {"$ref": REFERENCE.format(model=f"{family}.{cls.kind}")}
 
@@ -158,11 +161,11 @@ def _below(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A default as a config would say it: a component by its kind alone where it has no other settings."""
+    """Convert a default to the value in a config; a component with default settings becomes the name of its kind."""
     if isinstance(value, Component):
         try:
             usual = type(value)()
-        except Exception:  # it has settings without a default
+        except Exception:  # a setting has no default
             return value.dump()
         return value.kind if value == usual else value.dump()
     if isinstance(value, (list, tuple)):
@@ -173,7 +176,7 @@ def _plain(value: Any) -> Any:
 
 
 def _documented(cls: type[Any]) -> dict[str, str]:
-    """The settings of a class and its bases with the text that follows them in the source."""
+    """Return the attribute docstrings of the settings of a class and its bases, by setting."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
@@ -183,7 +186,7 @@ def _documented(cls: type[Any]) -> dict[str, str]:
 
 @functools.cache
 def _documented_in(module: str) -> dict[str, dict[str, str]]:
-    """Class -> setting -> text, of all classes in a module."""
+    """Parse the attribute docstrings of all classes in a module: class -> setting -> text."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
         if not isinstance(node, ast.ClassDef):
@@ -196,7 +199,7 @@ def _documented_in(module: str) -> dict[str, dict[str, str]]:
 
 
 def _words(text: str) -> str:
-    """A docstring's first paragraphs without the marks of reStructuredText."""
+    """Return a docstring up to its sections, without reStructuredText markup."""
     text = text.partition("\n\nArgs:")[0].partition("\n\nAttributes:")[0]
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
