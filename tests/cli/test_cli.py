@@ -584,7 +584,9 @@ def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
     assert ended.code == 2
     names = [line.split()[0] for line in ended.out.splitlines()]
     assert [name for name in names if "/" in name and not name.endswith(":")] == [str(run.folder), str(evaluated)]
-    assert "error: 1 of 3 failed; the same command tries them again\nnowhere: there is no model at nowhere" in ended.err
+    assert (
+        "error: 1 of 3 failed; run the same command again to retry\nnowhere: there is no model at nowhere" in ended.err
+    )
     single = rome("evaluate", run.folder, "--n", "20", "--json")
     several = rome("evaluate", run.folder, evaluated, "--n", "20", "--json")
     assert [json.loads(line)["union"] for line in several.out.splitlines()] == [json.loads(single.out)["union"]] * 2

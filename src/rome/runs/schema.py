@@ -56,10 +56,7 @@ class _Builder:
     def built(self) -> dict[str, Any]:
         own = self._settings(Config)
         own["properties"] = {
-            "extends": {
-                "type": "string",
-                "description": "A config file to inherit from; its path is relative to this file.",
-            },
+            "extends": {"type": "string", "description": "A config file to inherit from, relative to this file."},
             **own["properties"],
         }
         return {

@@ -1,7 +1,7 @@
-"""One job in a process of its own: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
+"""Run one job in its own process: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
 
-With one process the function is called here; with several, torchrun starts this module again for each, with
-PROCESSES 0.
+If PROCESSES is 1, the function is called in this process. If it is larger, torchrun starts this module that many times
+with PROCESSES 0, which calls the function without claiming the job.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rome.runs.launchers.base import HELD, Job, owner
 
 
 def work(job: Job, processes: int, patience: float) -> int:
-    """Claim the job and do it; the exit code."""
+    """Claim the job, run it and return the exit code."""
     if processes == 0:
         return _called(job)
     children: list[subprocess.Popen[bytes]] = []
 
     def lose(compromise: object) -> None:
-        """Another machine has taken the job over, so nothing more may be written; what is there is whole."""
-        print(f"error: {owner(lease)} took {job.folder} over", file=sys.stderr, flush=True)
+        """End at once, because another machine has taken over the job; no file is left incomplete."""
+        print(f"error: {owner(lease)} took over {job.folder}", file=sys.stderr, flush=True)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)
         os._exit(HELD)
@@ -42,7 +42,7 @@ def work(job: Job, processes: int, patience: float) -> int:
     try:
         held = lease.acquire(timeout=patience)
     except Timeout:
-        say(f"{owner(lease)} works on {job.folder}")
+        say(f"{owner(lease)} is working on {job.folder}")
         return HELD
     with held:
         return _called(job) if processes == 1 else _together(job, processes, children)
@@ -63,7 +63,7 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
         for child in children:
-            child.send_signal(signal.SIGTERM)  # the one that torchrun hands on to its workers
+            child.send_signal(signal.SIGTERM)  # torchrun forwards it to its workers
 
     for number in (signal.SIGINT, *HANDLED):
         signal.signal(number, forward)
@@ -75,7 +75,7 @@ def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]])
 
 def main(arguments: list[str]) -> Any:
     folder, processes, patience, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):  # submitit's, meant for the process around this one and sent to all of a job
+    if hasattr(signal, "SIGUSR2"):  # SLURM sends submitit's signal to all processes of a job; the parent handles it
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
         sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))
