@@ -135,7 +135,7 @@ def test_more_jobs_than_gpus_share_them_and_it_is_said(
 def test_without_gpus(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Local().run(jobs(tmp_path / "a", 1))
     assert "CUDA_VISIBLE_DEVICES" not in machine.started[-1][2]
-    with pytest.raises(UserError, match=r"--gpus-per-job 2, but 0 GPUs are visible here; give at most that many"):
+    with pytest.raises(UserError, match=r"--gpus-per-job is 2, but 0 GPUs are visible here; give at most that many"):
         Local().run(jobs(tmp_path / "b", 1), gpus=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match=r"2, but 1 GPUs are visible here \(CUDA_VISIBLE_DEVICES=3\)"):
@@ -525,6 +525,6 @@ def test_a_launcher_is_a_name_or_settings() -> None:
 
 def test_a_missing_package_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rome.runs.launchers.submitit.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed: pip install 'rome-robust\[slurm\]', or take --launcher local"):
+    with pytest.raises(UserError, match=r"not installed: pip install 'rome-robust\[slurm\]', or use --launcher local"):
         chosen_launcher("submitit").run(jobs(tmp_path / "out", 1))
     assert not (tmp_path / "out").exists()

@@ -210,7 +210,7 @@ def test_a_missing_package_is_said_before_anything_else(
         evaluate_saved(plain.folder, loggers=["wandb"])
     capsys.readouterr()
     assert [each.kind for each in chosen_loggers(tiny(loggers=["wandb", "csv"]), None)] == ["csv"]
-    assert "take wandb out of loggers; the evaluation goes on without it" in capsys.readouterr().err
+    assert "remove wandb from loggers; the evaluation goes on without it" in capsys.readouterr().err
 
 
 def test_settings_of_loggers(plain: Run) -> None:

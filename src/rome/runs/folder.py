@@ -102,8 +102,8 @@ class Run:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Fingerprints of the ``data`` and ``code`` that the run started with, and of code that ``changed`` later; empty if
-        they were not recorded."""
+        """Fingerprints of the ``data`` and ``code`` that the run started with, and of code that ``changed`` later;
+        empty if they were not recorded."""
         try:
             return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError):

@@ -25,7 +25,7 @@ class Local(Launcher):
         if gpus and gpus > len(there):
             raise UserError(
                 f"--gpus-per-job is {gpus}, but {len(there)} GPUs are visible here"
-                f"{f' ({GPUS}={os.environ[GPUS]})' if GPUS in os.environ else ''}; give at most {len(there)}"
+                f"{f' ({GPUS}={os.environ[GPUS]})' if GPUS in os.environ else ''}; give at most that many"
             )
         each = min(1, len(there)) if gpus is None else gpus
         if jobs * each > len(there) > 0:

@@ -1,8 +1,8 @@
-"""The contract of every logger: settings (:class:`Logger`) that open into a :class:`Writer`, and what keeps one that
-fails from ending the work that it follows.
+"""The interface of loggers: settings (:class:`Logger`) that open a :class:`Writer`, and protection of a training or
+evaluation from a logger that fails.
 
-Where a tracker sends to is said by its own environment variables and login and never by a config, so that a config
-from elsewhere sends nothing to strangers.
+The destination of a tracker is determined by its own environment variables and login, never by a config, so that a
+config from someone else cannot send data to strangers.
 """
 
 from __future__ import annotations
@@ -28,62 +28,62 @@ from rome.core.files import replace_file
 from rome.core.plain_data import parse_json
 
 IDS = "loggers.json"
-"""The file in a run's folder that says by which id each tracker knows the run."""
+"""Name of the file in a run's folder with the run's id in each tracker."""
 Status = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run that is followed."""
+    """The run to log."""
 
     folder: Path
     name: str
     config: dict[str, Any]
     after: int | None = None
-    """Numbers of later updates are of work that was lost and is done again; None: none was."""
+    """Update that a resumed run restarts from; numbers logged for later updates are obsolete. None: none are."""
     id: str = ""
-    """What :attr:`Writer.id` was when the run was opened before; empty: it is new."""
+    """:attr:`Writer.id` from when the run was opened before; empty for a new run."""
 
     @property
     def unique_name(self) -> str:
-        """For trackers that know a run by its name alone."""
+        """A unique name, for trackers that identify a run by its name."""
         return f"{self.name}-{uuid4().hex[:6]}"
 
 
 class Writer(ABC):
-    """An open run of a tracker. Whatever its methods raise ends the logging and nothing else."""
+    """A run opened in a tracker. Exceptions from its methods end only the logging."""
 
     id: str = ""
-    """By which the tracker finds the run again; empty where the run's folder is all it takes."""
+    """The run's id in the tracker, to open it again; empty if the run's folder suffices."""
 
     @abstractmethod
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name (``epoch/accuracy/L1``) after ``step`` updates."""
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
-        """Log an image, uint8 (H, W, 3); a tracker that shows none leaves this out."""
+        """Log an image, uint8 (H, W, 3); trackers without images need not implement this."""
 
     @abstractmethod
     def close(self, status: Status) -> None:
-        """Write what is left; the run may be opened again."""
+        """Write the remaining values and close; the run may be opened again."""
 
 
 class Logger(Component):
-    """Where the numbers of a run are followed."""
+    """A destination for the numbers of a run."""
 
     package: ClassVar[str] = ""
-    """What must be installed, which is also the name of the extra that brings it."""
+    """The package it requires, which is also the name of the extra that installs it."""
 
     @abstractmethod
     def open(self, run: Tracked) -> Writer:
-        """Start a run, or go on with the one of :attr:`Tracked.id`."""
+        """Start a run in the tracker, or reopen the one with :attr:`Tracked.id`."""
 
     def check(self) -> None:
         """Raise UserError if its package is not installed."""
         if self.package and find_spec(self.package) is None:
             raise UserError(
                 f"loggers: {self.kind} needs the package {self.package}, which is not installed: "
-                f"pip install 'rome-robust[{self.package}]', or take {self.kind} out of loggers"
+                f"pip install 'rome-robust[{self.package}]', or remove {self.kind} from loggers"
             )
 
 
@@ -92,11 +92,11 @@ def _alone(value: Any) -> Any:
 
 
 Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_alone, json_schema_input_type=Logger | tuple[Logger, ...])]
-"""Several loggers, or one."""
+"""One or more loggers."""
 
 
 class Tracking:
-    """The writers that are open; one that raises an error is named in a line and left out from then on."""
+    """The open writers of a run. A writer that raises an exception is reported and then removed."""
 
     def __init__(self) -> None:
         self.writers: dict[str, Writer] = {}
@@ -117,24 +117,25 @@ class Tracking:
 
     @contextmanager
     def survived(self, kind: str) -> Iterator[None]:
-        """Errors inside take the logger out. Standard output is for results: what a library prints goes beside it."""
+        """Remove the logger if the block raises. Redirect its standard output, which is for results, to stderr."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # whatever a library raises
+        except Exception as error:  # from the tracker's library
             self.writers.pop(kind, None)
-            say(f"loggers: {kind} failed ({first_line(error)}); the work goes on without it")
+            say(f"loggers: {kind} failed ({first_line(error)}); continuing without it")
 
 
 @contextmanager
 def tracking(
     loggers: Iterable[Logger], folder: Path, name: str, config: dict[str, Any], *, after: int | None = None
 ) -> Iterator[Tracking]:
-    """Open the loggers of a run, each where it was if it was open before, and close them at the end.
+    """Open the loggers of a run, or reopen those that were open before, and close them at the end.
 
     Args:
-        name: of the run; that of its folder where it is empty.
-        folder: of the run; the file :data:`IDS` there is read and written, and local trackers write beside it.
+        folder: the run's folder, which holds the file :data:`IDS` and the output of local trackers.
+        name: the run's name; if empty, the name of its folder.
+        config: the run's config as plain data.
         after: see :attr:`Tracked.after`.
     """
     tracked, file = Tracking(), folder / IDS

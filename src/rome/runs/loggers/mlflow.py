@@ -1,4 +1,4 @@
-"""MLflow, by its client alone: the active run of a program around rome stays what it was."""
+"""The logger for MLflow. It uses only MLflow's client, so the active run of a program that calls rome is unaffected."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rome.core.files import flatten
 from rome.runs.loggers.base import Logger, Status, Tracked, Writer
 
 SECONDS = 5
-"""Between two writes: each is a request, or a transaction of a database."""
+"""Minimum time between two writes, each of which is a request or a database transaction."""
 MOST = 1000
-"""Values in a request, by MLflow's limit."""
+"""Maximum number of values in a request (MLflow's limit)."""
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflow(Logger):
-    """MLflow, in the store or on the server that MLFLOW_TRACKING_URI names; without it in a database in this folder."""
+    """Log to MLflow: to the store or server in MLFLOW_TRACKING_URI, or else to a database in the current directory."""
 
     kind = "mlflow"
     package = "mlflow"
     experiment: str = "rome"
-    """What runs are collected in."""
+    """MLflow experiment that the run belongs to."""
 
     def open(self, run: Tracked) -> Writer:
         return _MLflowWriter(self, run)
@@ -46,10 +46,10 @@ class _MLflowWriter(Writer):
         experiment = self.client.get_experiment_by_name(settings.experiment)
         number = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
         self.id = self.client.create_run(number, run_name=run.name).info.run_id
-        settled = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in flatten(run.config).items()
-        }
-        parameters = [Param(key, text) for key, text in settled.items()]
+        parameters = [
+            Param(key, value if isinstance(value, str) else json.dumps(value))
+            for key, value in flatten(run.config).items()
+        ]
         for first in range(0, len(parameters), 100):
             self.client.log_batch(self.id, params=parameters[first : first + 100])
 

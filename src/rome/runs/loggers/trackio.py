@@ -1,4 +1,4 @@
-"""Trackio, the Hugging Face tracker that keeps runs on this machine or in a Space."""
+"""The logger for Trackio, Hugging Face's tracker, which stores runs on this machine or in a Space."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rome.runs.loggers.base import Logger, Status, Tracked, Writer
 
 
 class Trackio(Logger):
-    """Trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names another; shown by trackio show."""
+    """Log to Trackio: on this machine, or to TRACKIO_SPACE_ID or TRACKIO_SERVER_URL; to view, run ``trackio show``."""
 
     kind = "trackio"
     package = "trackio"
     project: str = "rome"
-    """What runs are collected in."""
+    """Trackio project that the run belongs to."""
     group: str | None = None
-    """Shown together: the seeds of one setting, say."""
+    """Name of a group of runs to show together, such as those that differ only in the seed."""
 
     def open(self, run: Tracked) -> Writer:
         return _TrackioWriter(self, run)
@@ -41,4 +41,4 @@ class _TrackioWriter(Writer):
         self.run.log({name: self.trackio.Image(image)}, step=step)
 
     def close(self, status: Status) -> None:
-        self.trackio.finish()  # unlike the run's own, this leaves nothing to be done when the process ends
+        self.trackio.finish()  # unlike run.finish(), this leaves nothing to do at exit
