@@ -502,10 +502,14 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(stopped: Run, tmp_pa
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("content", ["", "- a list", "{", "seed: [", "no such key: 1"])
-def test_a_broken_config_of_a_run_is_explained(content: str, stopped: Run) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(content, "config.yaml: .*; restore it") for content in ("", "- a list", "{", "seed: [")]
+    + [("no such key: 1", "was started with other settings")],
+)
+def test_a_broken_config_of_a_run_is_explained(content: str, message: str, stopped: Run) -> None:
     stopped.config_file.write_text(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         resume(stopped)
 
 

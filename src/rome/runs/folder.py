@@ -77,18 +77,21 @@ class Run:
         Raises:
             UserError: the folder holds no run.
         """
-        return parse(trust.check(self.config_file, {"config": self.written()})["config"])
+        return parse(trust.check(self.config_file, {"config": self.written()})["config"], {(): f"{self.config_file}: "})
 
-    def written(self) -> Any:
+    def written(self) -> dict[str, Any]:
         """Read ``config.yaml`` as plain data; no code that it names is imported.
 
         Raises:
-            UserError: the folder holds no run.
+            UserError: the folder holds no run, or the file is not a YAML mapping.
         """
         if not self.config_file.is_file():
             raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
         try:
-            return parse_yaml(self.config_file.read_text(encoding="utf-8"))
+            data = parse_yaml(self.config_file.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("a config must be a mapping of keys to values")
+            return data
         except ValueError as error:
             raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
 

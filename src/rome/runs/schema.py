@@ -50,7 +50,8 @@ def written(found: dict[str, Any]) -> str:
 class _Builder:
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
-        self.classes = {cls.__name__: cls for cls in _below(Settings)}
+        rome_last = sorted(_below(Settings), key=lambda cls: cls.__module__.startswith("rome."))
+        self.classes = {cls.__name__: cls for cls in rome_last}  # rome's, if a user's class has the same name
         self.definitions: dict[str, Any] = {}
 
     def built(self) -> dict[str, Any]:

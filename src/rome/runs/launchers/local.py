@@ -16,7 +16,7 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Local(Launcher):
-    """Run each job in a process on this machine, with its own GPUs and CPU cores."""
+    """Processes on this machine, each with its own GPUs and CPU cores."""
 
     kind = "local"
 

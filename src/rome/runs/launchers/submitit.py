@@ -27,7 +27,7 @@ FOLDER = "submitit"
 
 
 class Submitit(Launcher):
-    """Submit the jobs to SLURM as arrays of at most --jobs at a time, requeued at preemption and at the time limit."""
+    """SLURM job arrays of at most --jobs at a time, requeued at preemption and at the time limit, through submitit."""
 
     kind = "submitit"
     stopped = "stopped waiting; queued jobs continue (scancel ends them); run the same command to wait for them again"

@@ -12,7 +12,7 @@ FILE = "metrics.csv"
 
 
 class Csv(Logger):
-    """Write ``metrics.csv`` in the run's folder, with the columns update, name and value."""
+    """The file metrics.csv in the run's folder, with the columns update, name and value."""
 
     kind = "csv"
 

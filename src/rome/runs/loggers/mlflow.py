@@ -20,7 +20,7 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflow(Logger):
-    """Log to MLflow: to the store or server in MLFLOW_TRACKING_URI, or else to a database in the current directory."""
+    """MLflow, in the store or on the server of MLFLOW_TRACKING_URI, or else in a database in the current directory."""
 
     kind = "mlflow"
     package = "mlflow"

@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Logger):
-    """Write TensorBoard event files in the run's folder; to view them, run ``tensorboard --logdir runs``."""
+    """TensorBoard event files in the run's folder; to view them, run tensorboard --logdir runs."""
 
     kind = "tensorboard"
 

@@ -11,7 +11,7 @@ from rome.runs.loggers.base import Logger, Status, Tracked, Writer
 
 
 class Trackio(Logger):
-    """Log to Trackio: on this machine, or to TRACKIO_SPACE_ID or TRACKIO_SERVER_URL; to view, run ``trackio show``."""
+    """Trackio, on this machine or in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL; to view the runs, run trackio show."""
 
     kind = "trackio"
     package = "trackio"

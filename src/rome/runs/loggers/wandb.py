@@ -16,7 +16,7 @@ AXIS = "updates"
 
 
 class Wandb(Logger):
-    """Log to Weights & Biases; WANDB_MODE=offline writes to the run's folder, to upload later with ``wandb sync``."""
+    """Weights & Biases; WANDB_MODE=offline writes to the run's folder, to upload later with wandb sync."""
 
     kind = "wandb"
     package = "wandb"
