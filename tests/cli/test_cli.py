@@ -272,8 +272,7 @@ def test_train_leaves_standard_output_to_results(config: Path, rome: Any, tmp_pa
         (["tiny.yaml", "--batch-size=3"], "write config settings without dashes: batch_size=3"),
         (["tiny.yaml", "--overwrit"], "there is no option --overwrit. Did you mean '--overwrite'?"),
         (["other.safetensors"], "other.safetensors is a file of weights: rome evaluate other.safetensors, or model.we"),
-        (["net.ckpt"], "a config is a YAML file; net.ckpt is a file of weights"),
-        (["net.py"], "a config is a YAML file; net.py is a program: name its function, net.py:net"),
+        (["net.py"], "a config is a YAML file; net.py is a Python file: name its function, net.py:net"),
         (["run"], "run is the folder of a run: rome train --resume run, or rome evaluate run"),
         (["orphan.yaml"], "orphan.yaml:1: extends: there is no config absent.yaml."),
         (["tiny.yaml", "model.name=net.py:nte"], "net.py has no function 'nte'. Did you mean 'net'? Valid: net."),
@@ -598,7 +597,9 @@ def test_several_runs_are_evaluated_each_in_a_process_of_its_own(
     assert ended.code == 2
     names = [line.split()[0] for line in ended.out.splitlines()]
     assert [name for name in names if "/" in name and not name.endswith(":")] == [str(run.folder), str(evaluated)]
-    assert "error: 1 of 3 failed; the same command tries them again\nnowhere: there is no model at nowhere" in ended.err
+    assert (
+        "error: 1 of 3 failed; run the same command again to retry\nnowhere: there is no model at nowhere" in ended.err
+    )
     single = rome("evaluate", run.folder, "--n", "20", "--json")
     several = rome("evaluate", run.folder, evaluated, "--n", "20", "--json")
     assert [json.loads(line)["union"] for line in several.out.splitlines()] == [json.loads(single.out)["union"]] * 2

@@ -427,7 +427,7 @@ def test_a_folder_without_a_whole_evaluation(missing: str, message: str, two: li
         (["--model", "three.pt"], r"three.pt does not take 2 images of 1x8x8: .*shape '\[3, 64\]' is invalid"),
         (["--model", "constant.pt2"], "has no gradient with respect to its images"),
         (["--model", "net.pth"], "is not a TorchScript module.*--weights"),
-        (["--model", "my_net.py"], "my_net.py is a program: name its function, my_net.py:net"),
+        (["--model", "my_net.py"], "my_net.py is a Python file: name its function, my_net.py:net"),
         (["--model", "my_net.py:nte"], "my_net.py has no function 'nte'. Did you mean 'net'"),
         (["--model", "nowhere.pt2"], "there is no file nowhere.pt2"),
         (
@@ -667,7 +667,7 @@ def test_parquet_files_of_other_data_are_evaluated_under_named_budgets(tmp_path:
     torch.jit.script(net(192, 2).eval()).save(str(tmp_path / "pets.pt"))
     hub(tmp_path / "pets" / "test.parquet", ("cat", "dog"), 8, 8, 8)
     options = {"model": str(tmp_path / "pets.pt"), "data": str(tmp_path / "pets")}
-    with pytest.raises(UserError, match=r"threats: is missing; data kind 'parquet' has no budgets of its own; give"):
+    with pytest.raises(UserError, match=r"threats: is missing; data kind 'parquet' has no default budgets; give"):
         named_config(options)
     config = named_config({**options, "budgets": "L2=0.5"})
     assert config is not None

@@ -461,7 +461,7 @@ def test_code_that_changed_before_a_run_goes_on_is_said_and_kept(
     assert "other code" not in capsys.readouterr().err
     own.EXTRA = 1
     run = train(config(), tmp_path / "run", resume=True)
-    assert "run continues with different code: own_pgd.py:EXTRA: 0 there, 1 now" in capsys.readouterr().err
+    assert "run continues with changed code: own_pgd.py:EXTRA: 0 there, 1 now" in capsys.readouterr().err
     assert [text.partition(" (")[0] for text in run.origin["changed"]] == ["own_pgd.py:EXTRA: 0 there, 1 now"]
     assert run.other_code(code_facts(config())) == []
     own.EXTRA = 2

@@ -118,7 +118,7 @@ def test_a_grid_trains_evaluates_joins_seeds_and_goes_on(
     before = {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")}
     assert len(before) == 2
     assert code(arguments) == 0
-    assert "2 of 2 are finished already" in capsys.readouterr().err
+    assert "2 of 2 already finished" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in out.rglob("model.safetensors")} == before
     for other in ("apgd-9", "apgd-10-inverse"):  # what is shown is what the config asks for, whatever else there is
         copy = out / "tiny-seed=0" / "evaluation" / other
@@ -162,7 +162,7 @@ def test_sigterm_reaches_the_runs_and_the_same_command_goes_on(config: Path, tmp
     wait_for(lambda: run.log_file.exists() and run.log_file.read_text().count("\n") > 3)
     os.kill(child.process.pid, signal.SIGTERM)
     ended = child.wait()
-    assert (ended.code, ended.err) == (REQUEUE, "stopped; the same command continues\n")
+    assert (ended.code, ended.err) == (REQUEUE, "stopped; run the same command again to continue\n")
     assert run.checkpoint_file.exists()
     assert "stopped by SIGTERM" in run.folder.with_name("tiny-seed=0.log").read_text()
     assert not (tmp_path / "out" / "tiny-seed=1").exists()

@@ -400,7 +400,7 @@ def test_data_without_budgets_of_its_own_needs_threats() -> None:
     class Nothing(rome.data.Digits):
         kind = "nothing"
 
-    with pytest.raises(UserError, match="threats: is missing; data kind 'nothing' has no budgets of its own"):
+    with pytest.raises(UserError, match="threats: is missing; data kind 'nothing' has no default budgets"):
         parse({**TINY, "data": {"kind": "nothing"}})
     assert parse({**TINY, "data": {"kind": "nothing"}, "threats": "digits"}).threats == tuple(DIGITS)
 

@@ -135,7 +135,7 @@ def test_more_jobs_than_gpus_share_them_and_it_is_said(
 def test_without_gpus(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Local().run(jobs(tmp_path / "a", 1))
     assert "CUDA_VISIBLE_DEVICES" not in machine.started[-1][2]
-    with pytest.raises(UserError, match=r"--gpus-per-job 2, but 0 GPUs are visible here; give at most that many"):
+    with pytest.raises(UserError, match=r"--gpus-per-job is 2, but 0 GPUs are visible here; give at most that many"):
         Local().run(jobs(tmp_path / "b", 1), gpus=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match=r"2, but 1 GPUs are visible here \(CUDA_VISIBLE_DEVICES=3\)"):
@@ -168,9 +168,12 @@ def test_what_is_done_is_left_out_and_what_fails_leaves_the_others_alone(
     done = Job(first.folder, first.call, done=lambda: True)
     named = Job(second.folder, second.call, name="mine")
     failed = Local().run([done, named, third])
-    assert failed == {second.folder: "exit code 2", third.folder: "killed by SIGKILL; the same command continues"}
+    assert failed == {
+        second.folder: "exit code 2",
+        third.folder: "killed by SIGKILL; run the same command again to continue",
+    }
     told = capsys.readouterr().err.splitlines()
-    assert told[:2] == ["1 of 3 are finished already", "[2/3] mine: exit code 2"]
+    assert told[:2] == ["1 of 3 already finished", "[2/3] mine: exit code 2"]
 
 
 def test_the_reason_is_the_last_error_in_the_log(tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_a_signal_stops_the_jobs_in_order(
     before = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
     monkeypatch.setattr("rome.runs.launchers.base.time.sleep", lambda _: signal.raise_signal(number))
-    with pytest.raises(Interrupted, match="the same command continues") as ended:
+    with pytest.raises(Interrupted, match="run the same command again to continue") as ended:
         Local().run(jobs(tmp_path, 3), at_once=2)
     signal.signal(signal.SIGINT, interrupt)
     assert ended.value.code == code
@@ -245,7 +248,7 @@ def test_a_job_of_another_machine_is_waited_for(
     timer.join()
     assert [name for name, *_ in machine.started] == ["job1"]
     told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"\[1/2\] {theirs.folder}: process {os.getpid()} on \S+ works on it; waiting", told[0])
+    assert re.fullmatch(rf"\[1/2\] {theirs.folder}: process {os.getpid()} on \S+ is working on it; waiting", told[0])
     assert told[-1] == f"[1/2] {theirs.folder}: well (by another process)"
 
 
@@ -361,13 +364,13 @@ def test_processes_are_called_fail_are_killed_and_go_on(
     chosen = [Job(tmp_path / "out" / name, f"helpers.jobs:{name}", given[name]) for name in given]
     failed = Local().run(chosen, at_once=2)
     assert {folder.name: reason for folder, reason in failed.items()} == {
-        "killed_once": "killed by SIGKILL; the same command continues",
+        "killed_once": "killed by SIGKILL; run the same command again to continue",
         "fail": "no such data",
     }
     assert chosen[0].result()["CUDA_VISIBLE_DEVICES"] == "5"
     assert "RANK" not in chosen[0].result()
     assert (tmp_path / "interrupted_once.txt").read_text().count("\n") == 2
-    assert "interrupted_once: stopped and saved; it will continue" in capsys.readouterr().err
+    assert "interrupted_once: stopped and saved; it will be continued" in capsys.readouterr().err
     assert chosen[1].beside("lock").exists(), "of a process that is no more"
     assert Local().run([chosen[1]]) == {}
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", *[".log"] * 4]
@@ -427,7 +430,7 @@ def test_submitit_without_slurm(cluster: str, tmp_path: Path, monkeypatch: pytes
     launcher = chosen_launcher(f"{{kind: submitit, cluster: {cluster}}}")
     failed = launcher.run(chosen, at_once=2)
     assert {folder.name: reason for folder, reason in failed.items()} == {
-        "killed_once": "killed by SIGKILL; the same command continues",
+        "killed_once": "killed by SIGKILL; run the same command again to continue",
         "fail": "no such data",
     }
     assert chosen[0].result()["CUDA_VISIBLE_DEVICES"] == "GPU-5"
@@ -455,7 +458,7 @@ def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(
 ) -> None:
     chosen = jobs(tmp_path, 2, "wait_for_sigterm")
     assert chosen_launcher("{kind: submitit, wait: false}").run(chosen) == {}
-    assert "2 are running or queued; the same command shows their progress" in capsys.readouterr().err
+    assert "2 running or in the queue; run the same command again to see their progress" in capsys.readouterr().err
     notes = [Path(job.arguments["place"]) for job in chosen]
     wait_for(lambda: all(note.exists() and note.read_text() for note in notes))
 
@@ -470,7 +473,7 @@ def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(
     assert chosen_launcher("submitit").run(chosen) == {}
     timer.join()
     told = capsys.readouterr().err
-    assert "2 are already running or queued" in told
+    assert "2 already running or in the queue" in told
     assert told.count("done (") == 2
     assert len(list(slurm_home.glob("*.sbatch"))) == 1
     assert [note.read_text().count("\n") for note in notes] == [2, 2], "stopped in order and requeued"
@@ -522,6 +525,6 @@ def test_a_launcher_is_a_name_or_settings() -> None:
 
 def test_a_missing_package_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rome.runs.launchers.submitit.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed: pip install 'rome-robust\[slurm\]', or take --launcher local"):
+    with pytest.raises(UserError, match=r"not installed: pip install 'rome-robust\[slurm\]', or use --launcher local"):
         chosen_launcher("submitit").run(jobs(tmp_path / "out", 1))
     assert not (tmp_path / "out").exists()

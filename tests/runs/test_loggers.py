@@ -202,7 +202,7 @@ def test_a_missing_package_is_said_before_anything_else(
     tmp_path: Path, plain: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rome.runs.loggers.base, "find_spec", lambda name: None)
-    expected = r"loggers: wandb needs the package wandb, .*: pip install 'rome-robust\[wandb\]', or take wandb out"
+    expected = r"loggers: wandb needs the package wandb, .*: pip install 'rome-robust\[wandb\]', or remove wandb"
     with pytest.raises(UserError, match=expected):
         train(tiny(loggers=["wandb", "csv"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -210,7 +210,7 @@ def test_a_missing_package_is_said_before_anything_else(
         evaluate_saved(plain.folder, loggers=["wandb"])
     capsys.readouterr()
     assert [each.kind for each in chosen_loggers(tiny(loggers=["wandb", "csv"]), None)] == ["csv"]
-    assert "take wandb out of loggers; the evaluation continues without it" in capsys.readouterr().err
+    assert "remove wandb from loggers; the evaluation goes on without it" in capsys.readouterr().err
 
 
 def test_settings_of_loggers(plain: Run) -> None:

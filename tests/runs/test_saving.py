@@ -171,7 +171,7 @@ def test_where_the_last_is_damaged_the_one_before_counts(
     assert run._load_latest()["update"] == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run.checkpoint_file} cannot be used (")
-    assert line.endswith("continuing from the previous one, of update 3; 6 updates are repeated")
+    assert line.endswith("resuming from the previous checkpoint, at update 3; 6 updates are repeated")
     assert run.load_checkpoint()["update"] == 3, "for every process that reads it now"
     run.save_checkpoint(state(4))
     assert [run.load_checkpoint(file)["update"] for file in (run.before_file, run.checkpoint_file)] == [3, 4]

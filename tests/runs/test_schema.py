@@ -151,3 +151,13 @@ def test_components_of_ones_own_are_in_a_schema_that_imports_them(
         "type": "string", "description": "Of the chalk.", "default": "white"
     }  # fmt: skip
     assert "Logger.toy-blackboard" not in made["definitions"]
+
+
+def test_a_users_settings_do_not_replace_those_of_rome_with_the_same_name(
+    made: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_evaluation.py").write_text(
+        "from rome.core.component import Settings\n\n\nclass Evaluation(Settings):\n    colour: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert schema(["my_evaluation"])["definitions"]["Evaluation"] == made["definitions"]["Evaluation"]

@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_of_that_very_update(
     with pytest.raises(SystemExit) as ended:
         main(["train", str(config), "--out", str(run.folder)])
     assert ended.value.code == 2, "an unfinished run needs --resume"
-    assert "pass --resume to continue or --overwrite" in capsys.readouterr().err
+    assert "pass --resume to continue it or --overwrite" in capsys.readouterr().err
     assert_as_undisturbed(resume(run), undisturbed)
 
 
@@ -305,7 +305,7 @@ def test_two_processes_do_not_train_in_one_folder(stopped: Run) -> None:
 
 def test_an_unfinished_run_needs_resume_or_overwrite(stopped: Run) -> None:
     before = contents(stopped.folder)
-    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to continue or --overwrite"):
+    with pytest.raises(UserError, match="holds an unfinished run; pass --resume to continue it or --overwrite"):
         prepare(stopped)
     assert contents(stopped.folder) == before
     assert prepare(stopped, resume=True)["step"] == 2
@@ -418,7 +418,7 @@ def test_a_full_disk_before_any_checkpoint_promises_none(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", full)
     run = Run(tmp_path)
-    with pytest.raises(UserError, match=r"There is no earlier checkpoint; make room and continue with --resume"):
+    with pytest.raises(UserError, match=r"There is no previous checkpoint; make room and go on with --resume"):
         run.save_checkpoint({})
     monkeypatch.undo()
     run.save_checkpoint({})
@@ -503,10 +503,14 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(stopped: Run, tmp_pa
     assert not (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("content", ["", "- a list", "{", "seed: [", "no such key: 1"])
-def test_a_broken_config_of_a_run_is_explained(content: str, stopped: Run) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(content, "config.yaml: .*; restore it") for content in ("", "- a list", "{", "seed: [")]
+    + [("no such key: 1", "was started with other settings")],
+)
+def test_a_broken_config_of_a_run_is_explained(content: str, message: str, stopped: Run) -> None:
     stopped.config_file.write_text(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         resume(stopped)
 
 

@@ -1,3 +1,3 @@
-"""A run: its config, optimizer, folder, loggers and launchers, and the experiments shipped with rome.
+"""Everything that defines a run: its config, its optimizer, its folder, and the experiments that come with rome.
 
-May import ``methods`` and the packages below it."""
+May import methods and the packages below them."""

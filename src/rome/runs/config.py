@@ -1,6 +1,6 @@
-"""Validated, frozen configs from a YAML file and ``key=value`` overrides.
+"""The config of a run: validated and frozen, built from one YAML file and ``key=value`` overrides.
 
-All mistakes are reported together, each with its file, line and the nearest valid name.
+All mistakes are reported at once, each with its file, its line and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rome.runs.reading import Places, read_config
 from rome.threats import NAMED_BUDGETS, LpBall, Threat, labelled
 
 DATA_BUDGETS = {"digits": "digits", "cifar10": "cifar10", "folder": "imagenet"}
-"""Kind of data -> name of the budgets it is attacked with unless the config sets ``threats``."""
+"""The budgets used for each kind of data set if the config names no threats."""
 
 
 def _threats(value: Any, info: ValidationInfo) -> Any:
@@ -37,10 +37,10 @@ def _threats(value: Any, info: ValidationInfo) -> Any:
         data = info.data.get("data")
         if data is not None and data.kind not in DATA_BUDGETS:
             raise ValueError(
-                f"is missing; data kind {data.kind!r} has no budgets of its own; give cifar10, imagenet or digits, or "
+                f"is missing; data kind {data.kind!r} has no default budgets; give cifar10, imagenet or digits, or "
                 "balls such as {norm: L2, eps: 0.5}"
             )
-        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # invalid data is reported already
+        value = DATA_BUDGETS[data.kind if data is not None else "digits"]  # invalid data is reported separately
     if isinstance(value, str):
         if value not in NAMED_BUDGETS:
             raise ValueError(f"unknown budgets {value!r}.{did_you_mean(value, NAMED_BUDGETS)}")
@@ -71,45 +71,43 @@ class Evaluation(Settings):
     """The ``evaluation`` part of a config: the defaults of ``rome evaluate``."""
 
     suite: SuiteChoice = Field(default_factory=lambda: Suite.of_kind("apgd")())
-    """The suite of attacks: a name, settings, or a list of these such as ``[apgd, unseen]``."""
+    """The attack suite: a name, settings, or a list of these such as ``[apgd, unseen]``."""
     n: int | None = Field(default=1000, ge=1)
-    """Evaluate on the first n test examples; null: on all of them."""
+    """Evaluate the first n test examples; null for all."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = BATCH_SIZE
-    """Examples per batch; ``auto``: 250, halved whenever memory runs out."""
+    """Examples per batch; ``auto``: 250, halved for as long as memory runs out."""
     seed: Seed = 0
-    """Seed of the attacks' random starts."""
+    """Seed for the attacks' random starts."""
     save_images: SaveImages = "fooled"
-    """Which adversarial images are kept: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
+    """Which adversarial images to save: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
     routing: Routing = "learned"
-    """Gate weights to evaluate with: ``learned``, or a replacement such as ``random``, ``inverse``, or ``none``, which
-    switches the experts off (Table 5)."""
+    """Gate weights to use: ``learned``, or, as in Table 5, ``random``, ``inverse`` or ``none`` (without experts)."""
 
 
 class Checkpoint(Settings):
-    """The ``checkpoint`` part of a config: how often to save the state from which a stopped or killed run resumes.
+    """The ``checkpoint`` part of a config: how often to save the state that a stopped or killed run resumes from.
 
-    A checkpoint is always written at the end of each epoch and when a signal stops the run; this part adds checkpoints
-    within long epochs.
+    A checkpoint is always saved at the end of each epoch and when a signal stops the run; these settings add
+    checkpoints within long epochs.
     """
 
     minutes: float | None = Field(default=15, gt=0)
-    """Minutes between checkpoints within an epoch, and so the most work that a kill can cost; null: checkpoints only at
-    the end of epochs."""
+    """Minutes between checkpoints within an epoch, and so the most training that a killed run loses; null: save only
+    at the end of each epoch."""
 
 
 class Validation(Settings):
-    """The ``validation`` part of a config: attack held-out training examples during training.
+    """The ``validation`` part of a config: measure robustness during training on held-out training examples.
 
-    The weights with the highest union accuracy on them are kept as ``best.safetensors``
-    (:mod:`rome.training.validation`).
+    The weights with the highest union accuracy are kept as ``best.safetensors`` (:mod:`rome.training.validation`).
     """
 
     n: int = Field(default=256, ge=1)
-    """Number of training examples to hold out."""
+    """Training examples to hold out."""
     every: int = Field(default=1, ge=1)
-    """Validate every so many epochs, and always after the last one."""
+    """Epochs between validations; the last epoch is always validated."""
     steps: int = Field(default=10, ge=1)
-    """APGD iterations under each Lp ball."""
+    """Steps of APGD under each Lp ball."""
 
 
 class Paper(Settings):
@@ -118,85 +116,85 @@ class Paper(Settings):
     table: str
     """The paper's table, such as ``Table 1``."""
     row: str
-    """The row's name in the paper."""
+    """Name of the row in that table."""
     numbers: dict[str, float] = Field(default_factory=dict)
-    """The paper's numbers: column -> percent."""
+    """The paper's numbers in percent, by column."""
 
 
 class Config(Settings):
     """All settings of a run: data, model, training and evaluation."""
 
     name: Annotated[str, AfterValidator(check_name)] = ""
-    """Name in tables, and of the run's folder unless --out is given; if empty, the config file's name."""
+    """Name of the run in tables, and of its folder unless ``--out`` is given; if empty, the config file's name."""
     about: str = ""
-    """One-sentence description, shown by ``rome list experiments``."""
+    """One sentence about the config, shown by ``rome list experiments``."""
     seed: Seed = 0
-    """Seed of everything random in training: initial weights, order of examples, augmentation, attacks."""
+    """Seed for everything random in training: initialization, order of the examples, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
     """Number of passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
-    """Number of epochs at the start that train on clean images, where losses that separate threats are zero: a warm
-    start for models that are not pretrained. Equal to ``epochs``: standard training."""
+    """Number of initial epochs, out of ``epochs``, that train on clean images, without any loss that separates threats:
+    a warm-up for models that are not pretrained. Equal to ``epochs``: standard training."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update, summed over all processes and accumulation steps."""
     accumulate: int = Field(default=1, ge=1)
     """Gradient accumulation: forward and backward passes per update; must divide ``batch_size``."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to train and evaluate on; ``auto``: the fastest one available."""
+    """Device to run on; ``auto``: the fastest one available."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Numeric precision of training; evaluation always runs in fp32."""
+    """Numerical precision of training; evaluation always uses fp32."""
     activation_checkpointing: bool = False
     """Store only the input of each block in the training forward pass and recompute the rest in the backward pass: the
-    same results with less memory, at the cost of one more forward pass per update. For the memory of attacks see
+    same results with less memory, at the cost of one more forward pass per update. To save memory in attacks, set
     ``attack_batch_size``."""
     attack_batch_size: int | None = Field(default=None, ge=1)
-    """Images that PGD, APGD and MSD differentiate at once in training. Smaller values need less memory where a method
-    attacks more images than fit, and give the same results up to rounding. null: all images that a method attacks."""
+    """Images that PGD, APGD and MSD process at once in training: lower it if a method attacks more images than fit into
+    memory. The results are the same up to rounding. null: all images that the method attacks."""
     compile: bool = False
     """Compile the model for training with ``torch.compile``, block by block."""
     graphs: Literal["auto"] | bool = "auto"
-    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: whenever training on CUDA."""
+    """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: only on CUDA devices."""
     workers: int = Field(default=0, ge=0)
-    """Worker processes per machine that read images, divided among the training processes there (each gets at least one
-    unless this is 0). They serve data that is read during training: folders, timm's readers, and Parquet files with a
-    ``size``."""
+    """Processes per machine that read images, divided among the training processes on it (at least one each, unless 0).
+    Used only by data sets whose images are read during training: folders, timm's readers, and Parquet files with a
+    size."""
     imports: tuple[str, ...] = ()
-    """Python modules to import first, which register attacks, methods or data sets of your own by subclassing."""
+    """Python modules to import first; the attacks, methods and data sets they define become valid kinds."""
     data: Data
     """The data set; ``rome list data`` shows the kinds."""
     model: ModelSettings
-    """The classifier and the weights it starts from."""
+    """The classifier and its initial weights."""
     experts: Experts | None = None
-    """Experts to add beside the model's layers; null: none, as in the baselines."""
+    """Experts to add to the model's layers; null: none, the baseline."""
     method: Method = Field(default_factory=Random)
-    """How threats are combined in training; ``rome list methods`` shows the kinds."""
+    """How training combines the threats; ``rome list methods`` shows the kinds."""
     attack: Attack = Field(default_factory=PGD)
-    """The attack that searches Lp balls in training; ``rome list attacks`` shows the kinds."""
+    """The attack that finds adversarial examples in training; ``rome list attacks`` shows the kinds."""
     threats: Threats = ()
-    """The threats to train and evaluate on: names of budgets or a list; if empty, the data set's own budgets
-    (:data:`DATA_BUDGETS`)."""
+    """The threats to train against: ``cifar10``, ``imagenet``, ``digits``, or a list such as
+    ``[{norm: linf, eps: 8/255}]``. If empty, the usual budgets for the data set."""
     optimizer: Optimizer = Field(default_factory=AdamW)
     """The optimizer, ``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
-    """How the learning rate changes during training."""
+    """The learning rate over the course of training."""
     validation: Validation | None = None
-    """Validation under attack during training; null: none, and no examples are held out."""
+    """Measure robustness on held-out training examples during training; null: hold out nothing."""
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    """How often to save the run's state within an epoch, in addition to its end."""
+    """When to save the state of the run, in addition to the end of each epoch."""
     loggers: Loggers = Field(default_factory=lambda: (TensorBoard(),))
-    """Where to log training and evaluation in addition to ``log.jsonl``: one logger or a list; ``[]`` for none."""
+    """Loggers for training and evaluation, in addition to ``log.jsonl``: one, or a list; ``[]`` for none."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    """The defaults of ``rome evaluate``."""
+    """Default settings for ``rome evaluate``."""
     paper: Paper | None = None
-    """The row of the paper that this config reproduces, if any."""
+    """The row of the paper that this config reproduces."""
 
     def dump(self) -> dict[str, Any]:
-        """Return plain data from which :func:`parse` makes the same config."""
+        """Return plain data that :func:`parse` turns back into the same config."""
         return self.model_dump(mode="json")
 
 
-def _nearest_place(places: Places, path: tuple[str | int, ...]) -> str:
-    """Where a value is written, or else the nearest mapping around it."""
+def _place(places: Places, path: tuple[str | int, ...]) -> str:
+    """Return the file and line of a value, or of the nearest mapping around it."""
     while path and path not in places:
         path = path[:-1]
     return places.get(path, "")
@@ -205,11 +203,11 @@ def _nearest_place(places: Places, path: tuple[str | int, ...]) -> str:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply ``key=value`` overrides such as ``attack.steps=5`` or ``model.args.depth=6``.
 
-    Overrides of a ``kind`` or ``name`` are applied before those of the settings that belong to it, whatever their
-    order; if a key is set twice, the last one counts.
+    Overrides of kinds and names are applied before those of their settings, in whatever order they are given. If a key
+    is overridden twice, the last value counts.
 
     Raises:
-        UserError: the config has mistakes; one line for each, with file, line and nearest valid name.
+        UserError: all mistakes, one per line, each with its file, its line and the nearest valid name.
     """
     data, places = read_config(path, overrides)
     if data.get("name") in (None, ""):
@@ -218,19 +216,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def files_and_changes(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into paths (existing files or folders, and whatever has no "=") and ``key=value`` overrides."""
+    """Split arguments into files or folders (existing paths, or texts without "=") and ``key=value`` changes."""
     changes = [text for text in texts if "=" in text and not os.path.exists(text)]
     return [text for text in texts if text not in changes], changes
 
 
 def parse(data: dict[str, Any], places: Places | None = None) -> Config:
-    """Validate plain data and return the config.
-
-    Args:
-        places: where each value is written, for messages.
+    """Build a config from plain data.
 
     Raises:
-        UserError: the config has mistakes; one line for each.
+        UserError: all mistakes, one per line.
     """
     places = places or {}
     if not isinstance(data, dict):
@@ -257,13 +252,13 @@ class _Threats(Settings):
 
 
 def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
-    """Validate the ``threats`` of a config on their own.
+    """Parse threats given outside of a config.
 
     Args:
-        place: where the value is written, for messages.
+        place: where the value was given, for error messages.
 
     Raises:
-        UserError: the threats have mistakes; one line for each.
+        UserError: all mistakes, one per line.
     """
     try:
         return _Threats.model_validate({"threats": value}).threats
@@ -272,15 +267,15 @@ def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
         raise UserError("\n".join(lines)) from None
 
 
-def _format_mistake(places: Places, path: tuple[str | int, ...], message: str) -> str:
-    """One line about a mistake: where it is, what is wrong, and what is valid."""
-    place, key = _nearest_place(places, path), str(path[-1]) if path else ""
+def _explained(places: Places, path: tuple[str | int, ...], message: str) -> str:
+    """Format a mistake as one line: where it is, what is wrong, and what is valid."""
+    place, key = _place(places, path), str(path[-1]) if path else ""
     override = place.removeprefix("override '").removesuffix("': ") if place.startswith("override '") else ""
     return f"{place}{'.'.join(map(str, path))}: {explained(message, key, override, Config)}"
 
 
 def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield settings that contradict each other: their path in the config, and why."""
+    """Yield the key of each setting that conflicts with another one, and the reason."""
     if config.batch_size % config.accumulate:
         yield ("accumulate",), f"{config.accumulate} does not divide batch_size {config.batch_size}"
     if config.natural_epochs > config.epochs:

@@ -15,25 +15,27 @@ from rome.core.plain_data import parse_yaml
 from rome.runs.shipped import folder
 
 SCHEMA = "schema.json"
-"""File beside the experiments with which editors check them (:mod:`rome.runs.schema`)."""
+"""The JSON schema in the experiments folder, with which editors check the configs (:mod:`rome.runs.schema`)."""
 
 
 def files(pattern: str = "*") -> list[Path]:
-    """All experiments, or those whose path contains a match of the pattern (``table4``, ``rome-*``). Files whose name
-    starts with an underscore are shared bases and left out."""
+    """List all experiments, or those with the pattern (``table4``, ``rome-*``) anywhere in their path.
+
+    Files whose name starts with an underscore are shared bases and left out.
+    """
     found = sorted(path for path in folder().rglob("*.yaml") if not path.name.startswith("_"))
     return [path for path in found if fnmatch.fnmatch(path_of(path), f"*{pattern}*")]
 
 
 def path_of(path: Path) -> str:
-    """Path of an experiment as users write it, ``experiments/table1/max-pgd.yaml``, wherever rome is installed."""
+    """Return the path by which users name an experiment, such as ``experiments/table1/max-pgd.yaml``."""
     return str("experiments" / path.relative_to(folder()))
 
 
 def listing(pattern: str = "*") -> list[tuple[str, str]]:
-    """Paths and descriptions of the experiments, with the paper's numbers if any; ``pattern`` as in :func:`files`.
+    """Path and description of each experiment that matches (:func:`files`), with the paper's numbers if there are any.
 
-    The files are read as plain data, since validating them would import torch.
+    The configs are read as plain data, because validating them would import torch.
     """
     rows = []
     for path in files(pattern):
@@ -47,19 +49,21 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _read_merged(path: Path) -> dict[str, Any]:
-    """A file merged with its parents at the top level only, which suffices for values that are not nested."""
+def _plain(path: Path) -> dict[str, Any]:
+    """Read a file and its parents, merged at the top level only, which is enough for keys that are not nested."""
     data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     parent = data.get("extends")
     return {**_read_merged((path.parent / parent).resolve()), **data} if parent else data
 
 
 def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:
-    """Copy the experiments that match any of the patterns, with the bases they extend and the schema; return the
-    paths of the copies.
+    """Copy the experiments that match any of the patterns, with the bases they extend and the schema they refer to.
+
+    Returns:
+        Paths of the copies.
 
     Raises:
-        UserError: a pattern matches nothing, or different files exist where the copies would go.
+        UserError: a pattern matches no experiment, or a copy would replace a different file.
     """
     chosen = {folder() / SCHEMA}
     for pattern in patterns:
@@ -67,7 +71,7 @@ def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False
         if not found:
             raise UserError(f"no experiment matches {pattern!r}; try 'table4' or 'rome-*' (rome list experiments)")
         for file in found:
-            while file not in chosen:  # and its bases, up to one already chosen
+            while file not in chosen:  # follow `extends` up to a base that is already chosen
                 chosen.add(file)
                 parent = parse_yaml(file.read_text(encoding="utf-8")).get("extends")
                 file = file if parent is None else Path(normpath(file.parent / parent))

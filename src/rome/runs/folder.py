@@ -1,17 +1,17 @@
-"""A run's folder: its files, and checkpoints that survive a kill at any moment.
+"""The folder of a run, with checkpoints that survive a kill at any moment.
 
 - ``config.yaml``: the resolved config
-- ``origin.json``: facts that identify its data and the user's code (:mod:`rome.runs.origin`)
+- ``origin.json``: fingerprints of the training data and the user's code (:mod:`rome.runs.origin`)
 - ``last.pt``: checkpoint of an unfinished run (state of model, optimizer and method); ``before.pt``: the previous
   checkpoint, used if ``last.pt`` is damaged
 - ``model.safetensors``: the finished model, with the config in its metadata
-- ``best.safetensors``: the weights with the best validation result, if the run validates
+- ``best.safetensors``: the weights that did best in validation, if the run has one
 - ``log.jsonl``: one line per update, per epoch and per validation
-- ``tensorboard/``, ``metrics.csv``, ``wandb/``: output of loggers; ``loggers.json``: the run's ids in trackers
+- ``tensorboard/``, ``metrics.csv``, ``wandb/``: output of the loggers; ``loggers.json``: the run's ids in the trackers
   (:mod:`rome.runs.loggers`)
-- ``train.lock``: held while a process trains in the folder; ``train.soft.lock`` on file systems without locks
-- ``evaluation/SUITE/``: results of ``rome evaluate``; those of the best weights are in ``evaluation-best/``, those of
-  ``last.pt`` in ``evaluation-unfinished/``, and those under other budgets in folders with ``-budgets`` appended
+- ``train.lock``: present while a process trains in the folder; ``train.soft.lock`` if the file system has no locks
+- ``evaluation/SUITE/``: results of ``rome evaluate``; those for the best weights are in ``evaluation-best/``, those for
+  ``last.pt`` in ``evaluation-unfinished/``
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from rome.runs.origin import code_facts, data_facts, differences, other_data
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
 FREE_KEYS |= {"checkpoint"}
-"""Config keys that do not affect the trained weights, so a resumed run may change them."""
-_UNSUPPORTED_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Error numbers of file systems without locks."""
+"""Config keys that may change when a run is resumed, because they do not affect its weights."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Error numbers by which a file system reports that it has no locks."""
 
 
 class Run:
@@ -72,29 +72,32 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The resolved config this run was started with.
+        """The resolved config that this run was started with.
 
         Raises:
             UserError: the folder holds no run.
         """
-        return parse(trust.check(self.config_file, {"config": self.written()})["config"])
+        return parse(trust.check(self.config_file, {"config": self.written()})["config"], {(): f"{self.config_file}: "})
 
-    def written(self) -> Any:
-        """The content of ``config.yaml`` as plain data, not validated and without running any code that it names.
+    def written(self) -> dict[str, Any]:
+        """Read ``config.yaml`` as plain data; no code that it names is imported.
 
         Raises:
-            UserError: the folder holds no run.
+            UserError: the folder holds no run, or the file is not a YAML mapping.
         """
         if not self.config_file.is_file():
             raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
         try:
-            return parse_yaml(self.config_file.read_text(encoding="utf-8"))
+            data = parse_yaml(self.config_file.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("a config must be a mapping of keys to values")
+            return data
         except ValueError as error:
             raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
 
     @property
     def data_path(self) -> str | None:
-        """``data.path`` in the config file, which users may have corrected since the start; None if it has none."""
+        """The path of the data in ``config.yaml``, which the user may have edited; None if there is none."""
         with suppress(UserError, OSError, KeyError, TypeError):
             path = self.written()["data"]["path"]
             return path if isinstance(path, str) else None
@@ -102,8 +105,8 @@ class Run:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Facts about the ``data`` and ``code`` that the run started with, and the code ``changed`` since; empty if not
-        recorded."""
+        """Fingerprints of the ``data`` and ``code`` that the run started with, and of code that ``changed`` later;
+        empty if they were not recorded."""
         try:
             return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -112,16 +115,16 @@ class Run:
     def prepare(
         self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
     ) -> dict[str, Any] | None:
-        """Claim the folder and prepare it for this config; return the checkpoint to resume from, if there is one.
+        """Lock the folder and prepare it for training with this config.
 
         Args:
-            resume: continue an unfinished run.
-            overwrite: remove a run that is in the folder.
-            data: all training examples; None skips the check that they are those the run started with.
+            data: all training examples; if None, they are not compared with those that the run started with.
+
+        Returns:
+            The checkpoint to resume from, if there is one.
 
         Raises:
-            UserError: the folder is in use by another process, holds other files, a different or finished run, or a
-                checkpoint that cannot be read.
+            UserError: the folder holds a different run, a finished run, a run in training, or an unreadable checkpoint.
         """
         try:
             make_folder(self.folder)
@@ -145,12 +148,10 @@ class Run:
             raise
 
     def _claim(self) -> None:
-        """Acquire the system's lock, which ends with the process; on file systems without locks, create a lock
-        file instead, which a process killed on another machine leaves behind."""
+        """Acquire the operating system's lock, which ends with the process. If the file system has none, use a lock
+        file, which stays behind if a process on another machine is killed."""
         try:
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # filelock warns of one of these errors and falls back itself
+            with warnings.catch_warnings(action="ignore"):  # for some of _NO_LOCKS, filelock falls back with a warning
                 self._lock.acquire()
         except OSError as error:
             if error.errno not in _UNSUPPORTED_LOCKS:
@@ -167,21 +168,21 @@ class Run:
             raise UserError(f"{self.folder} holds a finished run; choose another --out or pass --overwrite")
         elif self.config_file.exists() and not resume:
             raise UserError(
-                f"{self.folder} holds an unfinished run; pass --resume to continue or --overwrite to start anew"
+                f"{self.folder} holds an unfinished run; pass --resume to continue it or --overwrite to start anew"
             )
         if resume and self.config_file.exists():
             self.check_same(config, data)
         code, changed = code_facts(config), list[str]()
         if resume and self.has_checkpoint and (found := self.other_code(code)):
-            # Announced and not refused: a bug may have been fixed, but the weights come from both versions.
-            say(f"{self.folder} continues with different code: {'; '.join(found)}")
+            # Reported but allowed: the user may have fixed a bug, but the weights come from both versions.
+            say(f"{self.folder} continues with changed code: {'; '.join(found)}")
             changed = [f"{text} ({now()})" for text in found]
         origin = {
             "data": None if data is None else data_facts(data),
             "code": code,
             "changed": [*self.origin.get("changed", ()), *changed],
         }
-        remove_partials(self.folder, age=0)  # no other process trains here
+        remove_partials(self.folder, age=0)  # they are stale, since no other process trains here
         dumped = config.dump()
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
@@ -189,7 +190,7 @@ class Run:
         return self._load_latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
-        """Differences between the user's current code and the code this run started with."""
+        """Differences between the user's current code and the code that this run started with."""
         kept = self.origin
         return differences({"code": kept["code"]}, {"code": code}) if kept else []
 
@@ -204,11 +205,10 @@ class Run:
         return self.checkpoint_file.exists() or self.before_file.exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint atomically and keep the previous one; a kill leaves the old or the new file, never a
-        partial one.
+        """Replace the checkpoint atomically and keep the previous one; a kill never leaves a partial file.
 
         Raises:
-            UserError: it cannot be written; earlier checkpoints are kept.
+            UserError: the checkpoint cannot be written; earlier ones are kept.
         """
 
         def write(partial: Path) -> None:
@@ -217,23 +217,23 @@ class Run:
                 self.before_file.unlink(missing_ok=True)
                 try:
                     os.link(self.checkpoint_file, self.before_file)
-                except OSError:  # a file system without hard links: for a moment there is no last.pt
+                except OSError:  # no hard links on this file system: last.pt is missing for a moment
                     os.replace(self.checkpoint_file, self.before_file)
 
         try:
             replace_with(self.checkpoint_file, write)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no earlier checkpoint"
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+            kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no previous checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
                 "and continue with --resume"
             ) from error
 
-    def _load_latest(self) -> dict[str, Any]:
-        """The checkpoint to resume from; if the last one is damaged, the previous one replaces it.
+    def _latest(self) -> dict[str, Any]:
+        """Load the checkpoint to resume from; if ``last.pt`` is damaged, replace it by ``before.pt``.
 
         Raises:
-            UserError: as :meth:`load_checkpoint`, if both are damaged.
+            UserError: both are damaged (:meth:`load_checkpoint`).
         """
         damage = _describe_damage(self.checkpoint_file)
         if damage and not _describe_damage(self.before_file):
@@ -241,7 +241,7 @@ class Run:
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
             say(
-                f"{self.checkpoint_file} cannot be used ({damage}): continuing from the previous one, of update "
+                f"{self.checkpoint_file} cannot be used ({damage}): resuming from the previous checkpoint, at update "
                 f"{state['update']}; {done - state['update']} updates are repeated"
             )
             return state
@@ -251,7 +251,7 @@ class Run:
         """Load the last checkpoint, or the one in ``file``, to the CPU.
 
         Raises:
-            UserError: it cannot be read, a checksum is wrong, or a different version of rome wrote it.
+            UserError: it cannot be read, has a wrong checksum, or was written by another version.
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
@@ -262,7 +262,7 @@ class Run:
         return state
 
     def rewind_log(self, updates: int) -> None:
-        """Remove the log lines of updates after the checkpoint, and a line that a kill truncated."""
+        """Drop the log lines after this update, and any line that a kill cut short."""
         if not self.log_file.exists():
             return
         kept = [json.dumps(line) for line in self.log() if line["update"] <= updates]
@@ -279,14 +279,14 @@ class Run:
         return lines
 
     def check_same(self, config: Config, data: Split | None = None) -> None:
-        """Raise UserError unless the folder's run was started with these settings, except for :data:`FREE_KEYS`.
+        """Raise UserError if the folder's run was started with different settings that affect the weights.
 
-        The path of the data may differ too, if it holds the same data.
+        The path of the data may differ if the data are the same.
 
         Args:
-            data: all training examples; None opens them if their path has changed.
+            data: all training examples; if None, they are opened if their path has changed.
         """
-        pinned = config.model_copy(update={"model": config.model.pinned()})  # as in a run's own config
+        pinned = config.model_copy(update={"model": config.model.pinned()})  # like the stored config
         old, new = flatten(self.written()), flatten(pinned.dump())
         changed = {
             key: f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
@@ -302,16 +302,15 @@ class Run:
             data = config.data.open("train")
         if kept and data is not None and (what := other_data(kept, data_facts(data))):
             raise UserError(
-                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what}):"
-                " restore it (data.path may name another place), or use another --out"
+                f"{self.folder} was started with other data than {config.data.path or config.data.kind} holds ({what});"
+                " restore the data (data.path may be a different path), or use another --out"
             )
 
     def _clear(self) -> None:
-        """Remove the files of a run and nothing else; the config last, since without it the folder holds no run."""
-        weights, budgets = ("", "-best", "-unfinished"), ("", "-budgets")
-        evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
-        for name in (tensorboard.FOLDER, "wandb", *evaluations):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        """Remove only the files that a run writes; the config last, because without it the folder holds no run."""
+        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
+        for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
+            shutil.rmtree(folder, ignore_errors=True)
         files = (
             self.checkpoint_file,
             self.before_file,
@@ -324,17 +323,17 @@ class Run:
             file.unlink(missing_ok=True)
 
 
-def _describe_damage(checkpoint: Path) -> str:
-    """Say how a file of ``torch.save``, a zip with a CRC-32 for each part, is damaged; empty if it is intact."""
+def _damage(checkpoint: Path) -> str:
+    """Describe the damage to a file of ``torch.save``, a zip with a CRC-32 for each part; empty if it is intact."""
     try:
         with zipfile.ZipFile(checkpoint) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                return "it is compressed, as no file of torch.save is"
+                return "it is compressed, which torch.save never does"
             wrong = parts.testzip()
             return "" if wrong is None else f"the checksum of {wrong} is wrong"
     except FileNotFoundError:
         return "it is missing"
     except zipfile.BadZipFile:
         return "it is cut short or overwritten"
-    except Exception as error:  # damaged files raise almost any exception
+    except Exception as error:  # damage can raise almost any exception
         return first_line(error)

@@ -1,4 +1,4 @@
-"""Hints about mistyped settings and paths: where settings of that name exist, and what is found at a path."""
+"""Hints for invalid settings and paths: where settings of that name exist, and what was found at a path."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rome.core.errors import nearest, some
 from rome.runs.shipped import located
 
 DEEPEST = 3
-"""Largest number of parts in the dotted names that are searched: nesting has no end, as threats contain attacks."""
-WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-"""Endings of files with weights."""
+"""Maximum number of parts in the dotted names of :func:`dotted`, which would otherwise recurse forever: threats hold
+attacks, which hold threats."""
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def explained(message: str, key: str, override: str, root: type[Settings]) -> str:
-    """Add to the message about a setting a hint at what was probably meant.
+    """Add a hint about the probable intention to an error message about a setting.
 
     Args:
-        key: the last part of the setting's dotted name.
-        override: the ``key=value`` argument that it comes from, or empty.
-        root: the class of the whole config.
+        key: last part of the setting's dotted name.
+        override: the ``key=value`` argument that set it, or empty.
+        root: class of the complete config.
     """
     if message.startswith(UNKNOWN_KEY):
         paths = sorted(
@@ -39,14 +39,11 @@ def explained(message: str, key: str, override: str, root: type[Settings]) -> st
 
 
 def dotted(settings: type[Settings], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings that an override can change, such as ``optimizer.lr``, including those of
-    every kind of a component."""
+    """Yield the names of all settings that an override can change, such as ``optimizer.lr``, for every kind."""
     for name, field in settings.model_fields.items():
         path = f"{prefix}{name}"
         yield path
-        named = (
-            path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple
-        )  # items of a list have no name
+        named = path.count(".") < DEEPEST - 1 and get_origin(field.annotation) is not tuple  # items of a list have none
         inner = [part for part in types_in(field.annotation) if isinstance(part, type) and issubclass(part, Settings)]
         for part in inner if named else ():
             for member in [part, *(part.members().values() if issubclass(part, Component) else ())]:
@@ -54,10 +51,10 @@ def dotted(settings: type[Settings], prefix: str = "") -> Iterator[str]:
 
 
 def what_is(path: Path, wanted: str = "") -> str:
-    """Describe what is found at a path and which command takes it; if nothing is there, suggest the nearest name.
+    """Describe what is at a path and which command takes it, or suggest the nearest name if the path does not exist.
 
     Args:
-        wanted: the kind of file that was expected, followed by a space, such as ``"config "``.
+        wanted: description of what was expected, with a trailing space, such as ``"config "``.
     """
     if path.is_dir():
         configs = sorted(each.name for each in path.glob("*.yaml") if not each.name.startswith("_"))
@@ -72,8 +69,8 @@ def what_is(path: Path, wanted: str = "") -> str:
         if path.suffix in WEIGHTS:
             return f"{path} is a file of weights: rome evaluate {path}, or model.weights={path} in a config"
         if path.suffix == ".py":
-            return f"{path} is a program: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
-        return f"{path} is neither a config nor a weights file"
+            return f"{path} is a Python file: name its function, {path}:{(functions_in(path) or ['FUNCTION'])[0]}"
+        return f"{path} is a file that is neither config nor weights"
     folder = located(path.parent)
     beside = folder.iterdir() if folder.is_dir() else ()
     near = nearest(path, [str(path.parent / each.name) for each in beside if each.suffix == path.suffix])
@@ -81,7 +78,7 @@ def what_is(path: Path, wanted: str = "") -> str:
 
 
 def functions_in(file: Path) -> list[str]:
-    """Names of the public functions and classes in a Python file, which is parsed and not run."""
+    """List the public functions and classes in a Python file without running it."""
     with suppress(OSError, SyntaxError, ValueError):
         body = ast.parse(file.read_bytes()).body
         return [each.name for each in body if isinstance(each, ast.FunctionDef | ast.ClassDef) and each.name[0] != "_"]

@@ -15,27 +15,27 @@ from rome.experts import expert_layers
 
 
 class Optimizer(Component):
-    """An optimizer and its settings."""
+    """An optimizer's settings."""
 
     default_kind = "adamw"
     lr: Number = Field(gt=0)
-    """Peak learning rate; the schedule multiplies it."""
+    """Peak learning rate, multiplied by the schedule's factor."""
     weight_decay: Number = Field(default=0.05, ge=0)
-    """Weight decay: decoupled from the gradient in AdamW, added to it in SGD."""
+    """Weight decay: decoupled from the gradient in AdamW, added to the gradient in SGD."""
     decay_all: bool = False
-    """Apply weight decay to biases and norms too; false: exempt 1-D parameters and those that the model names, as in
-    DeiT's recipe."""
+    """Also decay biases and normalization layers; false exempts 1-D parameters and those that the model lists (DeiT's
+    recipe)."""
     experts_lr: Number = Field(default=1, gt=0)
-    """Factor on the learning rate of the parameters that experts add to a model, except their gates."""
+    """Learning-rate multiplier for the parameters that experts add to a model, except their gates."""
     gates_lr: Number = Field(default=1, gt=0)
-    """Factor on the learning rate of the gates."""
+    """Learning-rate multiplier for the gates."""
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer of the parameters that require a gradient."""
+        """Build the optimizer for the parameters that require a gradient."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups with and without weight decay; ``lr_scale`` is a group's factor on the learning rate."""
+        """Split the parameters into groups by weight decay and learning-rate multiplier (``lr_scale``)."""
         if self.decay_all:
             every = [p for p in model.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [{"params": every, "weight_decay": self.weight_decay}]
@@ -56,11 +56,11 @@ class Optimizer(Component):
                 split.append({**group, "params": members, "lr_scale": factor})
         return split
 
-    def _lr_factors(self, model: nn.Module) -> dict[nn.Parameter, float]:
-        """Learning-rate factor of every parameter that experts add."""
+    def _scales(self, model: nn.Module) -> dict[nn.Parameter, float]:
+        """Learning-rate multipliers for the parameters that experts add."""
         scales: dict[nn.Parameter, float] = {}
         for layer in expert_layers(model).values():
-            kept = layer.shared if layer.additive else ()  # experts that replace a layer are all alike
+            kept = layer.shared if layer.additive else ()  # where experts replace a layer, its original is one of them
             shared = {layer.get_parameter(name) for name in kept if name in dict(layer.named_parameters())}
             scales |= {p: self.experts_lr for p in layer.parameters() if p not in shared}
             scales |= dict.fromkeys(layer.gate_parameters(), self.gates_lr)
@@ -71,12 +71,12 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019); the paper's optimizer, lr 1e-3 on CIFAR-10, 1e-4 on ImageNet."""
+    """AdamW (Loshchilov and Hutter 2019), the paper's optimizer: lr 1e-3 on CIFAR-10, 1e-4 on ImageNet."""
 
     kind = "adamw"
     lr: Number = Field(default=1e-3, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay rates of the running means of the gradients and of their squares."""
+    """Decay rates for the running means of the gradient and its square."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         fused = next(model.parameters()).is_cuda
@@ -84,13 +84,13 @@ class AdamW(Optimizer):
 
 
 class SGD(Optimizer):
-    """SGD with momentum, as E-AT and RAMP use it."""
+    """SGD with momentum, the optimizer of E-AT and RAMP."""
 
     kind = "sgd"
     lr: Number = Field(default=0.05, gt=0)
     weight_decay: Number = Field(default=5e-4, ge=0)
     momentum: Number = Field(default=0.9, ge=0, lt=1)
-    """Fraction of the previous step that is carried over; 0: no momentum."""
+    """Momentum factor; 0 for none."""
     nesterov: bool = False
     """Use Nesterov momentum."""
 
@@ -99,28 +99,27 @@ class SGD(Optimizer):
 
 
 class Schedule(Settings):
-    """Factor on the learning rate, linearly interpolated between points (fraction of the training, factor).
+    """Learning-rate schedule: a factor on the peak rate, interpolated linearly between points at every update.
 
-    The default is the paper's for every data set (A1): warm-up from 0 to 1 over the first fifth of the training, then
-    down to 0.05 at four fifths and to 0.001 at the end; these are epochs 4, 16 and 20 on CIFAR-10 and 1, 4 and 5 on
-    ImageNet. The factor changes at every update.
+    The default is the paper's schedule for every data set (A1): warm-up from 0 to 1 over the first fifth of training,
+    then down to 0.05 at four fifths and 0.001 at the end (epochs 4, 16, 20 on CIFAR-10 and 1, 4, 5 on ImageNet).
     """
 
     points: tuple[tuple[Number, Number], ...] = ((0, 0), (0.2, 1), (0.8, 0.05), (1, 0.001))
-    """Points ``[fraction, factor]``, from fraction 0 of the training to fraction 1."""
+    """Points ``[share, factor]``: the share of training done, from 0 to 1, and the factor on the learning rate."""
 
     @field_validator("points")
     @classmethod
     def _in_order(cls, points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
         shares = [share for share, _ in points]
         if any(factor < 0 for _, factor in points):
-            raise ValueError("factors on the learning rate cannot be negative")
+            raise ValueError("factors on the learning rate must not be negative")
         if len(points) < 2 or shares[0] != 0 or shares[-1] != 1 or any(a > b for a, b in pairwise(shares)):
             raise ValueError("points must run from share 0 to share 1 in order, such as [[0, 0], [0.2, 1], [1, 0]]")
         return points
 
     def factor(self, share: float) -> float:
-        """Return the factor after the given fraction (0 to 1) of the updates."""
+        """Return the factor after this share (0..1) of the updates."""
         for (left, start), (right, end) in pairwise(self.points):
             if share <= right and right > left:
                 return start + (end - start) * max(share - left, 0) / (right - left)

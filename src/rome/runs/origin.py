@@ -1,4 +1,4 @@
-"""Facts about a run's start that its config does not contain: the data found at its path, and the user's code."""
+"""The inputs of a run that its config only names: fingerprints of the training data and of the user's code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from rome.models.sources import own_function
 from rome.runs.config import Config
 
 LOOKED_AT, CLOSE = 16, 0.01
-"""Number of images whose mean brightness in [0, 1] is compared, and the largest accepted difference. (JPEG decoders
-agree to about 0.001.)"""
+"""Number of images whose mean brightness is compared, and the largest difference (on the scale [0, 1]) that counts as
+equal; JPEG libraries agree to about 0.001."""
 _LEAST_FIRST = get_args(SaveImages)
 NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
 """Settings of an evaluation that its result does not depend on."""
 
 
 def data_facts(split: Split) -> dict[str, Any]:
-    """Facts that tell training data from other data while reading only a few images: classes, labels, some mean
-    brightnesses."""
+    """Fingerprint training data by classes, labels and the brightness of a few images, without reading the others."""
     rows = torch.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).long()
     ((images, _),) = split.batches([rows])
     return {
@@ -41,7 +40,7 @@ def data_facts(split: Split) -> dict[str, Any]:
 
 
 def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how two sets of facts about data differ; empty if they describe the same data."""
+    """Describe how two fingerprints of :func:`data_facts` differ; empty if they belong to the same data."""
     for name in ("classes", "examples", "shape", "labels"):
         if kept[name] != now[name]:
             return f"its {name} differ"
@@ -50,8 +49,8 @@ def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def code_facts(config: Config) -> dict[str, str]:
-    """The user's code that a config refers to: that of attacks, methods, data sets and other components, and of the
-    function that builds the model."""
+    """Fingerprint the user's own code that a config names: components of every kind, such as attacks, methods and data
+    sets, and the function that builds the model."""
     inspection = Inspection()
     inspection.of(config)
     if ":" in config.model.name and not config.model.name.startswith("robustbench:"):
@@ -60,7 +59,7 @@ def code_facts(config: Config) -> dict[str, str]:
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences in settings that determine the result, each as 'name: OLD there, NEW now'."""
+    """List the differing settings that determine a result, as 'name: OLD there, NEW now'."""
     there, here = flatten({**stored}), flatten(json.loads(json.dumps(now, default=str)))
     names = [name for name in {**there, **here} if name.split(".")[0] not in NOT_COMPARED]
     found = [

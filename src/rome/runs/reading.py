@@ -1,8 +1,8 @@
-"""Read a YAML file, its parents and ``key=value`` overrides as plain data, with the place of each value.
+"""Merge a YAML file, its parents and ``key=value`` overrides into plain data, with the place where each value was set.
 
-A file may inherit from one parent with ``extends: base.yaml``. Mappings are merged; everything else replaces the
-parent's value. A mapping with a different ``kind`` replaces the parent's mapping as a whole, as ``paper`` always does;
-a different ``model.name`` drops the parent's ``model.args``.
+A file may inherit from one parent with ``extends: base.yaml``. Mappings are merged with the parent's; all other values
+replace the parent's, and so do ``paper`` and mappings with a different ``kind``. A different ``model.name`` drops the
+parent's ``model.args``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from rome.runs.meant import WEIGHTS, what_is
 from rome.runs.shipped import located
 
 Places = dict[tuple[str | int, ...], str]
-"""Path of a value in the config -> file and line, or override, where it is written; for messages."""
+"""Path of a value in the config -> where it was set (file and line, or override), as the prefix of a message."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Places]:
-    """Read a config file and apply overrides, without validating the result.
+    """Read a config file and its overrides without validating the values.
 
-    Overrides of a ``kind`` or ``name`` are applied before those of the settings that belong to it, whatever their
-    order; if a key is set twice, the last one counts.
+    The overrides are applied as in :func:`rome.runs.config.load`.
+
+    Returns:
+        The merged data, and where each value was set.
 
     Raises:
-        UserError: a file is missing or is not a YAML mapping, or an override is not ``key=value``.
+        UserError: a file is missing or not a YAML mapping, or an override is not ``key=value``.
     """
     places: Places = {}
     data = _read(located(path), places, ())
@@ -81,9 +83,10 @@ def _override(text: str, places: Places) -> dict[str, Any]:
     return dict(result)
 
 
-def _override_order(override: str) -> int:
-    """Sort key of overrides: those that replace a whole mapping (``attack=apgd``, ``attack.kind=apgd``,
-    ``model.name=...``) come before those that change a part of it, which they would otherwise undo."""
+def _depth(override: str) -> int:
+    """Sort key for overrides: the depth of the mapping that they change. Those that replace a whole mapping
+    (``attack=apgd``, ``attack.kind=apgd``, ``model.name=...``) are applied before those that change a part of it, which
+    would otherwise be lost."""
     parts = override.partition("=")[0].strip().split(".")
     return len(parts) - (parts[-1] in ("kind", "name"))
 
@@ -93,9 +96,9 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         return change
     merged = dict(base)
     if change.get("name", base.get("name")) != base.get("name"):
-        merged.pop("args", None)  # these belong to the model of that name
+        merged.pop("args", None)  # they belong to the previous model
     for key, value in change.items():
-        old = None if key == "paper" else merged.get(key)  # a row's numbers belong to that row alone
+        old = None if key == "paper" else merged.get(key)  # the paper's numbers are valid for one row only
         if isinstance(value, dict) and isinstance(old, str):
             old = {"kind": old}  # `attack: pgd` is short for `attack: {kind: pgd}`
         merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value

@@ -1,6 +1,6 @@
-"""Checkpoints written in the background: copied to the host's memory at once, then written to disk by a thread.
+"""Asynchronous checkpoints: the state is copied to host memory at once and written to disk by a background thread.
 
-Only one write is in progress at a time. The copy is a snapshot of that update, so later changes never reach the file.
+Only one write runs at a time. The copy is a snapshot: changes that training makes afterwards do not reach the file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rome.runs.folder import Run
 
 
 class Saver:
-    """Writes a run's checkpoints in the background.
+    """Background writer for a run's checkpoints.
 
     Args:
-        minutes: time between checkpoints (:meth:`due`); None: none is ever due.
+        minutes: minimum time between two checkpoints (:meth:`due`); None: none is ever due.
         clock: returns the time in seconds.
     """
 
@@ -41,16 +41,16 @@ class Saver:
         return self._writing is not None and not self._writing.done()
 
     def due(self) -> bool:
-        """Whether to save a checkpoint now: the last one is ``minutes`` old and none is being written."""
+        """Whether to save a checkpoint now: the last one was saved ``minutes`` ago and no write is in progress."""
         return self.minutes is not None and not self.busy and self.clock() - self.latest >= 60 * self.minutes
 
     def save(self, state: dict[str, Any], *, constant: dict[str, Any] | None = None, log: int | None = None) -> None:
-        """Start to write a checkpoint, after waiting for the previous one.
+        """Start writing a checkpoint, after waiting for the previous one.
 
         Args:
-            state: numbers, text, containers and tensors on any device; copied.
-            constant: further state that never changes again; not copied.
-            log: descriptor of a file that must reach the disk before the checkpoint does.
+            state: numbers, text, containers and tensors on any device.
+            constant: further entries of the state that never change again, so that no copy is needed.
+            log: descriptor of a file that must be on disk before the checkpoint.
 
         Raises:
             UserError: the previous checkpoint could not be written.
@@ -61,7 +61,7 @@ class Saver:
 
         def write() -> None:
             if log is not None:
-                with suppress(OSError):  # not a file on a disk
+                with suppress(OSError):  # not a file on disk
                     os.fsync(log)
             arrived()
             self.run.save_checkpoint(copied)
@@ -70,30 +70,31 @@ class Saver:
         self.latest = self.clock()
 
     def check(self) -> None:
-        """Raise UserError if the last checkpoint could not be written; return at once while it is being written."""
+        """Raise UserError if the last checkpoint could not be written, without waiting for a write in progress."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the checkpoint being written; raise UserError if it could not be written."""
+        """Wait for the write in progress; raise UserError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait for the write in progress, ignore its errors, and end the thread."""
+        """Wait for the write in progress, ignoring its errors, and stop the thread."""
         with suppress(UserError):
             self.wait()
         self._pool.shutdown()
 
 
-def _copy_to_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Start to copy a state to the host's memory; return the copy and a function that waits until it is complete.
+def _on_host(state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Copy the state to host memory; return the copy and a function that waits until it is complete.
 
-    A GPU copies asynchronously into pinned memory between two updates."""
+    A GPU copies asynchronously, so that training need not wait.
+    """
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     memo = {id(each): each.detach().to("cpu", non_blocking=True, copy=True) for each in tensors}
-    copied = copy.deepcopy(state, memo)  # keeps attributes of containers, such as versions
+    copied = copy.deepcopy(state, memo)  # keeps attributes of containers, such as a state dict's metadata
     if not cuda_in_use():
         return copied, lambda: None
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]

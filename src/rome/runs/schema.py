@@ -1,8 +1,8 @@
 """The JSON schema of configs, with which editors complete and check YAML files (``rome schema``).
 
-A component is a mapping whose ``kind`` decides which other settings it may have, or the name of a kind alone. As a file
-may inherit any setting from the one that it ``extends``, nothing below the top level is required, and a mapping without
-``kind`` may have the settings of every kind.
+A component is written as the name of its kind, or as a mapping whose ``kind`` determines the other valid keys. A file
+may leave any setting to the file that it ``extends``, so nothing below the top level is required, and a mapping without
+``kind`` may hold the settings of every kind.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ from rome.runs.config import Config
 
 REFERENCE = "#/definitions/{model}"
 _LIMITS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}
-_IGNORED = ("title", "default", "required", "discriminator")
-"""Keys of pydantic's schemas that are left out or written differently here."""
+_NOISE = ("title", "default", "required", "discriminator")
+"""Keys of pydantic's schemas that are dropped or computed differently here."""
 
 
 def schema(modules: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the schema, in draft 7, which all editors support.
+    """Build the schema, in draft 7, which all editors support.
 
     Args:
-        modules: Python modules to import, whose components are included besides rome's.
+        modules: modules to import, whose components are included in addition to rome's.
 
     Raises:
-        Exception: whatever importing a module raises.
+        Exception: any exception from importing a module.
     """
     packages = {"rome", *(import_own(name).__name__.partition(".")[0] for name in modules)}
     return _Builder(packages).build()
 
 
 def written(found: dict[str, Any]) -> str:
-    """The schema as text to write to a file."""
+    """Format the schema as the text of a file."""
     return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 class _Builder:
     def __init__(self, packages: set[str]) -> None:
         self.packages = packages
-        self.classes = {cls.__name__: cls for cls in _subclasses(Settings)}
+        rome_last = sorted(_below(Settings), key=lambda cls: cls.__module__.startswith("rome."))
+        self.classes = {cls.__name__: cls for cls in rome_last}  # rome's, if a user's class has the same name
         self.definitions: dict[str, Any] = {}
 
     def build(self) -> dict[str, Any]:
         own = self._settings(Config)
         own["properties"] = {
-            "extends": {"type": "string", "description": "A file to inherit from, beside this one."},
+            "extends": {"type": "string", "description": "A config file to inherit from, relative to this file."},
             **own["properties"],
         }
         return {
@@ -68,19 +69,18 @@ class _Builder:
         }
 
     def _settings(self, cls: type[Settings]) -> dict[str, Any]:
-        """The schema of a class of settings, each with its description and default."""
+        """Schema of a settings class: its properties with their descriptions and defaults."""
         made = cls.model_json_schema(ref_template=REFERENCE)
         for name in made.get("$defs", ()):
             if name not in self.definitions and not issubclass(self.classes[name], Component):
-                self.definitions[name] = {}  # the class may refer to itself
+                self.definitions[name] = {}  # before the recursion, as it may contain itself
                 self.definitions[name] = self._settings(self.classes[name])
         documented = _attribute_docs(cls)
         properties = {}
         for name, field in cls.model_fields.items():
-            found = self._with_references(
-                {key: value for key, value in made["properties"][name].items() if key not in _IGNORED}
-            )
-            for each in field.metadata:  # pydantic drops limits of numbers that may be written as fractions
+            found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
+            found = self._followed(found)
+            for each in field.metadata:  # pydantic omits limits where a fraction is valid, too
                 limits = {key: getattr(each, limit, None) for key, limit in _LIMITS.items()}
                 found |= {key: value for key, value in limits.items() if value is not None}
             if name in documented:
@@ -96,8 +96,8 @@ class _Builder:
             "additionalProperties": False,
         }
 
-    def _with_references(self, part: Any) -> Any:
-        """A part of pydantic's schema, in which references replace components."""
+    def _followed(self, part: Any) -> Any:
+        """Replace component families in a part of pydantic's schema by references."""
         if isinstance(part, list):
             return [self._with_references(each) for each in part]
         if not isinstance(part, dict):
@@ -107,14 +107,14 @@ class _Builder:
         if "$ref" in part and issubclass(member := self.classes[part["$ref"].rpartition("/")[2]], Component):
             return self._member(member)
         renamed = {"prefixItems": "items"}  # its name in draft 7
-        return {renamed.get(key, key): self._with_references(value) for key, value in part.items() if key != "title"}
+        return {renamed.get(key, key): self._followed(value) for key, value in part.items() if key != "title"}
 
     def _family(self, cls: type[Any]) -> str:
-        """Name of the definition of a family of components, which is added if it is missing."""
+        """Return the name of a family's definition, creating the definition if necessary."""
         name = cls.__name__
         if name in self.definitions:
             return name
-        self.definitions[name] = {}  # a component may contain others of its family
+        self.definitions[name] = {}  # before the recursion, as members may contain members
         found = cls.members().items()
         members = {kind: member for kind, member in found if member.__module__.partition(".")[0] in self.packages}
         kinds = [{"const": kind, "description": _plain_text(member.summary())} for kind, member in members.items()]
@@ -147,7 +147,7 @@ class _Builder:
         return name
 
     def _member(self, cls: type[Any]) -> dict[str, Any]:
-        """The schema of a setting that accepts a single kind."""
+        """Reference for a setting that takes only one kind."""
         family = self._family(cls.family())
         return {"$ref": REFERENCE.format(model=f"{family}.{cls.kind}")}
 
@@ -158,12 +158,12 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
         yield from _subclasses(below)
 
 
-def _plain_default(value: Any) -> Any:
-    """A default as one would write it in a config: a component with default settings by its kind alone."""
+def _plain(value: Any) -> Any:
+    """Convert a default to the value in a config; a component with default settings becomes the name of its kind."""
     if isinstance(value, Component):
         try:
             usual = type(value)()
-        except Exception:  # some settings have no default
+        except Exception:  # a setting has no default
             return value.dump()
         return value.kind if value == usual else value.dump()
     if isinstance(value, (list, tuple)):
@@ -173,8 +173,8 @@ def _plain_default(value: Any) -> Any:
     return to_jsonable_python(value)
 
 
-def _attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """The attribute docstrings of a class and its bases: setting -> text."""
+def _documented(cls: type[Any]) -> dict[str, str]:
+    """Return the attribute docstrings of the settings of a class and its bases, by setting."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
@@ -183,8 +183,8 @@ def _attribute_docs(cls: type[Any]) -> dict[str, str]:
 
 
 @functools.cache
-def _attribute_docs_of_module(module: str) -> dict[str, dict[str, str]]:
-    """The attribute docstrings of all classes in a module: class -> setting -> text."""
+def _documented_in(module: str) -> dict[str, dict[str, str]]:
+    """Parse the attribute docstrings of all classes in a module: class -> setting -> text."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
         if not isinstance(node, ast.ClassDef):
@@ -196,8 +196,8 @@ def _attribute_docs_of_module(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _plain_text(text: str) -> str:
-    """A docstring up to its sections (``Args:``), as plain text with Markdown's backticks."""
+def _words(text: str) -> str:
+    """Return a docstring up to its sections, without reStructuredText markup."""
     text = text.partition("\n\nArgs:")[0].partition("\n\nAttributes:")[0]
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))

@@ -1,4 +1,4 @@
-"""Where the configs shipped with rome are, and which file a path such as ``experiments/digits/max.yaml`` means."""
+"""Location of the configs that come with rome, and resolution of paths such as ``experiments/digits/max.yaml``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rome.core.errors import UserError
 
 
 def folder() -> Path:
-    """Folder of the experiments in the checkout or the installed package.
+    """Return the experiments folder of the checkout, or of the installed package.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such folder.
     """
     package = Path(__file__).parents[1]
     for place in (package.parents[1] / "experiments", package / "_experiments"):
@@ -21,10 +21,9 @@ def folder() -> Path:
 
 
 def located(path: str | Path, beside: Path = Path()) -> Path:
-    """Resolve a path relative to ``beside``; if nothing is there, fall back to the file of that name shipped with rome.
+    """Resolve a path relative to ``beside``; if nothing exists there, ``experiments/...`` is a config that rome ships.
 
-    So a path ``experiments/...`` works in any folder, also without a checkout; the user's own file of that name takes
-    precedence.
+    So these paths work everywhere, also with an installed wheel. A user's own file of that name takes precedence.
     """
     own, parts = beside / path, Path(path).parts
     if own.exists() or parts[:1] != ("experiments",):

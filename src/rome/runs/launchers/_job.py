@@ -1,7 +1,7 @@
 """Run one job in its own process: ``python -m rome.runs.launchers._job FOLDER PROCESSES PATIENCE CALL ARGUMENTS``.
 
-With one process, the function is called here; with several, torchrun starts this module once for each of them, with
-PROCESSES 0.
+If PROCESSES is 1, the function is called in this process. If it is larger, torchrun starts this module that many times
+with PROCESSES 0, which calls the function without claiming the job.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from rome.runs.launchers.base import HELD, Job, owner
 
 
 def work(job: Job, processes: int, patience: float) -> int:
-    """Acquire the job's lease and run it; return the exit code."""
+    """Claim the job, run it and return the exit code."""
     if processes == 0:
         return _call(job)
     children: list[subprocess.Popen[bytes]] = []
 
     def lose(compromise: object) -> None:
-        """Kill everything: another machine has taken over the job, so nothing more may be written here. Files on disk
-        are complete."""
+        """End at once, because another machine has taken over the job; no file is left incomplete."""
         print(f"error: {owner(lease)} took over {job.folder}", file=sys.stderr, flush=True)
         for child in children:
             os.killpg(child.pid, signal.SIGKILL)
@@ -43,7 +42,7 @@ def work(job: Job, processes: int, patience: float) -> int:
     try:
         held = lease.acquire(timeout=patience)
     except Timeout:
-        say(f"{owner(lease)} works on {job.folder}")
+        say(f"{owner(lease)} is working on {job.folder}")
         return HELD
     with held:
         return _call(job) if processes == 1 else _call_with_torchrun(job, processes, children)
@@ -64,7 +63,7 @@ def _call_with_torchrun(job: Job, processes: int, children: list[subprocess.Pope
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
         for child in children:
-            child.send_signal(signal.SIGTERM)  # torchrun forwards this signal to its workers
+            child.send_signal(signal.SIGTERM)  # torchrun forwards it to its workers
 
     for number in (signal.SIGINT, *HANDLED):
         signal.signal(number, forward)
@@ -76,7 +75,7 @@ def _call_with_torchrun(job: Job, processes: int, children: list[subprocess.Pope
 
 def main(arguments: list[str]) -> Any:
     folder, processes, patience, call, settings = arguments
-    if hasattr(signal, "SIGUSR2"):  # submitit's signal, for the parent process, but sent to the whole job
+    if hasattr(signal, "SIGUSR2"):  # SLURM sends submitit's signal to all processes of a job; the parent handles it
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with exiting():
         sys.exit(work(Job(Path(folder), call, json.loads(settings)), int(processes), float(patience)))

@@ -1,12 +1,12 @@
-"""The interface of all launchers: they run jobs and report which ones failed, and why.
+"""The interface of launchers, which run jobs and report those that failed.
 
-A :class:`Job` is a function with JSON arguments, called in a process of its own, which continues where an earlier one
-stopped. Launchers differ in where that process runs (:meth:`Launcher.start`); this module decides which jobs are left
-to do, follows them and prints a line for each.
+A :class:`Job` is a function with JSON arguments, called in its own process; called again, it continues where it was
+stopped. Launchers decide where that process starts (:meth:`Launcher.start`); this module selects the jobs that are not
+done yet, monitors them and prints their progress.
 
-The process holds a lease beside the job's folder while it works, so the same command may run on several machines that
-share the folder: each takes different jobs, waits for those of the others, and takes over the jobs of a machine that
-died (docs/decisions/locks.md).
+While it works, the process holds a lease beside the job's folder. So the same command may run on several machines that
+share the folder: each takes different jobs, waits for those of the others, and takes over the jobs of a dead machine
+(docs/decisions/locks.md).
 """
 
 from __future__ import annotations
@@ -31,56 +31,56 @@ from rome.core.plain_data import Unreadable, parse_yaml
 from rome.core.signals import exit_code, handled
 
 HELD = 76
-"""Exit code of a job that another process is working on."""
+"""Exit code if another process is working on the job."""
 LEASE = 60.0
-"""Seconds without a sign of life after which another machine may take over a job. Must be equal on all machines."""
+"""Seconds without a sign of life after which another machine may take over a job; must be equal on all machines."""
 POLL = 0.05
-"""Seconds between checks of running jobs; jobs of other processes are checked every 40 times that."""
+"""Seconds between checks of the running jobs; jobs of other processes are checked 40 times less often."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function to call in a process of its own."""
+    """A function to call in its own process."""
 
     folder: Path
-    """The folder that the function writes to, which identifies the job. Beside it are ``FOLDER.log`` (standard error),
-    ``FOLDER.lock`` and ``FOLDER.json`` (the function's return value, unless None)."""
+    """Identifies the job; its content is up to the function. ``FOLDER.log`` (standard error), ``FOLDER.lock`` and
+    ``FOLDER.json`` (the function's result, unless None) are beside it."""
     call: str
-    """The function, ``package.module:function``. When called again, it must continue where it stopped and not repeat
-    finished work, since machines that start at the same moment may call it one after the other. With several GPUs it is
-    called in as many processes, started by torchrun."""
+    """The function, as ``package.module:function``. Called again, it must continue where it was stopped and repeat
+    nothing that is finished, because machines that start at the same moment may call it one after the other. With
+    several GPUs, it is called in as many processes, started by torchrun."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the function, JSON data."""
+    """Keyword arguments for the function, as JSON data."""
     name: str = ""
-    """Name in progress messages; if empty, the folder."""
+    """Name of the job in progress messages; if empty, its folder."""
     done: Callable[[], bool] = lambda: False
-    """Return whether there is nothing left to do; raise UserError if the folder holds something else."""
+    """Returns whether nothing is left to do; raises UserError if the folder holds something else."""
     summary: Callable[[], str] = lambda: "done"
-    """Return the message about the job once it has succeeded."""
+    """Returns the message for a job that has succeeded."""
 
     def beside(self, ending: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}.{ending}")
 
     def command(self, processes: int, patience: float = 0.5) -> list[str]:
-        """The command line that runs the job in so many processes.
+        """Return the command line that runs the job with this many processes.
 
         Args:
-            patience: seconds to wait for another process's lease, which may merely be a check whether the job is free.
+            patience: seconds to wait if another process holds the lease, as it may only be checking whether it is free.
         """
         words = [str(self.folder), str(processes), str(patience), self.call, json.dumps(dict(self.arguments))]
         return [sys.executable, "-m", "rome.runs.launchers._job", *words]
 
     def lease(self, **options: Any) -> SoftFileLease:
-        """The lease on the job, not yet acquired."""
+        """Return the lease on the job, not yet acquired."""
         return SoftFileLease(self.beside("lock"), lease_duration=LEASE, **options)
 
     def result(self) -> Any:
-        """Return value of the function's last call; None if it returned nothing."""
+        """Return the result of the function's last call; None if there is none."""
         file = self.beside("json")
         return json.loads(file.read_bytes()) if file.exists() else None
 
     def reason(self) -> str:
-        """Why the job failed, from its log: the last line with an error, or else the last line."""
+        """Return the reason for a failure from the job's log: the last error message, or else the last line."""
         try:
             lines = self.beside("log").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -94,28 +94,28 @@ class Handle(ABC):
     """A job that was started."""
 
     gpus: Sequence[str] = ()
-    """GPUs assigned to the job, as named in CUDA_VISIBLE_DEVICES."""
+    """GPUs assigned to the job, named as in CUDA_VISIBLE_DEVICES."""
     reason: str = ""
-    """Why the job failed, if its log does not say."""
+    """Reason for a failure that the job's log does not contain."""
 
     @abstractmethod
     def poll(self) -> int | None:
-        """The exit code; None while the job is queued or running."""
+        """Return the exit code; None while the job runs or waits in a queue."""
 
     @abstractmethod
     def stop(self, number: int | None) -> None:
-        """Called when the command is stopped: end the job cleanly and wait for it, or let it continue by itself.
+        """Handle a signal that stops the command: shut the job down and wait for it, or leave it running.
 
         Args:
-            number: of the signal; None if the terminal has sent it to the job too.
+            number: of the signal; None if the terminal sent the signal to the job, too.
         """
 
 
 class Launcher(Component):
-    """Runs jobs: on this machine, or in the queue of a cluster."""
+    """The place where jobs run."""
 
     default_kind: ClassVar[str] = "local"
-    stopped: ClassVar[str] = "stopped; the same command continues"
+    stopped: ClassVar[str] = "stopped; run the same command again to continue"
     """Message when a signal stops the command."""
 
     @abstractmethod
@@ -125,21 +125,21 @@ class Launcher(Component):
         """Start jobs.
 
         Args:
-            running: jobs that are running already.
-            at_once: how many jobs may run at a time, over all calls.
-            gpus: number per job; None: one if there are any.
+            running: jobs that are already running.
+            at_once: number of jobs that may run at the same time, over all calls.
+            gpus: GPUs per job; None: one if there are any.
         """
 
     def check(self, *, at_once: int | None, gpus: int | None) -> int | None:
-        """Raise UserError, before anything starts, if this launcher cannot work with these settings.
+        """Raise UserError, before anything is started, if this launcher does not support these options.
 
         Returns:
-            How many started jobs may be unfinished at a time; None: any number, since something else queues them.
+            Maximum number of jobs started and not yet ended; None: unlimited, because an external queue limits them.
         """
         return at_once
 
     def found(self, job: Job) -> Handle | None:
-        """Handle of the job if an earlier command started it and it is still queued or running, as far as is known."""
+        """Return the handle of a job that an earlier command started and that still runs or waits in a queue."""
         return None
 
     def waits(self) -> bool:
@@ -147,18 +147,18 @@ class Launcher(Component):
         return True
 
     def run(self, jobs: Sequence[Job], *, at_once: int | None = None, gpus: int | None = None) -> dict[Path, str]:
-        """Run the jobs that are not finished yet.
+        """Run the jobs that are not done yet.
 
         Args:
-            at_once: how many run at a time; None: one, or as many as the launcher's queue allows.
-            gpus: number per job; None: one if there are any. With several, torchrun starts a process for each.
+            at_once: number of jobs at the same time; None: one, or as many as the launcher's queue allows.
+            gpus: GPUs per job; None: one if there are any. With several, torchrun starts one process per GPU.
 
         Returns:
             Folder -> reason, for the jobs that failed.
 
         Raises:
-            UserError: the launcher cannot work with these settings, or the folder of a job holds something else.
-            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 arrived.
+            UserError: the launcher does not support the options, or a folder holds a different job.
+            Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGUSR2.
         """
         at_once = at_once and min(at_once, max(1, len(jobs)))
         limit = self.check(at_once=at_once, gpus=gpus)
@@ -168,8 +168,8 @@ class Launcher(Component):
             make_folder(folder)
         left = {number: job for number, job in enumerate(jobs, 1) if not job.done()}
         if len(left) < len(jobs):
-            print(f"{len(jobs) - len(left)} of {len(jobs)} are finished already", file=sys.stderr)
-        following = _JobQueue(self, len(jobs), left)
+            print(f"{len(jobs) - len(left)} of {len(jobs)} already finished", file=sys.stderr)
+        following = _Following(self, len(jobs), left)
         with handled(_stop):
             try:
                 following.all(limit, at_once=at_once, gpus=gpus)
@@ -183,8 +183,8 @@ class Launcher(Component):
         return following.failed
 
 
-class _JobQueue:
-    """The jobs of one call, by number: waiting to be started, running, or held by another process."""
+class _Following:
+    """State of the jobs in one call, by number: waiting to be started, running, or claimed by another process."""
 
     def __init__(self, launcher: Launcher, total: int, jobs: dict[int, Job]) -> None:
         self.launcher, self.total, self.jobs = launcher, total, jobs
@@ -199,7 +199,7 @@ class _JobQueue:
             if handle := self.launcher.found(self.jobs[number]):
                 self._begin(number, handle)
         if self.running and self.launcher.waits():
-            print(f"{len(self.running)} are already running or queued", file=sys.stderr, flush=True)
+            print(f"{len(self.running)} already running or in the queue", file=sys.stderr, flush=True)
         looks = 0
         while self.waiting or self.running or self.elsewhere:
             room = len(self.waiting) if limit is None else limit - len(self.running)
@@ -216,8 +216,8 @@ class _JobQueue:
                 for number, handle in zip(chosen, handles, strict=True):
                     self._begin(number, handle)
             if not self.launcher.waits():
-                there = f"{len(self.running)} are running or queued"
-                print(f"{there}; the same command shows their progress", file=sys.stderr)
+                there = f"{len(self.running)} running or in the queue"
+                print(f"{there}; run the same command again to see their progress", file=sys.stderr)
                 return
             time.sleep(POLL)
             for number, handle in list(self.running.items()):
@@ -238,7 +238,7 @@ class _JobQueue:
         self.began.setdefault(number, time.monotonic())
 
     def _free(self, number: int) -> bool:
-        """Whether no other process is working on the job. If one is, the job remains with it until it ends or dies."""
+        """Whether this command may start the job; if another process works on it, wait until that ends or dies."""
         job = self.jobs[number]
         lease = self.elsewhere.get(number) or job.lease()
         try:
@@ -250,9 +250,9 @@ class _JobQueue:
                 return False
         except Timeout:
             if number not in self.elsewhere:
-                # kept and asked again: it remembers how long there has been no sign of life
+                # Keep this lease object for the next try: it records since when there was no sign of life.
                 self.elsewhere[number] = lease
-                self._say(number, f"{owner(lease)} works on it; waiting")
+                self._say(number, f"{owner(lease)} is working on it; waiting")
             return False
         except (OSError, UserError) as error:
             self.elsewhere.pop(number, None)
@@ -269,12 +269,12 @@ class _JobQueue:
         del self.running[number]
         job = self.jobs[number]
         if code == HELD:
-            self.waiting.append(number)  # then it turns out to be held by another process
+            self.waiting.append(number)  # the next try finds that another process has it
         elif code == REQUEUE:
             self.waiting.append(number)
-            self._say(number, "stopped and saved; it will continue")
+            self._say(number, "stopped and saved; it will be continued")
         elif code < 0:
-            self._fail(number, f"killed by {signal.Signals(-code).name}; the same command continues")
+            self._fail(number, f"killed by {signal.Signals(-code).name}; run the same command again to continue")
         elif code:
             self._fail(number, handle.reason or job.reason() or f"exit code {code}")
         else:
@@ -290,16 +290,21 @@ class _JobQueue:
 
 
 def owner(lease: SoftFileLease) -> str:
-    """The process that holds a lease, for messages."""
+    """Describe the process that holds a lease."""
     known = lease.owner
     return "another process" if known is None else f"process {known.pid} on {known.hostname.partition('?')[0]}"
 
 
 def require_done(failed: Mapping[Any, str], jobs: int) -> None:
-    """Raise UserError if any of so many jobs failed, with a line for each; ``failed`` maps a name to the reason."""
+    """Raise UserError, with one line per failure, if any of the jobs failed.
+
+    Args:
+        failed: name -> reason.
+        jobs: number of all jobs.
+    """
     if failed:
         reasons = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
-        raise UserError(f"{len(failed)} of {jobs} failed; the same command tries them again\n{reasons}")
+        raise UserError(f"{len(failed)} of {jobs} failed; run the same command again to retry\n{reasons}")
 
 
 def _stop(number: int, frame: object) -> None:
@@ -307,10 +312,10 @@ def _stop(number: int, frame: object) -> None:
 
 
 def chosen_launcher(text: str | None) -> Launcher:
-    """Parse a launcher's name (``submitit``) or its settings as YAML (``{kind: submitit, partition: gpu}``).
+    """Parse a launcher from its name (``submitit``) or settings in YAML (``{kind: submitit, partition: gpu}``).
 
     Raises:
-        UserError: unknown launcher, or invalid settings.
+        UserError: there is no such launcher, or its settings are invalid.
     """
     try:
         return TypeAdapter(Launcher).validate_python({} if text is None else parse_yaml(text))

@@ -1,4 +1,4 @@
-"""Jobs as processes on this machine."""
+"""The launcher for processes on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Local(Launcher):
-    """Processes on this machine, which divide its GPUs and CPU cores among themselves."""
+    """Processes on this machine, each with its own GPUs and CPU cores."""
 
     kind = "local"
 
@@ -24,7 +24,7 @@ class Local(Launcher):
         there, jobs = visible_gpus(), at_once or 1
         if gpus and gpus > len(there):
             raise UserError(
-                f"--gpus-per-job {gpus}, but {len(there)} GPUs are visible here"
+                f"--gpus-per-job is {gpus}, but {len(there)} GPUs are visible here"
                 f"{f' ({GPUS}={os.environ[GPUS]})' if GPUS in os.environ else ''}; give at most that many"
             )
         each = min(1, len(there)) if gpus is None else gpus
@@ -52,13 +52,13 @@ class _Process(Handle):
         return self.process.poll()
 
     def stop(self, number: int | None) -> None:
-        if number is not None:  # otherwise the terminal has sent the signal to the process too
+        if number is not None:  # a signal from the terminal reaches the process by itself
             self.process.terminate()
         self.process.wait()
 
 
 def shared_gpus(jobs: int, running: Sequence[Handle], gpus: int | None) -> list[list[str] | None]:
-    """GPUs for each of so many new jobs, the least used first; None if there are no GPUs and ``gpus`` is None."""
+    """Assign GPUs to each new job, the least used first; None if this machine has none and ``gpus`` is None."""
     there, uses = visible_gpus(), Counter(gpu for handle in running for gpu in handle.gpus)
     shares: list[list[str] | None] = []
     for _ in range(jobs):
@@ -69,7 +69,7 @@ def shared_gpus(jobs: int, running: Sequence[Handle], gpus: int | None) -> list[
 
 
 def seeing(gpus: Sequence[str] | None) -> dict[str, str]:
-    """The environment variable that restricts a process to these GPUs; no variable for None."""
+    """Environment variable that limits a process to these GPUs; empty for None."""
     return {} if gpus is None else {GPUS: ",".join(gpus)}
 
 
@@ -79,12 +79,12 @@ def start_process(job: Job, processes: int, environment: dict[str, str]) -> subp
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES (numbers, UUIDs or MIG instances). Does not
-    initialise CUDA."""
+    """List the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES (numbers, UUIDs or names of MIG
+    instances), without initializing CUDA."""
     if GPUS in os.environ:
         names = [name.strip() for name in os.environ[GPUS].split(",")]
         for place, name in enumerate(names):
-            if name in ("", "-1", "NoDevFiles"):  # CUDA stops reading here; SLURM writes NoDevFiles for none
+            if name in ("", "-1", "NoDevFiles"):  # CUDA stops reading here; SLURM writes NoDevFiles for no GPUs
                 return names[:place]
         return names
     import torch
@@ -93,5 +93,5 @@ def visible_gpus() -> list[str]:
 
 
 def cores() -> int:
-    """Number of CPU cores that this process may use; a container or SLURM job may have fewer than the machine."""
+    """Number of CPU cores that this process may use; containers and SLURM jobs may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

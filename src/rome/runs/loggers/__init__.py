@@ -1,4 +1,4 @@
-"""Loggers of trainings and evaluations: one file each, selected by ``kind``."""
+"""Loggers, which record the numbers of a run: one file for each, selected by ``kind``."""
 
 from rome.runs.loggers.base import Logger, Loggers, Tracked, Tracking, Writer, tracking
 from rome.runs.loggers.tensorboard import TensorBoard

@@ -1,8 +1,8 @@
-"""The interface of all loggers: settings (:class:`Logger`) that open a :class:`Writer`, and :class:`Tracking`, which
-keeps a failing logger from ending the work.
+"""The interface of loggers: settings (:class:`Logger`) that open a :class:`Writer`, and protection of a training or
+evaluation from a logger that fails.
 
-A tracker's server is set by its own environment variables and login, never by a config, so that a config from somebody
-else cannot send your results to strangers.
+The destination of a tracker is determined by its own environment variables and login, never by a config, so that a
+config from someone else cannot send data to strangers.
 """
 
 from __future__ import annotations
@@ -28,63 +28,62 @@ from rome.core.files import replace_file
 from rome.core.plain_data import parse_json
 
 IDS = "loggers.json"
-"""File in a run's folder with the run's id in each tracker."""
+"""Name of the file in a run's folder with the run's id in each tracker."""
 Status = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run that is logged."""
+    """The run to log."""
 
     folder: Path
     name: str
     config: dict[str, Any]
     after: int | None = None
-    """The update that a resumed run continues from: values logged for later updates are void, since that work is done
-    again. None: nothing is void."""
+    """Update that a resumed run restarts from; numbers logged for later updates are obsolete. None: none are."""
     id: str = ""
-    """:attr:`Writer.id` of the run when it was opened before; empty for a new run."""
+    """:attr:`Writer.id` from when the run was opened before; empty for a new run."""
 
     @property
     def unique_name(self) -> str:
-        """Name with a random suffix, for trackers that identify runs by name only."""
+        """A unique name, for trackers that identify a run by its name."""
         return f"{self.name}-{uuid4().hex[:6]}"
 
 
 class Writer(ABC):
-    """An open run of a tracker. Exceptions of its methods end the logging and nothing else."""
+    """A run opened in a tracker. Exceptions from its methods end only the logging."""
 
     id: str = ""
-    """The run's id in the tracker; empty if the run's folder suffices to find it again."""
+    """The run's id in the tracker, to open it again; empty if the run's folder suffices."""
 
     @abstractmethod
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name (``epoch/accuracy/L1``) after ``step`` updates."""
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
-        """Log an image, uint8 (H, W, 3); does nothing unless overridden."""
+        """Log an image, uint8 (H, W, 3); trackers without images need not implement this."""
 
     @abstractmethod
     def close(self, status: Status) -> None:
-        """Write remaining values and close; the run may be opened again."""
+        """Write the remaining values and close; the run may be opened again."""
 
 
 class Logger(Component):
-    """A logger of a run's numbers and pictures, and its settings."""
+    """A destination for the numbers of a run."""
 
     package: ClassVar[str] = ""
-    """Package that must be installed; also the name of the extra of rome-robust that installs it."""
+    """The package it requires, which is also the name of the extra that installs it."""
 
     @abstractmethod
     def open(self, run: Tracked) -> Writer:
-        """Start a run, or continue the one with :attr:`Tracked.id`."""
+        """Start a run in the tracker, or reopen the one with :attr:`Tracked.id`."""
 
     def check(self) -> None:
         """Raise UserError if the logger's package is not installed."""
         if self.package and find_spec(self.package) is None:
             raise UserError(
                 f"loggers: {self.kind} needs the package {self.package}, which is not installed: "
-                f"pip install 'rome-robust[{self.package}]', or take {self.kind} out of loggers"
+                f"pip install 'rome-robust[{self.package}]', or remove {self.kind} from loggers"
             )
 
 
@@ -92,12 +91,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict, Logger)) else value
 
 
-Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_as_list, json_schema_input_type=Logger | tuple[Logger, ...])]
-"""Several loggers, or one."""
+Loggers = Annotated[tuple[Logger, ...], BeforeValidator(_alone, json_schema_input_type=Logger | tuple[Logger, ...])]
+"""One or more loggers."""
 
 
 class Tracking:
-    """The open writers; one that raises an exception is reported and not used any more."""
+    """The open writers of a run. A writer that raises an exception is reported and then removed."""
 
     def __init__(self) -> None:
         self.writers: dict[str, Writer] = {}
@@ -118,12 +117,11 @@ class Tracking:
 
     @contextmanager
     def survived(self, kind: str) -> Iterator[None]:
-        """Drop the logger if the body raises an exception. What libraries print goes to standard error, since standard
-        output is for results."""
+        """Remove the logger if the block raises. Redirect its standard output, which is for results, to stderr."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # libraries may raise anything
+        except Exception as error:  # from the tracker's library
             self.writers.pop(kind, None)
             say(f"loggers: {kind} failed ({first_line(error)}); continuing without it")
 
@@ -132,13 +130,12 @@ class Tracking:
 def tracking(
     loggers: Iterable[Logger], folder: Path, name: str, config: dict[str, Any], *, after: int | None = None
 ) -> Iterator[Tracking]:
-    """Open a run's loggers, continuing those that were open before, and close them at the end.
+    """Open the loggers of a run, or reopen those that were open before, and close them at the end.
 
     Args:
-        loggers: to open.
-        folder: the run's folder, in which :data:`IDS` is read and written and local trackers write their files.
-        name: the run's name; if empty, that of its folder.
-        config: the run's config, as plain data.
+        folder: the run's folder, which holds the file :data:`IDS` and the output of local trackers.
+        name: the run's name; if empty, the name of its folder.
+        config: the run's config as plain data.
         after: see :attr:`Tracked.after`.
     """
     tracked, file = Tracking(), folder / IDS

@@ -1,4 +1,4 @@
-"""One CSV file in the run's folder, with one value per line, for any program to read."""
+"""The logger for a CSV file in the run's folder, with one number per line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "metrics.csv"
 
 
 class Csv(Logger):
-    """A file metrics.csv in the run's folder, with the columns update, name and value."""
+    """The file metrics.csv in the run's folder, with the columns update, name and value."""
 
     kind = "csv"
 
@@ -27,8 +27,8 @@ class _CsvWriter(Writer):
             replace_file(path, (",".join(columns) + "\n").encode())
         elif run.after is not None:
             with path.open(newline="", encoding="utf-8") as file:
-                whole = (row for row in csv.DictReader(file) if row["value"])  # a kill may truncate the last row
-                rows = [row for row in whole if int(row["update"]) <= run.after]
+                complete = (row for row in csv.DictReader(file) if row["value"])  # a kill may cut the last row short
+                rows = [row for row in complete if int(row["update"]) <= run.after]
             replace_file(path, (csv_text(rows) if rows else ",".join(columns) + "\n").encode())
         self.file = path.open("a", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""MLflow, through its client only, so that the active run of a program that uses rome does not change."""
+"""The logger for MLflow. It uses only MLflow's client, so the active run of a program that calls rome is unaffected."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rome.core.files import flatten
 from rome.runs.loggers.base import Logger, Status, Tracked, Writer
 
 SECONDS = 5
-"""Least time between writes: each is a request or a database transaction."""
+"""Minimum time between two writes, each of which is a request or a database transaction."""
 MOST = 1000
-"""Most values per request that MLflow accepts."""
+"""Maximum number of values in a request (MLflow's limit)."""
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MLflow(Logger):
-    """MLflow, on the server or in the store of MLFLOW_TRACKING_URI; by default a database in this folder."""
+    """MLflow, in the store or on the server of MLFLOW_TRACKING_URI, or else in a database in the current directory."""
 
     kind = "mlflow"
     package = "mlflow"
     experiment: str = "rome"
-    """Name of the MLflow experiment that runs are added to."""
+    """MLflow experiment that the run belongs to."""
 
     def open(self, run: Tracked) -> Writer:
         return _MLflowWriter(self, run)

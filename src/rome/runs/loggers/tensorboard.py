@@ -1,4 +1,4 @@
-"""TensorBoard's event files in the run's folder."""
+"""The logger for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Logger):
-    """TensorBoard event files in the run's folder; to view them: tensorboard --logdir runs."""
+    """TensorBoard event files in the run's folder; to view them, run tensorboard --logdir runs."""
 
     kind = "tensorboard"
 
@@ -25,8 +25,8 @@ class _TensorBoardWriter(Writer):
     def __init__(self, run: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purged = None if run.after is None else run.after + 1
-        self.board: Any = SummaryWriter(str(run.folder / FOLDER), purge_step=purged)
+        purge_step = None if run.after is None else run.after + 1
+        self.board: Any = SummaryWriter(str(run.folder / FOLDER), purge_step=purge_step)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

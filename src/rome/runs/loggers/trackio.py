@@ -1,4 +1,4 @@
-"""Trackio, Hugging Face's tracker, which stores runs on this machine or in a Space."""
+"""The logger for Trackio, Hugging Face's tracker, which stores runs on this machine or in a Space."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rome.runs.loggers.base import Logger, Status, Tracked, Writer
 
 
 class Trackio(Logger):
-    """Trackio, on this machine or at TRACKIO_SPACE_ID or TRACKIO_SERVER_URL; to view it: trackio show."""
+    """Trackio, on this machine or in TRACKIO_SPACE_ID or TRACKIO_SERVER_URL; to view the runs, run trackio show."""
 
     kind = "trackio"
     package = "trackio"
     project: str = "rome"
-    """Name of the project that runs are added to."""
+    """Trackio project that the run belongs to."""
     group: str | None = None
-    """Name of a group of runs shown together, such as the seeds of one setting."""
+    """Name of a group of runs to show together, such as those that differ only in the seed."""
 
     def open(self, run: Tracked) -> Writer:
         return _TrackioWriter(self, run)

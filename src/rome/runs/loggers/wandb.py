@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""The logger for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ AXIS = "updates"
 
 
 class Wandb(Logger):
-    """Weights & Biases; with WANDB_MODE=offline it writes to the run's folder, for a later upload by wandb sync."""
+    """Weights & Biases; WANDB_MODE=offline writes to the run's folder, to upload later with wandb sync."""
 
     kind = "wandb"
     package = "wandb"
     project: str = "rome"
-    """Name of the project that runs are added to."""
+    """Weights & Biases project that the run belongs to."""
     group: str | None = None
-    """Name of a group of runs shown together, such as the seeds of one setting."""
+    """Name of a group of runs to show together, such as those that differ only in the seed."""
     tags: Names = ()
-    """Tags of the run, to filter by."""
+    """Tags to find the run by."""
 
     def open(self, run: Tracked) -> Writer:
         return _WandbWriter(self, run)
@@ -46,9 +46,9 @@ class _WandbWriter(Writer):
             resume="allow",
             config=run.config,
             dir=None if "WANDB_DIR" in os.environ else run.folder,
-            settings=wandb.Settings(console="off"),  # which would record the progress bar
+            settings=wandb.Settings(console="off"),  # do not record the progress bar
         )
-        # wandb's own steps cannot go back, so they could not log again the updates that a kill undid.
+        # wandb's own steps cannot decrease, so the updates that a killed run repeats could not be logged with them.
         self.run.define_metric(AXIS)
         self.run.define_metric("*", step_metric=AXIS)
 
