@@ -122,7 +122,7 @@ class Paper(Settings):
 
 
 class Config(Settings):
-    """All settings of a run: data, model, training and evaluation."""
+    """Everything that determines a run."""
 
     name: Annotated[str, AfterValidator(check_name)] = ""
     """Name of the run in tables, and of its folder unless ``--out`` is given; if empty, the config file's name."""
@@ -131,7 +131,7 @@ class Config(Settings):
     seed: Seed = 0
     """Seed for everything random in training: initialization, order of the examples, augmentation, attacks."""
     epochs: int = Field(default=20, ge=1)
-    """Number of passes over the training examples."""
+    """Passes over the training examples."""
     natural_epochs: int = Field(default=0, ge=0)
     """Number of initial epochs, out of ``epochs``, that train on clean images, without any loss that separates threats:
     a warm-up for models that are not pretrained. Equal to ``epochs``: standard training."""
@@ -151,7 +151,7 @@ class Config(Settings):
     """Images that PGD, APGD and MSD process at once in training: lower it if a method attacks more images than fit into
     memory. The results are the same up to rounding. null: all images that the method attacks."""
     compile: bool = False
-    """Compile the model for training with ``torch.compile``, block by block."""
+    """Compile the model for training, block by block."""
     graphs: Literal["auto"] | bool = "auto"
     """Replay attacks and training steps as CUDA graphs, with the same results; ``auto``: only on CUDA devices."""
     workers: int = Field(default=0, ge=0)
@@ -174,7 +174,7 @@ class Config(Settings):
     """The threats to train against: ``cifar10``, ``imagenet``, ``digits``, or a list such as
     ``[{norm: linf, eps: 8/255}]``. If empty, the usual budgets for the data set."""
     optimizer: Optimizer = Field(default_factory=AdamW)
-    """The optimizer, ``adamw`` or ``sgd``, with the peak learning rate."""
+    """``adamw`` or ``sgd``, with the peak learning rate."""
     schedule: Schedule = Field(default_factory=Schedule)
     """The learning rate over the course of training."""
     validation: Validation | None = None
@@ -234,16 +234,16 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
             import_own(module)
-        except Exception as error:  # a user's module may raise anything
+        except Exception as error:  # whatever the user's module raises
             problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
-            raise UserError(f"{_nearest_place(places, ('imports',))}imports: {problem}") from error
+            raise UserError(f"{_place(places, ('imports',))}imports: {problem}") from error
     try:
         config = Config.model_validate(data)
         found: dict[tuple[str | int, ...], str] = dict(_contradictions(config))
     except ValidationError as error:
         found = mistakes(error)
     if found:
-        raise UserError("\n".join(_format_mistake(places, path, message) for path, message in found.items()))
+        raise UserError("\n".join(_explained(places, path, message) for path, message in found.items()))
     return config
 
 
@@ -263,7 +263,7 @@ def parse_threats(value: Any, place: str) -> tuple[Threat, ...]:
     try:
         return _Threats.model_validate({"threats": value}).threats
     except ValidationError as error:
-        lines = [_format_mistake({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
+        lines = [_explained({("threats",): place}, *mistake) for mistake in mistakes(error).items()]
         raise UserError("\n".join(lines)) from None
 
 

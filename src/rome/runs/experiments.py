@@ -1,4 +1,4 @@
-"""The configs shipped with rome: the rows of the paper's tables, and small versions of them."""
+"""The configs that come with rome: the rows of the paper's tables, and small versions of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def listing(pattern: str = "*") -> list[tuple[str, str]]:
     """
     rows = []
     for path in files(pattern):
-        facts = _read_merged(path)
+        facts = _plain(path)
         text = facts["about"]
         if paper := facts.get("paper"):
             numbers = ", ".join(f"{name} {value:g}" for name, value in paper.get("numbers", {}).items())
@@ -53,7 +53,7 @@ def _plain(path: Path) -> dict[str, Any]:
     """Read a file and its parents, merged at the top level only, which is enough for keys that are not nested."""
     data: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     parent = data.get("extends")
-    return {**_read_merged((path.parent / parent).resolve()), **data} if parent else data
+    return {**_plain((path.parent / parent).resolve()), **data} if parent else data
 
 
 def copy_to(out: Path, patterns: Iterable[str] = ("*",), overwrite: bool = False) -> list[Path]:

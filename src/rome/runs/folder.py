@@ -11,7 +11,7 @@
   (:mod:`rome.runs.loggers`)
 - ``train.lock``: present while a process trains in the folder; ``train.soft.lock`` if the file system has no locks
 - ``evaluation/SUITE/``: results of ``rome evaluate``; those for the best weights are in ``evaluation-best/``, those for
-  ``last.pt`` in ``evaluation-unfinished/``
+  ``last.pt`` in ``evaluation-unfinished/``, and those under other budgets in folders with ``-budgets`` appended
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Run:
             raise UserError(f"{self.folder} cannot be used ({error.strerror}); choose another --out") from error
         try:
             others = () if self.config_file.exists() else self.folder.iterdir()
-            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run killed early leaves these
+            if any(file.suffix not in (".partial", ".lock") for file in others):  # a run leaves these before its config
                 raise UserError(f"{self.folder} is not empty and holds no run; choose another --out")
-            return self._prepare_claimed(config, resume=resume, overwrite=overwrite, data=data)
+            return self._ready(config, resume=resume, overwrite=overwrite, data=data)
         except BaseException as error:
             self.release()
             if isinstance(error, OSError) and (line := explain(error)):
@@ -154,14 +154,12 @@ class Run:
             with warnings.catch_warnings(action="ignore"):  # for some of _NO_LOCKS, filelock falls back with a warning
                 self._lock.acquire()
         except OSError as error:
-            if error.errno not in _UNSUPPORTED_LOCKS:
+            if error.errno not in _NO_LOCKS:
                 raise
             self._lock = SoftFileLock(self.folder / "train.soft.lock", timeout=0)
             self._lock.acquire()
 
-    def _prepare_claimed(
-        self, config: Config, *, resume: bool, overwrite: bool, data: Split | None
-    ) -> dict[str, Any] | None:
+    def _ready(self, config: Config, *, resume: bool, overwrite: bool, data: Split | None) -> dict[str, Any] | None:
         if overwrite and not resume:
             self._clear()
         elif self.finished:
@@ -187,7 +185,7 @@ class Run:
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
-        return self._load_latest() if self.has_checkpoint else None
+        return self._latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
         """Differences between the user's current code and the code that this run started with."""
@@ -226,7 +224,7 @@ class Run:
             kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no previous checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
-                "and continue with --resume"
+                "and go on with --resume"
             ) from error
 
     def _latest(self) -> dict[str, Any]:
@@ -235,8 +233,8 @@ class Run:
         Raises:
             UserError: both are damaged (:meth:`load_checkpoint`).
         """
-        damage = _describe_damage(self.checkpoint_file)
-        if damage and not _describe_damage(self.before_file):
+        damage = _damage(self.checkpoint_file)
+        if damage and not _damage(self.before_file):
             os.replace(self.before_file, self.checkpoint_file)
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
@@ -255,7 +253,7 @@ class Run:
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
-        if damage := _describe_damage(file):
+        if damage := _damage(file):
             raise UserError(f"{file} cannot be read ({damage}); restore it, or {advice}")
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(f"{file} is not a checkpoint of this version; {advice}")
@@ -274,7 +272,7 @@ class Run:
             return []
         lines = []
         for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # truncated by a kill
+            with suppress(json.JSONDecodeError):  # a kill cut it short
                 lines.append(json.loads(line))
         return lines
 
@@ -308,9 +306,10 @@ class Run:
 
     def _clear(self) -> None:
         """Remove only the files that a run writes; the config last, because without it the folder holds no run."""
-        evaluations = [self.folder / f"evaluation{which}" for which in ("", "-best", "-unfinished")]
-        for folder in (self.tensorboard, self.folder / "wandb", *evaluations):
-            shutil.rmtree(folder, ignore_errors=True)
+        weights, budgets = ("", "-best", "-unfinished"), ("", "-budgets")
+        evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
+        for name in (tensorboard.FOLDER, "wandb", *evaluations):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         files = (
             self.checkpoint_file,
             self.before_file,

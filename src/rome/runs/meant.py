@@ -15,7 +15,8 @@ from rome.runs.shipped import located
 DEEPEST = 3
 """Maximum number of parts in the dotted names of :func:`dotted`, which would otherwise recurse forever: threats hold
 attacks, which hold threats."""
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+"""Suffixes of files with weights."""
 
 
 def explained(message: str, key: str, override: str, root: type[Settings]) -> str:

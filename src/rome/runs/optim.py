@@ -48,7 +48,7 @@ class Optimizer(Component):
             groups = list(param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip))
         if self.experts_lr == self.gates_lr == 1:
             return groups
-        scale = self._lr_factors(model)
+        scale = self._scales(model)
         split = []
         for group in groups:
             for factor in dict.fromkeys(scale.get(p, 1.0) for p in group["params"]):

@@ -23,7 +23,7 @@ LOOKED_AT, CLOSE = 16, 0.01
 equal; JPEG libraries agree to about 0.001."""
 _LEAST_FIRST = get_args(SaveImages)
 NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "networks")
-"""Settings of an evaluation that its result does not depend on."""
+"""Settings of an evaluation that do not determine its result."""
 
 
 def data_facts(split: Split) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     """
     places: Places = {}
     data = _read(located(path), places, ())
-    for text in sorted(overrides, key=_override_order):
+    for text in sorted(overrides, key=_depth):
         data = _merge(data, _override(text, places))
     return data, places
 

@@ -56,7 +56,7 @@ class Saver:
             UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        copied, arrived = _copy_to_host(state)
+        copied, arrived = _on_host(state)
         copied |= constant or {}
 
         def write() -> None:

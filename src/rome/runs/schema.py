@@ -39,7 +39,7 @@ def schema(modules: Iterable[str] = ()) -> dict[str, Any]:
         Exception: any exception from importing a module.
     """
     packages = {"rome", *(import_own(name).__name__.partition(".")[0] for name in modules)}
-    return _Builder(packages).build()
+    return _Builder(packages).built()
 
 
 def written(found: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ class _Builder:
         self.classes = {cls.__name__: cls for cls in rome_last}  # rome's, if a user's class has the same name
         self.definitions: dict[str, Any] = {}
 
-    def build(self) -> dict[str, Any]:
+    def built(self) -> dict[str, Any]:
         own = self._settings(Config)
         own["properties"] = {
             "extends": {"type": "string", "description": "A config file to inherit from, relative to this file."},
@@ -75,7 +75,7 @@ class _Builder:
             if name not in self.definitions and not issubclass(self.classes[name], Component):
                 self.definitions[name] = {}  # before the recursion, as it may contain itself
                 self.definitions[name] = self._settings(self.classes[name])
-        documented = _attribute_docs(cls)
+        documented = _documented(cls)
         properties = {}
         for name, field in cls.model_fields.items():
             found = {key: value for key, value in made["properties"][name].items() if key not in _NOISE}
@@ -85,13 +85,13 @@ class _Builder:
                 found |= {key: value for key, value in limits.items() if value is not None}
             if name in documented:
                 found["description"] = documented[name]
-            default = None if field.is_required() else _plain_default(field.get_default(call_default_factory=True))
+            default = None if field.is_required() else _plain(field.get_default(call_default_factory=True))
             if not field.is_required() and default not in ((), [], {}, ""):
                 found["default"] = default
             properties[name] = found
         return {
             "type": "object",
-            "description": _plain_text(inspect.getdoc(cls) or ""),
+            "description": _words(inspect.getdoc(cls) or ""),
             "properties": properties,
             "additionalProperties": False,
         }
@@ -99,7 +99,7 @@ class _Builder:
     def _followed(self, part: Any) -> Any:
         """Replace component families in a part of pydantic's schema by references."""
         if isinstance(part, list):
-            return [self._with_references(each) for each in part]
+            return [self._followed(each) for each in part]
         if not isinstance(part, dict):
             return part
         if FAMILY in part:
@@ -117,7 +117,7 @@ class _Builder:
         self.definitions[name] = {}  # before the recursion, as members may contain members
         found = cls.members().items()
         members = {kind: member for kind, member in found if member.__module__.partition(".")[0] in self.packages}
-        kinds = [{"const": kind, "description": _plain_text(member.summary())} for kind, member in members.items()]
+        kinds = [{"const": kind, "description": _words(member.summary())} for kind, member in members.items()]
         cases, every = [], dict[str, list[Any]]()
         for kind, member in members.items():
             definition = f"{name}.{kind}"
@@ -134,7 +134,7 @@ class _Builder:
         any_kind = {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in every.items()}
         self.definitions[name] = {
             "title": cls.__name__.lower(),
-            "description": _plain_text(inspect.getdoc(cls) or ""),
+            "description": _words(inspect.getdoc(cls) or ""),
             "anyOf": [*kinds, {"type": "object", "title": f"settings of one {cls.__name__.lower()}"}],
             "if": {"type": "object"},
             "then": {
@@ -152,10 +152,10 @@ class _Builder:
         return {"$ref": REFERENCE.format(model=f"{family}.{cls.kind}")}
 
 
-def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+def _below(cls: type[Any]) -> Iterator[type[Any]]:
     for below in cls.__subclasses__():
         yield below
-        yield from _subclasses(below)
+        yield from _below(below)
 
 
 def _plain(value: Any) -> Any:
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
             return value.dump()
         return value.kind if value == usual else value.dump()
     if isinstance(value, (list, tuple)):
-        return [_plain_default(each) for each in value]
+        return [_plain(each) for each in value]
     if isinstance(value, Settings):
         return {}
     return to_jsonable_python(value)
@@ -178,7 +178,7 @@ def _documented(cls: type[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
-            found |= _attribute_docs_of_module(base.__module__).get(base.__name__, {})
+            found |= _documented_in(base.__module__).get(base.__name__, {})
     return found
 
 
@@ -192,7 +192,7 @@ def _documented_in(module: str) -> dict[str, dict[str, str]]:
         for line, text in pairwise(node.body):
             match line, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                    found.setdefault(node.name, {})[name] = _plain_text(inspect.cleandoc(said))
+                    found.setdefault(node.name, {})[name] = _words(inspect.cleandoc(said))
     return found
 
 

@@ -28,7 +28,7 @@ from rome.runs.launchers.base import HELD, Job, owner
 def work(job: Job, processes: int, patience: float) -> int:
     """Claim the job, run it and return the exit code."""
     if processes == 0:
-        return _call(job)
+        return _called(job)
     children: list[subprocess.Popen[bytes]] = []
 
     def lose(compromise: object) -> None:
@@ -45,10 +45,10 @@ def work(job: Job, processes: int, patience: float) -> int:
         say(f"{owner(lease)} is working on {job.folder}")
         return HELD
     with held:
-        return _call(job) if processes == 1 else _call_with_torchrun(job, processes, children)
+        return _called(job) if processes == 1 else _together(job, processes, children)
 
 
-def _call(job: Job) -> int:
+def _called(job: Job) -> int:
     module, _, name = job.call.partition(":")
     result = getattr(importlib.import_module(module), name)(**job.arguments)
     if result is not None and is_first():
@@ -56,7 +56,7 @@ def _call(job: Job) -> int:
     return 0
 
 
-def _call_with_torchrun(job: Job, processes: int, children: list[subprocess.Popen[bytes]]) -> int:
+def _together(job: Job, processes: int, children: list[subprocess.Popen[bytes]]) -> int:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     stopped: list[int] = []
 

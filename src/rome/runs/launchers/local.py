@@ -89,7 +89,7 @@ def visible_gpus() -> list[str]:
         return names
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]  # through NVML
+    return [str(number) for number in range(torch.cuda.device_count())]  # asks NVML
 
 
 def cores() -> int:

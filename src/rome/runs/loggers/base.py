@@ -79,7 +79,7 @@ class Logger(Component):
         """Start a run in the tracker, or reopen the one with :attr:`Tracked.id`."""
 
     def check(self) -> None:
-        """Raise UserError if the logger's package is not installed."""
+        """Raise UserError if its package is not installed."""
         if self.package and find_spec(self.package) is None:
             raise UserError(
                 f"loggers: {self.kind} needs the package {self.package}, which is not installed: "
@@ -87,7 +87,7 @@ class Logger(Component):
             )
 
 
-def _as_list(value: Any) -> Any:
+def _alone(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict, Logger)) else value
 
 
