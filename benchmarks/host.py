@@ -20,7 +20,7 @@ import torch
 import common
 from rome import add_experts, create_model
 from rome.attacks import PGD
-from rome.attacks.checks import checked_later
+from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import frozen, graphed
 from rome.core import graphs
 from rome.core.graphs import Graphs
@@ -69,7 +69,7 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
     method = Random()
 
     def update() -> None:
-        with checked_later() as settle:
+        with deferred_checks() as settle:
             step(method, context, x, y, last=True)
             model.zero_grad(set_to_none=True)
             settle()

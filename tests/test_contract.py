@@ -122,7 +122,7 @@ def test_an_attack(attack: Attack, model: nn.Module, x: Tensor) -> None:
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
     assert flags == [(module.training, *(p.requires_grad for p in module.parameters())) for module in model.modules()]
-    assert not attack.unsuited(3)
+    assert not attack.unsupported_reason(3)
     assert len(attack.run(model, x[:0], y[:0], threat).images) == 0
 
 
@@ -144,7 +144,7 @@ def test_a_method(method: Method, x: Tensor) -> None:
     regularizer = None if method.own_experts else Regularizer.of_kind("diversification")()
     context = context_of(
         model,
-        threats=method.trained(tuple(CIFAR10), PGD(steps=1)),
+        threats=method.training_threats(tuple(CIFAR10), PGD(steps=1)),
         attack=PGD(steps=1),
         regularizer=regularizer,
         lr=1e-3,
@@ -246,7 +246,7 @@ def test_a_suite(suite: Suite) -> None:
     assert len({each.name for each in cases}) == len(cases)
     for each in cases:
         for attack in each.attacks:
-            searcher, inside = each.threat.searched_by(attack)
+            searcher, inside = each.threat.resolve_attack(attack)
             searcher.steps_for(inside)
 
 
@@ -316,7 +316,9 @@ def test_one_file_adds_an_attack_and_one_a_method(dropped: None, model: nn.Modul
         }
     )
     own = copy.deepcopy(model).train()
-    context = context_of(own, threats=config.method.trained(tuple(CIFAR10), config.attack), attack=config.attack)
+    context = context_of(
+        own, threats=config.method.training_threats(tuple(CIFAR10), config.attack), attack=config.attack
+    )
     outcome = config.method.loss(context, x, torch.tensor([0, 1, 2, 3]))
     outcome.loss.backward()
     assert outcome.labels.tolist() == [0, 0, 0, 0]

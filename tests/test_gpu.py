@@ -197,7 +197,7 @@ def test_the_parts_of_autoattack_find_the_same_with_graphs() -> None:
         for threat in CIFAR10:
             ball = threat.model_copy(update={"eps": threat.eps / 8})
             found = []
-            for graphs in (None, Graphs(whole=False)):
+            for graphs in (None, Graphs(whole_searches=False)):
                 with graphed(model, graphs), frozen(model), torch.no_grad():
                     seeded = torch.Generator().manual_seed(0)
                     found.append(attack.run(model, x, y, ball, generator=seeded))

@@ -211,7 +211,7 @@ def test_max_takes_the_flow_where_its_loss_is_the_largest_and_the_ball_elsewhere
 )
 def test_any_threat_may_be_named_where_threats_are_named(method: dict[str, Any], trained: list[str]) -> None:
     config = tiny(threats=[LINF.dump(), L2.dump(), FLOW.dump()], method=method, attack__steps=1)
-    assert [threat.name for threat in config.method.trained(config.threats, config.attack)] == trained
+    assert [threat.name for threat in config.method.training_threats(config.threats, config.attack)] == trained
 
 
 def test_e_at_counts_what_the_threats_own_attack_fools(batch: tuple[Tensor, Tensor]) -> None:

@@ -682,7 +682,7 @@ GOOD = (torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64), MIXED["Linf"]
 @pytest.mark.parametrize(
     ("x", "y", "threat", "message"),
     [
-        (3 * GOOD[0], GOOD[1], GOOD[2], r"images must lie in \[0, 1\]"),
+        (3 * GOOD[0], GOOD[1], GOOD[2], r"images must be in \[0, 1\]"),
         (GOOD[0] - 0.5, GOOD[1], GOOD[2], "put the normalisation inside the model"),
         (GOOD[0].mul(255).byte(), GOOD[1], GOOD[2], "float32"),
         (GOOD[0][0], GOOD[1], GOOD[2], r"\(B, C, H, W\)"),
@@ -781,7 +781,7 @@ def test_a_model_that_changes_its_images_is_noticed_where_no_gradient_tells() ->
 def test_an_image_slightly_outside_the_box_is_refused(attack: Attack) -> None:
     x = GOOD[0].clone()
     x[0, 0, 0, 0] = 1.02
-    with pytest.raises(UserError, match="images must lie in"):
+    with pytest.raises(UserError, match="images must be in"):
         attack(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), x, GOOD[1], MIXED["Linf"])
 
 

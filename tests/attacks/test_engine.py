@@ -128,7 +128,7 @@ def test_fast_lpa_searches_in_shapes_that_occur_again() -> None:
 def test_attacks_inside_of_a_frozen_model_read_what_it_joined(whole: bool, model: nn.Module) -> None:
     """As in an evaluation, which freezes the model around all of its attacks."""
     replay, attack, twin = Replay(), PGD(steps=2), copy.deepcopy(model)
-    with graphed(model, Graphs(whole=whole, capture=replay)), frozen(model):
+    with graphed(model, Graphs(whole_searches=whole, capture=replay)), frozen(model):
         for seed in range(4):
             found, expected = (attack.run(each, *batch(seed), BUDGETS[2]) for each in (model, twin))
             assert equal(found, expected)
@@ -167,14 +167,14 @@ def test_in_evaluation_steps_are_graphs_of_few_shapes(attack: Attack, rows: int,
     """Rows that are added change nothing of the others' answers, but for the rounding of float64."""
     replay = Replay()
     norm = "L1" if attack.kind == "sparsefool" else "Linf"
-    threat = LpBall(norm=norm, eps=0.02) if issubclass(LpBall, attack.searches[0]) else AnyImage()
+    threat = LpBall(norm=norm, eps=0.02) if issubclass(LpBall, attack.accepts[0]) else AnyImage()
     model, x, y = InFloat64(problem.model), problem.x[:7].float(), problem.y[:7]
 
     def search(seed: int) -> Any:
         return attack.run(model, x, y, threat, generator=torch.Generator().manual_seed(seed))
 
     expected = search(0)
-    with graphed(model, Graphs(whole=False, rows=rows, capture=replay)):
+    with graphed(model, Graphs(whole_searches=False, rows=rows, capture=replay)):
         for _ in range(2):
             found = search(0)
             assert torch.equal(found.robust, expected.robust)
@@ -221,7 +221,7 @@ def test_the_experts_of_a_mixture_of_networks_have_graphs_of_their_own() -> None
     with graphed(mixture, Graphs(capture=replay)):
         for _ in range(3):
             for expert in (0, 1):
-                with mixture.apart(expert):
+                with mixture.separate_experts(expert):
                     check(mixture, lambda model, seed: PGD(steps=1).run(model, *batch(seed), BUDGETS[2]), times=1)
     assert replay.captures == 2
 

@@ -352,7 +352,7 @@ def test_alone_it_checks_the_box(images: Tensor) -> None:
     images[1, 0, 0, 0], images[2, 0, 0, 0], images[3, 0, 0, 0] = 1.01, float("nan"), 1.0
     assert threat.contains(images, torch.zeros_like(images)).tolist() == [True, False, False, True]
     assert threat.project(images[:2], images[:2]).amax() == 1.0
-    with pytest.raises(UserError, match=r"LPIPS-self needs a network .*features\.measure"):
+    with pytest.raises(UserError, match=r"LPIPS-self cannot measure without a network: .*features\.measure"):
         threat.size(images, images)
 
 

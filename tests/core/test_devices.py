@@ -20,7 +20,7 @@ from helpers.contexts import context_of
 from helpers.pretend import DEVICE, WAITED, Device, Pretend, WrongDevice, moved
 from helpers.problems import rest_slow
 from rome.attacks import APGD, PGD, Attack
-from rome.attacks.checks import checked_later
+from rome.attacks.checks import deferred_checks
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
 from rome.attacks.suites.base import Case, QuickSuite
 from rome.attacks.suites.unseen import CorruptionsSuite, UnseenSuite
@@ -224,7 +224,7 @@ def updated(
     optimizer = AdamW(lr=1e-3).build(model)
     context = context_of(
         model,
-        threats=method.trained(tuple(CIFAR10), attack),
+        threats=method.training_threats(tuple(CIFAR10), attack),
         attack=attack,
         regularizer=regularizer,
         lr=1e-3,
@@ -252,11 +252,11 @@ def test_an_update_waits_for_nothing_before_its_checks(kind: str, x: Tensor) -> 
     method = Method.of_kind(kind)()
     attack = PGD(steps=2)
     optimizer = AdamW(lr=1e-3).build(model)
-    threats = method.trained(tuple(CIFAR10), attack)
+    threats = method.training_threats(tuple(CIFAR10), attack)
     context = context_of(model, threats=threats, attack=attack, regularizer=Diversification())
     model.train()
     WAITED.clear()
-    with checked_later() as settle:
+    with deferred_checks() as settle:
         method.loss(context, images, labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -50,7 +50,7 @@ def values(split: Split) -> list[int]:
 
 
 def test_images_stand_in_the_order_of_the_hash_of_their_class_and_name(root: Path) -> None:
-    found = listing.listed(root / "train")
+    found = listing.list_images(root / "train")
     names = ["/".join(found[row]) for row in range(len(found.places))]
     assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     assert names == [name.decode() for name in found.keys().to_pylist()]

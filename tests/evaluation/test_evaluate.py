@@ -456,7 +456,7 @@ def test_images_held_as_bytes_are_the_evaluation_of_their_floats(model: nn.Modul
     assert (held.correct == whole.correct).all()
     assert held.settings["data"] == whole.settings["data"]
     assert evaluate(model, x, y, **settings, out=tmp_path).reused == {"result": held.date}
-    with pytest.raises(UserError, match=r"must lie in \[0, 1\], but these lie in \[0, 2\]"):
+    with pytest.raises(UserError, match=r"must be in \[0, 1\], but these are in \[0, 2\]"):
         evaluate(model, Pixels(values, 8), y, **settings)
 
 
@@ -861,7 +861,7 @@ def test_refuses_training_mode(model: nn.Module) -> None:
     [
         (lambda x, y: (x * 16, y), r"lie in \[0, 16\].*divide by 255"),
         (lambda x, y: (x - 0.5, y), r"lie in \[-0.5, 0.5\].*normalisation inside"),
-        (lambda x, y: (x * float("nan"), y), "must lie in .* 12 of 12 contain NaN"),
+        (lambda x, y: (x * float("nan"), y), "must be in .* 12 of 12 contain NaN"),
         (lambda x, y: (x * (1 + 1e-7), y), r"lie in \[0, 1.00000012\].*x.clamp\(0, 1\)"),
         (lambda x, y: (x - 1e-7, y), r"lie in \[-1.0000000\d*e-07, 0.99999\d*\].*x.clamp\(0, 1\)"),
         (lambda x, y: (x.double(), y), r"float32 tensor .* not torch.float64 \(12, 1, 8, 8\)"),

@@ -56,7 +56,7 @@ class Rigged(Attack):
 def prepared(method: EAT, model: nn.Module | None = None, **settings: Any) -> TrainContext:
     model = model or nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     context = context_of(model, **settings)
-    context = replace(context, threats=method.trained(tuple(BUDGETS), context.attack))
+    context = replace(context, threats=method.training_threats(tuple(BUDGETS), context.attack))
     method.prepare(context)
     return context
 
@@ -246,7 +246,7 @@ def test_threats_are_named_among_the_configs() -> None:
         tiny(method={"kind": "eat", "threats": ["L1", "L1"]})
     with pytest.raises(UserError):
         EAT(threats=("L1",))
-    chosen = EAT(threats=("L2", "L1")).trained(tuple(BUDGETS), PGD())
+    chosen = EAT(threats=("L2", "L1")).training_threats(tuple(BUDGETS), PGD())
     assert [threat.name for threat in chosen] == ["L2", "L1"]
 
 

@@ -143,9 +143,9 @@ def test_a_bf16_forward_is_near_that_in_fp32(batch: tuple[Tensor, Tensor]) -> No
 def test_inside_apart_each_part_of_the_batch_meets_one_expert(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     mixture, x = mixture_in(model.eval()), batch[0]
     alone = [network((x - model.mean) / model.std) for network in mixture.networks]
-    with mixture.apart(2, 0):
+    with mixture.separate_experts(2, 0):
         torch.testing.assert_close(model(x), torch.cat([alone[2][:3], alone[0][3:]]))
-        with mixture.apart(1):
+        with mixture.separate_experts(1):
             torch.testing.assert_close(model(x), alone[1])
         with pytest.raises(RuntimeError, match="invalid for input"):
             model(x[:5])

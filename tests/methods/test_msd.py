@@ -184,7 +184,7 @@ def test_a_gradient_that_is_not_finite_is_told() -> None:
 
 def test_images_outside_the_box_are_refused(problem: Problem) -> None:
     model, x, y = problem(2)
-    with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"must be in \[0, 1\]"):
         steepest_descent(model, 2 * x, y, SMALL, SIZES, **SETTINGS)
 
 

@@ -80,7 +80,7 @@ def prepared(
     """The context of a method that was prepared; its networks are float64 as the model."""
     context = context_of(
         model,
-        threats=method.trained(tuple(DIGITS), PGD()),
+        threats=method.training_threats(tuple(DIGITS), PGD()),
         attack=PGD(),
         regularizer=regularizer,
         rank=rank,
@@ -279,15 +279,15 @@ def test_networks_learn_nothing_and_the_attack_leaves_no_gradient(
 
 def test_the_settings_name_networks_and_ignore_the_lp_threats(net: str) -> None:
     method = PAT()
-    threats = method.trained(tuple(DIGITS), PGD())
+    threats = method.training_threats(tuple(DIGITS), PGD())
     assert [threat.name for threat in threats] == ["LPIPS-self", "LPIPS-alexnet"]
     assert all(isinstance(threat, Perceptual) and threat.bound == 0.5 for threat in threats)
     assert method.own_attack == FastLPA.kind
     assert (method.steps, VR().weight) == (10, 0.1)
-    own, fixed = PAT(features=["self", net], layers="blocks.0").trained((), PGD())
+    own, fixed = PAT(features=["self", net], layers="blocks.0").training_threats((), PGD())
     assert (own.dump()["layers"], fixed.dump()["layers"]) == (["blocks.0"], [])
     with pytest.raises(UserError, match="threats of the same name"):
-        PAT(features=("a/net", "b/net")).trained((), PGD())
+        PAT(features=("a/net", "b/net")).training_threats((), PGD())
     with pytest.raises(UserError, match="features"):
         PAT(features=())
 

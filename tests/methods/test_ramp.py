@@ -65,7 +65,7 @@ class Logarithm(nn.Module):
 
 def prepared(method: RAMP, model: nn.Module, *, optimizer: Optimizer | None = None, **settings: Any) -> TrainContext:
     context = replace(context_of(model, **settings), new_optimizer=(optimizer or AdamW()).build)
-    context = replace(context, threats=method.trained(context.threats, context.attack))
+    context = replace(context, threats=method.training_threats(context.threats, context.attack))
     method.prepare(context)
     return context
 
@@ -78,7 +78,7 @@ def by_hand(source: list[list[float]], target: list[list[float]], losses: list[l
         attack._losses[name] = torch.tensor(reported)
     method = RAMP(fusion=None, **settings)
     context = context_of(Logarithm(), attack=attack)
-    context = replace(context, threats=method.trained(tuple(budgets(9, 9, 1)), attack))
+    context = replace(context, threats=method.training_threats(tuple(budgets(9, 9, 1)), attack))
     x = torch.tensor([0.5, 0.3, 0.2]).view(1, 1, 1, 3).repeat(len(source), 1, 1, 1)
     return method.loss(context, x, torch.zeros(len(source), dtype=torch.int64))
 
@@ -379,7 +379,10 @@ def test_a_clean_copy_that_diverges_ends_the_run(tmp_path: Path, monkeypatch: py
 
 
 def test_source_and_target_are_two_of_the_configs_threats() -> None:
-    assert [threat.name for threat in RAMP(source="L2", target="L1").trained(tuple(BUDGETS), PGD())] == ["L2", "L1"]
+    assert [threat.name for threat in RAMP(source="L2", target="L1").training_threats(tuple(BUDGETS), PGD())] == [
+        "L2",
+        "L1",
+    ]
     with pytest.raises(UserError, match=r"ramp trains on Linf, which is missing from threats \(there are L1, L2\)"):
         tiny(method="ramp", threats=[{"norm": "L1", "eps": 1}, {"norm": "L2", "eps": 1}])
     with pytest.raises(UserError, match="name two threats"):

@@ -16,7 +16,7 @@ from helpers.problems import rest_slow
 from helpers.replay import Replay
 from helpers.small_models import grow, tiny_vit
 from helpers.tiny_runs import changed, same, tiny, two_processes, weights, without_times, write_yaml
-from rome.attacks.engine import differentiate_in_parts, frozen, loss_and_gradient
+from rome.attacks.engine import frozen, loss_and_gradient, set_gradient_batch_size
 from rome.core.errors import Interrupted, UserError
 from rome.core.graphs import Graphs
 from rome.experts import add_experts, record_gates
@@ -252,7 +252,7 @@ def test_an_input_gradient_in_parts_is_that_of_the_whole() -> None:
     whole = loss_and_gradient(model, x, y)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    differentiate_in_parts(model, 3)
+    set_gradient_batch_size(model, 3)
     for found, expected in zip(loss_and_gradient(model, x, y), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert seen == [3, 3, 1]

@@ -28,7 +28,7 @@ from rome.report.columns import by_class
 from rome.report.figures import RegionMaps, Sensitivity, TrainingTime, sensitivity, write_figures
 from rome.report.figures.base import Options
 from rome.report.figures.regions import attacked_within, boxes
-from rome.report.figures.style import RUNS, looks, side, signed
+from rome.report.figures.style import RUNS, side, signed, styles_of
 from rome.report.subject import short
 from rome.report.tables import cost_table
 from rome.report.tables.cost_table import fill_costs, named_configs
@@ -348,7 +348,7 @@ def test_a_run_that_a_figure_leaves_out_is_named(tmp_path: Path, capsys: pytest.
 
 
 def test_runs_and_threats_have_no_colour_in_common() -> None:
-    threats = [look.colour for look in looks(["natural", *DIGITS, "a", "b", "c"]).values()]
+    threats = [look.colour for look in styles_of(["natural", *DIGITS, "a", "b", "c"]).values()]
     assert len({*threats, *RUNS}) == len(threats) + len(RUNS) == 14
 
 

@@ -36,7 +36,7 @@ from rome.evaluation.run import evaluate_saved
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS
 from rome.methods import Method
 from rome.models import load_model, read_tensors
-from rome.models.hub import OnHub
+from rome.models.hub import HubModel
 from rome.report.card import SUITES, citations, eval_results, model_card
 from rome.report.columns import DASH
 from rome.report.compared import gather
@@ -179,12 +179,12 @@ def test_the_card_says_what_the_evaluation_warns_of(runs: Path) -> None:
 
     def card(**changes: Any) -> str:
         changed = replace(one, report=replace(one.report, **changes))
-        return model_card(tiny(), [changed], OnHub("alice/net"), facts={"version": "1", "changed": []})
+        return model_card(tiny(), [changed], HubModel("alice/net"), facts={"version": "1", "changed": []})
 
     check = {"check": "more-steps", "examples": 3, "values": {}, "raised": True, "message": "more steps find more"}
     raised = {"check": "more-steps", "case": None, "attack": None, "examples": 3, "message": check["message"]}
     assert "Not checked for masked gradients" in card()
-    unset = model_card(tiny(attack={"kind": "pgd"}), [one], OnHub("alice/net"), facts={})
+    unset = model_card(tiny(attack={"kind": "pgd"}), [one], HubModel("alice/net"), facts={})
     assert "| training attack | pgd |" in unset, "no steps None"
     assert "Checks for masked gradients (1) found none" in card(checks=[check | {"raised": False}])
     assert "- Warning (suite lp: more-steps): more steps find more." in card(checks=[check], warnings=[raised])
@@ -209,9 +209,11 @@ def test_every_method_has_its_papers() -> None:
 def test_results_on_data_of_the_hub_are_in_its_form(runs: Path) -> None:
     """The client reads them back; of data that the Hub does not have there are none."""
     one = evaluations(Run(runs / "mixed"))["learned", "lp", N]
-    assert eval_results(tiny(), one, OnHub("alice/net")) == []
+    assert eval_results(tiny(), one, HubModel("alice/net")) == []
     config = tiny().model_copy(update={"data": Cifar10()})
-    entries = parse_eval_result_entries(yaml.safe_load(yaml.safe_dump(eval_results(config, one, OnHub("alice/net")))))
+    entries = parse_eval_result_entries(
+        yaml.safe_load(yaml.safe_dump(eval_results(config, one, HubModel("alice/net"))))
+    )
     assert {entry.dataset_id for entry in entries} == {"uoft-cs/cifar10"}
     assert [entry.task_id for entry in entries] == [*one.report.cases, "average", "union"]
     assert entries[0].value == round(100 * one.report.clean, 2)

@@ -21,6 +21,7 @@ from rome.evaluation.run import evaluate_saved
 from rome.evaluation.tracked import chosen_loggers, picture, track
 from rome.runs.folder import Run
 from rome.runs.loggers import Logger, Tracked, Writer
+from rome.runs.loggers.csv import Csv
 from rome.threats import DIGITS
 from rome.training.setup import train
 
@@ -143,6 +144,15 @@ def rows_of(run: Run) -> list[tuple[int, str, float]]:
         return [(int(row["update"]), row["name"], float(row["value"])) for row in csv.DictReader(file)]
 
 
+@pytest.mark.parametrize("after", [None, 2])
+def test_a_row_that_a_kill_cut_short_is_dropped(after: int | None, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("update,name,value\n1,loss,2.5\n2,loss,1.2")
+    writer = Csv().open(Tracked(tmp_path, "run", {}, after=after))
+    writer.numbers({"loss": 1.25}, 2)
+    writer.close("finished")
+    assert (tmp_path / "metrics.csv").read_text() == "update,name,value\n1,loss,2.5\n2,loss,1.25\n"
+
+
 def test_a_run_that_resumes_goes_on_in_the_same_tracked_run(tmp_path: Path) -> None:
     """Nothing is logged twice where the tracker can take lines back, and the id is that of the first time."""
     settings = {"loggers": ["csv", "toy-recorder"]}
@@ -210,7 +220,7 @@ def test_a_missing_package_is_said_before_anything_else(
         evaluate_saved(plain.folder, loggers=["wandb"])
     capsys.readouterr()
     assert [each.kind for each in chosen_loggers(tiny(loggers=["wandb", "csv"]), None)] == ["csv"]
-    assert "remove wandb from loggers; the evaluation goes on without it" in capsys.readouterr().err
+    assert "remove wandb from loggers; the evaluation continues without it" in capsys.readouterr().err
 
 
 def test_settings_of_loggers(plain: Run) -> None:

@@ -143,9 +143,9 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     validator = Validator(tiny(validation=HELD), Digits().open("train"), Run(tmp_path), One())
     for epoch, (union, robust, best) in enumerate([(0.2, 0.3, True), (0.1, 0.9, False), (0.2, 0.3, False)], 1):
         found = {"union": union, "average": robust}
-        assert validator.keep(model, epoch, found) is best
+        assert validator.save_if_best(model, epoch, found) is best
     nn.init.constant_(model.weight, 7.0)
-    assert validator.keep(model, 4, {"union": 0.2, "average": 0.35})
+    assert validator.save_if_best(model, 4, {"union": 0.2, "average": 0.35})
     nn.init.constant_(model.weight, 8.0)  # training goes on
     assert validator.best is not None
     assert validator.best["epoch"] == 4

@@ -61,7 +61,7 @@ class Attack(Component):
     """A search inside a threat for images that raise the model's loss."""
 
     default_kind = "pgd"
-    searches: ClassVar[tuple[type[Threat], str]] = (LpBall, "searches inside Lp balls")
+    accepts: ClassVar[tuple[type[Threat], str]] = (LpBall, "searches inside Lp balls")
     """The class of threats that the attack accepts, and the requirement to state when it is given any other; ``{kind}``
     in this text is replaced by the attack's kind."""
     channels: ClassVar[tuple[int, ...]] = ()
@@ -72,9 +72,9 @@ class Attack(Component):
     """Whether autocast is switched off during the attack: finite differences would be lost in bfloat16's rounding."""
     starts_at_random: ClassVar[bool] = True
     """Whether the attack draws random numbers at all."""
-    differentiates: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
     """Whether the attack needs gradients of the model."""
-    untrained: ClassVar[str] = ""
+    not_for_training: ClassVar[str] = ""
     """Why the attack cannot define a threat to train on (:class:`rome.attacks.AttackThreat`); empty if it can."""
 
     def __call__(
@@ -131,7 +131,7 @@ class Attack(Component):
         if not shares:
             return AttackResult(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), y.to(x.dtype))
         for share in shares:
-            if reason := share.attack.unsuited(x.shape[1]):
+            if reason := share.attack.unsupported_reason(x.shape[1]):
                 raise UserError(f"{share.attack.kind} {reason}")
         order = torch.cat([share.rows for share in shares])
         mixed = len(shares) > 1 or len(shares[0].groups) > 1
@@ -147,7 +147,7 @@ class Attack(Component):
             for share, images, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
         ]
         with torch.autocast(x.device.type, enabled=autocast):
-            gradient = any(share.attack.differentiates for share in shares)
+            gradient = any(share.attack.needs_gradients for share in shares)
             parts = run_searches(model, searches, x, y, gradient=gradient)
         if x._version != before:
             raise UserError(f"{THE_MODEL} {IN_PLACE}")
@@ -165,7 +165,7 @@ class Attack(Component):
         """Whether the whole search may be replayed as a CUDA graph, because it never waits for a result."""
         return True
 
-    def unsuited(self, channels: int) -> str:
+    def unsupported_reason(self, channels: int) -> str:
         """Return why the attack is undefined for images with this many channels; empty if it is defined."""
         if not self.channels or channels in self.channels:
             return ""
@@ -195,7 +195,7 @@ class Attack(Component):
         Raises:
             UserError: it cannot.
         """
-        kind, described = self.searches
+        kind, described = self.accepts
         if not isinstance(threat, kind):
             raise UserError(f"{self.kind} {described.format(kind=self.kind)}, not {type(threat).__name__}")
         return threat
@@ -256,7 +256,7 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
     """
     searches: list[tuple[Attack, bool, list[tuple[Threat, Tensor]]]] = []
     for number, threat in enumerate(mixture.threats):
-        searcher, inside = threat.searched_by(attack)
+        searcher, inside = threat.resolve_attack(attack)
         brought = inside is not threat
         known = next((members for *key, members in searches if key == [searcher, brought]), None)
         if known is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError
-from rome.core.trial import Model, ask, check_labels, outside_box
+from rome.core.trial import Model, check_labels, checked_logits, outside_box
 from rome.threats import PerExample, Threat
 
 
@@ -30,7 +30,7 @@ def explain_failure(model: Model, x: Tensor, y: Tensor, *, gradient: bool = True
         if not out_of_memory(error):
             for images in (x[:2], x[:1]):
                 try:
-                    check_labels(y, ask(model, images, gradient=gradient).shape[1])
+                    check_labels(y, checked_logits(model, images, gradient=gradient).shape[1])
                 except UserError as reason:
                     raise reason from error
         raise
@@ -61,7 +61,7 @@ def check_batch(x: Tensor, y: Tensor, threat: Threat | PerExample) -> None:
 
 def check_results(x: Tensor, y: Tensor, results: tuple[Tensor, ...], allowed: Tensor) -> None:
     """Check that inputs are in [0, 1], results finite and inside their threats, and labels at least 0 (torch ignores
-    label -100 in its loss). Waits for the device once, or not at all inside :func:`checked_later`.
+    label -100 in its loss). Waits for the device once, or not at all inside :func:`deferred_checks`.
 
     Args:
         x: the original images (B, C, H, W).
@@ -96,7 +96,7 @@ _LATER: ContextVar[list[Callable[[], None]] | None] = ContextVar("later", defaul
 
 
 @contextmanager
-def checked_later() -> Iterator[Callable[[], None]]:
+def deferred_checks() -> Iterator[Callable[[], None]]:
     """Postpone the checks of attacks inside the context, so that the work after an attack is queued on the device
     without waiting.
 

@@ -17,7 +17,7 @@ from rome.core.errors import UserError
 from rome.core.graphs import Graphs, copies
 from rome.core.trial import THE_MODEL, evaluating, unusable
 from rome.core.trial import Model as Model
-from rome.experts.fused import joined
+from rome.experts.fused import stacked_weights
 from rome.experts.gated import MixtureLayer
 
 LAST = torch.channels_last
@@ -64,7 +64,7 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 _AT_ONCE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def differentiate_in_parts(model: nn.Module, at_once: int) -> None:
+def set_gradient_batch_size(model: nn.Module, at_once: int) -> None:
     """Make :func:`loss_and_gradient` process this model's batches in parts of ``at_once`` images from now on: it needs
     less memory and gives the same numbers."""
     _AT_ONCE[model] = at_once
@@ -132,7 +132,7 @@ def padded(x: Tensor, rows: int) -> Tensor:
 
 
 @contextmanager
-def graphs_on(model: nn.Module) -> Iterator[Graphs | None]:
+def graphs_ready(model: nn.Module) -> Iterator[Graphs | None]:
     """Make the graphs of a model ready for use while its weights do not change.
 
     Yields None if the model has no graphs, if they are already in use, or while gates are recorded, since a replayed
@@ -179,7 +179,7 @@ def frozen(model: Model) -> Iterator[None]:
         raise UserError(f"{THE_MODEL} {reason}")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     replaced: list[tuple[nn.Module, str, nn.Parameter, dict[str, Any]]] = []
-    with evaluating(model), graphs_on(model) as graphs:
+    with evaluating(model), graphs_ready(model) as graphs:
         try:
             for parameter in wanted:
                 parameter.requires_grad_(False)
@@ -192,7 +192,7 @@ def frozen(model: Model) -> Iterator[None]:
             for (module, name, *_), weight in zip(replaced, faster, strict=True):
                 module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             layers = [module for module in model.modules() if isinstance(module, MixtureLayer)]
-            with joined(layers, None if graphs is None else graphs.fixed) as join:
+            with stacked_weights(layers, None if graphs is None else graphs.fixed) as join:
                 if graphs is not None:
                     graphs.refresh = partial(_recompute, faster, own, join)
                 yield
@@ -231,14 +231,19 @@ def run_searches(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, 
     """
     with torch.no_grad():
         attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
-        if isinstance(model, nn.Module) and attached is not None and attached.graphs.whole and attached.graphs.count:
-            with graphs_on(model) as graphs:
+        if (
+            isinstance(model, nn.Module)
+            and attached is not None
+            and attached.graphs.whole_searches
+            and attached.graphs.count
+        ):
+            with graphs_ready(model) as graphs:
                 found = [graphs.captured(search.key, *search.tensors) for search in searches] if graphs else []
                 if (entries := [entry for entry in found if entry]) and len(entries) == len(searches):
                     return [copies(entry(*search.tensors)) for entry, search in zip(entries, searches, strict=True)]
         with frozen(model), explain_failure(model, x, y, gradient=gradient):
             graphs = graphs_of(model)
-            if graphs is None or not graphs.whole:
+            if graphs is None or not graphs.whole_searches:
                 return [search.function(*search.tensors) for search in searches]
             return [
                 search.function(*search.tensors)

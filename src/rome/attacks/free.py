@@ -22,7 +22,7 @@ docs/decisions/unseen-transforms.md and perceptual.md list the defects."""
 class FreeAttack(Attack):
     """Base of the attacks that run under :class:`AnyImage` and enforce a bound of their own."""
 
-    searches = (
+    accepts = (
         AnyImage,
         "bounds its perturbation itself (to train on it give threats: [{{kind: attack, attack: {kind}}}]), "
         "so its threat is AnyImage(label='{kind}')",

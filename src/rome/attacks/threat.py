@@ -39,8 +39,10 @@ class AttackThreat(Threat):
         except UserError as error:
             hint = "" if self.inside is not None else "; give it a threat to search (inside: ...)"
             raise ValueError(f"{error}{hint}") from None
-        if self.attack.untrained:
-            raise ValueError(f"{self.attack.kind} cannot define a threat to train on: it {self.attack.untrained}")
+        if self.attack.not_for_training:
+            raise ValueError(
+                f"{self.attack.kind} cannot define a threat to train on: it {self.attack.not_for_training}"
+            )
         if isinstance(self.inside, Perceptual) and self.inside.features != "self":
             raise ValueError(
                 f"the network {self.inside.features!r} would be read at every update; measure with features: self, or "
@@ -57,7 +59,7 @@ class AttackThreat(Threat):
     def name(self) -> str:
         return self.label or f"{self.attack.kind}-{self.attack.steps_for(self.place)}"
 
-    def searched_by(self, attack: Attack) -> tuple[Attack, Threat]:
+    def resolve_attack(self, attack: Attack) -> tuple[Attack, Threat]:
         return self.attack, self.place
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -79,6 +81,6 @@ def check_channels(threats: tuple[Threat, ...], attack: Attack, channels: int) -
         UserError: one is not.
     """
     for threat in threats:
-        searcher, _ = threat.searched_by(attack)
-        if reason := searcher.unsuited(channels):
+        searcher, _ = threat.resolve_attack(attack)
+        if reason := searcher.unsupported_reason(channels):
             raise UserError(f"threats: {threat.name}: {searcher.kind} {reason}; leave it out")

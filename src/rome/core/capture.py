@@ -55,7 +55,7 @@ class Captured:
         return self.results
 
 
-class Both:
+class CapturedWithGradient:
     """A captured function of one tensor, together with its captured gradient."""
 
     def __init__(self, capture: Capture, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -75,7 +75,7 @@ class Replay(torch.autograd.Function):
     """Autograd function that replays the captured forward and backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, both: Both) -> Tensor:
+    def forward(ctx: Any, x: Tensor, both: CapturedWithGradient) -> Tensor:
         ctx.both = both
         both.x.copy_(x)
         both.forward()

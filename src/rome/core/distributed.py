@@ -104,7 +104,7 @@ def group_means(values: Tensor, labels: Tensor, groups: int) -> tuple[Tensor, Te
 
 
 @contextmanager
-def noticing(message: str) -> Iterator[None]:
+def lost_process_as(message: str) -> Iterator[None]:
     """Raise :class:`Interrupted` with this message if communication shows that another process is gone.
 
     The exit code is 1, so that it does not hide that of the process that ended first: of several codes, a launcher
@@ -155,7 +155,7 @@ class Team:
             user_error = type(error) if isinstance(error, UserError) else None
             raised, sent = error, (user_error, str(error), type(error).__name__)
         everything: list[Any] = [None] * self.world
-        with noticing("another process ended; finished work is kept: run the same command again to continue"):
+        with lost_process_as("another process ended; finished work is kept: run the same command again to continue"):
             dist.all_gather_object(everything, (result, sent), group=self.group)
         if raised is not None:
             raise raised

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rome.core.capturable import watched
-from rome.core.capture import Both, Capture, Captured, CudaCapture
+from rome.core.capture import Capture, Captured, CapturedWithGradient, CudaCapture
 from rome.core.console import say
 from rome.core.device import out_of_memory
 from rome.core.errors import UserError, first_line
@@ -43,17 +43,17 @@ class Graphs:
     and one line says why.
 
     Args:
-        whole: capture whole searches, too, not only single calls of the model: worthwhile if the same search is made
-            many times, as in training.
+        whole_searches: capture whole searches, too, not only single calls of the model: worthwhile if the same search
+            is made many times, as in training.
         rows: pad batches to a multiple of this many examples, so that few shapes occur; 1: no padding.
         limit: maximum number of graphs.
         capture: a substitute for CUDA graphs, for tests without a GPU.
     """
 
     def __init__(
-        self, *, whole: bool = True, rows: int = 1, limit: int = LIMIT, capture: Capture | None = None
+        self, *, whole_searches: bool = True, rows: int = 1, limit: int = LIMIT, capture: Capture | None = None
     ) -> None:
-        self.whole, self.rows, self.limit = whole, rows, limit
+        self.whole_searches, self.rows, self.limit = whole_searches, rows, limit
         self.capture: Capture = capture or CudaCapture()
         self.fixed: dict[Hashable, Tensor] = {}
         """Tensors computed from the weights, at the addresses where the graphs read them."""
@@ -65,7 +65,7 @@ class Graphs:
         """Whether the model is frozen."""
         self.seconds = 0.0
         """Total duration of the captures."""
-        self._entries: dict[Hashable, Captured | Both | str] = {}
+        self._entries: dict[Hashable, Captured | CapturedWithGradient | str] = {}
         """By key and shapes: the graph, or the reason why there is none; empty: ready to be captured."""
         self._addresses: Hashable = None
         """Addresses of the weights that the graphs read."""
@@ -112,7 +112,7 @@ class Graphs:
     def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``function(x)``, which must be differentiated with respect to ``x`` before the next call. Forward and
         backward are one graph each."""
-        entry, answer = self._entry(("both", key), function, (x,), Both, [])
+        entry, answer = self._entry(("both", key), function, (x,), CapturedWithGradient, [])
         return answer if entry is None else entry(x)
 
     @contextmanager
@@ -207,7 +207,7 @@ class Graphs:
 
         def attempt(run: Callable[..., Any]) -> Any:
             with torch.random.fork_rng(devices=cuda_in_use()):
-                results = _probed(run, tensors) if kind is Both else copies(run(*tensors))
+                results = _probed(run, tensors) if kind is CapturedWithGradient else copies(run(*tensors))
             _restore(changed, before)
             return results
 

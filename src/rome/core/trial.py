@@ -45,7 +45,7 @@ _MEANINGS = {
 """Parts of torch's messages, and what they mean for the model."""
 
 
-def ask(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradient: bool = False) -> Tensor:
+def checked_logits(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: str = "", gradient: bool = False) -> Tensor:
     """Return the model's logits (B, classes) for images (B, C, H, W), detached, in the precision of its output.
 
     Args:
@@ -165,15 +165,15 @@ def check_labels(labels: Tensor, classes: int | None = None) -> None:
 def outside_box(x: Tensor) -> str:
     """The error message for images that are not in [0, 1]."""
     if broken := int(x.isnan().flatten(1).any(dim=1).sum()):
-        return f"images must lie in [0, 1], but {broken} of {len(x)} contain NaN"
+        return f"images must be in [0, 1], but {broken} of {len(x)} contain NaN"
     low, high = x.min().item(), x.max().item()
     advice = "divide by 255 if they are bytes, and put the normalisation inside the model (rome.create_model does)"
     if low > -ROUNDED and high < 1 + ROUNDED:
         advice = "if rounding caused this, use x.clamp(0, 1)"
-    return f"images must lie in [0, 1], but these lie in [{low:.9g}, {high:.9g}]: {advice}"
+    return f"images must be in [0, 1], but these are in [{low:.9g}, {high:.9g}]: {advice}"
 
 
-def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iterable[int] = ()) -> None:
+def check_batch_independence(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iterable[int] = ()) -> None:
     """Check that an image's logits depend neither on the other images of its batch nor on its position or batch size.
 
     Two kinds of changes are tried: other images in a batch of the same shape, where a model that treats images
@@ -190,15 +190,15 @@ def check_company(model: Model, x: Tensor, *, name: str = THE_MODEL, sizes: Iter
     images = x[:COMPANY]
     if len(images) < 2:
         return
-    usual, other = ask(model, images, name=name), 1 - images
+    usual, other = checked_logits(model, images, name=name), 1 - images
     odd = torch.arange(len(images), device=x.device) % 2 == 1
     for kept in (odd, ~odd):
-        mixed = ask(model, torch.where(kept.view(-1, 1, 1, 1), images, other), name=name)
+        mixed = checked_logits(model, torch.where(kept.view(-1, 1, 1, 1), images, other), name=name)
         _check_equal(model, images, usual[kept], mixed[kept], name)
-    _check_equal(model, images, usual, ask(model, images.flip(0), name=name).flip(0), name)
+    _check_equal(model, images, usual, checked_logits(model, images.flip(0), name=name).flip(0), name)
     for size in sorted({1, 2, len(x), *sizes}):
         if 0 < size <= len(x) and size != len(images):
-            together = ask(model, x[:size], name=name)
+            together = checked_logits(model, x[:size], name=name)
             _check_equal(model, images, usual[:size], together[: len(images)], name)
 
 
@@ -231,10 +231,13 @@ def check_attackable(model: Model, x: Tensor, *, name: str = THE_MODEL, hint: st
     Raises:
         UserError: one of these does not hold.
     """
-    with numerics("fp32"), steady(model, name):  # TF32, torch's default for convolutions, rounds too coarsely
+    with (
+        numerics("fp32"),
+        buffers_unchanged(model, name),
+    ):  # TF32, torch's default for convolutions, rounds too coarsely
         for count in range(len(x), 0, -1):
-            classes = ask(model, x[:count], name=name, hint=hint, gradient=True).shape[1]
-        check_company(model, x, name=name)
+            classes = checked_logits(model, x[:count], name=name, hint=hint, gradient=True).shape[1]
+        check_batch_independence(model, x, name=name)
     return classes
 
 
@@ -279,7 +282,7 @@ def _buffers_restored(model: Model) -> Iterator[list[str]]:
 
 
 @contextmanager
-def steady(model: Model, name: str = THE_MODEL) -> Iterator[None]:
+def buffers_unchanged(model: Model, name: str = THE_MODEL) -> Iterator[None]:
     """Check that no forward pass inside changes the model's buffers; those that changed are restored.
 
     Raises:
@@ -322,7 +325,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tried(model: nn.Module) -> Iterator[None]:
+def without_side_effects(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, buffers and random states are restored afterwards."""
     with _buffers_restored(model), evaluating(model), torch.no_grad(), unchanged_states():
         yield

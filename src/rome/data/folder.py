@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from rome.core.errors import UserError
 from rome.core.files import file_hash
 from rome.data.base import NAMES, Split, SplitName, TestSplit, choose_split, one_line
-from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, listed
+from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, list_images
 from rome.data.pixels import Images
 from rome.data.resized import Resized
 
@@ -72,7 +72,7 @@ class ImageFolder(Resized):
                 f"{root} {state}: data.path must contain train/CLASS/*.jpg and test/CLASS/*.jpg (or validation, valid, "
                 "or val)"
             )
-        listing = listed(folder)
+        listing = list_images(folder)
         images, rest = _Images(folder, listing), listing.rest
         if listing.misplaced:
             raise UserError(f"{listing.misplaced} is not in {folder}/CLASS/: move or remove it")
@@ -97,7 +97,7 @@ class ImageFolder(Resized):
             remarks.append(chosen)
         if rest:
             remarks.append(f"{folder}: {rest.removeprefix('; ')}")
-        if other is not None and (same := _overlap(images, rows, _Images(other, listed(other)))):
+        if other is not None and (same := _overlap(images, rows, _Images(other, list_images(other)))):
             remarks.append(same)
         rows = rows[: self._count(split, len(rows), folder)]
         if remark:

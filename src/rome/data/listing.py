@@ -69,7 +69,7 @@ class Listing:
         )
 
 
-def listed(folder: Path) -> Listing:
+def list_images(folder: Path) -> Listing:
     """List the images in a folder of class folders, from the user's cache if no folder in it has changed."""
     table, facts = cached(str(folder), lambda: _scan(folder))
     names, places = table.column("name"), table.column("place").to_numpy()

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from rome.core.errors import UserError
-from rome.core.trial import REPEATABLE, Model, ask, check_company, check_labels, outside_box, steady, unusable
+from rome.core.trial import (
+    REPEATABLE,
+    Model,
+    buffers_unchanged,
+    check_batch_independence,
+    check_labels,
+    checked_logits,
+    outside_box,
+    unusable,
+)
 from rome.data.base import Pixels
 
 
@@ -99,9 +108,9 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
     Raises:
         UserError: the outputs do not satisfy this.
     """
-    answers = [ask(model, x)]
-    with steady(model):
-        answers += [ask(model, x) for _ in range(repeats - 1)]
+    answers = [checked_logits(model, x)]
+    with buffers_unchanged(model):
+        answers += [checked_logits(model, x) for _ in range(repeats - 1)]
         answers = [answer.float() for answer in answers]
         logits = answers[0]
         refuse_not_finite(int((~logits.isfinite()).any(dim=1).sum()), len(logits))
@@ -119,7 +128,7 @@ def check_outputs(model: Model, x: Tensor, labels: Tensor, *, last: int = 0, rep
                 f"at most {REPEATABLE:g}): these attacks cannot evaluate a randomised model; "
                 "make its forward deterministic"
             )
-        check_company(model, x, sizes=(last,))
+        check_batch_independence(model, x, sizes=(last,))
     return logits.shape[1]
 
 
@@ -129,7 +138,7 @@ def check_gradient(model: Model, x: Tensor) -> None:
     Raises:
         UserError: they have none, or the backward pass fails.
     """
-    ask(model, x, gradient=True)
+    checked_logits(model, x, gradient=True)
 
 
 def refuse_not_finite(bad: int, images: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
-from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_named, as_suite
+from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_suite, name_threats
 from rome.core import trust
 from rome.core.console import say
 from rome.core.distributed import ALONE, Team
@@ -128,7 +128,7 @@ def evaluate(
         Exception: the first failed case's error, if every case failed. If only some failed, they are in
             ``Report.failed`` and the next call tries them again.
     """
-    suite, named = as_suite(suite), as_named(threats)
+    suite, named = as_suite(suite), name_threats(threats)
     size = BATCH_SIZE if batch_size == AUTO else batch_size
     if not isinstance(size, int) or size < 1 or not 0 <= seed < 2**63:
         raise UserError(f"batch_size must be at least 1 (or 'auto') and seed from 0 to 2^63 - 1: {batch_size}, {seed}")
@@ -159,7 +159,7 @@ def evaluate(
         },
     }
     # batches shrink as examples are fooled; padded to a multiple of a quarter of a full batch, they have few shapes
-    graphs = Graphs(whole=False, rows=-(-size // 4)) if device.type == "cuda" else None
+    graphs = Graphs(whole_searches=False, rows=-(-size // 4)) if device.type == "cuda" else None
     with _undisturbed(model, device, graphs):
         stored, done = team.first(lambda: (None, None) if overwrite else (store.settings(), store.result()))
         changing = set(stored["model"].get(CHANGING, ())) if stored else set()
@@ -179,7 +179,7 @@ def evaluate(
             classes = answers[0][0][1]
             settings["model"] = without_changing(facts, changing | changed_names(facts, facts_without_tensors(model)))
         planned, left_out = _applicable(suite.cases(named, classes), x.shape[1])
-        if not known and any(attack.differentiates for case in planned if not case.on_all for attack in case.attacks):
+        if not known and any(attack.needs_gradients for case in planned if not case.on_all for attack in case.attacks):
             team.together(lambda: check_gradient(model, examples.batch(np.arange(min(2, len(x))))[0]))
         for name, reason in left_out.items() if verbose else ():
             say(f"{name}: left out: it {reason}")
@@ -223,7 +223,10 @@ def _applicable(cases: list[Case], channels: int) -> tuple[list[Case], dict[str,
     Raises:
         UserError: no case is suitable.
     """
-    reasons = {case.name: next(filter(None, (each.unsuited(channels) for each in case.attacks)), "") for case in cases}
+    reasons = {
+        case.name: next(filter(None, (each.unsupported_reason(channels) for each in case.attacks)), "")
+        for case in cases
+    }
     kept = [case for case in cases if not reasons[case.name]]
     left_out = {name: reason for name, reason in reasons.items() if reason}
     if left_out and not kept:

@@ -46,9 +46,9 @@ def worth_checking(cases: Sequence[Case], n: int) -> bool:
     They do with at least :data:`FEWEST` examples, if the suite runs AutoAttack's APGD-CE, with which results are
     published, or if its own gradients cost at least ten times as much as the checks.
     """
-    tried = [case.threat.searched_by(attack) for case in cases if not case.on_all for attack in case.attacks]
+    tried = [case.threat.resolve_attack(attack) for case in cases if not case.on_all for attack in case.attacks]
     published = any(isinstance(attack, APGDCE) for attack, _ in tried)
-    gradients = sum(attack.steps_for(threat) for attack, threat in tried if attack.differentiates)
+    gradients = sum(attack.steps_for(threat) for attack, threat in tried if attack.needs_gradients)
     return n >= FEWEST and (published or gradients >= 10 * GRADIENTS)
 
 

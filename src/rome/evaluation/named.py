@@ -19,7 +19,7 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from rome.attacks.suites.composed import listed
+from rome.attacks.suites.composed import parse_suites
 from rome.core.errors import UserError, did_you_mean
 from rome.core.trial import check_attackable, last_line
 from rome.core.trust import names_code
@@ -38,7 +38,7 @@ from rome.models import (
     weights_file,
 )
 from rome.models.exported import SavedModule, is_saved_module
-from rome.models.hub import OnHub, on_hub
+from rome.models.hub import HubModel, on_hub
 from rome.runs.config import DATA_BUDGETS, Config, parse, parse_threats
 from rome.runs.meant import what_is
 from rome.runs.reading import Places
@@ -81,7 +81,7 @@ def _parse_data(text: str) -> dict[str, Any]:
     """Parse a data set named on the command line into its kind and settings."""
     if text.lstrip().startswith("{"):
         try:
-            (given,) = listed(text)
+            (given,) = parse_suites(text)
         except ValueError as error:
             raise UserError(f"data: {error}") from None
         return given if "kind" in given else {"kind": _kind_at(str(given.get("path", ""))), **given}
@@ -229,7 +229,7 @@ def named_config(options: Mapping[str, Any], target: object = None) -> Config | 
 def named_after(name: str) -> str:
     """Name for the results of a model, made from its architecture, file or repository."""
     if on_hub(name):
-        short = OnHub.parse(name).repository
+        short = HubModel.parse(name).repository
     else:
         short = Path(name).stem if is_saved_module(name) else name.rpartition(":")[2]
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", short)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from rome.attacks.suites import SaveImages, Suite
-from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, listed, with_features
+from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, parse_suites, with_features
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import pick_device, placed
@@ -198,7 +198,7 @@ def _updates(run: Run, file: Path) -> int:
 
 
 def _suite(name: str | None, configured: Suite) -> Suite:
-    """Parse the suites named on the command line (:func:`rome.attacks.suites.composed.listed`).
+    """Parse the suites named on the command line (:func:`rome.attacks.suites.composed.parse_suites`).
 
     A suite that is named without settings gets the config's settings if the config has a suite of that name.
 
@@ -210,7 +210,7 @@ def _suite(name: str | None, configured: Suite) -> Suite:
     parts = configured.suites if isinstance(configured, SeveralSuites) else (configured,)
     known = {suite.label: suite for suite in (*parts, configured)}
     try:
-        given = listed(name)
+        given = parse_suites(name)
     except ValueError as error:
         raise UserError(f"suite: {error}") from None
     return as_suite([known.get(each, each) if isinstance(each, str) else each for each in given])

@@ -47,7 +47,7 @@ SQUARE_MARGIN = 0.002
 class Unchanged(Attack):
     """Leaves the images as they are. It has no kind, so that no config can name it."""
 
-    searches = (AnyImage, "leaves images as they are")
+    accepts = (AnyImage, "leaves images as they are")
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
         return AttackResult(x, x, torch.ones_like(y, dtype=torch.bool), NOT_EVALUATED)

@@ -119,7 +119,7 @@ class Store:
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Write the settings to the folder, and return them."""
         assert self.directory is not None
-        _keep(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
+        _write_file(self.directory / SETTINGS, json.dumps(settings, indent=2, default=str).encode())
         trust.record(self.directory / SETTINGS, settings.get("provenance", {}))
         return settings
 
@@ -165,7 +165,7 @@ class Store:
             tensors |= _packed(unit.images)
         facts = json.dumps({**unit.facts, "date": now()})
         metadata = {"facts": facts, "sha256": self._digest(tensors, facts)}
-        _keep(path, safetensors.torch.save(tensors, metadata))
+        _write_file(path, safetensors.torch.save(tensors, metadata))
 
     def _digest(self, tensors: Mapping[str, Tensor], facts: str) -> str:
         digest = hashlib.sha256(f"{self.fingerprint} {facts}".encode())
@@ -179,8 +179,8 @@ class Store:
         if self.directory is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for a key
-            _keep(self.directory / MATRIX, buffer.getvalue())
-            _keep(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
+            _write_file(self.directory / MATRIX, buffer.getvalue())
+            _write_file(self.directory / RESULT, json.dumps(result, indent=2, default=str).encode())
 
 
 def finished(result: Mapping[str, Any] | None) -> bool:
@@ -273,7 +273,7 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _keep(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     try:
         replace_file(path, content)
     except OSError as error:

@@ -25,7 +25,7 @@ class AdapterLinear(GatedLinear):
 
     biases = ("D_bias", "U_bias")
 
-    def make(self, experts: int, rank: int) -> None:
+    def create_experts(self, experts: int, rank: int) -> None:
         self.D = nn.Parameter(torch.empty(experts * rank, self.out_features))
         self.D_bias = nn.Parameter(torch.zeros(experts * rank))
         self.U = nn.Parameter(torch.zeros(self.out_features, experts * rank))

@@ -56,7 +56,7 @@ class Experts(Component):
         """
         if hasattr(model, "_orig_mod"):
             raise UserError("this model is compiled already: add the experts first, then compile")
-        replaced = self.place(model)
+        replaced = self.replace_modules(model)
         try:
             check_experts(model, images)
         except BaseException:
@@ -67,7 +67,7 @@ class Experts(Component):
         return model
 
     @abstractmethod
-    def place(self, model: nn.Module) -> dict[str, nn.Module]:
+    def replace_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Put the experts into ``model`` in place and return the modules they replaced, by name.
 
         Raises:
@@ -103,8 +103,8 @@ class Layerwise(Experts):
         if self.regularizer is not None:
             self.regularizer.check(self.experts, threats)
 
-    def place(self, model: nn.Module) -> dict[str, nn.Module]:
-        chosen = self.places(model)
+    def replace_modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        chosen = self.select_modules(model)
         check_places(model, chosen)
         numbers = block_numbers(list(chosen))
         layouts = {name: layout_of(model, name) for name in chosen}
@@ -130,7 +130,7 @@ class Layerwise(Experts):
         return chosen
 
     @abstractmethod
-    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to replace, by name."""
 
     def check(self, name: str, module: nn.Module) -> None:
@@ -160,7 +160,7 @@ class Bottleneck(Layerwise):
     null selects the paper's: the QKV and output projections of attention, or else the 3x3 convolutions after the
     stem."""
 
-    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         return find_layers(model, self.layers)
 
     def check(self, name: str, module: Any) -> None:

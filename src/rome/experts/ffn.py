@@ -97,7 +97,7 @@ class FeedForward(Layerwise):
             raise ValueError(f"top: {self.top} exceeds the {self.experts} experts")
         return self
 
-    def places(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         chosen = {
             name: module
             for name, module in model.named_modules()

@@ -153,7 +153,9 @@ def is_exporting() -> bool:
 
 
 @contextmanager
-def joined(layers: Iterable[MixtureLayer], fixed: dict[Any, Tensor] | None = None) -> Iterator[Callable[[], None]]:
+def stacked_weights(
+    layers: Iterable[MixtureLayer], fixed: dict[Any, Tensor] | None = None
+) -> Iterator[Callable[[], None]]:
     """Stack the weights of layers once instead of in each forward pass; inside, no weight may change or be trained.
 
     Stacks made by an outer context are kept, because a graph may read them.

@@ -27,7 +27,7 @@ class Recorded(NamedTuple):
     gates: Gates
 
 
-def count(layers: Collection[MixtureLayer], over: MeanOver) -> int:
+def count_layers(layers: Collection[MixtureLayer], over: MeanOver) -> int:
     """Return L, by which a sum over all these layers is divided."""
     return len(layers) if over == "layers" else len({layer.block for layer in layers})
 

@@ -29,11 +29,11 @@ class GatedLinear(nn.Linear, MixtureLayer):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.rank = rank
-        self.make(gating["experts"], rank)
+        self.create_experts(gating["experts"], rank)
         self.init_gating(linear, **gating)
 
     @abstractmethod
-    def make(self, experts: int, rank: int) -> None:
+    def create_experts(self, experts: int, rank: int) -> None:
         """Create the parameters of the experts."""
 
     def base_forward(self, input: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class MixtureLinear(GatedLinear):
     combine = staticmethod(mixture)
     """The fused operation; compiled blocks set one that is excluded from compilation."""
 
-    def make(self, experts: int, rank: int) -> None:
+    def create_experts(self, experts: int, rank: int) -> None:
         self.A = nn.Parameter(torch.empty(experts * rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, experts * rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # the fan-in is d_in, so each A_k is initialised as in LoRA

@@ -78,7 +78,7 @@ class ModelMixture(NetworkMixture):
         return (self.route(gates).weights[:, 0].unsqueeze(-1) * logits).sum(dim=1)
 
     @contextmanager
-    def apart(self, *experts: int) -> Iterator[None]:
+    def separate_experts(self, *experts: int) -> Iterator[None]:
         """Bypass the gate: inside, the batch consists of equal parts, one for each of these experts alone."""
         before, self.visited = self.visited, experts
         try:
@@ -120,7 +120,7 @@ class Networks(Experts):
     """Number of networks, one for each threat."""
     regularizer: Regularizer | None = None
 
-    def place(self, model: nn.Module) -> dict[str, nn.Module]:
+    def replace_modules(self, model: nn.Module) -> dict[str, nn.Module]:
         if any(isinstance(module, MixtureLayer) for module in model.modules()):
             raise UserError("this model has experts already; whole networks can be added only to a model without")
         backbone = getattr(model, "backbone", None)

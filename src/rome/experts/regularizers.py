@@ -12,7 +12,7 @@ from torch import Tensor
 from rome.core.component import Component, Number
 from rome.core.distributed import group_means
 from rome.core.errors import UserError
-from rome.experts.gated import MeanOver, Recorded, count
+from rome.experts.gated import MeanOver, Recorded, count_layers
 
 
 class Regularizer(Component):
@@ -97,7 +97,7 @@ class Diversification(Regularizer):
                 apart = apart - (excess.unsqueeze(0) + excess.unsqueeze(1)) * off_diagonal(excess)
             total = total + (present.unsqueeze(0) * present.unsqueeze(1) * apart).sum()
         pairs = 1.0 if self.pairs == "ordered" else 0.5
-        return -total / count([record.layer for record in records], self.mean_over) * pairs
+        return -total / count_layers([record.layer for record in records], self.mean_over) * pairs
 
     def _terms(self, record: Recorded) -> list[Tensor]:
         """Return the points that are compared in one layer: local gates (B, T, K) and the global gate (B, 1, K').

@@ -61,7 +61,7 @@ def record_settings(model: nn.Module, settings: dict[str, Any]) -> None:
     object.__setattr__(model, BESIDE, fingerprint(model))
 
 
-def moved(model: nn.Module) -> bool:
+def base_weights_changed(model: nn.Module) -> bool:
     """Whether weights other than the experts' changed since the experts were added."""
     signed = [module for module in unwrapped(model).modules() if BESIDE in vars(module)]
     return any(vars(module)[BESIDE] != fingerprint(module) for module in signed)

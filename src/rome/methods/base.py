@@ -35,7 +35,7 @@ class TrainContext:
     model: nn.Module
     """The model to train; its forward may be wrapped for several processes."""
     threats: tuple[Threat, ...]
-    """The threats that the method trains on, as :meth:`Method.trained` derived them from the config's."""
+    """The threats that the method trains on, as :meth:`Method.training_threats` derived them from the config's."""
     attack: Attack
     regularizer: Regularizer | None
     """The loss on the gates; None if the model has no experts, or the config no regularizer."""
@@ -105,22 +105,22 @@ class Method(Component):
     partial_gradients: ClassVar[bool] = False
     """Whether some parameters may have no gradient in an update (training on several processes depends on it)."""
 
-    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+    def training_threats(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         """Return the threats that it trains on, given those of the config.
 
         Raises:
             UserError: it cannot train on these threats, or not with this attack.
         """
         for threat in threats:
-            searcher, inside = threat.searched_by(attack)
+            searcher, inside = threat.resolve_attack(attack)
             searcher.steps_for(inside)
         return threats
 
-    def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
+    def check(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
         """Check that it can train the model of a config.
 
         Args:
-            threats: as returned by :meth:`trained`.
+            threats: as returned by :meth:`training_threats`.
             experts: the model's experts, if any.
             epochs: as in :class:`TrainContext`.
 

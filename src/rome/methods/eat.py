@@ -50,8 +50,8 @@ class EAT(MinMaxMethod):
             raise ValueError(f"{', '.join(names)} are not distinct; name each threat once")
         return names
 
-    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
-        return super().trained(named(threats, self.threats, self.kind), attack)
+    def training_threats(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        return super().training_threats(named(threats, self.threats, self.kind), attack)
 
     def prepare(self, context: TrainContext) -> None:
         self._seen, self._robust = [0] * len(context.threats), [0] * len(context.threats)

@@ -43,8 +43,8 @@ class MORE(Method):
         first = len(epochs) // 2 if self.expert_epochs is None else self.expert_epochs
         return epochs[:first], epochs[first:]
 
-    def suits(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
-        super().suits(threats, experts, epochs)
+    def check(self, threats: tuple[Threat, ...], experts: Experts | None, epochs: range) -> None:
+        super().check(threats, experts, epochs)
         _check_one_each(threats, experts.experts if isinstance(experts, Networks) else 0)
         if not all(self.stages(epochs)):
             raise UserError(
@@ -58,7 +58,7 @@ class MORE(Method):
     def loss(self, context: TrainContext, x: Tensor, y: Tensor) -> Outcome:
         mixture = mixture_of(context.attacked)
         if context.epoch < context.epochs.start:
-            with mixture.apart(0):
+            with mixture.separate_experts(0):
                 return Random().loss(replace(context, regularizer=None), x, y)
         if context.epoch in self.stages(context.epochs)[0]:
             return self._expert_loss(context, mixture, x, y)
@@ -73,9 +73,9 @@ class MORE(Method):
         """The loss of all experts, each under its own threat, in one forward, so that processes synchronize once."""
         images = []
         for expert, threat in enumerate(context.threats):
-            with mixture.apart(expert):
+            with mixture.separate_experts(expert):
                 images.append(context.attack(context.attacked, x, y, threat, generator=context.attack_stream))
-        with mixture.apart(*range(len(images))):
+        with mixture.separate_experts(*range(len(images))):
             logits = context.model(torch.cat(images)).float()
         labels, y = PerExample.repeated(context.threats, len(x)).labels, y.repeat(len(images))
         loss = F.cross_entropy(logits, y)  # the mean over experts and examples

@@ -39,7 +39,7 @@ class MSD(MinMaxMethod):
     percentile: Number = Field(default=99, ge=0, lt=100)
     """In L1, a step moves only coordinates whose absolute gradient reaches this percentile."""
 
-    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+    def training_threats(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         for threat in threats:
             if not isinstance(threat, LpBall):
                 raise UserError(f"it takes steps in Lp norms, but {threat.name} is not an Lp ball; leave it out")

@@ -46,7 +46,7 @@ class PAT(MinMaxMethod):
     _hashes: dict[str, str] = PrivateAttr(default_factory=dict)
     """SHA-256 of each network's file."""
 
-    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+    def training_threats(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
         found = tuple(
             Perceptual(bound=self.bound, features=network, layers=self.layers if network == "self" else ())
             for network in self.features

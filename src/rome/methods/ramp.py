@@ -55,8 +55,8 @@ class RAMP(MinMaxMethod):
             raise ValueError(f"source and target are both {self.source}; name two threats")
         return self
 
-    def trained(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
-        return super().trained(named(threats, (self.source, self.target), self.kind), attack)
+    def training_threats(self, threats: tuple[Threat, ...], attack: Attack) -> tuple[Threat, ...]:
+        return super().training_threats(named(threats, (self.source, self.target), self.kind), attack)
 
     def prepare(self, context: TrainContext) -> None:
         self._clean = _CleanCopy(context.model, context.new_optimizer) if self.fusion else None

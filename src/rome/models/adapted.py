@@ -13,11 +13,13 @@ from rome.core.wrappers import unwrapped
 from rome.experts import Experts
 from rome.experts.state import PART, expert_names, settings_of
 
-NO_MATTER = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim", PART}
+IGNORED_SETTINGS = {"regularizer", "layers", "experts", "rank", "projection", "projection_dim", PART}
 """Settings of experts that do not affect outputs, or that follow from the names and shapes of the tensors."""
 
 
-def fill(model: nn.Module, saved: list[dict[str, Any]], path: object, copy_into: Callable[[nn.Module], None]) -> None:
+def copy_with_experts(
+    model: nn.Module, saved: list[dict[str, Any]], path: object, copy_into: Callable[[nn.Module], None]
+) -> None:
     """Copy a file's tensors into a model; a model without experts gets the saved experts first.
 
     If anything does not fit, the model stays unchanged.
@@ -63,7 +65,7 @@ def check_settings(saved: list[dict[str, Any]], model: nn.Module, path: object) 
         UserError: a setting that affects outputs differs.
     """
     for own, other in zip(settings_of(model), saved, strict=False):
-        for key in (own.keys() & other.keys()) - NO_MATTER:
+        for key in (own.keys() & other.keys()) - IGNORED_SETTINGS:
             if own[key] != other[key]:
                 raise UserError(
                     f"{path} holds experts with {key}: {other[key]}, the model's have {own[key]}; "

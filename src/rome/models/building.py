@@ -13,7 +13,7 @@ from torch import nn
 from rome.core.component import Settings
 from rome.core.console import say
 from rome.core.errors import Interrupted, UserError, first_line
-from rome.core.trial import ask, tried
+from rome.core.trial import checked_logits, without_side_effects
 from rome.experts import Experts
 from rome.models.classifier import Classifier
 from rome.models.hub import on_hub, pinned
@@ -122,13 +122,13 @@ def create_model(
     own = {key: settings.pop(key) for key in settings.keys() & ModelSettings.model_fields.keys()}
     start = None if weights is None else str(weights)
     chosen = ModelSettings(name=name, num_classes=num_classes, in_chans=in_chans, weights=start, args=settings, **own)
-    model = untrained(chosen)
+    model = build_without_weights(chosen)
     if weights is not None:
         _load_start(model, chosen)
     return model
 
 
-def untrained(settings: ModelSettings) -> Classifier:
+def build_without_weights(settings: ModelSettings) -> Classifier:
     """Build the model that settings with ``num_classes`` describe, without loading their ``weights``.
 
     Raises:
@@ -190,9 +190,9 @@ def build_model(
         raise UserError(f"model.num_classes is {settings.num_classes} but the data has {classes} classes; leave it out")
     if settings.in_chans not in (None, shape[0]):
         raise UserError(f"model.in_chans is {settings.in_chans} but the data has {shape[0]} channels; leave it out")
-    keeps_experts = trains_on(settings, experts)
-    model = untrained(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
-    if settings.weights is not None and not keeps_experts:
+    continues = keeps_experts(settings, experts)
+    model = build_without_weights(settings.model_copy(update={"num_classes": classes, "in_chans": shape[0]}))
+    if settings.weights is not None and not continues:
         _load_start(model, settings)
     images, name, side = torch.zeros(2, *shape), f"model {settings.name}", settings.img_size
     hint = "set model.img_size and model.patch_size"
@@ -200,14 +200,15 @@ def build_model(
         hint = (
             f"the data has images of {shape[-1]} pixels, not model.img_size={side}: make them equal (data.size={side})"
         )
-    with tried(model):
-        outputs = ask(model, images, name=name, hint=hint).shape[1]
-        ask(model.train(), images, name=f"{name} in training mode")  # some models also return auxiliary logits in it
+    with without_side_effects(model):
+        outputs = checked_logits(model, images, name=name, hint=hint).shape[1]
+        # in training mode some models also return auxiliary logits
+        checked_logits(model.train(), images, name=f"{name} in training mode")
     if outputs != classes:
         raise UserError(f"{name} outputs {outputs} classes, and the data has {classes}")
     if experts is not None:
         experts.inject(model, images)
-    if keeps_experts:
+    if continues:
         try:
             _load_start(model, settings)
         except UserError as error:
@@ -215,7 +216,7 @@ def build_model(
     return model.train()
 
 
-def trains_on(settings: ModelSettings, experts: Experts | None) -> bool:
+def keeps_experts(settings: ModelSettings, experts: Experts | None) -> bool:
     """Whether training continues with the experts of the starting weights.
 
     Raises:

@@ -18,9 +18,9 @@ from rome.core.errors import UserError, first_line
 from rome.core.files import replace_with
 from rome.core.version import __version__
 from rome.core.wrappers import bare_state, unwrapped
-from rome.experts.state import expert_state, fingerprint, moved, settings_of
-from rome.models.adapted import fill
-from rome.models.building import ModelSettings, untrained
+from rome.experts.state import base_weights_changed, expert_state, fingerprint, settings_of
+from rome.models.adapted import copy_with_experts
+from rome.models.building import ModelSettings, build_without_weights
 from rome.models.classifier import Classifier
 from rome.models.fitting import fit
 from rome.models.loading import other_layers, read_tensors
@@ -53,7 +53,7 @@ def save_experts(model: nn.Module, path: str | Path, *, config: dict[str, Any] |
         UserError: the file cannot be written, or the model has no experts.
     """
     state = _own_experts(model)
-    beside = {"beside": fingerprint(model), "moved": moved(model)}
+    beside = {"beside": fingerprint(model), "moved": base_weights_changed(model)}
     _write(state, path, _metadata("experts", model, config) | beside)
 
 
@@ -86,7 +86,7 @@ def load_experts(model: nn.Module, path: str | Path, *, any_backbone: bool = Fal
             )
         fit(target, tensors, expected=expected, path=path)
 
-    fill(model, metadata.get("experts") or [], path, copy_into)
+    copy_with_experts(model, metadata.get("experts") or [], path, copy_into)
     if not any_backbone and metadata.get("beside") != fingerprint(model):
         say(f"{path}: the model has other weights than the one that these experts were saved from")
     return model
@@ -140,7 +140,7 @@ def load_model(path: str | Path, model: nn.Module | None = None, *, trust_code: 
     def copy_into(target: nn.Module) -> None:
         fit(target, tensors, expected=set(bare_state(target)), path=path)
 
-    fill(model, metadata.get("experts") or [], path, copy_into)
+    copy_with_experts(model, metadata.get("experts") or [], path, copy_into)
     if different := other_layers(metadata, model):
         message = f"{path} was saved from a model with {different}"
         if built:
@@ -154,7 +154,7 @@ def _built(recipe: dict[str, Any], path: str | Path) -> nn.Module:
     own = {key: value for key, value in recipe.items() if key in ModelSettings.model_fields}
     args = {key: value for key, value in recipe.items() if key not in own}
     try:
-        return untrained(ModelSettings(**own, args=args).without_weights())
+        return build_without_weights(ModelSettings(**own, args=args).without_weights())
     except UserError as error:
         raise UserError(
             f"the model of {path} cannot be built from the file's metadata ({error}); pass the module to load it into"

@@ -25,7 +25,7 @@ SHOWN = 3
 """Number of tensors that a message names; the others are counted."""
 
 
-def within(model: nn.Module) -> tuple[nn.Module, str]:
+def backbone_and_prefix(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the part of a model that other projects would save, and the prefix of its names in rome's models."""
     inner = unwrapped(model)
     return (unwrapped(inner.backbone), "backbone.") if isinstance(inner, Classifier) else (inner, "")
@@ -33,7 +33,7 @@ def within(model: nn.Module) -> tuple[nn.Module, str]:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the layers that output the logits: according to timm, otherwise the last Linear layer."""
-    backbone, inside = within(model)
+    backbone, inside = backbone_and_prefix(model)
     networks = {inside: backbone}
     if isinstance(backbone, ModelMixture):
         networks = {f"{inside}networks.{k}.": network for k, network in enumerate(backbone.networks)}

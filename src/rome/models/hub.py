@@ -17,14 +17,14 @@ PREFIX = "hf://"
 WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"
 
 
-class OnHub(NamedTuple):
+class HubModel(NamedTuple):
     """A repository on the Hub and a commit, branch or tag of it; None is its main branch."""
 
     repository: str
     revision: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> OnHub:
+    def parse(cls, text: str) -> HubModel:
         """Parse ``USER/NAME``, optionally with ``hf://`` before it and ``@REVISION`` after it.
 
         Raises:
@@ -75,9 +75,9 @@ def local_file(source: str | Path) -> Path:
     )
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    wanted = OnHub.parse(source)
+    wanted = HubModel.parse(source)
     repository, revision = wanted
-    with explained(wanted):
+    with hub_errors(wanted):
         if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(repository, WEIGHTS, revision=revision) is None:
             # fails at once without a connection; a download would retry for half a minute
             get_hf_file_metadata(hf_hub_url(repository, WEIGHTS, revision=revision))
@@ -91,11 +91,11 @@ def local_file(source: str | Path) -> Path:
 
 def pinned(source: str) -> str:
     """Return the source with its current commit as the revision."""
-    return str(OnHub(OnHub.parse(source).repository, local_file(source).parent.name))
+    return str(HubModel(HubModel.parse(source).repository, local_file(source).parent.name))
 
 
 @contextmanager
-def explained(what: OnHub) -> Iterator[None]:
+def hub_errors(what: HubModel) -> Iterator[None]:
     """Turn any error of the Hub in the context into a UserError of one line.
 
     Raises:

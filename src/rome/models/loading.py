@@ -20,9 +20,9 @@ from rome.core.errors import UserError, first_line, some
 from rome.core.plain_data import Unreadable, parse_json
 from rome.core.wrappers import bare_state, unwrapped
 from rome.experts.state import PART, expert_state
-from rome.models.adapted import fill, inject
+from rome.models.adapted import copy_with_experts, inject
 from rome.models.classifier import Classifier
-from rome.models.fitting import find, fit, head_names, numbers, within
+from rome.models.fitting import backbone_and_prefix, find, fit, head_names, numbers
 from rome.models.hub import local_file
 from rome.models.module_tree import layer_counts
 from rome.models.pickles import load_pickle
@@ -87,7 +87,7 @@ def load_weights(
     remarks: list[str] = []
 
     def copy_into(target: nn.Module) -> None:
-        backbone, inside = within(target)
+        backbone, inside = backbone_and_prefix(target)
         skipped = left_out + tuple(inside + unused for unused in getattr(backbone, "unused", ()))
         own = {n.removeprefix(inside): value for n, value in bare_state(target).items() if n.startswith(inside)}
         required = {n for n in own if not n.endswith("num_batches_tracked") and not f"{inside}{n}".startswith(skipped)}
@@ -104,7 +104,7 @@ def load_weights(
         if normalization is not None and isinstance(target, Classifier) and normalization[0].numel() in (1, channels):
             remarks.extend(_normalize(target, *normalization, name, keep_normalization))
 
-    fill(unwrapped(model), [] if drop_experts else saved, name, copy_into)
+    copy_with_experts(unwrapped(model), [] if drop_experts else saved, name, copy_into)
     different = "" if drop_experts else other_layers(metadata, model)
     remarks += [f"{name} was saved from a model with {different}"] if different else []
     return remarks + _other_arguments(unwrapped(model), metadata.get("model"), name)

@@ -58,7 +58,7 @@ def _as_typed(values: Any) -> Any:
 Typed = Annotated[str | None, BeforeValidator(_as_typed)]
 
 
-class Common(Settings):
+class SharedSettings(Settings):
     """Settings that a list gives for all its models and that each entry may override."""
 
     data: Typed = None
@@ -78,7 +78,7 @@ class Common(Settings):
     """The network that measures perceptual distances for PPGD and LPA."""
 
 
-class Entry(Common):
+class Entry(SharedSettings):
     """One model of a list."""
 
     name: str = ""
@@ -107,7 +107,7 @@ class Entry(Common):
     def _one_of_two(self) -> Self:
         if (self.run is None) == (self.model is None):
             raise ValueError("give either a run or a model")
-        own = {name: getattr(self, name) for name in Entry.model_fields.keys() - Common.model_fields.keys()}
+        own = {name: getattr(self, name) for name in Entry.model_fields.keys() - SharedSettings.model_fields.keys()}
         extra = [name for name, value in own.items() if value is not None and name not in ("name", "run", "model")]
         if self.run is not None and extra:
             raise ValueError(f"{', '.join(sorted(extra))}: only for a model; a run's own config has these settings")
@@ -127,7 +127,7 @@ class Entry(Common):
         return (place.parent if place.is_file() else place).resolve().name
 
 
-class Models(Common):
+class Models(SharedSettings):
     """A list of models."""
 
     save_images: SaveImages = "none"
@@ -219,7 +219,7 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
         The entry and the hash of the weights, by which a later call knows whether anything changed.
     """
     one = Entry.model_validate(entry)
-    named = {"data", "budgets", *Entry.model_fields.keys() - Common.model_fields.keys()} - {"name", "run"}
+    named = {"data", "budgets", *Entry.model_fields.keys() - SharedSettings.model_fields.keys()} - {"name", "run"}
     given = {name: getattr(one, name) for name in named}
     with launched() as team:
         config = None if one.model is None else named_config(given)

@@ -23,7 +23,7 @@ from rome.evaluation.evaluate import Report
 from rome.evaluation.result import CLEAN
 from rome.evaluation.statistics import wilson
 from rome.methods import Method
-from rome.models.hub import OnHub, on_hub
+from rome.models.hub import HubModel, on_hub
 from rome.report.columns import Cell, remarks, suite_text, tabulate
 from rome.report.evaluated import LEARNED, Evaluated
 from rome.report.templating import filled
@@ -75,7 +75,7 @@ class Base(NamedTuple):
 def model_card(
     config: Config,
     evaluations: Sequence[Evaluated],
-    repo: OnHub,
+    repo: HubModel,
     *,
     facts: Mapping[str, Any],
     usage: str = "",
@@ -128,7 +128,7 @@ def model_card(
     return f"---\n{_metadata(config, shown[0], repo, base, bool(usage), license).to_yaml()}\n---\n\n{body}"
 
 
-def eval_results(config: Config, one: Evaluated, repo: OnHub) -> list[dict[str, Any]]:
+def eval_results(config: Config, one: Evaluated, repo: HubModel) -> list[dict[str, Any]]:
     """Convert an evaluation to the Hub's format of ``.eval_results/*.yaml``; empty if the Hub lacks the data set."""
     if config.data.kind not in DATA_SETS:
         return []
@@ -166,7 +166,7 @@ def starts_from(config: Config) -> Base | None:
     """Return the model on the Hub whose weights training started from, if any."""
     model = config.model
     if on_hub(model.weights):
-        return Base(OnHub.parse(model.weights).repository)
+        return Base(HubModel.parse(model.weights).repository)
     if model.pretrained and timm.is_model(model.name):
         known = get_pretrained_cfg(model.name)
         return Base(known.hf_hub_id, known.license or "") if known is not None and known.hf_hub_id else None
@@ -174,7 +174,7 @@ def starts_from(config: Config) -> Base | None:
 
 
 def _metadata(
-    config: Config, one: Shown, repo: OnHub, base: Base | None, plain: bool, license: str | None
+    config: Config, one: Shown, repo: HubModel, base: Base | None, plain: bool, license: str | None
 ) -> ModelCardData:
     """Build the metadata by which the Hub finds models and shows their results."""
     norms = [threat.norm.lower() for threat in config.threats if isinstance(threat, LpBall)]
@@ -209,7 +209,7 @@ def _with_numbers(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not math.isnan(row.cell.value)]
 
 
-def _shown(one: Evaluated, repo: OnHub, needs_path: bool) -> Shown:
+def _shown(one: Evaluated, repo: HubModel, needs_path: bool) -> Shown:
     titles, (cells,) = tabulate([("", one.report)])
     threats = one.threats
     rows = [Row(_ball(title, threats.get(title)), cell) for title, cell in zip(titles, cells, strict=True)]
@@ -225,7 +225,7 @@ def _ball(title: str, threat: object) -> str:
     return f"{title} (ε = {threat.radius})" if isinstance(threat, LpBall) else title
 
 
-def _usage(repo: OnHub, code: str) -> str:
+def _usage(repo: HubModel, code: str) -> str:
     loaded = f'rome.load_model("{repo}", module)' if code else f'rome.load_model("{repo}")'
     return f"import rome  # pip install rome-robust\nmodel = {loaded}\nlogits = model(images)"
 

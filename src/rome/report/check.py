@@ -22,7 +22,7 @@ from rome.training.setup import assemble, check_settings
 
 
 @dataclass
-class Checked:
+class CheckResult:
     """Result of :func:`check`."""
 
     config: Config
@@ -38,13 +38,13 @@ class Checked:
     """Further remarks, one line each."""
 
 
-def check(config: Config, memory: float | None = None) -> Checked:
+def check(config: Config, memory: float | None = None) -> CheckResult:
     """Look for everything that training the config needs, and count what it costs.
 
     Args:
         memory: memory in bytes of the GPU that training must fit into; None: that of the GPU the config would use here.
     """
-    found = Checked(config)
+    found = CheckResult(config)
     try:
         check_settings(config)
     except UserError as error:
@@ -72,7 +72,7 @@ def check(config: Config, memory: float | None = None) -> Checked:
     return found
 
 
-def _data(config: Config, found: Checked) -> Data | None:
+def _data(config: Config, found: CheckResult) -> Data | None:
     """Open the data set's training and test parts; None if they are not here. A download that training would start is
     only remarked on."""
     downloads = getattr(config.data, "download", False)
@@ -89,7 +89,7 @@ def _data(config: Config, found: Checked) -> Data | None:
     return data
 
 
-def _must_download(config: Config, found: Checked) -> bool:
+def _must_download(config: Config, found: CheckResult) -> bool:
     """Report weights that are not here; return True if training would download them, so they cannot be tried yet."""
     source, name = config.model.weights, config.model.name
     if name.startswith(ROBUSTBENCH):
@@ -130,7 +130,7 @@ def _must_download(config: Config, found: Checked) -> bool:
     return True
 
 
-def _memory(config: Config, limit: float | None, found: Checked) -> None:
+def _memory(config: Config, limit: float | None, found: CheckResult) -> None:
     """Count the memory, and report where the GPU does not have enough."""
     try:
         counted = peak_memory(config)
@@ -149,7 +149,7 @@ def _memory(config: Config, limit: float | None, found: Checked) -> None:
         where.append(f"memory: {why}; the GPU has {gigabytes(limit)}")
 
 
-def _passes(config: Config, found: Checked) -> None:
+def _passes(config: Config, found: CheckResult) -> None:
     """Count passes and floating-point operations."""
     cost = found.cost
     update, evaluation = of_update(config), of_evaluation(config, cost.get("classes", 10))
@@ -165,7 +165,7 @@ def _passes(config: Config, found: Checked) -> None:
         cost["evaluation_flops"] = each * evaluation.work * min(images)
 
 
-def lines(found: Checked) -> list[str]:
+def lines(found: CheckResult) -> list[str]:
     """Describe the cost and the remarks in readable lines."""
     cost, config = found.cost, found.config
     text = []

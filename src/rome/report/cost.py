@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
 from rome.experts import MixtureLayer, block_numbers, expert_layers
-from rome.models import trains_on, weights_file
+from rome.models import keeps_experts, weights_file
 from rome.models.compiling import compile_blocks
 from rome.report.memory import architecture, gigabytes, peak_memory
 from rome.runs.config import Config
@@ -105,7 +105,7 @@ def compare(
     for config in configs:
         weights = config.model.weights
         if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
-            trains_on(config.model, config.experts)  # raises if it could not be trained
+            keeps_experts(config.model, config.experts)  # raises if it could not be trained
         torch.manual_seed(config.seed)
         model, shape, classes = architecture(config)
         costs.append({"name": config.name, **parameters(model), "macs": macs(model.eval(), shape)})

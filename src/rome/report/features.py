@@ -27,7 +27,7 @@ PLACES = ("first", "middle", "last", "global")
 """Where features are read: at single tokens, or averaged over all."""
 
 
-class Seen(NamedTuple):
+class LayerOutput(NamedTuple):
     """The output of one layer in one forward pass, (B, T, D) each."""
 
     output: Tensor
@@ -80,13 +80,13 @@ def block_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Seen]]:
+def record_features(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, LayerOutput]]:
     """Record the outputs of these modules, by name, in the latest forward pass inside the context.
 
     Raises:
         UserError: during a forward pass, if a module's output is not images, tokens or vectors.
     """
-    found: dict[str, Seen] = {}
+    found: dict[str, LayerOutput] = {}
     with ExitStack() as stack:
         for name in layers:
             hook = model.get_submodule(name).register_forward_hook(_recording_hook(model, name, found))
@@ -135,7 +135,7 @@ def tokens(output: Tensor, layout: Layout, *, channels_last: bool) -> Tensor:
     return select(whole, None if real is None else real.to(whole.device))[:, layout.prefix :]
 
 
-def _seen(model: nn.Module, images: Tensor, layer: str) -> Seen:
+def _seen(model: nn.Module, images: Tensor, layer: str) -> LayerOutput:
     with torch.no_grad(), record_features(model, [layer]) as found:
         model(images)
     if layer not in found:
@@ -143,7 +143,7 @@ def _seen(model: nn.Module, images: Tensor, layer: str) -> Seen:
     return found[layer]
 
 
-def _recording_hook(model: nn.Module, name: str, found: dict[str, Seen]) -> Callable[..., None]:
+def _recording_hook(model: nn.Module, name: str, found: dict[str, LayerOutput]) -> Callable[..., None]:
     """Return a hook that stores copies of a module's output, since later layers may change it in place."""
     module = model.get_submodule(name)
     layout = module.layout if isinstance(module, MixtureLayer) else layout_of(model, name)
@@ -157,7 +157,7 @@ def _recording_hook(model: nn.Module, name: str, found: dict[str, Seen]) -> Call
                 f"layer {name} outputs {what}, not images (B, C, H, W) or tokens (B, T, D); choose another layer"
             )
         plain = module.base_forward(args[0]) if isinstance(module, MixtureLayer) else None
-        found[name] = Seen(
+        found[name] = LayerOutput(
             tokens(output.detach().clone(), layout, channels_last=last),
             None if plain is None else tokens(plain.detach(), layout, channels_last=last),
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import Attack
-from rome.attacks.suites import as_named
+from rome.attacks.suites import name_threats
 from rome.core.errors import UserError
 from rome.experts import record_gates
 from rome.report.subject import NATURAL, attack_all, over_groups
@@ -75,7 +75,7 @@ def collect(
         threats: threats, or a mapping from the names of their groups to threats.
         attack: APGD with 15 steps by default; threats that bring their own attack are searched by that one.
     """
-    return read(model, {NATURAL: x, **attack_all(model, x, y, as_named(threats), attack)})
+    return read(model, {NATURAL: x, **attack_all(model, x, y, name_threats(threats), attack)})
 
 
 def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rome.attacks.checks import checked_later
+from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import frozen, loss_and_gradient
 from rome.methods import Method, TrainContext
 from rome.models import build_model
@@ -121,8 +121,8 @@ def _update(
     if config.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     context.model.train()
-    with checked_later(), torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        outcome = method.loss(context, x, y)  # checked_later: the attack's result, without content, is not checked
+    with deferred_checks(), torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        outcome = method.loss(context, x, y)  # deferred_checks: the attack's result, without content, is not checked
     torch.autograd.backward(outcome.loss)
     del outcome
     optimizer.step()

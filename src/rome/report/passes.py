@@ -82,7 +82,7 @@ def of_update(config: Config) -> Passes | None:
     """Count the passes per example of an update, including its attack, averaged over the stages of the method. They are
     counted on a small transformer in place of the model; None if the method does not run on it."""
     try:
-        batch = 2 * len(config.method.trained(config.threats, config.attack))
+        batch = 2 * len(config.method.training_threats(config.threats, config.attack))
         same = {"accumulate": 1, "device": "cpu", "precision": "fp32", "attack_batch_size": None}
         few = config.model_copy(update={"batch_size": batch, "activation_checkpointing": False, **same})
         args: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -22,7 +22,7 @@ from rome.data.resized import Resized
 from rome.evaluation.store import MATRIX, RESULT, SETTINGS, read_json
 from rome.models import Classifier, load_model, read_tensors
 from rome.models.files import copy_with
-from rome.models.hub import TIMM_CONFIG, WEIGHTS, OnHub, explained
+from rome.models.hub import TIMM_CONFIG, WEIGHTS, HubModel, hub_errors
 from rome.report.card import eval_results, model_card
 from rome.report.compared import is_preferred
 from rome.report.evaluated import LEARNED, Evaluated, evaluations
@@ -69,7 +69,7 @@ def push(
     Raises:
         UserError: :func:`prepare` raises it, or the Hub refuses.
     """
-    where, folder = OnHub.parse(repo), Run(run)
+    where, folder = HubModel.parse(repo), Run(run)
     if where.revision is not None:
         raise UserError(f"{repo}: give a branch with --revision and a tag with --tag")
     if dry_run is not None:
@@ -85,7 +85,7 @@ def push(
         return _send(where, Path(temporary), folder.config.name, public=public, revision=revision, tag=tag)
 
 
-def prepare(run: Run, repo: OnHub, out: Path, *, license: str | None = None) -> None:
+def prepare(run: Run, repo: HubModel, out: Path, *, license: str | None = None) -> None:
     """Write the files of a run that are shared: ``model.safetensors`` with the config inside, ``config.yaml``,
     ``README.md``, the result, settings and matrix of every evaluation, timm's ``config.json`` for a timm model without
     experts, and ``.eval_results`` if the Hub has the data set. Paths and the name of this machine are removed.
@@ -177,7 +177,7 @@ def _write_timm_config(run: Run, data: Data, classes: list[str] | None, out: Pat
     timm.models.save_for_hf(backbone, str(out), model_config=extra, model_args=arguments, safe_serialization=True)
 
 
-def _timm_usage(repo: OnHub) -> str:
+def _timm_usage(repo: HubModel) -> str:
     return (
         f'import timm, torch\nmodel = timm.create_model("hf-hub:{repo.repository}", pretrained=True).eval()\n'
         "config = timm.data.resolve_model_data_config(model)  # mean and std\n"
@@ -186,7 +186,7 @@ def _timm_usage(repo: OnHub) -> str:
     )
 
 
-def _check_token(repo: OnHub) -> None:
+def _check_token(repo: HubModel) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
@@ -196,12 +196,12 @@ def _check_token(repo: OnHub) -> None:
         )
 
 
-def _send(repo: OnHub, folder: Path, name: str, *, public: bool, revision: str | None, tag: str | None) -> str:
+def _send(repo: HubModel, folder: Path, name: str, *, public: bool, revision: str | None, tag: str | None) -> str:
     """Send all files of a folder in one commit; return its address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, at = HfApi(library_name="rome"), repo.repository
-    with explained(repo):
+    with hub_errors(repo):
         api.create_repo(at, private=not public, exist_ok=True)
         info = api.model_info(at)
         if public == bool(info.private):

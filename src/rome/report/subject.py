@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import APGD, Attack
-from rome.attacks.suites import as_named
+from rome.attacks.suites import name_threats
 from rome.core import trust
 from rome.core.device import pick_device
 from rome.core.errors import UserError
@@ -30,8 +30,8 @@ from rome.threats import PerExample, Threat
 NATURAL = "natural"
 STEPS = 15
 """Steps of APGD, the attack behind pictures and routing numbers."""
-AT_A_TIME = 64
-KEPT = 1024
+BATCH_SIZE = 64
+MAX_CACHED = 1024
 """Up to this many attacked images are cached; a larger number is attacked anew each time."""
 
 
@@ -57,7 +57,7 @@ class Subject:
         run: Run | None = None,
     ) -> None:
         self.name, self.device, self.run = name, device, run
-        self.threats = as_named(threats)
+        self.threats = name_threats(threats)
         self._model, self._split = model, split
         self._attacked: dict[int, dict[str, Tensor]] = {}
 
@@ -111,10 +111,10 @@ class Subject:
 
     def attacked_parts(self, n: int) -> Iterable[Mapping[str, Tensor]]:
         """Return the images of :meth:`attacked` in consecutive parts; more than :data:`KEPT` are not cached."""
-        return [self.attacked(n)] if n <= KEPT else self._attack(n)
+        return [self.attacked(n)] if n <= MAX_CACHED else self._attack(n)
 
     def _attack(self, n: int) -> Iterator[dict[str, Tensor]]:
-        for numbers in torch.split(torch.arange(min(n, len(self.split))), AT_A_TIME):
+        for numbers in torch.split(torch.arange(min(n, len(self.split))), BATCH_SIZE):
             ((x, y),) = self.split.batches([numbers], device=self.device)
             yield {NATURAL: x, **attack_all(self.model, x, y, self.threats)}
 
@@ -240,7 +240,7 @@ def attack_all(
         attack: APGD with 15 steps by default; threats that bring their own attack are searched by that one.
     """
     attack, parts = attack or APGD(steps=STEPS), []
-    for images, labels in zip(torch.split(x, AT_A_TIME), torch.split(y, AT_A_TIME), strict=True):
+    for images, labels in zip(torch.split(x, BATCH_SIZE), torch.split(y, BATCH_SIZE), strict=True):
         mixture = PerExample.repeated(threats.values(), len(images))
         found = attack(model, images.repeat(len(threats), 1, 1, 1), labels.repeat(len(threats)), mixture)
         parts.append(found.view(len(threats), len(images), *found.shape[1:]))
@@ -252,6 +252,6 @@ def over_groups(groups: Mapping[str, Tensor], read: Callable[[Tensor], Sequence[
     (G, n, ...) float32 for G groups of n images."""
     found = []
     for images in groups.values():
-        batches = [read(batch) for batch in torch.split(images, AT_A_TIME)]
+        batches = [read(batch) for batch in torch.split(images, BATCH_SIZE)]
         found.append([torch.cat(parts).float().cpu().numpy() for parts in zip(*batches, strict=True)])
     return [np.stack(each) for each in zip(*found, strict=True)]

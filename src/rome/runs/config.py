@@ -294,8 +294,8 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ),
         )
     try:
-        trained = config.method.trained(config.threats, config.attack)
-        config.method.suits(trained, config.experts, range(config.natural_epochs, config.epochs))
+        trained = config.method.training_threats(config.threats, config.attack)
+        config.method.check(trained, config.experts, range(config.natural_epochs, config.epochs))
     except UserError as error:
         yield ("method",), f"{config.method.kind}: {error}"
         return

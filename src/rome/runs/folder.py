@@ -185,7 +185,7 @@ class Run:
         replace_file(self.config_file, yaml.safe_dump(dumped, sort_keys=False).encode())
         trust.record(self.config_file, {"config": dumped})
         replace_file(self.origin_file, json.dumps(origin, indent=2).encode())
-        return self._latest() if self.has_checkpoint else None
+        return self._load_latest() if self.has_checkpoint else None
 
     def other_code(self, code: dict[str, str]) -> list[str]:
         """Differences between the user's current code and the code that this run started with."""
@@ -224,17 +224,17 @@ class Run:
             kept = "The previous checkpoint is kept" if self.has_checkpoint else "There is no previous checkpoint"
             raise UserError(
                 f"{self.checkpoint_file} cannot be written ({first_line(error)}): is the disk full? {kept}; make room "
-                "and go on with --resume"
+                "and continue with --resume"
             ) from error
 
-    def _latest(self) -> dict[str, Any]:
+    def _load_latest(self) -> dict[str, Any]:
         """Load the checkpoint to resume from; if ``last.pt`` is damaged, replace it by ``before.pt``.
 
         Raises:
             UserError: both are damaged (:meth:`load_checkpoint`).
         """
-        damage = _damage(self.checkpoint_file)
-        if damage and not _damage(self.before_file):
+        damage = _describe_damage(self.checkpoint_file)
+        if damage and not _describe_damage(self.before_file):
             os.replace(self.before_file, self.checkpoint_file)
             state = self.load_checkpoint()
             done = max((line["update"] for line in self.log()), default=state["update"])
@@ -253,7 +253,7 @@ class Run:
         """
         file, advice = file or self.checkpoint_file, "pass --overwrite to start anew"
         state = load_pickle(file, f"restore it, or {advice}")
-        if damage := _damage(file):
+        if damage := _describe_damage(file):
             raise UserError(f"{file} cannot be read ({damage}); restore it, or {advice}")
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise UserError(f"{file} is not a checkpoint of this version; {advice}")
@@ -322,7 +322,7 @@ class Run:
             file.unlink(missing_ok=True)
 
 
-def _damage(checkpoint: Path) -> str:
+def _describe_damage(checkpoint: Path) -> str:
     """Describe the damage to a file of ``torch.save``, a zip with a CRC-32 for each part; empty if it is intact."""
     try:
         with zipfile.ZipFile(checkpoint) as parts:

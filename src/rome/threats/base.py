@@ -38,7 +38,7 @@ class Threat(Component):
         """Whether each image is allowed, up to rounding: bool (B,). Here, whether it is in the box; NaN is not."""
         return ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
 
-    def searched_by(self, attack: Any) -> tuple[Any, Threat]:
+    def resolve_attack(self, attack: Any) -> tuple[Any, Threat]:
         """The :class:`rome.attacks.Attack` that searches when ``attack`` is called with this threat, and the threat it
         searches inside. For threats that an attack defines, both are others (:class:`rome.attacks.AttackThreat`)."""
         return attack, self

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
-from rome.attacks.checks import checked_later
+from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import graphed
 from rome.core.console import say
 from rome.core.distributed import Team, follow_first, local_share
@@ -175,7 +175,7 @@ class Loop:
             found = validator.measure(model)
         except FloatingPointError as error:
             raise self._diverged(str(error), self.context.lr) from error
-        best = self.team.first(lambda: validator.keep(model, epoch, found))
+        best = self.team.first(lambda: validator.save_if_best(model, epoch, found))
         line = {"event": "validation", "update": self.updates, "epoch": epoch, **found, "best": best}
         line["seconds"] = round(self.position.seconds, 3)
         self._write(line)
@@ -246,7 +246,7 @@ class Loop:
         follow_first(statistics(context.attacked))
         tally = Tally(len(context.threats), self.fabric.device)
         try:
-            with checked_later() as settle:  # a GPU has the whole update queued before anything waits for it
+            with deferred_checks() as settle:  # a GPU has the whole update queued before anything waits for it
                 for part in range(config.accumulate):
                     settle()  # frees the images of the previous part
                     x, y = next(batches)

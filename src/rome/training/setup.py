@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.engine import differentiate_in_parts
+from rome.attacks.engine import set_gradient_batch_size
 from rome.attacks.threat import check_channels
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import numerics, pick_device, placed
-from rome.core.distributed import Team, noticing, own_device, total
+from rome.core.distributed import Team, lost_process_as, own_device, total
 from rome.core.errors import UserError, first_line
 from rome.core.graphs import Graphs
 from rome.core.launched import launched_together
 from rome.core.randomness import stream
-from rome.core.trial import check_attackable, tried
+from rome.core.trial import check_attackable, without_side_effects
 from rome.data import Split
 from rome.methods import TrainContext
 from rome.models import build_model, save_model
@@ -66,7 +66,7 @@ def train(
     """
     run = Run(out)
     try:
-        with noticing(f"another process of this training ended; continue with: rome train --resume {out}"):
+        with lost_process_as(f"another process of this training ended; continue with: rome train --resume {out}"):
             _train(run, config, resume=resume, overwrite=overwrite, progress=progress)
     finally:
         run.release()
@@ -165,7 +165,7 @@ def assemble(config: Config, device: torch.device, *, rank: int = 0, world: int 
     torch.manual_seed(config.seed)
     model: nn.Module = build_model(config.model, config.experts, classes=len(split.classes), shape=split.shape)
     model = placed(model, device)
-    with tried(model):
+    with without_side_effects(model):
         x = split.first(min(3, len(split)))[0].to(device)
         check_attackable(model, x, name=f"model {config.model.name}")
         if micro == world:
@@ -206,10 +206,10 @@ def train_context(
     if config.activation_checkpointing:
         checkpoint_blocks(model)
     if config.attack_batch_size is not None:
-        differentiate_in_parts(model, config.attack_batch_size)
+        set_gradient_batch_size(model, config.attack_batch_size)
     return TrainContext(
         model=model,
-        threats=config.method.trained(config.threats, config.attack),
+        threats=config.method.training_threats(config.threats, config.attack),
         attack=config.attack,
         regularizer=config.experts.regularizer if config.experts is not None else None,
         attack_stream=stream(config.seed, "attack", rank=rank, world=world, device=device),

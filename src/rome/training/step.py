@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rome.attacks.engine import graphs_on
+from rome.attacks.engine import graphs_ready
 from rome.core.graphs import Graphs
 from rome.methods import Method, MinMaxMethod, Outcome, TrainContext
 from rome.methods.base import Examples
@@ -39,7 +39,7 @@ class Step:
             alone = self.fabric.world_size == 1
             if alone and isinstance(method, MinMaxMethod) and type(method).loss is MinMaxMethod.loss:
                 examples = method.perturb(context, x, y)
-                with graphs_on(context.attacked) as graphs:
+                with graphs_ready(context.attacked) as graphs:
                     if graphs is not None:
                         return self._replayed(graphs, method, context, examples)
                 outcome = method.objective(context, examples)

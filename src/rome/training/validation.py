@@ -93,7 +93,7 @@ class Validator:
         robust = found.robust.view(len(threats), len(x)) & clean
         return torch.cat([clean[None], robust, robust.all(dim=0)[None]])
 
-    def keep(self, model: nn.Module, epoch: int, found: dict[str, Any]) -> bool:
+    def save_if_best(self, model: nn.Module, epoch: int, found: dict[str, Any]) -> bool:
         """Save the weights as ``best.safetensors`` if their union is the largest so far, and return whether it is.
 
         Ties are decided by the larger mean over the threats, then by the earlier epoch.

@@ -25,11 +25,11 @@ class Corruption(Attack):
     """
 
     kind = "corruption"
-    searches = (AnyImage, "is a fixed transform: run it under AnyImage(label=NAME)")
+    accepts = (AnyImage, "is a fixed transform: run it under AnyImage(label=NAME)")
     channels = (1, 3)
-    differentiates: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     draws_by_image: ClassVar[bool] = True
-    untrained: ClassVar[str] = "is a fixed change that searches nothing"
+    not_for_training: ClassVar[str] = "is a fixed change that searches nothing"
 
     type: CorruptionType
     """Name of the corruption in CIFAR-10-C, such as ``fog`` or ``gaussian_noise``."""
@@ -46,10 +46,10 @@ class Corruption(Attack):
             raise ValueError("constants apply to generated images and path to images that are read: leave one out")
         return self
 
-    def unsuited(self, channels: int) -> str:
+    def unsupported_reason(self, channels: int) -> str:
         if self.path is not None and channels != 3:
             return f"needs images of 3 channels, not {channels}"
-        return super().unsuited(channels)
+        return super().unsupported_reason(channels)
 
     def noise_shape(self, image: torch.Size) -> tuple[int, ...]:
         return (SEEDS,)

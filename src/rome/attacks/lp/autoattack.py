@@ -51,7 +51,7 @@ class AutoAttackPart(Attack):
     because of rounding is projected back.
     """
 
-    untrained: ClassVar[str] = "is made for evaluation; pgd and apgd search the same balls in training"
+    not_for_training: ClassVar[str] = "is made for evaluation; pgd and apgd search the same balls in training"
     starts_at_random: ClassVar[bool] = False
     """pyautoattack draws its own random numbers."""
 
@@ -159,7 +159,7 @@ class Square(AutoAttackPart):
     """Square Attack: random search with square patches, without gradients."""
 
     kind = "square"
-    differentiates: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     queries: int = Field(default=5000, ge=1)
     """Forward passes for each image; AutoAttack uses 5000."""
 

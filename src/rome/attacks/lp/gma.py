@@ -15,7 +15,7 @@ from rome.attacks.lp.pgd import random_start
 from rome.core.component import Number
 from rome.core.errors import UserError
 from rome.experts import Gates, expert_layers, record_gates
-from rome.experts.gated import MeanOver, count
+from rome.experts.gated import MeanOver, count_layers
 from rome.threats import LpBall, Threat
 from rome.threats.projections import signs
 
@@ -31,7 +31,7 @@ class GMA(Attack):
     """
 
     kind = "gma"
-    searches = (LpBall, "searches inside Linf balls such as LpBall(norm='Linf', eps=8/255)")
+    accepts = (LpBall, "searches inside Linf balls such as LpBall(norm='Linf', eps=8/255)")
     draws_by_image: ClassVar[bool] = True
     steps: Steps = 20
     """Iterations of the search."""
@@ -47,7 +47,7 @@ class GMA(Attack):
     def accepted(self, threat: Threat) -> LpBall:
         ball: LpBall = super().accepted(threat)
         if ball.norm != "Linf":
-            raise UserError(f"{self.kind} {self.searches[1]}, not {ball.norm}")
+            raise UserError(f"{self.kind} {self.accepts[1]}, not {ball.norm}")
         return ball
 
     def search(self, model: Model, x: Tensor, y: Tensor, groups: list[Group], noise: Tensor) -> AttackResult:
@@ -56,7 +56,7 @@ class GMA(Attack):
             for ball, rows, _ in groups:
                 x_adv[rows] = random_start(ball, x[rows], noise[rows].to(x.dtype))
         layers = list(expert_layers(model).values()) if isinstance(model, nn.Module) else []
-        weight = self.weight * len(layers) / max(count(layers, self.mean_over), 1)
+        weight = self.weight * len(layers) / max(count_layers(layers, self.mean_over), 1)
         targets = [gates.weights.argmin(dim=-1, keepdim=True) for gates in answer(model, x)[1]] if self.steps else []
         for _ in range(self.steps):
             here = x_adv.detach().requires_grad_()

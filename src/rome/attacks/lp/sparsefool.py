@@ -42,7 +42,7 @@ class SparseFool(FreeAttack):
 
     kind = "sparsefool"
     starts_at_random: ClassVar[bool] = False
-    untrained: ClassVar[str] = "has no budget, and how long it takes depends on the images"
+    not_for_training: ClassVar[str] = "has no budget, and how long it takes depends on the images"
     steps: Steps = 10
     """Number of rounds."""
     lam: Number = Field(default=3, gt=0)

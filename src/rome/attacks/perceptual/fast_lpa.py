@@ -36,7 +36,7 @@ class FastLPA(Attack):
     """
 
     kind = "fast-lpa"
-    searches = (Perceptual, "searches inside perceptual threats")
+    accepts = (Perceptual, "searches inside perceptual threats")
     steps: int = Field(default=10, ge=1)
     """Number of steps N; the paper trains with 10."""
     only_correct: bool = False

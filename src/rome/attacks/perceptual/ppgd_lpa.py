@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 class _Bounded(Attack):
     """Common base of PPGD and LPA: Gaussian start, frozen networks, results projected into the bound and checked."""
 
-    searches = (Perceptual, "searches inside perceptual threats")
+    accepts = (Perceptual, "searches inside perceptual threats")
     draws_by_image: ClassVar[bool] = True
     full_precision: ClassVar[bool] = True
     steps: int = Field(default=20, ge=1)

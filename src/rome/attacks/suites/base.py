@@ -153,7 +153,7 @@ class AutoAttackSuite(APGDSuite):
         return [Square(queries=self.square_queries)]
 
 
-def as_named(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:
+def name_threats(threats: Threat | Iterable[Threat] | Mapping[str, Threat]) -> dict[str, Threat]:
     """Map column names to threats.
 
     Raises:

@@ -95,7 +95,7 @@ def check_files(suite: Suite, cases: Collection[str] | None = None) -> list[str]
     return sentences
 
 
-def listed(text: str) -> list[Any]:
+def parse_suites(text: str) -> list[Any]:
     """Parse the suites in a text: names separated by commas, or settings as YAML in braces or brackets.
 
     Raises:
@@ -115,9 +115,9 @@ def listed(text: str) -> list[Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Convert a list, or a text (:func:`listed`), to the settings of one suite; return anything else unchanged."""
+    """Convert a list or text (:func:`parse_suites`) to the settings of one suite; return anything else unchanged."""
     if isinstance(value, str):
-        value = listed(value)
+        value = parse_suites(value)
     if isinstance(value, (list, tuple)):
         return value[0] if len(value) == 1 else {"kind": SeveralSuites.kind, "suites": list(value)}
     return value

@@ -33,8 +33,10 @@ class ReColorAdv(FunctionalAttack):
     """Adam's learning rate on the colour grid."""
     tau: Number = Field(default=0.06, ge=0)
 
-    def unsuited(self, channels: int) -> str:
-        return super().unsuited(channels) and f"changes colours: it needs images of 3 channels, not {channels}"
+    def unsupported_reason(self, channels: int) -> str:
+        return (
+            super().unsupported_reason(channels) and f"changes colours: it needs images of 3 channels, not {channels}"
+        )
 
     def identity(self, x: Tensor) -> Tensor:
         axes = [torch.linspace(0, 1, count, dtype=x.dtype, device=x.device) for count in NODES]

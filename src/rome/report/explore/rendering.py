@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rome.report.examples import diverging, picture, png
 from rome.report.explore.explorer import Answer
-from rome.report.figures.style import THREATS, limits, looks
+from rome.report.figures.style import THREATS, limits, styles_of
 from rome.report.subject import NATURAL, short
 from rome.report.templating import TEMPLATES
 
@@ -68,7 +68,7 @@ def _threat(answers: Sequence[Answer]) -> int:
     """Return the index of the attack's colour among the page's threat colours."""
     threat = answers[0].threat
     name = NATURAL if threat is None else getattr(threat, "norm", threat.kind)
-    return THREATS.index(looks([name])[name].colour)
+    return THREATS.index(styles_of([name])[name].colour)
 
 
 def _stops(name: str, low: float, high: float) -> str:

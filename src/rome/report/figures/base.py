@@ -120,13 +120,13 @@ def require_experts(subject: Subject) -> dict[str, MixtureLayer]:
     return layers
 
 
-def leaves(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
+def flatten_data(nested: Any, depth: int) -> Iterator[tuple[Any, ...]]:
     """Yield each value ``depth`` levels inside mappings and lists, preceded by the keys and indices of its path."""
     if depth == 0:
         yield (nested,)
         return
     for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
-        for leaf in leaves(value, depth - 1):
+        for leaf in flatten_data(value, depth - 1):
             yield key, *leaf
 
 

@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from rome.core.errors import UserError
 from rome.experts import Experts, FeedForward, LoadBalancing, LowRank
 from rome.report import gates
-from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
-from rome.report.figures.style import NOTE, PAGE, legend, limits, looks, side
+from rome.report.figures.base import FigureOfRuns, Options, flatten_data, require_experts
+from rome.report.figures.style import NOTE, PAGE, legend, limits, side, styles_of
 from rome.report.subject import NATURAL, Subject, short
 
 SHOWN = 8
@@ -49,13 +49,13 @@ class GateDensities(FigureOfRuns):
         return [
             {"run": run["run"], "layer": run["layer"], "threat": name, "image": image, "expert": k + 1, "weight": value}
             for run in data["runs"]
-            for name, image, k, value in leaves(run["weights"], 3)
+            for name, image, k, value in flatten_data(run["weights"], 3)
         ]
 
     def draw(self, data: dict[str, Any]) -> Canvas:
         runs = data["runs"]
         canvas = Canvas(figsize=(PAGE, 0.3 + 1.5 * len(runs)), layout="constrained")
-        styles = looks([name for run in runs for name in run["weights"]])
+        styles = styles_of([name for run in runs for name in run["weights"]])
         for row, run in zip(canvas.subfigures(len(runs), 1, squeeze=False).flatten(), runs, strict=True):
             values = {name: np.array(images) for name, images in run["weights"].items()}
             experts = gates.distinct_experts(np.array([images.mean(axis=0) for images in values.values()]), SHOWN)

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure as Canvas
 from rome.core.errors import UserError
 from rome.experts import expert_layers
 from rome.report import features
-from rome.report.figures.base import FigureOfRuns, Options, leaves
-from rome.report.figures.style import COLUMN, NOTE, PAGE, dots, legend, looks, scatter, side, signed
+from rome.report.figures.base import FigureOfRuns, Options, flatten_data
+from rome.report.figures.style import COLUMN, NOTE, PAGE, dots, legend, scatter, side, signed, styles_of
 from rome.report.separability import difference, embed, silhouettes
 from rome.report.subject import NATURAL, Subject, short
 
@@ -63,10 +63,12 @@ class Embeddings(FigureOfRuns):
         scores, points = [], []
         for run, panel in ((each, panel) for each in data["runs"] for panel in each["panels"]):
             where = {"run": run["run"], **{key: panel[key] for key in ("layer", "part", "space", "place")}}
-            for what, threat, score in leaves({key: panel.get(key, {}) for key in ("silhouettes", "embedding")}, 2):
+            for what, threat, score in flatten_data(
+                {key: panel.get(key, {}) for key in ("silhouettes", "embedding")}, 2
+            ):
                 mean, spread = score if isinstance(score, list) else (score, None)
                 scores.append({**where, "what": what, "threat": threat, "mean": mean, "spread": spread})
-            for threat, image, (x, y) in leaves(panel.get("points", {}), 2):
+            for threat, image, (x, y) in flatten_data(panel.get("points", {}), 2):
                 at = {"image": image, "label": run["labels"][image], "x": x, "y": y}
                 points.append({**where, "what": "point", "threat": threat, **at})
         return scores + points
@@ -262,7 +264,7 @@ def _named(names: Sequence[str], values: np.ndarray, digits: int) -> dict[str, A
 
 def _bars(axes: Axes, local: Mapping[str, tuple[float, float]], whole: Mapping[str, float]) -> None:
     """Draw the local silhouettes with standard deviations over tokens, and the global ones, hatched, beside them."""
-    styles = looks(list(local))
+    styles = styles_of(list(local))
     for i, (threat, (mean, spread)) in enumerate(local.items()):
         axes.bar(i - 0.2, mean, 0.36, color=styles[threat].colour, yerr=spread, error_kw={"elinewidth": 0.9})
         axes.bar(i + 0.2, whole[threat], 0.36, color="white", edgecolor=styles[threat].colour, hatch="/////")

@@ -19,8 +19,8 @@ from rome.attacks import APGD
 from rome.core.errors import UserError
 from rome.experts import Gates, record_gates
 from rome.experts.token_maps import grid_of
-from rome.report.figures.base import FigureOfRuns, Options, leaves, require_experts
-from rome.report.figures.style import PAGE, limits, looks, side
+from rome.report.figures.base import FigureOfRuns, Options, flatten_data, require_experts
+from rome.report.figures.style import PAGE, limits, side, styles_of
 from rome.report.gates import distinct_experts
 from rome.report.subject import NATURAL, STEPS, Subject, short
 from rome.threats import LpBall, PerExample
@@ -112,7 +112,7 @@ class RegionMaps(FigureOfRuns):
             {"run": run["name"], "layer": run["layer"], "expert": expert + 1, "row": row, "column": column}
             | {"region": run["places"][row][column], "gate": value}
             for run in data["runs"]
-            for expert, row, column, value in leaves(run["maps"], 3)
+            for expert, row, column, value in flatten_data(run["maps"], 3)
         ]
 
     def draw(self, data: dict[str, Any]) -> Canvas:
@@ -214,7 +214,7 @@ def _image(axis: Axes, run: dict[str, Any]) -> None:
     axis.imshow(picture, extent=(0, delta.shape[1], delta.shape[0], 0), interpolation="nearest")
     _regions(axis, run, "black", "perturbation")
     axis.set_ylabel(side(run["name"], short(run["layer"])), fontsize=8)
-    styles = looks([region["name"] for region in run["regions"]])
+    styles = styles_of([region["name"] for region in run["regions"]])
     outline = [withStroke(linewidth=2, foreground="white")]
     for region in run["regions"]:
         top, bottom, left, right = region["box"]

@@ -50,7 +50,7 @@ THREATS = [*(look.colour for look in _KNOWN.values()), *(colour for colour, *_ i
 """Colours of clean images and of threats."""
 
 
-def looks(names: Sequence[str]) -> dict[str, Look]:
+def styles_of(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each threat: fixed for clean images and Lp balls, by order of appearance for all others."""
     others = [name for name in dict.fromkeys(names) if name not in _KNOWN]
     looks = _KNOWN | {name: Look(plain(name), *_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
@@ -94,7 +94,7 @@ def bare(axes: Axes) -> None:
 
 def scatter(axes: Axes, groups: dict[str, list[list[float]]]) -> None:
     """Draw the points of each group, name -> [[x, y], ...], in turns so that no group hides another."""
-    styles, longest = looks(list(groups)), max(map(len, groups.values()), default=0)
+    styles, longest = styles_of(list(groups)), max(map(len, groups.values()), default=0)
     size = 10 if longest <= 128 else 6
     for start in range(min(TURNS, longest)):
         for name, points in groups.items():
@@ -110,7 +110,7 @@ def dots(names: Sequence[str]) -> list[Line2D]:
     """Return the legend entries for :func:`scatter`."""
     return [
         Line2D([], [], color=look.colour, marker=look.marker, ms=4.5, ls="", label=look.label)
-        for look in looks(names).values()
+        for look in styles_of(names).values()
     ]
 
 

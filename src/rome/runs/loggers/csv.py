@@ -25,10 +25,10 @@ class _CsvWriter(Writer):
         path, columns = run.folder / FILE, ("update", "name", "value")
         if not path.exists():
             replace_file(path, (",".join(columns) + "\n").encode())
-        elif run.after is not None:
+        else:
             with path.open(newline="", encoding="utf-8") as file:
-                complete = (row for row in csv.DictReader(file) if row["value"])  # a kill may cut the last row short
-                rows = [row for row in complete if int(row["update"]) <= run.after]
+                complete = [line for line in file if line.endswith("\n")]  # a kill may cut the last line short
+            rows = [row for row in csv.DictReader(complete) if run.after is None or int(row["update"]) <= run.after]
             replace_file(path, (csv_text(rows) if rows else ",".join(columns) + "\n").encode())
         self.file = path.open("a", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file, lineterminator="\n")
