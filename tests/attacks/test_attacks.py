@@ -758,7 +758,7 @@ def test_settings_that_cannot_be_right_are_refused(wrong: dict[str, Any]) -> Non
         (lambda x, y: (x, y - 100), "the smallest is -100"),  # torch ignores that label: no loss, no gradient
         (lambda x, y: (x, y.to("meta")), "images are on cpu and labels on meta"),
         (lambda x, y: (x * float("nan"), y), "contain NaN"),
-        (lambda x, y: (x * 0 + 1 + 1e-7, y), r"lie in \[1.00000012, 1.00000012\].*clamp"),
+        (lambda x, y: (x * 0 + 1 + 1e-7, y), r"are in \[1.00000012, 1.00000012\].*clamp"),
     ],
 )
 def test_batches_that_cannot_be_right_are_refused_in_a_line(attack: Attack, change: Any, message: str) -> None:

@@ -859,11 +859,11 @@ def test_refuses_training_mode(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: (x * 16, y), r"lie in \[0, 16\].*divide by 255"),
-        (lambda x, y: (x - 0.5, y), r"lie in \[-0.5, 0.5\].*normalisation inside"),
+        (lambda x, y: (x * 16, y), r"are in \[0, 16\].*divide by 255"),
+        (lambda x, y: (x - 0.5, y), r"are in \[-0.5, 0.5\].*normalisation inside"),
         (lambda x, y: (x * float("nan"), y), "must be in .* 12 of 12 contain NaN"),
-        (lambda x, y: (x * (1 + 1e-7), y), r"lie in \[0, 1.00000012\].*x.clamp\(0, 1\)"),
-        (lambda x, y: (x - 1e-7, y), r"lie in \[-1.0000000\d*e-07, 0.99999\d*\].*x.clamp\(0, 1\)"),
+        (lambda x, y: (x * (1 + 1e-7), y), r"are in \[0, 1.00000012\].*x.clamp\(0, 1\)"),
+        (lambda x, y: (x - 1e-7, y), r"are in \[-1.0000000\d*e-07, 0.99999\d*\].*x.clamp\(0, 1\)"),
         (lambda x, y: (x.double(), y), r"float32 tensor .* not torch.float64 \(12, 1, 8, 8\)"),
         (lambda x, y: (x.numpy(), y), "not ndarray"),
         (lambda x, y: (x[:, 0], y), r"\(n, C, H, W\)"),

@@ -429,7 +429,7 @@ def test_more_images_than_are_kept_have_the_same_gates(monkeypatch: pytest.Monke
     fig3 = registered()["fig3"]()
     kept = fig3.measure([once], Options(n=150))
     sizes = []
-    monkeypatch.setattr(subject, "KEPT", 100)
+    monkeypatch.setattr(subject, "MAX_CACHED", 100)
     monkeypatch.setattr(subject, "attack_all", lambda *given: sizes.append(len(given[1])) or attack_all(*given))
     assert fig3.measure([parted], Options(n=150)) == kept
     assert sizes == [64, 64, 22]

@@ -759,7 +759,7 @@ class TestGates:
         model = load_model(run.run.model_file)
         x, y = run.config.data.open("test").first(10)
         found = gates.collect(model, x, y, run.threats)
-        monkeypatch.setattr("rome.report.subject.AT_A_TIME", 4)
+        monkeypatch.setattr("rome.report.subject.BATCH_SIZE", 4)
         again = gates.collect(model, x, y, run.threats)
         assert found.groups == ("natural", "L1", "L2", "Linf")
         assert found.weights.shape == (4, len(found.layers), 10, 3)

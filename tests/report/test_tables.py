@@ -112,15 +112,15 @@ def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
     *table, caption, warning = lines
     assert all(len(line) <= 80 for line in table)
     assert "suite autoattack+unseen" in caption
-    assert warning == "first: 0.0% right under every attack is no better than guessing among 10 classes (10.0%)"
+    assert warning == "first: 0.0% correct under every attack is no better than guessing among 10 classes (10.0%)"
 
 
 def test_what_guessing_reaches_is_said_and_best_of_nothing() -> None:
     """Of 20 examples 2 are right under every attack, as for a model that always names one of ten classes."""
     half, two = [1] * 10 + [0] * 10, [1] * 2 + [0] * 18
     poor, none = report(LP, [half, two, two, two]), report(LP, [two, [0] * 20, [0] * 20, [0] * 20])
-    assert remarks(poor) == ["10.0% right under every attack is no better than guessing among 10 classes (10.0%)"]
-    assert remarks(none) == ["10.0% right without an attack is no better than guessing among 10 classes (10.0%)"]
+    assert remarks(poor) == ["10.0% correct under every attack is no better than guessing among 10 classes (10.0%)"]
+    assert remarks(none) == ["10.0% correct without an attack is no better than guessing among 10 classes (10.0%)"]
     columns, cells = tabulate([("poor", poor), ("none", none)])
     assert [column for column, cell in zip(columns, cells[0], strict=True) if cell.best] == ["clean"]
     three = [1] * 3 + [0] * 17

@@ -418,7 +418,7 @@ def test_a_full_disk_before_any_checkpoint_promises_none(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(torch, "save", full)
     run = Run(tmp_path)
-    with pytest.raises(UserError, match=r"There is no previous checkpoint; make room and go on with --resume"):
+    with pytest.raises(UserError, match=r"There is no previous checkpoint; make room and continue with --resume"):
         run.save_checkpoint({})
     monkeypatch.undo()
     run.save_checkpoint({})

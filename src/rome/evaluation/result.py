@@ -134,7 +134,7 @@ class Report:
         for value, least, when in ((self.clean, clean, "without an"), (self.union, self.union, "under every")):
             if least <= chance > 0:
                 classes = f"{self.settings['classes']} classes ({chance:.1%})"
-                return f"{value:.1%} right {when} attack is no better than guessing among {classes}"
+                return f"{value:.1%} correct {when} attack is no better than guessing among {classes}"
         return ""
 
     @property
