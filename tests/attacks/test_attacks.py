@@ -103,7 +103,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(name: str, steps: int) -> No
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, None), (torch.float64, 0.2), (torch.float64, None)])
 @pytest.mark.parametrize("pixels", ["inside", "saturated"])
-@pytest.mark.parametrize(("d", "seeds", "steps"), [(64, 40, 20), (64, 40, 100), (3072, 6, 20)])
+@pytest.mark.parametrize(("d", "seeds", "steps"), rest_slow([(64, 40, 20), (64, 40, 100), (3072, 6, 20)], 1))
 @pytest.mark.parametrize("eps", [0.01, 0.3, 4.0])
 def test_apgd_in_l1_reaches_the_optimum_of_every_linear_model(
     eps: float, d: int, seeds: int, steps: int, pixels: str, share: float | None, dtype: torch.dtype

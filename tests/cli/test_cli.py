@@ -627,7 +627,7 @@ def test_mistakes_with_several_runs(words: list[str], message: str, rome: Any) -
 LONG = "n" * 300
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", LONG, f"{LONG}/below", "locked"])
+@pytest.mark.parametrize("out", rest_slow(["file", LONG, "file/below", f"{LONG}/below", "locked"], 2))
 @pytest.mark.parametrize(
     "command",
     [
