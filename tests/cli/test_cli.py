@@ -226,7 +226,10 @@ def test_wrong_usage_is_answered_like_any_other_mistake(arguments: list[str], me
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--out", "."], "a directory"), (["--imports", "nowhere"], "--imports nowhere: ModuleNotFoundError: No module")],
+    [
+        (["--out", "."], "a directory"),
+        (["--imports", "nowhere"], "nowhere cannot be imported: ModuleNotFoundError: No module"),
+    ],
 )
 def test_a_mistake_with_the_schema_is_one_line(arguments: list[str], message: str, rome: Any) -> None:
     ended = rome("schema", *arguments)

@@ -10,7 +10,6 @@ import typer
 from rome.cli.app import app
 from rome.cli.options import names_in
 from rome.core.console import say
-from rome.core.errors import UserError, first_line
 
 
 @app.command()
@@ -22,18 +21,12 @@ def schema(
 ) -> None:
     """Write a JSON schema of configs, with which editors complete and check YAML files."""
     from rome.core.files import replace_file
-    from rome.core.trust import import_own
     from rome.runs.schema import schema as make_schema
     from rome.runs.schema import written
 
-    for module in names_in(imports):
-        try:
-            import_own(module)
-        except Exception as error:  # a user's module can raise anything
-            raise UserError(f"--imports {module}: {type(error).__name__}: {first_line(error)}") from error
     text = written(make_schema(names_in(imports)))
     if out is None:
         print(text, end="")
         return
-    replace_file(out.absolute(), text.encode())
+    replace_file(out, text.encode())
     say(f"{out}\nnext: name it in the first line of a config: # yaml-language-server: $schema={out}")

@@ -50,7 +50,8 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # processes on two machines may have the same number
-    partial = path.with_name(f".{path.name}.{unique}.partial")
+    whole = path.absolute()  # "." alone has no name
+    partial = whole.with_name(f".{whole.name}.{unique}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -58,7 +59,7 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
         partial.chmod(mode)  # safetensors writes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        _rename(partial, path)
+        _rename(partial, whole)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -123,10 +123,16 @@ def import_own(name: str) -> ModuleType:
 
     The working folder is added to the path only now: it may contain files of strangers, which earlier imports of
     optional packages that are not installed would have found.
+
+    Raises:
+        UserError: the module cannot be imported; it can raise anything.
     """
     if not sys.flags.safe_path and "" not in sys.path:
         sys.path.append("")
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 @cache

@@ -188,7 +188,7 @@ def _metadata(kind: str, model: nn.Module, config: dict[str, Any] | None) -> dic
 def _write(state: dict[str, Tensor], path: str | Path, metadata: dict[str, Any]) -> None:
     own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}  # clones: weights may be tied
     try:
-        file = Path(path).expanduser().absolute()
+        file = Path(path).expanduser()
         replace_with(file, lambda partial: save_file(own, partial, {"rome": json.dumps(metadata)}))
         trust.record(file, metadata)
     except (OSError, SafetensorError) as error:

@@ -234,9 +234,8 @@ def parse(data: dict[str, Any], places: Places | None = None) -> Config:
     for module in modules if isinstance(modules, (list, tuple)) else ():
         try:
             import_own(module)
-        except Exception as error:  # whatever the user's module raises
-            problem = f"{module} cannot be imported: {type(error).__name__}: {error}"
-            raise UserError(f"{_place(places, ('imports',))}imports: {problem}") from error
+        except UserError as error:
+            raise UserError(f"{_place(places, ('imports',))}imports: {error}") from error
     try:
         config = Config.model_validate(data)
         found: dict[tuple[str | int, ...], str] = dict(_contradictions(config))

@@ -36,7 +36,7 @@ def schema(modules: Iterable[str] = ()) -> dict[str, Any]:
         modules: modules to import, whose components are included in addition to rome's.
 
     Raises:
-        Exception: any exception from importing a module.
+        UserError: a module cannot be imported.
     """
     packages = {"rome", *(import_own(name).__name__.partition(".")[0] for name in modules)}
     return _Builder(packages).built()
