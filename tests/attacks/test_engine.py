@@ -95,7 +95,7 @@ def test_the_path_of_msd_is_one_graph(model: nn.Module) -> None:
     replay = Replay()
 
     def search(model: nn.Module, seed: int) -> Any:
-        return steepest_descent(model, *batch(seed), BUDGETS, (0.5, 0.05, 0.002), steps=2, percentile=99)
+        return steepest_descent(model, *batch(seed), BUDGETS, (0.5, 0.05, 0.002), steps=2, percentile=99).run()
 
     with graphed(model, Graphs(capture=replay)):
         check(model, search)

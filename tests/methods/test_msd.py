@@ -54,7 +54,9 @@ def test_each_example_ends_at_the_optimum_of_the_norm_that_is_best_for_it() -> N
     x = 0.35 + 0.3 * torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))  # the box is out of reach
     x[:, 0, 0, 0] = torch.tensor([1 / 6, 1 / 2, 5 / 6])
     model, y = Pieces(weights), torch.zeros(3, dtype=torch.int64)
-    found = steepest_descent(model, x, y, threats, [MSD().step_size_for(t) for t in threats], steps=20, percentile=99)
+    found = steepest_descent(
+        model, x, y, threats, [MSD().step_size_for(t) for t in threats], steps=20, percentile=99
+    ).run()
     gains = [[0.3, 0.105, 0.03], [0.1, 0.105, 0.09], [0.3 / 63**0.5, 0.105, 0.03 * 63**0.5]]
     assert found.chosen.tolist() == np.argmax(gains, axis=1).tolist() == [0, 1, 2]
     gain = ((found.images - x).flatten(1) * weights).sum(dim=1)
@@ -117,7 +119,7 @@ class Sine(nn.Module):
 def compare(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[LpBall], part: float) -> tuple[Tensor, list[int]]:
     """Check that both give the same, with steps of that part of the radius; the threats of the best and last points."""
     sizes = [part * threat.eps for threat in threats]
-    found = steepest_descent(model, x, y, threats, sizes, **SETTINGS)
+    found = steepest_descent(model, x, y, threats, sizes, **SETTINGS).run()
     expected, lasts = literal(model, x, y, threats, sizes, **SETTINGS)
     images = torch.tensor(np.stack([image for image, _, _ in expected])).view_as(x)
     torch.testing.assert_close(found.images, images, rtol=0, atol=1e-7)
@@ -142,7 +144,7 @@ def test_it_goes_back_to_the_best_point_and_its_norm_where_the_loss_is_rugged(pr
 def test_every_image_is_inside_the_ball_it_is_counted_to(digits: Digits, digits_model: nn.Module) -> None:
     x, y = digits.test[0][:60], digits.test[1][:60]
     threats = budgets(1.15, 0.43, 0.085)
-    found = steepest_descent(digits_model, x, y, threats, [t.eps / 5 for t in threats], steps=12, percentile=95)
+    found = steepest_descent(digits_model, x, y, threats, [t.eps / 5 for t in threats], steps=12, percentile=95).run()
     inside = torch.stack([threat.contains(found.images, x) for threat in threats])
     assert inside[found.chosen, torch.arange(60)].all()
     assert not inside.all(dim=0).any()
@@ -152,7 +154,7 @@ def test_every_image_is_inside_the_ball_it_is_counted_to(digits: Digits, digits_
 def test_more_iterations_never_find_less(problem: Problem) -> None:
     model, x, y = problem(24)
     losses = [
-        steepest_descent(model, x, y, SMALL, SIZES, steps=steps, percentile=90).loss for steps in (1, 2, 4, 8, 16)
+        steepest_descent(model, x, y, SMALL, SIZES, steps=steps, percentile=90).run().loss for steps in (1, 2, 4, 8, 16)
     ]
     for fewer, more in itertools.pairwise(losses):
         assert (more >= fewer).all()
@@ -163,7 +165,7 @@ def test_an_iteration_is_one_backward_and_one_forward_of_all_candidates(problem:
     model, x, y = problem(5)
     flags = [p.requires_grad for p in model.parameters()]
     with recorded(model.train()) as calls:
-        steepest_descent(model, x, y, SMALL, SIZES, steps=3, percentile=90)
+        steepest_descent(model, x, y, SMALL, SIZES, steps=3, percentile=90).run()
     assert [len(images) for images in calls.forwards] == [5, 15] * 3
     assert calls.backwards == [5] * 3
     assert torch.equal(calls.forwards[0], x), "it starts at the image"
@@ -179,13 +181,13 @@ def test_a_gradient_that_is_not_finite_is_told() -> None:
 
     x = torch.full((2, 1, 2, 2), 0.5).index_fill(2, torch.tensor(0), 0.0)
     with pytest.raises(FloatingPointError, match="non-finite"):
-        steepest_descent(Broken(), x, torch.zeros(2, dtype=torch.int64), SMALL, SIZES, **SETTINGS)
+        steepest_descent(Broken(), x, torch.zeros(2, dtype=torch.int64), SMALL, SIZES, **SETTINGS).run()
 
 
 def test_images_outside_the_box_are_refused(problem: Problem) -> None:
     model, x, y = problem(2)
     with pytest.raises(UserError, match=r"must be in \[0, 1\]"):
-        steepest_descent(model, 2 * x, y, SMALL, SIZES, **SETTINGS)
+        steepest_descent(model, 2 * x, y, SMALL, SIZES, **SETTINGS).run()
 
 
 # The method
@@ -210,7 +212,7 @@ def test_the_loss_is_the_cross_entropy_of_the_worst_points_and_their_norms_regul
     setting = context_of(model, attack=NO_ATTACK, regularizer=Diversification(weight=0.7) if experts else None)
     outcome = method.loss(setting, x, y)
     sizes = [method.step_size_for(threat) for threat in setting.threats]
-    found = steepest_descent(model, x, y, setting.threats, sizes, steps=6, percentile=95)
+    found = steepest_descent(model, x, y, setting.threats, sizes, steps=6, percentile=95).run()
     assert torch.equal(outcome.labels, found.chosen)
     assert len(found.chosen.unique()) > 1
     cross_entropy = F.cross_entropy(model(found.images), y)

@@ -21,6 +21,7 @@ from rome.core.graphs import Graphs
 from rome.experts import add_experts, record_gates
 from rome.methods import Random
 from rome.models.compiling import compile_blocks, repeated_blocks
+from rome.runs import optim
 from rome.runs.config import parse
 from rome.runs.folder import Run
 from rome.training import setup
@@ -31,21 +32,27 @@ APGD = {"kind": "apgd", "steps": 2}
 RESNET = {"name": "preact_resnet_18", "args": {"width": 4}}
 RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "RANDOM in bf16, validated": (
-        {"precision": "bf16", "natural_epochs": 1, "validation": {"n": 12, "steps": 1}, "batch_size": 12}, 5,
+        {"precision": "bf16", "natural_epochs": 1, "validation": {"n": 12, "steps": 1}, "batch_size": 12}, 3,
     ),
     "MAX, accumulated": ({"method": "max", "accumulate": 2}, 2),
-    "BatchNorm": ({"model": RESNET, "experts": None, "data__train_limit": 24}, 2),
-    "RANDOM": ({}, 2),
+    "BatchNorm": ({"model": RESNET, "experts": None, "data__train_limit": 48}, 1),
+    "RANDOM": ({}, 1),
     "E-AT": ({"method": "eat", "attack": APGD}, 3),
-    "AVG": ({"method": "avg", "experts": None}, 2),
-    "MAX per batch": ({"method": {"kind": "max", "per": "batch"}}, 2),
-    "MSD": ({"method": {"kind": "msd", "steps": 2}}, 2),
+    "AVG": ({"method": "avg", "experts": None}, 1),
+    "MAX per batch": ({"method": {"kind": "max", "per": "batch"}}, 1),
+    "MSD": ({"method": {"kind": "msd", "steps": 2}}, 1),
     "RAMP": ({"method": "ramp", "attack": APGD}, 2),
     "RAMP with TRADES": ({"method": {"kind": "ramp", "trades": 6}, "attack": APGD}, 2),
     "MORE": ({"method": "more", "experts": {"kind": "more", "experts": 3}}, 4),
     "PAT": ({"method": {"kind": "pat", "features": ["self"], "layers": ["blocks.0"], "steps": 2}}, 2),
-    "dropout": ({"model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.2}}, 2),
+    "dropout": ({"model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.2}}, 1),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers are fused, as on CUDA."""
+    monkeypatch.setattr(optim, "fuses", lambda model: True)
 
 
 def with_graphs(monkeypatch: pytest.MonkeyPatch, capture: Replay) -> None:
@@ -56,7 +63,7 @@ def log(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in run.log()]
 
 
-@pytest.mark.parametrize(("changes", "captures"), rest_slow(RUNS, 3))
+@pytest.mark.parametrize(("changes", "captures"), rest_slow(RUNS, 4))
 def test_a_run_is_the_same(
     changes: dict[str, Any], captures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +74,30 @@ def test_a_run_is_the_same(
     assert log(run) == log(alone)
     assert same(weights(run.folder), weights(alone.folder))
     assert replay.captures == captures
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param({"kind": "adamw", "gates_lr": 3}, marks=pytest.mark.slow)])
+def test_an_update_is_one_graph(optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack, forward, gradients and optimizer: the first update runs by itself, the second is watched."""
+    alone = train(tiny(optimizer=optimizer), tmp_path / "alone")
+    replay = Replay()
+    with_graphs(monkeypatch, replay)
+    run = train(tiny(optimizer=optimizer), tmp_path / "run")
+    assert same(weights(run.folder), weights(alone.folder))
+    assert replay.captures == 1
+    updates = sum(line["event"] == "update" for line in run.log())
+    assert replay.replays == 1 + updates - 2  # one to compare
+
+
+def test_an_optimizer_that_is_not_fused_steps_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "fuses", lambda model: False)
+    alone = train(tiny(), tmp_path / "alone")
+    replay = Replay()
+    with_graphs(monkeypatch, replay)
+    run = train(tiny(), tmp_path / "run")
+    assert log(run) == log(alone)
+    assert same(weights(run.folder), weights(alone.folder))
+    assert replay.captures == 2  # attack and objective
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

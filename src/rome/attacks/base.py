@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable
-from functools import partial
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, run_searches
+from rome.attacks.checks import check_batch
+from rome.attacks.engine import Model, Plan, Search
 from rome.core.component import Component, Number
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, stream
@@ -118,47 +117,38 @@ class Attack(Component):
         ``verdict=False`` saves a forward pass if the search did not evaluate its final images: ``robust`` and ``loss``
         may then be uninformative (all True, NaN).
         """
+        return self.plan(model, x, y, threat, generator=generator, verdict=verdict).run()
+
+    def plan(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat | PerExample,
+        *,
+        generator: torch.Generator | Stream | None = None,
+        verdict: bool = True,
+    ) -> Plan:
+        """Draw the random numbers for :meth:`run`, with the same arguments, without searching yet."""
         check_batch(x, y, threat)
         if not isinstance(generator, Stream):
             generator = stream(0, "attack") if generator is None else Stream(generator)
         if not isinstance(threat, PerExample):
             threat = PerExample((threat,), torch.zeros(len(x), dtype=torch.int64))
-        with torch.inference_mode(False):  # gradients are needed, whatever the caller is doing
+        with torch.inference_mode(False):
             x, y = ((each.clone() if each.is_inference() else each).detach() for each in (x, y))
-            return self._run(model, x, y, split_by_attack(self, x, threat, generator), verdict)
-
-    def _run(self, model: Model, x: Tensor, y: Tensor, shares: list[Share], verdict: bool) -> AttackResult:
-        if not shares:
-            return AttackResult(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), y.to(x.dtype))
-        for share in shares:
-            if reason := share.attack.unsupported_reason(x.shape[1]):
-                raise UserError(f"{share.attack.kind} {reason}")
-        order = torch.cat([share.rows for share in shares])
-        mixed = len(shares) > 1 or len(shares[0].groups) > 1
-        if mixed:
-            sort = order.to(x.device, non_blocking=True)
-            x, y = x[sort], y[sort]
-        sizes = [len(share.rows) for share in shares]
-        autocast = torch.is_autocast_enabled(x.device.type) and not any(share.attack.full_precision for share in shares)
-        x = x.contiguous()
-        before = x._version
-        searches = [
-            Search(share.key(verdict), partial(_search, model, share, verdict), (images, labels, share.noise))
-            for share, images, labels in zip(shares, torch.split(x, sizes), torch.split(y, sizes), strict=True)
-        ]
-        with torch.autocast(x.device.type, enabled=autocast):
-            gradient = any(share.attack.needs_gradients for share in shares)
-            parts = run_searches(model, searches, x, y, gradient=gradient)
-        if x._version != before:
-            raise UserError(f"{THE_MODEL} {IN_PLACE}")
-        found = parts[0][0]
-        if len(parts) > 1:
-            found = AttackResult(*map(torch.cat, zip(*(part for part, _ in parts), strict=True)))
-        check_results(x, y, found[:2], torch.cat([allowed for _, allowed in parts]))
-        if not mixed:
-            return found
-        unsort = torch.argsort(order).to(x.device, non_blocking=True)
-        return AttackResult(*(part[unsort] for part in found))
+            shares = split_by_attack(self, x, threat, generator)
+            for share in shares:
+                if reason := share.attack.unsupported_reason(x.shape[1]):
+                    raise UserError(f"{share.attack.kind} {reason}")
+            return Plan(
+                model,
+                x,
+                y,
+                _search(model, shares, x, y, verdict),
+                autocast=not any(share.attack.full_precision for share in shares),
+                gradient=any(share.attack.needs_gradients for share in shares),
+            )
 
     @property
     def replayable(self) -> bool:
@@ -281,7 +271,40 @@ def split_by_attack(attack: Attack, x: Tensor, mixture: PerExample, source: Stre
     return shares
 
 
-def _search(
+def _search(model: Model, shares: list[Share], x: Tensor, y: Tensor, verdict: bool) -> Search:
+    """The search of a batch by several attacks, each on its share of the examples."""
+    order = torch.cat([share.rows for share in shares]) if shares else torch.zeros(0, dtype=torch.int64)
+    mixed = len(shares) > 1 or any(len(share.groups) > 1 for share in shares)
+    sorting = tuple(rows.to(x.device, non_blocking=True) for rows in (order, torch.argsort(order))) if mixed else ()
+    sizes = [len(share.rows) for share in shares]
+
+    def search(x: Tensor, y: Tensor, *more: Tensor) -> tuple[AttackResult, Tensor]:
+        noises, sorting = more[: len(sizes)], more[len(sizes) :]
+        if not sizes:
+            return AttackResult(x.clone(), x.clone(), torch.ones_like(y, dtype=torch.bool), y.to(x.dtype)), y >= 0
+        if sorting:
+            x, y = x[sorting[0]], y[sorting[0]]
+        x = x.contiguous()
+        before = x._version
+        parts = [
+            _search_share(model, share, verdict, *each)
+            for share, *each in zip(shares, torch.split(x, sizes), torch.split(y, sizes), noises, strict=True)
+        ]
+        if x._version != before:
+            raise UserError(f"{THE_MODEL} {IN_PLACE}")
+        (found, allowed), *others = parts
+        if others:
+            found = AttackResult(*map(torch.cat, zip(*(part for part, _ in parts), strict=True)))
+            allowed = torch.cat([each for _, each in parts])
+        if not sorting:
+            return found, allowed
+        return AttackResult(*(part[sorting[1]] for part in found)), allowed[sorting[1]]
+
+    keys = tuple(share.key(verdict) for share in shares)
+    return Search(None if None in keys else keys, search, (x, y, *(share.noise for share in shares), *sorting))
+
+
+def _search_share(
     model: Model, share: Share, verdict: bool, x: Tensor, y: Tensor, noise: Tensor
 ) -> tuple[AttackResult, Tensor]:
     """Run an attack on its share of a batch; also return which of its results the threats allow: bool (b,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rome.attacks.checks import explain_failure
+from rome.attacks.checks import check_results, explain_failure
 from rome.core.device import channels_last_pays
 from rome.core.errors import UserError
 from rome.core.graphs import Graphs, copies
@@ -216,41 +217,72 @@ class Search(NamedTuple):
     key: Hashable
     """Together with the tensors' shapes, everything that the search depends on besides the tensors and the model.
     None: it cannot be a graph, because it waits for results."""
-    function: Callable[..., Any]
+    function: Callable[..., tuple[Any, Tensor]]
+    """Returns what it found, a tuple that begins with the images (B, C, H, W), and whether the threats allow it: bool
+    (B,)."""
     tensors: tuple[Tensor, ...]
 
 
-def run_searches(model: Model, searches: list[Search], x: Tensor, y: Tensor, *, gradient: bool = True) -> list[Any]:
-    """Return the results of searches with a frozen model on images x (B, C, H, W) with labels y (B,).
+@dataclass(frozen=True)
+class Plan:
+    """An attack on a batch whose random numbers are drawn, before it is run. What it does afterwards depends only on
+    tensors, unless the search waits for results."""
 
-    If every search has been captured as a graph, only the graphs run: they also recompute everything that is derived
-    from weights.
+    model: Model
+    x: Tensor
+    """Images (B, C, H, W)."""
+    y: Tensor
+    """Labels (B,)."""
+    search: Search
+    autocast: bool = True
+    """Whether autocast stays on, if it is."""
+    gradient: bool = True
+    """Whether the search needs gradients of the model."""
 
-    Raises:
-        UserError: a search failed because of the model or the labels (:func:`explain_failure`).
-    """
-    with torch.no_grad():
+    def run(self) -> Any:
+        """Search with a frozen model, check the images, and return what was found.
+
+        If the search has been captured as a graph, only the graph runs; it also recomputes everything that is derived
+        from weights.
+
+        Raises:
+            UserError: the search failed because of the model or the labels (:func:`explain_failure`).
+            FloatingPointError: gradients are not finite.
+        """
+        with torch.inference_mode(False), self._modes():  # gradients are needed, whatever the caller is doing
+            found, allowed = self._found()
+            self.check(found, allowed)
+        return found
+
+    def inside_graph(self, *tensors: Tensor) -> tuple[Any, Tensor]:
+        """Search from these tensors with a frozen model, as a part of a function that is captured as a graph; to be
+        followed by :meth:`check`."""
+        with self._modes(), frozen(self.model):
+            return self.search.function(*tensors)
+
+    def check(self, found: Any, allowed: Tensor) -> None:
+        """Check the images and results of the search (:func:`rome.attacks.checks.check_results`)."""
+        check_results(self.x, self.y, found[:2], allowed)
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        kind = self.x.device.type
+        with torch.no_grad(), torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
+            yield
+
+    def _found(self) -> tuple[Any, Tensor]:
+        model, (key, function, tensors) = self.model, self.search
         attached = _GRAPHS.get(model) if isinstance(model, nn.Module) else None
-        if (
-            isinstance(model, nn.Module)
-            and attached is not None
-            and attached.graphs.whole_searches
-            and attached.graphs.count
-        ):
+        whole = attached is not None and attached.graphs.whole_searches
+        if isinstance(model, nn.Module) and attached is not None and whole and attached.graphs.count:
             with graphs_ready(model) as graphs:
-                found = [graphs.captured(search.key, *search.tensors) for search in searches] if graphs else []
-                if (entries := [entry for entry in found if entry]) and len(entries) == len(searches):
-                    return [copies(entry(*search.tensors)) for entry, search in zip(entries, searches, strict=True)]
-        with frozen(model), explain_failure(model, x, y, gradient=gradient):
+                if graphs is not None and (entry := graphs.captured(key, *tensors)) is not None:
+                    return copies(entry(*tensors))
+        with frozen(model), explain_failure(model, self.x, self.y, gradient=self.gradient):
             graphs = graphs_of(model)
-            if graphs is None or not graphs.whole_searches:
-                return [search.function(*search.tensors) for search in searches]
-            return [
-                search.function(*search.tensors)
-                if search.key is None
-                else graphs.call(search.key, _with_recomputed_weights(graphs, search.function), *search.tensors)
-                for search in searches
-            ]
+            if graphs is None or not graphs.whole_searches or key is None:
+                return function(*tensors)
+            return graphs.call(key, _with_recomputed_weights(graphs, function), *tensors)
 
 
 def _with_recomputed_weights(graphs: Graphs, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -98,11 +98,16 @@ class Graphs:
             changed: tensors that the function modifies, such as running statistics.
             in_place: return the graph's own results, which are valid until the next call, instead of copies.
         """
-        entry, results = self._entry(key, function, tensors, Captured, list(changed))
+        entry, results = self._entry(key, function, tensors, Captured, changed)
         if entry is None:
             return results
         results = entry(*tensors)
         return results if in_place else copies(results)
+
+    def replays(self, key: Hashable, *tensors: Tensor) -> bool:
+        """Whether a call with this key and these shapes is replayed, or may be from the third such call on."""
+        entry = self._entries.get(self._place(key, tensors), "")
+        return not isinstance(entry, str) or entry in ("", AGAIN)
 
     def captured(self, key: Hashable, *tensors: Tensor) -> Captured | None:
         """The graph of a function that was called with this key and these shapes, if there is one."""
@@ -112,7 +117,7 @@ class Graphs:
     def differentiable(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``function(x)``, which must be differentiated with respect to ``x`` before the next call. Forward and
         backward are one graph each."""
-        entry, answer = self._entry(("both", key), function, (x,), CapturedWithGradient, [])
+        entry, answer = self._entry(("both", key), function, (x,), CapturedWithGradient, ())
         return answer if entry is None else entry(x)
 
     @contextmanager
@@ -155,7 +160,12 @@ class Graphs:
         return f"{self.count} CUDA graphs, captured in {self.seconds:.1f} s{held}"
 
     def _entry(
-        self, key: Hashable, function: Callable[..., Any], tensors: tuple[Tensor, ...], kind: Any, changed: list[Tensor]
+        self,
+        key: Hashable,
+        function: Callable[..., Any],
+        tensors: tuple[Tensor, ...],
+        kind: Any,
+        changed: Iterable[Tensor],
     ) -> tuple[Any, Any]:
         """The captured function and None, or None and the function's results."""
         if self._running:
@@ -163,13 +173,13 @@ class Graphs:
         place = self._place(key, tensors)
         entry = self._entries.get(place)
         if entry is None or entry == AGAIN:
-            results, reason, waited = self._watched(function, tensors, changed)
+            results, reason, waited = self._watched(function, tensors, list(changed))
             # a library may wait for the device when it is first used
             self._entries[place] = AGAIN if entry is None and waited and not reason else reason or waited
             self._say_once("" if self._entries[place] == AGAIN else reason or waited)
             return None, results
         if entry == "":
-            entry = self._entries[place] = self._captured(kind, function, tensors, changed)
+            entry = self._entries[place] = self._captured(kind, function, tensors, list(changed))
         return (None, function(*tensors)) if isinstance(entry, str) else (entry, None)
 
     def _place(self, key: Hashable, tensors: tuple[Tensor, ...]) -> Hashable:
@@ -208,17 +218,21 @@ class Graphs:
         def attempt(run: Callable[..., Any]) -> Any:
             with torch.random.fork_rng(devices=cuda_in_use()):
                 results = _probed(run, tensors) if kind is CapturedWithGradient else copies(run(*tensors))
+            after = copies(changed)
             _restore(changed, before)
-            return results
+            return results, after
+
+        def differs(entry: Callable[..., Any]) -> bool:
+            usual, replayed = attempt(fresh), attempt(entry)
+            # if the device sums in a different order each time, no two runs are equal
+            return not _same(usual, replayed) and _same(usual, attempt(fresh))
 
         try:
             with self._without_graphs(), torch.random.fork_rng(devices=cuda_in_use()):
                 entry = kind(self.capture, fresh, *tensors)
             _restore(changed, before)
             with self._without_graphs():
-                usual, replayed = attempt(fresh), attempt(entry)
-                # if the device sums in a different order each time, no two runs are equal
-                if not _same(usual, replayed) and _same(usual, attempt(fresh)):
+                if differs(entry):
                     raise RuntimeError("its replay gave different results from its first run")
             if _crowded():
                 raise torch.OutOfMemoryError

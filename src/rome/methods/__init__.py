@@ -3,7 +3,7 @@
 May import attacks and the packages below it.
 """
 
-from rome.methods.base import Method, MinMaxMethod, Outcome, TrainContext
+from rome.methods.base import Method, MinMaxMethod, Outcome, PlannedMethod, TrainContext
 from rome.methods.eat import EAT
 from rome.methods.mixing import Average, Maximum, Random
 from rome.methods.more import MORE

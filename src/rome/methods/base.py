@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rome.attacks import Attack
+from rome.attacks.engine import Plan
 from rome.core.component import Component
 from rome.core.errors import UserError
 from rome.core.randomness import Stream
@@ -69,6 +70,20 @@ class Examples(NamedTuple):
     """(B',) int64, the threats, as positions in ``TrainContext.threats``."""
     more: tuple[Tensor, ...] = ()
     """Further tensors that the method's objective needs."""
+
+
+class Planned(NamedTuple):
+    """An attack whose random numbers are drawn, and how its results become the examples to train on."""
+
+    attack: Plan
+    more: tuple[Tensor, ...]
+    """Further tensors of the examples: classes, threats ..."""
+    examples: Callable[..., Examples]
+    """Makes the examples from the attack's results and ``more``, without any other tensors."""
+
+    def run(self) -> Examples:
+        """Run the attack."""
+        return self.examples(self.attack.run(), *self.more)
 
 
 @dataclass
@@ -185,10 +200,25 @@ class MinMaxMethod(Method):
         return self.objective(context, self.perturb(context, x, y))
 
 
+class PlannedMethod(MinMaxMethod):
+    """A method that decides nothing once its attack has begun. On a GPU, an update is replayed as one CUDA graph, from
+    the attack to the step of the optimizer (:mod:`rome.training.step`)."""
+
+    @abstractmethod
+    def plan(self, context: TrainContext, x: Tensor, y: Tensor) -> Planned:
+        """Assign a threat to each example of a batch (B, C, H, W), and plan the attack."""
+
+    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+        return self.plan(context, x, y).run()
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group, times the group's ``lr_scale`` if it has one."""
+    """Set the learning rate of every parameter group, times the group's ``lr_scale`` if it has one. For fused
+    optimizers it is rounded to float32, the precision in which a CUDA graph reads it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if group.get("fused"):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32).item()
 
 
 def named(threats: tuple[Threat, ...], names: Iterable[str], owner: str) -> tuple[Threat, ...]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rome.core.distributed import total
 from rome.core.randomness import Stream
-from rome.methods.base import Examples, MinMaxMethod, Outcome, TrainContext, training_forward
+from rome.methods.base import Examples, Outcome, Planned, PlannedMethod, TrainContext, training_forward
 from rome.threats import PerExample
 
 
-class Random(MinMaxMethod):
+class Random(PlannedMethod):
     """RANDOM (SAT): each example, or each batch, is attacked under one threat drawn uniformly (Madaan et al. 2021).
 
     ``per: example`` draws with stratification: every threat gets an equal share of the global batch, in random order,
@@ -30,19 +30,23 @@ class Random(MinMaxMethod):
     _drawn: int | None = PrivateAttr(default=None)
     """The threat of all batches of the current update."""
 
-    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+    def plan(self, context: TrainContext, x: Tensor, y: Tensor) -> Planned:
         if self.per == "batch":
             if self._drawn is None:
                 self._drawn = int(context.threat_stream.permutation(len(context.threats))[0])
             labels = torch.full((len(x),), self._drawn)
         else:
             labels = equal_shares(context.threat_stream, len(x), len(context.threats))
-        mixture = PerExample(context.threats, labels)
-        images = context.attack(context.attacked, x, y, mixture, generator=context.attack_stream)
-        return Examples(images, y, labels)
+        return planned(context, x, y, PerExample(context.threats, labels))
 
     def update_end(self, context: TrainContext) -> None:
         self._drawn = None
+
+
+def planned(context: TrainContext, x: Tensor, y: Tensor, mixture: PerExample) -> Planned:
+    """Plan the context's attack on images (B, C, H, W), each under its threat in the mixture."""
+    attack = context.attack.plan(context.attacked, x, y, mixture, generator=context.attack_stream, verdict=False)
+    return Planned(attack, (y, mixture.labels), lambda found, y, labels: Examples(found.images, y, labels))
 
 
 def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
@@ -53,16 +57,14 @@ def equal_shares(stream: Stream, n: int, threats: int) -> Tensor:
     return drawn[stream.rank * n : (stream.rank + 1) * n]
 
 
-class _AllThreats(MinMaxMethod):
+class _AllThreats(PlannedMethod):
     """Base of methods that attack every example under every threat, with one training forward over all of them."""
 
-    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+    def plan(self, context: TrainContext, x: Tensor, y: Tensor) -> Planned:
         threats = len(context.threats)
         # example by example, so that the random numbers of a process are a slice of those of the global batch
         mixture = PerExample(context.threats, torch.arange(threats).repeat(len(x)))
-        images, labels = x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats)
-        images = context.attack(context.attacked, images, labels, mixture, generator=context.attack_stream)
-        return Examples(images, labels, mixture.labels)
+        return planned(context, x.repeat_interleave(threats, dim=0), y.repeat_interleave(threats), mixture)
 
     def objective(self, context: TrainContext, examples: Examples) -> Outcome:
         def join(losses: Tensor) -> Tensor:

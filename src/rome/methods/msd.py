@@ -12,7 +12,7 @@ from rome.attacks.base import StepSize
 from rome.attacks.lp.msd import steepest_descent
 from rome.core.component import Number
 from rome.core.errors import UserError
-from rome.methods.base import Examples, MinMaxMethod, TrainContext
+from rome.methods.base import Examples, Planned, PlannedMethod, TrainContext
 from rome.threats import LpBall, Threat
 from rome.threats.lp import Norm
 
@@ -21,7 +21,7 @@ _PATH = {"L1": 5 / 3, "L2": 200 / 51, "Linf": 5 / 2}
 Madaan et al., 1.0, 25/255, 1/255; with other radii or numbers of steps, the path covers as much of the balls."""
 
 
-class MSD(MinMaxMethod):
+class MSD(PlannedMethod):
     """MSD: the worst point of a path that in each step takes the worst of the steepest steps in all norms.
 
     Maini et al., "Adversarial robustness against the union of multiple perturbation models" (ICML 2020), with the
@@ -49,8 +49,8 @@ class MSD(MinMaxMethod):
         """The step size for a threat, by default such that all steps together have the length in :data:`_PATH`."""
         return threat.setting(self.step_size, _PATH[threat.norm] * threat.eps / self.steps)
 
-    def perturb(self, context: TrainContext, x: Tensor, y: Tensor) -> Examples:
+    def plan(self, context: TrainContext, x: Tensor, y: Tensor) -> Planned:
         threats = cast("tuple[LpBall, ...]", context.threats)
         sizes = [self.step_size_for(threat) for threat in threats]
-        found = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
-        return Examples(found.images, y, found.chosen)
+        attack = steepest_descent(context.attacked, x, y, threats, sizes, steps=self.steps, percentile=self.percentile)
+        return Planned(attack, (y,), lambda found, y: Examples(found.images, y, found.chosen))

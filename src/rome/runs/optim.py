@@ -67,6 +67,11 @@ class Optimizer(Component):
         return scales
 
 
+def fuses(model: nn.Module) -> bool:
+    """Whether the model's optimizer is one kernel, which a CUDA graph can contain: on CUDA."""
+    return next(model.parameters()).is_cuda
+
+
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -79,8 +84,7 @@ class AdamW(Optimizer):
     """Decay rates for the running means of the gradient and its square."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        fused = next(model.parameters()).is_cuda
-        return torch.optim.AdamW(self.groups(model), lr=self.lr, betas=self.betas, fused=fused)
+        return torch.optim.AdamW(self.groups(model), lr=self.lr, betas=self.betas, fused=fuses(model))
 
 
 class SGD(Optimizer):
@@ -95,7 +99,9 @@ class SGD(Optimizer):
     """Use Nesterov momentum."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.groups(model), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+        return torch.optim.SGD(
+            self.groups(model), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fuses(model)
+        )
 
 
 class Schedule(Settings):

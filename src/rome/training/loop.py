@@ -94,7 +94,7 @@ class Loop:
         self.config, self.run, self.fabric, self.context = config, run, fabric, context
         self.optimizer, self.split, self.steps, self.position = optimizer, split, steps, position
         self.validator, self.graphs = validator, graphs
-        self.differentiate = Step(config, fabric)
+        self.step = Step(config, fabric, optimizer)
         self.team = Team(fabric.global_rank, fabric.world_size)
         self.saver = Saver(run, config.checkpoint.minutes)
         self.signal = 0
@@ -250,9 +250,7 @@ class Loop:
                 for part in range(config.accumulate):
                     settle()  # frees the images of the previous part
                     x, y = next(batches)
-                    tally.add(self.differentiate(method, context, x, y, last=part + 1 == config.accumulate))
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                    tally.add(self.step(method, context, x, y, last=part + 1 == config.accumulate))
                 settle()
         except FloatingPointError as error:  # gradients in the attack are not finite
             raise self._diverged(str(error), lr) from error

@@ -17,6 +17,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rome.attacks.base import Attack, AttackResult, Group
-from rome.attacks.engine import Model, logits_of
+from rome.attacks.engine import Model, Plan, Search, logits_of
 from rome.core.errors import UserError
 from rome.core.randomness import Stream, cuda_in_use
 from rome.threats import LpBall, Threat
@@ -55,11 +56,17 @@ class AutoAttackPart(Attack):
     starts_at_random: ClassVar[bool] = False
     """pyautoattack draws its own random numbers."""
 
-    def run(self, *args: Any, generator: torch.Generator | Stream | None = None, **named: Any) -> AttackResult:
+    def plan(self, *args: Any, generator: torch.Generator | Stream | None = None, **named: Any) -> Plan:
         own = generator.generator if isinstance(generator, Stream) else generator
-        with torch.random.fork_rng(devices=cuda_in_use()):
-            torch.manual_seed(0 if own is None else own.initial_seed())
-            return super().run(*args, generator=own, **named)
+        plan = super().plan(*args, generator=own, **named)
+        seed = 0 if own is None else own.initial_seed()
+
+        def seeded(*tensors: Tensor) -> tuple[Any, Tensor]:
+            with torch.random.fork_rng(devices=cuda_in_use()):
+                torch.manual_seed(seed)
+                return plan.search.function(*tensors)
+
+        return replace(plan, search=Search(None, seeded, plan.search.tensors))
 
     def steps_for(self, threat: Threat) -> int:
         self.accepted(threat)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rome.attacks.checks import check_batch, check_results
-from rome.attacks.engine import Model, Search, log_odds, loss_and_gradient, run_searches
+from rome.attacks.checks import check_batch
+from rome.attacks.engine import Model, Plan, Search, log_odds, loss_and_gradient
 from rome.attacks.lp.pgd import ascend
 from rome.threats import LpBall
 
@@ -39,8 +39,9 @@ def steepest_descent(
     *,
     steps: int,
     percentile: float,
-) -> InUnion:
-    """Ascend the cross-entropy by steepest steps, for each example in the norm that raises it most.
+) -> Plan:
+    """Plan to ascend the cross-entropy by steepest steps, for each example in the norm that raises it most; running the
+    plan returns an :class:`InUnion`.
 
     The search starts at the image. Each iteration takes one gradient and, from the same point, makes one candidate for
     each threat: a steepest step in its norm (as in PGD), projected onto its ball and then the box. The candidate with
@@ -82,9 +83,7 @@ def steepest_descent(
                 torch.where(better, loss, best.loss),
             )
         inside = torch.stack([threat.contains(best.images, x) for threat in threats])
+        best = best._replace(loss=F.softplus(best.loss).float())
         return best, inside[best.chosen, rows]
 
-    whole = Search(("msd", repr(members), steps, percentile), search, (x, y))
-    ((best, allowed),) = run_searches(model, [whole], x, y)
-    check_results(x, y, (best.images,), allowed)
-    return best._replace(loss=F.softplus(best.loss).float())
+    return Plan(model, x, y, Search(("msd", repr(members), steps, percentile), search, (x, y)))
