@@ -1,21 +1,24 @@
-"""Host time of an update whose attack and training step are replayed as graphs: how long a GPU may wait for Python.
+"""Host time of an update that is replayed as one graph, or as two: how long a GPU may wait for Python.
 
     python benchmarks/host.py --threads 1
 
 The models have the modules of the real ones at a small width, and replaying their graphs does nothing. All measured
 time is therefore Python's: drawing threats, sorting the batch, checks, looking up graphs. Meanwhile a GPU works on its
-queue; it waits only between two updates. ``freeze`` is the time to freeze and unfreeze the model, which every attack
-needed before whole searches were replayed without it.
+queue; it waits only between two updates. ``one graph`` has everything from the attack to the optimizer's step in it;
+with ``two graphs``, attack and gradients are replayed and the optimizer steps by itself (on this narrow model, on the
+CPU). ``freeze`` is the time to freeze and unfreeze the model, which every attack needed before searches were replayed.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 
 import common
 from rome import add_experts, create_model
@@ -27,6 +30,8 @@ from rome.core.graphs import Graphs
 from rome.core.randomness import stream
 from rome.experts import Diversification
 from rome.methods import Random, TrainContext
+from rome.methods.base import set_lr
+from rome.runs import optim
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
 from rome.threats import CIFAR10
@@ -37,6 +42,12 @@ class SingleProcess:
     """Stand-in for Fabric: a single process on the CPU."""
 
     device, world_size = torch.device("cpu"), 1
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_backward_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -61,18 +72,25 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
         threat_stream=stream(options.seed, "threats"),
         new_optimizer=AdamW().build,
     )
+    with patch.object(optim, "fuses", lambda model: True):  # as on CUDA
+        optimizer = AdamW().build(model)
     step = Step(
         parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}),
         SingleProcess(),
+        optimizer,
     )
     x, y = common.images(batch, None, torch.device("cpu"), options.seed)
     method = Random()
 
     def update() -> None:
         with deferred_checks() as settle:
+            set_lr(optimizer, 1e-3)
             step(method, context, x, y, last=True)
-            model.zero_grad(set_to_none=True)
             settle()
+
+    def as_two() -> None:
+        with patch.object(Step, "_whole", lambda *arguments: None):
+            update()
 
     def freeze() -> None:
         with torch.autocast("cpu", torch.bfloat16), frozen(model):
@@ -82,7 +100,10 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
     with patch.object(graphs, "_same", lambda one, other: True), graphed(model, Graphs(capture=captured)):
         for _ in range(3):
             update()
-        times = common.interleave({"update": update, "freeze": freeze}, torch.device("cpu"), rounds=options.repeats)
+            as_two()
+        times = common.interleave(
+            {"one graph": update, "two graphs": as_two, "freeze": freeze}, torch.device("cpu"), rounds=options.repeats
+        )
     label = "RoME+RANDOM" if experts else "RANDOM"
     found = {way: 1000 * statistics.median(values) for way, values in times.items()}
     return (

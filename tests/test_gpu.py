@@ -160,6 +160,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "RANDOM, bf16": {"precision": "bf16", "natural_epochs": 1, "validation": {"n": 12, "steps": 2}},
     "RANDOM, dropout": {"model__args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.2}},
     "BatchNorm": {"model": {"name": "preact_resnet_18", "args": {"width": 8}}, "experts": None},
+    "SGD, two learning rates": {"optimizer": {"kind": "sgd", "gates_lr": 3}},
     "MAX, accumulated": {"method": "max", "accumulate": 2},
     "MSD": {"method": {"kind": "msd", "steps": 3}},
     "E-AT": {"method": "eat", "attack": APGD_STEPS},

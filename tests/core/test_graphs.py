@@ -180,6 +180,22 @@ def test_a_graph_whose_replay_gives_other_results_is_not_used(capsys: pytest.Cap
     assert "its replay gave different results" in capsys.readouterr().err
 
 
+def test_a_graph_that_changes_tensors_otherwise_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+    own, replay = graphs()
+    weight, calls = torch.zeros(2), [0]
+
+    def function(x: Tensor) -> Tensor:
+        calls[0] += 1
+        weight.add_(1 if calls[0] < 4 else 2)  # call 3 is recorded
+        return x.exp()
+
+    for seed, total in enumerate((1, 3, 5)):
+        assert torch.equal(own.call("key", function, drawn(2, seed=seed), changed=[weight]), drawn(2, seed=seed).exp())
+        assert weight.tolist() == [total, total]
+    assert (own.count, replay.captures) == (0, 1)
+    assert "its replay gave different results" in capsys.readouterr().err
+
+
 def test_what_a_captured_function_calls_is_part_of_it() -> None:
     own, replay = graphs()
 
@@ -189,6 +205,18 @@ def test_what_a_captured_function_calls_is_part_of_it() -> None:
     for seed in range(4):
         assert torch.equal(own.call("outer", outer, drawn(2, seed=seed)), drawn(2, seed=seed).tanh() * 3)
     assert replay.captures == own.count == 1
+
+
+def test_what_is_refused_is_known_before_the_call() -> None:
+    own, _ = graphs()
+    x, waits = drawn(2), lambda x: x * float(x.sum())
+    for _ in range(3):
+        assert own.replays("good", x)
+        own.call("good", torch.exp, x)
+    assert own.replays("bad", x)
+    own.call("bad", waits, x)
+    assert not own.replays("bad", x)
+    assert own.replays("bad", drawn(3))
 
 
 def test_graphs_are_gone_when_weights_lie_elsewhere_and_apart_by_state() -> None:

@@ -131,6 +131,27 @@ def test_a_method_with_a_loss_of_its_own_replays_its_attacks(tmp_path: Path, mon
     assert replay.captures == 1
 
 
+def test_an_objective_that_waits_leaves_the_attack_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = Random.objective
+
+    def waiting(self: Random, *arguments: Any) -> Any:
+        outcome = objective(self, *arguments)
+        assert float(outcome.loss.detach()) > 0
+        return outcome
+
+    monkeypatch.setattr(Random, "objective", waiting)
+    alone = train(tiny(), tmp_path / "alone")
+    replay = Replay()
+    with_graphs(monkeypatch, replay)
+    run = train(tiny(), tmp_path / "run")
+    assert log(run) == log(alone)
+    assert same(weights(run.folder), weights(alone.folder))
+    assert replay.captures == 1
+    assert capsys.readouterr().err.count("it waits for the device: assert float(outcome") == 1
+
+
 def test_where_every_capture_fails_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
