@@ -11,19 +11,17 @@ CPU). ``freeze`` is the time to freeze and unfreeze the model, which every attac
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
 
 import common
 from rome import add_experts, create_model
 from rome.attacks import PGD
-from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import frozen, graphed
 from rome.core import graphs
 from rome.core.graphs import Graphs
@@ -35,19 +33,7 @@ from rome.runs import optim
 from rome.runs.config import parse
 from rome.runs.optim import AdamW
 from rome.threats import CIFAR10
-from rome.training.step import Step
-
-
-class SingleProcess:
-    """Stand-in for Fabric: a single process on the CPU."""
-
-    device, world_size = torch.device("cpu"), 1
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def no_backward_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+from rome.training.step import SingleProcess, Step
 
 
 def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -76,17 +62,15 @@ def measure(name: str, *, experts: bool, options: Any, batch: int) -> tuple[dict
         optimizer = AdamW().build(model)
     step = Step(
         parse({"data": {"kind": "digits"}, "model": {"name": kind}, "experts": None, "precision": "bf16"}),
-        SingleProcess(),
+        SingleProcess(torch.device("cpu")),
         optimizer,
     )
     x, y = common.images(batch, None, torch.device("cpu"), options.seed)
     method = Random()
 
     def update() -> None:
-        with deferred_checks() as settle:
-            set_lr(optimizer, 1e-3)
-            step(method, context, x, y, last=True)
-            settle()
+        set_lr(optimizer, 1e-3)
+        step(method, context, itertools.repeat((x, y)))
 
     def as_two() -> None:
         with patch.object(Step, "_whole", lambda *arguments: None):

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from helpers.problems import rest_slow
+from helpers.replay import Replay
 from helpers.tiny_runs import tiny
 from rome.cli.app import main
+from rome.core.graphs import Graphs
 from rome.models import Classifier
+from rome.report import cost
 from rome.report.cost import macs, measure, parameters
+from rome.runs import optim
 from rome.runs.experiments import folder
 
 
@@ -146,3 +150,13 @@ def test_precision_and_compilation_are_those_of_the_config(monkeypatch: pytest.M
     assert torch.get_float32_matmul_precision() == before
     measure(tiny(), repeats=1)
     assert len(compiled) == 2  # the two blocks
+
+
+def test_updates_are_replayed_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay()
+    monkeypatch.setattr(optim, "fuses", lambda model: True)
+    monkeypatch.setattr(cost, "graphs_for", lambda config, device: Graphs(capture=replay))
+    facts = measure(tiny(experts=None), repeats=2)
+    assert replay.captures == 1
+    assert replay.replays == 1 + cost.CAPTURES + 2 - 2  # one to compare; the first two updates are not replayed
+    assert facts["seconds_per_update"] > 0

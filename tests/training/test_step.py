@@ -56,7 +56,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_graphs(monkeypatch: pytest.MonkeyPatch, capture: Replay) -> None:
-    monkeypatch.setattr(setup, "_graphs", lambda *_: Graphs(capture=capture))
+    monkeypatch.setattr(setup, "graphs_for", lambda *_: Graphs(capture=capture))
 
 
 def log(run: Run) -> list[dict[str, Any]]:

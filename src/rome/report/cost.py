@@ -4,10 +4,12 @@ of its model get experts (``rome cost --layers``). Nothing is trained."""
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,24 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rome.attacks.engine import graphed
 from rome.core.console import print_table
 from rome.core.device import numerics, pick_device, placed
+from rome.core.graphs import Graphs
 from rome.experts import MixtureLayer, block_numbers, expert_layers
 from rome.models import keeps_experts, weights_file
 from rome.models.compiling import compile_blocks
 from rome.report.memory import architecture, gigabytes, peak_memory
 from rome.runs.config import Config
-from rome.training.setup import train_context
+from rome.training.setup import graphs_for, train_context
+from rome.training.step import SingleProcess, Step
 
 Work = Callable[[], None]
 RATIOS = {"latency_one_ms": "latency_one_ratio", "latency_ms": "latency_ratio", "seconds_per_update": "update_ratio"}
 """Name of each timing -> name of its ratio to that of the first config."""
+CAPTURES = 15
+"""Warm-up updates in which graphs are captured: each mixture of threats has its own, captured at its second or third
+update."""
 
 
 def parameters(model: nn.Module) -> dict[str, int]:
@@ -86,9 +94,10 @@ def compare(
 
     Args:
         configs: configs to measure, with random weights and images (the cost depends on neither), in each config's
-            precision and compilation, except that latency is measured without autocast.
+            precision and compilation, and with CUDA graphs if its training uses them, except that latency is measured
+            without autocast and graphs.
         repeats: number of timed updates and of timed forward passes of a batch (five times as many of one image), after
-            one warm-up; medians are reported.
+            warm-ups; medians are reported.
         timing: whether to measure times.
         memory: whether to count the memory of training and evaluation.
 
@@ -102,6 +111,7 @@ def compare(
     """
     costs: list[dict[str, Any]] = []
     works: list[dict[str, list[tuple[Work, float]]]] = []
+    graphs: list[tuple[nn.Module, Graphs | None]] = []
     for config in configs:
         weights = config.model.weights
         if weights is not None and Path(weights).expanduser().exists() and weights_file(weights).is_file():
@@ -119,6 +129,7 @@ def compare(
             placed(model, device)
             if config.compile:
                 compile_blocks(model)
+            graphs.append((model, graphs_for(config, device)))
             name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
             costs[-1] |= {"device": name, "batch_size": config.batch_size, "latency_batch": batch}
             works.append(
@@ -128,12 +139,17 @@ def compare(
                     "seconds_per_update": updates(config, model, shape, classes, device),
                 }
             )
-    for what, ratio in RATIOS.items() if timing else ():
-        times = _in_turn([each[what] for each in works], repeats * 5 if what == "latency_one_ms" else repeats)
-        for facts, own in zip(costs, times, strict=True):
-            ratios = [a / b for a, b in zip(own, times[0], strict=True)]
-            facts[what] = statistics.median(own)
-            facts[ratio] = [statistics.median(ratios), min(ratios), max(ratios)]
+    with ExitStack() as stack:
+        for model, own_graphs in graphs:
+            stack.enter_context(graphed(model, own_graphs))
+        for what, ratio in RATIOS.items() if timing else ():
+            rounds = repeats * 5 if what == "latency_one_ms" else repeats
+            captures = what == "seconds_per_update" and any(each for _, each in graphs)
+            times = _in_turn([each[what] for each in works], rounds, CAPTURES if captures else 1)
+            for facts, own in zip(costs, times, strict=True):
+                ratios = [a / b for a, b in zip(own, times[0], strict=True)]
+                facts[what] = statistics.median(own)
+                facts[ratio] = [statistics.median(ratios), min(ratios), max(ratios)]
     return costs
 
 
@@ -150,16 +166,13 @@ def updates(
     x = torch.rand(batch, *shape, generator=source).to(device)
     y = torch.randint(classes, (batch,), generator=source).to(device)
 
+    step = Step(config, SingleProcess(device), optimizer)
+
     @numerics(config.precision)
     def update(epoch: int) -> None:
         model.train()
         context.epoch = epoch
-        for _ in range(config.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                outcome = method.loss(context, x, y)
-            torch.autograd.backward(outcome.loss / config.accumulate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step(method, context, itertools.repeat((x, y)))
         method.update_end(context)
 
     method.epoch_start(context, 0)
@@ -178,11 +191,11 @@ def _forward(config: Config, model: nn.Module, shape: tuple[int, int, int], devi
     return forward
 
 
-def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[list[float]]:
-    """Time each work in each round, in seconds, after one warm-up round; the parts of a work are weighted by their
+def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int, warm_ups: int) -> list[list[float]]:
+    """Time each work in each round, in seconds, after some warm-up rounds; the parts of a work are weighted by their
     shares."""
     times: list[list[float]] = [[] for _ in works]
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_ups):
         for own, parts in zip(times, works, strict=True):
             seconds = 0.0
             for work, share in parts:
@@ -192,7 +205,7 @@ def _in_turn(works: Sequence[list[tuple[Work, float]]], rounds: int) -> list[lis
                     torch.cuda.synchronize()
                 seconds += share * (time.perf_counter() - started)
             own.append(seconds)
-    return [own[1:] for own in times]
+    return [own[warm_ups:] for own in times]
 
 
 def show_costs(facts: Sequence[dict[str, Any]]) -> None:

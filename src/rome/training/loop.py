@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from rome.attacks import PGD
-from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import graphed
 from rome.core.console import say
 from rome.core.distributed import Team, follow_first, local_share
@@ -246,12 +245,7 @@ class Loop:
         follow_first(statistics(context.attacked))
         tally = Tally(len(context.threats), self.fabric.device)
         try:
-            with deferred_checks() as settle:  # a GPU has the whole update queued before anything waits for it
-                for part in range(config.accumulate):
-                    settle()  # frees the images of the previous part
-                    x, y = next(batches)
-                    tally.add(self.step(method, context, x, y, last=part + 1 == config.accumulate))
-                settle()
+            self.step(method, context, batches, tally.add)
         except FloatingPointError as error:  # gradients in the attack are not finite
             raise self._diverged(str(error), lr) from error
         loss, parts, accuracy, (self.agreed, due, failed) = tally.read(self.fabric, config.accumulate, self._flags())

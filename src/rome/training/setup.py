@@ -81,7 +81,7 @@ def _train(
     world = launched_together()
     check_settings(config)
     fabric = _fabric(config)
-    rank, graphs = fabric.global_rank, _graphs(config, fabric.device)
+    rank, graphs = fabric.global_rank, graphs_for(config, fabric.device)
     _check_agreed(fabric, config)  # no process may end with an error while others still connect to the first
     start = assemble(config, fabric.device, rank=rank, world=world)
     model, optimizer, context = start.model, start.optimizer, start.context
@@ -122,7 +122,7 @@ def _train(
     Team(rank, world).first(finish)
 
 
-def _graphs(config: Config, device: torch.device) -> Graphs | None:
+def graphs_for(config: Config, device: torch.device) -> Graphs | None:
     """The container for the model's CUDA graphs, if the config and the device allow any."""
     return Graphs() if config.graphs and device.type == "cuda" else None
 

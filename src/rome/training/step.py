@@ -1,19 +1,36 @@
-"""One micro-batch of an update: attack, training forward, gradients and the optimizer's step, on a GPU replayed as CUDA
-graphs."""
+"""One update: attack, training forward, gradients and the optimizer's step, on a GPU replayed as CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rome.attacks.checks import deferred_checks
 from rome.attacks.engine import graphs_ready
 from rome.methods import Method, MinMaxMethod, Outcome, PlannedMethod, TrainContext
 from rome.methods.base import Examples, Planned
 from rome.runs.config import Config
+
+
+@dataclass(frozen=True)
+class SingleProcess:
+    """What :class:`Step` needs of Fabric, for a single process."""
+
+    device: torch.device
+    world_size: ClassVar[int] = 1
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients."""
+        torch.autograd.backward(loss)
+
+    def no_backward_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+        """There is nothing to synchronize."""
+        return nullcontext()
 
 
 class Step:
@@ -30,15 +47,31 @@ class Step:
         self.stepped = False
         """Whether this object has taken a step of the optimizer, which then has its state."""
 
-    def __call__(self, method: Method, context: TrainContext, x: Tensor, y: Tensor, *, last: bool) -> Outcome:
-        """Attack a batch (B, C, H, W), and add the gradients of its loss to those of the parameters.
+    def __call__(
+        self,
+        method: Method,
+        context: TrainContext,
+        batches: Iterator[tuple[Tensor, Tensor]],
+        add: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        """Make an update from the next micro-batches: images (B, C, H, W) and labels (B,).
 
         Args:
-            last: whether this is the last micro-batch of the update; the optimizer then takes its step.
+            add: called with the outcome of each micro-batch, which is valid until the next one.
 
         Raises:
-            FloatingPointError: gradients in the attack are not finite.
+            FloatingPointError: gradients in an attack are not finite.
         """
+        with deferred_checks() as settle:  # a GPU has the whole update queued before anything waits for it
+            for part in range(self.config.accumulate):
+                settle()  # frees the images of the previous part
+                x, y = next(batches)
+                add(self._micro_batch(method, context, x, y, last=part + 1 == self.config.accumulate))
+            settle()
+
+    def _micro_batch(self, method: Method, context: TrainContext, x: Tensor, y: Tensor, *, last: bool) -> Outcome:
+        """Attack a batch, and add the gradients of its loss to those of the parameters; after the ``last`` one, the
+        optimizer takes its step."""
         kind, alone = self.fabric.device.type, self.fabric.world_size == 1
         with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bf16"):
             if alone and isinstance(method, MinMaxMethod) and type(method).loss is MinMaxMethod.loss:
