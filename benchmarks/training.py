@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--ways", nargs="+", choices=WAYS, default=["graph"], help="on a CPU, graph is the same as eager"
     )
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on the attacks' 20, 20, 10 steps")
-    parser.add_argument("--warmup", type=int, default=4, help="untimed updates of each training")
+    parser.add_argument("--warmup", type=int, default=6, help="untimed updates of each training, which capture graphs")
     parser.add_argument("--profile", action="store_true", help="also show where the time of an update goes")
     options = parser.parse_args(argv)
     if options.quick:

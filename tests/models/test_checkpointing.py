@@ -83,7 +83,7 @@ def test_graphs_hold_the_recomputation_but_where_it_draws_random_numbers(
 ) -> None:
     config = tiny(activation_checkpointing=True, epochs=1, **changes)
     alone = train(config, tmp_path / "alone")
-    monkeypatch.setattr(setup, "_graphs", lambda *_: Graphs(capture=Replay()))
+    monkeypatch.setattr(setup, "graphs_for", lambda *_: Graphs(capture=Replay()))
     run = train(config, tmp_path / "run")
     assert same(weights(run.folder), weights(alone.folder))
     assert f": {graphs} CUDA graphs" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_it_as_if_nothing_had_happened(
     plain = changes.keys() <= {"graphs"}
     whole = undisturbed if plain else train(tiny(**changes), tmp_path / "whole")
     if "graphs" in changes:
-        monkeypatch.setattr(setup, "_graphs", lambda *_: Graphs(capture=Replay()))
+        monkeypatch.setattr(setup, "graphs_for", lambda *_: Graphs(capture=Replay()))
     run = Run(tmp_path / "run")
     due_after(monkeypatch, 3)
     killed(run, 4, **changes)

@@ -298,7 +298,8 @@ def _search(model: Model, shares: list[Share], x: Tensor, y: Tensor, verdict: bo
             allowed = torch.cat([each for _, each in parts])
         if not sorting:
             return found, allowed
-        return AttackResult(*(part[sorting[1]] for part in found)), allowed[sorting[1]]
+        unsorted = {id(part): part[sorting[1]] for part in found}  # images are often adversarial, too
+        return AttackResult(*(unsorted[id(part)] for part in found)), allowed[sorting[1]]
 
     keys = tuple(share.key(verdict) for share in shares)
     return Search(None if None in keys else keys, search, (x, y, *(share.noise for share in shares), *sorting))
