@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from helpers.contexts import context_of
 from helpers.problems import rest_slow
 from helpers.replay import Replay
 from helpers.small_models import tiny_vit
 from helpers.tiny_runs import changed, same, tiny, weights
-from rome.attacks.engine import frozen, loss_and_gradient
+from rome.attacks import PGD
+from rome.attacks.engine import frozen, graphed, loss_and_gradient
 from rome.core.errors import Interrupted, UserError
 from rome.core.graphs import Graphs
 from rome.experts import add_experts, record_gates
 from rome.methods import Random
+from rome.methods.base import set_lr
 from rome.models.compiling import compile_blocks, repeated_blocks
 from rome.runs import optim
 from rome.runs.config import parse
@@ -27,6 +30,7 @@ from rome.runs.folder import Run
 from rome.training import setup
 from rome.training.loop import Loop
 from rome.training.setup import train
+from rome.training.step import SingleProcess, Step
 
 APGD = {"kind": "apgd", "steps": 2}
 RESNET = {"name": "preact_resnet_18", "args": {"width": 4}}
@@ -129,6 +133,26 @@ def test_a_method_with_a_loss_of_its_own_replays_its_attacks(tmp_path: Path, mon
     run = train(tiny(), tmp_path / "run")
     assert same(weights(run.folder), weights(alone.folder))
     assert replay.captures == 1
+
+
+def test_gradients_are_laid_out_as_their_parameters() -> None:
+    """Images in channels-last order give the gradients of weights another order, and a fused optimizer reads memory."""
+
+    def updated(replayed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(108, 4))
+        model.register_forward_pre_hook(lambda _, x: x[0].to(memory_format=torch.channels_last))
+        context = context_of(model, attack=PGD(steps=1))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        set_lr(optimizer, 1e-3)
+        step = Step(tiny(), SingleProcess(torch.device("cpu")), optimizer)
+        batches = ((torch.rand(6, 2, 8, 8), torch.arange(6) % 4) for _ in range(5))
+        with graphed(model, Graphs(capture=Replay()) if replayed else None):
+            for _ in range(5):
+                step(Random(), context, batches)
+        return list(model.parameters())
+
+    assert all(map(torch.equal, updated(True), updated(False)))
 
 
 def test_an_objective_that_waits_leaves_the_attack_a_graph(

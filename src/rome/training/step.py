@@ -167,8 +167,16 @@ class Step:
         outcome = method.objective(context, examples)
         with torch.autocast(examples.images.device.type, enabled=False):
             loss = outcome.loss / self.config.accumulate
-            gradients = torch.autograd.grad(loss, learning, allow_unused=True)
+            found = torch.autograd.grad(loss, learning, allow_unused=True)
+        gradients = tuple(map(_laid_out_as, found, learning))
         return outcome.loss.detach(), outcome.correct, outcome.parts, gradients
+
+
+def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient with its parameter's strides, as ``backward`` stores it and fused optimizers expect it."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _key(method: Method, context: TrainContext) -> tuple[str, ...]:
