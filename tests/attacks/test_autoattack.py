@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 import torch
 from pyautoattack import AutoAttack
-from torch import nn
+from pyautoattack.autopgd_base import L1_projection
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
 
 from helpers.problems import rest_slow
 from rome.attacks.base import Attack
-from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, AttackWarning, AutoAttackPart, Square, standard_runs
+from rome.attacks.lp.autoattack import (
+    APGDCE,
+    APGDT,
+    FABT,
+    AttackWarning,
+    AutoAttackPart,
+    Square,
+    l1_projection,
+    standard_runs,
+)
 from rome.core.errors import UserError
 from rome.threats import DIGITS, LpBall, PerExample
 
@@ -179,6 +190,35 @@ def test_gradients_that_are_nan_are_a_structured_warning(part: AutoAttackPart) -
     with pytest.warns(AttackWarning) as caught:
         part.run(model, x, model(x).argmax(1), LpBall(norm="Linf", eps=0.01))
     assert [(each.message.check, each.message.examples) for each in caught] == [("nan-gradients", 3)]
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.7, 12.0, 1e4])
+@pytest.mark.parametrize(("scale", "share"), [(0.05, 1.0), (0.6, 0.05), (2.0, 0.3), (0.0, 1.0)])
+def test_the_projection_onto_an_l1_ball_is_pyautoattacks(eps: float, scale: float, share: float) -> None:
+    source = torch.Generator().manual_seed(0)
+    for shape in ((1, 1, 1, 1), (2, 1, 1, 2), (5, 3, 4, 6), (3, 1, 28, 28)):
+        x = (1.4 * torch.rand(shape, generator=source) - 0.2).clamp(0, 1)
+        y = scale * torch.randn(shape, generator=source) * (torch.rand(shape, generator=source) < share)
+        step = l1_projection(x, y, eps)
+        assert torch.equal(step, L1_projection(x, y, eps))
+        before, after = (each.double().flatten(1).abs().sum(1).max() for each in (y, y + step))
+        assert after <= eps * (1 + 1e-4) + 1e-5 * before  # sums are in float32
+        assert (x + y + step).sub(0.5).abs().max() <= 0.5 + 1e-5
+
+
+def test_square_builds_each_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    rectangles = SquareAttack.eta_rectangles
+
+    def counting(self: SquareAttack, *size: int) -> Tensor:
+        sizes.append(size)
+        return rectangles(self, *size)
+
+    monkeypatch.setattr(SquareAttack, "eta_rectangles", counting)
+    x, y = torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    never = torch.eye(3)[y]  # no query fools this model
+    Square(queries=40).run(lambda x: never[: len(x)], x, y, LpBall(norm="L2", eps=0.1))
+    assert len(sizes) == len(set(sizes)) > 2
 
 
 def test_no_budget_no_change() -> None:
