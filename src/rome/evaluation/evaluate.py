@@ -26,6 +26,7 @@ from rome.attacks.perceptual.features import network_hash
 from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_suite, name_threats
 from rome.core import trust
 from rome.core.console import say
+from rome.core.device import float32_products
 from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
 from rome.core.graphs import Graphs
@@ -253,15 +254,8 @@ def _cases_to_run(chosen: Iterable[str] | None, names: list[str]) -> frozenset[s
 @contextmanager
 def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
     """Compute in strict float32 without gradients; restore the model's flags and global random states afterwards."""
-    backends: Any = torch.backends
-    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    precisions = [product.fp32_precision for product in products]
-    with unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            for product in products:
-                product.fp32_precision = "ieee"
-            with graphed(model, graphs), frozen(model):
-                yield
-        finally:
-            for product, precision in zip(products, precisions, strict=True):
-                product.fp32_precision = precision
+    with (
+        unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False),
+        float32_products("fp32"), graphed(model, graphs), frozen(model),
+    ):  # fmt: skip
+        yield
