@@ -23,7 +23,16 @@ from torch import Tensor
 
 from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
-from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_suite, name_threats
+from rome.attacks.suites import (
+    BATCH_SIZE,
+    Case,
+    SaveImages,
+    SearchPrecision,
+    Suite,
+    SuiteChoice,
+    as_suite,
+    name_threats,
+)
 from rome.core import trust
 from rome.core.console import say
 from rome.core.device import float32_products
@@ -33,7 +42,14 @@ from rome.core.graphs import Graphs
 from rome.core.randomness import unchanged_states
 from rome.data.base import Pixels
 from rome.evaluation.batch import Examples
-from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
+from rome.evaluation.checks import (
+    check_data,
+    check_gradient,
+    check_mode,
+    check_outputs,
+    check_search_precision,
+    device_of,
+)
 from rome.evaluation.identity import (
     CHANGING,
     changed_names,
@@ -74,6 +90,7 @@ def evaluate(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     save_images: SaveImages = "fooled",
+    search_precision: SearchPrecision = "fp32",
     checks: bool | None = None,
     team: Team = ALONE,
     progress: ProgressCallback | bool = False,
@@ -81,9 +98,9 @@ def evaluate(
 ) -> Report:
     """Attack the model under every threat and report which examples stay correct.
 
-    Runs in float32 without autocast and TF32. Every adversarial image is checked before it counts: it must be finite
-    and inside its threat (else it is projected back), and is classified again. The model's flags and the global random
-    states are restored afterwards.
+    Runs in float32 without autocast and, unless ``search_precision`` is ``tf32``, TF32. Every adversarial image is
+    checked before it counts: it must be finite and inside its threat (else it is projected back), and is classified
+    again in float32. The model's flags and the global random states are restored afterwards.
 
     Args:
         model: maps images in [0, 1] to logits (B, classes); in evaluation mode, deterministic, normalisation inside.
@@ -110,6 +127,9 @@ def evaluate(
             ``fooled``, or ``all`` that it attacked; never those of fixed changes, which can be made again. For an Lp
             ball, an image is rounded to whole grey levels and kept in 8 bits where that stays inside the ball and does
             not change whether it is classified correctly; otherwise it is kept in float32.
+        search_precision: ``tf32`` lets the attacks, and nothing else, compute products and convolutions in TF32, which
+            is several times faster on NVIDIA GPUs since Ampere; older GPUs compute in fp32 all the same. An image that
+            fools the model in TF32 only counts as correct, and the next attack of the case continues with it.
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so for at least 100
             examples if the checks cost less than a tenth of the suite. True also adds the checks to a finished result
             that lacks them.
@@ -138,6 +158,7 @@ def evaluate(
     check_data(x, y)
     check_mode(model)
     device = device_of(model, x, device)
+    check_search_precision(search_precision, device)
     examples, halving = Examples(x, y, device), Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
     verbose = bool(progress) and team.is_main
@@ -149,6 +170,7 @@ def evaluate(
         "n": len(x),
         "batch_size": size,
         "seed": seed,
+        "search_precision": search_precision,
         "device": device.type,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
