@@ -127,9 +127,9 @@ def evaluate(
             ``fooled``, or ``all`` that it attacked; never those of fixed changes, which can be made again. For an Lp
             ball, an image is rounded to whole grey levels and kept in 8 bits where that stays inside the ball and does
             not change whether it is classified correctly; otherwise it is kept in float32.
-        search_precision: ``tf32`` lets the attacks, and nothing else, compute products and convolutions in TF32, which
-            is several times faster on NVIDIA GPUs since Ampere; older GPUs compute in fp32 all the same. An image that
-            fools the model in TF32 only counts as correct, and the next attack of the case continues with it.
+        search_precision: with ``tf32``, the attacks, and nothing else, compute products and convolutions in TF32, for
+            which NVIDIA GPUs have faster units since Ampere; older ones compute in fp32 all the same. An image that
+            fools the model only in TF32 counts as correct, and the next attack of the case runs on it.
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so for at least 100
             examples if the checks cost less than a tenth of the suite. True also adds the checks to a finished result
             that lacks them.
@@ -142,9 +142,9 @@ def evaluate(
 
     Raises:
         UserError: the model or the data would make the numbers wrong (training mode, probabilities, random outputs,
-            outputs that depend on the other images of a batch, inputs outside [0, 1] ...); ``out`` holds an evaluation
-            with other settings, of another model or with other code (:mod:`rome.evaluation.identity`); or the disk is
-            full.
+            outputs that depend on the other images of a batch, inputs outside [0, 1] ...); the device has no TF32 for
+            the search; ``out`` holds an evaluation with other settings, of another model or with other code
+            (:mod:`rome.evaluation.identity`); or the disk is full.
         Interrupted: another process of the team ended.
         Exception: the first failed case's error, if every case failed. If only some failed, they are in
             ``Report.failed`` and the next call tries them again.
