@@ -70,7 +70,7 @@ def evaluate(
     ] = None,
     search_precision: Annotated[
         Literal["fp32", "tf32"] | None,
-        typer.Option(help="Precision of the attacks' products; tf32 is faster, on CUDA only. Verdicts are in fp32."),
+        typer.Option(help="Precision of attacks in Lp balls; tf32 is faster, on CUDA only. Verdicts are in fp32."),
     ] = None,
     loggers: Annotated[
         str | None,

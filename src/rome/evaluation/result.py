@@ -185,7 +185,7 @@ class Report:
 
     @property
     def search_precision(self) -> str:
-        """Precision in which the attacks computed products, ``fp32`` or ``tf32``; verdicts are always in fp32."""
+        """Precision in which attacks in Lp balls computed products, ``fp32`` or ``tf32``; verdicts are in fp32."""
         return str(self.settings.get("search_precision", "fp32"))
 
     @property

@@ -225,6 +225,8 @@ class CaseRunner:
         count.
         """
         attack = case.attacks[stage]
+        # attacks outside Lp balls check their own bounds
+        precision = self.settings["search_precision"] if isinstance(case.threat, LpBall) else "fp32"
         start = time.perf_counter()
         noticed: list[AttackWarning] = []
 
@@ -234,7 +236,7 @@ class CaseRunner:
             if case.on_all and isinstance(attack, FixedChange):
                 found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
             else:
-                with folded(self.folds), float32_products("fp32" if case.on_all else self.settings["search_precision"]):
+                with folded(self.folds), float32_products(precision):
                     found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
             images, correct, warnings = recheck(self.model, x, y, found, case, attack)
             if keep != "none" and isinstance(case.threat, LpBall):

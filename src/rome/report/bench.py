@@ -77,7 +77,7 @@ class SharedSettings(Settings):
     features: str | None = None
     """The network that measures perceptual distances for PPGD and LPA."""
     search_precision: SearchPrecision | None = None
-    """Precision of the attacks' products, ``fp32`` or ``tf32``; default ``fp32``."""
+    """Precision of products in attacks in Lp balls, ``fp32`` or ``tf32``; default ``fp32``."""
 
 
 class Entry(SharedSettings):

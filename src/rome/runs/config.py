@@ -81,7 +81,7 @@ class Evaluation(Settings):
     save_images: SaveImages = "fooled"
     """Which adversarial images to save: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
     search_precision: SearchPrecision = "fp32"
-    """Precision of the attacks' products: ``tf32`` is faster, on CUDA only. Verdicts are always computed in fp32."""
+    """Precision of products in attacks in Lp balls: ``tf32`` is faster, on CUDA only. Verdicts are always in fp32."""
     routing: Routing = "learned"
     """Gate weights to use: ``learned``, or, as in Table 5, ``random``, ``inverse`` or ``none`` (without experts)."""
 
