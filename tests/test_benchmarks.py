@@ -178,8 +178,9 @@ def test_gpu_steps_goes_on_after_a_row_that_fails_and_ends_in_time(
 
 
 @pytest.mark.slow
-def test_autoattack_is_timed_under_every_norm(run: Run) -> None:
-    (rows,) = run("autoattack").values()
+@pytest.mark.parametrize("options", [(), ("--unfrozen",)], ids=["frozen", "unfrozen"])
+def test_autoattack_is_timed_under_every_norm(options: tuple[str, ...], run: Run) -> None:
+    (rows,) = run("autoattack", *options).values()
     cases = [(row["norm"], row["case"]) for row in rows]
     assert cases == [(norm, case) for norm in ("L1", "L2", "Linf") for case in ("rome", "pyautoattack")]
     assert all(row["same"] == row["images"] for row in rows if row["case"] == "rome")

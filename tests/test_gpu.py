@@ -16,8 +16,11 @@ from rome.attacks import APGD, PGD, Attack
 from rome.attacks.base import Group
 from rome.attacks.engine import frozen, graphed, loss_and_gradient
 from rome.attacks.lp.autoattack import APGDCE, APGDT, FABT, Square
+from rome.attacks.suites.base import APGDSuite
+from rome.core.device import float32_products
 from rome.core.graphs import Graphs
 from rome.core.trial import check_attackable
+from rome.evaluation.evaluate import evaluate, example_images
 from rome.experts import add_experts, record_gates
 from rome.experts.operations import mix, mix_backward
 from rome.models import create_model
@@ -205,6 +208,34 @@ def test_the_parts_of_autoattack_find_the_same_with_graphs() -> None:
                     assert graphs is None or graphs.count > 0
             assert torch.equal(found[0].robust, found[1].robust), (attack.kind, threat.name)
             assert torch.equal(found[0].images, found[1].images), (attack.kind, threat.name)
+
+
+def test_a_search_in_tf32_is_judged_in_fp32(tmp_path: Path) -> None:
+    """The verdicts are those of an fp32 forward pass of the saved images, and the search did compute in TF32."""
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).cuda().eval()
+    seen = set()
+
+    def note(*_: object) -> None:
+        seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+
+    x = torch.rand(20, 3, 32, 32)
+    with torch.no_grad(), float32_products("fp32"):
+        y = model(x.cuda()).argmax(1).cpu()
+    hook = model.register_forward_pre_hook(note)
+    threats = [ball.model_copy(update={"eps": ball.eps / 2}) for ball in CIFAR10]
+    settings = {"threats": threats, "suite": APGDSuite(iterations=10), "save_images": "all", "out": tmp_path}
+    found = evaluate(model, x, y, **settings, search_precision="tf32")
+    hook.remove()
+    assert seen == {("ieee", "ieee"), ("tf32", "tf32")}
+    for column, case in enumerate(found.cases[1:], start=1):
+        indices, images = example_images(tmp_path, case)
+        with torch.no_grad(), float32_products("fp32"):
+            logits = model(images.cuda()).cpu()
+        others = logits.scatter(1, y[indices][:, None], -torch.inf).amax(dim=1)
+        margins = logits[torch.arange(len(indices)), y[indices]] - others
+        assert margins.max() <= 1e-4 * logits.abs().max(), "apart from rounding in a batch of another size"
+        assert set(indices.tolist()) == set((~found.correct[:, column]).nonzero()[0].tolist())
 
 
 def test_what_waits_for_the_device_is_noticed_and_runs_eagerly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -373,6 +373,14 @@ def test_columns_may_be_run_one_at_a_time(run: Run, rome: Any) -> None:
     assert (whole["pending"], whole["robust"]["L2"]) == ([], first["robust"]["L2"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="TF32 can be used")
+def test_a_search_in_tf32_needs_a_gpu(run: Run, rome: Any) -> None:
+    refused = rome("evaluate", run.folder, "--n", 6, "--search-precision", "tf32")
+    message = "error: search_precision: tf32 needs a CUDA device, and this evaluation is on cpu; use search_precision: "
+    assert (refused.code, refused.out, refused.err) == (2, "", f"{message}fp32 (--search-precision fp32)\n")
+    assert not (run.folder / "evaluation").exists()
+
+
 def test_suites_compose_on_the_command_line(run: Run, rome: Any) -> None:
     refused = rome("evaluate", run.folder, "--n", 6, "--suite", "lp,apgd")
     assert refused.code == 2

@@ -28,9 +28,11 @@ from helpers.problems import rest_slow
 from helpers.small_models import THREADS, drawn, knowing
 from helpers.tiny_runs import started
 from rome.attacks.base import Attack, AttackResult
+from rome.attacks.engine import Model
 from rome.attacks.lp.autoattack import AttackWarning, Square, set_iterations
 from rome.attacks.lp.pgd import PGD
 from rome.attacks.suites.base import APGDSuite, AutoAttackSuite, SaveImages
+from rome.attacks.suites.unseen import CorruptionsSuite
 from rome.core.errors import UserError
 from rome.core.files import replace_file
 from rome.data.base import Pixels
@@ -38,7 +40,7 @@ from rome.evaluation import store
 from rome.evaluation.checks import check_outputs
 from rome.evaluation.evaluate import Case, Report, Suite, evaluate, example_images, hash_model
 from rome.evaluation.result import wilson
-from rome.threats import DIGITS, LpBall, Threat
+from rome.threats import DIGITS, AnyImage, LpBall, Threat
 
 QUICK = APGDSuite(iterations=10)
 LINF = [DIGITS["Linf"]]
@@ -332,6 +334,93 @@ class _Liar(_Unlisted, Attack):
 
 def lie(how: str) -> _Own:
     return _Own(attacks=(_Liar(how=how),))
+
+
+class _Fog(_Unlisted, Suite):
+    """An attack that bounds its perturbation itself."""
+
+    def cases(self, threats: Mapping[str, Threat], classes: int) -> list[Case]:
+        return [Case(name="fog", threat=AnyImage(), attacks=(Attack.of_kind("fog")(steps=1),))]
+
+
+def fooled_in_tf32(seen: list[Any]) -> Model:
+    """Classifies every image correctly, label 0, unless it computes in TF32; notes the precisions."""
+
+    def model(x: Tensor) -> Tensor:
+        cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+        used = (cuda.matmul, cudnn.conv, cpu.matmul, cpu.conv)
+        seen.append(tuple(each.fp32_precision for each in used))
+        first = x.flatten(1).mean(dim=1, keepdim=True) + 1
+        return torch.cat([-first if "tf32" in seen[-1] else first, torch.zeros(len(x), 3)], dim=1)
+
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_only_the_search_is_in_tf32(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts, rounding, clean images, corruptions, checks and attacks with bounds of their own are in fp32; the next
+    attack gets every image again."""
+    seen: list[Any] = []
+    run = PGD.run
+
+    def marked(self: PGD, model: Model, x: Tensor, *others: Any, **more: Any) -> AttackResult:
+        seen.append(len(x))
+        found = run(self, model, x, *others, **more)
+        seen.append(bool(found.robust.any()))
+        return found
+
+    monkeypatch.setattr(PGD, "run", marked)
+    monkeypatch.setattr("rome.evaluation.evaluate.check_search_precision", lambda *_: None)
+    found = evaluate(
+        fooled_in_tf32(seen),
+        torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(4, dtype=torch.int64),
+        threats=LINF,
+        suite=[_Own(attacks=(PGD(steps=2), PGD(steps=3))), _Fog(), CorruptionsSuite(types=("brightness",))],
+        checks=True,
+        save_images="all",
+        search_precision=precision,
+        out=tmp_path,
+    )
+    assert found.correct.all()
+    assert len(found.checks) == 3
+    marks = [i for i, each in enumerate(seen) if not isinstance(each, tuple)]
+    assert [seen[i] for i in marks] == [4, precision == "fp32"] * 2
+    within = {i for first, last in (marks[:2], marks[2:]) for i in range(first + 1, last)}
+    searched = (precision, precision, "ieee", "ieee") if precision == "tf32" else ("ieee",) * 4
+    assert {seen[i] for i in within} == {searched}
+    assert {seen[i] for i in range(len(seen)) if i not in within and i not in marks} == {("ieee",) * 4}
+    assert found.search_precision == Report.load(tmp_path).search_precision == precision
+
+
+def test_precisions_are_restored_after_an_attack_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    model, (x, _) = fooled_in_tf32(seen), digits(4)
+    monkeypatch.setattr("rome.evaluation.evaluate.check_search_precision", lambda *_: None)
+    model(x)
+    settings = {"threats": DIGITS, "suite": lie("raises"), "search_precision": "tf32"}
+    found = evaluate(model, x, torch.zeros(4, dtype=torch.int64), **settings)
+    assert found.failed.keys() == {"L2"}
+    assert found.cases == ("clean", "L1", "Linf")
+    assert set(seen[1:]) == {("ieee",) * 4}, "the attacks of this suite ask nothing of the model"
+    model(x)
+    assert seen[-1] == seen[0]
+
+
+def test_another_precision_of_the_search_is_another_evaluation(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = digits(4)
+    settings = {"threats": LINF, "suite": QUICK, "out": tmp_path}
+    with pytest.raises(UserError, match=r"^search_precision: tf32 needs a CUDA device, and this .* on cpu; use .*fp32"):
+        evaluate(model, x, y, **settings, search_precision="tf32")
+    with pytest.raises(UserError, match="search_precision must be one of fp32, tf32, not 'bf16'"):
+        evaluate(model, x, y, **settings, search_precision="bf16")
+    assert not list(tmp_path.iterdir())
+    evaluate(model, x, y, **settings)
+    monkeypatch.setattr("rome.evaluation.evaluate.check_search_precision", lambda *_: None)
+    with pytest.raises(UserError, match=r'other settings \(search_precision: "fp32" there, "tf32" now\)'):
+        evaluate(model, x, y, **settings, search_precision="tf32")
 
 
 def test_images_outside_the_ball_are_projected_and_judged_anew(model: nn.Module, tmp_path: Path) -> None:

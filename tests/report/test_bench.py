@@ -161,6 +161,8 @@ def test_entries(tmp_path: Path) -> None:
     assert (one.data, one.n, two.data, two.n) == ("digits", 5, "cifar10:x", 7)
     one, two = read_models(tmp_path / "models.yaml", n=9).entries
     assert (one.n, two.n) == (9, 9)
+    (tmp_path / "models.yaml").write_text("search_precision: tf32\nmodels: [a, {model: b, search_precision: fp32}]")
+    assert [each.search_precision for each in read_models(tmp_path / "models.yaml").entries] == ["tf32", "fp32"]
 
 
 def test_balls_of_one_norm_are_told_apart_by_their_radius() -> None:

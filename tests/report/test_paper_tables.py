@@ -360,6 +360,21 @@ def test_rows_show_the_evaluation_that_most_runs_have_before_the_stronger_one_of
     assert not any(line.gain for line in lines), "not on the same examples"
 
 
+def test_searches_in_two_precisions_are_two_protocols(tmp_path: Path) -> None:
+    experts = {"experts": {"kind": "low-rank"}}
+    places = {
+        (name, precision): evaluated(tmp_path / f"{name}-{precision}", own, (0.5, 0.6, 0.4), search_precision=precision)
+        for name, own in (("plain", {}), ("rome", experts))
+        for precision in ("fp32", "tf32")
+    }
+    for precision in ("fp32", "tf32"):
+        lines = fill("1", [places["plain", "fp32"], places["rome", precision]])
+        alike = precision == "fp32"
+        assert ("evaluated differently" not in render("Table 1", lines, "text")) == alike
+        assert any(line.gain for line in lines) == alike
+        assert ("suite apgd, searched in TF32" not in sources(lines)) == alike
+
+
 def measured_differently(place: Path, *networks: str) -> bool:
     """Whether Table 2 of given models says so whose PPGD was measured by these."""
     both = [

@@ -188,6 +188,9 @@ def test_the_card_says_what_the_evaluation_warns_of(runs: Path) -> None:
     assert "| training attack | pgd |" in unset, "no steps None"
     assert "Checks for masked gradients (1) found none" in card(checks=[check | {"raised": False}])
     assert "- Warning (suite lp: more-steps): more steps find more." in card(checks=[check], warnings=[raised])
+    searched = card(settings=one.report.settings | {"search_precision": "tf32"})
+    assert f"{N} test examples of digits, suite lp, searched in TF32, seed 0" in searched
+    assert "--search-precision tf32" in searched
     without = one.report.correct[:, :-1]
     said = card(correct=without, cases=one.report.cases[:-1], failed={"Linf": "out of memory"})
     assert "Linf failed: out of memory" in said

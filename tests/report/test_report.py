@@ -284,6 +284,7 @@ class TestWhatMayBeCompared:
             ({"threats": {}}, r"threats"),
             ({"suite": {"kind": "apgd", "iterations": 50, "targets": None}}, r"suite"),
             ({"seed": 7}, r"seed 0 and 7"),
+            ({"search_precision": "tf32"}, r"search_precision fp32 and tf32"),
         ],
     )
     def test_other_examples_threats_or_suites(

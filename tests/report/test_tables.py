@@ -110,9 +110,16 @@ def test_many_columns_become_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].split() == ["under", "first", "second"]
     assert [line.split()[0] for line in lines[1:7]] == ["clean", "L1", "L2", "Linf", "fog", "snow"]
     *table, caption, warning = lines
+    assert "TF32" not in caption
     assert all(len(line) <= 80 for line in table)
     assert "suite autoattack+unseen" in caption
     assert warning == "first: 0.0% correct under every attack is no better than guessing among 10 classes (10.0%)"
+
+
+def test_the_summary_says_that_a_search_was_in_tf32(capsys: pytest.CaptureFixture[str]) -> None:
+    searched = replace(A, settings=A.settings | {"search_precision": "tf32"})
+    show([("first", searched)])
+    assert "4 test examples, suite autoattack+unseen, searched in TF32" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_guessing_reaches_is_said_and_best_of_nothing() -> None:

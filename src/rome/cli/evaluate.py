@@ -68,6 +68,10 @@ def evaluate(
         Literal["none", "fooled", "all"] | None,
         typer.Option(help="Adversarial images to save: none, those that fooled the model, or all."),
     ] = None,
+    search_precision: Annotated[
+        Literal["fp32", "tf32"] | None,
+        typer.Option(help="Precision of attacks in Lp balls; tf32 is faster, on CUDA only. Verdicts are in fp32."),
+    ] = None,
     loggers: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +101,7 @@ def evaluate(
         "routing": routing,
         "checks": checks,
         "save_images": save_images,
+        "search_precision": search_precision,
         "loggers": None if loggers is None else names_in(loggers),
         "overwrite": overwrite,
     }

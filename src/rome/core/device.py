@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,18 +63,47 @@ def channels_last_pays(model: nn.Module, device: torch.device) -> bool:
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """Use TF32 with ``tf32`` only, although torch uses it for convolutions by default, and allow enough recompilations
-    for the variants of a compiled model (training, attack, shrinking batches)."""
+    """:func:`float32_products`, and enough recompilations for the variants of a compiled model (training, attack,
+    shrinking batches)."""
     import torch._dynamo
 
-    before, limit = torch.get_float32_matmul_precision(), torch._dynamo.config.recompile_limit
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 32)
     try:
+        with float32_products(precision):
+            yield
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Compute products and convolutions of float32 tensors in TF32 on CUDA if the precision is ``tf32``, and in strict
+    float32 otherwise, although torch convolves in TF32 by default. CPUs always use strict float32, and so do GPUs
+    without TF32 (before Ampere, compute capability 8.0), whatever is set. The earlier settings are restored."""
+    backends: Any = torch.backends
+    on_cpu, on_cuda = (backends.mkldnn.matmul, backends.mkldnn.conv), (backends.cudnn.conv, backends.cudnn.rnn)
+    every = (*on_cpu, *on_cuda, backends.cuda.matmul)
+    before = [each.fp32_precision for each in every]
+
+    def set_older(matmul: str, convolutions: bool) -> None:
+        """Settings that also change those above. Libraries read both, and torch fails where they contradict."""
+        torch.set_float32_matmul_precision(matmul)
+        backends.cudnn.allow_tf32 = convolutions
+
+    for each in every:
+        each.fp32_precision = "ieee"
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        convolutions = backends.cudnn.allow_tf32
+    except RuntimeError:  # true, which contradicts "ieee"
+        convolutions = True
+    try:
+        set_older("high" if precision == "tf32" else "highest", precision == "tf32")
+        for each in on_cpu if precision == "tf32" else every:
+            each.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch._dynamo.config.recompile_limit = limit
+        set_older(matmul, convolutions)
+        for each, old in zip(every, before, strict=True):
+            each.fp32_precision = old

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from rome.attacks.suites import SearchPrecision
 from rome.core.errors import UserError
 from rome.core.trial import (
     REPEATABLE,
@@ -39,6 +41,21 @@ def check_data(x: Tensor | Pixels, y: Tensor) -> None:
     if not (values.min().item() >= 0 and values.max().item() <= (x.levels if isinstance(x, Pixels) else 1)):  # or NaN
         raise UserError(outside_box(x[:]))
     check_labels(y)
+
+
+def check_search_precision(precision: str, device: torch.device) -> None:
+    """Check that attacks can search in this precision on the device.
+
+    Raises:
+        UserError: there is no such precision, or the device has no TF32.
+    """
+    if precision not in (known := get_args(SearchPrecision)):
+        raise UserError(f"search_precision must be one of {', '.join(known)}, not {precision!r}")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError(
+            f"search_precision: tf32 needs a CUDA device, and this evaluation is on {device.type}; "
+            "use search_precision: fp32 (--search-precision fp32)"
+        )
 
 
 def check_mode(model: Model) -> None:

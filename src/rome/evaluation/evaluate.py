@@ -23,16 +23,33 @@ from torch import Tensor
 
 from rome.attacks.engine import Model, frozen, graphed
 from rome.attacks.perceptual.features import network_hash
-from rome.attacks.suites import BATCH_SIZE, Case, SaveImages, Suite, SuiteChoice, as_suite, name_threats
+from rome.attacks.suites import (
+    BATCH_SIZE,
+    Case,
+    SaveImages,
+    SearchPrecision,
+    Suite,
+    SuiteChoice,
+    as_suite,
+    name_threats,
+)
 from rome.core import trust
 from rome.core.console import say
+from rome.core.device import float32_products
 from rome.core.distributed import ALONE, Team
 from rome.core.errors import UserError, did_you_mean
 from rome.core.graphs import Graphs
 from rome.core.randomness import unchanged_states
 from rome.data.base import Pixels
 from rome.evaluation.batch import Examples
-from rome.evaluation.checks import check_data, check_gradient, check_mode, check_outputs, device_of
+from rome.evaluation.checks import (
+    check_data,
+    check_gradient,
+    check_mode,
+    check_outputs,
+    check_search_precision,
+    device_of,
+)
 from rome.evaluation.identity import (
     CHANGING,
     changed_names,
@@ -73,6 +90,7 @@ def evaluate(
     overwrite: bool = False,
     provenance: Mapping[str, Any] | None = None,
     save_images: SaveImages = "fooled",
+    search_precision: SearchPrecision = "fp32",
     checks: bool | None = None,
     team: Team = ALONE,
     progress: ProgressCallback | bool = False,
@@ -80,9 +98,9 @@ def evaluate(
 ) -> Report:
     """Attack the model under every threat and report which examples stay correct.
 
-    Runs in float32 without autocast and TF32. Every adversarial image is checked before it counts: it must be finite
-    and inside its threat (else it is projected back), and is classified again. The model's flags and the global random
-    states are restored afterwards.
+    Runs in float32 without autocast and, unless ``search_precision`` is ``tf32``, TF32. Every adversarial image is
+    checked before it counts: it must be finite and inside its threat (else it is projected back), and is classified
+    again in float32. The model's flags and the global random states are restored afterwards.
 
     Args:
         model: maps images in [0, 1] to logits (B, classes); in evaluation mode, deterministic, normalisation inside.
@@ -109,6 +127,10 @@ def evaluate(
             ``fooled``, or ``all`` that it attacked; never those of fixed changes, which can be made again. For an Lp
             ball, an image is rounded to whole grey levels and kept in 8 bits where that stays inside the ball and does
             not change whether it is classified correctly; otherwise it is kept in float32.
+        search_precision: with ``tf32``, attacks in Lp balls, and nothing else, compute products and convolutions in
+            TF32, for which NVIDIA GPUs have faster units since Ampere; older ones compute in fp32 all the same. An
+            image that fools the model only in TF32 counts as correct, and the next attack of the case runs on it.
+            Other attacks check their bounds, such as a perceptual distance, themselves, and stay in fp32.
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so for at least 100
             examples if the checks cost less than a tenth of the suite. True also adds the checks to a finished result
             that lacks them.
@@ -121,9 +143,9 @@ def evaluate(
 
     Raises:
         UserError: the model or the data would make the numbers wrong (training mode, probabilities, random outputs,
-            outputs that depend on the other images of a batch, inputs outside [0, 1] ...); ``out`` holds an evaluation
-            with other settings, of another model or with other code (:mod:`rome.evaluation.identity`); or the disk is
-            full.
+            outputs that depend on the other images of a batch, inputs outside [0, 1] ...); the device has no TF32 for
+            the search; ``out`` holds an evaluation with other settings, of another model or with other code
+            (:mod:`rome.evaluation.identity`); or the disk is full.
         Interrupted: another process of the team ended.
         Exception: the first failed case's error, if every case failed. If only some failed, they are in
             ``Report.failed`` and the next call tries them again.
@@ -137,6 +159,7 @@ def evaluate(
     check_data(x, y)
     check_mode(model)
     device = device_of(model, x, device)
+    check_search_precision(search_precision, device)
     examples, halving = Examples(x, y, device), Halving(allowed=batch_size == AUTO)
     store = Store(Path(out) if out is not None else None)
     verbose = bool(progress) and team.is_main
@@ -148,6 +171,7 @@ def evaluate(
         "n": len(x),
         "batch_size": size,
         "seed": seed,
+        "search_precision": search_precision,
         "device": device.type,
         "data": {"shape": list(x.shape), "sha256": hash_data(x, y)},
         "versions": versions(),
@@ -253,15 +277,8 @@ def _cases_to_run(chosen: Iterable[str] | None, names: list[str]) -> frozenset[s
 @contextmanager
 def _undisturbed(model: Model, device: torch.device, graphs: Graphs | None) -> Iterator[None]:
     """Compute in strict float32 without gradients; restore the model's flags and global random states afterwards."""
-    backends: Any = torch.backends
-    products = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    precisions = [product.fp32_precision for product in products]
-    with unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            for product in products:
-                product.fp32_precision = "ieee"
-            with graphed(model, graphs), frozen(model):
-                yield
-        finally:
-            for product, precision in zip(products, precisions, strict=True):
-                product.fp32_precision = precision
+    with (
+        unchanged_states(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False),
+        float32_products("fp32"), graphed(model, graphs), frozen(model),
+    ):  # fmt: skip
+        yield

@@ -184,6 +184,11 @@ class Report:
         return suite_label(self.settings.get("suite", {}))
 
     @property
+    def search_precision(self) -> str:
+        """Precision in which attacks in Lp balls computed products, ``fp32`` or ``tf32``; verdicts are in fp32."""
+        return str(self.settings.get("search_precision", "fp32"))
+
+    @property
     def reuse(self) -> str:
         """:attr:`reused` in words; empty if nothing was reused."""
         if "result" in self.reused:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from rome.attacks.suites import SaveImages, Suite
+from rome.attacks.suites import SaveImages, SearchPrecision, Suite
 from rome.attacks.suites.composed import SeveralSuites, as_suite, check_files, parse_suites, with_features
 from rome.core import trust
 from rome.core.console import say
@@ -18,6 +18,7 @@ from rome.core.errors import UserError, first_line, some
 from rome.core.files import as_file_name
 from rome.core.private import PATH
 from rome.data.base import Split
+from rome.evaluation.checks import check_search_precision
 from rome.evaluation.evaluate import Report, evaluate
 from rome.evaluation.named import build_named, named_after, named_budgets
 from rome.evaluation.tracked import chosen_loggers, track
@@ -44,6 +45,7 @@ def evaluate_saved(
     device: str | None = None,
     routing: Routing | None = None,
     save_images: SaveImages | None = None,
+    search_precision: SearchPrecision | None = None,
     out: str | Path | None = None,
     settings: Evaluation | None = None,
     loggers: Sequence[str] | None = None,
@@ -91,10 +93,11 @@ def evaluate_saved(
         say(sentence)
     if n is not None and n > len(split):
         raise UserError(f"--n {n} exceeds the {len(split)} test examples of {config.data.kind}; give at most that many")
+    place, precision = own_device(pick_device(device or config.device)), search_precision or settings.search_precision
+    check_search_precision(precision, place)
     x, y = split.stored(n or settings.n or len(split), workers=local_share(config.workers))
     routed = routing or settings.routing
     set_routing(opened.model, routed, seed=settings.seed)
-    place = own_device(pick_device(device or config.device))
     name = f"{opened.prefix}{chosen.label}-{len(x)}{'' if routed == 'learned' else f'-{routed}'}{opened.suffix}"
     folder = Path(out) if out is not None else opened.folder / as_file_name(name)
     report = evaluate(
@@ -106,6 +109,7 @@ def evaluate_saved(
         batch_size=batch_size or settings.batch_size,
         seed=settings.seed,
         save_images=save_images or settings.save_images,
+        search_precision=precision,
         device=place,
         out=folder,
         provenance={

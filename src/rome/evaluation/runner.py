@@ -17,7 +17,7 @@ from rome.attacks.base import NOT_EVALUATED, Attack, AttackResult, Group
 from rome.attacks.engine import Model
 from rome.attacks.lp.autoattack import AttackWarning, Square, collected
 from rome.attacks.suites.base import Case, SaveImages
-from rome.core.device import out_of_memory
+from rome.core.device import float32_products, out_of_memory
 from rome.core.distributed import Team
 from rome.core.errors import Interrupted
 from rome.core.files import now
@@ -77,7 +77,8 @@ class CaseRunner:
     examples: Examples
     cases: list[Case]
     settings: dict[str, Any]
-    """The evaluation's settings, of which ``batch_size``, ``seed``, ``save_images`` and ``networks`` are used.
+    """The evaluation's settings, of which these are used: ``batch_size``, ``seed``, ``save_images``,
+    ``search_precision`` and ``networks``.
 
     ``networks`` maps a case to the SHA-256 of the network file that measures its perceptual distances; a batch measured
     by a different network is run again.
@@ -224,6 +225,8 @@ class CaseRunner:
         count.
         """
         attack = case.attacks[stage]
+        # attacks outside Lp balls check their own bounds
+        precision = self.settings["search_precision"] if isinstance(case.threat, LpBall) else "fp32"
         start = time.perf_counter()
         noticed: list[AttackWarning] = []
 
@@ -233,7 +236,7 @@ class CaseRunner:
             if case.on_all and isinstance(attack, FixedChange):
                 found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
             else:
-                with folded(self.folds):
+                with folded(self.folds), float32_products(precision):
                     found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
             images, correct, warnings = recheck(self.model, x, y, found, case, attack)
             if keep != "none" and isinstance(case.threat, LpBall):

@@ -2,7 +2,7 @@
 
 A list is a YAML file:
 
-    suite: apgd                # for every model; likewise n, budgets, data, seed and save_images
+    suite: apgd                # for every model; likewise n, budgets, data, seed, search_precision and save_images
     data: cifar10:data
     models:
       - runs/rome-random       # a run, its weights file, or hf://USER/NAME
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from rome.attacks.suites import SaveImages
+from rome.attacks.suites import SaveImages, SearchPrecision
 from rome.core import trust
 from rome.core.component import Seed, Settings, mistakes
 from rome.core.distributed import launched
@@ -46,7 +46,7 @@ from rome.runs.folder import Run
 from rome.runs.launchers import Job
 from rome.runs.meant import what_is
 
-SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features")
+SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features", "search_precision")
 """Settings that an entry may give for itself and the list for all its models."""
 
 
@@ -76,6 +76,8 @@ class SharedSettings(Settings):
     """Seed of the attacks' random starts."""
     features: str | None = None
     """The network that measures perceptual distances for PPGD and LPA."""
+    search_precision: SearchPrecision | None = None
+    """Precision of products in attacks in Lp balls, ``fp32`` or ``tf32``; default ``fp32``."""
 
 
 class Entry(SharedSettings):
@@ -231,6 +233,7 @@ def evaluate_entry(entry: dict[str, Any], out: str, *, trust_code: bool = False,
             n=one.n,
             batch_size=one.batch_size,
             features=one.features,
+            search_precision=one.search_precision,
             settings=Evaluation(seed=one.seed or 0),
             out=out,
             loggers=(),

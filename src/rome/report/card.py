@@ -24,7 +24,7 @@ from rome.evaluation.result import CLEAN
 from rome.evaluation.statistics import wilson
 from rome.methods import Method
 from rome.models.hub import HubModel, on_hub
-from rome.report.columns import Cell, remarks, suite_text, tabulate
+from rome.report.columns import Cell, protocol, remarks, tabulate
 from rome.report.evaluated import LEARNED, Evaluated
 from rome.report.templating import filled
 from rome.runs.config import Config
@@ -216,8 +216,9 @@ def _shown(one: Evaluated, repo: HubModel, needs_path: bool) -> Shown:
     routing = one.provenance.get("routing", LEARNED)
     words = ["rome", "evaluate", str(repo), "--suite", one.report.suite, "--n", str(one.report.n)]
     words += ["--data", "PATH"] * needs_path + ["--routing", routing] * (routing != LEARNED)
+    words += ["--search-precision", one.report.search_precision] * (one.report.search_precision != "fp32")
     source = "" if one.data is None else f" of {one.data.kind}"
-    return Shown(one.report, rows, suite_text(one.report.settings.get("suite", {})), routing, source, shlex.join(words))
+    return Shown(one.report, rows, protocol(one.report), routing, source, shlex.join(words))
 
 
 def _ball(title: str, threat: object) -> str:

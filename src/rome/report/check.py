@@ -188,9 +188,10 @@ def lines(found: CheckResult) -> list[str]:
             )
         text.append(line)
     if "evaluation" in cost:
-        line = f"evaluation: {config.evaluation.n or 'all'} images, up to {_counts(cost['evaluation'])} each, in fp32"
+        images, precision = config.evaluation.n or "all", config.evaluation.search_precision
+        line = f"evaluation: {images} images, up to {_counts(cost['evaluation'])} each, in {precision}"
         if flops := cost.get("evaluation_flops"):
-            line += f", {flops:.3g} floating-point operations: no rate was measured in fp32"
+            line += f", {flops:.3g} floating-point operations: no rate was measured in {precision}"
         text.append(line)
     else:
         text.append("evaluation: passes not counted, because an attack needs something that is not here")

@@ -155,14 +155,20 @@ def covered(rows: Sequence[tuple[str, Report]]) -> str:
     """Describe what was evaluated: ``360 test examples, suite apgd``; differing numbers and suites are separated by
     slashes."""
     counts = dict.fromkeys(str(report.n) for _, report in rows)
-    suites = dict.fromkeys(suite_text(report.settings.get("suite", {})) for _, report in rows)
+    suites = dict.fromkeys(protocol(report) for _, report in rows)
     return f"{' / '.join(counts)} test examples, suite {' / '.join(suites)}"
 
 
-def suite_text(settings: dict[str, Any]) -> str:
-    """Describe a suite by the settings stored in a report, such as ``apgd (30 iterations)``."""
+def protocol(report: Report) -> str:
+    """Describe a report's suite and, unless it is fp32, the precision that its attacks searched in, such as
+    ``apgd (30 iterations), searched in TF32``."""
+    searched = "" if report.search_precision == "fp32" else f", searched in {report.search_precision.upper()}"
+    return f"{_suite_text(report.settings.get('suite', {}))}{searched}"
+
+
+def _suite_text(settings: dict[str, Any]) -> str:
     if settings.get("kind") == "several":
-        return "+".join(map(suite_text, settings["suites"]))
+        return "+".join(map(_suite_text, settings["suites"]))
     iterations = settings.get("iterations", 100)
     return str(settings.get("kind") or "custom") + (f" ({iterations} iterations)" if iterations != 100 else "")
 

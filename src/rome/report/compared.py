@@ -28,7 +28,7 @@ from rome.runs.folder import FREE_KEYS, Run
 from rome.runs.meant import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
-_MUST_AGREE = ("data", "suite", "threats", "n", "seed", "cases", "code")
+_MUST_AGREE = ("data", "suite", "threats", "n", "seed", "search_precision", "cases", "code")
 """Settings in which evaluations must agree to be compared."""
 _HIDDEN_KEYS = FREE_KEYS - {"evaluation"}
 
@@ -206,7 +206,7 @@ def unlike(first: Evaluated, other: Evaluated) -> str:
             values += f": {first.source} and {other.source}"
         return (
             f"{first.name} and {other.name} were evaluated differently ({key}{values}), so their numbers cannot be "
-            "compared: evaluate both on the same examples with the same threats, suite and seed"
+            "compared: evaluate both on the same examples with the same threats, suite, seed and precision"
         )
     if case := other_network(first.report, other.report):
         one, two = (_short(each.report.settings["networks"][case]) for each in (first, other))

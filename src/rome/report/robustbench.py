@@ -89,6 +89,7 @@ def entries_of(run: Evaluated) -> dict[str, dict[str, Any]]:
             },
             "n_examples": report.n,
             "seed": report.settings["seed"],
+            "search_precision": report.search_precision,
             "mask_file": f"../{_name(run.name)}.npz",
             "mask_column": column,
         }

@@ -180,7 +180,8 @@ def gather_results(chosen: Sequence[Point]) -> list[Result]:
 
 
 def _report(point: Point) -> Report | None:
-    """Load the evaluation with the config's suite, routing, seed and number of examples; None if there is none."""
+    """Load the evaluation with the config's suite, routing, seed, precision and number of examples; None if there is
+    none."""
     settings = point.config.evaluation
     gates = "" if settings.routing == "learned" else f"-{settings.routing}"
 
@@ -193,8 +194,9 @@ def _report(point: Point) -> Report | None:
         found = place(min(settings.n or size, size))  # all test examples, if n is not given or larger
     report = Report.load(found) if (found / RESULT).exists() else None
     wanted = {"suite": settings.suite.dump(), "seed": settings.seed}
-    same = report is not None and all(report.settings[name] == value for name, value in wanted.items())
-    return report if same else None
+    if report is None or report.search_precision != settings.search_precision:
+        return None
+    return report if all(report.settings[name] == value for name, value in wanted.items()) else None
 
 
 def _summary(point: Point) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from rome.attacks import PGD, Attack, AttackThreat
-from rome.attacks.suites import BATCH_SIZE, SaveImages, Suite, SuiteChoice
+from rome.attacks.suites import BATCH_SIZE, SaveImages, SearchPrecision, Suite, SuiteChoice
 from rome.core.component import Seed, Settings, mistakes
 from rome.core.errors import UserError, did_you_mean
 from rome.core.files import check_name
@@ -80,6 +80,8 @@ class Evaluation(Settings):
     """Seed for the attacks' random starts."""
     save_images: SaveImages = "fooled"
     """Which adversarial images to save: ``none``, those that ``fooled`` the model, or those of ``all`` examples."""
+    search_precision: SearchPrecision = "fp32"
+    """Precision of products in attacks in Lp balls: ``tf32`` is faster, on CUDA only. Verdicts are always in fp32."""
     routing: Routing = "learned"
     """Gate weights to use: ``learned``, or, as in Table 5, ``random``, ``inverse`` or ``none`` (without experts)."""
 

@@ -22,6 +22,8 @@ BATCH_SIZE = 250
 SaveImages = Literal["none", "fooled", "all"]
 """Which adversarial images an evaluation keeps: none, those of the examples on which an attack succeeded, or those of
 all attacked examples."""
+SearchPrecision = Literal["fp32", "tf32"]
+"""Precision in which an evaluation's attacks in Lp balls compute products; everything else is computed in fp32."""
 LP = "lp"
 """Group of the cases under an Lp ball."""
 

@@ -16,7 +16,7 @@ from rome.report.compared import same_examples
 from rome.report.tables.paper_rows import BALLS, CASES, COST, OURS, UNITS
 from rome.runs.config import Config
 
-SAME = ("suite", "data", "threats", "seed")
+SAME = ("suite", "data", "threats", "seed", "search_precision")
 """Settings of evaluations that must be equal for the results of runs to be comparable."""
 
 

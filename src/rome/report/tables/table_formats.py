@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import combinations, groupby
 from typing import Any, Literal
 
-from rome.report.columns import DASH, suite_text
+from rome.report.columns import DASH, protocol
 from rome.report.compared import other_network
 from rome.report.tables.lines import Cell, Line
 from rome.report.tables.paper_rows import COST, UNITS
@@ -77,16 +77,16 @@ def sources(lines: Sequence[Line]) -> str:
         config = provenance.get("config") or provenance  # without a run: model and data at the top level
         data = config.get("data", {}).get("kind", "unknown data")
         model = config.get("model", {}).get("name", "unknown model")
-        suite = suite_text(report.settings.get("suite", {}))
-        descriptions[f"{model} on {data}, {report.n} examples, suite {suite}"] = None
+        descriptions[f"{model} on {data}, {report.n} examples, suite {protocol(report)}"] = None
     return "; ".join(descriptions)
 
 
 def _differ(lines: Sequence[Line]) -> bool:
-    """Whether the runs of a section were evaluated by different suites, under different threats, on different numbers
-    of examples, or with perceptual distances of different networks."""
+    """Whether the runs of a section were evaluated by different suites, in different precisions, under different
+    threats, on different numbers of examples, or with perceptual distances of different networks."""
     reports = [report for line in lines for report in line.reports]
-    shown = {(str(report.settings.get("suite")), str(report.settings.get("threats")), report.n) for report in reports}
+    settings = ("suite", "search_precision", "threats")
+    shown = {(*(str(report.settings.get(name)) for name in settings), report.n) for report in reports}
     every = [*reports, *(report for line in lines for report in line.others)]
     return len(shown) > 1 or any(other_network(a, b) for a, b in combinations(every, 2))
 
