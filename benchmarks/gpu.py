@@ -3,10 +3,11 @@
     python -m benchmarks.gpu --data PATH --minutes 12 --out gpu
 
 Runs, in order of importance: the experts' overhead in an attack step, the times of updates (eager, as CUDA graphs,
-compiled), the tests for GPUs, AutoAttack in fp32 and TF32 beside pyautoattack, and the comparison of experiments/gpu.
-Each part is a process with a share of the minutes, and is stopped at its end. Everything measured until then is in the
-part's JSON file and, with all printed output, in ``gpu.md``; both are written continuously. Parts for which no time is
-left are skipped and listed. Needs nothing but what is installed; the output folder has at most eight small files.
+compiled), the tests for GPUs, AutoAttack at a tenth of its iterations in fp32 and TF32 beside pyautoattack, and the
+comparison of experiments/gpu. Each part is a process with a share of the minutes, and is stopped at its end.
+Everything measured until then is in the part's JSON file and, with all printed output, in ``gpu.md``; both are
+written continuously. Parts for which no time is left are skipped and listed. Needs nothing but what is installed; the
+output folder has at most eight small files.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def parts(data: str | None, minutes: float, device: str, out: Path, quick: bool)
                 "--methods", "RANDOM", "RoME+RANDOM", "MAX", *updates, file="updates-small",
             ),
         ),
-        Part("AutoAttack", 0.3, script("autoattack", "--models", "resnet18", "--images", "1000", *images)),
+        Part("AutoAttack", 0.3, script("autoattack", "--models", "resnet18", "--images", "1000", "--shorter", "10", *images)),
     ]  # fmt: skip
     if data:
         left = str(0.35 * minutes)

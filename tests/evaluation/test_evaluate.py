@@ -358,8 +358,8 @@ def fooled_in_tf32(seen: list[Any]) -> Model:
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_only_the_search_is_in_tf32(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verdicts, rounding, clean images, corruptions, checks and attacks with bounds of their own are in fp32; the next
-    attack gets every image again."""
+    """Verdicts, rounding, clean images, corruptions, checks and attacks with their own bounds are in fp32; what fools
+    the model in TF32 alone is attacked again in fp32, and the next attack gets every image."""
     seen: list[Any] = []
     run = PGD.run
 
@@ -385,12 +385,32 @@ def test_only_the_search_is_in_tf32(precision: str, tmp_path: Path, monkeypatch:
     assert found.correct.all()
     assert len(found.checks) == 3
     marks = [i for i, each in enumerate(seen) if not isinstance(each, tuple)]
-    assert [seen[i] for i in marks] == [4, precision == "fp32"] * 2
-    within = {i for first, last in (marks[:2], marks[2:]) for i in range(first + 1, last)}
+    assert [seen[i] for i in marks] == ([4, False] * (precision == "tf32") + [4, True]) * 2
     searched = (precision, precision, "ieee", "ieee") if precision == "tf32" else ("ieee",) * 4
-    assert {seen[i] for i in within} == {searched}
+    within = set()
+    for begin, end in zip(marks[::2], marks[1::2], strict=True):
+        within |= set(range(begin + 1, end))
+        assert {seen[i] for i in range(begin + 1, end)} == {("ieee",) * 4 if seen[end] else searched}
     assert {seen[i] for i in range(len(seen)) if i not in within and i not in marks} == {("ieee",) * 4}
     assert found.search_precision == Report.load(tmp_path).search_precision == precision
+
+
+def test_what_seems_wrong_in_tf32_alone_is_searched_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In TF32 this model is wrong about every image, so that an attack has nothing to search there."""
+    monkeypatch.setattr("rome.evaluation.evaluate.check_search_precision", lambda *_: None)
+
+    def model(x: Tensor) -> Tensor:
+        brightness = x.flatten(1).mean(dim=1) - 0.5
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            brightness = -torch.ones_like(brightness) + 0 * brightness
+        return torch.stack([brightness, -brightness, brightness - 9, brightness - 9], dim=1)
+
+    x = torch.full((3, 1, 8, 8), 0.5) + torch.tensor([0.01, 0.04, 0.2]).view(3, 1, 1, 1)
+    found = evaluate(
+        model, x, torch.zeros(3, dtype=torch.int64),
+        threats=LpBall(norm="Linf", eps=0.1), suite=_Own(attacks=(PGD(steps=3),)), search_precision="tf32",
+    )  # fmt: skip
+    assert found.correct.tolist() == [[True, False], [True, False], [True, True]]
 
 
 def test_precisions_are_restored_after_an_attack_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def evaluate(
             not change whether it is classified correctly; otherwise it is kept in float32.
         search_precision: with ``tf32``, attacks in Lp balls, and nothing else, compute products and convolutions in
             TF32, for which NVIDIA GPUs have faster units since Ampere; older ones compute in fp32 all the same. An
-            image that fools the model only in TF32 counts as correct, and the next attack of the case runs on it.
+            image that fools the model only in TF32 is attacked once more in fp32.
             Other attacks check their bounds, such as a perceptual distance, themselves, and stay in fp32.
         checks: look for signs of masked gradients (:mod:`rome.evaluation.masking`). None does so for at least 100
             examples if the checks cost less than a tenth of the suite. True also adds the checks to a finished result

@@ -232,13 +232,12 @@ class CaseRunner:
 
         def work(piece: np.ndarray) -> tuple[np.ndarray, Tensor, list[dict[str, Any]]]:
             x, y = self.examples.batch(piece)
-            generator = torch.Generator().manual_seed(self.settings["seed"])
             if case.on_all and isinstance(attack, FixedChange):
-                found = attack.images(x, y, torch.from_numpy(piece), Stream(generator))
+                source = Stream(torch.Generator().manual_seed(self.settings["seed"]))
+                changed = attack.images(x, y, torch.from_numpy(piece), source)
+                images, correct, warnings = recheck(self.model, x, y, changed, case, attack)
             else:
-                with folded(self.folds), float32_products(precision):
-                    found = attack.run(self.model, x, y, case.threat, generator=generator).adversarial
-            images, correct, warnings = recheck(self.model, x, y, found, case, attack)
+                images, correct, warnings = self._attack_batch(case, attack, x, y, precision)
             if keep != "none" and isinstance(case.threat, LpBall):
                 images = in_whole_levels(self.model, x, y, images, correct, case.threat)
             kept = {"none": NOT_EVALUATED, "fooled": images[~correct], "all": images}[keep]
@@ -257,6 +256,22 @@ class CaseRunner:
             warnings.append(warning("out-of-memory", case.name, attack, len(part), message))
         facts = {"seconds": time.perf_counter() - start, "warnings": warnings}
         return BatchResult(part, np.concatenate(correct), torch.cat(images) if keep != "none" else None, facts)
+
+    def _attack_batch(
+        self, case: Case, attack: Attack, x: Tensor, y: Tensor, precision: str
+    ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+        """Attack a batch in this precision and recheck the images in float32. An example that only the attack considers
+        fooled, because of its precision, is attacked once more in float32: it might not have been searched at all."""
+        generator = torch.Generator().manual_seed(self.settings["seed"])
+        with folded(self.folds), float32_products(precision):
+            found = attack.run(self.model, x, y, case.threat, generator=generator)
+        images, correct, warnings = recheck(self.model, x, y, found.adversarial, case, attack)
+        doubtful = correct & ~found.robust
+        if precision != "fp32" and bool(doubtful.any()):
+            again = self._attack_batch(case, attack, x[doubtful], y[doubtful], "fp32")
+            images[doubtful], correct[doubtful] = again[:2]
+            warnings += again[2]
+        return images, correct, warnings
 
 
 def _reused(columns: dict[str, Column]) -> dict[str, Any]:
