@@ -68,7 +68,11 @@ def parts(data: str | None, minutes: float, device: str, out: Path, quick: bool)
                 "--methods", "RANDOM", "RoME+RANDOM", "MAX", *updates, file="updates-small",
             ),
         ),
-        Part("AutoAttack", 0.3, script("autoattack", "--models", "resnet18", "--images", "1000", "--shorter", "10", *images)),
+        Part(
+            "AutoAttack",
+            0.3,
+            script("autoattack", "--models", "resnet18", "--images", "1000", "--shorter", "10", *images),
+        ),
     ]  # fmt: skip
     if data:
         left = str(0.35 * minutes)
