@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from rome.attacks.corruptions.attack import Corruption
@@ -28,26 +28,6 @@ _ACCURACIES = (CLEAN, "robust", AVERAGE, UNION, "groups", "unions")
 """Entries of ``result.json`` that are computed from the matrix, as shares."""
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
 """Entries of ``result.json`` that are neither settings nor computed from the matrix."""
-
-
-class _Named(BaseModel):
-    name: str
-
-
-class _Settings(BaseModel):
-    """The entries of ``settings.json`` that readers use, each of them optional, for validation."""
-
-    suite: dict[str, Any] = {}
-    threats: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    cases: list[_Named] = []
-    n: int = 0
-    seed: int = 0
-    batch_size: int = 0
-    classes: int = 0
 
 
 @dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
@@ -308,7 +288,6 @@ class Report:
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
-            _Settings.model_validate(settings)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],

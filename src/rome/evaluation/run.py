@@ -220,8 +220,7 @@ def _current_data(config: Config, file: Path, data: str | None) -> tuple[Config,
     """The config with the data's current path, and its test set; errors are those of :func:`_with_data`."""
     run = Run(file.parent)
     advice = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
-    classes = (run.origin.get("data") or {}).get("classes")
-    return _with_data(config, data or run.data_path or config.data.path, str(run.folder), classes, advice)
+    return _with_data(config, data or run.data_path or config.data.path, str(run.folder), run.classes, advice)
 
 
 def _with_data(

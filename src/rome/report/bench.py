@@ -259,8 +259,8 @@ def _done(entry: Entry, folder: Path, arguments: dict[str, Any]) -> bool:
         or (entry.model is not None and names_code(entry.model))
     ):
         return False
-    known = Job(folder, "").result()
-    return isinstance(known, dict) and known == {"entry": arguments["entry"], "weights": _weights(entry)}
+    known = Job(folder, "").result(dict[str, Any])
+    return known == {"entry": arguments["entry"], "weights": _weights(entry)}
 
 
 def _summary(folder: Path) -> str:

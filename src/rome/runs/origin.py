@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
+from typing_extensions import TypedDict
 
 from rome.attacks.suites import SaveImages
 from rome.core.errors import short
@@ -26,7 +27,27 @@ NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "network
 """Settings of an evaluation that do not determine its result."""
 
 
-def data_facts(split: Split) -> dict[str, Any]:
+class DataFacts(TypedDict):
+    """Fingerprint of training data."""
+
+    classes: list[str]
+    examples: int
+    shape: list[int]
+    labels: str
+    """SHA-256 of the labels."""
+    images: list[float]
+    """Mean brightness of some images, on the scale [0, 1]."""
+
+
+class Origin(TypedDict, total=False):
+    """Contents of ``origin.json``."""
+
+    data: DataFacts | None
+    code: dict[str, str]
+    changed: list[str]
+
+
+def data_facts(split: Split) -> DataFacts:
     """Fingerprint training data by classes, labels and the brightness of a few images, without reading the others."""
     rows = torch.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).long()
     ((images, _),) = split.batches([rows])
@@ -39,13 +60,13 @@ def data_facts(split: Split) -> dict[str, Any]:
     }
 
 
-def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def other_data(kept: DataFacts, now: DataFacts) -> str:
     """Describe how two fingerprints of :func:`data_facts` differ; empty if they belong to the same data."""
     for name in ("classes", "examples", "shape", "labels"):
         if kept[name] != now[name]:
             return f"its {name} differ"
-    far = max(abs(one - other) for one, other in zip(kept["images"], now["images"], strict=True))
-    return "its images differ" if far > CLOSE else ""
+    close = [abs(one - other) <= CLOSE for one, other in zip(kept["images"], now["images"], strict=False)]
+    return "" if all(close) and len(kept["images"]) == len(now["images"]) else "its images differ"
 
 
 def code_facts(config: Config) -> dict[str, str]:
