@@ -295,9 +295,12 @@ def test_without_gradio_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not there
     monkeypatch.delitem(sys.modules, "rome.report.explore.page", raising=False)
     monkeypatch.delattr(rome.report.explore, "page", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        main(["explore", str(runs["rome"])])
-    assert ended.value.code == 2
+    for folder in (runs["rome"].parent / "nowhere", runs["rome"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["explore", str(folder)])
+        assert ended.value.code == 2
+        if folder != runs["rome"]:
+            assert "nowhere" in capsys.readouterr().err, "a wrong folder is reported first"
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     needed = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

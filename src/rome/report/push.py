@@ -79,9 +79,9 @@ def push(
         make_folder(out)
         prepare(folder, where, out, license=license)
         return str(out)
-    _check_token(where)
     with TemporaryDirectory() as temporary:
         prepare(folder, where, Path(temporary), license=license)
+        _check_token(where)
         return _send(where, Path(temporary), folder.config.name, public=public, revision=revision, tag=tag)
 
 
