@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 import tomllib
@@ -124,9 +125,13 @@ def test_another_layer_attacks_nothing_again(explorer: Explorer, monkeypatch: py
         ({"threat": "Linf", "eps": 8}, "at most 1, not 8"),
         ({"threat": "Linf", "eps": ""}, "non-negative"),
         ({"threat": "Linf", "eps": float("nan")}, "non-negative"),
+        ({"threat": "L2", "eps": "1e30"}, "at most 8, not '1e30'"),
+        ({"threat": "L1", "eps": 64.1}, "at most 64, not 64.1"),
+        ({"threat": "L1", "eps": "1e999"}, "at most 64, not '1e999'"),
         ({"threat": "Lnif"}, "Did you mean 'Linf'"),
         ({"threat": "Linf", "steps": 0}, "1 to 100"),
         ({"threat": "Linf", "steps": 101}, "1 to 100"),
+        ({"threat": "Linf", "steps": float("inf")}, "1 to 100"),
     ],
 )
 def test_a_question_that_cannot_be_right_gets_one_line(
@@ -144,6 +149,14 @@ def test_a_radius_may_be_a_fraction() -> None:
     ball = ball_of("Linf", "8/255", {})
     assert ball is not None
     assert ball.eps == 8 / 255
+
+
+def test_a_radius_may_reach_every_image_and_belong_to_one_of_several_balls_of_a_norm(explorer: Explorer) -> None:
+    image, label = explorer.test_image(0)
+    for threat, eps in (("L1", 64), ("L2", 8), ("Linf", 1)):
+        assert 0 < explorer.look(image, threat, eps, 2, label=label).size <= eps * (1 + 1e-5)
+    ball = ball_of("Linf-8_255", "4/255", {"Linf-8_255": LpBall(norm="Linf", eps=8 / 255)})
+    assert ball == LpBall(norm="Linf", eps=4 / 255)
 
 
 def test_two_runs_must_see_the_same_images(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +279,7 @@ def test_the_page_attacks_each_run_on_itself_with_the_same_settings(runs: dict[s
 
 def test_a_test_image_that_is_not_there_is_said_and_random_ones_exist(explorer: Explorer) -> None:
     desk = Desk([explorer])
-    for number in (40, -1):
+    for number in (40, -1, math.inf, math.nan):
         with pytest.raises(UserError, match=f"no test image {number}; choose from 0 to 39"):
             desk.test(number)
     assert "is attacked" not in desk.test(0).said, "natural attacks nothing"

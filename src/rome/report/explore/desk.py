@@ -36,9 +36,10 @@ class Desk:
         Raises:
             UserError: there is no image of that number.
         """
-        n = int(number or 0)
-        if not 0 <= n < self.tests:
-            raise UserError(f"there is no test image {n}; choose from 0 to {self.tests - 1}")
+        number = number or 0
+        if not 0 <= number < self.tests:
+            raise UserError(f"there is no test image {number:g}; choose from 0 to {self.tests - 1}")
+        n = int(number)
         image, label = self.explorers[0].test_image(n)
         return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label is {self.classes[label]}.", label)
 
@@ -61,5 +62,5 @@ class Desk:
         Raises:
             UserError: an invalid radius or number of steps.
         """
-        question = self.others.get(threat, threat), eps, int(steps or 0), layer
+        question = self.others.get(threat, threat), eps, steps or 0, layer
         return [each.look(shown.image, *question, label=shown.label) for each in self.explorers]
