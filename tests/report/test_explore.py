@@ -282,7 +282,7 @@ def test_a_test_image_that_is_not_there_is_said_and_random_ones_exist(explorer: 
     for number in (40, -1, math.inf, math.nan):
         with pytest.raises(UserError, match=f"no test image {number}; choose from 0 to 39"):
             desk.test(number)
-    assert "is attacked" not in desk.test(0).said, "natural attacks nothing"
+    assert "is attacked" not in desk.test(0).description, "natural attacks nothing"
     assert desk.test(None).image.equal(desk.test(0).image)
     numbers = {desk.random() for _ in range(60)}
     assert numbers <= set(range(40))
@@ -293,7 +293,7 @@ def test_of_an_upload_the_models_own_prediction_is_attacked_and_it_says_so(explo
     desk = Desk([explorer])
     shown = desk.upload(saved(tmp_path / "a.png", Image.effect_noise((20, 30), 60)))
     assert shown.label is None
-    assert "against the model's prediction" in shown.said
+    assert "against the model's prediction" in shown.description
     (answer,) = desk.look(shown, "L2", 0.35, 5, None)
     assert answer.label == explorer.predict(shown.image)
 
@@ -355,9 +355,9 @@ def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
     )
     assert found.eq(1).all()
     file = saved(tmp_path / "exact.png", Image.new("RGB", (32, 32), (0, 255, 0)))
-    assert read_upload(file, RGB).said == "exact.png: 32 x 32 RGB."
+    assert read_upload(file, RGB).description == "exact.png: 32 x 32 RGB."
     file = saved(tmp_path / "opaque.png", Image.new("RGBA", (32, 32), (0, 255, 0, 255)))
-    assert read_upload(file, RGB).said == "opaque.png: 32 x 32 RGBA."
+    assert read_upload(file, RGB).description == "opaque.png: 32 x 32 RGBA."
 
 
 def test_the_centre_is_kept(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Report:
         return 1 / classes if classes else 0.0
 
     @property
-    def guesses(self) -> str:
+    def chance_remark(self) -> str:
         """Remark that the model is no better than guessing; empty if it is better.
 
         It compares the lower end of the clean accuracy's interval, and then the union, with :attr:`chance`.
@@ -186,7 +186,7 @@ class Report:
                 "tries them again, and the others are kept"
             )
 
-    def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
+    def all_correct(self, cases: Iterable[str] | None = None) -> np.ndarray:
         """Which examples are correct without an attack and under all of these cases (None: every attack), bool (n,).
 
         Raises:
@@ -208,7 +208,7 @@ class Report:
         Raises:
             UserError: one of them is not in the report.
         """
-        return float(self.right(cases).mean())
+        return float(self.all_correct(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
         """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN if the accuracy is NaN.
@@ -222,7 +222,7 @@ class Report:
         if name in (AVERAGE, UNION):
             interval = self.union_interval if name == UNION else self.mean_interval
             return interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
-        self.right((name,))  # raises for an unknown name
+        self.all_correct((name,))  # raises for an unknown name
         return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
     def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
@@ -231,7 +231,7 @@ class Report:
         Raises:
             UserError: one of the cases is not in the report.
         """
-        return wilson(int(self.right(cases).sum()), self.n)
+        return wilson(int(self.all_correct(cases).sum()), self.n)
 
     def mean_interval(self, cases: Iterable[str]) -> tuple[float, float]:
         """95% interval of the mean accuracy over these cases, which share their examples

@@ -26,7 +26,7 @@ from rome.models import ModelSettings, build_model, file_hash, load_model, read_
 from rome.models.hub import on_hub, pinned
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
-from rome.runs.meant import what_is
+from rome.runs.hints import what_is
 from rome.threats import LpBall
 
 
@@ -125,8 +125,8 @@ def evaluate_saved(
         track(used_loggers, opened.home or folder, config, report, x, folder, label, opened.updates)
     if "model" in opened.facts and not on_hub(config.model.name) and report.interval("clean")[0] <= report.chance:
         say(
-            f"{report.guesses}: was the model trained with this normalisation (--mean, --std), image size and order of "
-            "classes?"
+            f"{report.chance_remark}: was the model trained with this normalisation (--mean, --std), image size and "
+            "order of classes?"
         )
     return report, folder
 

@@ -77,7 +77,7 @@ def track(
             tracked.numbers({f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step)
             for case in report.attacks if tracked.writers else ():
                 if case in report.cases and (drawn := picture(x, images, case)) is not None:
-                    tracked.picture(f"{label}/{case}", drawn, step)
+                    tracked.log_image(f"{label}/{case}", drawn, step)
     except UserError as error:
         say(f"loggers: {error}; this evaluation is stored but not logged")
 

@@ -43,8 +43,8 @@ from rome.report.compared import unlike
 from rome.report.evaluated import Evaluated
 from rome.runs.config import Evaluation
 from rome.runs.folder import Run
+from rome.runs.hints import what_is
 from rome.runs.launchers import Job
-from rome.runs.meant import what_is
 
 SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features")
 """Settings that an entry may give for itself and the list for all its models."""

@@ -39,9 +39,9 @@ from rome.core.plain_data import parse_yaml, read_plain
 from rome.data import Split
 from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
+from rome.runs.hints import what_is
 from rome.runs.loggers import base as loggers
 from rome.runs.loggers import csv, tensorboard
-from rome.runs.meant import what_is
 from rome.runs.origin import Origin, code_facts, data_facts, differences, other_data
 
 CHECKPOINT_FORMAT = 1

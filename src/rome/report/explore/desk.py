@@ -54,7 +54,9 @@ class Desk:
             UserError: the file is not an image, or not one that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        return read._replace(said=f"{read.said} Its label is unknown, so attacks are against the model's prediction.")
+        return read._replace(
+            description=f"{read.description} Its label is unknown, so attacks are against the model's prediction."
+        )
 
     def look(self, shown: Shown, threat: str, eps: float | str, steps: float | None, layer: str | None) -> list[Answer]:
         """Attack each run separately, without transferring perturbations, and return the answers.

@@ -86,7 +86,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 answers = desk.look(shown, *query)
             except UserError as error:
                 return rendering.error(str(error)), gr.skip(), gr.skip()
-            return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
+            return rendering.note(shown.description), rendering.attacks(answers), rendering.experts(answers)
 
         def show_test(choose: Callable[[float], float]) -> Callable[..., Any]:
             def show(current: float | None, *query: Any) -> tuple[Any, ...]:

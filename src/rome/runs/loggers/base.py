@@ -57,10 +57,10 @@ class Writer(ABC):
     """The run's id in the tracker, to open it again; empty if the run's folder suffices."""
 
     @abstractmethod
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name (``epoch/accuracy/L1``) after ``step`` updates."""
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
         """Log an image, uint8 (H, W, 3); trackers without images need not implement this."""
 
     @abstractmethod
@@ -102,10 +102,10 @@ class Tracking:
         self.writers: dict[str, Writer] = {}
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda writer: writer.numbers(values, step))
+        self._each(lambda writer: writer.log_scalars(values, step))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        self._each(lambda writer: writer.picture(name, image, step))
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
+        self._each(lambda writer: writer.log_image(name, image, step))
 
     def close(self, status: Status) -> None:
         self._each(lambda writer: writer.close(status))

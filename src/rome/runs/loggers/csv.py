@@ -34,7 +34,7 @@ class _CsvWriter(Writer):
         self.file = path.open("a", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file, lineterminator="\n")
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self.rows.writerows((step, name, value) for name, value in values.items())
         self.file.flush()
 
