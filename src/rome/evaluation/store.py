@@ -28,7 +28,6 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rome.attacks.suites import SaveImages
 from rome.core import trust
 from rome.core.errors import UserError, some
 from rome.core.files import make_folder, now, remove_partials, replace_file
@@ -45,10 +44,9 @@ class _Named(BaseModel):
 
 
 class _Settings(BaseModel):
-    """Entries of ``settings.json`` that are used when it is read, for validation."""
+    """Entries of ``settings.json`` that readers use, for validation."""
 
     model: dict[str, Any]
-    save_images: SaveImages
     networks: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     suite: dict[str, Any] = {}
@@ -149,7 +147,7 @@ class Store:
         networks = before | settings["networks"]
         if networks == before:
             return stored
-        return self._save({**settings, "save_images": stored["save_images"], "networks": networks})
+        return self._save({**settings, "save_images": stored.get("save_images", "none"), "networks": networks})
 
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Write the settings to the folder, and return them."""

@@ -290,7 +290,7 @@ class Run:
         def parse_lines(text: str) -> list[dict[str, Any]]:
             lines = []
             for line in text.splitlines():
-                with suppress(json.JSONDecodeError):  # a kill cut it short
+                with suppress(json.JSONDecodeError, RecursionError):  # a kill cut it short
                     lines.append(json.loads(line))
             return lines
 

@@ -89,7 +89,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if (there.get(name) or None) != (here.get(name) or None)
     ]
     kept, wanted = (settings.get("save_images", "none") for settings in (stored, now))
-    if _LEAST_FIRST.index(wanted) > _LEAST_FIRST.index(kept):
+    if kept not in _LEAST_FIRST or _LEAST_FIRST.index(wanted) > _LEAST_FIRST.index(kept):  # true in version 0.1.0
         found.append(f"save_images: {kept} there, {wanted} now")
     return found
 
