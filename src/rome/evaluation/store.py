@@ -65,7 +65,7 @@ class _Result(BaseModel):
     """The same for ``result.json``."""
 
     failed: dict[str, str]
-    settings: _Settings
+    settings: dict[str, Any]
 
 
 _SCHEMAS: dict[str, type[BaseModel]] = {SETTINGS: _Settings, RESULT: _Result}
