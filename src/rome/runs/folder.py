@@ -42,7 +42,7 @@ from rome.runs.config import Config, parse
 from rome.runs.hints import what_is
 from rome.runs.loggers import base as loggers
 from rome.runs.loggers import csv, tensorboard
-from rome.runs.origin import Origin, code_facts, data_facts, differences, other_data
+from rome.runs.origin import Origin, code_facts, data_facts, differences, other_data, read_origin
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
@@ -114,11 +114,7 @@ class Run:
         Raises:
             UserError: the file is damaged.
         """
-        if not self.origin_file.exists():
-            return {}
-        advice = "restore it, or remove it to continue without comparing data and code with those at the start"
-        found: Origin = read_plain(self.origin_file, Origin, advice)
-        return found
+        return read_origin(self.origin_file)
 
     @property
     def classes(self) -> list[str] | None:
@@ -333,15 +329,8 @@ class Run:
         evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
         for name in (tensorboard.FOLDER, "wandb", *evaluations):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        files = (
-            self.checkpoint_file,
-            self.before_file,
-            self.model_file,
-            self.best_file,
-            self.log_file,
-            self.origin_file,
-        )
-        for file in (*files, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
+        own = (self.checkpoint_file, self.before_file, self.model_file, self.best_file, self.log_file, self.origin_file)
+        for file in (*own, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
             file.unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import TypedDict
 from rome.attacks.suites import SaveImages
 from rome.core.errors import short
 from rome.core.files import flatten
+from rome.core.plain_data import read_plain
 from rome.data import Split
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes
@@ -45,6 +47,19 @@ class Origin(TypedDict, total=False):
     data: DataFacts | None
     code: dict[str, str]
     changed: list[str]
+
+
+def read_origin(file: Path) -> Origin:
+    """Read ``origin.json``; empty if it does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not file.exists():
+        return {}
+    advice = "restore it, or remove it to continue without comparing data and code with those at the start"
+    found: Origin = read_plain(file, Origin, advice)
+    return found
 
 
 def data_facts(split: Split) -> DataFacts:
