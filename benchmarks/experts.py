@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import common
+from flops import count_flops
 from rome.experts import Diversification, MixtureConv2d, MixtureLinear, add_experts, expert_layers, record_gates
 
 
@@ -135,7 +136,7 @@ def measure(name: str, batch: int, options: Any, device: torch.device) -> list[d
     apart = disagreement(models["rome"], models["loop"], x[:4])
     if apart > 1e-5:
         raise AssertionError(f"{name}: RoME and the loop differ by {apart:.1e}; they must agree before they are timed")
-    flops = {key: common.count_flops(model) for key, model in models.items()}
+    flops = {key: count_flops(model) for key, model in models.items()}
     if options.compile:
         common.compile_models(*models.values())
     context = partial(common.cast, device, options.precision)

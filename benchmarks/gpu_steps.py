@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -m
 
 import common
+from flops import count_flops
 from rome.attacks.engine import frozen, loss_and_gradient
 from rome.experts import add_experts, expert_layers
 
-CASES = ("plain", "rome", "general")
 Step = Callable[[], Any]
 
 
-class OutOfTimeError(Exception):
-    """The time given by ``--minutes`` is over."""
+class OutOfTimeError(BaseException):
+    """The time given by ``--minutes`` is over; not the failure of a row, so no Exception."""
 
 
 class Bench:
@@ -62,8 +63,8 @@ class Bench:
         self.report.tables.setdefault(title, []).append(data)
         self.report.save()
 
-    def attempt(self, what: str, work: Step) -> Any:
-        """Return the result of ``work``; if it fails, print a line and return None.
+    def attempt(self, what: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the result of ``work(*arguments)``; if it fails, print a line and return None.
 
         Raises:
             OutOfTimeError: the time is over.
@@ -71,9 +72,7 @@ class Bench:
         if time.monotonic() > self.end:
             raise OutOfTimeError(what)
         try:
-            return work()
-        except OutOfTimeError:
-            raise
+            return work(*arguments)
         except Exception as error:
             self.report.notes.append(f"{what}: {traceback.format_exc()}")
             print(f"{what} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300])
@@ -134,9 +133,10 @@ def variants(name: str, device: torch.device, seed: int) -> dict[str, nn.Module]
     return {"plain": plain.to(device), "rome": rome.to(device), "general": general.to(device)}
 
 
-def arithmetic(models: dict[str, nn.Module]) -> tuple[int, int]:
-    """FLOPs of forward and input gradient per image, of the plain model and with experts."""
-    return common.count_flops(models["plain"]).gradient, common.count_flops(models["rome"]).gradient
+def arithmetic(models: dict[str, nn.Module]) -> dict[str, int]:
+    """FLOPs of forward and input gradient per image, the same for both forms of RoME."""
+    flops = {case: count_flops(models[case]).gradient for case in ("plain", "rome")}
+    return flops | {"general": flops["rome"]}
 
 
 class Operations(TorchDispatchMode):
@@ -171,18 +171,15 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
     x, y = common.images(batch, None, bench.device, bench.options.seed)
     what = f"{name}, batch {batch}"
 
-    def run(case: str) -> Step:
-        def step() -> Any:  # as in Attack.run, which enters these contexts once for all steps
-            with torch.autocast(bench.device.type, torch.bfloat16), torch.no_grad():
-                return loss_and_gradient(models[case], x, y)
-
-        return step
+    def attack_step(model: nn.Module) -> Any:  # as in Attack.run, which enters these contexts once for all steps
+        with torch.autocast(bench.device.type, torch.bfloat16), torch.no_grad():
+            return loss_and_gradient(model, x, y)
 
     with ExitStack() as stack:
         with torch.autocast(bench.device.type, torch.bfloat16):
             for model in models.values():
                 stack.enter_context(frozen(model))
-        eager = {case: run(case) for case in models}
+        eager = {case: partial(attack_step, model) for case, model in models.items()}
         gradients, operations = {}, {}
         for case, step in list(eager.items()):
             with Operations() as seen:
@@ -193,7 +190,7 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
                 gradients[case], operations[case] = found[2], seen.count
         graphs: dict[str, Any] = {}
         for case, step in eager.items() if bench.cuda else ():
-            made = bench.attempt(f"{what}, {case}, graph", lambda step=step: captured(step))
+            made = bench.attempt(f"{what}, {case}, graph", captured, step)
             if made is not None:
                 graphs[case] = made
         same = {}
@@ -203,13 +200,13 @@ def steps(bench: Bench, name: str, batch: int, models: dict[str, nn.Module], flo
             same[case] = bool(torch.equal(found[2], again)), bool(torch.equal(again, gradients[case]))
         used: dict[str, Counter[str]] = {}
         for case, step in eager.items() if bench.cuda else ():
-            used[case] = bench.attempt(f"{what}, {case}, profile", lambda step=step: kernels(step)) or Counter()
+            used[case] = bench.attempt(f"{what}, {case}, profile", kernels, step) or Counter()
         ways: dict[str, dict[str, Step]] = {"eager": eager}
         if graphs:
             ways["graph"] = {case: graph.replay for case, (graph, _) in graphs.items()}
         reference = gradients.get("general")
         for way, cases in ways.items():
-            times = bench.attempt(f"{what}, {way}", lambda cases=cases: bench.interleave(cases)) or {}
+            times = bench.attempt(f"{what}, {way}", bench.interleave, cases) or {}
             for case, seconds in times.items():
                 apart = None
                 if reference is not None and case == "rome":
@@ -267,8 +264,7 @@ def parity(bench: Bench, name: str, models: dict[str, nn.Module]) -> None:
 def parts(bench: Bench, batch: int, width: int, outputs: int, calls: int = 20) -> None:
     """Measure the microseconds of each operation of a layer with 4 experts of rank 16, on 65 tokens."""
     K, r, tokens = (4, 16, 65) if not bench.options.quick else (2, 2, 5)
-    n = K * r
-    rows, wide = batch * tokens, n + 2 * K
+    n, rows, wide = K * r, batch * tokens, K * r + 2 * K
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=bench.device).to(dtype)
@@ -296,17 +292,13 @@ def parts(bench: Bench, batch: int, width: int, outputs: int, calls: int = 20) -
         "gradient with K r more inputs": lambda: d_y @ joint,
     }
 
-    def repeated(work: Step) -> Step:
-        def run() -> None:
-            for _ in range(calls):
-                work()
+    def repeat(work: Step) -> None:
+        for _ in range(calls):
+            work()
 
-        return run
-
-    several = {part: repeated(work) for part, work in cases.items()}
+    several: dict[str, Step] = {part: partial(repeat, work) for part, work in cases.items()}
     if bench.cuda:
-        graphs = {part: captured(work)[0] for part, work in several.items()}
-        several = {part: graph.replay for part, graph in graphs.items()}
+        several = {part: captured(work)[0].replay for part, work in several.items()}
     for part, seconds in bench.interleave(several).items():
         each = [second / calls for second in seconds]
         shown = {
@@ -331,19 +323,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = common.Report(options, device, argv)
     bench = Bench(options, device, report)
     try:
-        bench.attempt("bare products", lambda: ceilings(bench))
+        bench.attempt("bare products", ceilings, bench)
         for name in options.models:
-            models = bench.attempt(name, lambda name=name: variants(name, device, options.seed))
+            models = bench.attempt(name, variants, name, device, options.seed)
             if models is None:
                 continue
-            plain, rome = bench.attempt(f"{name}, arithmetic", lambda models=models: arithmetic(models)) or (1, 1)
-            flops = {"plain": plain, "rome": rome, "general": rome}
-            bench.attempt(f"{name}, parity", lambda name=name, models=models: parity(bench, name, models))
+            flops = bench.attempt(f"{name}, arithmetic", arithmetic, models) or dict.fromkeys(models, 1)
+            bench.attempt(f"{name}, parity", parity, bench, name, models)
             for batch in options.batch:
-                bench.attempt(
-                    f"{name}, batch {batch}",
-                    lambda name=name, batch=batch, models=models, flops=flops: steps(bench, name, batch, models, flops),
-                )
+                bench.attempt(f"{name}, batch {batch}", steps, bench, name, batch, models, flops)
             del models
             if bench.cuda:
                 torch.cuda.empty_cache()
@@ -351,10 +339,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 width = 768 if not options.quick else 8
                 for batch in options.batch:
                     for outputs in (3 * width, width):
-                        bench.attempt(
-                            f"parts, batch {batch}",
-                            lambda batch=batch, outputs=outputs, width=width: parts(bench, batch, width, outputs),
-                        )
+                        bench.attempt(f"parts, batch {batch}", parts, bench, batch, width, outputs)
     except OutOfTimeError as error:
         report.note(f"out of time before: {error}")
     return report.finish()

@@ -33,20 +33,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.profiler import ProfilerActivity, profile
 
 import common
-import rome.attacks.lp.apgd
-import rome.attacks.lp.pgd
-import rome.methods.base
-from rome.attacks import PGD, Attack
+from flops import count_flops, matmul_flops, peak_flops
+from rome.attacks import PGD
 from rome.data import CIFAR10_CLASSES, Data, MemorySplit, Split, SplitName
 from rome.models import build_model
 from rome.runs.config import Config, parse
 from rome.threats import CIFAR10
 from rome.training.setup import train
+from update_profile import show_profile
 
 METHODS = ("RANDOM", "RoME+RANDOM", "MAX", "RoME+MAX")
 WAYS = {"eager": {"graphs": False}, "graph": {"graphs": "auto"}, "compiled": {"graphs": "auto", "compile": True}}
@@ -103,7 +99,7 @@ def make_config(name: str, method: str, way: str, batch: int, options: Any, devi
 def count_update(config: Config, *, full: bool = False) -> float:
     """Counted FLOPs of an update per image of its batch; ``full``: with the unscaled number of attack steps."""
     model = build_model(config.model, config.experts, classes=10, shape=(3, 32, 32))
-    flops = common.count_flops(model)
+    flops = count_flops(model)
     attack = PGD() if full else config.attack
     steps = statistics.mean(attack.steps_for(threat) for threat in CIFAR10)
     return (steps * flops.gradient + flops.training) * (len(CIFAR10) if config.method.kind == "max" else 1)
@@ -186,9 +182,9 @@ def measure(
     configs = {method: make_config(name, method, way, batch, options, device) for method in options.methods}
     flops = {method: count_update(config) for method, config in configs.items()}
     full = {method: count_update(config, full=True) for method, config in configs.items()}
-    peak = common.peak_flops(device, options.precision, size=256 if options.quick else None)
+    peak = peak_flops(device, options.precision, size=256 if options.quick else None)
     known = peak.source == "data sheet"
-    product = common.matmul_flops(device, options.precision) if known else peak.flops
+    product = matmul_flops(device, options.precision) if known else peak.flops
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -238,104 +234,6 @@ def measure(
             }
         )
     return rows
-
-
-# -- profile -----------------------------------------------------------------------------------------------------------
-
-PARTS = ("attack: model", "attack: steps", "training forward", "backward", "optimizer", "rest")
-
-
-class Clock:
-    """Seconds in each part of an update, measured by wrapping its functions and waiting for the device around each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
-
-    def now(self) -> float:
-        common.synchronize(self.device)
-        return time.perf_counter()
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            started = self.now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[part] += self.now() - started
-
-        return wrapper
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Wrap the functions inside the context."""
-        places: list[tuple[Any, str, str]] = [
-            (rome.attacks.lp.pgd, "loss_and_gradient", "attack: model"),
-            (rome.attacks.lp.apgd, "loss_and_gradient", "attack: model"),
-            (Attack, "run", "attack: steps"),  # the whole attack; show_profile() subtracts the model
-            (rome.methods.base, "training_forward", "training forward"),
-            (Fabric, "backward", "backward"),
-        ]
-        originals = [getattr(owner, attribute) for owner, attribute, _ in places]
-        started = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal started
-            started = self.now()
-
-        def after(*_: Any) -> None:
-            self.seconds["optimizer"] += self.now() - started
-
-        hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        try:
-            for (owner, attribute, part), original in zip(places, originals, strict=True):
-                setattr(owner, attribute, self.timed(part, original))
-            yield
-        finally:
-            for (owner, attribute, _), original in zip(places, originals, strict=True):
-                setattr(owner, attribute, original)
-            for hook in hooks:
-                hook.remove()
-
-
-def show_profile(title: str, training: Training, device: torch.device, report: common.Report, top: int = 12) -> None:
-    """Print the parts of one update, and the operations of another."""
-    clock = Clock(device)
-    with clock.running():
-        total = training.step()
-    clock.seconds["attack: steps"] -= clock.seconds["attack: model"]
-    clock.seconds["rest"] = total - sum(clock.seconds.values())
-    rows = [
-        {"part": part, "ms": f"{1000 * seconds:.4g}", "share": f"{seconds / total:.1%}"}
-        for part, seconds in clock.seconds.items()
-    ]
-    report.table(f"Parts of an update: {title}", rows, [{"total": total, **clock.seconds}])
-
-    cuda = device.type == "cuda"
-    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
-    total = training.step(before=profiler.start)  # started in the thread that it profiles
-    training.step(before=profiler.stop)
-    events = profiler.key_averages()
-
-    def own(event: Any) -> float:
-        return float(event.self_device_time_total if cuda else event.self_cpu_time_total)
-
-    busy = sum(map(own, events))
-    data = [
-        {"part": event.key, "seconds": own(event) / 1e6, "calls": event.count, "share": own(event) / max(busy, 1)}
-        for event in sorted(events, key=own, reverse=True)[:top]
-    ]
-    rows = [
-        {
-            "part": str(line["part"])[:70],
-            "ms": f"{1000 * line['seconds']:.4g}",
-            "calls": str(line["calls"]),
-            "share": f"{line['share']:.1%}",
-        }
-        for line in data
-    ]
-    report.table(f"Operations by self time ({'device' if cuda else 'CPU'}): {title}", rows, data)
-    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
-    report.note(f"profiled update {total:.3f} s, busy {busy / 1e6 / total:.0%}" + f", {launches} launches" * cuda)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

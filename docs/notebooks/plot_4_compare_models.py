@@ -51,7 +51,7 @@ for name, report in reports.items():
 # %%
 # To see whether one is better, compare them on the same examples: how many does only one of them get right?
 
-difference = paired_difference(reports["noise"].right(), reports["plain"].right())
+difference = paired_difference(reports["noise"].all_correct(), reports["plain"].all_correct())
 print(
     f"noise - plain: {difference.value:+.1%}, 95% interval {difference.low:+.1%} to {difference.high:+.1%}, "
     f"p = {difference.p:.2g}"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.problems import rest_slow
+from helpers.problems import case, rest_slow
 from helpers.tiny_runs import changed, tiny, watched, write_yaml
 from helpers.toy_suites import ToySuite
 from rome import cli as rome_cli
@@ -681,6 +681,28 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
     assert out in last
     assert Path("file").read_text() == "mine"
     assert sorted(path for path in Path().rglob("*") if path not in before and path.is_file()) == []
+
+
+def test_a_damaged_file_of_a_run_ends_train_with_one_line_and_stays(run: Run, rome: Any, tmp_path: Path) -> None:
+    run.model_file.unlink()
+    config = write_yaml(tmp_path / "tiny.yaml", changed(name="tiny", loggers=["csv"]))
+    for name in ("config.yaml", "origin.json", "log.jsonl", "loggers.json", "metrics.csv"):
+        with case(name):
+            folder = Path(shutil.copytree(run.folder, tmp_path / name))
+            (folder / name).write_text("[1, 2]")
+            ended = rome("train", config, "--resume", "--out", folder)
+            assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+            assert ended.err.startswith(f"error: {folder / name} is damaged (")
+            assert (folder / name).read_text() == "[1, 2]"
+
+
+def test_a_damaged_file_of_a_logger_costs_no_evaluation(evaluated: Path, rome: Any, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(evaluated, tmp_path / "tiny")) / "metrics.csv"
+    file.write_text("[1, 2]")
+    ended = rome("evaluate", file.parent, "--loggers", "csv")
+    assert ended.code == 0
+    assert f"{file} is damaged (its first line is not update,name,value)" in ended.err
+    assert file.read_text() == "[1, 2]"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sweep", "report", "figures", "cost", "table 1", "table 6"])

@@ -201,7 +201,7 @@ def test_gate_statistics(build: Any, x: Tensor) -> None:
     threats, attack = {threat.name: threat for threat in CIFAR10}, APGD(steps=3)
     found = collect(on_device, images, labels, threats, attack=attack)
     expected = collect(model, x, y, threats, attack=attack)
-    for name in ("weights", "local", "whole", "entropy"):
+    for name in ("weights", "local", "global_", "entropy"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import pickle
 import random
 from contextlib import suppress
@@ -35,6 +36,7 @@ from rome.data import CIFAR10_CLASSES, Cifar10, Data, Digits, ImageFolder, Parqu
 from rome.data.base import Pixels
 from rome.data.pixels import eight_bits
 from rome.data.resized import Resized
+from rome.data.timm import Timm
 from rome.evaluation.named import named_data, preprocessing
 from rome.report.explore import read_upload
 
@@ -1076,6 +1078,22 @@ def test_an_empty_class_folder_is_named(folder: Path) -> None:
     (folder / "train" / "fox").mkdir()
     with pytest.raises(UserError, match=r"class folder .*train/fox has no images"):
         ImageFolder(path=str(folder)).open("train")
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, Timm])
+def test_a_class_folder_that_cannot_be_read_is_named(
+    kind: type[Data], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = folder / "train" / "eel"
+    closed.chmod(0)
+    if os.access(closed, os.R_OK):  # root may read everything
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    try:
+        with pytest.raises(UserError, match=r"class folder .*train/eel cannot be read: check its permissions"):
+            kind(path=str(folder)).open("train")  # type: ignore[call-arg]
+    finally:
+        closed.chmod(0o755)
 
 
 @pytest.mark.parametrize("place", ["stray.png", "cat/deeper/stray.png"])

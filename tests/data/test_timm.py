@@ -7,11 +7,10 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -171,15 +170,33 @@ def test_a_sample_without_a_label_is_named(shards: Path) -> None:
 
 
 def test_data_sets_of_the_hub_are_read_by_number(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
-    rows = [{"bytes": png(number), "path": None} for number in range(6)]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array(rows, kind), "label": [number % 3 for number in range(6)]})
-    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    datasets = pytest.importorskip("datasets")
+    names, hub, cache = ["class2", "class10", "class1"], tmp_path / "hub", tmp_path / "cache"
+    rows = {"image": [{"bytes": png(number), "path": None} for number in range(6)], "label": [0, 1, 2] * 2}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     hub.mkdir()
-    pq.write_table(table, hub / "train-00000-of-00001.parquet")
-    found = opened(cache, "train", name=f"hfds/{hub}")
-    assert labelled(found) == by_reference(create_dataset(f"hfds/{hub}", str(cache), split="train"))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(hub / "train-00000-of-00001.parquet")
+    (tmp_path / "map.txt").write_text("class1\nclass2\nclass10\n")
+    for settings in ({}, {"class_map": str(tmp_path / "map.txt")}):
+        found = opened(cache, "train", name=f"hfds/{hub}", **settings)
+        assert labelled(found) == by_reference(create_dataset(f"hfds/{hub}", str(cache), split="train", **settings))
+
+
+def test_a_class_map_numbers_a_data_set_of_the_hub_with_any_version_of_timm(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers of timm 1.0.21 fail for every image if they have a class map."""
+    reader = SimpleNamespace(class_to_idx={"ant": 0, "bee": 1}, label_key="label", dataset={"label": [0, 1, 1, 0]})
+    monkeypatch.setattr("rome.data.timm.find_spec", lambda name: True)
+    monkeypatch.setattr(
+        "timm.data.dataset_factory.create_dataset", lambda name, *, root, split: SimpleNamespace(reader=reader)
+    )
+    (root / "map.txt").write_text("bee\nant\n")
+    found = opened(root, name="hfds/a/b", class_map=str(root / "map.txt"))
+    assert (found.labels.tolist(), found.classes) == ([1, 0, 0, 1], ("bee", "ant"))
+    reader.dataset["label"][3] = -1
+    with pytest.raises(UserError, match="timm cannot open it: -1"):
+        opened(root, name="hfds/a/b", class_map=str(root / "map.txt"))
 
 
 @pytest.mark.parametrize(

@@ -480,3 +480,8 @@ def test_packages_in_a_folder_of_ones_own_are_no_code_of_ones_own(
             (folder / f"{name}-1.0.dist-info").mkdir()
         monkeypatch.syspath_prepend(folder)
         assert is_users(importlib.import_module(f"{name}_module").scale) != installed
+
+
+def test_evaluations_of_version_0_1_are_of_other_settings() -> None:
+    """They stored whether images are kept as true or false."""
+    assert differences({"save_images": True}, {"save_images": "none"}) == ["save_images: True there, none now"]

@@ -24,6 +24,7 @@ def report(cases: list[Case], columns: list[list[int]], **more: Any) -> Report:
     names = tuple(case.name for case in cases if case.name not in absent)
     settings = {
         "suite": {"kind": "several", "suites": [{"kind": "autoattack"}, {"kind": "unseen"}]},
+        "model": {},
         "cases": [case.dump() for case in cases],
         "classes": 10,
         "seed": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 import tomllib
@@ -124,9 +125,13 @@ def test_another_layer_attacks_nothing_again(explorer: Explorer, monkeypatch: py
         ({"threat": "Linf", "eps": 8}, "at most 1, not 8"),
         ({"threat": "Linf", "eps": ""}, "non-negative"),
         ({"threat": "Linf", "eps": float("nan")}, "non-negative"),
+        ({"threat": "L2", "eps": "1e30"}, "at most 8, not '1e30'"),
+        ({"threat": "L1", "eps": 64.1}, "at most 64, not 64.1"),
+        ({"threat": "L1", "eps": "1e999"}, "at most 64, not '1e999'"),
         ({"threat": "Lnif"}, "Did you mean 'Linf'"),
         ({"threat": "Linf", "steps": 0}, "1 to 100"),
         ({"threat": "Linf", "steps": 101}, "1 to 100"),
+        ({"threat": "Linf", "steps": float("inf")}, "1 to 100"),
     ],
 )
 def test_a_question_that_cannot_be_right_gets_one_line(
@@ -144,6 +149,14 @@ def test_a_radius_may_be_a_fraction() -> None:
     ball = ball_of("Linf", "8/255", {})
     assert ball is not None
     assert ball.eps == 8 / 255
+
+
+def test_a_radius_may_reach_every_image_and_belong_to_one_of_several_balls_of_a_norm(explorer: Explorer) -> None:
+    image, label = explorer.test_image(0)
+    for threat, eps in (("L1", 64), ("L2", 8), ("Linf", 1)):
+        assert 0 < explorer.look(image, threat, eps, 2, label=label).size <= eps * (1 + 1e-5)
+    ball = ball_of("Linf-8_255", "4/255", {"Linf-8_255": LpBall(norm="Linf", eps=8 / 255)})
+    assert ball == LpBall(norm="Linf", eps=4 / 255)
 
 
 def test_two_runs_must_see_the_same_images(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -266,10 +279,10 @@ def test_the_page_attacks_each_run_on_itself_with_the_same_settings(runs: dict[s
 
 def test_a_test_image_that_is_not_there_is_said_and_random_ones_exist(explorer: Explorer) -> None:
     desk = Desk([explorer])
-    for number in (40, -1):
+    for number in (40, -1, math.inf, math.nan):
         with pytest.raises(UserError, match=f"no test image {number}; choose from 0 to 39"):
             desk.test(number)
-    assert "is attacked" not in desk.test(0).said, "natural attacks nothing"
+    assert "is attacked" not in desk.test(0).description, "natural attacks nothing"
     assert desk.test(None).image.equal(desk.test(0).image)
     numbers = {desk.random() for _ in range(60)}
     assert numbers <= set(range(40))
@@ -280,7 +293,7 @@ def test_of_an_upload_the_models_own_prediction_is_attacked_and_it_says_so(explo
     desk = Desk([explorer])
     shown = desk.upload(saved(tmp_path / "a.png", Image.effect_noise((20, 30), 60)))
     assert shown.label is None
-    assert "against the model's prediction" in shown.said
+    assert "against the model's prediction" in shown.description
     (answer,) = desk.look(shown, "L2", 0.35, 5, None)
     assert answer.label == explorer.predict(shown.image)
 
@@ -295,9 +308,12 @@ def test_without_gradio_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not there
     monkeypatch.delitem(sys.modules, "rome.report.explore.page", raising=False)
     monkeypatch.delattr(rome.report.explore, "page", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        main(["explore", str(runs["rome"])])
-    assert ended.value.code == 2
+    for folder in (runs["rome"].parent / "nowhere", runs["rome"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["explore", str(folder)])
+        assert ended.value.code == 2
+        if folder != runs["rome"]:
+            assert "nowhere" in capsys.readouterr().err, "a wrong folder is reported first"
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     needed = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -339,9 +355,9 @@ def test_what_was_done_is_said_in_order(tmp_path: Path) -> None:
     )
     assert found.eq(1).all()
     file = saved(tmp_path / "exact.png", Image.new("RGB", (32, 32), (0, 255, 0)))
-    assert read_upload(file, RGB).said == "exact.png: 32 x 32 RGB."
+    assert read_upload(file, RGB).description == "exact.png: 32 x 32 RGB."
     file = saved(tmp_path / "opaque.png", Image.new("RGBA", (32, 32), (0, 255, 0, 255)))
-    assert read_upload(file, RGB).said == "opaque.png: 32 x 32 RGBA."
+    assert read_upload(file, RGB).description == "opaque.png: 32 x 32 RGBA."
 
 
 def test_the_centre_is_kept(tmp_path: Path) -> None:

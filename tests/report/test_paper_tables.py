@@ -46,6 +46,7 @@ def evaluated(
     shares = {"clean": 1.0, **dict(zip(BALLS, robust, strict=True)), **({} if fog is None else {"fog": fog})}
     matrix = np.stack([np.arange(n) < round(n * share) for share in shares.values()], axis=1)
     stored |= {
+        "model": stored.get("model", {}),
         "suite": {"kind": suite},
         "data": {"sha256": f"first {n}"},
         "provenance": {"routing": routing, "config": config.dump()},
@@ -486,7 +487,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
 
 def store_report(run: Path, names: tuple[str, ...], matrix: np.ndarray, settings: dict[str, Any]) -> None:
     """Put an evaluation into a run's folder."""
-    n = len(matrix)
+    n, settings = len(matrix), {"model": {}, **settings}
     report = Report(matrix, names, np.zeros(n, np.int64), np.arange(n), settings)
     folder = run / "evaluation" / f"{report.suite}-{n}"
     folder.mkdir()

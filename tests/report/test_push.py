@@ -334,6 +334,8 @@ def test_each_refusal_is_one_line_and_sends_nothing(
     calls = len(hub.calls)
     with pytest.raises(UserError, match="there is no token for the Hub"):
         push(runs / "plain", "alice/net")
+    with pytest.raises(UserError, match="is a folder with neither run nor config"):  # said first
+        push(tmp_path, "alice/net")
     assert len(hub.calls) == calls
 
 

@@ -469,7 +469,10 @@ class TestPage:
         expected = []
         for label in labels:
             pairs = [
-                (report.correct[report.labels == label, 0].mean(), report.right()[report.labels == label].mean())
+                (
+                    report.correct[report.labels == label, 0].mean(),
+                    report.all_correct()[report.labels == label].mean(),
+                )
                 for report in reports
             ]
             expected += [f"{100 * share:.0f}" for pair in pairs for share in pair]
@@ -771,7 +774,7 @@ class TestGates:
             model(x)
         last = recorder.gates[found.layers[-1]]
         np.testing.assert_allclose(found.weights[0, -1], last.weights.mean(dim=1), atol=1e-6)
-        np.testing.assert_allclose(found.whole[0, -1], last.global_, atol=1e-6)
+        np.testing.assert_allclose(found.global_[0, -1], last.global_, atol=1e-6)
 
 
 class TestCharts:

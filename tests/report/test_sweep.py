@@ -176,7 +176,7 @@ def test_a_case_that_failed_in_one_seed_leaves_a_gap(
         names = ["clean", "L1", "L2"][: 2 if point.config.seed == 1 else 3]
         failed = {} if len(names) == 3 else {"L2": "broken"}
         correct = np.ones((10, len(names)), dtype=bool)
-        settings = {"suite": point.config.evaluation.suite.dump(), "seed": 0}
+        settings = {"suite": point.config.evaluation.suite.dump(), "seed": 0, "model": {}}
         made = Report(correct, tuple(names), np.zeros(10, np.int64), np.arange(10), settings, failed=failed)
         folder = point.folder / "evaluation" / "apgd-10"
         folder.mkdir(parents=True)

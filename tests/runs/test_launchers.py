@@ -367,8 +367,8 @@ def test_processes_are_called_fail_are_killed_and_go_on(
         "killed_once": "killed by SIGKILL; run the same command again to continue",
         "fail": "no such data",
     }
-    assert chosen[0].result()["CUDA_VISIBLE_DEVICES"] == "5"
-    assert "RANK" not in chosen[0].result()
+    assert chosen[0].result(dict[str, Any])["CUDA_VISIBLE_DEVICES"] == "5"
+    assert "RANK" not in chosen[0].result(dict[str, Any])
     assert (tmp_path / "interrupted_once.txt").read_text().count("\n") == 2
     assert "interrupted_once: stopped and saved; it will be continued" in capsys.readouterr().err
     assert chosen[1].beside("lock").exists(), "of a process that is no more"
@@ -382,7 +382,7 @@ def test_several_gpus_are_processes_of_torchrun(tmp_path: Path, monkeypatch: pyt
     noting, failing = jobs(tmp_path, 1)[0], Job(tmp_path / "fails", "helpers.jobs:fail", {"text": "no such data"})
     assert Local().run([noting, failing], gpus=2) == {failing.folder: "no such data"}
     assert Path(noting.arguments["place"]).read_text().count("\n") == 2
-    assert noting.result() | {"OMP_NUM_THREADS": ""} == {
+    assert noting.result(dict[str, Any]) | {"OMP_NUM_THREADS": ""} == {
         "CUDA_VISIBLE_DEVICES": "0,1", "RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "",
     }  # fmt: skip
 
@@ -433,7 +433,7 @@ def test_submitit_without_slurm(cluster: str, tmp_path: Path, monkeypatch: pytes
         "killed_once": "killed by SIGKILL; run the same command again to continue",
         "fail": "no such data",
     }
-    assert chosen[0].result()["CUDA_VISIBLE_DEVICES"] == "GPU-5"
+    assert chosen[0].result(dict[str, Any])["CUDA_VISIBLE_DEVICES"] == "GPU-5"
     assert (tmp_path / "interrupted_once.txt").read_text().count("\n") == 2
     assert launcher.run([chosen[1]]) == {}
 
@@ -449,7 +449,7 @@ def test_an_array_of_slurm(slurm_home: Path, tmp_path: Path) -> None:
     for option in ("array=0-2%2", "partition=gpu", "time=90", "requeue", "nice=3", "signal=USR2@120"):
         assert f"#SBATCH --{option}\n" in script.read_text()
     assert "gpus" not in script.read_text()
-    assert "SLURM_NTASKS" not in chosen[0].result(), "it is one task, and not told so"
+    assert "SLURM_NTASKS" not in chosen[0].result(dict[str, Any]), "it is one task, and not told so"
 
 
 @pytest.mark.slow

@@ -57,11 +57,11 @@ class RecordingWriter(Writer):
         if Recorder.broken == where:
             raise RuntimeError(f"no connection while {where}\nand a second line")
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self.fail("numbers" if len(self.rows) < 3 else "later numbers")
         self.rows.append((step, dict(values)))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.fail("picture")
         assert image.dtype == np.uint8
         assert image.ndim == 3
@@ -148,7 +148,7 @@ def rows_of(run: Run) -> list[tuple[int, str, float]]:
 def test_a_row_that_a_kill_cut_short_is_dropped(after: int | None, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("update,name,value\n1,loss,2.5\n2,loss,1.2")
     writer = Csv().open(Tracked(tmp_path, "run", {}, after=after))
-    writer.numbers({"loss": 1.25}, 2)
+    writer.log_scalars({"loss": 1.25}, 2)
     writer.close("finished")
     assert (tmp_path / "metrics.csv").read_text() == "update,name,value\n1,loss,2.5\n2,loss,1.25\n"
 

@@ -161,7 +161,7 @@ def test_where_the_last_is_damaged_the_one_before_counts(
 ) -> None:
     for update in (3, 8):
         run.save_checkpoint(state(update))
-    run.log_file.write_text('{"update": 3}\n{"update": 9}\n')
+    run.log_file.write_text('{"update": 3, "event": "update"}\n{"update": 9, "event": "update"}\n')
     content = bytearray(run.checkpoint_file.read_bytes())
     content[len(content) // 2] ^= 1
     run.checkpoint_file.write_bytes({"cut": content[:-100], "flipped": content}.get(damage, b""))

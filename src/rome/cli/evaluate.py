@@ -178,7 +178,7 @@ def _evaluate_several(
     }
     found = chosen_launcher(launcher).run(list(chosen.values()), at_once=jobs, gpus=gpus)
     failed = {target: found[job.folder] for target, job in chosen.items() if job.folder in found}
-    places = {target: job.result() for target, job in chosen.items() if target not in failed}
+    places = {target: job.result(str) for target, job in chosen.items() if target not in failed}
     if rows := [(target, Report.load(place)) for target, place in places.items() if place is not None]:
         _show(rows, as_json)
     require_done(failed, len(chosen))

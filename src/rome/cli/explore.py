@@ -28,6 +28,8 @@ def explore(
 ) -> None:
     """Explore a run in the browser: attack an image and see the prediction, perturbation, expert maps and gates."""
     from rome.report.explore import open_explorers
-    from rome.report.explore.page import serve
 
-    serve(open_explorers(runs, device), host, port, say)
+    explorers = open_explorers(runs, device)
+    from rome.report.explore.page import serve  # needs Gradio; a wrong folder is reported first
+
+    serve(explorers, host, port, say)

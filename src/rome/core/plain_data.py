@@ -6,9 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rome.core.component import mistakes
+from rome.core.errors import UserError, first_line
 
 DEEPEST, MOST = 60, 100_000
 """Maximum nesting depth and maximum number of values of plain data."""
@@ -117,6 +122,31 @@ def _compose(text: str) -> Any:
             else:
                 return yaml.compose(text, Loader=loader)
     return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
+def read_plain(file: Path, schema: Any, advice: str, parse: Callable[[str], Any] = parse_json) -> Any:
+    """Read a file of plain data that rome wrote itself, and that may have been damaged or edited since.
+
+    Args:
+        schema: type of the data, such as ``dict[str, str]``; the data are returned as they are in the file.
+        advice: end of the error message, which says how to replace the file.
+
+    Raises:
+        UserError: the file cannot be read, or its data are not of this type.
+    """
+    try:
+        data = parse(file.read_text(encoding="utf-8"))
+        TypeAdapter(schema).validate_python(data, strict=True)
+        return data
+    except ValidationError as error:
+        place, message = next(iter(mistakes(error).items()))
+        message = message.partition(" or instance of")[0]
+        reason = f"is damaged ({'.'.join(map(str, place))}{': ' if place else ''}{message})"
+    except ValueError as error:
+        reason = f"is damaged ({first_line(error)})"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or first_line(error)})"
+    raise UserError(f"{file} {reason}: {advice}")
 
 
 def comment_after(text: str) -> str:

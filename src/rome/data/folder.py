@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from rome.core.errors import UserError
 from rome.core.files import file_hash
 from rome.data.base import NAMES, Split, SplitName, TestSplit, choose_split, one_line
-from rome.data.listing import IMG_EXTENSIONS, Listing, hidden, list_images
+from rome.data.listing import IMG_EXTENSIONS, Listing, class_folders, list_images
 from rome.data.pixels import Images
 from rome.data.resized import Resized
 
@@ -76,9 +76,9 @@ class ImageFolder(Resized):
         images, rest = _Images(folder, listing), listing.rest
         if listing.misplaced:
             raise UserError(f"{listing.misplaced} is not in {folder}/CLASS/: move or remove it")
+        classes = self._class_names(folder)
         if not listing.folders:
             raise UserError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}) in folders of classes{rest}")
-        classes = self._class_names(folder)
         if empty := sorted(classes - {*listing.folders}):
             raise UserError(f"class folder {folder / empty[0]} has no images{rest}: fill or remove it")
         if other is not None and (differing := classes ^ self._class_names(other)):
@@ -138,7 +138,7 @@ class ImageFolder(Resized):
         existing = [name for name in NAMES[split] if (root / name).is_dir()]
         if split == "train":
             return (root / existing[0] if existing else None), []
-        name, remarks = choose_split(root, existing, self.test_split, lambda name: bool(_class_folders(root / name)))
+        name, remarks = choose_split(root, existing, self.test_split, lambda name: bool(class_folders(root / name)))
         return (root / name if name else None), remarks
 
     def _in_label_order(self, classes: set[str]) -> tuple[tuple[str, ...], str]:
@@ -162,7 +162,7 @@ class ImageFolder(Resized):
 
     def _class_names(self, folder: Path) -> set[str]:
         """Return the class folders to use in the folder of a split."""
-        found = _class_folders(folder)
+        found = class_folders(folder)
         if self.classes is None:
             return found
         wanted = set(self._class_list(self.classes))
@@ -191,10 +191,6 @@ class _Images(Images):
 
     def filename(self, row: int) -> str:
         return str(self.folder.joinpath(*self.listing[row]))
-
-
-def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)}
 
 
 def _overlap(here: _Images, rows: np.ndarray, there: _Images) -> str:

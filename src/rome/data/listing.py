@@ -22,6 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from rome.core.console import say
+from rome.core.errors import UserError
 from rome.core.files import replace_file, user_folder
 from rome.data.base import one_line
 
@@ -222,6 +223,18 @@ def _read(file: Path, source: str) -> Found | None:
     if not same:
         say(f"{source} changed since its images were listed: it is searched again")
     return (table, facts) if same else None
+
+
+def class_folders(folder: Path | str) -> set[str]:
+    """Return the names of the folders in a folder, without hidden ones.
+
+    Raises:
+        UserError: one of them cannot be read, so its images would be missing.
+    """
+    found = [entry for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name)]
+    if closed := sorted(entry.path for entry in found if not os.access(entry.path, os.R_OK | os.X_OK)):
+        raise UserError(f"class folder {closed[0]} cannot be read: check its permissions")
+    return {entry.name for entry in found}
 
 
 def hidden(name: str) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field
 from rome.core.errors import UserError
 from rome.core.plain_data import parse_json
 from rome.data.base import Split, SplitName, one_line
-from rome.data.listing import Found, cached, mix_classes
+from rome.data.listing import Found, cached, class_folders, mix_classes
 from rome.data.pixels import Images, eight_bits
 from rome.data.resized import Resized
 
@@ -107,8 +107,11 @@ class Timm(Resized):
 
     def _by_timm(self, prefix: str, split: str, root: str | None) -> tuple[Images, np.ndarray, tuple[str, ...]]:
         from timm.data.dataset_factory import create_dataset
+        from timm.data.readers.class_map import load_class_map
 
-        options = {"download": self.download} if prefix == "torch" else {"class_map": self.class_map}
+        # older versions of timm look up the numbers of a data set of the Hub in a class map, which has names
+        mapped = {} if prefix == "hfds" else {"class_map": self.class_map}
+        options = {"download": self.download} if prefix == "torch" else mapped
         try:
             data: Any = create_dataset(self.name, root=root, split=split, **options)
             if prefix == "torch":
@@ -119,12 +122,16 @@ class Timm(Resized):
             known: dict[Any, int] = reader.class_to_idx or {}
             classes = tuple(map(str, sorted(known, key=lambda name: known[name])))
             if prefix == "hfds":
-                targets = reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[reader.label_key]
-                return _Read(reader), np.array(list(targets), dtype=np.int64), classes
+                targets = list(reader.dataset[reader.label_key])
+                if self.class_map is not None:
+                    named, numbers = dict(enumerate(classes)), load_class_map(self.class_map)  # type: ignore[no-untyped-call]
+                    targets, classes = [numbers[named.get(each, each)] for each in targets], tuple(numbers)
+                return _Read(reader), np.array(targets, dtype=np.int64), classes
         except Exception as error:  # assertions, labels missing from a class map, and errors of other packages
             raise UserError(f"{self._describe(split)}: timm cannot open it: {one_line(error)}") from None
         if os.path.samefile(reader.root, root or ""):  # timm reads the whole folder if it has no such split
             raise UserError(f"{root} has no folder {split}: name it with data.train_split and data.test_split")
+        class_folders(reader.root)  # timm leaves out what it cannot read
         import pyarrow as pa
 
         names, targets = zip(*reader.samples, strict=True)

@@ -40,7 +40,7 @@ from rome.models import (
 from rome.models.exported import SavedModule, is_saved_module
 from rome.models.hub import HubModel, on_hub
 from rome.runs.config import DATA_BUDGETS, Config, parse, parse_threats
-from rome.runs.meant import what_is
+from rome.runs.hints import what_is
 from rome.runs.reading import Places
 from rome.threats import NAMED_BUDGETS, LpBall, Threat
 

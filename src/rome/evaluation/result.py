@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from rome.attacks.corruptions.attack import Corruption
@@ -28,26 +28,6 @@ _ACCURACIES = (CLEAN, "robust", AVERAGE, UNION, "groups", "unions")
 """Entries of ``result.json`` that are computed from the matrix, as shares."""
 _STORED = ("warnings", "failed", "pending", "after", "seconds", "checks", "date", "reused")
 """Entries of ``result.json`` that are neither settings nor computed from the matrix."""
-
-
-class _Named(BaseModel):
-    name: str
-
-
-class _Settings(BaseModel):
-    """The entries of ``settings.json`` that readers use, each of them optional, for validation."""
-
-    suite: dict[str, Any] = {}
-    threats: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    cases: list[_Named] = []
-    n: int = 0
-    seed: int = 0
-    batch_size: int = 0
-    classes: int = 0
 
 
 @dataclass(frozen=True, eq=False, config={"arbitrary_types_allowed": True})
@@ -125,7 +105,7 @@ class Report:
         return 1 / classes if classes else 0.0
 
     @property
-    def guesses(self) -> str:
+    def chance_remark(self) -> str:
         """Remark that the model is no better than guessing; empty if it is better.
 
         It compares the lower end of the clean accuracy's interval, and then the union, with :attr:`chance`.
@@ -211,7 +191,7 @@ class Report:
                 "tries them again, and the others are kept"
             )
 
-    def right(self, cases: Iterable[str] | None = None) -> np.ndarray:
+    def all_correct(self, cases: Iterable[str] | None = None) -> np.ndarray:
         """Which examples are correct without an attack and under all of these cases (None: every attack), bool (n,).
 
         Raises:
@@ -233,7 +213,7 @@ class Report:
         Raises:
             UserError: one of them is not in the report.
         """
-        return float(self.right(cases).mean())
+        return float(self.all_correct(cases).mean())
 
     def interval(self, name: str) -> tuple[float, float]:
         """95% interval of an accuracy: ``clean``, a case, ``average`` or ``union``; NaN if the accuracy is NaN.
@@ -247,7 +227,7 @@ class Report:
         if name in (AVERAGE, UNION):
             interval = self.union_interval if name == UNION else self.mean_interval
             return interval(self.attacks) if self._complete(self.attacks) else (math.nan, math.nan)
-        self.right((name,))  # raises for an unknown name
+        self.all_correct((name,))  # raises for an unknown name
         return wilson(int(self.correct[:, self.cases.index(name)].sum()), self.n)
 
     def union_interval(self, cases: Iterable[str]) -> tuple[float, float]:
@@ -256,7 +236,7 @@ class Report:
         Raises:
             UserError: one of the cases is not in the report.
         """
-        return wilson(int(self.right(cases).sum()), self.n)
+        return wilson(int(self.all_correct(cases).sum()), self.n)
 
     def mean_interval(self, cases: Iterable[str]) -> tuple[float, float]:
         """95% interval of the mean accuracy over these cases, which share their examples
@@ -313,7 +293,6 @@ class Report:
         folder = Path(directory)
         result, settings = read_json(folder / RESULT), read_json(folder / SETTINGS)
         try:
-            _Settings.model_validate(settings)
             with (folder / MATRIX).open("rb") as file, np.load(file, allow_pickle=False) as matrix:
                 return Report(
                     correct=matrix["correct"],

@@ -27,7 +27,7 @@ from rome.models import ModelSettings, build_model, file_hash, load_model, read_
 from rome.models.hub import on_hub, pinned
 from rome.runs.config import Config, Evaluation, parse
 from rome.runs.folder import Run
-from rome.runs.meant import what_is
+from rome.runs.hints import what_is
 from rome.threats import LpBall
 
 
@@ -129,8 +129,8 @@ def evaluate_saved(
         track(used_loggers, opened.home or folder, config, report, x, folder, label, opened.updates)
     if "model" in opened.facts and not on_hub(config.model.name) and report.interval("clean")[0] <= report.chance:
         say(
-            f"{report.guesses}: was the model trained with this normalisation (--mean, --std), image size and order of "
-            "classes?"
+            f"{report.chance_remark}: was the model trained with this normalisation (--mean, --std), image size and "
+            "order of classes?"
         )
     return report, folder
 
@@ -224,8 +224,7 @@ def _current_data(config: Config, file: Path, data: str | None) -> tuple[Config,
     """The config with the data's current path, and its test set; errors are those of :func:`_with_data`."""
     run = Run(file.parent)
     advice = f"rome evaluate {file} --data PATH, or correct data.path in {run.config_file}"
-    classes = (run.origin.get("data") or {}).get("classes")
-    return _with_data(config, data or run.data_path or config.data.path, str(run.folder), classes, advice)
+    return _with_data(config, data or run.data_path or config.data.path, str(run.folder), run.classes, advice)
 
 
 def _with_data(

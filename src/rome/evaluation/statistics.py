@@ -31,7 +31,7 @@ class Difference(NamedTuple):
         return self.p < LEVEL
 
     @property
-    def said(self) -> str:
+    def p_text(self) -> str:
         """The p-value as text, such as ``p = 0.4``."""
         return "p < 0.0001" if self.p < 0.0001 else f"p = {self.p:.2g}"
 

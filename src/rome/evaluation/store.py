@@ -24,18 +24,51 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rome.core import trust
 from rome.core.errors import UserError, some
 from rome.core.files import make_folder, now, remove_partials, replace_file
-from rome.core.plain_data import parse_json
+from rome.core.plain_data import read_plain
 from rome.models.module_tree import tensor_bytes
 from rome.runs.origin import NOT_COMPARED, differences
 
 SETTINGS, RESULT, MATRIX, BATCHES = "settings.json", "result.json", "matrix.npz", "batches"
 WHOLE_LEVELS, _UINT8, _FLOAT32 = "whole_levels", "images_uint8", "images_float32"
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Settings(BaseModel):
+    """Entries of ``settings.json`` that readers use, for validation."""
+
+    model: dict[str, Any]
+    networks: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    suite: dict[str, Any] = {}
+    threats: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    cases: list[_Named] = []
+    n: int = 0
+    seed: int = 0
+    batch_size: int = 0
+    classes: int = 0
+
+
+class _Result(BaseModel):
+    """The same for ``result.json``."""
+
+    failed: dict[str, str]
+    settings: dict[str, Any]
+
+
+_SCHEMAS: dict[str, type[BaseModel]] = {SETTINGS: _Settings, RESULT: _Result}
 
 
 @dataclass
@@ -78,7 +111,7 @@ class Store:
         if not all((self.directory / name).exists() for name in (MATRIX, RESULT)):
             return None
         result = read_json(self.directory / RESULT)
-        own = result.get("settings", {})
+        own = result["settings"]
         same = not differences(own, stored) and own.get("networks") == stored.get("networks")
         return result if same else None
 
@@ -114,7 +147,7 @@ class Store:
         networks = before | settings["networks"]
         if networks == before:
             return stored
-        return self._save({**settings, "save_images": stored["save_images"], "networks": networks})
+        return self._save({**settings, "save_images": stored.get("save_images", "none"), "networks": networks})
 
     def _save(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Write the settings to the folder, and return them."""
@@ -284,17 +317,13 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of an evaluation.
+    """Read the settings or the result of an evaluation.
 
     Raises:
         UserError: the file is absent or damaged.
     """
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: there is no finished evaluation in {path.parent}") from None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: evaluate again with overwrite=True, or into another folder")
+    if not path.exists():
+        raise UserError(f"{path} is missing: there is no finished evaluation in {path.parent}")
+    schema, advice = _SCHEMAS[path.name], "evaluate again with overwrite=True, or into another folder"
+    content: dict[str, Any] = read_plain(path, schema, advice)
     return content

@@ -61,7 +61,7 @@ def track(
     label: str,
     step: int,
 ) -> None:
-    """Log the accuracies and pictures of an evaluation.
+    """Log the accuracies and pictures of an evaluation. Mistakes are only reported, as the evaluation is finished.
 
     Args:
         folder: the run's folder.
@@ -70,13 +70,16 @@ def track(
         label: prefix of the logged names, such as ``evaluation/apgd-1000``.
         step: number of updates that the model was trained for.
     """
-    with tracking(loggers, folder, config.name, config.dump()) as tracked:
-        found = {"clean": report.clean, **report.robust, "average": report.average, "union": report.union}
-        found |= {f"group/{group}": value for group, value in report.groups.items()}
-        tracked.numbers({f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step)
-        for case in report.attacks if tracked.writers else ():
-            if case in report.cases and (drawn := picture(x, images, case)) is not None:
-                tracked.picture(f"{label}/{case}", drawn, step)
+    found = {"clean": report.clean, **report.robust, "average": report.average, "union": report.union}
+    found |= {f"group/{group}": value for group, value in report.groups.items()}
+    try:
+        with tracking(loggers, folder, config.name, config.dump()) as tracked:
+            tracked.numbers({f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step)
+            for case in report.attacks if tracked.writers else ():
+                if case in report.cases and (drawn := picture(x, images, case)) is not None:
+                    tracked.log_image(f"{label}/{case}", drawn, step)
+    except UserError as error:
+        say(f"loggers: {error}; this evaluation is stored but not logged")
 
 
 def picture(x: Tensor | Pixels, images: Path, case: str) -> np.ndarray | None:

@@ -43,8 +43,8 @@ from rome.report.compared import unlike
 from rome.report.evaluated import Evaluated
 from rome.runs.config import Evaluation
 from rome.runs.folder import Run
+from rome.runs.hints import what_is
 from rome.runs.launchers import Job
-from rome.runs.meant import what_is
 
 SHARED = ("data", "suite", "n", "budgets", "batch_size", "seed", "features", "search_precision")
 """Settings that an entry may give for itself and the list for all its models."""
@@ -262,8 +262,8 @@ def _done(entry: Entry, folder: Path, arguments: dict[str, Any]) -> bool:
         or (entry.model is not None and names_code(entry.model))
     ):
         return False
-    known = Job(folder, "").result()
-    return isinstance(known, dict) and known == {"entry": arguments["entry"], "weights": _weights(entry)}
+    known = Job(folder, "").result(dict[str, Any])
+    return known == {"entry": arguments["entry"], "weights": _weights(entry)}
 
 
 def _summary(folder: Path) -> str:

@@ -62,12 +62,12 @@ class Column(NamedTuple):
         value = values.get(self.title, math.nan)
         return Cell(value, None if math.isnan(value) else report.interval(self.title))
 
-    def right(self, report: Report) -> np.ndarray | None:
+    def correct(self, report: Report) -> np.ndarray | None:
         """Return the examples counted by the number, bool (n,); None for a mean and for a missing number."""
         if self.title in report.cases:
             return np.asarray(report.correct[:, report.cases.index(self.title)])
         cases = report.attacks if self.title == UNION else self.union
-        return report.right(cases) if cases and set(cases) <= set(report.cases) else None
+        return report.all_correct(cases) if cases and set(cases) <= set(report.cases) else None
 
 
 def columns_of(reports: Sequence[Report], unions: Sequence[Sequence[str]] = ()) -> list[Column]:
@@ -141,7 +141,7 @@ def remarks(report: Report) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for case, reason in report.failed.items():
         by_reason.setdefault(reason, []).append(case)
-    sentences = [report.guesses] if report.guesses else []
+    sentences = [report.chance_remark] if report.chance_remark else []
     sentences += [f"{', '.join(names)} failed: {reason}" for reason, names in by_reason.items()]
     sentences += [f"{case} left out: it {reason}" for case, reason in report.settings.get("left_out", {}).items()]
     if report.pending:
@@ -193,7 +193,9 @@ def by_class(reports: Sequence[Report], names: Sequence[str] | None = None) -> l
     labels, lines = reports[0].labels, []
     for label in np.unique(labels).tolist():
         rows = labels == label
-        unions = [report.right() if not math.isnan(report.union) else np.full(report.n, np.nan) for report in reports]
+        unions = [
+            report.all_correct() if not math.isnan(report.union) else np.full(report.n, np.nan) for report in reports
+        ]
         shares = [
             (float(report.correct[rows, 0].mean()), float(union[rows].mean()))
             for report, union in zip(reports, unions, strict=True)

@@ -25,7 +25,7 @@ from rome.report.subject import distinct, names_of
 from rome.report.templating import sentences
 from rome.runs.config import Config
 from rome.runs.folder import FREE_KEYS, Run
-from rome.runs.meant import what_is
+from rome.runs.hints import what_is
 
 PREFERRED_SUITES = ("autoattack", "all")
 _MUST_AGREE = ("data", "suite", "threats", "n", "seed", "search_precision", "cases", "code")
@@ -109,7 +109,7 @@ def _differences(runs: Sequence[Evaluated], base: Evaluated | None) -> dict[str,
     first = base or ranked[0]
     others = [run for run in runs if run is not first]
     pairs = list(combinations(ranked, 2)) if base is None else [(first, run) for run in others]
-    differences = paired_differences([(a.report.right(), b.report.right()) for a, b in pairs])
+    differences = paired_differences([(a.report.all_correct(), b.report.all_correct()) for a, b in pairs])
     found = dict(zip(pairs, differences, strict=True))
     compared = [(run, found[first, run]) for run in others]
     return {"first": first, "others": compared, "comparisons": len(pairs), "based": base is not None}
@@ -125,8 +125,8 @@ def outstanding(reports: Sequence[Report], columns: Sequence[Column]) -> set[tup
     for tested in ([c for c in columns if c.title == UNION], [c for c in columns if c.title != UNION]):
         places, pairs = [], []
         for column in tested:
-            right = [column.right(report) for report in reports]
-            for (i, one), (j, other) in combinations(enumerate(right), 2):
+            correct = [column.correct(report) for report in reports]
+            for (i, one), (j, other) in combinations(enumerate(correct), 2):
                 if one is not None and other is not None:
                     places.append((i, j, columns.index(column)))
                     pairs.append((one, other))
@@ -157,7 +157,7 @@ def paired(a: Report, b: Report, cases: Sequence[str] | None = None) -> Differen
     """
     if not same_examples(a, b):
         raise UserError("the two were not evaluated on the same examples, so a paired comparison is meaningless")
-    return paired_difference(a.right(cases), b.right(cases))
+    return paired_difference(a.all_correct(cases), b.all_correct(cases))
 
 
 def same_examples(a: Report, b: Report) -> bool:

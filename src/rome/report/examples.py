@@ -38,7 +38,7 @@ def pick(runs: Sequence[Evaluated], k: int) -> list[int]:
     usable = np.logical_and.reduce([report.correct[:, 0] for report in reports])
     broken, differing = np.zeros((2, len(usable)), dtype=int)
     for case in pictured(runs):
-        fooled = np.array([report.correct[:, 0] & ~report.right((case,)) for report in reports])
+        fooled = np.array([report.correct[:, 0] & ~report.all_correct((case,)) for report in reports])
         broken += fooled.sum(axis=0)
         differing += fooled.any(axis=0) & ~fooled.all(axis=0)
         for run, own in zip(runs, fooled, strict=True):

@@ -33,7 +33,7 @@ class GateSample(NamedTuple):
     """(G, L, n, K): gate weights g, averaged over tokens."""
     local: np.ndarray
     """(G, L, n, K): local gates u, averaged over tokens; g if the layer has none."""
-    whole: np.ndarray
+    global_: np.ndarray
     """(G, L, n, K): global gates v; g averaged over tokens if the layer has none."""
     entropy: np.ndarray
     """(G, L, n): entropy of g at each token, averaged over tokens and divided by log K; 1 for a uniform gate."""
@@ -97,9 +97,9 @@ def read(model: nn.Module, groups: Mapping[str, Tensor]) -> GateSample:
             raise UserError(f"layers have {' and '.join(map(str, counts))} experts, so their gates cannot be compared")
         mixed = [each.weights.mean(dim=1) for each in gates]
         local = [(each.weights if each.local is None else each.local).mean(dim=1) for each in gates]
-        whole = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
+        global_ = [mean if each.global_ is None else each.global_ for each, mean in zip(gates, mixed, strict=True)]
         entropy = [relative_entropy(each.weights).mean(dim=1) for each in gates]
-        return [torch.stack(parts, dim=1) for parts in (mixed, local, whole, entropy)]
+        return [torch.stack(parts, dim=1) for parts in (mixed, local, global_, entropy)]
 
     arrays = [np.ascontiguousarray(each.swapaxes(1, 2)) for each in over_groups(groups, of_batch)]
     return GateSample(tuple(groups), layers, *arrays)
@@ -139,8 +139,8 @@ def pairs(sample: GateSample) -> list[Pair]:
     found = []
     for i, j in itertools.combinations(range(len(sample.groups)), 2):
         differs = top_differs(sample.weights[i, -1], sample.weights[j, -1])
-        local, whole = distances(sample.local[i], sample.local[j]), distances(sample.whole[i], sample.whole[j])
-        numbers = map(float, (local[-1], local.mean(), whole[-1], whole.mean(), differs))
+        local, global_ = distances(sample.local[i], sample.local[j]), distances(sample.global_[i], sample.global_[j])
+        numbers = map(float, (local[-1], local.mean(), global_[-1], global_.mean(), differs))
         found.append(Pair(sample.groups[i], sample.groups[j], *numbers))
     return found
 

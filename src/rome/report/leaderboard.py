@@ -105,8 +105,8 @@ def group_of(models: list[Evaluated]) -> Group:
     pairs: dict[tuple[int, int], Difference] = {}
     if not any(math.isnan(report.union) for report in reports):
         places = list(combinations(range(len(models)), 2))
-        right = [report.right() for report in reports]
-        pairs = dict(zip(places, paired_differences([(right[i], right[j]) for i, j in places]), strict=True))
+        correct = [report.all_correct() for report in reports]
+        pairs = dict(zip(places, paired_differences([(correct[i], correct[j]) for i, j in places]), strict=True))
     balls = [threat for threat in models[0].threats.values() if isinstance(threat, LpBall)]
     radii = {norm: ", ".join(ball.radius for ball in balls if ball.norm == norm) for norm in (b.norm for b in balls)}
     budgets = "".join(f"; {norm} {text}" for norm, text in radii.items())
@@ -128,11 +128,11 @@ def _curves(models: Sequence[Evaluated]) -> dict[str, list[Curve]]:
 
 def _curve(one: Evaluated, cases: Mapping[float, str]) -> Curve:
     """Compute accuracy over radii, given radius -> case with the smallest radius first."""
-    report, right = one.report, [np.asarray(one.report.correct[:, 0])]
+    report, correct = one.report, [np.asarray(one.report.correct[:, 0])]
     for case in cases.values():  # what breaks an example in a ball breaks it in every larger one
-        right.append(right[-1] & report.correct[:, report.cases.index(case)])
-    shares = [float(each.mean()) for each in right]
-    return Curve(one.name, [0.0, *cases], shares, [wilson(int(each.sum()), report.n) for each in right])
+        correct.append(correct[-1] & report.correct[:, report.cases.index(case)])
+    shares = [float(each.mean()) for each in correct]
+    return Curve(one.name, [0.0, *cases], shares, [wilson(int(each.sum()), report.n) for each in correct])
 
 
 def _charts(group: Group) -> list[Markup]:

@@ -79,9 +79,9 @@ def push(
         make_folder(out)
         prepare(folder, where, out, license=license)
         return str(out)
-    _check_token(where)
     with TemporaryDirectory() as temporary:
         prepare(folder, where, Path(temporary), license=license)
+        _check_token(where)
         return _send(where, Path(temporary), folder.config.name, public=public, revision=revision, tag=tag)
 
 
@@ -107,7 +107,7 @@ def prepare(run: Run, repo: HubModel, out: Path, *, license: str | None = None) 
     clean = cleaner([run.folder, *_paths(own)])
     config = parse(clean(own.dump()))
     plain = own.experts is None and timm.is_model(own.model.name)
-    classes, changed = (run.origin.get("data") or {}).get("classes"), clean(run.origin.get("changed", []))
+    classes, changed = run.classes, clean(run.origin.get("changed", []))
     if plain:
         _write_timm_config(run, own.data, classes, out)
 

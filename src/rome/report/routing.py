@@ -115,7 +115,7 @@ def routing_numbers(sample: GateSample, *, features: np.ndarray | None = None, s
         layers = [jensen_shannon(one, two) for one, two in zip(means[i], means[j], strict=True)]
         distances.append(Distance(sample.groups[i], sample.groups[j], tuple(layers), float(np.mean(layers))))
     between = np.mean([each.layers for each in distances if NATURAL not in (each.a, each.b)], axis=0)
-    read = np.concatenate([sample.local[chosen], sample.whole[chosen]], axis=-1)  # (P, L, n, 2K)
+    read = np.concatenate([sample.local[chosen], sample.global_[chosen]], axis=-1)  # (P, L, n, 2K)
     read = read.transpose(0, 2, 1, 3).reshape(len(chosen), sample.n, -1)
     return Routing(
         threats=threats,

@@ -105,7 +105,7 @@ def _differences(groups: dict[str, Group]) -> list[dict[str, Any]]:
             [run.report.union for run in ours], [run.report.union for run in theirs], comparisons=len(pairs)
         )
         same = [
-            (run.config.seed, paired_difference(run.report.right(), other.report.right()))
+            (run.config.seed, paired_difference(run.report.all_correct(), other.report.all_correct()))
             for run in ours
             for other in theirs
             if run.config and other.config and run.config.seed == other.config.seed

@@ -22,8 +22,8 @@ from rome.data import Data
 from rome.experts import Experts, Routing
 from rome.methods import Method, Random
 from rome.models import ModelSettings
+from rome.runs.hints import explained
 from rome.runs.loggers import Loggers, TensorBoard
-from rome.runs.meant import explained
 from rome.runs.optim import AdamW, Optimizer, Schedule
 from rome.runs.reading import Places, read_config
 from rome.threats import NAMED_BUDGETS, LpBall, Threat, labelled

@@ -29,19 +29,20 @@ from typing import Any
 import torch
 import yaml
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from typing_extensions import TypedDict
 
 from rome.core import trust
 from rome.core.console import say
 from rome.core.errors import UserError, first_line, some
 from rome.core.files import explain, flatten, make_folder, now, remove_partials, replace_file, replace_with
-from rome.core.plain_data import parse_json, parse_yaml
+from rome.core.plain_data import parse_yaml, read_plain
 from rome.data import Split
 from rome.models.pickles import load_pickle
 from rome.runs.config import Config, parse
+from rome.runs.hints import what_is
 from rome.runs.loggers import base as loggers
 from rome.runs.loggers import csv, tensorboard
-from rome.runs.meant import what_is
-from rome.runs.origin import code_facts, data_facts, differences, other_data
+from rome.runs.origin import Origin, code_facts, data_facts, differences, other_data, read_origin
 
 CHECKPOINT_FORMAT = 1
 FREE_KEYS = {"name", "about", "device", "compile", "graphs", "workers", "evaluation", "paper", "imports", "loggers"}
@@ -49,6 +50,13 @@ FREE_KEYS |= {"checkpoint"}
 """Config keys that may change when a run is resumed, because they do not affect its weights."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Error numbers by which a file system reports that it has no locks."""
+
+
+class LogLine(TypedDict):
+    """Entries that all lines of ``log.jsonl`` have."""
+
+    update: int
+    event: str
 
 
 class Run:
@@ -87,13 +95,8 @@ class Run:
         """
         if not self.config_file.is_file():
             raise UserError(f"a run's folder has a config.yaml; {what_is(self.folder)}")
-        try:
-            data = parse_yaml(self.config_file.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("a config must be a mapping of keys to values")
-            return data
-        except ValueError as error:
-            raise UserError(f"{self.config_file}: {error}; restore it or train again") from error
+        found: dict[str, Any] = read_plain(self.config_file, dict[str, Any], "restore it or train again", parse_yaml)
+        return found
 
     @property
     def data_path(self) -> str | None:
@@ -104,13 +107,20 @@ class Run:
         return None
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> Origin:
         """Fingerprints of the ``data`` and ``code`` that the run started with, and of code that ``changed`` later;
-        empty if they were not recorded."""
-        try:
-            return dict(parse_json(self.origin_file.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        empty if they were not recorded.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return read_origin(self.origin_file)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes of the training data; None if they were not recorded."""
+        data = self.origin.get("data")
+        return data and data["classes"]
 
     def prepare(
         self, config: Config, *, resume: bool, overwrite: bool, data: Split | None = None
@@ -190,7 +200,7 @@ class Run:
     def other_code(self, code: dict[str, str]) -> list[str]:
         """Differences between the user's current code and the code that this run started with."""
         kept = self.origin
-        return differences({"code": kept["code"]}, {"code": code}) if kept else []
+        return differences({"code": kept["code"]}, {"code": code}) if "code" in kept else []
 
     def release(self) -> None:
         """Release the lock that :meth:`prepare` acquired, if it is held."""
@@ -267,14 +277,23 @@ class Run:
         replace_file(self.log_file, "".join(line + "\n" for line in kept).encode())
 
     def log(self) -> list[dict[str, Any]]:
-        """All lines of the log."""
+        """All lines of the log; a line that a kill cut short is left out.
+
+        Raises:
+            UserError: the file cannot be read, or a line is not one of a log.
+        """
+
+        def parse_lines(text: str) -> list[dict[str, Any]]:
+            lines = []
+            for line in text.splitlines():
+                with suppress(json.JSONDecodeError, RecursionError):  # a kill cut it short
+                    lines.append(json.loads(line))
+            return lines
+
         if not self.log_file.exists():
             return []
-        lines = []
-        for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # a kill cut it short
-                lines.append(json.loads(line))
-        return lines
+        found: list[dict[str, Any]] = read_plain(self.log_file, list[LogLine], "restore or remove it", parse_lines)
+        return found
 
     def check_same(self, config: Config, data: Split | None = None) -> None:
         """Raise UserError if the folder's run was started with different settings that affect the weights.
@@ -310,15 +329,8 @@ class Run:
         evaluations = [f"evaluation{which}{other}" for which in weights for other in budgets]
         for name in (tensorboard.FOLDER, "wandb", *evaluations):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        files = (
-            self.checkpoint_file,
-            self.before_file,
-            self.model_file,
-            self.best_file,
-            self.log_file,
-            self.origin_file,
-        )
-        for file in (*files, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
+        own = (self.checkpoint_file, self.before_file, self.model_file, self.best_file, self.log_file, self.origin_file)
+        for file in (*own, self.folder / csv.FILE, self.folder / loggers.IDS, self.config_file):
             file.unlink(missing_ok=True)
 
 

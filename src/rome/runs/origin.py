@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from typing_extensions import TypedDict
 
 from rome.attacks.suites import SaveImages
 from rome.core.errors import short
 from rome.core.files import flatten
+from rome.core.plain_data import read_plain
 from rome.data import Split
 from rome.models.inspection import Inspection
 from rome.models.module_tree import tensor_bytes
@@ -26,7 +29,40 @@ NOT_COMPARED = ("provenance", "environment", "save_images", "left_out", "network
 """Settings of an evaluation that do not determine its result."""
 
 
-def data_facts(split: Split) -> dict[str, Any]:
+class DataFacts(TypedDict):
+    """Fingerprint of training data."""
+
+    classes: list[str]
+    examples: int
+    shape: list[int]
+    labels: str
+    """SHA-256 of the labels."""
+    images: list[float]
+    """Mean brightness of some images, on the scale [0, 1]."""
+
+
+class Origin(TypedDict, total=False):
+    """Contents of ``origin.json``."""
+
+    data: DataFacts | None
+    code: dict[str, str]
+    changed: list[str]
+
+
+def read_origin(file: Path) -> Origin:
+    """Read ``origin.json``; empty if it does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not file.exists():
+        return {}
+    advice = "restore it, or remove it to continue without comparing data and code with those at the start"
+    found: Origin = read_plain(file, Origin, advice)
+    return found
+
+
+def data_facts(split: Split) -> DataFacts:
     """Fingerprint training data by classes, labels and the brightness of a few images, without reading the others."""
     rows = torch.linspace(0, len(split) - 1, min(LOOKED_AT, len(split))).long()
     ((images, _),) = split.batches([rows])
@@ -39,13 +75,13 @@ def data_facts(split: Split) -> dict[str, Any]:
     }
 
 
-def other_data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def other_data(kept: DataFacts, now: DataFacts) -> str:
     """Describe how two fingerprints of :func:`data_facts` differ; empty if they belong to the same data."""
     for name in ("classes", "examples", "shape", "labels"):
         if kept[name] != now[name]:
             return f"its {name} differ"
-    far = max(abs(one - other) for one, other in zip(kept["images"], now["images"], strict=True))
-    return "its images differ" if far > CLOSE else ""
+    close = [abs(one - other) <= CLOSE for one, other in zip(kept["images"], now["images"], strict=False)]
+    return "" if all(close) and len(kept["images"]) == len(now["images"]) else "its images differ"
 
 
 def code_facts(config: Config) -> dict[str, str]:
@@ -68,7 +104,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if (there.get(name) or None) != (here.get(name) or None)
     ]
     kept, wanted = (settings.get("save_images", "none") for settings in (stored, now))
-    if _LEAST_FIRST.index(wanted) > _LEAST_FIRST.index(kept):
+    if kept not in _LEAST_FIRST or _LEAST_FIRST.index(wanted) > _LEAST_FIRST.index(kept):  # true in version 0.1.0
         found.append(f"save_images: {kept} there, {wanted} now")
     return found
 

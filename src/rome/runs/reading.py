@@ -13,7 +13,7 @@ from typing import Any
 
 from rome.core.errors import UserError
 from rome.core.plain_data import Unreadable, comment_after, parse_yaml
-from rome.runs.meant import WEIGHTS, what_is
+from rome.runs.hints import WEIGHTS, what_is
 from rome.runs.shipped import located
 
 Places = dict[tuple[str | int, ...], str]

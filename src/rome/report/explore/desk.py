@@ -36,9 +36,10 @@ class Desk:
         Raises:
             UserError: there is no image of that number.
         """
-        n = int(number or 0)
-        if not 0 <= n < self.tests:
-            raise UserError(f"there is no test image {n}; choose from 0 to {self.tests - 1}")
+        number = number or 0
+        if not 0 <= number < self.tests:
+            raise UserError(f"there is no test image {number:g}; choose from 0 to {self.tests - 1}")
+        n = int(number)
         image, label = self.explorers[0].test_image(n)
         return Shown(image, f"Test image {n} of 0 to {self.tests - 1}; its label is {self.classes[label]}.", label)
 
@@ -53,7 +54,9 @@ class Desk:
             UserError: the file is not an image, or not one that can be used.
         """
         read = read_upload(path, self.explorers[0].shape)
-        return read._replace(said=f"{read.said} Its label is unknown, so attacks are against the model's prediction.")
+        return read._replace(
+            description=f"{read.description} Its label is unknown, so attacks are against the model's prediction."
+        )
 
     def look(self, shown: Shown, threat: str, eps: float | str, steps: float | None, layer: str | None) -> list[Answer]:
         """Attack each run separately, without transferring perturbations, and return the answers.
@@ -61,5 +64,5 @@ class Desk:
         Raises:
             UserError: an invalid radius or number of steps.
         """
-        question = self.others.get(threat, threat), eps, int(steps or 0), layer
+        question = self.others.get(threat, threat), eps, steps or 0, layer
         return [each.look(shown.image, *question, label=shown.label) for each in self.explorers]

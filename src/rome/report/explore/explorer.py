@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from rome.attacks import APGD, AttackThreat
@@ -124,7 +124,7 @@ class Explorer:
         image: Tensor,
         threat: str | AttackThreat = NATURAL,
         eps: float | str | None = None,
-        steps: int = STEPS,
+        steps: float = STEPS,
         layer: str | None = None,
         *,
         label: int | None = None,
@@ -152,7 +152,8 @@ class Explorer:
             raise UserError(f"steps must be 1 to {MOST_STEPS}, not {steps}")
         if isinstance(threat, str) and threat in self.others:
             threat = self.others[threat]
-        ball = ball_of(threat, eps, self.balls) if isinstance(threat, str) else threat
+        steps = int(steps)
+        ball = ball_of(threat, eps, self.balls, math.prod(self.shape)) if isinstance(threat, str) else threat
         if label is None:
             label = self.predict(image)
         key = (hashlib.sha256(image.numpy().tobytes()).digest(), label, repr(ball), steps if ball else 0)
@@ -218,20 +219,31 @@ def on_grid(model: nn.Module, name: str, weights: Tensor, size: tuple[int, int])
     return patches.reshape(*patches.shape[:-2], grid.rows, grid.columns, patches.shape[-1]), note
 
 
-def ball_of(threat: str, eps: float | str | None, budgets: Mapping[str, LpBall]) -> LpBall | None:
+def ball_of(
+    threat: str, eps: float | str | None, budgets: Mapping[str, LpBall], values: float = math.inf
+) -> LpBall | None:
     """Return the ball of this name and radius; None for ``natural`` and for radius 0.
+
+    Args:
+        values: number of values of an image, C*H*W. The radius may be at most the distance that it allows between two
+            images in [0, 1].
 
     Raises:
         UserError: an unknown threat, or an invalid radius.
     """
     if threat == NATURAL:
         return None
-    if threat not in budgets and (eps is None or threat.lower() not in ("l1", "l2", "linf")):
+    budget = budgets.get(threat)
+    if budget is None and (eps is None or threat.lower() not in ("l1", "l2", "linf")):
         raise UserError(f"unknown threat {threat!r}.{did_you_mean(threat, [NATURAL, *budgets])}")
+    norm = threat if budget is None else budget.norm
+    most = {"l1": values, "l2": math.sqrt(values), "linf": 1.0}[norm.lower()]
     try:
-        ball = LpBall.model_validate({"norm": threat, "eps": budgets[threat].eps if eps is None else eps})
-    except ValidationError:
-        limit = " and at most 1" if threat.lower() == "linf" else ""
+        ball = LpBall.model_validate({"norm": norm, "eps": budget.eps if budget is not None and eps is None else eps})
+        if ball.eps > most:
+            raise ValueError
+    except ValueError:
+        limit = f" and at most {most:g}" if math.isfinite(most) else ""
         raise UserError(f"ε must be a non-negative number such as 0.03 or 8/255{limit}, not {eps!r}") from None
     return ball if ball.eps > 0 else None
 

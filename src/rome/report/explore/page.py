@@ -86,7 +86,7 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
                 answers = desk.look(shown, *query)
             except UserError as error:
                 return rendering.error(str(error)), gr.skip(), gr.skip()
-            return rendering.note(shown.said), rendering.attacks(answers), rendering.experts(answers)
+            return rendering.note(shown.description), rendering.attacks(answers), rendering.experts(answers)
 
         def show_test(choose: Callable[[float], float]) -> Callable[..., Any]:
             def show(current: float | None, *query: Any) -> tuple[Any, ...]:
@@ -114,7 +114,10 @@ def build(explorers: Sequence[Explorer]) -> gr.Blocks:
         def restore_query(request: gr.Request) -> tuple[Any, ...]:
             """Return the query in the page's address, with defaults for what is missing or invalid."""
             stored = {"image": "", "steps": ""} | dict(request.query_params)
-            image, count = (int(stored[key]) if stored[key].isdecimal() else None for key in ("image", "steps"))
+            image, count = (
+                int(stored[key]) if stored[key].isdecimal() and len(stored[key]) < 19 else None
+                for key in ("image", "steps")
+            )
             name = stored["threat"] if stored.get("threat") in threats else start
             where = stored["layer"] if stored.get("layer") in desk.layers else layer
             return image or 0, name, *show_budget(name, stored.get("eps")), count or STEPS, where

@@ -24,7 +24,7 @@ class Shown(NamedTuple):
 
     image: Tensor
     """float32 (C, H, W) in [0, 1]."""
-    said: str
+    description: str
     """Description: what the image is, where it comes from and how it was converted."""
     label: int | None = None
     """None if unknown."""

@@ -82,7 +82,7 @@ class Line:
         return max((report.chance for report in self.reports), default=0.0)
 
     @property
-    def guesses(self) -> bool:
+    def at_chance(self) -> bool:
         """Whether clean accuracy or union is no better than guessing."""
         cells = [self.cells[column] for column in (CLEAN, UNION) if column in self.cells]
         return any(cell.values and round(cell.mean, 3) <= self.chance for cell in cells)
@@ -170,6 +170,8 @@ def _gain(line: Line, base: Line, *, comparisons: int) -> tuple[float, float, fl
     """Return the mean union of ``line`` minus that of ``base``, with its interval corrected for ``comparisons``."""
     ours, theirs = line.unions, base.unions
     if len(ours) == 1:
-        return paired_difference(ours[0][0].right(BALLS), theirs[0][0].right(BALLS), comparisons=comparisons)[:3]
+        return paired_difference(
+            ours[0][0].all_correct(BALLS), theirs[0][0].all_correct(BALLS), comparisons=comparisons
+        )[:3]
     a, b = ([union for _, union in each] for each in (ours, theirs))
     return welch(a, b, comparisons=comparisons)

@@ -56,7 +56,7 @@ def render(title: str, lines: Sequence[Line], form: Format, *, about: str = "") 
         gains=len(gains),
         runs=sources(lines),
         about=about,
-        weak=[line.label for line in lines if line.guesses],
+        weak=[line.label for line in lines if line.at_chance],
         differ=any(_differ(group) for _, group in sections),
     )
     template, *bold = _FORMS[form]

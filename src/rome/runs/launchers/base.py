@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from rome.core.component import Component, mistakes
 from rome.core.errors import REQUEUE, Interrupted, UserError
 from rome.core.files import explain, make_folder
-from rome.core.plain_data import Unreadable, parse_yaml
+from rome.core.plain_data import Unreadable, parse_yaml, read_plain
 from rome.core.signals import exit_code, handled
 
 HELD = 76
@@ -74,10 +74,14 @@ class Job:
         """Return the lease on the job, not yet acquired."""
         return SoftFileLease(self.beside("lock"), lease_duration=LEASE, **options)
 
-    def result(self) -> Any:
-        """Return the result of the function's last call; None if there is none."""
+    def result(self, schema: Any) -> Any:
+        """Return the result of the function's last call, which is of type ``schema``; None if there is none.
+
+        Raises:
+            UserError: its file is damaged.
+        """
         file = self.beside("json")
-        return json.loads(file.read_bytes()) if file.exists() else None
+        return read_plain(file, schema, "remove it to run the job again") if file.exists() else None
 
     def reason(self) -> str:
         """Return the reason for a failure from the job's log: the last error message, or else the last line."""

@@ -11,7 +11,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ from rome.core.component import Component
 from rome.core.console import say
 from rome.core.errors import Interrupted, UserError, first_line
 from rome.core.files import replace_file
-from rome.core.plain_data import parse_json
+from rome.core.plain_data import read_plain
 
 IDS = "loggers.json"
 """Name of the file in a run's folder with the run's id in each tracker."""
@@ -57,10 +57,10 @@ class Writer(ABC):
     """The run's id in the tracker, to open it again; empty if the run's folder suffices."""
 
     @abstractmethod
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Log values by name (``epoch/accuracy/L1``) after ``step`` updates."""
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:  # noqa: B027
         """Log an image, uint8 (H, W, 3); trackers without images need not implement this."""
 
     @abstractmethod
@@ -102,10 +102,10 @@ class Tracking:
         self.writers: dict[str, Writer] = {}
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        self._each(lambda writer: writer.numbers(values, step))
+        self._each(lambda writer: writer.log_scalars(values, step))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        self._each(lambda writer: writer.picture(name, image, step))
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
+        self._each(lambda writer: writer.log_image(name, image, step))
 
     def close(self, status: Status) -> None:
         self._each(lambda writer: writer.close(status))
@@ -117,11 +117,13 @@ class Tracking:
 
     @contextmanager
     def survived(self, kind: str) -> Iterator[None]:
-        """Remove the logger if the block raises. Redirect its standard output, which is for results, to stderr."""
+        """Remove the logger if its library raises. Redirect its standard output, which is for results, to stderr."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # from the tracker's library
+        except UserError:  # such as a damaged file, which is best mended before the work begins
+            raise
+        except Exception as error:
             self.writers.pop(kind, None)
             say(f"loggers: {kind} failed ({first_line(error)}); continuing without it")
 
@@ -137,11 +139,13 @@ def tracking(
         name: the run's name; if empty, the name of its folder.
         config: the run's config as plain data.
         after: see :attr:`Tracked.after`.
+
+    Raises:
+        UserError: a file of the loggers in the folder is damaged.
     """
     tracked, file = Tracking(), folder / IDS
-    ids: dict[str, str] = {}
-    with suppress(OSError, ValueError):
-        ids = dict(parse_json(file.read_text(encoding="utf-8")))
+    advice = "restore it, or remove it so that the trackers start new runs"
+    ids: dict[str, str] = read_plain(file, dict[str, str], advice) if file.exists() else {}
     for logger in loggers:
         with tracked.survived(logger.kind):
             writer = logger.open(Tracked(folder, name or folder.name, config, after, ids.get(logger.kind, "")))

@@ -53,7 +53,7 @@ class _MLflowWriter(Writer):
         for first in range(0, len(parameters), 100):
             self.client.log_batch(self.id, params=parameters[first : first + 100])
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         self.waiting += [self.metric(name, value, now, step) for name, value in values.items()]
         if time.monotonic() - self.written > SECONDS or len(self.waiting) > MOST:
@@ -64,7 +64,7 @@ class _MLflowWriter(Writer):
             self.client.log_batch(self.id, metrics=self.waiting[first : first + MOST])
         self.waiting, self.written = [], time.monotonic()
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.client.log_image(self.id, image, artifact_file=f"{name}.png")
 
     def close(self, status: Status) -> None:

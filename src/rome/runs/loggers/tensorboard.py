@@ -28,11 +28,11 @@ class _TensorBoardWriter(Writer):
         purge_step = None if run.after is None else run.after + 1
         self.board: Any = SummaryWriter(str(run.folder / FOLDER), purge_step=purge_step)
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self, status: Status) -> None:

@@ -34,10 +34,10 @@ class _TrackioWriter(Writer):
             settings.project, self.id, group=settings.group, config=run.config, resume="allow", embed=False
         )
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.run.log({name: self.trackio.Image(image)}, step=step)
 
     def close(self, status: Status) -> None:

@@ -52,10 +52,10 @@ class _WandbWriter(Writer):
         self.run.define_metric(AXIS)
         self.run.define_metric("*", step_metric=AXIS)
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log({AXIS: step, **values})
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.run.log({AXIS: step, name: self.wandb.Image(image)})
 
     def close(self, status: Status) -> None:
