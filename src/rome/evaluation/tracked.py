@@ -74,7 +74,9 @@ def track(
     found |= {f"group/{group}": value for group, value in report.groups.items()}
     try:
         with tracking(loggers, folder, config.name, config.dump()) as tracked:
-            tracked.numbers({f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step)
+            tracked.log_scalars(
+                {f"{label}/{name}": value for name, value in found.items() if not math.isnan(value)}, step
+            )
             for case in report.attacks if tracked.writers else ():
                 if case in report.cases and (drawn := picture(x, images, case)) is not None:
                     tracked.log_image(f"{label}/{case}", drawn, step)

@@ -314,7 +314,7 @@ class Loop:
             self.problem = UserError(
                 f"{self.run.log_file} cannot be written ({error.strerror}): make room and continue with --resume"
             )
-        self.tracked.numbers({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
+        self.tracked.log_scalars({f"{line['event']}/{key}": value for key, value in scalars(line)}, line["update"])
 
     @contextmanager
     def _logs(self) -> Iterator[None]:

@@ -101,7 +101,7 @@ class Tracking:
     def __init__(self) -> None:
         self.writers: dict[str, Writer] = {}
 
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         self._each(lambda writer: writer.log_scalars(values, step))
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
