@@ -435,7 +435,7 @@ def test_cost_is_the_mean_over_both_stages(monkeypatch: pytest.MonkeyPatch) -> N
         epochs.append(context.epoch)
         return loss(self, context, x, y)
 
-    def in_turn(works: Any, rounds: int) -> list[list[float]]:
+    def in_turn(works: Any, rounds: int, warm_ups: int) -> list[list[float]]:
         totals = []
         for parts in works:
             for work, _ in parts:

@@ -505,7 +505,7 @@ def test_a_checkpoint_is_read_without_running_what_it_holds(stopped: Run, tmp_pa
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(content, "config.yaml: .*; restore it") for content in ("", "- a list", "{", "seed: [")]
+    [(content, "config.yaml is damaged .*: restore it") for content in ("", "- a list", "{", "seed: [")]
     + [("no such key: 1", "was started with other settings")],
 )
 def test_a_broken_config_of_a_run_is_explained(content: str, message: str, stopped: Run) -> None:
