@@ -30,7 +30,7 @@ from rome.experts import (
     record_gates,
     set_routing,
 )
-from rome.experts.fused import closed_form
+from rome.experts.fused import closed_form, is_exporting
 from rome.models import create_model
 
 GATES: dict[str, Gate] = {
@@ -244,3 +244,17 @@ def test_without_triton_every_kind_of_experts_is_there() -> None:
     code = "import sys; sys.modules['triton'] = None; from rome.experts import Experts; print(*Experts.members())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["adapter", "ffn", "low-rank", "more"], done.stderr[-2000:]
+
+
+def test_compiling_is_not_exporting() -> None:
+    """Compiled models use the fused operation, too; exported programs must run without this package."""
+
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if is_exporting() else x - 1
+
+    x = torch.zeros(2)
+    compiled = torch.compile(Asking(), backend="eager")
+    assert compiled(x).tolist() == [-1, -1]
+    torch._dynamo.reset()
+    assert torch.export.export(Asking(), (x,)).module()(x).tolist() == [1, 1]

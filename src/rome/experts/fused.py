@@ -149,7 +149,8 @@ def _as_autocast(*tensors: Any) -> Any:
 
 def is_exporting() -> bool:
     """Whether torch.jit.trace or torch.export is running, whose fixed programs cannot sort tokens by expert."""
-    return bool(torch.jit.is_tracing() or torch.compiler.is_exporting())  # type: ignore[no-untyped-call]
+    # not torch.compiler.is_exporting(): while torch 2.11 compiles, that is true
+    return bool(torch.jit.is_tracing() or torch.compiler._is_exporting_flag)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
