@@ -16,7 +16,7 @@ import common
 import rome.attacks.lp.apgd
 import rome.attacks.lp.pgd
 import rome.methods.base
-from rome.attacks import Attack
+from rome.attacks.engine import Plan
 
 if TYPE_CHECKING:
     from training import Training
@@ -50,7 +50,7 @@ class Clock:
         places: list[tuple[Any, str, str]] = [
             (rome.attacks.lp.pgd, "loss_and_gradient", "attack: model"),
             (rome.attacks.lp.apgd, "loss_and_gradient", "attack: model"),
-            (Attack, "run", "attack: steps"),  # the whole attack; show_profile() subtracts the model
+            (Plan, "run", "attack: steps"),  # the whole attack; show_profile() subtracts the model
             (rome.methods.base, "training_forward", "training forward"),
             (Fabric, "backward", "backward"),
         ]

@@ -121,11 +121,12 @@ def _update(
     if config.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     context.model.train()
-    with deferred_checks(), torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        outcome = method.loss(context, x, y)  # deferred_checks: the attack's result, without content, is not checked
-    torch.autograd.backward(outcome.loss)
-    del outcome
-    optimizer.step()
+    with deferred_checks():  # not made here, since nothing has content; they hold the attack's images during the update
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            outcome = method.loss(context, x, y)
+        torch.autograd.backward(outcome.loss)
+        del outcome
+        optimizer.step()
     with suppress(DataDependentOutputException):  # E-AT reads its error counts on the host
         method.update_end(context)
     optimizer.zero_grad(set_to_none=True)

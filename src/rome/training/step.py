@@ -80,6 +80,7 @@ class Step:
                     if (outcome := self._whole(method, context, planned)) is not None:
                         return outcome
                     examples = planned.run()
+                    del planned  # its random numbers
                 else:
                     examples = method.perturb(context, x, y)
                 outcome = self._objective(method, context, examples)
