@@ -34,6 +34,10 @@ from rome.experts.gates import GateModule, Gates, SoftmaxGate
 from rome.experts.operations import MIX, MIX_BACKWARD, beta_of, mixed_gates
 
 
+AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+"""Types of devices that have autocast, determined here because torch 2.11 cannot compile the call."""
+
+
 class _Layer(torch.autograd.Function):
     """The output of a layer and, with ``recorded``, u and v."""
 
@@ -141,7 +145,7 @@ def mixture(layer: Any, input: Tensor, stacked: Tensor, gate: SoftmaxGate) -> tu
 def _as_autocast(*tensors: Any) -> Any:
     """Cast tensors as autocast would for a matrix product, if it is on."""
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     reduced = torch.get_autocast_dtype(kind)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(reduced) for x in tensors)
