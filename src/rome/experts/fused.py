@@ -33,7 +33,6 @@ from rome.experts.gated import LEARNED, MixtureLayer
 from rome.experts.gates import GateModule, Gates, SoftmaxGate
 from rome.experts.operations import MIX, MIX_BACKWARD, beta_of, mixed_gates
 
-
 AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 """Types of devices that have autocast, determined here because torch 2.11 cannot compile the call."""
 
