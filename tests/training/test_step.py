@@ -63,6 +63,20 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch, capture: Replay) -> None:
     monkeypatch.setattr(setup, "graphs_for", lambda *_: Graphs(capture=capture))
 
 
+def trained_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replay: Replay | None = None, **changes: Any
+) -> tuple[Replay, Run]:
+    """Train without graphs and with them, and compare logs and weights to the last bit; return the replays and the
+    run with graphs."""
+    replay = replay or Replay()
+    alone = train(tiny(**changes), tmp_path / "alone")
+    with_graphs(monkeypatch, replay)
+    run = train(tiny(**changes), tmp_path / "run")
+    assert log(run) == log(alone)
+    assert same(weights(run.folder), weights(alone.folder))
+    return replay, run
+
+
 def log(run: Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in run.log()]
 
@@ -71,23 +85,14 @@ def log(run: Run) -> list[dict[str, Any]]:
 def test_a_run_is_the_same(
     changes: dict[str, Any], captures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = train(tiny(**changes), tmp_path / "alone")
-    replay = Replay()
-    with_graphs(monkeypatch, replay)
-    run = train(tiny(**changes), tmp_path / "run")
-    assert log(run) == log(alone)
-    assert same(weights(run.folder), weights(alone.folder))
+    replay, _ = trained_alike(tmp_path, monkeypatch, **changes)
     assert replay.captures == captures
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param({"kind": "adamw", "gates_lr": 3}, marks=pytest.mark.slow)])
 def test_an_update_is_one_graph(optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attack, forward, gradients and optimizer: the first update runs by itself, the second is watched."""
-    alone = train(tiny(optimizer=optimizer), tmp_path / "alone")
-    replay = Replay()
-    with_graphs(monkeypatch, replay)
-    run = train(tiny(optimizer=optimizer), tmp_path / "run")
-    assert same(weights(run.folder), weights(alone.folder))
+    replay, run = trained_alike(tmp_path, monkeypatch, optimizer=optimizer)
     assert replay.captures == 1
     updates = sum(line["event"] == "update" for line in run.log())
     assert replay.replays == 1 + updates - 2  # one to compare
@@ -95,12 +100,7 @@ def test_an_update_is_one_graph(optimizer: Any, tmp_path: Path, monkeypatch: pyt
 
 def test_an_optimizer_that_is_not_fused_steps_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "fuses", lambda model: False)
-    alone = train(tiny(), tmp_path / "alone")
-    replay = Replay()
-    with_graphs(monkeypatch, replay)
-    run = train(tiny(), tmp_path / "run")
-    assert log(run) == log(alone)
-    assert same(weights(run.folder), weights(alone.folder))
+    replay, _ = trained_alike(tmp_path, monkeypatch)
     assert replay.captures == 2  # attack and objective
 
 
@@ -166,12 +166,7 @@ def test_an_objective_that_waits_leaves_the_attack_a_graph(
         return outcome
 
     monkeypatch.setattr(Random, "objective", waiting)
-    alone = train(tiny(), tmp_path / "alone")
-    replay = Replay()
-    with_graphs(monkeypatch, replay)
-    run = train(tiny(), tmp_path / "run")
-    assert log(run) == log(alone)
-    assert same(weights(run.folder), weights(alone.folder))
+    replay, _ = trained_alike(tmp_path, monkeypatch)
     assert replay.captures == 1
     assert capsys.readouterr().err.count("it waits for the device: assert float(outcome") == 1
 
@@ -179,11 +174,7 @@ def test_an_objective_that_waits_leaves_the_attack_a_graph(
 def test_where_every_capture_fails_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = train(tiny(), tmp_path / "alone")
-    with_graphs(monkeypatch, Replay(fail="CUDA error: operation not permitted when stream is capturing"))
-    run = train(tiny(), tmp_path / "run")
-    assert log(run) == log(alone)
-    assert same(weights(run.folder), weights(alone.folder))
+    trained_alike(tmp_path, monkeypatch, Replay(fail="CUDA error: operation not permitted when stream is capturing"))
     assert capsys.readouterr().err.count("without a CUDA graph, which is slower: CUDA error: operation not") == 1
 
 
